@@ -120,13 +120,10 @@ def recover(
         InputError: Something that cannot be used, a teacher without some of the tokens, or a full disk.
         MissingExtraError: Without the `recover` extra.
     """
-    check_settings(settings)
-    settings = settled(settings)
-    check_references(settings, (*data, *validation))
+    settings = _usable(settings, (*data, *validation), rounding)
     refuse_existing(output, force=force, inputs=[Path(checkpoint)])
     folder = WorkFolder(work or output.with_name(output.name + ".work"))
     _check_apart(folder.path, output)
-    _check_means(settings, rounding)
     where = find_device(device)
     from cfsp.recovery.trainer import check_trackers, train, training_arguments
 
@@ -138,13 +135,6 @@ def recover(
         for path in (output, folder.path) if is_main else ():
             claims.enter_context(claim_output(path))
         sharded = _is_sharded(shard, settings, checkpoint, teacher, arguments)
-        if sharded and settings.optimizer == MUON:
-            raise InputError(
-                "moves whole matrices, and these are shared out",
-                field="optimizer",
-                value=MUON,
-                allowed="adamw, or --shard never",
-            )
         inputs = load_inputs(
             checkpoint,
             teacher,
@@ -193,7 +183,7 @@ def check_outcome(record: RecoveryRecord, output: Path) -> None:
 def _is_sharded(
     asked: str, settings: RecoverySettings, checkpoint: str, teacher: str | None, arguments: Any
 ) -> bool:
-    return is_to_be_sharded(
+    sharded = is_to_be_sharded(
         asked,
         settings,
         partial(read_extents, checkpoint, teacher, settings),
@@ -201,6 +191,21 @@ def _is_sharded(
         device=arguments.device,
         processes=arguments.world_size,
     )
+    if sharded and settings.optimizer == MUON:
+        why = "moves whole matrices, and these are shared out"
+        raise InputError(why, field="optimizer", value=MUON, allowed="adamw, or --shard never")
+    return sharded
+
+
+def _usable(
+    settings: RecoverySettings, references: Sequence[str], rounding: Rounding | None
+) -> RecoverySettings:
+    """Settings with everything said; refuses those that cannot be used with this data and these packages."""
+    check_settings(settings)
+    settings = settled(settings)
+    check_references(settings, references)
+    _check_means(settings, rounding)
+    return settings
 
 
 def _check_apart(work: Path, output: Path) -> None:

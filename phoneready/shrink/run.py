@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,23 +88,31 @@ def shrink(
             if found.missed is not None:
                 raise _EnoughError
 
-        try:
+        with _kept(lambda: _keep(config, settings, folder, judged)):
             run_stages(
                 tuple(stages.values()), folder, show=shown, progress=progress, check=check, threads=threads
             )
-        except _EnoughError:
-            pass
-        except PhonereadyError:
-            if len(judged) > 1:  # a step that cannot be made leaves those before it
-                place(
-                    folder / _found(config, settings, folder, judged).best.checkpoint, folder / MODEL_FOLDER
-                )
-            raise
-        found = _found(config, settings, folder, judged)
-        place(folder / found.best.checkpoint, folder / MODEL_FOLDER)
         for work in (folder / "stages").glob(f"*{WORK}"):
             shutil.rmtree(work, ignore_errors=True)
-        return found
+        return _found(config, settings, folder, judged)
+
+
+@contextmanager
+def _kept(keep: Callable[[], None]) -> Iterator[None]:
+    """Keep the best step whether all were made, one was bad enough, or one could not be made."""
+    try:
+        yield
+    except _EnoughError:
+        pass
+    except PhonereadyError:
+        keep()
+        raise
+    keep()
+
+
+def _keep(config: ReleaseConfig, settings: ShrinkSettings, folder: Path, judged: list[ShrunkStep]) -> None:
+    if len(judged) > START + 1:
+        place(folder / _found(config, settings, folder, judged).best.checkpoint, folder / MODEL_FOLDER)
 
 
 def _with_text(settings: ShrinkSettings) -> ShrinkSettings:
