@@ -103,7 +103,7 @@ class Training(Settings):
     )
     optimizer: str = setting(
         ADAMW,
-        "adamw, or muon for the matrices of the blocks (full alone): learns more of a token, and takes longer.",
+        "adamw, or muon for the matrices of the blocks (full alone).",
         choices=OPTIMIZERS,
     )
     learning_rate: float | None = setting(
