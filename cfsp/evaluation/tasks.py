@@ -89,7 +89,7 @@ def load_tasks(settings: TaskSettings) -> Iterator[TaskSet]:
             value=settings.num_fewshot,
             allowed="none",
         )
-    chats = tuple(load_chat_task(name, settings.limit) for name in files)
+    chats = load_chat_tasks(settings)
     others = replace(settings, tasks=tuple(name for name in settings.tasks if name not in files))
     with tempfile.TemporaryDirectory(prefix="phoneready-tasks-") as cache:
         loaded: Any = {"tasks": {}}
@@ -101,10 +101,15 @@ def load_tasks(settings: TaskSettings) -> Iterator[TaskSet]:
         yield TaskSet(settings, chats, loaded, origins)
 
 
-def check_chat_tasks(model: LanguageModel, settings: TaskSettings) -> None:
-    """Raise InputError where a model cannot be asked the chats of these tasks, before anything is measured."""
-    for name in filter(is_chat_file, settings.tasks):
-        check_chat_task(model, load_chat_task(name, settings.limit))
+def load_chat_tasks(settings: TaskSettings) -> tuple[ChatTask, ...]:
+    """Those of the tasks that are files of chats; raises as `load_chat_task`."""
+    return tuple(load_chat_task(name, settings.limit) for name in settings.tasks if is_chat_file(name))
+
+
+def check_chat_tasks(model: LanguageModel, chats: Sequence[ChatTask]) -> None:
+    """Raise InputError where a model cannot be asked these chats, before anything is measured."""
+    for task in chats:
+        check_chat_task(model, task)
 
 
 def needs_harness(name: str) -> bool:

@@ -65,7 +65,7 @@ def evaluate(
         # Tasks are loaded first: a wrong name must not be found after an hour of measuring.
         tasks = stack.enter_context(load_tasks(settings)) if settings.tasks else None
         for one in pair.models:
-            check_chat_tasks(one, settings)
+            check_chat_tasks(one, tasks.chats if tasks else ())
         windows = [
             text_windows(source, against or model, settings, progress, writers)
             for _, source in settings.sources

@@ -15,7 +15,7 @@ from cfsp.devices import find_device
 from cfsp.errors import PhonereadyError
 from cfsp.evaluation.answers import PROMPTS, answer
 from cfsp.evaluation.language_model import LanguageModel
-from cfsp.evaluation.tasks import check_chat_tasks
+from cfsp.evaluation.tasks import check_chat_tasks, load_chat_tasks
 from cfsp.evaluation.torch_model import RememberedModel, TorchLanguageModel
 from cfsp.models.checkpoint import read_checkpoint_info, save_checkpoint
 from cfsp.models.reference import load_model, load_tokenizer
@@ -152,7 +152,7 @@ class Steps:
         )
         # What nobody says how to sample, and chats that cannot be asked, must not be found after hours of recovery.
         sampling_for([TorchLanguageModel(loaded)], self._judged_on)
-        check_chat_tasks(TorchLanguageModel(loaded), self._judged_on)
+        check_chat_tasks(TorchLanguageModel(loaded), load_chat_tasks(self._judged_on))
         ids = load_calibration(
             prune.calibration,
             loaded,

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 
 from cfsp.errors import InputError, MissingExtraError
-from cfsp.evaluation.tasks import check_chat_tasks, load_tasks, run_tasks, tasks_sha256
+from cfsp.evaluation.tasks import (
+    check_chat_tasks,
+    load_chat_tasks,
+    load_tasks,
+    run_tasks,
+    tasks_sha256,
+)
 from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.architectures import model_shape
 from cfsp.models.checkpoint import save_checkpoint
@@ -137,7 +143,7 @@ class ShrinkSteps:
     def _check(self, loaded: LoadedModel, progress: Progress) -> None:
         """What the model cannot be asked, and text that is too short, must not be found after hours of training."""
         model = TorchLanguageModel(loaded)
-        check_chat_tasks(model, self.settings)
+        check_chat_tasks(model, load_chat_tasks(self.settings))
         if SELF not in self.config.prune.calibration:
             self._drawn(loaded, progress)
         for _, source in self._judged_on.sources:
@@ -227,11 +233,8 @@ class ShrinkSteps:
             sizes = Sizes(loaded, scratch.path, False, self.config.seed, count, (BASE_QUANT,))
             try:
                 return sizes.file_bytes(BASE_QUANT, model_shape(loaded.model))
-            except (
-                InputError,
-                MissingExtraError,
-            ):  # no GGUF file has such a shape, or nothing here makes one
-                return None
+            except (InputError, MissingExtraError):
+                return None  # no GGUF file has such a shape, or nothing here makes one
 
     @functools.cached_property
     def _dense_widths(self) -> tuple[int, ...]:

@@ -34,15 +34,14 @@ from cfsp.pruning.prune import (
 from cfsp.pruning.statistics import BlockStatistics
 from cfsp.records import read_record, write_record
 from cfsp.text.calibration import Calibration
-from exporters.families import ROUNDING
 from phoneready.figures.figure_set import DENSE, PRUNED
 from phoneready.release.artifact import Artifact
 from phoneready.release.pruning_budget import with_fitting_widths
-from phoneready.release.steps import model_stem
+from phoneready.release.steps import model_stem, run_recovery
 from phoneready.settings.schema import ReleaseConfig
 from phoneready.settings.structures import Structures
 from phoneready.sizes import Sizes
-from phoneready.text import WRITERS, load_calibration
+from phoneready.text import load_calibration
 from phoneready.tune.space import Point, Recipe, config_of
 
 
@@ -314,21 +313,16 @@ class TrialRunner:
         save_checkpoint(side.loaded, path, plan=plan, input_moments=moments, seed=self.config.seed)
 
     def _recover(self, pruned: Path, path: Path) -> None:
-        from cfsp.recovery.recover import recover
-
         how = self.config.recover
         assert how is not None  # the recipes are of configurations that say how to train
-        recover(
-            str(pruned),
+        run_recovery(
+            pruned,
             path,
-            how.settings(self.config.seed),
-            data=how.data,
-            validation=how.validation,
-            teacher=str(self.dense_checkpoint),
+            how,
+            self.config.seed,
+            teacher=self.dense_checkpoint,
+            work=path.with_name(f"{path.name}.work"),
             device=self.config.model.device,
-            force=True,
-            writers=WRITERS,
-            rounding=ROUNDING,
             progress=self.progress,
         )
 
