@@ -200,6 +200,23 @@ class SamplingSettings(Settings):
         le=86_400,
         option="--idle",
     )
+    cache_type: str | None = setting(
+        None,
+        f"Type of the key-value cache: of GGUF files {', '.join(MEASURED_CACHES)}, of ONNX graphs {INT8_CACHE}.",
+        choices=(*MEASURED_CACHES, INT8_CACHE),
+        metavar="TYPE",
+        shown=f"{DEFAULT_CACHE}; an ONNX graph's own",
+        example="q8_0",
+    )
+    backend: str | None = setting(
+        None,
+        "What shall compute: a provider of ONNX Runtime, such as cuda, coreml, qnn or nnapi; gpu in llama.cpp, in its "
+        "native runner also a backend or a device by name. The record says what did.",
+        look_up=str.lower,
+        metavar="NAME",
+        shown="the CPU",
+        example="gpu",
+    )
     timeout_s: float = setting(
         600.0, "Seconds after which a process is ended and its row fails.", gt=0, le=10**6, option="--timeout"
     )
@@ -245,21 +262,6 @@ class BenchSettings(SamplingSettings):
     load: bool = True
     cold_load: bool = setting(
         False, "Load from the disk: have the file forgotten before each load.", option="--cold"
-    )
-    cache_type: str | None = setting(
-        None,
-        f"Type of the key-value cache: of GGUF files {', '.join(MEASURED_CACHES)}, of ONNX graphs {INT8_CACHE}.",
-        choices=(*MEASURED_CACHES, INT8_CACHE),
-        metavar="TYPE",
-        shown=f"{DEFAULT_CACHE}; an ONNX graph's own",
-    )
-    backend: str | None = setting(
-        None,
-        "What shall compute: a provider of ONNX Runtime, such as cuda, coreml, qnn or nnapi; gpu in llama.cpp, in its "
-        "native runner also a backend or a device by name. The record says what did.",
-        look_up=str.lower,
-        metavar="NAME",
-        shown="the CPU",
     )
     n_batch: int = setting(2048, "Most tokens given to the engine at once.", ge=1, option=None)
     n_ubatch: int = setting(512, "Most tokens it computes at once.", ge=1, option=None)

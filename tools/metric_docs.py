@@ -29,8 +29,18 @@ OF = {
     ANSWERS: _JUDGED,
     OWN: f"{_JUDGED}; each of `evaluate.metrics`",
 }
-LIMITS = {"bytes": 'bytes, or "80 MB" (10^6), "80 MiB" (2^20)', "ms": 'milliseconds, or "120 ms", "1.5 s"'}
-SIZES = {"ttft": "`bench.ttft`", "pp": "`bench.n_prompt`", "tg": "`bench.n_gen`"}
+LIMITS = {
+    "bytes": 'bytes, or "80 MB" (10^6), "80 MiB" (2^20)',
+    "ms": 'milliseconds, or "120 ms", "1.5 s"',
+    "J": "joules",
+}
+SIZES = {
+    "ttft": "`bench.ttft`",
+    "pp": "`bench.n_prompt`",
+    "tg": "`bench.n_gen`",
+    "joules_pp": "`bench.n_prompt`",
+    "joules_tg": "`bench.n_gen`",
+}
 
 
 def table() -> str:

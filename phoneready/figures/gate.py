@@ -7,6 +7,7 @@ too little to say, the verdict is inconclusive. An interval is
                     as in `phoneready compare`, with samples of at least five processes; where the machine was too busy
                     to tell, none is missed, and no ratio passes
     of memory       the least and the most of all processes; relative: the bootstrap interval of the ratio
+    of energy       what the meter may be wrong, on both sides where they are compared
     of accuracies   1.96 standard errors to both sides, of both models where they are compared
     of projections  the band
     of sizes, and of figures on a fixed text, the figure itself
@@ -21,7 +22,7 @@ from dataclasses import dataclass, replace
 from cfsp.errors import InputError
 from phoneready.figures.budgets import BudgetConfig, select
 from phoneready.figures.figure_set import DENSE, PRUNED, Figure, FigureSet
-from phoneready.figures.metrics import own_reference
+from phoneready.figures.metrics import own_reference, recorded_metric
 from phoneready.figures.verdict import INCONCLUSIVE, MISSED, PASS, BudgetVerdict, format_figure
 from runtime_bench.records.bench_record import DOES_NOT_FIT
 from runtime_bench.records.compare import MIN_SAMPLES, TOO_NOISY, WIDEST
@@ -141,6 +142,8 @@ def _relative(budget: BudgetConfig, figure: Figure, reference: Figure) -> _Estim
         return _Estimate(reason=f"the {budget.relative_to} was measured otherwise: {differing}")
     if figure.samples and reference.samples:
         return _ratio_of_samples(figure, reference)
+    if recorded_metric(figure.key.metric).metered:
+        return _ratio_of_bounds(figure, figure.value, reference, reference.value)
     return _of_values(figure, figure.value, reference, reference.value, difference=budget.difference)
 
 
@@ -171,6 +174,16 @@ def _ratio(figure: Figure, reference: Figure) -> RatioInterval:
         numerator_rounds=figure.rounds,
         denominator_rounds=reference.rounds,
     )
+
+
+def _ratio_of_bounds(figure: Figure, now: float, reference: Figure, before: float) -> _Estimate:
+    """Each end is of the other's opposite one: what a meter is wrong on one side says nothing of the other."""
+    for one in (figure, reference):
+        if one.noise:
+            return _Estimate(reason=_too_noisy(one))
+    if not (figure.low and figure.high and reference.low and reference.high):
+        return _Estimate(reason="nothing says how far the meter may be wrong")
+    return _Estimate(now / before, figure.low / reference.high, figure.high / reference.low)
 
 
 def _of_values(

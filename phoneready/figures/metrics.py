@@ -15,6 +15,8 @@ CHECKPOINT = "checkpoint"
 FILE, BENCH, PROJECTION = "file", "bench", "projection"
 TEXT, TASK, ANSWERS, OWN = "text", "task", "answers", "own"
 """Where figures come from."""
+ENERGY_OF = "joules_"
+"""Begins the names of what a rate of that name takes: joules_tg128."""
 ANY_MEMBER = ".*"
 """Ends the planned name of an own metric: which figures its function returns is known when it has run."""
 
@@ -49,6 +51,7 @@ class Metric:
         higher_is_better: Its direction; None where the metric itself says it, or nobody does.
         sized: A number of tokens follows the name.
         sampled: A figure is the median of noisy samples: ratios have an interval, differences have none.
+        metered: A figure is known to lie between its low and high, by what its meter may be wrong.
         against_dense: Whether it can be given relative to the dense model's; a divergence from that model cannot.
         best: The figure of a perfect model; pruning moves figures away from it. None of what pruning improves.
         slope: Expected d log(distance from best) / d log(share removed).
@@ -64,6 +67,7 @@ class Metric:
     higher_is_better: bool | None = False
     sized: bool = False
     sampled: bool = False
+    metered: bool = False
     against_dense: bool = True
     best: float | None = None
     slope: float = 0.0
@@ -89,6 +93,14 @@ _ROWS = (
     Metric("ttft", "time to first token", "after a prompt of N tokens", BENCH, "ms", sized=True, sampled=True),
     Metric("pp", "prompt processing", "reading a prompt of N tokens", BENCH, "t/s", True, sized=True, sampled=True),
     Metric("tg", "generation", "generating N tokens", BENCH, "t/s", True, sized=True, sampled=True),
+    Metric(
+        f"{ENERGY_OF}pp", "energy of prompt processing", "joules a token, all that the meter sees, with `bench.energy`",
+        BENCH, "J", sized=True, metered=True,
+    ),
+    Metric(
+        f"{ENERGY_OF}tg", "energy of generation", "the same of generating N tokens",
+        BENCH, "J", sized=True, metered=True,
+    ),
     Metric(
         "perplexity", "perplexity", "exp of the mean loss on a text", TEXT, best=0.0, slope=0.3,
         tolerance=Tolerance("max_perplexity_ratio", "perplexity, times the baseline's.", 1.02, is_ratio=True),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from phoneready.evaluation.figures import evaluation_figures
 from phoneready.figures.figure_set import DENSE, PRUNED, Figure, FigureSet
-from phoneready.figures.metrics import FigureKey, metric_of
+from phoneready.figures.metrics import ENERGY_OF, METRICS, FigureKey, metric_of
 from phoneready.release.results import ReleaseFigures
 from phoneready.release.steps import Steps
 from phoneready.settings.schema import ReleaseConfig
@@ -17,6 +17,7 @@ from runtime_bench.devices.model_facts import ModelFacts
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.devices.projection import Band, project
 from runtime_bench.records.bench_record import EMULATED, BenchRecord
+from runtime_bench.records.energy_account import EnergyAccount, energy
 from runtime_bench.records.fairness import noise
 from runtime_bench.records.summary import median
 
@@ -60,6 +61,8 @@ def benchmark_figures(
     for record in (record for record in records if not record.is_anchor):
         timing = _timing(config, place, record, *items[record.model_filename])
         yield _anchored(timing, anchors[record.test, record.n_threads]) if anchors else timing
+        if ENERGY_OF + record.workload in METRICS and (account := energy(record)):
+            yield _energy(config, place, record, account, *items[record.model_filename])
         rows.setdefault((record.model_filename, record.n_threads), []).append(record)
     for (name, _), group in rows.items():
         yield _peak(config, place, group, *items[name])
@@ -83,6 +86,10 @@ def _unmeasured(
         conditions["threads"] = str(record.n_threads)
     if metric == "load":
         conditions["page cache"] = record.page_cache_state
+    if config.bench.cache_type is not None:
+        conditions["key-value cache"] = config.bench.cache_type
+    if config.bench.backend is not None:
+        conditions["backend"] = str(record.backends)
     return Figure(
         key=FigureKey(metric, item, place, threads),
         role=role,
@@ -92,9 +99,14 @@ def _unmeasured(
         kind=record.kind,
         target=record.target,
         paired=f"{record.session} {metric} {record.n_threads}",
-        failure=record.failure,
+        failure=_unusable(record),
         conditions=conditions,
     )
+
+
+def _unusable(record: BenchRecord) -> str | None:
+    """Why nothing was measured of what was asked for."""
+    return record.failure or (f"{record.fallback} did not compute" if record.fallback else None)
 
 
 def _timing(config: ReleaseConfig, place: str, record: BenchRecord, role: str, item: str) -> Figure:
@@ -103,7 +115,7 @@ def _timing(config: ReleaseConfig, place: str, record: BenchRecord, role: str, i
         return replace(figure, failure=f"it writes degenerate text ({record.degenerate}), its speed is void")
     if record.kind == EMULATED:
         return replace(figure, failure="emulated times say nothing")
-    if not record.ok:
+    if figure.failure:
         return figure
     samples = record.samples_ts or tuple(ns / 1e6 for ns in record.samples_ns)
     return replace(figure, value=median(samples), samples=samples, rounds=record.rounds, noise=noise(record))
@@ -115,14 +127,26 @@ def _anchored(figure: Figure, anchor: BenchRecord) -> Figure:
     found = replace(figure, conditions=conditions | {"anchor": str(anchor.anchor_sha256)})
     if figure.value is None:
         return found
-    noisy = f"its anchor: {why}" if (why := anchor.failure or noise(anchor)) else None
+    noisy = f"its anchor: {why}" if (why := _unusable(anchor) or noise(anchor)) else None
     samples = anchor.samples_ts or tuple(ns / 1e6 for ns in anchor.samples_ns)
     return replace(found, anchor_samples=samples, anchor_rounds=anchor.rounds, noise=figure.noise or noisy)
 
 
+def _energy(
+    config: ReleaseConfig, place: str, record: BenchRecord, account: EnergyAccount, role: str, item: str
+) -> Figure:
+    """Joules a token of a rate, of all that the meter sees."""
+    figure = _unmeasured(config, place, record, role, item, ENERGY_OF + record.test)
+    figure.conditions["meter"] = account.meter
+    found = account.joules
+    if found is None or figure.failure:
+        return replace(figure, failure=figure.failure or account.reason)
+    return replace(figure, value=found.value, low=found.low, high=found.high, noise=noise(record))
+
+
 def _peak(config: ReleaseConfig, place: str, records: Sequence[BenchRecord], role: str, item: str) -> Figure:
     """Of the workload that needs most: the most of any process, and the least and the most as an interval."""
-    failed = next((record for record in records if not record.ok), None)
+    failed = next((record for record in records if _unusable(record)), None)
     worst = failed or max(records, key=lambda record: record.peak_rss_bytes or 0)
     figure = _unmeasured(config, place, worst, role, item, "peak_rss_bytes")
     figure.conditions["workloads"] = ", ".join(sorted(record.test for record in records))

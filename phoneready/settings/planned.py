@@ -40,7 +40,7 @@ def _benchmarks(config: ReleaseConfig) -> Iterator[FigureKey]:
     for place in config.bench.targets:
         for item in config.bench.measured(config.export.names):
             for n_threads in threads:
-                for metric in (*config.bench.tests, "peak_rss_bytes"):
+                for metric in config.bench.metrics:
                     yield FigureKey(metric, item, place, n_threads)
 
 

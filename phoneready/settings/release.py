@@ -116,6 +116,7 @@ def _problems_between(config: ReleaseConfig) -> list[tuple[Location, str]]:
         *_repeated_texts(config),
         *_sampling_alone(config),
         *_no_places(config),
+        *_no_cache(config),
         *_imatrix_needed(config),
         *budget_problems(config),
         *_tiers(config),
@@ -239,6 +240,19 @@ def _no_places(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
         if runs_gguf_only(place):
             message = f"{place} runs GGUF files alone, not {', '.join(others)}; name others in files"
             yield ("bench", "targets"), message
+
+
+def _no_cache(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
+    """A type of the key-value cache that not all that is measured can have."""
+    asked = config.bench.cache_type
+    for name in config.bench.measured(config.export.names) if asked else ():
+        family = family_of(name)
+        if asked not in family.cache_types:
+            known = ", ".join(family.cache_types) or "none"
+            message = (
+                f"{family.runtime} cannot run {name} with {asked}; allowed: {known}, or other names in files"
+            )
+            yield ("bench", "cache_type"), message
 
 
 def _imatrix_needed(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:

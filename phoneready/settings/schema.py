@@ -20,6 +20,7 @@ from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES
 from exporters.settings import FileSettings
 from phoneready.evaluation.settings import EvaluationSettings, JudgementSettings
 from phoneready.figures.budgets import BudgetConfig
+from phoneready.figures.metrics import ENERGY_OF
 from phoneready.settings.structures import SearchedStructures
 from phoneready.settings.target import AXIS_SETTINGS, TargetSettings
 from runtime_bench.devices.model_facts import FACTS
@@ -159,9 +160,11 @@ class BenchConfig(SamplingSettings):
         return tuple(name for name in names if not self.files or name in self.files)
 
     @property
-    def tests(self) -> tuple[str, ...]:
-        """Names of the workloads."""
-        return tuple(workload.test for workload in workloads_of(self.settings(0)))
+    def metrics(self) -> tuple[str, ...]:
+        """Names of what is measured of each file."""
+        workloads = workloads_of(self.settings(0))
+        energies = (ENERGY_OF + one.test for one in workloads if one.is_rate and self.energy)
+        return (*(one.test for one in workloads), *energies, "peak_rss_bytes")
 
 
 class BaselineConfig(Section):

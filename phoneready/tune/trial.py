@@ -21,6 +21,7 @@ from phoneready.figures.metrics import (
     ANSWERS,
     ANY_MEMBER,
     CHECKPOINT,
+    ENERGY_OF,
     TASK,
     FigureKey,
     metric_of,
@@ -177,9 +178,11 @@ class Bench:
 
 
 def _needed(settings: BenchSettings, keys: Sequence[FigureKey]) -> BenchSettings:
-    """Only the workloads that are asked for, and no energy, which no figure is of; of memory all: any may need most."""
-    asked = {key.metric for key in keys}
-    settings = replace(settings, energy=False, idle_s=BenchSettings.idle_s)
+    """Only the workloads that are asked for, and energy where its figures are; of memory all: any may need most."""
+    names = {key.metric for key in keys}
+    asked = {name.removeprefix(ENERGY_OF) for name in names}
+    if asked == names:
+        settings = replace(settings, energy=False, idle_s=BenchSettings.idle_s)
     if "peak_rss_bytes" in asked:
         return settings
     sizes: dict[str, Any] = {

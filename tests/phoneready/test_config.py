@@ -151,6 +151,7 @@ def test_every_error_stands_at_its_line() -> None:
     ("more", "wrong"),
     [
         ('metric = "tg65"\nat_least = 1', r"line 4: budgets\[0\]\.metric: tg65 is not measured here; allowed: .*tg128"),
+        ('metric = "joules_tg128"\nat_most = 1', r"joules_tg128 is not measured here"),
         ('metric = "tg128"\nat_least = 1\nfiles = ["Q8_0"]', r"line 6: .*files: Q8_0 has no tg128 here; allowed: Q4_0"),
         ('metric = "tg128"\nat_least = 1\ntargets = ["moon"]', r"targets: moon has no tg128 here; allowed: local"),
         ('metric = "kl_mean"\nat_most = 1\non = ["song"]', r"on: song has no kl_mean here; allowed: text builtin"),
@@ -184,6 +185,14 @@ def test_texts_of_one_name_could_not_be_told_apart() -> None:
         parse_config(
             MODEL + '[evaluate]\nchats = ["test.txt"]\ntext = ["a/test.txt", "b/test.txt"]', where="x"
         )
+
+
+def test_a_cache_that_not_all_that_is_measured_can_have_is_refused() -> None:
+    files = MODEL + '[export]\nquants = ["Q4_0"]\nonnx = ["fp32"]\n[bench]\ncache_type = "q8_0"\n'
+    wrong = r"line 7: bench\.cache_type: onnxruntime cannot run fp32 with q8_0; allowed: int8, or other names"
+    with pytest.raises(InputError, match=wrong):
+        parse_config(files, where="x")
+    assert parse_config(files + 'files = ["Q4_0"]', where="x").bench.settings(0).cache_type == "q8_0"
 
 
 @pytest.mark.parametrize(

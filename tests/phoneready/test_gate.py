@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -145,6 +146,30 @@ def test_a_band_is_an_interval() -> None:
     found = Figure(key, "pruned", "f", "t/s", 20, kind="projected", low=10, high=40)
     outcomes = [judge(budget(metric="projected_tg", at_least=n), found).outcome for n in (9, 20, 41)]
     assert outcomes == ["pass", "inconclusive", "missed"]
+
+
+def test_energy_is_as_sure_as_its_meter() -> None:
+    key = FigureKey("joules_tg64", "Q4_0", "local")
+
+    def joules(
+        value: float, role: str = "pruned", meter: str = "RAPL counter, package", **more: Any
+    ) -> Figure:
+        bounds = {"low": value * 0.98, "high": value * 1.02, "conditions": {"meter": meter}} | more
+        return Figure(key, role, f"{role}-Q4_0", "J", value, target="local", **bounds)
+
+    outcomes = [judge(budget(metric="joules_tg64", at_most=n), joules(1.0)).outcome for n in (0.9, 1.01, 1.1)]
+    assert outcomes == ["missed", "inconclusive", "pass"]
+    relative = budget(metric="joules_tg64", at_most=0.9, relative_to="dense")
+    found = judge(relative, joules(0.8), joules(1.0, "dense"))
+    assert (found.outcome, found.value, found.unit) == ("pass", 0.8, "x")
+    assert (found.low, found.high) == (pytest.approx(0.784 / 1.02), pytest.approx(0.816 / 0.98))
+    assert judge(relative, joules(0.88), joules(1.0, "dense")).outcome == "inconclusive"
+    elsewhere = judge(relative, joules(0.8), joules(1.0, "dense", "hwmon power, ina3221 VDD_IN"))
+    assert "meter was hwmon power, ina3221 VDD_IN and is RAPL counter, package" in elsewhere.reason
+    disturbed = judge(relative, joules(0.8), joules(1.0, "dense", noise="others took the cores"))
+    assert (disturbed.outcome, "others took the cores" in disturbed.reason) == ("inconclusive", True)
+    with pytest.raises(ValueError, match="difference: joules_tg64 is measured"):
+        budget(metric="joules_tg64", at_most=0.1, relative_to="dense", difference=True)
 
 
 def test_a_baseline_must_be_of_the_same_model_schema_text_and_machine(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from phoneready.settings.release import parse_config
 from runtime_bench.environment import describe_environment
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.contention import Contention
+from runtime_bench.records.energy import Joules, Metered, ProcessEnergy
 
 FALSE_ALARMS = 0.05
 ENVIRONMENT = replace(describe_environment(), cpus_usable=2)
@@ -108,6 +109,33 @@ def test_an_emulators_clock_makes_no_figure() -> None:
     found = benchmark_figures(CONFIG, "qemu-aarch64", [record], {"pruned.gguf": (PRUNED, "Q4_0")})
     (speed,) = (figure for figure in found if figure.key.metric == "tg64")
     assert (speed.value, speed.samples, speed.failure) == (None, (), "emulated times say nothing")
+
+
+def test_energy_is_followed_with_what_its_meter_may_be_wrong() -> None:
+    told = Metered("RAPL counter", "package", True, 1.0, Joules(61, 64, 67))
+    energies = {"sure": told, "short": replace(told, joules=Joules(1, 64, 300)), "nobody asked": None}
+    metered = {
+        name: replace(
+            bench_record("pruned.gguf", [10**9] * 5), energy=(ProcessEnergy((one,)),) * 5 if one else ()
+        )
+        for name, one in energies.items()
+    }
+    found = {
+        name: [
+            figure
+            for figure in benchmark_figures(CONFIG, "local", [record], {"pruned.gguf": (PRUNED, "Q4_0")})
+            if figure.unit == "J"
+        ]
+        for name, record in metered.items()
+    }
+    (sure,), (short,) = found["sure"], found["short"]
+    assert (sure.key.metric, sure.value, sure.low, sure.high) == ("joules_tg64", 1.0, 61 / 64, 67 / 64)
+    assert sure.conditions["meter"] == "RAPL counter, package"
+    assert (short.value, "too short for the meter" in str(short.failure)) == (None, True)
+    assert found["nobody asked"] == []
+    figures = FigureSet("m", None, 0, (sure, short))
+    (kept,) = entry_of(figures, outcome="none", settings={}, versions={}, stages={}).figures
+    assert kept.error == pytest.approx(3 / 64 / 1.96, rel=0.01)
 
 
 def test_what_a_busy_machine_measured_is_no_run_to_follow() -> None:

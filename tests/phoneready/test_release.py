@@ -107,7 +107,7 @@ def released(
 ) -> tuple[Path, Path]:
     """(configuration, release folder) of a finished release."""
     folder = tmp_path_factory.mktemp("release")
-    config = write_config(folder, tiny_folder(intermediate_size=256))
+    config = write_config(folder, tiny_folder(intermediate_size=256, head_dim=32))
     process = start_release(config, folder / "out", "--json")
     output, errors = process.communicate(timeout=800)
     assert process.returncode == 0, errors
@@ -321,7 +321,8 @@ def test_an_anchor_takes_turns_and_is_in_the_figures_alone(
     shutil.copy(next((released[1]).rglob("*dense-Q8_0.gguf")), anchor)
     assert copied("--set", f'bench.anchor="{tmp_path}/nowhere.gguf"') == 2
     assert "bench.anchor: no such file" in capsys.readouterr().err
-    assert copied("--set", f'bench.anchor="{anchor}"') == 0
+    words = (f'anchor="{anchor}"', 'files=["Q8_0"]', 'cache_type="q8_0"', "energy=true", "idle_s=0.1")
+    assert copied(*(word for each in words for word in ("--set", f"bench.{each}"))) == 0
     expected = dict.fromkeys(STAGES, "done before") | {"bench-local": "finished"}
     assert states(capsys.readouterr().err) == expected
     figures = read_record(FigureSet, tmp_path / "out" / "figures.json").figures
@@ -329,6 +330,12 @@ def test_an_anchor_takes_turns_and_is_in_the_figures_alone(
     assert {figure.role for figure in speeds} == {"dense", "pruned"}
     assert all(len(figure.anchor_samples) == len(figure.samples) == 5 for figure in speeds)
     assert all({"anchor"} <= figure.conditions.keys() - {"processor"} for figure in speeds)
+    assert {figure.conditions["key-value cache"] for figure in speeds} == {"q8_0"}
+    (row, *_) = read_jsonl(next((tmp_path / "out").rglob("bench*.jsonl")))
+    assert row.engine_settings.cache_type == "q8_0"
+    energies = [figure for figure in figures if figure.unit == "J"]
+    assert {figure.key.metric for figure in energies} == {"joules_pp8", "joules_tg2"}
+    assert all(figure.value is not None or figure.failure for figure in energies)
     assert "reference.gguf" not in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     followed = read_entries(tmp_path / "out" / "history.jsonl")[-1].figures
     assert {figure.unit for figure in followed if figure.key.metric.startswith("tg")} <= {"x anchor"}
