@@ -1,0 +1,25 @@
+// swift-tools-version: 5.9
+import PackageDescription
+
+// llama.cpp: on Apple's systems llama.xcframework beside this file, from llama.cpp's releases or its
+// build-xcframework.sh; on Linux the libraries whose folders the command line names (-Xcc -I..., -Xlinker -L...).
+#if os(Linux)
+    let llama: Target = .systemLibrary(name: "llama")
+#else
+    let llama: Target = .binaryTarget(name: "llama", path: "llama.xcframework")
+#endif
+
+let package = Package(
+    name: "PhonereadyBench",
+    platforms: [.iOS(.v16), .macOS(.v13)],
+    products: [
+        .library(name: "PhonereadyBench", targets: ["PhonereadyBench"]),
+        .executable(name: "phoneready-bench", targets: ["phoneready-bench"]),
+    ],
+    targets: [
+        llama,
+        .target(name: "PhonereadyBench", dependencies: ["llama"]),
+        .executableTarget(name: "phoneready-bench", dependencies: ["PhonereadyBench"]),
+        .testTarget(name: "PhonereadyBenchTests", dependencies: ["PhonereadyBench"]),
+    ]
+)
