@@ -155,6 +155,12 @@ def build_runner(
         "x86_64-linux, aarch64-linux, android-arm64, or native for this machine; docs/targets.md has all.",
         metavar="TARGET",
     ),
+    backend: str | None = setting(
+        None,
+        "What may compute beside the processor; it wants the libraries to compile it with.",
+        choices="runtime_bench.native.targets:RUNNER_BACKENDS",
+        shown="nothing",
+    ),
     ndk: NdkOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -164,10 +170,10 @@ def build_runner(
     """
 
     with show_progress() as progress:
-        program = build(target, ndk=ndk, progress=progress)
+        program = build(target, backend=backend, ndk=ndk, progress=progress)
     made = read_build(program)
     needs = ", ".join(made.needs) or "nothing"
-    text = f"{program}\n{made.target}, {format_bytes(made.size_bytes)}, llama.cpp of llama-cpp-python {made.source};"
+    text = f"{program}\n{made.name}, {format_bytes(made.size_bytes)}, llama.cpp of llama-cpp-python {made.source};"
     write_result(f"{text} needs {needs}", {"path": str(program)} | asdict(made), as_json=json)
 
 

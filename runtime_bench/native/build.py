@@ -23,7 +23,7 @@ from cfsp.models.builtin import cache_directory
 from cfsp.progress import Progress, no_progress
 from cfsp.records import read_record, write_record
 from runtime_bench.native.source import LlamaSource, extract_llama, fetch_source
-from runtime_bench.native.targets import require_target
+from runtime_bench.native.targets import RUNNER_BACKENDS, RunnerTarget, require_target
 from runtime_bench.native.toolchain import Toolchain, find_toolchain
 
 _SOURCES = (
@@ -51,6 +51,7 @@ class RunnerBuild:
 
     Attributes:
         target: Key of RUNNER_TARGETS.
+        backend: Key of RUNNER_BACKENDS, of what may compute beside the processor; None where nothing does.
         key: Hash of everything it was made from.
         needs: Processor features without which it refuses to run.
         source: Version of llama-cpp-python whose llama.cpp it is.
@@ -75,9 +76,21 @@ class RunnerBuild:
     sha256: str
     size_bytes: int
     build_s: float
+    backend: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of what it was built for."""
+        return _name(self.target, self.backend)
 
 
-def build_runner(target: str, *, ndk: Path | None = None, progress: Progress = no_progress) -> Path:
+def build_runner(
+    target: str,
+    *,
+    backend: str | None = None,
+    ndk: Path | None = None,
+    progress: Progress = no_progress,
+) -> Path:
     """The runner for a target, from the cache or built now, which takes minutes.
 
     A build is known by the hash of the runner's and llama.cpp's sources, the target's options, the compiler, and for
@@ -86,36 +99,40 @@ def build_runner(target: str, *, ndk: Path | None = None, progress: Progress = n
 
     Args:
         target: Key of RUNNER_TARGETS.
+        backend: Key of RUNNER_BACKENDS; None for the processor alone.
         ndk: Folder of the Android NDK, for Android's targets.
         progress: Told as steps are done.
 
     Raises:
-        InputError: Unknown target, no compiler, no source, or it does not compile.
+        InputError: Unknown target or backend, no compiler, no source, or it does not compile.
     """
+    row, name = require_target(target, backend), _name(target, backend)
+    wants = RUNNER_BACKENDS[backend].wants if backend else ""
     toolchain = find_toolchain(target, ndk)
     source = fetch_source(progress)
-    key = _key(target, source, toolchain)
+    key = _key(name, row, source, toolchain)
 
     def make(place: Path) -> None:
         start = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="build-", dir=place) as work:
-            program = _compile(target, key, source, toolchain, Path(work), progress)
+            program = _compile(name, row, key, source, toolchain, Path(work), progress, wants)
             shutil.copy2(program, place / _PROGRAM)
         record = RunnerBuild(
             target=target,
             key=key,
-            needs=require_target(target).needs,
+            needs=row.needs,
             source=source.version,
             source_sha256=source.sha256,
             compiler=toolchain.version,
-            cmake=(*_FLAGS, *require_target(target).cmake),
+            cmake=(*_FLAGS, *row.cmake),
             sha256=sha256_file(place / _PROGRAM),
             size_bytes=(place / _PROGRAM).stat().st_size,
             build_s=round(time.monotonic() - start, 1),
+            backend=backend,
         )
         write_record(place / _RECORD, record)
 
-    return made_once(cache_directory() / "runners" / f"{target}-{key}", _is_whole, make) / _PROGRAM
+    return made_once(cache_directory() / "runners" / f"{name}-{key}", _is_whole, make) / _PROGRAM
 
 
 def read_build(program: Path) -> RunnerBuild:
@@ -127,17 +144,20 @@ def read_build(program: Path) -> RunnerBuild:
     return read_record(RunnerBuild, program.parent / _RECORD)
 
 
-def _key(target: str, source: LlamaSource, toolchain: Toolchain) -> str:
+def _name(target: str, backend: str | None) -> str:
+    return f"{target}-{backend}" if backend else target
+
+
+def _key(name: str, row: RunnerTarget, source: LlamaSource, toolchain: Toolchain) -> str:
     here = Path(__file__).parent
-    row = require_target(target)
     facts = {
-        "sources": {name: sha256_file(here / name) for name in _SOURCES},
+        "sources": {file: sha256_file(here / file) for file in _SOURCES},
         "llama": source.sha256,
         "options": [*_FLAGS, *row.cmake, str(row.static)],
         "needs": row.needs,
         "compiler": toolchain.version,
     }
-    return hashlib.sha256(json.dumps([target, facts], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([name, facts], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _is_whole(folder: Path) -> bool:
@@ -149,24 +169,30 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _compile(
-    target: str, key: str, source: LlamaSource, toolchain: Toolchain, work: Path, progress: Progress
+    name: str,
+    row: RunnerTarget,
+    key: str,
+    source: LlamaSource,
+    toolchain: Toolchain,
+    work: Path,
+    progress: Progress,
+    wants: str,
 ) -> Path:
-    row, build = require_target(target), work / "build"
-    step = f"building the runner for {target}"
+    build, step = work / "build", f"building the runner for {name}"
     progress(step, 0, 1)
     llama = extract_llama(source, work)
     configure = [toolchain.cmake, "-S", str(Path(__file__).parent), "-B", str(build)]
     configure += [*toolchain.options, *_FLAGS, *row.cmake]
-    configure += [f"-DLLAMA_SOURCE={llama}", f"-DRUNNER_TARGET={target}", f"-DRUNNER_KEY={key}"]
+    configure += [f"-DLLAMA_SOURCE={llama}", f"-DRUNNER_TARGET={name}", f"-DRUNNER_KEY={key}"]
     configure += [f"-DRUNNER_NEEDS={' '.join(row.needs)}", f"-DRUNNER_STATIC={'ON' if row.static else 'OFF'}"]
-    _run(configure, step, no_progress)
-    _run([toolchain.cmake, "--build", str(build), "--target", _PROGRAM], step, progress)
+    _run(configure, step, no_progress, wants)
+    _run([toolchain.cmake, "--build", str(build), "--target", _PROGRAM], step, progress, wants)
     progress(step, 1, 1)
     return build / _PROGRAM
 
 
-def _run(command: Sequence[str], step: str, progress: Progress) -> None:
-    """Run a tool to its end; its lines become progress, or the reason why it failed."""
+def _run(command: Sequence[str], step: str, progress: Progress, wants: str) -> None:
+    """Run a tool to its end; its lines become progress, or the reason why it failed, beside what it may want."""
     jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
     lines: deque[str] = deque(maxlen=400)
     with subprocess.Popen(
@@ -191,7 +217,7 @@ def _run(command: Sequence[str], step: str, progress: Progress) -> None:
             os.killpg(process.pid, signal.SIGKILL)
             raise
     if process.returncode:
-        raise InputError(f"{step} failed with status {process.returncode}: {_reason(lines)}")
+        raise InputError(f"{step} failed with status {process.returncode}: {_reason(lines)}", allowed=wants)
 
 
 def _reason(lines: Iterable[str]) -> str:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from cfsp.errors import InputError
+from cfsp.errors import InputError, look_up
 from runtime_bench.environment import read_fact
 
 
@@ -103,15 +103,47 @@ RUNNER_TARGETS: MappingProxyType[str, RunnerTarget] = MappingProxyType(
 llama-cpp-python's own build; the other builds are portable."""
 
 
-def require_target(name: str) -> RunnerTarget:
-    """A row of RUNNER_TARGETS.
+@dataclass(frozen=True)
+class RunnerBackend:
+    """What may compute beside the processor.
+
+    Attributes:
+        cmake: Options that compile it in.
+        wants: What compiling it wants, for people.
+    """
+
+    cmake: tuple[str, ...]
+    wants: str
+
+
+RUNNER_BACKENDS: MappingProxyType[str, RunnerBackend] = MappingProxyType(
+    {
+        "vulkan": RunnerBackend(
+            ("-DGGML_VULKAN=ON",),
+            "Debian's packages libvulkan-dev, glslc and spirv-headers, or the Vulkan SDK",
+        ),
+        "opencl": RunnerBackend(
+            ("-DGGML_OPENCL=ON", "-DGGML_OPENCL_EMBED_KERNELS=ON"),
+            "Debian's packages ocl-icd-opencl-dev and opencl-headers, or another OpenCL loader",
+        ),
+    }
+)
+"""Names of what a build can have; llama.cpp's own names in small letters. Its OpenCL is for Adreno's and Intel's."""
+
+
+def require_target(name: str, backend: str | None = None) -> RunnerTarget:
+    """A row of RUNNER_TARGETS, with one of RUNNER_BACKENDS compiled in.
+
+    What drives a GPU is loaded when the program runs, so that the C library cannot be linked in.
 
     Raises:
         InputError: Unknown name.
     """
-    if name not in RUNNER_TARGETS:
-        raise InputError("unknown target", field="target", value=name, allowed=", ".join(RUNNER_TARGETS))
-    return RUNNER_TARGETS[name]
+    row = look_up(RUNNER_TARGETS, name, "unknown target", field="target")
+    if backend is None:
+        return row
+    beside = look_up(RUNNER_BACKENDS, backend, "unknown backend", field="backend")
+    return replace(row, cmake=(*row.cmake, *beside.cmake), static=False)
 
 
 def runner_target_for(system: str, machine: str, features: Collection[str]) -> str:

@@ -41,7 +41,7 @@ class TargetOptions(Settings):
     )
     score: float | None = setting(None, "Slow the browser's page down to this score.", gt=0, metavar="NUMBER")
     runner: Path | None = setting(
-        None, "Native program to measure GGUF files with on other machines.", shown="built here once"
+        None, "Native program to measure GGUF files with, here or on other machines.", shown="built here once"
     )
     ndk: Path | None = setting(
         None, "Folder of the Android NDK, to build the runner for Android with.", metavar="DIR"
@@ -154,7 +154,7 @@ def _native(_: str, options: TargetOptions, progress: Progress) -> Target:
     from runtime_bench.native.build import build_runner
     from runtime_bench.targets.native import Native
 
-    return Native(build_runner("native", progress=progress))
+    return Native(options.runner or build_runner("native", progress=progress))
 
 
 def _qemu(_: str, options: TargetOptions, progress: Progress) -> Target:
@@ -180,7 +180,7 @@ _PLACES = frozenset({"runner", "ndk", "remote_folder", "retries"})
 TARGETS: MappingProxyType[str, TargetRow] = MappingProxyType(
     {
         "local": TargetRow("local", lambda address, options, progress: LOCAL),
-        "native": TargetRow("native", _native, gguf_only=True, answers=True),
+        "native": TargetRow("native", _native, frozenset({"runner"}), gguf_only=True, answers=True),
         "constrained": TargetRow("constrained", _constrained, _LIMITS),
         "browser": TargetRow("browser", _browser, frozenset({"device", "score"})),
         "ssh": TargetRow(

@@ -21,9 +21,15 @@ from cfsp.models.builtin import cache_directory
 from exporters.gguf.runtime import open_model
 from runtime_bench.engines import SessionSettings
 from runtime_bench.measuring.measure import run_bench
-from runtime_bench.native import source
+from runtime_bench.native import build, source, targets
 from runtime_bench.native.build import build_runner, read_build
-from runtime_bench.native.targets import RUNNER_TARGETS, cpu_features, runner_target_for
+from runtime_bench.native.targets import (
+    RUNNER_BACKENDS,
+    RUNNER_TARGETS,
+    RunnerBackend,
+    cpu_features,
+    runner_target_for,
+)
 from runtime_bench.native.toolchain import find_toolchain
 from runtime_bench.process import exchange, measure_in, run_worker
 from runtime_bench.records.jsonl import record_to_json
@@ -208,8 +214,6 @@ def test_it_says_what_it_is_and_what_the_build_was_made_from(runner: Path) -> No
 def test_a_damaged_program_is_not_served(
     runner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from runtime_bench.native import build
-
     folder = tmp_path / runner.parent.name
     folder.mkdir()
     for file in runner.parent.iterdir():
@@ -220,8 +224,6 @@ def test_a_damaged_program_is_not_served(
 
 
 def test_all_of_its_sources_are_in_a_builds_name() -> None:
-    from runtime_bench.native import build
-
     folder = Path(build.__file__).parent
     assert set(build._SOURCES) == {
         file.name for file in folder.iterdir() if file.suffix in (".cpp", ".hpp", ".txt")
@@ -326,6 +328,33 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(InputError, match=r"building the runner for native failed .*no-such-option"):
         build_runner("native")
     assert not [path for path in (tmp_path / "runners").iterdir() if path.suffix != ".lock"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("runner")
+def test_a_backend_whose_libraries_are_not_there_says_what_it_wants(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wheels").symlink_to(cache_directory() / "wheels")
+    monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path))
+    absent = RunnerBackend(("-DGGML_OPENVINO=ON",), "a toolkit of its own")
+    monkeypatch.setattr(targets, "RUNNER_BACKENDS", {"openvino": absent})
+    monkeypatch.setattr(build, "RUNNER_BACKENDS", {"openvino": absent})
+    with pytest.raises(
+        InputError, match=r"runner for native-openvino failed .*; allowed: a toolkit of its own"
+    ):
+        build_runner("native", backend="openvino")
+    assert not [path for path in (tmp_path / "runners").iterdir() if path.suffix != ".lock"]
+    with pytest.raises(InputError, match="unknown backend"):
+        build_runner("native", backend="vulkan")
+
+
+def test_what_drives_a_gpu_is_loaded_when_the_program_runs() -> None:
+    for name in RUNNER_BACKENDS:
+        row = targets.require_target("aarch64-linux", name)
+        assert not row.static
+        assert row.needs == RUNNER_TARGETS["aarch64-linux"].needs
+        assert set(RUNNER_BACKENDS[name].cmake) <= set(row.cmake)
 
 
 def test_an_archive_that_is_not_the_known_one_is_refused(
