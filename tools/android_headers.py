@@ -25,7 +25,15 @@ _HERE = Path(__file__).resolve().parents[1] / "runtime_bench" / "native"
 _STANDARD = {".c": ("c", "c11"), ".cpp": ("c++", "c++17")}
 _BIONIC = ("libc/include", "libc/kernel/uapi", "libc/kernel/uapi/asm-arm64", "libc/kernel/android/uapi")
 _LLAMA = ("include", "ggml/include", "ggml/src", "ggml/src/ggml-cpu", "src", "vendor")
-_COMPILED = ("ggml/src", "ggml/src/ggml-cpu", "ggml/src/ggml-cpu/arch/arm", "src")
+_COMPILED = (
+    "ggml/src",
+    *(f"ggml/src/ggml-cpu{part}" for part in ("", "/amx", "/tiled")),
+    "src",
+    "src/models",
+)
+_KERNELS = "ggml/src/ggml-cpu/arch/arm"
+_ARCHITECTURES = ("armv8.2-a+dotprod+fp16", "armv8-a", "armv8.2-a+dotprod+fp16+i8mm")
+"""Of the builds for arm64; the kernels are compiled for all of them."""
 _DEFINED = (
     "NDEBUG",
     "_GNU_SOURCE",
@@ -36,11 +44,16 @@ _DEFINED = (
 )
 
 
-def sources(llama: Path) -> Iterator[Path]:
-    """What CMake compiles for an Android build: the runner, ggml, its kernels for Arm, and llama.cpp."""
-    yield _HERE / "runner.cpp"
-    for folder in _COMPILED:
-        yield from sorted(path for path in (llama / folder).iterdir() if path.suffix in _STANDARD)
+def sources(llama: Path) -> Iterator[tuple[Path, str]]:
+    """What CMake compiles for the builds of arm64, and for which architecture.
+
+    The runner, ggml with its kernels for Arm, and llama.cpp.
+    """
+    yield _HERE / "runner.cpp", _ARCHITECTURES[0]
+    for folder in (*_COMPILED, _KERNELS):
+        for path in sorted(path for path in (llama / folder).iterdir() if path.suffix in _STANDARD):
+            for architecture in _ARCHITECTURES if folder == _KERNELS else _ARCHITECTURES[:1]:
+                yield path, architecture
 
 
 def flags(bionic: Path, llama: Path, generated: Path, cxx: Path) -> list[str]:
@@ -48,7 +61,7 @@ def flags(bionic: Path, llama: Path, generated: Path, cxx: Path) -> list[str]:
     system = [cxx, *(bionic / name for name in _BIONIC)]
     own = [generated, *(llama / name for name in _LLAMA)]
     return [
-        *("-target", f"aarch64-linux-android{API_LEVEL}", "-march=armv8.2-a+dotprod+fp16", "-fsyntax-only"),
+        *("-target", f"aarch64-linux-android{API_LEVEL}", "-fsyntax-only"),
         *("-nostdlibinc", *(word for folder in system for word in ("-isystem", str(folder)))),
         *(f"-I{folder}" for folder in own),
         *(f"-D{name}" for name in (*_DEFINED, 'RUNNER_NEEDS="asimd"')),
@@ -80,12 +93,13 @@ def main() -> int:
         write_versions(Path(work))
         options = flags(asked.bionic, llama, Path(work), asked.libcxx)
         files = list(sources(llama))
-        for path in files:
+        for path, architecture in files:
             language, standard = _STANDARD[path.suffix]
-            command = [asked.clang, "-x", language, f"-std={standard}", *options, str(path)]
+            chosen = ("-x", language, f"-std={standard}", f"-march={architecture}")
+            command = [asked.clang, *chosen, *options, str(path)]
             if subprocess.run(command, check=False).returncode:
                 failed.append(path)
-    print(f"{len(files) - len(failed)} of {len(files)} files compile at API level {API_LEVEL}")
+    print(f"{len(files) - len(failed)} of {len(files)} compile at API level {API_LEVEL}")
     return 1 if failed else 0
 
 

@@ -38,6 +38,7 @@ from runtime_bench.devices.projection import (
 from runtime_bench.devices.rates import Fitted
 from runtime_bench.native.build import build_runner as build
 from runtime_bench.native.build import read_build
+from runtime_bench.native.targets import RUNNER_BACKENDS
 from runtime_bench.presentation.device_table import (
     format_calibration,
     format_contexts,
@@ -157,7 +158,7 @@ def build_runner(
     ),
     backend: str | None = setting(
         None,
-        "What may compute beside the processor; it wants the libraries to compile it with.",
+        f"{', '.join(RUNNER_BACKENDS)}: what may compute beside the processor; it wants libraries to compile it with.",
         choices="runtime_bench.native.targets:RUNNER_BACKENDS",
         shown="nothing",
     ),

@@ -93,7 +93,7 @@ class BudgetConfig(Section):
             raise ValueError(f"relative_to: {self.metric} {known}; allowed: baseline")
         if self.difference and self.relative_to is None:
             raise ValueError("difference: wants relative_to")
-        if self.difference and (metric.sampled or metric.metered):
+        if self.difference and metric.sampled:
             raise ValueError(f"difference: {self.metric} is measured; allowed: a ratio")
         if isinstance(self._written, str) or self.beside is not None:
             as_value_error(lambda: self.limit)

@@ -32,7 +32,7 @@ class Figure:
         rounds: For each sample, the process that it came from, counted from 0.
         paired: Figures of one name were sampled in turns: their samples may be compared pair by pair.
         stderr: Standard error, of accuracies.
-        low: Lower end, of bands and of what is the most of several.
+        low: Lower end, of bands, of what is the most of several, and by what a meter may be wrong.
         high: Upper end.
         failure: Why there is no value.
         noise: Why its samples tell more of the machine than of the file; None where they do not.

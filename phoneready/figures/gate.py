@@ -7,7 +7,7 @@ too little to say, the verdict is inconclusive. An interval is
                     as in `phoneready compare`, with samples of at least five processes; where the machine was too busy
                     to tell, none is missed, and no ratio passes
     of memory       the least and the most of all processes; relative: the bootstrap interval of the ratio
-    of energy       what the meter may be wrong, on both sides where they are compared
+    of energy       that of timings, wider by what the meter may be wrong; of a busy machine nothing is said
     of accuracies   1.96 standard errors to both sides, of both models where they are compared
     of projections  the band
     of sizes, and of figures on a fixed text, the figure itself
@@ -116,7 +116,10 @@ def judge(budget: BudgetConfig, figure: Figure, reference: Figure | None) -> Bud
 def _absolute(figure: Figure) -> _Estimate:
     if figure.value is None:
         return _failed(figure)
-    if figure.low is not None and figure.high is not None:
+    metered = recorded_metric(figure.key.metric).metered
+    if metered and figure.noise:  # what slows a processor may spare energy
+        return _Estimate(reason=_too_noisy(figure))
+    if figure.low is not None and figure.high is not None and not metered:
         return _Estimate(figure.value, figure.low, figure.high)
     if figure.stderr is not None:
         return _around(figure.value, NORMAL_95 * figure.stderr)
@@ -125,7 +128,8 @@ def _absolute(figure: Figure) -> _Estimate:
     if figure.n_independent < MIN_SAMPLES:
         return _Estimate(figure.value, reason=_too_few(figure))
     interval = ratio_interval(figure.samples, (1.0,), paired=False, numerator_rounds=figure.rounds)
-    return _Estimate(interval.ratio, interval.low, interval.high)
+    least, most = _meter(figure)
+    return _Estimate(interval.ratio, interval.low * least, interval.high * most)
 
 
 def _relative(budget: BudgetConfig, figure: Figure, reference: Figure) -> _Estimate:
@@ -142,8 +146,6 @@ def _relative(budget: BudgetConfig, figure: Figure, reference: Figure) -> _Estim
         return _Estimate(reason=f"the {budget.relative_to} was measured otherwise: {differing}")
     if figure.samples and reference.samples:
         return _ratio_of_samples(figure, reference)
-    if recorded_metric(figure.key.metric).metered:
-        return _ratio_of_bounds(figure, figure.value, reference, reference.value)
     return _of_values(figure, figure.value, reference, reference.value, difference=budget.difference)
 
 
@@ -154,7 +156,17 @@ def _ratio_of_samples(figure: Figure, reference: Figure) -> _Estimate:
     interval = _ratio(figure, reference)
     if interval.high > WIDEST * interval.low:
         return _Estimate(reason=f"{TOO_NOISY}: the rounds differ too much")
-    return _Estimate(interval.ratio, interval.low, interval.high)
+    least, most = _meter(figure)
+    its_least, its_most = _meter(reference)
+    return _Estimate(interval.ratio, interval.low * least / its_most, interval.high * most / its_least)
+
+
+def _meter(figure: Figure) -> tuple[float, float]:
+    """By which factors a meter may be wrong; what it is wrong on one side says nothing of the other."""
+    metered = recorded_metric(figure.key.metric).metered
+    if not metered or not figure.value or figure.low is None or figure.high is None:
+        return 1.0, 1.0
+    return figure.low / figure.value, figure.high / figure.value
 
 
 def _ratio(figure: Figure, reference: Figure) -> RatioInterval:
@@ -174,16 +186,6 @@ def _ratio(figure: Figure, reference: Figure) -> RatioInterval:
         numerator_rounds=figure.rounds,
         denominator_rounds=reference.rounds,
     )
-
-
-def _ratio_of_bounds(figure: Figure, now: float, reference: Figure, before: float) -> _Estimate:
-    """Each end is of the other's opposite one: what a meter is wrong on one side says nothing of the other."""
-    for one in (figure, reference):
-        if one.noise:
-            return _Estimate(reason=_too_noisy(one))
-    if not (figure.low and figure.high and reference.low and reference.high):
-        return _Estimate(reason="nothing says how far the meter may be wrong")
-    return _Estimate(now / before, figure.low / reference.high, figure.high / reference.low)
 
 
 def _of_values(

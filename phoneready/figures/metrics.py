@@ -51,7 +51,7 @@ class Metric:
         higher_is_better: Its direction; None where the metric itself says it, or nobody does.
         sized: A number of tokens follows the name.
         sampled: A figure is the median of noisy samples: ratios have an interval, differences have none.
-        metered: A figure is known to lie between its low and high, by what its meter may be wrong.
+        metered: A figure's low and high are what its meter may be wrong, beside the noise of its samples.
         against_dense: Whether it can be given relative to the dense model's; a divergence from that model cannot.
         best: The figure of a perfect model; pruning moves figures away from it. None of what pruning improves.
         slope: Expected d log(distance from best) / d log(share removed).
@@ -95,11 +95,11 @@ _ROWS = (
     Metric("tg", "generation", "generating N tokens", BENCH, "t/s", True, sized=True, sampled=True),
     Metric(
         f"{ENERGY_OF}pp", "energy of prompt processing", "joules a token, all that the meter sees, with `bench.energy`",
-        BENCH, "J", sized=True, metered=True,
+        BENCH, "J", sized=True, sampled=True, metered=True,
     ),
     Metric(
         f"{ENERGY_OF}tg", "energy of generation", "the same of generating N tokens",
-        BENCH, "J", sized=True, metered=True,
+        BENCH, "J", sized=True, sampled=True, metered=True,
     ),
     Metric(
         "perplexity", "perplexity", "exp of the mean loss on a text", TEXT, best=0.0, slope=0.3,

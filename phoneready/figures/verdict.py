@@ -28,7 +28,7 @@ class BudgetVerdict:
         high: Upper end.
         outcome: One of OUTCOMES.
         reason: For people, one sentence.
-        unit: Of value, low and high: `bytes`, `ms`, `t/s`, `nats`, `share`, `x` for a ratio, or nothing.
+        unit: Of value, low and high: `bytes`, `ms`, `t/s`, `J`, `nats`, `share`, `x` for a ratio, or nothing.
     """
 
     metric: str

@@ -16,7 +16,7 @@ from cfsp.files import write_text
 from cfsp.reading import read_json_lines
 from cfsp.records import record_from_json, record_to_json
 from phoneready.figures.figure_set import Figure, FigureSet
-from phoneready.figures.metrics import FigureKey, recorded_metric
+from phoneready.figures.metrics import FigureKey
 from runtime_bench.records.summary import NORMAL_95, ratio_interval
 
 HISTORY_FILE = "history.jsonl"
@@ -159,13 +159,10 @@ def read_entries(path: Path) -> list[HistoryEntry]:
 def _relative_error(figure: Figure, value: float) -> float | None:
     """What its own samples say: of a median the standard error that its bootstrap interval stands for.
 
-    Of energy, what its meter may be wrong counts as the interval. None of too few processes, and of figures without
-    noise.
+    None of too few processes, and of figures without noise.
     """
     if value <= 0:
         return None
-    if recorded_metric(figure.key.metric).metered and figure.low and figure.high:
-        return math.log(figure.high / figure.low) / (2 * NORMAL_95)
     if not figure.samples:
         return None if figure.stderr is None else figure.stderr / value
     if figure.n_independent < _FEWEST:

@@ -16,8 +16,8 @@ from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.devices.model_facts import ModelFacts
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.devices.projection import Band, project
-from runtime_bench.records.bench_record import EMULATED, BenchRecord
-from runtime_bench.records.energy_account import EnergyAccount, energy
+from runtime_bench.records.bench_record import DOES_NOT_FIT, EMULATED, BenchRecord
+from runtime_bench.records.energy_account import EnergyAccount, accounts, joules_of_processes
 from runtime_bench.records.fairness import noise
 from runtime_bench.records.summary import median
 
@@ -58,14 +58,26 @@ def benchmark_figures(
     """What was measured at a place; `items` has the role and the quantization or variant of every file."""
     rows: dict[tuple[str, int], list[BenchRecord]] = {}
     anchors = {(record.test, record.n_threads): record for record in records if record.is_anchor}
+    meters = _shared_meters(records)
     for record in (record for record in records if not record.is_anchor):
         timing = _timing(config, place, record, *items[record.model_filename])
         yield _anchored(timing, anchors[record.test, record.n_threads]) if anchors else timing
-        if ENERGY_OF + record.workload in METRICS and (account := energy(record)):
+        if ENERGY_OF + record.workload in METRICS and (told := accounts(record)):
+            shared = meters.get((record.test, record.n_threads))
+            account = next((one for one in told if one.meter == shared), told[0])
             yield _energy(config, place, record, account, *items[record.model_filename])
         rows.setdefault((record.model_filename, record.n_threads), []).append(record)
     for (name, _), group in rows.items():
         yield _peak(config, place, group, *items[name])
+
+
+def _shared_meters(records: Sequence[BenchRecord]) -> dict[tuple[str, int], str]:
+    """Test and threads -> the first meter that told of all such rows."""
+    shared: dict[tuple[str, int], list[str]] = {}
+    for record in (record for record in records if not record.is_anchor):
+        told, row = [one.meter for one in accounts(record) if one.joules], (record.test, record.n_threads)
+        shared[row] = [meter for meter in shared.get(row, told) if meter in told]
+    return {row: meters[0] for row, meters in shared.items() if meters}
 
 
 def _unmeasured(
@@ -86,8 +98,8 @@ def _unmeasured(
         conditions["threads"] = str(record.n_threads)
     if metric == "load":
         conditions["page cache"] = record.page_cache_state
-    if config.bench.cache_type is not None:
-        conditions["key-value cache"] = config.bench.cache_type
+    if record.quantized_cache is not None:
+        conditions["key-value cache"] = record.quantized_cache
     if config.bench.backend is not None:
         conditions["backend"] = str(record.backends)
     return Figure(
@@ -141,13 +153,27 @@ def _energy(
     found = account.joules
     if found is None or figure.failure:
         return replace(figure, failure=figure.failure or account.reason)
-    return replace(figure, value=found.value, low=found.low, high=found.high, noise=noise(record))
+    samples = joules_of_processes(record, account.meter)
+    return replace(
+        figure,
+        value=found.value,
+        low=found.low,
+        high=found.high,
+        samples=samples,
+        rounds=tuple(range(len(samples))),
+        noise=noise(record),
+    )
 
 
 def _peak(config: ReleaseConfig, place: str, records: Sequence[BenchRecord], role: str, item: str) -> Figure:
     """Of the workload that needs most: the most of any process, and the least and the most as an interval."""
-    failed = next((record for record in records if _unusable(record)), None)
-    worst = failed or max(records, key=lambda record: record.peak_rss_bytes or 0)
+    failed = [record for record in records if _unusable(record)]
+    unfit = (record for record in failed if str(record.failure).startswith(DOES_NOT_FIT))
+    worst = (
+        next(unfit, None)
+        or next(iter(failed), None)
+        or max(records, key=lambda record: record.peak_rss_bytes or 0)
+    )
     figure = _unmeasured(config, place, worst, role, item, "peak_rss_bytes")
     figure.conditions["workloads"] = ", ".join(sorted(record.test for record in records))
     peaks = tuple(map(float, worst.peak_rss_samples_bytes))

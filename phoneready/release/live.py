@@ -120,7 +120,8 @@ def _measured(output: Path) -> str:
 
 
 def _row(record: BenchRecord) -> str:
-    return f"{record.test} {speed_text(record) if record.ok else f'failed: {record.failure}'}"
+    aside = f", {record.fallback} did not compute" if record.fallback else ""
+    return f"{record.test} {speed_text(record) + aside if record.ok else f'failed: {record.failure}'}"
 
 
 _FIGURES: Mapping[str, Callable[[Path], str]] = MappingProxyType(

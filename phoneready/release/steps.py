@@ -66,9 +66,11 @@ def bench_stage(place: str) -> str:
 
 
 def bench_settled(output: Path) -> bool:
-    """Whether measuring again would give nothing else: all rows were measured, or do not fit where they were."""
+    """Whether measuring again would give nothing else: all rows were measured as was asked, or do not fit."""
     records = read_jsonl(output / BENCH_FILE)
-    return all(record.ok or record.memory_verdict == DOES_NOT_FIT for record in records)
+    return all(
+        (record.ok and not record.fallback) or record.memory_verdict == DOES_NOT_FIT for record in records
+    )
 
 
 def model_stem(config: ReleaseConfig, source: str, role: str) -> str:

@@ -13,7 +13,7 @@ from cfsp.errors import InputError
 from cfsp.reading import parse_toml, read_text
 from cfsp.recovery.settings import Training, settled, two_budgets
 from cfsp.validation import Location, describe_problems, place_of
-from exporters.families import BASE, ROUNDING, family_of
+from exporters.families import BASE, FAMILIES, ROUNDING, family_of
 from exporters.gguf import find_quant
 from exporters.onnx import find_variant
 from phoneready.evaluation.evaluation_record import repeated_text
@@ -21,7 +21,7 @@ from phoneready.settings.planned import budget_problems
 from phoneready.settings.schema import ReleaseConfig
 from phoneready.settings.template import demo_config_text
 from phoneready.settings.toml_lines import key_lines, nearest
-from runtime_bench.targets.places import place_slug, runs_gguf_only
+from runtime_bench.targets.places import place_slug, row_of_place
 
 
 def with_variants(config: ReleaseConfig, names: Sequence[str]) -> ReleaseConfig:
@@ -117,6 +117,7 @@ def _problems_between(config: ReleaseConfig) -> list[tuple[Location, str]]:
         *_sampling_alone(config),
         *_no_places(config),
         *_no_cache(config),
+        *_no_backend(config),
         *_imatrix_needed(config),
         *budget_problems(config),
         *_tiers(config),
@@ -237,7 +238,7 @@ def _no_places(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
     if len(set(folders)) < len(folders):
         yield ("bench", "targets"), f"two have one name on disk: {', '.join(config.bench.targets)}"
     for place in config.bench.targets if others else ():
-        if runs_gguf_only(place):
+        if row_of_place(place).gguf_only:
             message = f"{place} runs GGUF files alone, not {', '.join(others)}; name others in files"
             yield ("bench", "targets"), message
 
@@ -245,14 +246,33 @@ def _no_places(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
 def _no_cache(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
     """A type of the key-value cache that not all that is measured can have."""
     asked = config.bench.cache_type
-    for name in config.bench.measured(config.export.names) if asked else ():
-        family = family_of(name)
+    if asked is None:
+        return
+    for place in config.bench.targets:
+        if not row_of_place(place).tells_cache:
+            yield ("bench", "cache_type"), f"the engines of {place} cannot be told the type of their cache"
+    measured = [(name, family_of(name)) for name in config.bench.measured(config.export.names)]
+    if anchor := config.bench.anchor:
+        measured += [(anchor, family) for family in FAMILIES.values() if family.claims(anchor)]
+    for name, family in measured:
         if asked not in family.cache_types:
             known = ", ".join(family.cache_types) or "none"
             message = (
                 f"{family.runtime} cannot run {name} with {asked}; allowed: {known}, or other names in files"
             )
             yield ("bench", "cache_type"), message
+
+
+def _no_backend(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
+    """A backend that the runner of a place was not built with."""
+    asked, names = config.bench.backend, config.bench.measured(config.export.names)
+    if asked not in (None, "cpu") and any(family_of(name) is BASE for name in names):
+        for place in config.bench.targets:
+            if row_of_place(place).has_runner:
+                message = (
+                    f"the runner that a release has for {place} computes on the processor; see bench --runner"
+                )
+                yield ("bench", "backend"), message
 
 
 def _imatrix_needed(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:

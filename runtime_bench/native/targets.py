@@ -1,6 +1,7 @@
 """What the runner can be built for.
 
-A build is one static program for one set of processor features: llama.cpp chooses its kernels when it is compiled.
+A build is one program for one set of processor features, static unless it drives a GPU: llama.cpp chooses its kernels
+when it is compiled.
 The choice at run time is therefore one between builds, made by `runner_target_for` from what the far machine's
 /proc/cpuinfo names; the program itself refuses to start where a feature is missing, instead of crashing.
 """

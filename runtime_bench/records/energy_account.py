@@ -51,7 +51,11 @@ class EnergyAccount:
     @property
     def meter(self) -> str:
         """What metered what, in words."""
-        return f"{self.method}, {self.domain}" if self.method else "no meter"
+        return _words(self.method, self.domain) if self.method else "no meter"
+
+
+def _words(method: str, domain: str | None) -> str:
+    return f"{method}, {domain}"
 
 
 def accounts(record: BenchRecord) -> tuple[EnergyAccount, ...]:
@@ -68,6 +72,21 @@ def accounts(record: BenchRecord) -> tuple[EnergyAccount, ...]:
     first = found[0]
     if first.reason and whys:  # what may not be read might have told more
         found[0] = replace(first, reason="; ".join((first.reason, *whys)))
+    return tuple(found)
+
+
+def joules_of_processes(record: BenchRecord, meter: str) -> tuple[float, ...]:
+    """Joules a token of each process, as a meter told them (`EnergyAccount.meter`), in the order of the row.
+
+    Empty where it did not tell of all of them.
+    """
+    found = []
+    for process, one in enumerate(record.energy):
+        told = next((m for m in (one.meters if one else ()) if _words(m.method, m.domain) == meter), None)
+        tokens = record.n_tokens * record.rounds.count(process)
+        if told is None or told.joules is None or not tokens:
+            return ()
+        found.append(told.joules.value / tokens)
     return tuple(found)
 
 

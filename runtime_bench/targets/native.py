@@ -31,7 +31,7 @@ class Native(ThisMachine):
     """This machine as it is.
 
     Attributes:
-        runner: The program, a build of `native`.
+        runner: The program, built for this machine.
     """
 
     runner: Path

@@ -50,9 +50,9 @@ def open_place(name: str) -> Target:
     return row.open(address, options, no_progress)
 
 
-def runs_gguf_only(name: str) -> bool:
-    """Whether no ONNX file runs at a place."""
-    return _parse(name)[0].gguf_only
+def row_of_place(name: str) -> TargetRow:
+    """What is known of places of its kind before one is opened."""
+    return _parse(name)[0]
 
 
 def place_details(name: str) -> dict[str, Any]:

@@ -71,6 +71,8 @@ class TargetRow:
         open: Makes it from its address, the options and what shows the progress of building it.
         takes: Options that are for it.
         gguf_only: Whether it runs GGUF files alone.
+        has_runner: Whether GGUF files run in the native runner there.
+        tells_cache: Whether its engines can be told the type of their cache.
         answers: Whether it is `runtime_bench.targets.Answering`.
     """
 
@@ -79,6 +81,8 @@ class TargetRow:
     takes: frozenset[str] = frozenset()
     gguf_only: bool = False
     answers: bool = False
+    has_runner: bool = False
+    tells_cache: bool = True
 
 
 def open_targets(
@@ -98,6 +102,10 @@ def open_targets(
         option = f"--{strange[0].replace('_', '-')}"
         raise InputError(
             "not for this target", field=option, allowed=", ".join(f"--on {form}" for form in users)
+        )
+    if options.runner is not None and len(rows) > 1 and TARGETS["native"] in (row for row, _ in rows):
+        raise InputError(
+            "one program, for this machine or for others", field="--runner", allowed="one target"
         )
     return [row.open(address, options, progress) for row, address in rows]
 
@@ -154,7 +162,12 @@ def _native(_: str, options: TargetOptions, progress: Progress) -> Target:
     from runtime_bench.native.build import build_runner
     from runtime_bench.targets.native import Native
 
-    return Native(options.runner or build_runner("native", progress=progress))
+    if options.runner is None:
+        return Native(build_runner("native", progress=progress))
+    program = options.runner.resolve()
+    if not program.is_file():
+        raise InputError("no such program", field="--runner", value=str(options.runner))
+    return Native(program)
 
 
 def _qemu(_: str, options: TargetOptions, progress: Progress) -> Target:
@@ -180,21 +193,25 @@ _PLACES = frozenset({"runner", "ndk", "remote_folder", "retries"})
 TARGETS: MappingProxyType[str, TargetRow] = MappingProxyType(
     {
         "local": TargetRow("local", lambda address, options, progress: LOCAL),
-        "native": TargetRow("native", _native, frozenset({"runner"}), gguf_only=True, answers=True),
+        "native": TargetRow(
+            "native", _native, frozenset({"runner"}), gguf_only=True, answers=True, has_runner=True
+        ),
         "constrained": TargetRow("constrained", _constrained, _LIMITS),
-        "browser": TargetRow("browser", _browser, frozenset({"device", "score"})),
+        "browser": TargetRow("browser", _browser, frozenset({"device", "score"}), tells_cache=False),
         "ssh": TargetRow(
             "ssh:HOST",
             lambda host, options, _: _remote(Ssh(host, options.ssh_config), options),
             _PLACES | {"ssh_config"},
             answers=True,
+            has_runner=True,
         ),
         "adb": TargetRow(
             "adb:SERIAL",
             lambda serial, options, _: _remote(Adb(serial), options),
             _PLACES,
             answers=True,
+            has_runner=True,
         ),
-        "qemu-aarch64": TargetRow("qemu-aarch64", _qemu, gguf_only=True, answers=True),
+        "qemu-aarch64": TargetRow("qemu-aarch64", _qemu, gguf_only=True, answers=True, has_runner=True),
     }
 )

@@ -192,7 +192,22 @@ def test_a_cache_that_not_all_that_is_measured_can_have_is_refused() -> None:
     wrong = r"line 7: bench\.cache_type: onnxruntime cannot run fp32 with q8_0; allowed: int8, or other names"
     with pytest.raises(InputError, match=wrong):
         parse_config(files, where="x")
-    assert parse_config(files + 'files = ["Q4_0"]', where="x").bench.settings(0).cache_type == "q8_0"
+    gguf = files + 'files = ["Q4_0"]\n'
+    assert parse_config(gguf, where="x").bench.settings(0).cache_type == "q8_0"
+    for more, reason in (
+        ('targets = ["browser"]', "the engines of browser cannot be told"),
+        ('anchor = "reference.onnx"', r"onnxruntime cannot run reference\.onnx with q8_0"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            parse_config(gguf + more, where="x")
+
+
+def test_a_backend_that_a_releases_runner_has_not_is_refused() -> None:
+    asked = MODEL + '[bench]\nbackend = "vulkan"\n'
+    assert parse_config(asked, where="x").bench.settings(0).backend == "vulkan"
+    for place in ("native", "ssh:pi", "adb:R5"):
+        with pytest.raises(InputError, match=f"bench.backend: the runner that a release has for {place}"):
+            parse_config(asked + f'targets = ["{place}"]', where="x")
 
 
 @pytest.mark.parametrize(

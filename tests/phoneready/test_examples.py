@@ -25,7 +25,7 @@ from phoneready.publish.contents import describe_files
 from phoneready.publish.manifest import ReleasedFile, make_manifest
 from phoneready.publish.publish import seal_release
 from runtime_bench.measuring.measure import run_bench
-from runtime_bench.records.jsonl import read_jsonl
+from runtime_bench.records.jsonl import check_appendable, read_jsonl
 from runtime_bench.workload import BenchSettings
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -171,15 +171,16 @@ def test_the_swift_package_measures_what_bench_measures(
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    swift("build", "--build-tests")
-    assert "Executed 1 test, with 0 failures" in swift("test", "--skip-build")
+    release = ("-c", "release", "-Xswiftc", "-enable-testing")
+    swift("build", "--build-tests", *release)
+    assert "Executed 1 test, with 0 failures" in swift("test", "--skip-build", *release)
     models = [tmp_path / "dense.gguf", tmp_path / "pruned.gguf"]
     for path, width in zip(models, (128, 64), strict=True):
         shutil.copy(tiny_gguf(intermediate_size=width), path)
     records = tmp_path / "phone.jsonl"
 
     def measure(*words: object) -> subprocess.CompletedProcess[str]:
-        command = [build / "debug" / "phoneready-bench", *words]
+        command = [build / "release" / "phoneready-bench", *words]
         return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
 
     sizes = ("--pp", 8, "--tg", 4, "--ttft", 6, "--threads", 1)
@@ -191,6 +192,7 @@ def test_the_swift_package_measures_what_bench_measures(
     ]
     assert all(len(row.samples_ns) == len(row.cpu_samples_ns) == 10 for row in rows)
     assert [len(set(row.rounds)) for row in rows] == [5] * len(rows)
+    assert [len(row.peak_rss_samples_bytes) for row in rows] == [1, 0, 0, 0, 0, 0]
     assert all(len(row.load_samples_ns) == len(row.conditions) == 5 for row in rows)
     settings = BenchSettings(
         n_prompt=(8,), n_gen=(4,), ttft=(6,), regimes=("warm",), n_threads=(1,), repetitions=3,
@@ -216,6 +218,12 @@ def test_the_swift_package_measures_what_bench_measures(
         done = measure(*words)
         assert (done.returncode, done.stderr.count("\n"), problem in done.stderr) == (2, 1, True), done.stderr
     assert records.read_bytes() == before
+    records.write_bytes(before[:-20])
+    assert (
+        measure(records, models[0], "--tg", 2, "--rounds", 1, "--samples", 1, "--threads", 1).returncode == 0
+    )
+    assert [row.test for row in read_jsonl(records)][5:] == ["tg2 @ warm"], "the torn line is lost alone"
+    check_appendable(records)
 
 
 def ask(url: str, payload: object | None = None) -> Any:

@@ -151,10 +151,13 @@ def test_a_band_is_an_interval() -> None:
 def test_energy_is_as_sure_as_its_meter() -> None:
     key = FigureKey("joules_tg64", "Q4_0", "local")
 
+    processes = tuple(range(6))
+
     def joules(
         value: float, role: str = "pruned", meter: str = "RAPL counter, package", **more: Any
     ) -> Figure:
-        bounds = {"low": value * 0.98, "high": value * 1.02, "conditions": {"meter": meter}} | more
+        bounds = {"low": value * 0.98, "high": value * 1.02, "conditions": {"meter": meter}}
+        bounds |= {"samples": (value,) * 6, "rounds": processes} | more
         return Figure(key, role, f"{role}-Q4_0", "J", value, target="local", **bounds)
 
     outcomes = [judge(budget(metric="joules_tg64", at_most=n), joules(1.0)).outcome for n in (0.9, 1.01, 1.1)]
@@ -168,6 +171,15 @@ def test_energy_is_as_sure_as_its_meter() -> None:
     assert "meter was hwmon power, ina3221 VDD_IN and is RAPL counter, package" in elsewhere.reason
     disturbed = judge(relative, joules(0.8), joules(1.0, "dense", noise="others took the cores"))
     assert (disturbed.outcome, "others took the cores" in disturbed.reason) == ("inconclusive", True)
+    # What slows a processor spares energy: it proves nothing of a file.
+    slowed = judge(budget(metric="joules_tg64", at_most=2.0), joules(1.0, noise="clocks were capped"))
+    assert (slowed.outcome, "clocks were capped" in slowed.reason) == ("inconclusive", True)
+    few = judge(
+        budget(metric="joules_tg64", at_most=2.0), joules(1.0, samples=(1.0,) * 4, rounds=(0, 1, 2, 3))
+    )
+    assert (few.outcome, "a verdict needs 5" in few.reason) == ("inconclusive", True)
+    scattered = joules(1.0, samples=(0.8, 1.25, 0.9, 1.1, 1.3, 0.85))
+    assert judge(budget(metric="joules_tg64", at_most=1.05), scattered).outcome == "inconclusive"
     with pytest.raises(ValueError, match="difference: joules_tg64 is measured"):
         budget(metric="joules_tg64", at_most=0.1, relative_to="dense", difference=True)
 

@@ -1,4 +1,4 @@
-// swift-tools-version: 5.9
+// swift-tools-version: 5.10
 import PackageDescription
 
 // llama.cpp: on Apple's systems llama.xcframework beside this file, from llama.cpp's releases or its
@@ -11,7 +11,7 @@ import PackageDescription
 
 let package = Package(
     name: "PhonereadyBench",
-    platforms: [.iOS(.v16), .macOS(.v13)],
+    platforms: [.iOS("16.4"), .macOS("13.3")],
     products: [
         .library(name: "PhonereadyBench", targets: ["PhonereadyBench"]),
         .executable(name: "phoneready-bench", targets: ["phoneready-bench"]),

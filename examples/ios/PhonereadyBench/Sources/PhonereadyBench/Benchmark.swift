@@ -8,6 +8,7 @@ public struct BenchmarkSettings: Sendable {
     public var rounds = 5
     /// Samples after each opening, behind one that does not count.
     public var samplesPerRound = 3
+    /// Half the cores: of a phone's, the rest are slow ones. `phoneready bench` takes all unless it is told.
     public var nThreads = max(1, ProcessInfo.processInfo.activeProcessorCount / 2)
     public var backend = Backend.cpu
     public var seed: UInt32 = 0
@@ -18,8 +19,8 @@ public struct BenchmarkSettings: Sendable {
 /// Measures GGUF files in turns, in llama.cpp, and appends a record of each file and workload to a file that
 /// `phoneready compare`, `report` and `devices calibrate` read.
 ///
-/// An app may start no other process: a round opens the file anew in this one, and the most memory of the process is
-/// recorded only where one file is measured. Call it off the main thread, in an app that stays in the foreground.
+/// An app may start no other process: a round opens the file anew in this one, and its most memory is recorded of
+/// the first opening alone, since it never falls again. Call it off the main thread, in an app that stays in the foreground.
 public struct Benchmark: Sendable {
     let files: [URL]
     let settings: BenchmarkSettings
@@ -33,6 +34,17 @@ public struct Benchmark: Sendable {
     /// - Parameter progress: Called with the rounds that are done, and all.
     /// - Throws: `BenchError` where a file cannot be opened or written; nothing of its workload is written then.
     public func run(records: URL, progress: (Int, Int) -> Void = { _, _ in }) throws {
+        #if DEBUG
+            throw BenchError("a debug build measures itself; build with -c release, or in Xcode's Release configuration")
+        #else
+            try measure(records: records, progress: progress)
+        #endif
+    }
+
+    private func measure(records: URL, progress: (Int, Int) -> Void) throws {
+        #if os(iOS)
+            guard !Thread.isMainThread else { throw BenchError("run it off the main thread, as in Task.detached") }
+        #endif
         guard !files.isEmpty, !settings.workloads.isEmpty, settings.rounds > 0, settings.samplesPerRound > 0,
             settings.nThreads > 0, settings.workloads.allSatisfy({ $0.size > 0 })
         else { throw BenchError("nothing to measure: files, workloads, rounds and threads must be there") }
@@ -54,7 +66,7 @@ public struct Benchmark: Sendable {
                     progress(done, all)
                 }
             }
-            try RecordFile.append(rows.map { $0.record(settings, session: session, alone: rows.count == 1) }, to: records)
+            try RecordFile.append(rows.map { $0.record(settings, session: session) }, to: records)
         }
     }
 }
@@ -80,6 +92,7 @@ struct Row {
 
     /// One round: the file opened anew, a run that does not count, and the samples.
     mutating func measure(_ settings: BenchmarkSettings, process: Int) throws {
+        let isFirst = Opening.first()
         if let now = Machine.memory?.now { baselines.append(now) }
         started = started ?? ISO8601DateFormatter().string(from: Date())
         let watcher = Watcher()
@@ -102,7 +115,21 @@ struct Row {
             sequence.append(process)
         }
         engine = engine ?? EngineFacts(session)
-        if let peak = Machine.memory?.peak { peaks.append(peak) }
+        if isFirst, let peak = Machine.memory?.peak { peaks.append(peak) }
+    }
+}
+
+/// Openings of files in this process.
+private enum Opening {
+    private static let lock = NSLock()
+    nonisolated(unsafe) private static var any = false
+
+    /// Whether there was none yet.
+    static func first() -> Bool {
+        lock.withLock {
+            defer { any = true }
+            return !any
+        }
     }
 }
 

@@ -31,6 +31,7 @@ final class LlamaSession {
         self.path = path
         LlamaLog.shared.clear()
         var settings = llama_model_default_params()
+        settings.load_mode = LLAMA_LOAD_MODE_MMAP
         settings.n_gpu_layers = backend == .gpu ? -1 : 0
         // Without a list llama.cpp would take what it finds for large products.
         var none: [ggml_backend_dev_t?] = [nil]

@@ -31,8 +31,15 @@ enum Machine {
     }
 
     #if canImport(Darwin)
-        /// A phone's model identifier, such as iPhone15,2; a Mac's processor.
-        static var processor: String? { text("machdep.cpu.brand_string") ?? text("hw.machine") }
+        /// A phone's model identifier, such as iPhone15,2: its processors' names are shared. A Mac's processor.
+        #if os(iOS)
+            static var processor: String? {
+                ProcessInfo.processInfo.environment["SIMULATOR_MODEL_IDENTIFIER"].map { "\($0), simulated" }
+                    ?? text("hw.machine")
+            }
+        #else
+            static var processor: String? { text("machdep.cpu.brand_string") }
+        #endif
 
         /// Most resident memory of this process so far, and what it has now, in bytes.
         static var memory: (peak: Int, now: Int)? {

@@ -17,7 +17,12 @@ struct FileFacts {
         try stream.seek(toOffset: 0)
         #if canImport(CryptoKit)
             var hash = SHA256()
-            while let part = try stream.read(upToCount: 1 << 24), !part.isEmpty { hash.update(data: part) }
+            // Each part goes at once: all of them together are the file.
+            while try autoreleasepool(invoking: {
+                guard let part = try stream.read(upToCount: 1 << 24), !part.isEmpty else { return false }
+                hash.update(data: part)
+                return true
+            }) {}
             sha256 = hash.finalize().map { String(format: "%02x", $0) }.joined()
         #else
             sha256 = nil
@@ -45,13 +50,11 @@ struct EngineFacts {
 
 extension Row {
     /// The row in the form of `phoneready bench --record`. Unmeasured is null, never 0.
-    ///
-    /// - Parameter alone: Whether no other file was open in this process, whose memory would count.
-    func record(_ settings: BenchmarkSettings, session: String, alone: Bool) -> [String: Any] {
+    func record(_ settings: BenchmarkSettings, session: String) -> [String: Any] {
         func known(_ value: Any?) -> Any { value ?? NSNull() }
         let versions = ["llama.cpp": String(cString: llama_version()), Machine.system: Machine.version]
         return [
-            "record_type": "bench", "schema_version": 1, "tool_version": "PhonereadyBench 1",
+            "schema_version": 1, "tool_version": "PhonereadyBench 1",
             "kind": "measured", "target": "app", "engine": "llama.cpp", "status": "ok", "failure": NSNull(),
             "session": session, "workload": workload.kind.rawValue, "test": workload.test, "regime": Workload.regime,
             "model_filename": file.lastPathComponent, "model_type": known(engine?.modelType),
@@ -62,7 +65,7 @@ extension Row {
             "backends": known(engine?.backends), "build_commit": NSNull(), "cpu_info": known(Machine.processor),
             "test_time": known(started), "warmup": true, "samples_per_process": settings.samplesPerRound,
             "samples_ns": samples, "cpu_samples_ns": processor, "sequence": sequence, "load_samples_ns": loads,
-            "baseline_rss_bytes": known(baselines.min()), "peak_rss_samples_bytes": alone ? peaks : [],
+            "baseline_rss_bytes": known(baselines.min()), "peak_rss_samples_bytes": peaks,
             "conditions": conditions,
             "page_cache": "as_found",
             "engine_settings": [
@@ -80,23 +83,29 @@ extension Row {
     }
 }
 
-/// A file of records, one a line.
+/// A file of records, one a line, each with its kind first.
 enum RecordFile {
-    /// Append lines and have them on the disk before returning.
+    private static let head = #"{"record_type":"bench","#
+
+    /// Append lines and have them on the disk before returning; a line that a killed app left unfinished is closed.
     static func append(_ rows: [[String: Any]], to file: URL) throws {
         var text = Data()
         for row in rows {
-            text += try JSONSerialization.data(withJSONObject: row, options: [.sortedKeys, .withoutEscapingSlashes])
-            text.append(UInt8(ascii: "\n"))
+            let fields = try JSONSerialization.data(withJSONObject: row, options: [.sortedKeys, .withoutEscapingSlashes])
+            text += Data(head.utf8) + fields.dropFirst() + Data("\n".utf8)
         }
         if !FileManager.default.fileExists(atPath: file.path) {
             guard FileManager.default.createFile(atPath: file.path, contents: nil) else {
                 throw BenchError("cannot write \(file.path)")
             }
         }
-        guard let stream = try? FileHandle(forWritingTo: file) else { throw BenchError("cannot write \(file.path)") }
+        guard let stream = try? FileHandle(forUpdating: file) else { throw BenchError("cannot write \(file.path)") }
         defer { try? stream.close() }
-        try stream.seekToEnd()
+        let size = try stream.seekToEnd()
+        if size > 0 {
+            try stream.seek(toOffset: size - 1)
+            if try stream.read(upToCount: 1) != Data("\n".utf8) { text = Data("\n".utf8) + text }
+        }
         try stream.write(contentsOf: text)
         try stream.synchronize()
     }
