@@ -23,7 +23,7 @@ from cfsp.models.builtin import cache_directory
 from cfsp.progress import Progress, no_progress
 from cfsp.records import read_record, write_record
 from runtime_bench.native.source import LlamaSource, extract_llama, fetch_source
-from runtime_bench.native.targets import RUNNER_BACKENDS, RunnerTarget, require_target
+from runtime_bench.native.targets import RunnerTarget, require_target
 from runtime_bench.native.toolchain import Toolchain, find_toolchain
 
 _SOURCES = (
@@ -107,7 +107,6 @@ def build_runner(
         InputError: Unknown target or backend, no compiler, no source, or it does not compile.
     """
     row, name = require_target(target, backend), _name(target, backend)
-    wants = RUNNER_BACKENDS[backend].wants if backend else ""
     toolchain = find_toolchain(target, ndk)
     source = fetch_source(progress)
     key = _key(name, row, source, toolchain)
@@ -115,7 +114,7 @@ def build_runner(
     def make(place: Path) -> None:
         start = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="build-", dir=place) as work:
-            program = _compile(name, row, key, source, toolchain, Path(work), progress, wants)
+            program = _compile(name, row, key, source, toolchain, Path(work), progress)
             shutil.copy2(program, place / _PROGRAM)
         record = RunnerBuild(
             target=target,
@@ -176,7 +175,6 @@ def _compile(
     toolchain: Toolchain,
     work: Path,
     progress: Progress,
-    wants: str,
 ) -> Path:
     build, step = work / "build", f"building the runner for {name}"
     progress(step, 0, 1)
@@ -185,8 +183,8 @@ def _compile(
     configure += [*toolchain.options, *_FLAGS, *row.cmake]
     configure += [f"-DLLAMA_SOURCE={llama}", f"-DRUNNER_TARGET={name}", f"-DRUNNER_KEY={key}"]
     configure += [f"-DRUNNER_NEEDS={' '.join(row.needs)}", f"-DRUNNER_STATIC={'ON' if row.static else 'OFF'}"]
-    _run(configure, step, no_progress, wants)
-    _run([toolchain.cmake, "--build", str(build), "--target", _PROGRAM], step, progress, wants)
+    _run(configure, step, no_progress, row.wants)
+    _run([toolchain.cmake, "--build", str(build), "--target", _PROGRAM], step, progress, row.wants)
     progress(step, 1, 1)
     return build / _PROGRAM
 

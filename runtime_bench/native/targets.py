@@ -27,6 +27,7 @@ class RunnerTarget:
         needs: Processor features that the kernels use, as /proc/cpuinfo names them.
         cmake: Options that set these features.
         static: Whether the C library is linked in; Android's is always there and is not.
+        wants: What compiling it wants beside a compiler, for people.
     """
 
     system: str
@@ -34,6 +35,7 @@ class RunnerTarget:
     needs: tuple[str, ...]
     cmake: tuple[str, ...]
     static: bool = True
+    wants: str = ""
 
 
 _NAMES = {"AMD64": "x86_64", "arm64": "aarch64"}
@@ -144,7 +146,7 @@ def require_target(name: str, backend: str | None = None) -> RunnerTarget:
     if backend is None:
         return row
     beside = look_up(RUNNER_BACKENDS, backend, "unknown backend", field="backend")
-    return replace(row, cmake=(*row.cmake, *beside.cmake), static=False)
+    return replace(row, cmake=(*row.cmake, *beside.cmake), static=False, wants=beside.wants)
 
 
 def runner_target_for(system: str, machine: str, features: Collection[str]) -> str:
