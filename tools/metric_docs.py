@@ -8,6 +8,7 @@ from pathlib import Path
 from phoneready.figures.metrics import (
     ANSWERS,
     BENCH,
+    ENERGY_OF,
     FILE,
     METRICS,
     OWN,
@@ -34,13 +35,7 @@ LIMITS = {
     "ms": 'milliseconds, or "120 ms", "1.5 s"',
     "J": "joules",
 }
-SIZES = {
-    "ttft": "`bench.ttft`",
-    "pp": "`bench.n_prompt`",
-    "tg": "`bench.n_gen`",
-    "joules_pp": "`bench.n_prompt`",
-    "joules_tg": "`bench.n_gen`",
-}
+SIZES = {"ttft": "`bench.ttft`", "pp": "`bench.n_prompt`", "tg": "`bench.n_gen`"}
 
 
 def table() -> str:
@@ -51,7 +46,7 @@ def table() -> str:
 
 def _line(row: Metric) -> str:
     better = {True: "higher", False: "lower", None: "as it says"}[row.higher_is_better]
-    what = row.help + (f"; N must be in {SIZES[row.name]}" if row.sized else "")
+    what = row.help + (f"; N must be in {SIZES[row.name.removeprefix(ENERGY_OF)]}" if row.sized else "")
     unit = "its own" if row.source == OWN else LIMITS.get(row.unit, row.unit or "none")
     cells = (f"`{row.name}{'N' if row.sized else ''}`", what, OF[row.source], better, unit)
     return "| " + " | ".join(cell.replace("||", "\\|\\|") for cell in cells) + " |"

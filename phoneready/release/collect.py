@@ -153,7 +153,7 @@ def _energy(
     found = account.joules
     if found is None or figure.failure:
         return replace(figure, failure=figure.failure or account.reason)
-    samples = joules_of_processes(record, account.meter)
+    samples = joules_of_processes(record, account)
     return replace(
         figure,
         value=found.value,

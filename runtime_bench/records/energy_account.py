@@ -51,11 +51,7 @@ class EnergyAccount:
     @property
     def meter(self) -> str:
         """What metered what, in words."""
-        return _words(self.method, self.domain) if self.method else "no meter"
-
-
-def _words(method: str, domain: str | None) -> str:
-    return f"{method}, {domain}"
+        return f"{self.method}, {self.domain}" if self.method else "no meter"
 
 
 def accounts(record: BenchRecord) -> tuple[EnergyAccount, ...]:
@@ -75,14 +71,13 @@ def accounts(record: BenchRecord) -> tuple[EnergyAccount, ...]:
     return tuple(found)
 
 
-def joules_of_processes(record: BenchRecord, meter: str) -> tuple[float, ...]:
-    """Joules a token of each process, as a meter told them (`EnergyAccount.meter`), in the order of the row.
+def joules_of_processes(record: BenchRecord, account: EnergyAccount) -> tuple[float, ...]:
+    """Joules a token of each process, as the account's meter told them, in the order of the row.
 
     Empty where it did not tell of all of them.
     """
     found = []
-    for process, one in enumerate(record.energy):
-        told = next((m for m in (one.meters if one else ()) if _words(m.method, m.domain) == meter), None)
+    for process, told in enumerate(_of_meter(record, account.method, account.domain)):
         tokens = record.n_tokens * record.rounds.count(process)
         if told is None or told.joules is None or not tokens:
             return ()
@@ -108,10 +103,7 @@ def _no_rate(record: BenchRecord) -> str | None:
 
 def _account(record: BenchRecord, method: str, domain: str) -> EnergyAccount:
     """Of all samples together; the processes must all have been metered."""
-    found = [
-        next((m for m in one.meters if (m.method, m.domain) == (method, domain)), None) if one else None
-        for one in record.energy
-    ]
+    found = _of_meter(record, method, domain)
     told = [one for one in found if one is not None]
     about = EnergyAccount(
         method,
@@ -127,6 +119,14 @@ def _account(record: BenchRecord, method: str, domain: str) -> EnergyAccount:
     if total.value <= 0 or total.error > ERROR_LIMIT * total.value:
         return replace(about, reason=_too_short(record, about, total, counts=told[0].counts))
     return _with_idle(replace(about, joules=total.times(1 / about.n_tokens)), told, total)
+
+
+def _of_meter(record: BenchRecord, method: str | None, domain: str | None) -> list[Metered | None]:
+    """What one meter told of each process; None of those of which it did not."""
+    return [
+        next((m for m in one.meters if (m.method, m.domain) == (method, domain)), None) if one else None
+        for one in record.energy
+    ]
 
 
 def _not_told(found: Sequence[Metered | None]) -> str | None:

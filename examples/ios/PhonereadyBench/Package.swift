@@ -13,7 +13,7 @@ let package = Package(
     name: "PhonereadyBench",
     platforms: [.iOS("16.4"), .macOS("13.3")],
     products: [
-        .library(name: "PhonereadyBench", targets: ["PhonereadyBench"]),
+        .`library`(name: "PhonereadyBench", targets: ["PhonereadyBench"]),
         .executable(name: "phoneready-bench", targets: ["phoneready-bench"]),
     ],
     targets: [

@@ -17,10 +17,11 @@ public struct BenchmarkSettings: Sendable {
 }
 
 /// Measures GGUF files in turns, in llama.cpp, and appends a record of each file and workload to a file that
-/// `phoneready compare`, `report` and `devices calibrate` read.
+/// `phoneready compare` reads.
 ///
 /// An app may start no other process: a round opens the file anew in this one, and its most memory is recorded of
-/// the first opening alone, since it never falls again. Call it off the main thread, in an app that stays in the foreground.
+/// the first opening alone, since it never falls again. Call it off the main thread, in an app that stays in the
+/// foreground.
 public struct Benchmark: Sendable {
     let files: [URL]
     let settings: BenchmarkSettings
@@ -54,11 +55,11 @@ public struct Benchmark: Sendable {
         LlamaLog.listen()
         llama_backend_init()
         let session = UUID().uuidString
-        let digests = try files.map(FileFacts.init)
+        let facts = try files.map(FileFacts.init)
         let all = settings.rounds * files.count * settings.workloads.count
         var done = 0
         for workload in settings.workloads {
-            var rows = zip(files, digests).map { Row(file: $0, facts: $1, workload: workload) }
+            var rows = zip(files, facts).map { Row(file: $0, facts: $1, workload: workload) }
             for round in 0..<settings.rounds {
                 for place in rows.indices {
                     try rows[place].measure(settings, process: round * rows.count + place)

@@ -9,7 +9,7 @@ public struct BenchError: Error, CustomStringConvertible {
 }
 
 /// What computes.
-public enum Backend: String, Sendable, CaseIterable {
+public enum Backend: String, Sendable {
     case cpu
     /// All that llama.cpp finds beside the processor: Metal on Apple's systems.
     case gpu
