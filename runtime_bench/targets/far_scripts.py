@@ -80,7 +80,7 @@ idle=$2
 shift 2
 rm -f "$seen"
 test "$idle" && (idle "$idle" >>"$seen")  # by itself: some shells end where they cannot write
-printf '%s\\n' "$request" | "$@" 3<&- &
+printf '%s\\n' "$request" 2>/dev/null | "$@" 3<&- &  # a program may end before it reads
 program=$!
 {{ watch $program "$idle" 3<&- </dev/null >>"$seen"; }} 2>/dev/null &
 looker=$!

@@ -74,6 +74,18 @@ def test_glances_begin_before_the_program_and_go_on(shell: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("shell", SHELLS)
+def test_what_ends_before_it_is_asked_has_the_only_word(shell: str, tmp_path: Path) -> None:
+    """What it would be asked is more than a pipe holds, so that somebody must still be writing when it ends."""
+    with start(shell, tmp_path, "sh", "-c", "echo cannot link executable >&2; exit 1") as process:
+        assert process.stdin is not None
+        process.stdin.write("x" * 300_000 + "\n")
+        process.stdin.flush()
+        assert process.stderr is not None
+        assert process.stderr.read() == "cannot link executable\n"
+        assert process.wait() == 1
+
+
+@pytest.mark.parametrize("shell", SHELLS)
 def test_nothing_is_left_when_nobody_listens_any_more(shell: str, tmp_path: Path) -> None:
     with start(shell, tmp_path, "sleep", "600") as process:
         assert process.stdin is not None
