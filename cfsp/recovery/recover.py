@@ -50,6 +50,7 @@ from cfsp.recovery.shares import AUTO, is_to_be_sharded
 from cfsp.recovery.student import Student, Teacher
 from cfsp.recovery.work import Run, RunInputs, WorkFolder
 from cfsp.scratch import LargeScratch
+from cfsp.text.generation import stop_ids
 from cfsp.text.settings import SELF
 from cfsp.text.writers import TRANSFORMERS, Writer
 
@@ -317,7 +318,8 @@ def _student(
         model = add_adapter(model, inputs.ranks, settings.alpha)
     if inputs.rounded is not None:
         inputs.rounded.attach(model)
-    student = Student(model, settings, dtype, _teacher(inputs, settings, device, dtype, sharded=sharded))
+    teacher = _teacher(inputs, settings, device, dtype, sharded=sharded)
+    student = Student(model, settings, dtype, teacher, sorted(stop_ids(inputs.loaded)))
     if bring is not None:
         float32 = torch.float32
         shard_out(student, student.causal_lm, bring, device, dtype=float32, products=dtype, methods=["sums"])

@@ -101,6 +101,9 @@ class Training(Settings):
         "What of a chat is learnt: answers, all, or auto (all for the loss `distill`, else answers).",
         choices=CHAT_LABELS,
     )
+    end_weight: float = setting(
+        1.0, "How many times a token counts that ends a turn, so that answers end.", gt=0, le=1000
+    )
     optimizer: str = setting(
         ADAMW,
         "adamw, or muon for the matrices of the blocks (full alone).",

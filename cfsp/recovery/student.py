@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from cfsp.recovery.losses import (
     head_loss,
     next_token_loss,
     of_capped,
+    with_repeats,
 )
 from cfsp.recovery.settings import RecoverySettings, loss_weights
 from cfsp.recovery.sharding import put_back
@@ -47,8 +48,8 @@ class Teacher(nn.Module):
         self.model, self.respelling = model, respelling
 
     @torch.no_grad()
-    def forward(self, batch: Batch) -> Callable[[slice], torch.Tensor]:
-        """Logits (n, vocab_size) float32 of any chunk of the labelled positions, in the student's tokens.
+    def forward(self, batch: Batch) -> Callable[[slice | torch.Tensor], torch.Tensor]:
+        """Logits (n, vocab_size) float32 of any of the labelled positions, in the student's tokens.
 
         Where a position is inside one of the teacher's tokens, all probability is on the label: the next part.
         """
@@ -57,7 +58,7 @@ class Teacher(nn.Module):
         labelled = batch["labels"] != IGNORED
         if self.respelling is None:
             hidden = states[labelled]
-            return lambda chunk: self._logits(hidden[chunk])
+            return lambda positions: self._logits(hidden[positions])
         places, targets = batch["teacher_places"][labelled], batch["labels"][labelled]
         hidden = states[labelled.nonzero()[:, 0], places.clamp_min(0)]
         return partial(self._respelled_logits, self.respelling, hidden, places == INSIDE, targets)
@@ -69,12 +70,12 @@ class Teacher(nn.Module):
         hidden: torch.Tensor,
         inside: torch.Tensor,
         targets: torch.Tensor,
-        chunk: slice,
+        positions: slice | torch.Tensor,
     ) -> torch.Tensor:
-        log_probabilities = respelling.log_probabilities(self._logits(hidden[chunk]))
-        rows = inside[chunk].nonzero()[:, 0]
+        log_probabilities = respelling.log_probabilities(self._logits(hidden[positions]))
+        rows = inside[positions].nonzero()[:, 0]
         log_probabilities[rows] = _IMPOSSIBLE
-        log_probabilities[rows, targets[chunk][rows]] = 0.0
+        log_probabilities[rows, targets[positions][rows]] = 0.0
         return log_probabilities
 
     @torch.no_grad()
@@ -91,6 +92,7 @@ class Student(nn.Module):
         settings: They say the objective: next-token loss and distillation, each with its weight.
         dtype: Of the matrix products (autocast); weights keep their own.
         teacher: Where the objective has distillation in it.
+        ends: Tokens that end a turn, which count `end_weight` times.
     """
 
     # Tells transformers' Trainer to count the labels of all accumulated batches before the first of them.
@@ -98,11 +100,16 @@ class Student(nn.Module):
     teacher: Teacher | None
 
     def __init__(
-        self, model: Any, settings: RecoverySettings, dtype: torch.dtype, teacher: Teacher | None = None
+        self,
+        model: Any,
+        settings: RecoverySettings,
+        dtype: torch.dtype,
+        teacher: Teacher | None = None,
+        ends: Collection[int] = (),
     ) -> None:
         super().__init__()
         self.model = model
-        self.settings, self.dtype = settings, dtype
+        self.settings, self.dtype, self.ends = settings, dtype, tuple(ends)
         # No submodule: whoever trains, wraps or moves the student leaves the teacher as it is.
         vars(self)["teacher"] = teacher
 
@@ -156,19 +163,23 @@ class Student(nn.Module):
         temperature = self.settings.temperature
         predictions = None if self.teacher is None else self.teacher(batch)
 
-        def loss(logits: torch.Tensor, chunk: slice) -> LossAndGradient:
+        def loss(logits: torch.Tensor, positions: slice | torch.Tensor) -> LossAndGradient:
             terms = []
             if next_weight:
-                terms.append((next_weight, next_token_loss(logits, targets[chunk])))
+                terms.append((next_weight, next_token_loss(logits, targets[positions])))
             if predictions is not None:
-                expected = predictions(chunk)
+                expected = predictions(positions)
                 # What no token has is not said.
                 beyond = logits.shape[-1] - expected.shape[-1]
                 expected = F.pad(expected, (0, beyond), value=_IMPOSSIBLE) if beyond else expected
                 terms.append((distill_weight, distillation_loss(logits, expected, temperature)))
             return _weighted(terms)
 
-        yield loss
+        if self.settings.end_weight == 1:
+            yield loss
+        else:
+            ends = torch.isin(targets, torch.tensor(self.ends, device=targets.device))
+            yield with_repeats(loss, ends, self.settings.end_weight)
         if self.teacher is not None:
             put_back(self.teacher)
 

@@ -356,6 +356,29 @@ def test_distilling_a_model_from_itself_costs_nothing(tiny_model: TinyModel) -> 
     )
 
 
+@pytest.mark.parametrize("loss", ["next-token", "both"])
+def test_ends_of_turns_count_as_often_as_is_asked(loss: str, tiny_model: TinyModel) -> None:
+    """The objective and its gradient are those of a batch in which these positions stand three times."""
+    (model, tokenizer), (teacher, _) = tiny_model(), tiny_model(seed=1)
+    end = tokenizer.eos_token_id
+    ids = torch.arange(10, 10 + 2 * CHUNK_TOKENS + 40)[None] % 300
+    ids[0, [20, CHUNK_TOKENS + 5, CHUNK_TOKENS + 9]] = end
+    targets = torch.full_like(ids, IGNORED)
+    targets[:, 5:-1] = ids[:, 6:]
+    sums, gradients = [], []
+    for weight, labelled in ((1.0, targets), (3.0, targets), (1.0, targets.where(targets == end, IGNORED))):
+        settings = RecoverySettings(loss=loss, end_weight=weight)
+        student = Student(model, settings, torch.float32, Teacher(teacher), [end])
+        model.zero_grad()
+        total = student(input_ids=ids, labels=labelled)
+        total.backward()
+        sums.append(total.detach())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert float(sums[2]) > 1
+    torch.testing.assert_close(sums[1], sums[0] + 2 * sums[2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradients[1], gradients[0] + 2 * gradients[2], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("rows", [300, 320])
 def test_a_teacher_of_more_tokens_teaches_what_the_student_can_say(tiny_model: TinyModel, rows: int) -> None:
     dense, student = (LoadedModel(*tiny_model(), ModelSource("tiny", "folder", "tiny")) for _ in range(2))
