@@ -11,7 +11,7 @@ from torch import distributed
 from cfsp.errors import InputError
 from cfsp.forecast import Extent
 from cfsp.memory import usable_memory
-from cfsp.recovery.settings import Training, method_of
+from cfsp.recovery.settings import MUON, Training, method_of
 
 AUTO, ALWAYS, NEVER = "auto", "always", "never"
 SHARDING = (AUTO, ALWAYS, NEVER)
@@ -30,7 +30,7 @@ def training_bytes(
     teacher_itemsize: int = 4,
     shares: int = 1,
 ) -> int:
-    """Bytes that a process holds while it trains: weights, gradients, Adam's two moments, teacher, and hidden states.
+    """Bytes that a process holds while it trains: weights, gradients, moments, teacher, and hidden states.
 
     Args:
         settings: How to train.
@@ -44,7 +44,8 @@ def training_bytes(
     models = [(student, 4, 2 if trained else 1)]
     models += [(teacher, teacher_itemsize, 1)] if teacher else []
     held = sum(itemsize * model.n_weights for model, itemsize, _ in models)
-    held += 12 * student.n_weights if trained else 0
+    if trained:  # gradients and moments: AdamW has two of a weight, Muon one of what it moves
+        held += 12 * student.n_weights - (4 * student.block_weights if settings.optimizer == MUON else 0)
     # What is whole for a while, with its gradient: the ends of the model, and a block.
     whole = sum(
         itemsize * kept * (model.n_weights - model.block_weights + model.largest_block)

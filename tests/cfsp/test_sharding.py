@@ -79,6 +79,8 @@ def test_memory_of_sharded_training_is_shared_but_for_what_is_whole_for_a_while(
     assert one / 2 < two < 0.6 * one
     # A block and the embedding, of the student with their gradients.
     assert many > 8 * (64_000 + 2 * 64 * 512) + 4 * (64_000 + 2 * 64 * 1024)
+    muon = training_bytes(replace(settings, optimizer="muon"), student, teacher)
+    assert one - muon == 4 * student.block_weights
     adapters = training_bytes(replace(settings, method="lora"), student, None)
     assert adapters < one / 4
     assert adapters - training_bytes(replace(settings, method="lora", batch_size=2), student, None) < 0
