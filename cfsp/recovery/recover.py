@@ -241,7 +241,7 @@ def _read(
     progress: Progress,
 ) -> RecoveryData:
     loaded, teacher = inputs.loaded, inputs.teacher
-    return load_recovery_data(
+    drawn = load_recovery_data(
         data,
         validation,
         teacher.tokenizer if teacher and inputs.respelling else loaded.tokenizer,
@@ -252,6 +252,15 @@ def _read(
         writers=writers,
         progress=progress,
     )
+    ends = torch.tensor(sorted(stop_ids(loaded)), dtype=torch.int64)
+    if settings.end_weight != 1 and not any(torch.isin(s.targets, ends).any() for s in drawn.training):
+        raise InputError(
+            "no turn ends in the training data",
+            field="end_weight",
+            value=settings.end_weight,
+            allowed="1, or chats",
+        )
+    return drawn
 
 
 def _tokens_per_process(settings: RecoverySettings) -> int:

@@ -312,6 +312,22 @@ def test_what_an_optimizer_cannot_move_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_ends_of_turns_are_weighed_where_there_are_some(
+    pruned: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": " ".join(map(str, range(3000)))}) + "\n", encoding="utf-8")
+    options = ["--end-weight", "5", "--max-tokens", "256"]
+    assert main(command(pruned, tmp_path / "out", text, *options)) == 2
+    assert "no turn ends in the training data" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    weighed, plain = (tmp_path / name for name in ("weighed", "plain"))
+    main(command(pruned, weighed, chats, *options))
+    main(command(pruned, plain, chats, *options[2:]))
+    assert record_of(weighed).settings.end_weight == 5
+    assert record_of(weighed).losses[0].loss > record_of(plain).losses[0].loss
+
+
 def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
