@@ -218,7 +218,7 @@ def test_what_the_checkpoint_writes_is_judged_by_the_teacher(
     assert main(["prune", str(dense), "-o", str(trimmed), *few, *sizes]) == 0
     how = ["--method", "full", "--max-tokens", "2560", "--data", "student", "--self-tokens", "1280", *SMALL]
     line = ["recover", str(trimmed), "-o", str(output), *how]
-    assert main([*line, "--loss", "distill", "--learning-rate", "5e-3"]) == 0
+    assert main([*line, "--loss", "distill", "--learning-rate", "1e-3"]) == 0
     record = record_of(output)
     assert [part.reference for part in record.training] == ["student"]
     assert record.kept_step > 0
