@@ -42,7 +42,7 @@ from runtime_bench.workload import BenchSettings
 SETTINGS = BenchSettings(
     check_text=False, n_prompt=(), n_gen=(4,), ttft=(), load=False, repetitions=1, n_threads=(1,)
 )
-LONGER = replace(SETTINGS, n_gen=(600,))
+LONGER = replace(SETTINGS, n_gen=(2000,))
 """Long enough for looks beside it."""
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="daemons from Debian")
@@ -169,7 +169,8 @@ def test_energy_is_metered_there(
 
     made, path = device.target(), tiny_gguf(hidden_size=256, head_dim=64)
     target = Noting(made.transport, runner=made.runner, folder=made.folder)
-    settings = replace(LONGER, sustained_s=8.0, regimes=("sustained",), energy=True, idle_s=2.0)
+    sustained = {"n_gen": (600,), "sustained_s": 8.0, "regimes": ("sustained",)}
+    settings = replace(SETTINGS, **sustained, energy=True, idle_s=2.0)
     with simulated(files, curve, tmp_path / "spec.json"):
         status.write_text("Discharging\n")
         record, charged = (bench(path, target, settings) for _ in range(2))
