@@ -119,7 +119,12 @@ def judged_alike() -> JudgedAlike:
         files: tuple[Path, Path], tolerance: float, *, n_ids: int, context: int, last: int, n_tokens: int
     ) -> None:
         (path,) = files[1].glob("*f32.gguf")
-        ours, theirs = TorchLanguageModel(load_model(files[0])), GGUFLanguageModel(path, n_ctx=256)
+        loaded = load_model(files[0])
+        # llama.cpp knows some tokens by their texts for such that end an answer, whatever the model's settings say.
+        known = loaded.tokenizer.get_vocab()
+        ends = [known[text] for text in ("<|endoftext|>", loaded.tokenizer.eos_token) if text in known]
+        loaded.model.generation_config.eos_token_id = ends
+        ours, theirs = TorchLanguageModel(loaded), GGUFLanguageModel(path, n_ctx=256)
         ids = torch.randint(3, 320, (n_ids,), generator=torch.Generator().manual_seed(0)).tolist()
         several, one = ((5,), (5, 6, 7), (8, 9)), ((4, 3),)
         items = [Branches(tuple(ids[:context]), several), Branches(tuple(ids[9:20]), one)]
