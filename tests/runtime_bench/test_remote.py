@@ -169,8 +169,9 @@ def test_energy_is_metered_there(
 
     made, path = device.target(), tiny_gguf(hidden_size=256, head_dim=64)
     target = Noting(made.transport, runner=made.runner, folder=made.folder)
-    sustained = {"n_gen": (600,), "sustained_s": 8.0, "regimes": ("sustained",)}
-    settings = replace(SETTINGS, **sustained, energy=True, idle_s=2.0)
+    settings = replace(
+        SETTINGS, n_gen=(600,), sustained_s=8.0, regimes=("sustained",), energy=True, idle_s=2.0
+    )
     with simulated(files, curve, tmp_path / "spec.json"):
         status.write_text("Discharging\n")
         record, charged = (bench(path, target, settings) for _ in range(2))
