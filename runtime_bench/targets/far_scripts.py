@@ -93,8 +93,8 @@ exec 3<&-
 wait $program
 status=$?
 # Some shells say of what is killed that it was, and looks at what ended at once may not have begun; the last word is
-# the program's.
-{{ kill $watcher $looker; wait $looker; }} 2>/dev/null
+# the program's. Android's mksh may lose a TERM that comes just before it reads.
+{{ kill -9 $watcher; kill $looker; wait $watcher $looker; }} 2>/dev/null
 echo
 echo {LOOKS_FOLLOW}
 cat "$seen" 2>/dev/null

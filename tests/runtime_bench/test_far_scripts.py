@@ -107,6 +107,33 @@ def test_nothing_is_left_when_nobody_listens_any_more(shell: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("shell", SHELLS)
+def test_nothing_waits_for_a_client_after_the_program_where_no_shell_hears_term(
+    shell: str, tmp_path: Path
+) -> None:
+    """mksh loses a TERM now and then; one that is ignored is lost in every shell, every time."""
+    words = ["busybox", "sh"] if shell == "busybox" else [shell]
+    command = [
+        "sh",
+        "-c",
+        "trap '' TERM; exec \"$@\"",
+        "sh",
+        *words,
+        "-c",
+        RUN,
+        "phoneready",
+        str(tmp_path),
+        "",
+    ]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([*command, "cat"], text=True, **pipes) as process:  # type: ignore[call-overload]
+        process.stdin.write("{}\n")
+        process.stdin.flush()
+        assert process.stdout.read().startswith(f"{{}}\n\n{LOOKS_FOLLOW}\n")
+        assert process.wait() == 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("shell", SHELLS)
 @pytest.mark.parametrize("glances", ["", "1"])
 def test_where_nothing_may_be_written_there_are_no_looks_and_the_last_word_is_the_programs(
     glances: str, shell: str, tmp_path: Path
