@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -20,11 +21,13 @@ SHELLS = [name for name in ("sh", "dash", "bash", "busybox", "mksh") if shutil.w
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="POSIX shells")
 
 
-def start(shell: str, folder: Path, *program: str, glances: str = "") -> subprocess.Popen[str]:
+def start(
+    shell: str, folder: Path, *program: str, glances: str = "", under: Sequence[str] = ()
+) -> subprocess.Popen[str]:
     words = ["busybox", "sh"] if shell == "busybox" else [shell]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(
-        [*words, "-c", RUN, "phoneready", str(folder), glances, *program], text=True, **pipes
+        [*under, *words, "-c", RUN, "phoneready", str(folder), glances, *program], text=True, **pipes
     )  # type: ignore[call-overload,no-any-return]
 
 
@@ -111,23 +114,12 @@ def test_nothing_waits_for_a_client_after_the_program_where_no_shell_hears_term(
     shell: str, tmp_path: Path
 ) -> None:
     """mksh loses a TERM now and then; one that is ignored is lost in every shell, every time."""
-    words = ["busybox", "sh"] if shell == "busybox" else [shell]
-    command = [
-        "sh",
-        "-c",
-        "trap '' TERM; exec \"$@\"",
-        "sh",
-        *words,
-        "-c",
-        RUN,
-        "phoneready",
-        str(tmp_path),
-        "",
-    ]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([*command, "cat"], text=True, **pipes) as process:  # type: ignore[call-overload]
+    deaf = ("sh", "-c", "trap '' TERM; exec \"$@\"", "sh")
+    with start(shell, tmp_path, "cat", under=deaf) as process:
+        assert process.stdin is not None
         process.stdin.write("{}\n")
         process.stdin.flush()
+        assert process.stdout is not None
         assert process.stdout.read().startswith(f"{{}}\n\n{LOOKS_FOLLOW}\n")
         assert process.wait() == 0
     assert not list(tmp_path.iterdir())
