@@ -22,8 +22,9 @@ import torch
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel
 from cfsp.pruning.plan import PruningPlan, apply_plan, make_plan
+from cfsp.pruning.prune import statistics_for
 from cfsp.pruning.settings import PruneSettings
-from cfsp.pruning.statistics import BlockStatistics, collect_statistics
+from cfsp.pruning.statistics import BlockStatistics
 from cfsp.text.calibration import Calibration
 from runtime_bench.memory import current_rss_bytes, peak_rss_bytes
 from runtime_bench.records.summary import ratio_interval
@@ -75,16 +76,16 @@ def one_pass(loaded: LoadedModel, ids: torch.Tensor) -> dict[str, float]:
 def block_by_block(loaded: LoadedModel, ids: torch.Tensor) -> dict[str, float]:
     """Statistics, plan, and the two streams with their solves."""
     wall, cpu = time.perf_counter(), time.process_time()
-    _, plan = decide(loaded, ids, "block-by-block")
-    apply_plan(loaded.model, plan, input_ids=ids)
+    statistics, plan = decide(loaded, ids, "block-by-block")
+    apply_plan(loaded.model, plan, statistics=statistics, input_ids=ids)
     return {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
 
 
 def decide(loaded: LoadedModel, ids: torch.Tensor, reconstruct: str) -> tuple[BlockStatistics, PruningPlan]:
     """Collect what the default settings read, and plan."""
     settings = PruneSettings(reconstruct=reconstruct)
-    statistics = collect_statistics(loaded.model, ids, with_gram=settings.needs_gram)
     calibration = Calibration(ids, ("random tokens",), seed=0, sha256="")
+    statistics = statistics_for(loaded.model, calibration, settings)
     plan = make_plan(loaded, statistics, calibration, settings)
     return statistics, plan
 

@@ -75,6 +75,7 @@ class Extent:
         keeping: How the weights are kept.
         state_size: Numbers that are held of a token between blocks; 0 for `hidden_size`.
         is_alone: Whether a block is given nothing but hidden states.
+        on_cpu: Whether that computes it.
     """
 
     blocks: tuple[tuple[tuple[int, int], ...], ...]
@@ -86,6 +87,7 @@ class Extent:
     keeping: Keeping = WHOLE
     state_size: int = 0
     is_alone: bool = True
+    on_cpu: bool = True
 
     @cached_property
     def block_weights(self) -> int:

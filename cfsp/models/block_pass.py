@@ -38,11 +38,16 @@ class StoredStates:
             named = {str(n): state.cpu() for n, state in enumerate(states)}
             safetensors.torch.save_file(named, self._file(depth))
 
-    def take(self, depth: int, device: torch.device) -> list[torch.Tensor]:
-        """Each window's, on a device, which are not stored any more."""
+    def get(self, depth: int, device: torch.device) -> list[torch.Tensor]:
+        """Each window's, on a device."""
         states = safetensors.torch.load_file(self._file(depth))
-        self._file(depth).unlink()
         return [states[str(window)].to(device) for window in range(len(states))]
+
+    def take(self, depth: int, device: torch.device) -> list[torch.Tensor]:
+        """As `get`; they are not stored any more."""
+        states = self.get(depth, device)
+        self._file(depth).unlink()
+        return states
 
     def _file(self, depth: int) -> Path:
         return self._folder.path / f"{depth}.safetensors"

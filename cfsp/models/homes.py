@@ -198,6 +198,16 @@ def scratch_bytes(n_weights: int) -> int:
     return n_weights * torch.float32.itemsize
 
 
+def may_keep_states(n_bytes: int, n_weights: int) -> bool:
+    """Whether hidden states may be kept in scratch files that are of use but need not be there.
+
+    Args:
+        n_bytes: Of the states; as much again must be left.
+        n_weights: Of the model, which may be changed in such files meanwhile.
+    """
+    return 2 * n_bytes + scratch_bytes(n_weights) <= shutil.disk_usage(large_temporary()).free
+
+
 def require_scratch(needed: int) -> None:
     """Refuse what does not fit the folder for large temporary files.
 

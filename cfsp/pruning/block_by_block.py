@@ -55,6 +55,8 @@ def prune_block_by_block(cut: Cut) -> None:
 
     Blocks that go are not taken out yet, and are what they were.
 
+    What the dense blocks give is read where the statistics have kept it, else they are run.
+
     Memory beyond the model: four times the hidden states of the windows, and one block's Gram matrix.
 
     Raises:
@@ -67,14 +69,22 @@ def prune_block_by_block(cut: Cut) -> None:
     last = max((*changed, *cut.groups), default=-1)
     # Not inference mode: weights made in it could never be trained.
     with torch.no_grad():
-        dense, calls = enter_blocks(cut.model, layers, mine(cut.input_ids))
+        windows = mine(cut.input_ids)
+        stream = cut.statistics.stream if cut.statistics is not None else None
+        kept = stream.of(windows) if stream is not None else None
+        dense, calls = enter_blocks(cut.model, layers, windows)
         pruned, pruned_calls = dense, calls
         for index in (index for index in range(last + 1) if index not in cut.gone):
-            with at_hand(layers[index], *_blocks_going_after(layers, index, cut.gone)):
+            going = _blocks_going_after(layers, index, cut.gone)
+            with at_hand(layers[index], *going):
                 after = _blocks_after(layers, calls, index, cut.gone)
-                wanted = list(dense) if pruned is dense else dense
-                for window, hidden in enumerate(dense):
-                    wanted[window] = after(run_layer(layers[index], hidden, calls.of(index, window)), window)
+                if kept is None:
+                    wanted = list(dense) if pruned is dense else dense
+                    for window, hidden in enumerate(dense):
+                        output = run_layer(layers[index], hidden, calls.of(index, window))
+                        wanted[window] = after(output, window)
+                else:
+                    wanted = kept.get(index + 1 + len(going), cut.model.device)
                 if pruned is dense and index in (*changed, *cut.groups):
                     pruned_calls = calls.apart()
                 if index in cut.groups:

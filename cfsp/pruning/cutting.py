@@ -59,7 +59,7 @@ RECONSTRUCTIONS: Mapping[str, Row[Callable[[Cut], None]]] = MappingProxyType(
         "none": Row(_only_cut),
         "mean": Row(_keep_means, needs_statistics=True),
         "one-pass": Row(_from_one_pass, needs_statistics=True, needs_gram=True),
-        "block-by-block": Row(prune_block_by_block),
+        "block-by-block": Row(prune_block_by_block, reads_stream=True),
     }
 )
 """Cut the model and make up for what is gone."""

@@ -173,6 +173,7 @@ def plan_model(
     measured_on = calibration
     if budget is None and settings.keeps_blocks:
         measured_on = replace(calibration, input_ids=spread_windows(calibration.input_ids, TOLD_WINDOWS))
+        only_plan = True
     statistics = statistics_for(loaded.model, measured_on, settings, only_plan=only_plan, progress=progress)
     plan = make_plan(loaded, statistics, calibration, settings, depth, attention, groups)
     plan = replace(plan, vocabulary=vocabulary)
@@ -330,9 +331,12 @@ def statistics_for(
         progress: Told about each step.
     """
     with_gram = settings.plan_needs_gram if only_plan else settings.needs_gram
+    with_stream = settings.reads_stream and not only_plan
     ids = calibration.input_ids
     with products_in(settings.dtype, model.device.type):
-        statistics = collect_statistics(model, ids, with_gram=with_gram, progress=progress)
+        statistics = collect_statistics(
+            model, ids, with_gram=with_gram, with_stream=with_stream, progress=progress
+        )
         if not settings.needs_gradients:
             return statistics
         windows = spread_windows(ids, GRADIENT_WINDOWS)

@@ -16,6 +16,7 @@ class Row(Generic[F]):
         function: What it does.
         needs_statistics: Of the dense model, where a plan is only applied.
         needs_gram: Gram matrices, which are a part of them.
+        reads_stream: What the dense blocks give, where it was kept; it is computed again where not.
         needs_gradients: Of the loss.
         needs_loss: Predicted at every width of a block, from both.
     """
@@ -23,5 +24,6 @@ class Row(Generic[F]):
     function: F
     needs_statistics: bool = False
     needs_gram: bool = False
+    reads_stream: bool = False
     needs_gradients: bool = False
     needs_loss: bool = False

@@ -118,6 +118,13 @@ class PruneSettings(Settings):
         return self.plan_needs_gram or RECONSTRUCTIONS[self.reconstruct].needs_gram
 
     @property
+    def reads_stream(self) -> bool:
+        """Whether the reconstruction reads what the dense blocks give."""
+        from cfsp.pruning.cutting import RECONSTRUCTIONS
+
+        return RECONSTRUCTIONS[self.reconstruct].reads_stream
+
+    @property
     def needs_gradients(self) -> bool:
         """Whether the plan reads gradients of the loss."""
         from cfsp.pruning.scoring import SCORES

@@ -10,7 +10,8 @@ X (T x intermediate_size) the input of down_proj.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -20,11 +21,12 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from cfsp.devices import exact, exact_device, exact_sum, exact_zeros
+from cfsp.devices import CPU, exact, exact_device, exact_sum, exact_zeros
 from cfsp.errors import InputError
 from cfsp.files import no_space_as_input_error
 from cfsp.models.architectures import decoder_layers, feed_forward
-from cfsp.models.block_pass import enter_blocks, run_layer
+from cfsp.models.block_pass import Calls, StoredStates, enter_blocks, run_layer
+from cfsp.models.homes import may_keep_states
 from cfsp.models.paging import at_hand
 from cfsp.processes import mine, number_summed, summed
 from cfsp.progress import Progress, no_progress
@@ -77,6 +79,23 @@ class GramStore:
 
 
 @dataclass(frozen=True)
+class DenseStream:
+    """What every block gives, kept for whoever would run the model over the same windows once more.
+
+    Attributes:
+        windows: (nsamples, seqlen) int64, those of this process.
+        states: Of every depth but 0.
+    """
+
+    windows: torch.Tensor
+    states: StoredStates
+
+    def of(self, windows: torch.Tensor) -> StoredStates | None:
+        """Of these windows; None where it is of others."""
+        return self.states if torch.equal(windows, self.windows) else None
+
+
+@dataclass(frozen=True)
 class BlockStatistics:
     """What one pass knows about every block.
 
@@ -86,6 +105,7 @@ class BlockStatistics:
         grams: Gram matrices, or None where they were not asked for.
         n_tokens: Number of tokens summed over.
         gradients: What the loss says about every block, one entry a block, where it was asked.
+        stream: What every block gives, where that was asked for and could be kept.
     """
 
     importance: dict[str, torch.Tensor]
@@ -93,6 +113,7 @@ class BlockStatistics:
     grams: GramStore | None
     n_tokens: int
     gradients: tuple[ChannelGradients, ...] | None = None
+    stream: DenseStream | None = None
 
 
 COARSE_METRICS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = MappingProxyType(
@@ -143,6 +164,7 @@ def collect_statistics(
     input_ids: torch.Tensor,
     *,
     with_gram: bool = True,
+    with_stream: bool = False,
     progress: Progress = no_progress,
 ) -> BlockStatistics:
     """Run the calibration windows through every block once.
@@ -151,6 +173,7 @@ def collect_statistics(
         model: A causal LM of the architecture table, in eval mode; unchanged.
         input_ids: (nsamples, seqlen) int64.
         with_gram: Whether to accumulate Gram matrices (needed for reconstruction).
+        with_stream: Whether to keep what every block gives, in files, where these leave room for others.
         progress: Told after each block.
 
     Raises:
@@ -164,6 +187,7 @@ def collect_statistics(
     layers = decoder_layers(model)
     with torch.inference_mode():
         hidden, calls = enter_blocks(model, layers, windows)
+        stream = _stream(model, windows, hidden, calls) if with_stream else None
         for index, layer in enumerate(layers):
             ffn = feed_forward(model, layer)
             sums = _BlockSums(ffn.width, with_gram, model.device)
@@ -181,6 +205,30 @@ def collect_statistics(
             channels.append(ChannelStatistics(sums.x_sum / n_tokens, sums.x_square / n_tokens))
             if grams is not None and sums.gram is not None:
                 grams.put(index, sums.gram.mean(n_tokens))
+            stream = _put(stream, index + 1, hidden)
             progress("calibrating", index + 1, len(layers))
     values = {name: torch.tensor(v, dtype=torch.float64) for name, v in importance.items()}
-    return BlockStatistics(values, tuple(channels), grams, input_ids.numel())
+    return BlockStatistics(values, tuple(channels), grams, input_ids.numel(), stream=stream)
+
+
+def _stream(
+    model: Any, windows: torch.Tensor, hidden: Sequence[torch.Tensor], calls: Calls
+) -> DenseStream | None:
+    """To keep what blocks give in; None where computing it again is as good, or needed.
+
+    A GPU computes it sooner than a disk holds it. What blocks leave for later ones is not in hidden states.
+    """
+    n_bytes = len(decoder_layers(model)) * sum(state.nbytes for state in hidden)
+    n_weights = sum(parameter.numel() for parameter in model.parameters())
+    if model.device != CPU or calls.shared or not may_keep_states(n_bytes, n_weights):
+        return None
+    return DenseStream(windows, StoredStates())
+
+
+def _put(stream: DenseStream | None, depth: int, hidden: Sequence[torch.Tensor]) -> DenseStream | None:
+    """The stream with one depth more; None where the disk has become full: it is computed again then."""
+    if stream is not None:
+        with suppress(InputError):
+            stream.states.put(depth, hidden)
+            return stream
+    return None

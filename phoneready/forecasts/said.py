@@ -108,4 +108,4 @@ def _line(work: Work, more: Work | None, extent: Extent, machine: Machine) -> st
 
 def _on(extent: Extent, machine: Machine) -> Extent:
     """It on a device: nothing stays in files for a GPU."""
-    return extent if machine.device == CPU else replace(extent, keeping=WHOLE)
+    return extent if machine.device == CPU else replace(extent, keeping=WHOLE, on_cpu=False)

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from cfsp.forecast import Extent, Work
-from cfsp.models.homes import scratch_bytes
+from cfsp.models.homes import may_keep_states, scratch_bytes
 from cfsp.models.keeping import WHOLE
 from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.moments import MOMENT_WINDOWS
@@ -26,7 +26,7 @@ from exporters.families import family_of, find_format
 from exporters.parity import PARITY_SEQLEN, PARITY_WINDOWS
 from exporters.rounding.walk import rounding_bytes
 
-_PASS, _STATISTICS, _MOMENTS, _RECONSTRUCTED, _BACKWARDS = 10.0, 14.0, 25.0, 40.0, 30.0
+_PASS, _STATISTICS, _MOMENTS, _RECONSTRUCTED, _BACKWARDS = 10.0, 14.0, 25.0, 30.0, 30.0
 """For each number of a block's: in a plain pass, and in others with what they gather."""
 _LOGIT, _COMPARED_LOGIT = 5.0, 30.0
 """For each logit that is scored, and of two models' that are compared."""
@@ -234,7 +234,7 @@ def drawing(extents: Sequence[Extent], asked: Drawing) -> Work:
 
 def pruning(extents: Sequence[Extent], asked: Pruning) -> Work:
     """Statistics, plan, cut and reconstruction, and the activation moments of what is left."""
-    (dense,), settings, text = extents, asked.settings, asked.text
+    (dense,), settings, text, stream = extents, asked.settings, asked.text, 0
     kept = dense.narrowed(settings.prune_ratio)
     told = settings.keeps_blocks and not asked.is_aimed
     read = text.most(TOLD_WINDOWS) if told else text
@@ -248,11 +248,14 @@ def pruning(extents: Sequence[Extent], asked: Pruning) -> Work:
         return _all(steps)
     if settings.reconstruct == "block-by-block" and settings.prune_ratio:
         held = dense.resident_bytes + 5 * dense.states_bytes(text.tokens)
-        steps += [replace(_passed(dense, text, _RECONSTRUCTED, passes=2), memory=held)]
+        steps += [replace(_passed(dense, text, _RECONSTRUCTED), memory=held)]
         steps += [replace(_gathered(kept, text), scratch=0)]
+        stream = 0 if asked.has_plan else _kept_stream(dense, text)
+        steps += [] if stream else [_passed(dense, text)]
     work = _all([*steps, replace(_measured(kept, text), least_memory=0), _saved(kept)])
     work = replace(work, least_disk=_least_kept(dense, settings) if asked.cuts_ffn_alone else 0)
-    return replace(work, scratch=scratch_bytes(dense.least_weights)) if dense.by_blocks else work
+    scratch = scratch_bytes(dense.least_weights) if dense.by_blocks else work.scratch
+    return replace(work, scratch=stream + scratch)
 
 
 def exporting(extents: Sequence[Extent], asked: Exporting) -> Work:
@@ -385,6 +388,13 @@ def _measured(extent: Extent, text: Windows) -> Work:
     """Activation moments."""
     some = text.most(MOMENT_WINDOWS)
     return _passed(extent, some, _MOMENTS, held=some.tokens)
+
+
+def _kept_stream(dense: Extent, text: Windows) -> int:
+    """Bytes of what every block gives, where statistics keep it for the reconstruction."""
+    n_bytes = len(dense.blocks) * dense.states_bytes(text.tokens)
+    kept = dense.on_cpu and dense.is_alone and may_keep_states(n_bytes, dense.least_weights)
+    return n_bytes if kept else 0
 
 
 def _least_kept(dense: Extent, settings: PruneSettings) -> int:

@@ -297,7 +297,7 @@ class TrialRunner:
         apply_plan(
             model,
             plan,
-            statistics=self._statistics(side) if needs else None,
+            statistics=self._statistics(side) if needs else side.statistics,
             input_ids=side.calibration.input_ids,
             progress=self.progress,
         )

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from cfsp.pruning.block_by_block import _Columns, _Norm
 from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.moments import spread_windows
 from cfsp.pruning.plan import PruningPlan, apply_plan
-from cfsp.pruning.prune import TOLD_WINDOWS, prune_model
+from cfsp.pruning.prune import TOLD_WINDOWS, plan_model, prune_model
 from cfsp.pruning.reconstruction import reconstruct_down, reconstruct_mean
 from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import collect_statistics
@@ -82,6 +84,70 @@ def test_linear_layers_match_their_weights_and_the_plan(tiny_model: Any, model_t
             assert linear.weight.shape == (linear.out_features, linear.in_features)
     moments = result.input_moments[f"model.layers.0.{row.mlp}.{row.down}"]
     assert len(moments) == result.plan.shape.ffn_widths[0]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "overrides"),
+    [
+        ("llama", {}, {}),
+        ("llama", {"blocks": 1}, {}),
+        ("llama", {"prune_ratio": 0.0, "attentions": 2}, {}),
+        ("llama", {"kv_groups": 0.5}, {"num_key_value_heads": 4}),
+        ("gemma3n_text", {}, {"activation_sparsity_pattern": [0.0] * 4, "num_kv_shared_layers": 2}),
+        ("gemma4_text", {}, {}),
+    ],
+)
+def test_what_the_dense_blocks_give_is_not_computed_twice(
+    tiny_model: Any, model_type: str, settings: dict[str, Any], overrides: dict[str, Any]
+) -> None:
+    asked = PruneSettings(**{"prune_ratio": 0.3, "align": 1, **settings})
+    dense = loaded(tiny_model, model_type, **overrides)
+    data = calibration(dense.model)
+    _, _, statistics, plan = plan_model(dense, data, asked)
+    states, passes = {}, {}
+    for name, taken in {"kept": statistics, "again": replace(statistics, stream=None)}.items():
+        model, runs = copy.deepcopy(dense.model), []
+        watched = decoder_layers(model)[0].register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        with watched:
+            apply_plan(model, plan, statistics=taken, input_ids=data.input_ids)
+        states[name], passes[name] = model.state_dict(), len(runs)
+    assert all(torch.equal(value, states["again"][name]) for name, value in states["kept"].items())
+    # What blocks leave for later ones beside hidden states is not kept: there they are all run.
+    spared = 0 if ARCHITECTURES[model_type].shared_keys else len(data.input_ids)
+    assert passes["kept"] == passes["again"] - spared
+
+
+def test_the_stream_of_other_windows_is_not_taken(tiny_model: Any) -> None:
+    dense = loaded(tiny_model)
+    data, others = calibration(dense.model), calibration(dense.model, count=5)
+    _, _, statistics, plan = plan_model(dense, others, PruneSettings(prune_ratio=0.3, align=1))
+    of_others, of_none = (copy.deepcopy(dense.model) for _ in range(2))
+    apply_plan(of_others, plan, statistics=statistics, input_ids=data.input_ids)
+    apply_plan(of_none, plan, input_ids=data.input_ids)
+    before = of_none.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in of_others.state_dict().items())
+
+
+def test_a_disk_that_becomes_full_only_costs_time(
+    tiny_model: Any, small_disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = small_disk("4M")
+    settings = PruneSettings(prune_ratio=0.3, align=1)
+    whole, cramped = loaded(tiny_model), loaded(tiny_model)
+    data = calibration(whole.model)
+    prune_model(whole, data, settings)
+    monkeypatch.setenv("TMPDIR", str(disk))
+    stored = []
+
+    def fill(what: str, done: int, total: int) -> None:
+        stored.extend(file.name for file in disk.rglob("*.safetensors"))
+        with suppress(OSError), (disk / "other").open("wb") as file:
+            file.write(bytes(2**22))
+
+    prune_model(cramped, data, settings, progress=fill)
+    assert set(stored) == {"1.safetensors"}
+    before = whole.model.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in cramped.model.state_dict().items())
 
 
 def test_cutting_equals_zeroing_the_removed_channels(tiny_model: Any) -> None:
