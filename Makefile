@@ -7,7 +7,11 @@ SHELL := bash
 
 VENV := .venv
 BIN := $(VENV)/bin
+# Stamps of what the demo needs, and of what tests need beside it.
+READY := $(VENV)/.ready
 STAMP := $(VENV)/.installed
+# What of the package a reader of the README gets; the rest comes with the tests, or by name (phoneready[eval]).
+EXTRAS ?= gguf,onnx,recover,report
 # A Python to use instead of the one that is found.
 PYTHON ?=
 # Where the demo's release goes.
@@ -25,7 +29,7 @@ help:
 	@echo "make bench   measure the demo's files, dense and pruned in turns"
 	@echo "make clean   remove the environment, the demo and what the tools left"
 
-demo: $(STAMP)
+demo: $(READY)
 	@$(BIN)/phoneready release -o "$(DEMO)"
 
 test: lint javascript debian
@@ -80,8 +84,9 @@ clean:
 	rm -rf $(VENV) dist build "$(DEMO)" .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/javascript/node_modules
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
-# The stamp is written last: an interrupted installation is taken up again.
-$(STAMP): pyproject.toml tools/llama_wheel.py
+# A stamp is written last: an interrupted installation is taken up again. Python compiles what it imports; that of all
+# packages beforehand takes a third of the time.
+$(READY): pyproject.toml tools/llama_wheel.py
 	@python="$$(tools/find_python.sh $(PYTHON))"; \
 	if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 		echo "making $(VENV) with $$python" >&2; \
@@ -90,5 +95,10 @@ $(STAMP): pyproject.toml tools/llama_wheel.py
 	@$(BIN)/python -m pip install --quiet packaging
 	@$(BIN)/python tools/llama_wheel.py
 	@echo "installing phoneready and what it needs into $(VENV)" >&2
-	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --no-compile --editable '.[$(EXTRAS)]'
+	@touch $@
+
+$(STAMP): $(READY)
+	@echo "installing what the tests need" >&2
+	@$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
 	@touch $@
