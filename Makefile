@@ -19,6 +19,8 @@ DEMO ?= demo-release
 # Two processes of tests, of one thread each: most of a test is one, and threads beyond the cores wait for each other.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Each of many processes would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make demo    prune, export, prove and measure the built-in model; the report is $(DEMO)/report.html"
