@@ -53,9 +53,8 @@ _DAMPING = 0.01
 def prune_block_by_block(cut: Cut) -> None:
     """Cut and solve every block of a dense model, first to last, in place; one that keeps all is left as it is.
 
-    Blocks that go are not taken out yet, and are what they were.
-
-    What the dense blocks give is read where the statistics have kept it, else they are run.
+    Blocks that go are not taken out yet, and are what they were. What the dense blocks give is read where the
+    statistics have kept it, else they are run.
 
     Memory beyond the model: four times the hidden states of the windows, and one block's Gram matrix.
 
@@ -70,21 +69,20 @@ def prune_block_by_block(cut: Cut) -> None:
     # Not inference mode: weights made in it could never be trained.
     with torch.no_grad():
         windows = mine(cut.input_ids)
-        stream = cut.statistics.stream if cut.statistics is not None else None
-        kept = stream.of(windows) if stream is not None else None
+        kept = cut.statistics.stream_of(windows) if cut.statistics is not None else None
         dense, calls = enter_blocks(cut.model, layers, windows)
         pruned, pruned_calls = dense, calls
         for index in (index for index in range(last + 1) if index not in cut.gone):
             going = _blocks_going_after(layers, index, cut.gone)
             with at_hand(layers[index], *going):
                 after = _blocks_after(layers, calls, index, cut.gone)
-                if kept is None:
+                if kept is not None:
+                    wanted = kept.get(index + 1 + len(going), cut.model.device)
+                else:
                     wanted = list(dense) if pruned is dense else dense
                     for window, hidden in enumerate(dense):
                         output = run_layer(layers[index], hidden, calls.of(index, window))
                         wanted[window] = after(output, window)
-                else:
-                    wanted = kept.get(index + 1 + len(going), cut.model.device)
                 if pruned is dense and index in (*changed, *cut.groups):
                     pruned_calls = calls.apart()
                 if index in cut.groups:

@@ -90,10 +90,6 @@ class DenseStream:
     windows: torch.Tensor
     states: StoredStates
 
-    def of(self, windows: torch.Tensor) -> StoredStates | None:
-        """Of these windows; None where it is of others."""
-        return self.states if torch.equal(windows, self.windows) else None
-
 
 @dataclass(frozen=True)
 class BlockStatistics:
@@ -114,6 +110,11 @@ class BlockStatistics:
     n_tokens: int
     gradients: tuple[ChannelGradients, ...] | None = None
     stream: DenseStream | None = None
+
+    def stream_of(self, windows: torch.Tensor) -> StoredStates | None:
+        """What every block gives for some windows, those of this process; None where that was not kept."""
+        stream = self.stream
+        return stream.states if stream is not None and torch.equal(windows, stream.windows) else None
 
 
 COARSE_METRICS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = MappingProxyType(
