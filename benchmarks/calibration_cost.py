@@ -21,6 +21,7 @@ import torch
 
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel
+from cfsp.precision import products_in
 from cfsp.pruning.plan import PruningPlan, apply_plan, make_plan
 from cfsp.pruning.prune import statistics_for
 from cfsp.pruning.settings import PruneSettings
@@ -57,7 +58,7 @@ def measure(kind: str, arguments: argparse.Namespace) -> dict[str, float]:
 
 def forward(loaded: LoadedModel, ids: torch.Tensor) -> dict[str, float]:
     """The plain pass."""
-    with torch.inference_mode():
+    with torch.inference_mode(), products_in(PruneSettings().dtype, "cpu"):
         for window in ids:
             loaded.model(input_ids=window[None], use_cache=False)
     return {}

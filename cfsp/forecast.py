@@ -75,7 +75,7 @@ class Extent:
         keeping: How the weights are kept.
         state_size: Numbers that are held of a token between blocks; 0 for `hidden_size`.
         is_alone: Whether a block is given nothing but hidden states.
-        on_cpu: Whether that computes it.
+        on_cpu: Whether the CPU computes what is done with it.
     """
 
     blocks: tuple[tuple[tuple[int, int], ...], ...]

@@ -14,7 +14,7 @@ from cfsp.text.written import write_written
 
 SEQLEN = 1024
 WINDOWS = {0: 32, 1: 8}
-"""Seed -> windows of SEQLEN tokens: those of the demo."""
+"""Seed -> windows of SEQLEN tokens: to calibrate on, and to judge on. The demo reads half of either."""
 
 
 def main() -> None:

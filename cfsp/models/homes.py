@@ -18,6 +18,7 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.files import large_temporary, no_space_as_input_error
+from cfsp.processes import count
 from cfsp.scratch import LargeScratch
 from cfsp.units import format_bytes
 
@@ -198,14 +199,16 @@ def scratch_bytes(n_weights: int) -> int:
     return n_weights * torch.float32.itemsize
 
 
-def may_keep_states(n_bytes: int, n_weights: int) -> bool:
+def may_keep_states(n_bytes: int, n_weights: int, beside: int = 0) -> bool:
     """Whether hidden states may be kept in scratch files that are of use but need not be there.
 
     Args:
-        n_bytes: Of the states; as much again must be left.
-        n_weights: Of the model, which may be changed in such files meanwhile.
+        n_bytes: Of the states that a process keeps; as much again must be left.
+        n_weights: Of the model, which each process may change in such files meanwhile.
+        beside: Bytes of other scratch files of each.
     """
-    return 2 * n_bytes + scratch_bytes(n_weights) <= shutil.disk_usage(large_temporary()).free
+    needed = 2 * n_bytes + scratch_bytes(n_weights) + beside
+    return count() * needed <= shutil.disk_usage(large_temporary()).free
 
 
 def require_scratch(needed: int) -> None:

@@ -56,7 +56,7 @@ def prune_block_by_block(cut: Cut) -> None:
     Blocks that go are not taken out yet, and are what they were. What the dense blocks give is read where the
     statistics have kept it, else they are run.
 
-    Memory beyond the model: four times the hidden states of the windows, and one block's Gram matrix.
+    Memory beyond the model: up to five times the hidden states of the windows, and one block's Gram matrix.
 
     Raises:
         InputError: No calibration windows, or a block cannot be solved.
@@ -75,25 +75,25 @@ def prune_block_by_block(cut: Cut) -> None:
         for index in (index for index in range(last + 1) if index not in cut.gone):
             going = _blocks_going_after(layers, index, cut.gone)
             with at_hand(layers[index], *going):
-                after = _blocks_after(layers, calls, index, cut.gone)
+                after, are_one = _blocks_after(layers, calls, index, cut.gone), pruned is dense
                 if kept is not None:
                     wanted = kept.get(index + 1 + len(going), cut.model.device)
                 else:
-                    wanted = list(dense) if pruned is dense else dense
+                    wanted = list(dense) if are_one else dense
                     for window, hidden in enumerate(dense):
                         output = run_layer(layers[index], hidden, calls.of(index, window))
                         wanted[window] = after(output, window)
-                if pruned is dense and index in (*changed, *cut.groups):
+                dense = wanted
+                if are_one and index in (*changed, *cut.groups):
                     pruned_calls = calls.apart()
                 if index in cut.groups:
                     _prune_attention(cut, index, pruned, pruned_calls)
                 if index in changed:
                     pruned = _prune_block(cut, index, pruned, wanted, pruned_calls, after)
-                elif pruned is dense and index not in cut.groups:
+                elif are_one and index not in cut.groups:
                     pruned = wanted
                 else:
                     pruned = _run(layers[index], index, pruned, pruned_calls)
-                dense = wanted
             cut.progress("pruning", index + 1, last + 1)
 
 

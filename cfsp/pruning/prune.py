@@ -104,10 +104,9 @@ def prune_model(
     check_scratch(loaded.model)
     statistics = None
     if plan is None:
-        planned = plan_model(
+        loaded, calibration, statistics, plan = plan_model(
             loaded, calibration, settings, counted=counted, budget=budget, check=check, progress=progress
         )
-        loaded, calibration, statistics, plan = planned
     else:
         check_plan_fits(loaded.model, plan)
         check_settings(plan.settings)
@@ -122,6 +121,7 @@ def prune_model(
                 )
     ids = calibration.input_ids
     apply_plan(loaded.model, plan, statistics=statistics, input_ids=ids, progress=progress)
+    del statistics  # with its files
     with products_in(plan.settings.dtype, loaded.model.device.type):
         windows = moment_windows(ids)
         moments = collect_input_moments(loaded.model, windows, progress=progress)
@@ -157,13 +157,12 @@ def plan_model(
     settings = with_counts(loaded.model, settings)
     check_removals(loaded.model, settings)
     decision = vocabulary = counts = order = None
+    told = budget is None and settings.keeps_blocks
     if settings.vocabulary or (budget is not None and "vocabulary" in budget.axes):
         counts = counts_of(loaded, calibration, counted)
     if budget is not None:
         order = _order(loaded, counts, settings, budget)
-        statistics_of = partial(statistics_for, progress=progress)
-        trials = Trials(loaded, calibration, settings, statistics_of, _probed(calibration)[::2], progress)
-        decision = decide(trials, order, settings, budget)
+        decision = decide(_trials(loaded, calibration, settings, progress), order, settings, budget)
         settings = decision.settings
     if settings.vocabulary and counts is not None:
         sources = tuple(counted) or calibration.sources
@@ -171,10 +170,11 @@ def plan_model(
     loaded, calibration = trim(loaded, calibration, vocabulary, settings, progress=progress)
     depth, attention, groups = Removals(loaded.model, calibration, progress).of(settings)
     measured_on = calibration
-    if budget is None and settings.keeps_blocks:
+    if told:
         measured_on = replace(calibration, input_ids=spread_windows(calibration.input_ids, TOLD_WINDOWS))
-        only_plan = True
-    statistics = statistics_for(loaded.model, measured_on, settings, only_plan=only_plan, progress=progress)
+    statistics = statistics_for(
+        loaded.model, measured_on, settings, only_plan=only_plan or told, progress=progress
+    )
     plan = make_plan(loaded, statistics, calibration, settings, depth, attention, groups)
     plan = replace(plan, vocabulary=vocabulary)
     if decision is not None:
@@ -182,6 +182,14 @@ def plan_model(
     if check is not None:
         check(plan.shape)
     return Planned(loaded, calibration, statistics, plan)
+
+
+def _trials(
+    loaded: LoadedModel, calibration: Calibration, settings: PruneSettings, progress: Progress
+) -> Trials:
+    """To find out what meets a budget."""
+    statistics_of = partial(statistics_for, progress=progress)
+    return Trials(loaded, calibration, settings, statistics_of, _probed(calibration)[::2], progress)
 
 
 def _order(

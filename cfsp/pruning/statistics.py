@@ -65,6 +65,11 @@ class GramStore:
     def __init__(self) -> None:
         self._folder = LargeScratch("gram")
 
+    @staticmethod
+    def n_bytes(width: int) -> int:
+        """Of one block's matrix."""
+        return width**2 * torch.float32.itemsize
+
     def put(self, layer: int, gram: torch.Tensor) -> None:
         """Store one block's matrix (intermediate_size, intermediate_size)."""
         with no_space_as_input_error(self._file(layer)):
@@ -188,7 +193,9 @@ def collect_statistics(
     layers = decoder_layers(model)
     with torch.inference_mode():
         hidden, calls = enter_blocks(model, layers, windows)
-        stream = _stream(model, windows, hidden, calls) if with_stream else None
+        gram_bytes = sum(GramStore.n_bytes(feed_forward(model, layer).width) for layer in layers)
+        beside = gram_bytes if with_gram else 0
+        stream = _stream(model, windows, hidden, calls, beside) if with_stream else None
         for index, layer in enumerate(layers):
             ffn = feed_forward(model, layer)
             sums = _BlockSums(ffn.width, with_gram, model.device)
@@ -213,17 +220,18 @@ def collect_statistics(
 
 
 def _stream(
-    model: Any, windows: torch.Tensor, hidden: Sequence[torch.Tensor], calls: Calls
+    model: Any, windows: torch.Tensor, hidden: Sequence[torch.Tensor], calls: Calls, beside: int
 ) -> DenseStream | None:
-    """To keep what blocks give in; None where computing it again is as good, or needed.
+    """To keep what blocks give in, beside other files; None where computing it again is as good, or needed.
 
     A GPU computes it sooner than a disk holds it. What blocks leave for later ones is not in hidden states.
     """
     n_bytes = len(decoder_layers(model)) * sum(state.nbytes for state in hidden)
     n_weights = sum(parameter.numel() for parameter in model.parameters())
-    if model.device != CPU or calls.shared or not may_keep_states(n_bytes, n_weights):
-        return None
-    return DenseStream(windows, StoredStates())
+    if model.device == CPU and not calls.shared and may_keep_states(n_bytes, n_weights, beside):
+        with suppress(InputError):
+            return DenseStream(windows, StoredStates())
+    return None
 
 
 def _put(stream: DenseStream | None, depth: int, hidden: Sequence[torch.Tensor]) -> DenseStream | None:

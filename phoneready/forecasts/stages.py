@@ -250,7 +250,7 @@ def pruning(extents: Sequence[Extent], asked: Pruning) -> Work:
         held = dense.resident_bytes + 5 * dense.states_bytes(text.tokens)
         steps += [replace(_passed(dense, text, _RECONSTRUCTED), memory=held)]
         steps += [replace(_gathered(kept, text), scratch=0)]
-        stream = 0 if asked.has_plan else _kept_stream(dense, text)
+        stream = 0 if asked.has_plan else _kept_stream(dense, text, _all(steps).scratch)
         steps += [] if stream else [_passed(dense, text)]
     work = _all([*steps, replace(_measured(kept, text), least_memory=0), _saved(kept)])
     work = replace(work, least_disk=_least_kept(dense, settings) if asked.cuts_ffn_alone else 0)
@@ -390,10 +390,10 @@ def _measured(extent: Extent, text: Windows) -> Work:
     return _passed(extent, some, _MOMENTS, held=some.tokens)
 
 
-def _kept_stream(dense: Extent, text: Windows) -> int:
-    """Bytes of what every block gives, where statistics keep it for the reconstruction."""
+def _kept_stream(dense: Extent, text: Windows, beside: int) -> int:
+    """Bytes of what every block gives, where statistics keep it for the reconstruction beside other files."""
     n_bytes = len(dense.blocks) * dense.states_bytes(text.tokens)
-    kept = dense.on_cpu and dense.is_alone and may_keep_states(n_bytes, dense.least_weights)
+    kept = dense.on_cpu and dense.is_alone and may_keep_states(n_bytes, dense.least_weights, beside)
     return n_bytes if kept else 0
 
 

@@ -22,7 +22,10 @@ from phoneready.settings.schema import (
 )
 from phoneready.settings.template import demo_config_text, template_text
 from runtime_bench.devices.profile import built_in_folder, user_folder
+from runtime_bench.measuring.rows import shares
+from runtime_bench.records.compare import MIN_SAMPLES
 from runtime_bench.targets.places import place_details
+from runtime_bench.workload import workloads_of
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = '[model]\nreference = "smollm2-135m"\n'
@@ -36,6 +39,11 @@ def test_the_demo_and_the_example_are_valid_and_the_same() -> None:
     assert example.model_copy(update={"budgets": ()}) == demo
     assert example.budgets
     assert "reference" in demo_config_text()
+
+
+def test_the_demo_measures_in_as_many_processes_as_a_verdict_needs() -> None:
+    bench = load_config(None).bench.settings(0)
+    assert all(len(shares(bench, workload)) >= MIN_SAMPLES for workload in workloads_of(bench))
 
 
 def test_all_errors_are_reported_at_once() -> None:

@@ -303,6 +303,14 @@ def test_scratch_files_ask_for_room_where_they_are_written_alone(
     assert [bool(work.scratch) for work in asked_for] == [False, True, True]
 
 
+@pytest.mark.parametrize("other", [{"on_cpu": False}, {"is_alone": False}])
+def test_what_dense_blocks_give_is_computed_again_where_it_is_not_kept(other: dict[str, bool]) -> None:
+    kept, again = (STAGES["prune"].work([extent], PRUNING) for extent in (SMALL, replace(SMALL, **other)))
+    assert kept.scratch == len(SMALL.blocks) * SMALL.states_bytes(PRUNING.text.tokens)
+    assert again.scratch == 0
+    assert operations(again) - operations(kept) == SMALL.pass_operations(TEXT.tokens, TEXT.seqlen)
+
+
 def test_a_plan_that_is_given_takes_no_search_for_what_goes() -> None:
     settings = PruneSettings(allocation="loss", blocks=1)
     made, given = (
