@@ -36,6 +36,7 @@ from exporters.rounding.walk import Grams, alike, round_blocks
 _NOTHING, _LEAST = 1e-30, 2.0**-24
 """A scale for which every code stands for nothing, and the least that float16 holds."""
 _TABLE = "model.embed_tokens"
+_CHOSEN = (*PACKINGS, *WHOLE_BLOCKS)
 _ROWS = 8192
 """Of a matrix that are chosen at once: they do not depend on each other."""
 
@@ -84,7 +85,7 @@ def round_for_text(
             lambda _, grams: file.round(grams),
             progress=lambda _, done, all_of_them: progress(f"rounding {path.stem}", done, all_of_them),
         )
-        file.round({_TABLE if tied else "lm_head": gram})
+        file.choose_output(_TABLE if tied else "lm_head", gram)
         progress(f"rounding {path.stem}", total, total)
     return file.count
 
@@ -118,9 +119,12 @@ class _File:
         changed: dict[str, torch.Tensor] = {}
         for modules in alike(kinds, grams):
             tensors = [self.stored[specs[module].name] for module in modules]
-            values = [tensor.dequantize() for tensor in tensors]
-            if kinds[modules[0]] in (*PACKINGS, *WHOLE_BLOCKS):
-                values = self._choose(tensors, _in_file(specs[modules[0]], grams[modules[0]]))
+            kind, gram = kinds[modules[0]], _in_file(specs[modules[0]], grams[modules[0]])
+            values = (
+                [dequantized(chosen, kind) for chosen in self._choose(tensors, gram)]
+                if kind in _CHOSEN
+                else [tensor.dequantize() for tensor in tensors]
+            )
             for module, each in zip(modules, values, strict=True):
                 parts = specs[module].split(each)
                 changed |= {
@@ -129,25 +133,43 @@ class _File:
                 }
         return changed
 
+    def choose_output(self, module: str, gram: torch.Tensor) -> None:
+        """Choose numbers of the output matrix, which nothing reads any more."""
+        spec = self.specs[module]
+        tensor = self.stored[spec.name]
+        if tensor.kind.name in _CHOSEN:
+            self._choose([tensor], _in_file(spec, gram))
+
     def _choose(self, tensors: list[GGUFTensor], gram: torch.Tensor) -> list[np.ndarray]:
-        """Choose numbers of tensors that read the same; what each stands for then."""
-        exact = np.concatenate([self.exact[tensor.name].dequantize() for tensor in tensors])
-        weight = torch.from_numpy(exact).to(gram.device)
+        """Choose numbers of tensors that read the same, some rows at a time; the bytes that each has then, by rows."""
         rows = [tensor.shape[0] for tensor in tensors]
         data = np.concatenate([t.data.reshape(n, -1) for t, n in zip(tensors, rows, strict=True)])
-        padding = weight.shape[1] - len(gram)
+        padding = tensors[0].shape[1] - len(gram)
         if padding:
             gram = F.pad(gram, (0, padding, 0, padding))
-        parts = zip(torch.split(weight, _ROWS), np.split(data, range(_ROWS, len(data), _ROWS)), strict=True)
-        kind = tensors[0].kind.name
-        chosen = [choose_numbers(part, StoredMatrix(kind, stored), gram).data for part, stored in parts]
-        rounded = StoredMatrix(kind, np.concatenate(chosen))
-        ends = np.cumsum(rows)[:-1]
-        for tensor, part in zip(tensors, np.split(rounded.data, ends), strict=True):
+        exact = [self.exact[tensor.name] for tensor in tensors]
+        for start in range(0, len(data), _ROWS):
+            some = slice(start, start + _ROWS)
+            weight = torch.from_numpy(_rows(exact, some)).to(gram.device)
+            stored = StoredMatrix(tensors[0].kind.name, data[some])
+            data[some] = choose_numbers(weight, stored, gram).data
+        parts = np.split(data, np.cumsum(rows)[:-1])
+        for tensor, part in zip(tensors, parts, strict=True):
             self.stream.seek(tensor.offset)
             self.stream.write(part.tobytes())
             self.count += 1
-        return np.split(rounded.values(), ends)
+        return parts
+
+
+def _rows(tensors: list[GGUFTensor], some: slice) -> np.ndarray:
+    """Some rows of matrices that lie below each other, as far as there are so many; float32."""
+    found, start = [], 0
+    for tensor in tensors:
+        first, last = max(some.start - start, 0), min(some.stop - start, tensor.shape[0])
+        if first < last:
+            found.append(tensor.rows(first, last))
+        start += tensor.shape[0]
+    return np.concatenate(found)
 
 
 def _in_file(spec: TensorSpec, gram: torch.Tensor) -> torch.Tensor:

@@ -205,6 +205,21 @@ def test_nothing_but_numbers_changes_and_the_same_text_gives_the_same_bytes(
     assert same == expected
 
 
+def test_some_rows_at_a_time_are_all_rows(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = make_checkpoint("llama", tied=True, intermediate_size=256)
+    values = []
+    # 100: a part has rows of two matrices that read the same, as gate and up do.
+    for rows in (8192, 100):
+        monkeypatch.setattr("exporters.gguf.rounding._ROWS", rows)
+        (tmp_path / str(rows)).mkdir()
+        file = draft_gguf(checkpoint, tmp_path / str(rows), ["Q4_0"], options())["Q4_0"]
+        values.append({name: tensor.dequantize() for name, tensor in _tensors(file).items()})
+    for name, whole in values[0].items():
+        assert float((whole == values[1][name]).mean()) > 0.99, name
+
+
 def test_a_file_of_eight_bits_is_the_quantizers(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     checkpoint = make_checkpoint("llama")
     (ours,) = _export(checkpoint, tmp_path / "ours", ("Q8_0",))
