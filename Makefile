@@ -86,8 +86,8 @@ clean:
 	rm -rf $(VENV) dist build "$(DEMO)" .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/javascript/node_modules
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
-# A stamp is written last: an interrupted installation is taken up again. Python compiles what it imports; that of all
-# packages beforehand takes a third of the time.
+# A stamp is written last: an interrupted installation is taken up again. Python compiles what it imports; to compile all
+# packages beforehand takes 40 seconds of a core.
 $(READY): pyproject.toml tools/llama_wheel.py
 	@python="$$(tools/find_python.sh $(PYTHON))"; \
 	if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \

@@ -193,9 +193,7 @@ def collect_statistics(
     layers = decoder_layers(model)
     with torch.inference_mode():
         hidden, calls = enter_blocks(model, layers, windows)
-        gram_bytes = sum(GramStore.n_bytes(feed_forward(model, layer).width) for layer in layers)
-        beside = gram_bytes if with_gram else 0
-        stream = _stream(model, windows, hidden, calls, beside) if with_stream else None
+        stream = _stream(model, windows, hidden, calls, with_gram) if with_stream else None
         for index, layer in enumerate(layers):
             ffn = feed_forward(model, layer)
             sums = _BlockSums(ffn.width, with_gram, model.device)
@@ -220,13 +218,15 @@ def collect_statistics(
 
 
 def _stream(
-    model: Any, windows: torch.Tensor, hidden: Sequence[torch.Tensor], calls: Calls, beside: int
+    model: Any, windows: torch.Tensor, hidden: Sequence[torch.Tensor], calls: Calls, with_gram: bool
 ) -> DenseStream | None:
-    """To keep what blocks give in, beside other files; None where computing it again is as good, or needed.
+    """To keep what blocks give in, beside Gram matrices; None where computing it again is as good, or needed.
 
     A GPU computes it sooner than a disk holds it. What blocks leave for later ones is not in hidden states.
     """
-    n_bytes = len(decoder_layers(model)) * sum(state.nbytes for state in hidden)
+    layers = decoder_layers(model)
+    n_bytes = len(layers) * sum(state.nbytes for state in hidden)
+    beside = sum(GramStore.n_bytes(feed_forward(model, layer).width) for layer in layers) if with_gram else 0
     n_weights = sum(parameter.numel() for parameter in model.parameters())
     if model.device == CPU and not calls.shared and may_keep_states(n_bytes, n_weights, beside):
         with suppress(InputError):

@@ -19,6 +19,7 @@ from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.moments import MOMENT_WINDOWS
 from cfsp.pruning.prune import GRADIENT_WINDOWS, PROBE_TOKENS, PROBE_WINDOWS, TOLD_WINDOWS
 from cfsp.pruning.settings import PruneSettings
+from cfsp.pruning.statistics import GramStore
 from cfsp.recovery.settings import Training, loss_weights, method_of, token_budget
 from cfsp.recovery.shares import training_bytes
 from exporters.export_record import ExportFormat
@@ -234,7 +235,7 @@ def drawing(extents: Sequence[Extent], asked: Drawing) -> Work:
 
 def pruning(extents: Sequence[Extent], asked: Pruning) -> Work:
     """Statistics, plan, cut and reconstruction, and the activation moments of what is left."""
-    (dense,), settings, text, stream = extents, asked.settings, asked.text, 0
+    (dense,), settings, text = extents, asked.settings, asked.text
     kept = dense.narrowed(settings.prune_ratio)
     told = settings.keeps_blocks and not asked.is_aimed
     read = text.most(TOLD_WINDOWS) if told else text
@@ -246,7 +247,8 @@ def pruning(extents: Sequence[Extent], asked: Pruning) -> Work:
         steps += [_passed(dense, some, _BACKWARDS, passes=3), _headed(dense, some).times(2)]
     if asked.only_plan:
         return _all(steps)
-    if settings.reconstruct == "block-by-block" and settings.prune_ratio:
+    stream = 0
+    if settings.reads_stream and settings.prune_ratio:
         held = dense.resident_bytes + 5 * dense.states_bytes(text.tokens)
         steps += [replace(_passed(dense, text, _RECONSTRUCTED), memory=held)]
         steps += [replace(_gathered(kept, text), scratch=0)]
@@ -425,7 +427,8 @@ def _saved(extent: Extent) -> Work:
 def _gathered(extent: Extent, text: Windows) -> Work:
     """Gram matrices of what down_proj reads."""
     squares = [width**2 for width in extent.widths]
-    return Work({text.seqlen: float(text.tokens) * sum(squares)}, scratch=4 * sum(squares))
+    n_bytes = sum(map(GramStore.n_bytes, extent.widths))
+    return Work({text.seqlen: float(text.tokens) * sum(squares)}, scratch=n_bytes)
 
 
 def _removals(extent: Extent, settings: PruneSettings, text: Windows) -> list[Work]:
