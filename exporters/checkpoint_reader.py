@@ -61,6 +61,16 @@ class DeltaNet:
         """Numbers of all key heads."""
         return self.key_heads * self.key_head_dim
 
+    @property
+    def value_width(self) -> int:
+        """Numbers of all value heads."""
+        return self.value_heads * self.value_head_dim
+
+    @property
+    def channels(self) -> int:
+        """Of its convolution: queries, keys and values."""
+        return 2 * self.key_width + self.value_width
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -148,6 +158,16 @@ class ModelConfig:
     def key_value_width(self) -> int:
         """Numbers that are kept of a token: the keys and values of all blocks."""
         return 2 * sum(heads * size for heads, size in zip(self.kv_heads, self.head_dims, strict=True))
+
+    @property
+    def kept_of_texts(self) -> Mapping[str, tuple[int, ...]]:
+        """What blocks keep of a text that have something in attention's place: its kind -> its sizes, of any text."""
+        if self.convolution_length:
+            return {"conv": (self.hidden_size, self.convolution_length)}
+        if net := self.delta_net:
+            state = (net.value_heads, net.key_head_dim, net.value_head_dim)
+            return {"conv": (net.channels, net.length), "recurrent": state}
+        return {}
 
     @property
     def steady_context(self) -> int:

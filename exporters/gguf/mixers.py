@@ -97,12 +97,10 @@ def _short_convolution(name: str, config: ModelConfig) -> tuple[BlockTensor, ...
 def _delta_net(name: str, config: ModelConfig) -> tuple[BlockTensor, ...]:
     net, size = config.delta_net, config.hidden_size
     assert net is not None  # of a model type with such blocks
-    values = net.value_heads * net.value_head_dim
-    channels = 2 * net.key_width + values
     return (
-        _linear(f"{name}.in_proj_qkv", (channels, size), _tiling(net, first=2 * net.key_width)),
-        _linear(f"{name}.in_proj_z", (values, size), _tiling(net)),
-        _kernels(f"{name}.conv1d", channels, net.length, _tiling(net, first=2 * net.key_width)),
+        _linear(f"{name}.in_proj_qkv", (net.channels, size), _tiling(net, first=2 * net.key_width)),
+        _linear(f"{name}.in_proj_z", (net.value_width, size), _tiling(net)),
+        _kernels(f"{name}.conv1d", net.channels, net.length, _tiling(net, first=2 * net.key_width)),
         _of_heads(f"{name}.dt_bias", f"{name}.dt_proj", ".bias", net),
         _of_heads(f"{name}.A_log", f"{name}.A_log", "", net, lambda a: -np.exp(a)),
         _linear(f"{name}.in_proj_b", (net.value_heads, size), _tiling(net)),
@@ -110,7 +108,7 @@ def _delta_net(name: str, config: ModelConfig) -> tuple[BlockTensor, ...]:
         BlockTensor(
             f"{name}.norm.weight", (net.value_head_dim,), f"{name}.norm", ".weight", (net.value_head_dim,)
         ),
-        _linear(f"{name}.out_proj", (size, values), _tiling(net, axis=1)),
+        _linear(f"{name}.out_proj", (size, net.value_width), _tiling(net, axis=1)),
     )
 
 

@@ -100,7 +100,7 @@ def _untyped(graph: ir.Graph) -> Iterator[str]:
 
 
 def _caches(graph: ir.Graph, config: ModelConfig) -> Iterator[str]:
-    """One for each block that attends or convolves, of the sizes that the config says."""
+    """Of each block that mixes tokens, of the sizes that the config says."""
     caches = {str(value.name): value.shape for value in graph.inputs if str(value.name).startswith("past_")}
     wanted = dict(_wanted_caches(config))
     if caches.keys() != wanted.keys():
@@ -111,12 +111,12 @@ def _caches(graph: ir.Graph, config: ModelConfig) -> Iterator[str]:
             yield f"{name} is {shape}, not of {sizes}"
 
 
-def _wanted_caches(config: ModelConfig) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Each cache: heads and their numbers, or channels and tokens of a convolution."""
+def _wanted_caches(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Each cache: heads and their numbers, or what is kept of a text in attention's place."""
     mixing = [block for block in config.shape.blocks if block.has_attention]
     for index, block in enumerate(mixing):
         if block.is_keyless:
-            yield f"past_conv.{index}", (config.hidden_size, config.convolution_length)
+            yield from ((f"past_{kind}.{index}", sizes) for kind, sizes in config.kept_of_texts.items())
         else:
             for part in ("key", "value"):
                 yield f"past_key_values.{index}.{part}", (block.kv_groups or 0, config.head_dim)

@@ -41,7 +41,7 @@ def write_companions(job: OnnxJob, variant: Variant, folder: Path) -> ReadChats:
         shutil.copy(checkpoint / "generation_config.json", folder)
     copy_notices(checkpoint, folder)
     stored = _with_caches(read_json(checkpoint / "config.json"), job.common.config)
-    if job.common.config.convolution_length:
+    if job.common.config.kept_of_texts:
         # Which a folder may say in another way, that transformers alone knows.
         stored["layer_types"] = list(job.model.config.layer_types)
     write_json(folder / "config.json", _config(stored, variant))
@@ -56,8 +56,7 @@ def write_companions(job: OnnxJob, variant: Variant, folder: Path) -> ReadChats:
         "num_hidden_layers": stored["num_hidden_layers"],
         "num_key_value_heads": kv_heads,
     }
-    if job.common.config.convolution_length:
-        _add_convolutions(genai["model"], stored["layer_types"], job.common.config)
+    _add_kept(genai["model"], stored.get("layer_types"), job.common.config)
     write_json(folder / GENAI_CONFIG, genai)
     return settled_chats(job.common, folder)
 
@@ -109,12 +108,16 @@ def _genai_decoder(variant: Variant, config: Any) -> dict[str, Any]:
     }
 
 
-def _add_convolutions(model: dict[str, Any], layer_types: list[str], config: ModelConfig) -> None:
-    """What GenAI wants to know of blocks with a short convolution: it keeps a cache of theirs in one kind of model."""
-    model["type"], decoder = "lfm2", model["decoder"]
-    decoder |= {"layer_types": layer_types, "conv_cache_size": config.convolution_length}
-    decoder["inputs"]["past_conv_names"] = "past_conv.%d"
-    decoder["outputs"]["present_conv_names"] = "present_conv.%d"
+def _add_kept(model: dict[str, Any], layer_types: list[str] | None, config: ModelConfig) -> None:
+    """What GenAI wants to know of blocks that have something else in the place of attention."""
+    decoder = model["decoder"]
+    for kind in config.kept_of_texts:
+        decoder["inputs"][f"past_{kind}_names"] = f"past_{kind}.%d"
+        decoder["outputs"][f"present_{kind}_names"] = f"present_{kind}.%d"
+    if config.convolution_length:
+        # It keeps a cache of convolutions alone in one kind of model.
+        model["type"] = "lfm2"
+        decoder |= {"layer_types": layer_types, "conv_cache_size": config.convolution_length}
 
 
 def _genai_config(variant: Variant, config: Any, ends: list[int], context_length: int) -> dict[str, Any]:

@@ -9,30 +9,31 @@ Read `build_decoder` from top to bottom: embedding, blocks, last norm, output ma
 
 with the FFN's own width and the attention's own heads in every block, and without the first two lines in a block
 without attention. In some families what is added goes through a norm of its own, in place of h or beside it, silu is
-another function, or a short convolution takes attention's place in some blocks (`exporters.onnx.short_convolution`).
+another function, or a short convolution or a gated delta net takes attention's place in some blocks
+(`exporters.onnx.text_mixer`).
 The residual sum x and the next norm are one operator, so x is handed on as (x so far, what is still to be added).
 
 Inputs and outputs have the names and shapes that optimum, transformers.js and ONNX Runtime GenAI agree on:
-input_ids, attention_mask, past_key_values.N.key/value, past_conv.N -> logits, present.N.key/value, present_conv.N. N
-counts the blocks that attend or convolve: consumers want caches from 0 on without a gap, and take num_hidden_layers for
-how many there are.
+input_ids, attention_mask, past_key_values.N.key/value, past_conv.N, past_recurrent.N -> logits, present.N.key/value,
+present_conv.N, present_recurrent.N. N counts the blocks that mix tokens: consumers want caches from 0 on without a
+gap, and take num_hidden_layers for how many there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from exporters.onnx.activations import ACTIVATIONS
 from exporters.onnx.graph_builder import CONTRIB, GraphBuilder, Numbers
-from exporters.onnx.layers import TOKENS, Embedding, Layer
+from exporters.onnx.layers import TOKENS, Embedding, Layer, join_heads, norm_heads, rms_norm, split_last
 from exporters.onnx.operators import ir_version_for, require_operators
 from exporters.onnx.runtime import CACHE_KEY, FIXED_CACHE
-from exporters.onnx.short_convolution import ShortConvolution, convolve, kept_shape
+from exporters.onnx.text_mixer import NewTokens, TextMixer, token_places
 
 OPSET = 21
 
@@ -69,6 +70,7 @@ class Attention:
         k_norm: The same of keys.
         o_proj: Attention's output.
         normed_after_rope: Whether queries and keys are normed after they are rotated.
+        gated: Whether rows of a gate stand behind those of each head's query: its sigmoid multiplies what o_proj reads.
         rope: What rotates queries and keys; None where nothing does.
         scale: What scores are multiplied by.
         window: How many tokens are seen, the one that looks included; None where all.
@@ -86,6 +88,15 @@ class Attention:
     q_norm: Numbers | None = None
     k_norm: Numbers | None = None
     normed_after_rope: bool = False
+    gated: bool = False
+
+    @property
+    def rotates_before(self) -> bool:
+        """Whether queries and keys are rotated before GroupQueryAttention sees them.
+
+        It norms nothing behind its rotation, and takes tables of whole eights of columns.
+        """
+        return self.rope is not None and (self.normed_after_rope or len(self.rope.frequencies) % 8 != 0)
 
 
 @dataclass(frozen=True)
@@ -101,7 +112,7 @@ class Block:
         output_norm: (hidden_size,) norm of down_proj's output, or None.
     """
 
-    mixer: Attention | ShortConvolution | None
+    mixer: Attention | TextMixer | None
     ffn_norm: Numbers | None
     gate_proj: Layer
     up_proj: Layer
@@ -183,21 +194,6 @@ def build_decoder(
     )
 
 
-def _silu(builder: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
-    """x * sigmoid(alpha x) with alpha = 1."""
-    return builder.op("QuickGelu", [x], name, alpha=1.0, domain=CONTRIB)
-
-
-def _gelu_tanh(builder: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
-    return builder.op("FastGelu", [x], name, domain=CONTRIB)
-
-
-ACTIVATIONS: Mapping[str, Callable[[GraphBuilder, ir.Value, str], ir.Value]] = MappingProxyType(
-    {"silu": _silu, "gelu_tanh": _gelu_tanh}
-)
-"""Of an FFN, as `exporters.checkpoint_reader` names them."""
-
-
 class _Graph:
     """The graph while it is written."""
 
@@ -232,24 +228,30 @@ class _Graph:
         added = self._feed_forward(block, hidden, f"{prefix}.mlp")
         return x, self._output_norm(added, block.output_norm, f"{prefix}.mlp.output_norm")
 
-    def _mixed(self, prefix: str, mixer: Attention | ShortConvolution, hidden: ir.Value) -> ir.Value:
-        """What a block's attention, or its convolution, adds."""
-        if isinstance(mixer, ShortConvolution):
-            return self._convolved(f"{prefix}.conv", mixer, hidden)
+    def _mixed(self, prefix: str, mixer: Attention | TextMixer, hidden: ir.Value) -> ir.Value:
+        """What a block's attention, or what takes its place, adds."""
+        if not isinstance(mixer, Attention):
+            return self._kept_apart(f"{prefix}.{mixer.module}", mixer, hidden)
         attended = self._attention(prefix, mixer, hidden)
         added = mixer.o_proj.apply(self.builder, attended, f"{prefix}.self_attn.o_proj")
         return self._output_norm(added, mixer.output_norm, f"{prefix}.self_attn.output_norm")
 
-    def _convolved(self, prefix: str, block: ShortConvolution, hidden: ir.Value) -> ir.Value:
-        """A convolution of what is normed; what it keeps of the text goes to the cache."""
-        past = ir.val(f"past_conv.{self.n_mixers}", self.dtype, kept_shape(block))
-        b = self.builder
-        new = b.op("Min", [self.n_tokens, self._input_length()], "new_tokens", shape=["batch_size"])
-        names = (prefix, f"present_conv.{self.n_mixers}")
-        added, present = convolve(b, block, hidden, past, new, names)
-        self.inputs.append(past)
-        self.outputs.append(present)
+    def _kept_apart(self, prefix: str, mixer: TextMixer, hidden: ir.Value) -> ir.Value:
+        """What a mixer makes of what is normed; what it keeps of the text goes to caches of its own."""
+        index = self.n_mixers
+        pasts = {
+            kind: ir.val(f"past_{kind}.{index}", self.dtype, shape) for kind, shape in mixer.kept.items()
+        }
+        names = {kind: f"present_{kind}.{index}" for kind in pasts}
+        added, presents = mixer.mix(self.builder, hidden, pasts, self._new_tokens(), prefix, names)
+        self.inputs += pasts.values()
+        self.outputs += presents
         return added
+
+    def _new_tokens(self) -> NewTokens:
+        length = self._input_length()
+        count = self.builder.op("Min", [self.n_tokens, length], "new_tokens", shape=["batch_size"])
+        return NewTokens(count, length)
 
     def _output_norm(self, x: ir.Value, weight: Numbers | None, name: str) -> ir.Value:
         return x if weight is None else self._norm(x, self.builder.constant(f"{name}.weight", weight), name)
@@ -305,11 +307,11 @@ class _Graph:
         s, prefix, index = self.decoder, f"{block_prefix}.self_attn", self.n_mixers
         kv_heads = block.num_key_value_heads
         num_heads = kv_heads * s.heads_per_group
-        query, key, value = self._heads(block, hidden, prefix)
+        query, key, value, gate = self._heads(block, hidden, prefix)
         past = self._caches(f"past_key_values.{index}", kv_heads, "past_sequence_length")
         present = self._caches(f"present.{index}", kv_heads, "total_sequence_length")
         attended = ir.val(prefix, self.dtype, [*TOKENS, num_heads * s.head_dim])
-        rotary = [] if block.normed_after_rope else self._tables(block.rope)
+        rotary = [] if block.rotates_before else self._tables(block.rope)
         attributes: dict[str, int | float] = {
             "num_heads": num_heads,
             "kv_num_heads": kv_heads,
@@ -329,7 +331,7 @@ class _Graph:
         )
         self.inputs += past
         self.outputs += present
-        return attended
+        return attended if gate is None else self._opened(attended, gate, f"{prefix}.gated")
 
     def _tables(self, rope: Rope | None) -> list[ir.Value]:
         """Cosines and sines of a rope."""
@@ -350,7 +352,7 @@ class _Graph:
         name = f"{rope.name}{function.lower()}_cache"
         table = b.op(function, [angles], f"{name}.plain")
         table = b.op("Mul", [table, b.constant(f"{prefix}.scale", np.float32(rope.scale))], f"{name}.scaled")
-        return table if self.dtype == ir.DataType.FLOAT else b.cast(table, name, self.dtype)
+        return b.cast(table, name, self.dtype)
 
     def _caches(self, prefix: str, kv_heads: int, length: str) -> list[ir.Value]:
         """A block's keys and values."""
@@ -359,39 +361,78 @@ class _Graph:
 
     def _heads(
         self, block: Attention, hidden: ir.Value, prefix: str
-    ) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
-        """Query, key and value; the query alone holds all three where one layer gives them."""
+    ) -> tuple[ir.Value, ir.Value | None, ir.Value | None, ir.Value | None]:
+        """Query, key, value and gate; the query alone holds the first three where one layer gives them."""
         b, kv_heads = self.builder, block.num_key_value_heads
         if len(block.qkv) == 1:
-            return block.qkv[0].apply(b, hidden, f"{prefix}.qkv_proj"), None, None
+            return block.qkv[0].apply(b, hidden, f"{prefix}.qkv_proj"), None, None, None
         names = ("q_proj", "k_proj", "v_proj")
         query, key, value = (
             layer.apply(b, hidden, f"{prefix}.{name}") for name, layer in zip(names, block.qkv, strict=True)
         )
-        if block.normed_after_rope and block.rope is not None:
-            query, key = (
-                b.op(
-                    "RotaryEmbedding", [x, self._positions(), *self._tables(block.rope)], name, domain=CONTRIB
-                )
-                for x, name in ((query, f"{prefix}.q_rotated"), (key, f"{prefix}.k_rotated"))
+        heads = kv_heads * self.decoder.heads_per_group
+        query, gate = self._apart(query, heads, prefix) if block.gated else (query, None)
+        steps = [self._head_norms, self._rotated]
+        for step in reversed(steps) if block.normed_after_rope else steps:
+            query, key = step(block, query, key, prefix)
+        return query, key, value, gate
+
+    def _head_norms(
+        self, block: Attention, query: ir.Value, key: ir.Value, prefix: str
+    ) -> tuple[ir.Value, ir.Value]:
+        """Query and key with each head normed, where they are."""
+        if block.q_norm is None or block.k_norm is None:
+            return query, key
+        kv_heads = block.num_key_value_heads
+        heads = kv_heads * self.decoder.heads_per_group
+        query = self._head_norm(query, block.q_norm, heads, f"{prefix}.q_norm")
+        return query, self._head_norm(key, block.k_norm, kv_heads, f"{prefix}.k_norm")
+
+    def _rotated(
+        self, block: Attention, query: ir.Value, key: ir.Value, prefix: str
+    ) -> tuple[ir.Value, ir.Value]:
+        """Query and key rotated, where GroupQueryAttention does not do it."""
+        rope, kv_heads = block.rope, block.num_key_value_heads
+        if rope is None or not block.rotates_before:
+            return query, key
+
+        def turned(x: ir.Value, heads: int, name: str) -> ir.Value:
+            return self.builder.op(
+                "RotaryEmbedding",
+                [x, self._positions(), *self._tables(rope)],
+                name,
+                domain=CONTRIB,
+                num_heads=heads,
+                rotary_embedding_dim=2 * len(rope.frequencies),
             )
-        if block.q_norm is not None and block.k_norm is not None:
-            heads = kv_heads * self.decoder.heads_per_group
-            query = self._head_norm(query, block.q_norm, heads, f"{prefix}.q_norm")
-            key = self._head_norm(key, block.k_norm, kv_heads, f"{prefix}.k_norm")
-        return query, key, value
+
+        query = turned(query, kv_heads * self.decoder.heads_per_group, f"{prefix}.q_rotated")
+        return query, turned(key, kv_heads, f"{prefix}.k_rotated")
+
+    def _apart(self, both: ir.Value, heads: int, prefix: str) -> tuple[ir.Value, ...]:
+        """Queries, and the gates that stand behind those of each head."""
+        b, size = self.builder, self.decoder.head_dim
+        apart = b.constant(f"{heads}_heads_of_{2 * size}", [0, 0, heads, 2 * size])
+        split = b.op("Reshape", [both, apart], f"{prefix}.q_and_gate", shape=(*TOKENS, heads, 2 * size))
+        names = {f"{prefix}.{part}.heads": size for part in ("q", "gate")}
+        parts = zip(("q", "gate"), split_last(b, split, names, f"{prefix}.q_gate"), strict=True)
+        return tuple(join_heads(b, part, heads * size, f"{prefix}.{name}") for name, part in parts)
+
+    def _opened(self, attended: ir.Value, gate: ir.Value, name: str) -> ir.Value:
+        """What comes through a gate."""
+        share = self.builder.op("Sigmoid", [gate], f"{name}.share")
+        return self.builder.op("Mul", [attended, share], name)
 
     def _positions(self) -> ir.Value:
         """Where the tokens stand in their rows, (batch_size, sequence_length): from what is in the cache on."""
-        b, count = self.builder, self._input_length()
-        before = b.op("Sub", [self.n_tokens, count], "tokens_before", shape=["batch_size"])
+        b, length = self.builder, self._input_length()
+        before = b.op("Sub", [self.n_tokens, length], "tokens_before", shape=["batch_size"])
         # A row that ends with padding has fewer tokens than there are in the first call.
         start = b.op("Max", [before, b.constant("zero", [0])], "first_position", shape=["batch_size"])
         column = b.op(
             "Unsqueeze", [start, b.constant("last_axis", [-1])], "first_positions", shape=["batch_size", 1]
         )
-        ends = [b.constant("range_start", 0), count, b.constant("range_step", 1)]
-        steps = b.op("Range", ends, "steps", shape=["sequence_length"])
+        steps = token_places(b, length)
         return b.op("Add", [column, steps], "positions", shape=TOKENS)
 
     def _input_length(self) -> ir.Value:
@@ -401,14 +442,9 @@ class _Graph:
         return b.op("Gather", [sizes, b.constant("input_length_axis", 1)], "input_length", axis=0, shape=[])
 
     def _head_norm(self, x: ir.Value, weight: Numbers, heads: int, name: str) -> ir.Value:
-        b, size = self.builder, self.decoder.head_dim
-        if len(weight) == heads * size:
-            return self._norm(x, b.constant(f"{name}.weight", weight), name)
-        apart = b.constant(f"{heads}_heads", [0, 0, heads, size])
-        together = b.constant("joined_heads", [0, 0, -1])
-        split = b.op("Reshape", [x, apart], f"{name}.heads", shape=(*TOKENS, heads, size))
-        normed = self._norm(split, b.constant(f"{name}.weight", weight), f"{name}.normed")
-        return b.op("Reshape", [normed, together], name, shape=(*TOKENS, heads * size))
+        if len(weight) == heads * self.decoder.head_dim:
+            return self._norm(x, self.builder.constant(f"{name}.weight", weight), name)
+        return norm_heads(self.builder, x, weight, heads, name, self.decoder.rms_norm_eps)
 
     def _feed_forward(self, block: Block, hidden: ir.Value, name: str) -> ir.Value:
         b = self.builder
@@ -419,11 +455,4 @@ class _Graph:
         return block.down_proj.apply(b, product, f"{name}.down_proj")
 
     def _norm(self, x: ir.Value, gamma: ir.Value, name: str) -> ir.Value:
-        return self.builder.op(
-            "SimplifiedLayerNormalization",
-            [x, gamma],
-            name,
-            axis=-1,
-            epsilon=self.decoder.rms_norm_eps,
-            stash_type=1,
-        )
+        return rms_norm(self.builder, x, gamma, name, self.decoder.rms_norm_eps)

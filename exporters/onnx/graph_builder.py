@@ -91,8 +91,8 @@ class GraphBuilder:
         return self._values[name]
 
     def cast(self, x: ir.Value, name: str, dtype: ir.DataType) -> ir.Value:
-        """The numbers of x in another type."""
-        return self.op("Cast", [x], name, dtype=dtype, to=dtype)
+        """The numbers of x in a type; x itself where it is of that type."""
+        return x if x.dtype == dtype else self.op("Cast", [x], name, dtype=dtype, to=dtype)
 
 
 def _tensor(name: str, value: npt.ArrayLike | torch.Tensor) -> ir.TensorProtocol:

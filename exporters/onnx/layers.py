@@ -6,6 +6,7 @@ other numbers is another table of layers and the same graph.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -234,6 +235,42 @@ def _stored(builder: GraphBuilder, matrix: Rounded, name: str) -> tuple[ir.Value
     data = builder.constant(f"{name}.q{matrix.form.bits}", matrix.packed())
     # The runtime computes it when it loads the file.
     return data, builder.cast(scales, f"{scales.name}.cast", ir.DataType.FLOAT)
+
+
+def split_last(
+    builder: GraphBuilder, x: ir.Value, parts: Mapping[str, int], name: str
+) -> tuple[ir.Value, ...]:
+    """x cut along its last axis, into parts of these names and sizes."""
+    assert x.shape is not None  # every value of a GraphBuilder has its shape
+    leading = list(x.shape)[:-1]
+    outputs = [ir.val(part, x.dtype, ir.Shape([*leading, size])) for part, size in parts.items()]
+    sizes = builder.constant(f"sizes_{'_'.join(map(str, parts.values()))}", list(parts.values()))
+    builder.tape.op_multi_out("Split", [x, sizes], {"axis": -1}, outputs=outputs, name=name)
+    return tuple(outputs)
+
+
+def rms_norm(builder: GraphBuilder, x: ir.Value, gamma: ir.Value, name: str, epsilon: float) -> ir.Value:
+    """gamma x / sqrt(mean(x^2) + epsilon) along the last axis."""
+    return builder.op(
+        "SimplifiedLayerNormalization", [x, gamma], name, axis=-1, epsilon=epsilon, stash_type=1
+    )
+
+
+def norm_heads(
+    builder: GraphBuilder, x: ir.Value, gamma: Numbers, heads: int, name: str, epsilon: float
+) -> ir.Value:
+    """The norm of each head of x (batch_size, sequence_length, heads * size); gamma is (size,)."""
+    size = len(gamma)
+    apart = builder.constant(f"{heads}_heads_of_{size}", [0, 0, heads, size])
+    split = builder.op("Reshape", [x, apart], f"{name}.heads", shape=(*TOKENS, heads, size))
+    normed = rms_norm(builder, split, builder.constant(f"{name}.weight", gamma), f"{name}.normed", epsilon)
+    return join_heads(builder, normed, heads * size, name)
+
+
+def join_heads(builder: GraphBuilder, x: ir.Value, width: int, name: str) -> ir.Value:
+    """The numbers of all heads, `width`, behind each other: (batch_size, sequence_length, width)."""
+    together = builder.constant("joined_heads", [0, 0, -1])
+    return builder.op("Reshape", [x, together], name, shape=(*TOKENS, width))
 
 
 def product_name(name: str, bias: Numbers | None) -> str:

@@ -35,7 +35,7 @@ def check_portable(shape: ModelShape) -> None:
     """Raise InputError for a model that optimum's exporter cannot take, and MissingExtraError where it is not there."""
     if any(block.is_keyless for block in shape.blocks):
         raise InputError(
-            "optimum exports no blocks with a short convolution",
+            "optimum exports no blocks with something else in the place of attention",
             field="portable",
             allowed="the other variants",
         )

@@ -87,8 +87,8 @@ def _warnings(job: OnnxJob, variant: Variant) -> Iterator[str]:
             "differ in key-value heads, and optimum's ORTModelForCausalLM takes one number for all",
         ),
         (
-            common.config.convolution_length,
-            "have short convolutions, and optimum's ORTModelForCausalLM knows no cache of them",
+            common.config.kept_of_texts,
+            "have something else in the place of attention, and optimum's ORTModelForCausalLM knows no cache of it",
         ),
     )
     for is_there, what in unknown_to_optimum:

@@ -1,8 +1,8 @@
 """ONNX Runtime: a decoder graph opened with its key-value cache. The one place that makes sessions.
 
 A graph with GroupQueryAttention writes keys and values into buffers of a fixed length that are its input and its
-output at once; other graphs give a longer cache each time. A file says in its metadata which kind it is. What a short
-convolution keeps of a text is given anew each time by both, and knows nothing of what came before.
+output at once; other graphs give a longer cache each time. A file says in its metadata which kind it is. What blocks
+keep of a text that do not attend is given anew each time by both, and knows nothing of what came before.
 """
 
 from __future__ import annotations
@@ -28,8 +28,12 @@ PREFILL_TOKENS = 128
 """Tokens of a prompt to run at once. More are slower, and cost memory: ONNX Runtime keeps the buffers of one block for
 the next, and those of blocks that differ in width do not fit into each other's place."""
 
-_KEYS_AND_VALUES, _CONVOLVED = "past_key_values.", "past_conv."
-_PRESENT = {_KEYS_AND_VALUES: "present.", _CONVOLVED: "present_conv."}
+_KEYS_AND_VALUES = "past_key_values."
+_PRESENT = {
+    _KEYS_AND_VALUES: "present.",
+    "past_conv.": "present_conv.",
+    "past_recurrent.": "present_recurrent.",
+}
 """How the names of caches begin, as inputs and as outputs."""
 _RECORD_PROVIDERS = "session.record_ep_graph_assignment_info"
 _PROVIDER = "ExecutionProvider"
@@ -197,7 +201,7 @@ def _check_decoder(
 
 
 def _sizes(name: str, value: Any) -> list[Any]:
-    """The sizes of a cache that a file says: heads and numbers of a head, or channels and tokens of a convolution."""
+    """The sizes of a cache that a file says: heads and numbers of a head, or what does not grow with the text."""
     _, *sizes = value.shape
     return [sizes[0], sizes[2]] if name.startswith(_KEYS_AND_VALUES) else sizes
 

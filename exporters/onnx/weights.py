@@ -30,9 +30,12 @@ from cfsp.models.architectures import (
 from cfsp.models.paging import at_hand
 from cfsp.models.rope import steady_context
 from exporters.checkpoint_reader import ACTIVATIONS, rope_of
+from exporters.onnx.causal_convolution import Kernels
 from exporters.onnx.decoder_graph import Attention, Block, Decoder, Rope
+from exporters.onnx.delta_net import DeltaNet
 from exporters.onnx.layers import Embedding, FloatEmbedding, FloatLinear, Layer
 from exporters.onnx.short_convolution import ShortConvolution
+from exporters.onnx.text_mixer import TextMixer
 from exporters.onnx.variants import HEAD
 
 _PACKED, _PARTS = "qkv_proj", ("q_proj", "k_proj", "v_proj")
@@ -223,7 +226,7 @@ def _added_norm(model: Any, block: str, which: int, weights: Weights) -> torch.T
 
 def _mixer(
     model: Any, layer: nn.Module, name: str, weights: Weights, positions: _Positions
-) -> Attention | ShortConvolution | None:
+) -> Attention | TextMixer | None:
     if attention := attention_of(model, layer):
         return _attention(model, attention, name, weights, positions)
     mixer, module = spec_for(model.config).mixer, mixer_of(model, layer)
@@ -236,18 +239,38 @@ def _mixer(
 def _convolution(
     convolution: Any, prefix: str, input_norm: torch.Tensor | None, weights: Weights
 ) -> ShortConvolution:
-    kernels = convolution.conv
     return ShortConvolution(
         input_norm=input_norm,
         in_proj=_linear(f"{prefix}.in_proj", convolution.in_proj, weights),
-        kernels=weights.stored(kernels.weight.squeeze(1).T),
+        kernels=_kernels(convolution.conv, weights),
         out_proj=_linear(f"{prefix}.out_proj", convolution.out_proj, weights),
-        bias=None if kernels.bias is None else weights.stored(kernels.bias),
     )
 
 
-_MIXERS: Mapping[str, Callable[[Any, str, torch.Tensor | None, Weights], ShortConvolution]] = (
-    MappingProxyType({"conv": _convolution})
+def _delta_net(net: Any, prefix: str, input_norm: torch.Tensor | None, weights: Weights) -> DeltaNet:
+    names = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
+    norm = weights.norms.get(f"{prefix}.norm.weight", net.norm.weight)
+    return DeltaNet(
+        input_norm=input_norm,
+        kernels=_kernels(net.conv1d, weights),
+        rates=-net.A_log.detach().float().exp(),
+        bias=net.dt_bias.detach().float(),
+        norm=weights.stored(norm),
+        key_heads=net.num_k_heads,
+        rms_norm_eps=net.layer_norm_epsilon,
+        **{name: _linear(f"{prefix}.{name}", getattr(net, name), weights) for name in names},
+    )
+
+
+def _kernels(convolution: nn.Conv1d, weights: Weights) -> Kernels:
+    bias = convolution.bias
+    return Kernels(
+        weights.stored(convolution.weight.squeeze(1).T), None if bias is None else weights.stored(bias)
+    )
+
+
+_MIXERS: Mapping[str, Callable[[Any, str, torch.Tensor | None, Weights], TextMixer]] = MappingProxyType(
+    {"conv": _convolution, "linear_attention": _delta_net}
 )
 """Of what takes attention's place in some blocks, by what `layer_types` calls these: how its weights are found."""
 
@@ -272,6 +295,7 @@ def _attention(model: Any, attention: Any, name: str, weights: Weights, position
         k_norm=_norm(model, f"{prefix}.{spec.head_norms.key}", weights) if spec.head_norms else None,
         o_proj=_linear(f"{prefix}.{spec.output}", getattr(attention, spec.output), weights),
         normed_after_rope=spec.head_norms is not None and spec.head_norms.after_rope,
+        gated=spec.gated,
         output_norm=_added_norm(model, name, 0, weights),
         scale=float(attention.scaling),
         rope=positions.rope,
@@ -291,8 +315,6 @@ def _norm(model: Any, name: str, weights: Weights) -> torch.Tensor:
 
 def unwritten(spec: ArchitectureSpec) -> str | None:
     """What blocks of a model type may have of which no graph is written; None where that is nothing."""
-    if spec.mixer and spec.mixer.kind not in _MIXERS:
-        return f"with {spec.mixer.name}, which want a cache of their own beside keys and values"
     if spec.shared_keys or spec.block_inputs:
         return "that read another block's keys and values, or get more of a token than its hidden state"
     return None

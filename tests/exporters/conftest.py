@@ -86,13 +86,17 @@ def no_avx512_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(
     scope="session",
-    params=[{"model_type": "llama", "silent": (2,), "groups": {1: (0,)}}, {"model_type": "lfm2"}],
+    params=[
+        {"model_type": "llama", "silent": (2,), "groups": {1: (0,)}},
+        {"model_type": "lfm2"},
+        {"model_type": "qwen3_5_text"},
+    ],
     ids=lambda asked: asked["model_type"],
 )
 def browser_export(
     request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The ONNX variants that JavaScript's runtimes load; some blocks have fewer heads, none, or a short convolution.
+    """The ONNX variants that JavaScript's runtimes load; some blocks have fewer heads, or none and something else.
 
     Not to be changed.
     """

@@ -26,7 +26,6 @@ from exporters.gguf.files import draft_gguf
 from exporters.gguf.imatrix import read_imatrix
 from exporters.gguf.quants import QUANTS
 from exporters.gguf.tensors import tensor_specs
-from exporters.onnx import export_onnx
 from exporters.options import ExportOptions
 from phoneready.main import main
 from runtime_bench.devices.model_facts import gguf_facts
@@ -168,17 +167,6 @@ def load_model_of(weights: dict[str, torch.Tensor], settings: dict[str, Any]) ->
     model.load_state_dict(weights, strict=False)
     model.tie_weights()
     return model.eval()
-
-
-def test_onnx_is_refused_in_a_line(
-    tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tiny_folder("qwen3_5_text")
-    with pytest.raises(InputError, match="no graph is written yet of blocks with a gated delta net"):
-        export_onnx(folder, tmp_path / "out", ["fp32"])
-    assert main(["export", str(folder), "-o", str(tmp_path / "out"), "--onnx", "int4"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,15 @@ def exported(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("lfm2", {}),
         ("lfm2", {"tied": False, "conv_bias": True, "conv_L_cache": 4, "num_key_value_heads": 1}),
         ("lfm2", {"layer_types": [FULL, "conv", "conv", FULL]}),
+        ("qwen3_5_text", {}),
+        ("qwen3_5_text", {"tied": False, "linear_num_key_heads": 1, "linear_value_head_dim": 32}),
+        (
+            "qwen3_5_text",
+            {
+                "layer_types": [FULL, "linear_attention", "linear_attention", FULL],
+                "linear_conv_kernel_dim": 3,
+            },
+        ),
         ("hunyuan_v1_dense", {}),
         ("hunyuan_v1_dense", {"rope_parameters": ALPHA, "head_dim": 32, "attention_bias": True}),
         ("exaone4", {"sliding_window": 24, "layer_types": [FULL, WINDOWED, WINDOWED, FULL], "head_dim": 32}),
@@ -193,7 +202,7 @@ def test_rows_of_a_batch_may_end_with_padding(pruned: Path, exported: Path) -> N
     np.testing.assert_allclose(logits[1, :7], alone[1], atol=2e-4)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "hunyuan_v1_dense", "lfm2"])
+@pytest.mark.parametrize("model_type", ["llama", "hunyuan_v1_dense", "lfm2", "qwen3_5_text"])
 def test_rows_of_unlike_lengths_go_on_where_each_ends(
     model_type: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:

@@ -40,6 +40,7 @@ OPTIONS = ExportOptions(calibration=IDS, parity_windows=IDS, limits=LOOSE)
         {"model_type": "exaone4"},
         {"model_type": "hunyuan_v1_dense"},
         {"model_type": "lfm2"},
+        {"model_type": "qwen3_5_text"},
         {"model_type": "qwen3"},
         {"model_type": "smollm3"},
         {"model_type": "gemma3_text", "num_hidden_layers": 8, "hidden_size": 96},

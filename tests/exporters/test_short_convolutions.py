@@ -13,19 +13,13 @@ import torch
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
 from cfsp.errors import InputError
-from cfsp.evaluation.language_model import Branches
-from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.architectures import attention_of, decoder_layers
 from cfsp.models.gguf_file import CONVOLUTIONS, read_gguf
 from cfsp.models.reference import load_model
 from cfsp.pruning.axes.blocks import candidate_blocks
-from exporters.export_record import ParityLimits
 from exporters.gguf.architecture import read_layout
 from exporters.gguf.files import draft_gguf
 from exporters.onnx import export_onnx
-from exporters.onnx.folder import find_graph
-from exporters.onnx.language_model import OnnxLanguageModel
-from exporters.onnx.runtime import open_model
 from exporters.options import ExportOptions
 from phoneready.main import main
 
@@ -83,31 +77,6 @@ def test_a_target_is_met(tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.C
     assert draft_gguf(out, tmp_path / "files", ["Q8_0"])["Q8_0"].stat().st_size <= 280_000
 
 
-@pytest.fixture(scope="module")
-def graphs(files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ONNX folders of the pruned checkpoint."""
-    folder = tmp_path_factory.mktemp("onnx") / "out"
-    # Next-token distributions of random weights are nearly flat, so quantization moves them far.
-    loose = {name: ParityLimits(kl_mean=3.0) for name in ("int8", "int4")}
-    export_onnx(files[0], folder, ("fp32", "int8", "int4"), ExportOptions(limits=loose, n_threads=1))
-    return folder
-
-
-def test_a_graph_is_judged_as_its_checkpoint_is(files: tuple[Path, Path], graphs: Path) -> None:
-    """Its cache cannot be rewound, so each continuation reads its context again."""
-    ours = TorchLanguageModel(load_model(files[0]))
-    theirs = OnnxLanguageModel(str(graphs / "fp32"), n_ctx=256, n_threads=1)
-    ids = torch.randint(3, 320, (40,), generator=torch.Generator().manual_seed(0)).tolist()
-    items = [Branches(tuple(ids[:9]), ((5,), (5, 6, 7), (8, 9))), Branches(tuple(ids[9:20]), ((4, 3),))]
-    scores = [[one.log_likelihood for row in model.score(items) for one in row] for model in (ours, theirs)]
-    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
-    prompts = [ids[:5], ids[5:18], ids[18:21]]
-    assert ours.generate(prompts, 32) == theirs.generate(prompts, 32)
-    with pytest.raises(InputError, match="rewound"):
-        theirs._model.rewind(3)
-    theirs.close()
-
-
 def test_a_folder_may_name_the_blocks_that_attend(tiny_folder: TinyPath, tmp_path: Path) -> None:
     """As the first published ones do; GenAI and transformers.js read what every block is."""
     folder = tiny_folder("lfm2")
@@ -122,42 +91,13 @@ def test_a_folder_may_name_the_blocks_that_attend(tiny_folder: TinyPath, tmp_pat
     assert (genai["type"], genai["decoder"]["layer_types"]) == ("lfm2", kinds)
 
 
-@pytest.mark.parametrize("variant", ["fp32", "int8", "int4"])
-def test_genai_generates_what_the_graph_generates(graphs: Path, variant: str) -> None:
-    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
-    model, ids = genai.Model(str(graphs / variant)), list(range(40, 60))
-    parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=64)
-    generator = genai.Generator(model, parameters)
-    for piece in (ids[:9], ids[9:]):
-        generator.append_tokens(piece)
-    graph = open_model(find_graph(str(graphs / variant), last_logits=True), n_ctx=64, n_threads=1)
-    logits = graph.decode(ids)
-    for _ in range(32):
-        generator.generate_next_token()
-        token = int(generator.get_next_tokens()[0])
-        assert token == int(logits[-1].argmax())
-        if generator.is_done():
-            break
-        logits = graph.decode([token])
-
-
-@pytest.mark.parametrize("engine", ["onnxruntime", "onnxruntime-genai"])
-def test_a_folder_is_measured(graphs: Path, capsys: pytest.CaptureFixture[str], engine: str) -> None:
-    size = ["-p", "16", "-n", "4", "-d", "8", "-r", "1", "-t", "1", "--no-text-check"]
-    assert main(["bench", str(graphs / "int8"), "--engine", engine, *size, "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert {row["status"] for row in rows} == {"ok"}
-    assert {row["workload"] for row in rows} >= {"pp", "tg"}
-
-
 def test_optimum_is_refused_in_a_line(
     tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "out")
     assert main(["export", str(tiny_folder("lfm2")), "-o", out, "--onnx", "int8,portable"]) == 2
     said = capsys.readouterr().err
-    assert "optimum exports no blocks with a short convolution" in said
+    assert "optimum exports no blocks with something else in the place of attention" in said
     assert said.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

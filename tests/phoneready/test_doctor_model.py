@@ -118,9 +118,9 @@ def examined(model: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[
                 "remove: FFN channels": ("warning", "one width for all"),
                 "remove: key-value groups": ("warning", "few blocks attend"),
                 "remove: attentions": ("warning", "few blocks attend"),
-                "remove: blocks": ("ok", "GGUF as qwen35 (--blocks)"),
+                "remove: blocks": ("ok", "GGUF as qwen35, ONNX (--blocks)"),
                 "GGUF": ("ok", "qwen35"),
-                "ONNX": ("warning", "no graph is written yet of blocks with a gated delta net"),
+                "ONNX": ("ok", "fused graphs"),
             },
         ),
         (

@@ -162,6 +162,19 @@ def test_greedy_tokens_are_those_of_the_native_runtime(
     assert f"{threads} threads" in (model.facts.system_info or "")
 
 
+@pytest.mark.parametrize("model_type", ["lfm2", "qwen3_5_text"])
+def test_caches_of_convolutions_and_states_are_handed_on(
+    model_type: str, tiny_folder: Callable[..., Path], tmp_path: Path, settings: PageSettings
+) -> None:
+    pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
+    export_onnx(tiny_folder(model_type), tmp_path / "out", ["fp32"], ExportOptions(n_threads=1))
+    path = find_graph(str(tmp_path / "out" / "fp32"), last_logits=True)
+    request = request_for(path)
+    with open_page(settings, served_files(request)) as page:
+        open_model(page, request, settings)
+        assert page.call("bench.greedy", PROMPT, 16) == native_tokens(path, 16)
+
+
 def test_the_browser_passes_for_a_phones(settings: PageSettings) -> None:
     facts = "() => [innerWidth, navigator.maxTouchPoints > 0, navigator.userAgent, crossOriginIsolated]"
     found = []

@@ -31,7 +31,7 @@ class Session {
     const logits = session.outputMetadata.find(({ name }) => name === "logits");
     this.vocabulary = logits.shape.at(-1);
     this.inputs = new Set(session.inputNames);
-    this.caches = session.inputMetadata.filter(({ name }) => name.startsWith("past_key_values."));
+    this.caches = session.inputMetadata.filter(({ name }) => name.startsWith("past_"));
     this.facts = { threads: ort.env.wasm.numThreads, runtime: ort.env.versions.web };
     this.clear();
   }
@@ -45,8 +45,9 @@ class Session {
     this.logits = null;
     this.cache = {};
     for (const { name, type, shape } of this.caches) {
-      const [, heads, , size] = shape;
-      this.cache[name] = new ort.Tensor(type, new ARRAYS[type](0), [1, heads, 0, size]);
+      // One text; a size that the graph leaves open is how much of it the cache holds.
+      const sizes = [1, ...shape.slice(1).map((size) => (typeof size === "number" ? size : 0))];
+      this.cache[name] = new ort.Tensor(type, new ARRAYS[type](sizes.reduce((a, b) => a * b)), sizes);
     }
   }
 
@@ -61,7 +62,7 @@ class Session {
     const feeds = { input_ids: ints(tokens), attention_mask: ints(new Array(total).fill(1)), ...this.cache };
     if (this.inputs.has("position_ids")) feeds.position_ids = ints(tokens.map((_, index) => this.past + index));
     const outputs = await this.session.run(feeds);
-    for (const name in this.cache) this.cache[name] = outputs[name.replace("past_key_values", "present")];
+    for (const name in this.cache) this.cache[name] = outputs[name.replace(/^past(_key_values)?/, "present")];
     this.logits = outputs.logits;
     this.past = total;
   }
