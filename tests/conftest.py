@@ -323,6 +323,15 @@ _GGUF_NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+_DELTA_NET = {
+    "linear_attn.in_proj_qkv": "attn_qkv",
+    "linear_attn.in_proj_z": "attn_gate",
+    "linear_attn.in_proj_b": "ssm_beta",
+    "linear_attn.in_proj_a": "ssm_alpha",
+    "linear_attn.conv1d": "ssm_conv1d",
+    "linear_attn.norm": "ssm_norm",
+    "linear_attn.out_proj": "ssm_out",
+}
 _GGUF_ENDS = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -337,6 +346,7 @@ _ADDED_NORMS = _GGUF_NAMES | {
     "post_feedforward_layernorm": "post_ffw_norm",
 }
 _GGUF_ARCHITECTURES = {
+    "qwen3_5_text": "qwen35",
     "mistral": "llama",
     "gemma3_text": "gemma3",
     "gemma4_text": "gemma4",
@@ -352,8 +362,10 @@ def _gguf_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     row = ARCHITECTURES.get(config.model_type, ARCHITECTURES["llama"])
     llama = config.model_type in _INTERLEAVED
     names = _ADDED_NORMS if row.added_norms else _GGUF_NAMES
+    if config.model_type == "qwen3_5_text":
+        names = _GGUF_NAMES | _DELTA_NET | {"post_attention_layernorm": "post_attention_norm"}
     for name, tensor in model.state_dict().items():
-        if name.endswith("norm.weight"):
+        if name.endswith("norm.weight") and "linear_attn" not in name:
             tensor = tensor + row.norm_offset
         if name.startswith("model.layers."):
             _, _, block, rest = name.split(".", 3)
@@ -365,14 +377,32 @@ def _gguf_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
                 heads = config.num_attention_heads if "q_proj" in module else config.num_key_value_heads
                 halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
                 tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
-            if module == "conv.conv":
+            if module in ("conv.conv", "linear_attn.conv1d"):
                 tensor = tensor.squeeze(1)
+            if module.startswith("linear_attn"):
+                tensor = _value_heads_in_turns(rest.removeprefix("linear_attn."), tensor, config)
+            if module == "linear_attn":  # a number of each head
+                stored = ("ssm_a", -tensor.exp()) if kind == "A_log" else ("ssm_dt.bias", tensor)
+                yield f"blk.{block}.{stored[0]}", stored[1]
+                continue
             yield f"blk.{block}.{names[module]}.{kind}", tensor
         elif name == "lm_head.weight":
             if not config.tie_word_embeddings:
                 yield "output.weight", tensor
         else:
             yield _GGUF_ENDS[name], tensor
+
+
+def _value_heads_in_turns(name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:
+    """Value heads of a delta net as llama.cpp wants them: one of each key head, then the next of each."""
+    if name == "norm.weight":
+        return tensor
+    if name == "out_proj.weight":
+        return _value_heads_in_turns("", tensor.T.contiguous(), config).T
+    keys = config.linear_num_key_heads
+    before = 2 * keys * config.linear_key_head_dim if name.startswith(("in_proj_qkv", "conv1d")) else 0
+    heads = tensor[before:].unflatten(0, (keys, config.linear_num_value_heads // keys, -1))
+    return torch.cat([tensor[:before], heads.swapaxes(0, 1).flatten(0, 2)])
 
 
 def _write_gguf(path: Path, model: Any, tokenizer: Any, extra: Mapping[str, Any] | None = None) -> None:
@@ -382,16 +412,30 @@ def _write_gguf(path: Path, model: Any, tokenizer: Any, extra: Mapping[str, Any]
     writer = gguf.GGUFWriter(path, _GGUF_ARCHITECTURES.get(config.model_type, config.model_type))
     writer.add_name("Tiny Model")
     writer.add_license("apache-2.0")
-    writer.add_block_count(config.num_hidden_layers)
+    drafting = getattr(config, "mtp_num_hidden_layers", 0)
+    writer.add_block_count(config.num_hidden_layers + drafting)
+    if drafting:
+        writer.add_nextn_predict_layers(drafting)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     widths = list(stated_widths(config.to_dict()))
     writer.add_feed_forward_length(widths if row.shared_keys else widths[0])
     writer.add_head_count(config.num_attention_heads)
-    if row.mixer:
+    kv_heads: int | list[int] = config.num_key_value_heads
+    if config.model_type == "lfm2":
         writer.add_shortconv_l_cache(config.conv_L_cache)
-        heads = [0 if kind == row.mixer.kind else config.num_key_value_heads for kind in config.layer_types]
-    writer.add_head_count_kv(heads if row.mixer else config.num_key_value_heads)
+        kv_heads = [config.num_key_value_heads if kind == FULL else 0 for kind in config.layer_types]
+    share = 1.0
+    if config.model_type == "qwen3_5_text":
+        writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
+        writer.add_ssm_state_size(config.linear_key_head_dim)
+        writer.add_ssm_group_count(config.linear_num_key_heads)
+        writer.add_ssm_time_step_rank(config.linear_num_value_heads)
+        writer.add_ssm_inner_size(config.linear_num_value_heads * config.linear_value_head_dim)
+        writer.add_full_attention_interval(config.layer_types.index(FULL) + 1)
+        share = config.rope_parameters["partial_rotary_factor"]
+        writer.add_rope_dimension_sections([*config.rope_parameters["mrope_section"], 0])
+    writer.add_head_count_kv(kv_heads)
     head_dim = (
         config.head_dim if config.model_type == "qwen3" else config.hidden_size // config.num_attention_heads
     )
@@ -408,7 +452,7 @@ def _write_gguf(path: Path, model: Any, tokenizer: Any, extra: Mapping[str, Any]
         extra = {"rope_freqs.weight": divisors, **(extra or {})}
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_dimension_count(int(share * head_dim))
     writer.add_rope_freq_base(stated_rope(config.to_dict(), FULL)["rope_theta"])
     writer.add_layer_norm_rms_eps(getattr(config, row.epsilon_setting))
     writer.add_vocab_size(config.vocab_size)

@@ -42,11 +42,14 @@ class Mixer:
         module: Of such a block, the module that does.
         kind: What `layer_types` calls such a block.
         name: In words.
+        step_key: In GGUF files, how many blocks lie from one that attends to the next; empty where numbers of key-value
+            heads say which attend.
     """
 
     module: str
     kind: str
     name: str
+    step_key: str = ""
 
 
 @dataclass(frozen=True)
@@ -379,13 +382,21 @@ _ROWS = (
     ArchitectureSpec(
         "qwen3_5_text",
         release=5,
-        mixer=Mixer("linear_attn", "linear_attention", "a gated delta net"),
+        mixer=Mixer("linear_attn", "linear_attention", "a gated delta net", "full_attention_interval"),
         head_norms=HeadNorms(),
         bias_settings=_ATTENTION_BIAS,
         norm_offset=1.0,
         gated=True,
         partial_rope=True,
         left_out=("mtp.",),
+        gguf_name="qwen35",
+        gguf_settings={
+            "linear_conv_kernel_dim": "ssm.conv_kernel",
+            "linear_num_key_heads": "ssm.group_count",
+            "linear_num_value_heads": "ssm.time_step_rank",
+            # llama.cpp knows heads of one size alone.
+            **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), "ssm.state_size"),
+        },
     ),
     ArchitectureSpec(
         "gemma4_text",
@@ -436,7 +447,7 @@ _ROWS = (
 )
 ARCHITECTURES: Mapping[str, ArchitectureSpec] = MappingProxyType({row.model_type: row for row in _ROWS})
 _NOT_READ = "files that are written here and not read: prune the folder that they were made of"
-LACKING: Mapping[str, str] = MappingProxyType(dict.fromkeys(("qwen35", "gemma3n"), _NOT_READ))
+LACKING: Mapping[str, str] = MappingProxyType({"gemma3n": _NOT_READ})
 """Model types, and llama.cpp's architectures, that people ask for -> what of them is not pruned or written here."""
 
 

@@ -22,6 +22,7 @@ from cfsp.models.architectures import (
     FULL,
     WINDOWED,
     ArchitectureSpec,
+    Mixer,
     keyless_blocks,
     stated_widths,
     unsupported,
@@ -31,6 +32,7 @@ from cfsp.models.gguf_file import CONVOLUTIONS, GGUFFile, GGUFTensor, tensor_nam
 from cfsp.models.keeping import AUTO, Keeping, keeping_of
 from cfsp.models.paging import paged_copy
 from cfsp.models.rope import split_pairs
+from cfsp.models.value_heads import tilings
 from cfsp.models.weights import check_memory, model_class, model_from_weights
 from cfsp.progress import Progress, no_progress
 from cfsp.reading import as_input_error
@@ -50,6 +52,11 @@ _YARN = {"yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0
 _STILL = 1e20
 """Divisors from which on nothing turns."""
 _LLAMA3_FACTORS = (8.0, 16.0, 32.0)
+_STEP = 4
+"""Of the blocks that attend, where a file does not say it; llama.cpp's number."""
+_OWN_NUMBERS = {"dt_bias": ("dt_proj", ".bias"), "A_log": ("", "")}
+"""Numbers of a module that are no parameter of one inside it -> under which name, and with what behind it, a file has
+them; the name they have already, where that is empty."""
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 _BLOCKS_OF_27B = 62
 _ROUNDING = 1.3
@@ -82,7 +89,7 @@ def _settings(file: GGUFFile, row: ArchitectureSpec) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "vocab_size": shapes["token_embd.weight"][0],
         "hidden_size": hidden,
-        "num_hidden_layers": file.require(f"{file.architecture}.block_count"),
+        "num_hidden_layers": _block_count(file),
         "num_attention_heads": heads,
         **mixing,
         "head_dim": file.hyperparameter(
@@ -119,10 +126,12 @@ def _mixing_settings(file: GGUFFile, row: ArchitectureSpec, heads: int) -> dict[
     Raises:
         InputError: Attentions differ between blocks.
     """
-    key, n_blocks = "attention.head_count_kv", file.require(f"{file.architecture}.block_count")
+    key, n_blocks = "attention.head_count_kv", _block_count(file)
     settings: dict[str, Any] = {}
     kv_heads = file.hyperparameter(key, heads)
-    if row.mixer and isinstance(kv_heads, list):
+    if row.mixer and row.mixer.step_key:
+        settings["layer_types"] = _stepped(file, row.mixer, n_blocks)
+    elif row.mixer and isinstance(kv_heads, list):
         if len(kv_heads) != n_blocks or not any(kv_heads) or file.hyperparameter("attention.sliding_window"):
             raise InputError(f"{file.path}: no {row.model_type} model has these", field=key, value=kv_heads)
         settings["layer_types"] = [FULL if n else row.mixer.kind for n in kv_heads]
@@ -132,6 +141,28 @@ def _mixing_settings(file: GGUFFile, row: ArchitectureSpec, heads: int) -> dict[
     for name, where in row.gguf_settings.items():
         settings[name] = file.require(f"{file.architecture}.{where}") if isinstance(where, str) else where
     return {"num_key_value_heads": kv_heads} | settings
+
+
+def _block_count(file: GGUFFile) -> int:
+    """Without blocks behind the others that draft further tokens."""
+    count, drafting = (
+        file.require(f"{file.architecture}.block_count"),
+        file.hyperparameter("nextn_predict_layers", 0),
+    )
+    return max(int(count) - int(drafting), 1)
+
+
+def _stepped(file: GGUFFile, mixer: Mixer, n_blocks: int) -> list[str]:
+    """What every block is, where a file has a step or says it of each.
+
+    Raises:
+        InputError: It says it of fewer blocks than there are, or of all that they do not attend.
+    """
+    key, step = "attention.recurrent_layers", file.hyperparameter(mixer.step_key, _STEP)
+    recurrent = file.hyperparameter(key, [(block + 1) % step != 0 for block in range(n_blocks)])
+    if len(recurrent) < n_blocks or all(recurrent[:n_blocks]):
+        raise InputError(f"{file.path}: no block attends, or not one number for each", field=key)
+    return [mixer.kind if one else FULL for one in recurrent[:n_blocks]]
 
 
 def _further_settings(file: GGUFFile, row: ArchitectureSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,7 +178,22 @@ def _further_settings(file: GGUFFile, row: ArchitectureSpec, settings: Mapping[s
         raise InputError(f"{file.path}: no {row.model_type} model does without", field="sliding_window")
     if row.block_inputs:
         further[row.block_inputs.rows_setting] = settings["vocab_size"]
+    if row.partial_rope:
+        further["rope_parameters"] = _partial_rope(file, settings)
     return further | ({row.cap_setting: _shortest(cap) if cap else None} if row.cap_setting else {})
+
+
+def _partial_rope(file: GGUFFile, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A rope of a part of each head, and how many of its frequencies turn by which place in an image."""
+    turned = file.hyperparameter("rope.dimension_count", settings["head_dim"])
+    sections = file.hyperparameter("rope.dimension_sections", [])[:3]
+    return {
+        "rope_type": "default",
+        "rope_theta": settings["rope_theta"],
+        **settings.get("rope_scaling", {}),
+        "partial_rotary_factor": turned / settings["head_dim"],
+        **({"mrope_section": sections} if sections else {}),
+    }
 
 
 def _width_settings(file: GGUFFile, row: ArchitectureSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,8 +303,11 @@ def _weights(
         values = torch.from_numpy(stored.dequantize()).float()
         if row.gguf_interleaved:
             values = _split_halves(tensor.name, values, config)
-        if row.norm_offset and tensor.name.endswith("norm.weight"):
+        inside = row.mixer is not None and f".{row.mixer.module}." in names[tensor.name]
+        if row.norm_offset and tensor.name.endswith("norm.weight") and not inside:
             values -= row.norm_offset
+        if inside:
+            values = _of_mixer(names[tensor.name], values, config)
         if tensor.name.endswith(CONVOLUTIONS):
             values = values.unsqueeze(1)  # torch's kernels have one input each
         times_(names[tensor.name], values, factors)
@@ -266,11 +315,23 @@ def _weights(
 
 
 def _unread(file: GGUFFile, config: Any) -> frozenset[str]:
-    """Tensors that no parameter is made of: the rope's, and keys and values of blocks that read another block's."""
+    """Tensors that no parameter is made of.
+
+    The rope's, keys and values of blocks that read another block's, and what drafts further tokens.
+    """
     row, settings = _row(file), {"model_type": config.model_type, **vars(config)}
     keyless = keyless_blocks(settings) if row.shared_keys else ()
     parts = ("attn_k", "attn_v", "attn_k_norm")
-    return frozenset((_ROPE_FREQUENCIES, *(f"blk.{n}.{part}.weight" for n in keyless for part in parts)))
+    drafting = tuple(
+        f"blk.{n}." for n in range(_block_count(file), file.require(f"{file.architecture}.block_count"))
+    )
+    return frozenset(
+        (
+            _ROPE_FREQUENCIES,
+            *(f"blk.{n}.{part}.weight" for n in keyless for part in parts),
+            *(tensor.name for tensor in file.tensors if drafting and tensor.name.startswith(drafting)),
+        )
+    )
 
 
 def _factors(file: GGUFFile, config: Any) -> Factors:
@@ -348,10 +409,11 @@ def _check_shapes(file: GGUFFile, shapes: Mapping[str, tuple[int, ...]], setting
     first = next((index for index, kind in enumerate(attending) if kind in (FULL, WINDOWED)), 0)
     if attending[first] == FULL:
         head_dim = settings.get(_row(file).own_heads, head_dim)
+    per_head = 2 if _row(file).gated else 1
     width = stated_widths({"model_type": _row(file).model_type, **settings})[last]
     expected = {
         "token_embd.weight": (settings["vocab_size"], hidden),
-        f"blk.{first}.attn_q.weight": (settings["num_attention_heads"] * head_dim, hidden),
+        f"blk.{first}.attn_q.weight": (per_head * settings["num_attention_heads"] * head_dim, hidden),
         f"blk.{first}.attn_k.weight": (settings["num_key_value_heads"] * head_dim, hidden),
         f"blk.{last}.ffn_up.weight": (width, hidden),
     }
@@ -389,16 +451,30 @@ def _special_ids(file: GGUFFile) -> dict[str, int | None]:
 def _transformers_names(file: GGUFFile, config: Any) -> dict[str, str]:
     """llama.cpp's name of every tensor that the model can have -> transformers'."""
     names = tensor_names(file.architecture, config.num_hidden_layers)
+    own = _OWN_NUMBERS | {_row(file).scalar: ("", ".weight")}
+
+    def stored(module: str, kind: str) -> str:
+        if kind not in own:
+            return f"{names.get_name(module)}.{kind}"
+        called, suffix = own[kind]
+        return f"{names.get_name(f'{module}.{called or kind}')}{suffix}"
+
     with torch.device("meta"):
         parameters = [name.rpartition(".") for name in model_class(config)(config).state_dict()]
-    scalar = _row(file).scalar
-    # What is a module's own number, and no parameter of one inside it, llama.cpp calls a weight.
-    return {
-        f"{names.get_name(f'{module}.{kind}')}.weight"
-        if kind == scalar
-        else f"{names.get_name(module)}.{kind}": f"{module}.{kind}"
-        for module, _, kind in parameters
-    }
+    return {stored(module, kind): f"{module}.{kind}" for module, _, kind in parameters}
+
+
+def _of_mixer(parameter: str, values: torch.Tensor, config: Any) -> torch.Tensor:
+    """What a file stores of a gated delta net as transformers has it; of any other mixer it is the same."""
+    if not hasattr(config, "linear_num_key_heads"):
+        return values
+    heads = config.linear_num_key_heads
+    order = tilings(heads, config.linear_num_value_heads, heads * config.linear_key_head_dim)
+    name = parameter.removesuffix(".weight").rpartition(".")[2]
+    if name == "A_log":
+        values = (-values).log()
+    tiling = order.get(name)
+    return values if tiling is None else torch.from_numpy(tiling.grouped(values.numpy()))
 
 
 def _split_halves(name: str, values: torch.Tensor, config: Any) -> torch.Tensor:

@@ -1,52 +1,18 @@
-"""What llama.cpp's files hold of blocks in which something else than attention mixes tokens.
-
-A gated delta net's value heads read the key heads in groups, [k0, k0, ..., k1, k1, ...]; ggml repeats key heads whole,
-[k0, k1, ..., k0, k1, ...], so that everything that belongs to value heads is stored in that order.
-"""
+"""What llama.cpp's files hold of blocks in which something else than attention mixes tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from exporters.checkpoint_reader import DeltaNet, ModelConfig
+from cfsp.models.value_heads import Tiling, tilings
+from exporters.checkpoint_reader import ModelConfig
 
 FloatArray = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """Value heads in ggml's order along one axis.
-
-    Attributes:
-        groups: Key heads.
-        per_group: Value heads that read each of them.
-        axis: Of the tensor.
-        first: Where along it the value heads begin; what stands before stays.
-    """
-
-    groups: int
-    per_group: int
-    axis: int = 0
-    first: int = 0
-
-    def order(self, count: int) -> npt.NDArray[np.intp]:
-        """Of `count` places along the axis, which of the checkpoint's stands in each of the file's."""
-        heads = np.arange(self.first, count).reshape(self.groups, self.per_group, -1)
-        return np.concatenate([np.arange(self.first), heads.swapaxes(0, 1).reshape(-1)])
-
-    def tiled(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """The checkpoint's values in the file's order."""
-        return np.take(values, self.order(values.shape[self.axis]), self.axis)
-
-    def grouped(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """The file's values in the checkpoint's order."""
-        return np.take(values, np.argsort(self.order(values.shape[self.axis])), self.axis)
 
 
 @dataclass(frozen=True)
@@ -97,18 +63,29 @@ def _short_convolution(name: str, config: ModelConfig) -> tuple[BlockTensor, ...
 def _delta_net(name: str, config: ModelConfig) -> tuple[BlockTensor, ...]:
     net, size = config.delta_net, config.hidden_size
     assert net is not None  # of a model type with such blocks
+    order = tilings(net.key_heads, net.value_heads, net.key_width)
+
+    def linear(module: str, *shape: int) -> BlockTensor:
+        return _linear(f"{name}.{module}", shape, order.get(module))
+
+    def of_heads(
+        parameter: str, module: str, suffix: str, compute: Callable[[FloatArray], FloatArray] | None = None
+    ) -> BlockTensor:
+        """A number of each value head."""
+        shape, path = (net.value_heads,), f"{name}.{parameter}"
+        return BlockTensor(path, shape, f"{name}.{module}", suffix, shape, order.get(parameter), compute)
+
+    norm = (net.value_head_dim,)
     return (
-        _linear(f"{name}.in_proj_qkv", (net.channels, size), _tiling(net, first=2 * net.key_width)),
-        _linear(f"{name}.in_proj_z", (net.value_width, size), _tiling(net)),
-        _kernels(f"{name}.conv1d", net.channels, net.length, _tiling(net, first=2 * net.key_width)),
-        _of_heads(f"{name}.dt_bias", f"{name}.dt_proj", ".bias", net),
-        _of_heads(f"{name}.A_log", f"{name}.A_log", "", net, lambda a: -np.exp(a)),
-        _linear(f"{name}.in_proj_b", (net.value_heads, size), _tiling(net)),
-        _linear(f"{name}.in_proj_a", (net.value_heads, size), _tiling(net)),
-        BlockTensor(
-            f"{name}.norm.weight", (net.value_head_dim,), f"{name}.norm", ".weight", (net.value_head_dim,)
-        ),
-        _linear(f"{name}.out_proj", (size, net.value_width), _tiling(net, axis=1)),
+        linear("in_proj_qkv", net.channels, size),
+        linear("in_proj_z", net.value_width, size),
+        _kernels(f"{name}.conv1d", net.channels, net.length, order.get("conv1d")),
+        of_heads("dt_bias", "dt_proj", ".bias"),
+        of_heads("A_log", "A_log", "", lambda a: -np.exp(a)),
+        linear("in_proj_b", net.value_heads, size),
+        linear("in_proj_a", net.value_heads, size),
+        BlockTensor(f"{name}.norm.weight", norm, f"{name}.norm", ".weight", norm),
+        linear("out_proj", size, net.value_width),
     )
 
 
@@ -118,7 +95,7 @@ _TENSORS: Mapping[str, Callable[[str, ModelConfig], tuple[BlockTensor, ...]]] = 
 """By what `layer_types` calls such blocks."""
 
 
-def _linear(module: str, shape: tuple[int, int], tiling: Tiling | None = None) -> BlockTensor:
+def _linear(module: str, shape: tuple[int, ...], tiling: Tiling | None = None) -> BlockTensor:
     return BlockTensor(f"{module}.weight", shape, module, ".weight", shape, tiling)
 
 
@@ -128,20 +105,3 @@ def _kernels(module: str, channels: int, length: int, tiling: Tiling | None = No
     return BlockTensor(
         f"{module}.weight", (channels, 1, length), module, ".weight", stored, tiling, is_plain=True
     )
-
-
-def _of_heads(
-    parameter: str,
-    module: str,
-    suffix: str,
-    net: DeltaNet,
-    compute: Callable[[FloatArray], FloatArray] | None = None,
-) -> BlockTensor:
-    """A number of each value head."""
-    shape = (net.value_heads,)
-    return BlockTensor(parameter, shape, module, suffix, shape, _tiling(net), compute)
-
-
-def _tiling(net: DeltaNet, axis: int = 0, first: int = 0) -> Tiling | None:
-    per_group = net.value_heads // net.key_heads
-    return Tiling(net.key_heads, per_group, axis, first) if per_group > 1 else None

@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from cfsp.errors import InputError
 from cfsp.models.shape import BlockShape
+from cfsp.models.value_heads import Tiling
 from exporters.checkpoint_reader import CheckpointTensors, ModelConfig
 from exporters.gguf.architecture import QKV, ChosenLayout
-from exporters.gguf.mixers import BlockTensor, Tiling, mixer_tensors
+from exporters.gguf.mixers import BlockTensor, mixer_tensors
 from exporters.gguf.streams import stream_tensors
 
 FloatArray = npt.NDArray[np.float32]

@@ -27,7 +27,7 @@ from cfsp.models.gguf_file import GGUFFile, read_gguf
 from cfsp.models.gguf_model import _rope_settings, config_from_gguf
 from cfsp.models.reference import load_model, load_tokenizer
 
-WRITTEN_ALONE = ("qwen3_5_text", "gemma3n_text")
+WRITTEN_ALONE = ("gemma3n_text",)
 """Model types whose GGUF files are no sources."""
 IDS = torch.arange(60).view(2, 30)
 
@@ -47,7 +47,9 @@ def test_gguf_file_gives_the_model_it_was_written_from(
     original, tokenizer = tiny_model(model_type, tied)
     path = tiny_gguf(model_type, tied)
     loaded = load_model(path)
-    assert torch.equal(loaded.model(IDS).logits, original(IDS).logits)
+    # Of a delta net a file has the exponential of a number, not the number itself.
+    tolerance = 1e-5 if model_type == "qwen3_5_text" else 0.0
+    torch.testing.assert_close(loaded.model(IDS).logits, original(IDS).logits, atol=tolerance, rtol=0)
     assert not loaded.model.training
     assert loaded.model.config.tie_word_embeddings == tied
     for config in (loaded.model.config, loaded.model.generation_config):

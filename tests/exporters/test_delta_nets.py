@@ -17,6 +17,7 @@ pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
 from cfsp.errors import InputError
 from cfsp.models.gguf_file import CONVOLUTIONS, read_gguf
+from cfsp.models.gguf_model import model_from_gguf
 from cfsp.models.reference import load_model
 from exporters.checkpoint_reader import open_tensors
 from exporters.export_record import ParityLimits
@@ -209,7 +210,49 @@ def test_folders_of_no_such_model(tiny_folder: TinyPath, settings: dict[str, Any
     assert "\n" not in str(caught.value)
 
 
-def test_a_gguf_file_is_no_source(files: tuple[Path, Path]) -> None:
+def test_a_gguf_file_is_a_source(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """Its blocks attend in no step, as some have gone."""
     (path,) = files[1].glob("*f32.gguf")
-    with pytest.raises(InputError, match="written here and not read"):
-        load_model(path)
+    loaded, checkpoint = load_model(path).model, load_model(files[0]).model
+    assert loaded.config.layer_types == checkpoint.config.layer_types
+    assert loaded.config.rope_parameters == checkpoint.config.rope_parameters
+    ids = torch.arange(60).view(2, 30)
+    torch.testing.assert_close(loaded(ids).logits, checkpoint(ids).logits, atol=1e-4, rtol=0)
+    asked = ["--prune-ratio", "0.25", "--uniform", *TEXT]
+    assert main(["prune", str(path), "-o", str(tmp_path / "pruned"), *asked]) == 0
+    (record,) = export_gguf(tmp_path / "pruned", tmp_path / "out", ("f32",), OPTIONS)
+    assert record.parity.max_logit_diff < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (KEY, [True] * 5),
+        (KEY, [True, False]),
+        (KEY, "no list"),
+        ("full_attention_interval", 6),
+        ("ssm.state_size", 8),
+        ("nextn_predict_layers", 4),
+    ],
+)
+def test_files_of_no_such_model(files: tuple[Path, Path], key: str, value: Any, tmp_path: Path) -> None:
+    (path,) = files[1].glob("*f32.gguf")
+    file = read_gguf(path)
+    said = {name: one for name, one in file.metadata.items() if not name.endswith(KEY)}
+    with pytest.raises(InputError) as caught:
+        model_from_gguf(replace(file, metadata=said | {f"qwen35.{key}": value}), dtype=torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+def test_of_a_file_blocks_that_draft_tokens_are_left_out(
+    tiny_model: Callable[..., Any], write_gguf: Callable[..., None], tmp_path: Path
+) -> None:
+    model, tokenizer = tiny_model("qwen3_5_text")
+    ids = torch.arange(60).view(2, 30)
+    expected = model(ids).logits
+    model.config.mtp_num_hidden_layers = 1
+    extra = {"blk.4.nextn.eh_proj.weight": np.ones((64, 128), np.float32)}
+    extra["blk.4.attn_norm.weight"] = np.ones(64, np.float32)
+    path = tmp_path / "file.gguf"
+    write_gguf(path, model, tokenizer, extra)
+    torch.testing.assert_close(load_model(path).model(ids).logits, expected, atol=1e-4, rtol=0)

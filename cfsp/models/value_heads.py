@@ -1,0 +1,64 @@
+"""In which order GGUF files hold the value heads of gated delta nets.
+
+Value heads read the key heads in groups, [k0, k0, ..., k1, k1, ...]; ggml repeats key heads whole,
+[k0, k1, ..., k0, k1, ...], so that everything that belongs to value heads is stored in that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Value heads in ggml's order along one axis.
+
+    Attributes:
+        groups: Key heads.
+        per_group: Value heads that read each of them.
+        axis: Of the tensor.
+        first: Where along it the value heads begin; what stands before stays.
+    """
+
+    groups: int
+    per_group: int
+    axis: int = 0
+    first: int = 0
+
+    def order(self, count: int) -> npt.NDArray[np.intp]:
+        """Of `count` places along the axis, which of the checkpoint's stands in each of the file's."""
+        heads = np.arange(self.first, count).reshape(self.groups, self.per_group, -1)
+        return np.concatenate([np.arange(self.first), heads.swapaxes(0, 1).reshape(-1)])
+
+    def tiled(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The checkpoint's values in the file's order."""
+        return np.take(values, self.order(values.shape[self.axis]), self.axis)
+
+    def grouped(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The file's values in the checkpoint's order."""
+        return np.take(values, np.argsort(self.order(values.shape[self.axis])), self.axis)
+
+
+def tilings(key_heads: int, value_heads: int, key_width: int) -> Mapping[str, Tiling]:
+    """Of a net's modules, and parameters of its own, by name; none where each key head has one value head.
+
+    Args:
+        key_heads: Of the net.
+        value_heads: Of the net, a multiple of them.
+        key_width: Numbers of all key heads.
+    """
+    per_group = value_heads // key_heads
+    if per_group == 1:
+        return {}
+    values = Tiling(key_heads, per_group)
+    behind_keys = Tiling(key_heads, per_group, first=2 * key_width)
+    return {
+        **dict.fromkeys(("in_proj_qkv", "conv1d"), behind_keys),
+        **dict.fromkeys(("in_proj_z", "in_proj_b", "in_proj_a", "dt_bias", "A_log"), values),
+        "out_proj": Tiling(key_heads, per_group, axis=1),
+    }
