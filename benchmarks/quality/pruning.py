@@ -73,6 +73,8 @@ COLUMNS = ("chat_kl", "chat_top1", "chat_ratio", "text_kl", "text_top1", "text_r
 class Remembered:
     """A model that computes its logits on a window of text once: 192 KiB a token where there are 49,152 tokens."""
 
+    gives_logits = True
+
     def __init__(self, model: Any) -> None:
         self._model, self._found = model, dict[bytes, list[tuple[slice, torch.Tensor]]]()
 

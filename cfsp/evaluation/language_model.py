@@ -64,6 +64,7 @@ class LanguageModel(Protocol):
         tokenizer: A transformers tokenizer; token ids below are its ids.
         vocab_size: Length of a row of logits.
         context_length: Most tokens of one sequence.
+        gives_logits: Whether it has `next_token_logits`; how likely a text is, each model says.
         stated_sampling: Fields of `cfsp.text.choosing.Sampling` that it comes with; empty where it states none.
     """
 
@@ -75,6 +76,7 @@ class LanguageModel(Protocol):
     tokenizer: Any
     vocab_size: int
     context_length: int
+    gives_logits: bool
     stated_sampling: Mapping[str, Any]
 
     def next_token_logits(self, window: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:

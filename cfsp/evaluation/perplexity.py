@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from cfsp.errors import LimitError
-from cfsp.evaluation.language_model import LanguageModel
+from cfsp.evaluation.language_model import Branches, LanguageModel
 from cfsp.evaluation.torch_model import BlocksAhead, bare_model, next_token_logits
 from cfsp.models.paging import is_paged
 from cfsp.progress import Progress, no_progress
@@ -20,6 +20,8 @@ from cfsp.text.tokens import TokenWindows
 
 _ROWS = 16
 """Positions whose logits are worked on at once: a megabyte or a few, which stay in the processor's cache."""
+_TEXTS_AT_ONCE = 8
+"""Whose likelihood is asked for together."""
 
 LogitsOf = Callable[[torch.Tensor], Iterator[tuple[slice, torch.Tensor]]]
 
@@ -104,6 +106,8 @@ def text_loss(
     Raises:
         LimitError: The model gives logits that are not finite.
     """
+    if not isinstance(model, torch.nn.Module) and not model.gives_logits:
+        return _scored_loss(model, texts, progress)
     total = 0.0
     run = logits_of(model, [text.ids for text in texts])
     with torch.inference_mode():
@@ -112,6 +116,18 @@ def text_loss(
                 context = max(0, text.n_context - positions.start)
                 total += summed_loss(logits[context:], text.ids[positions][context:])
             progress("measuring perplexity", done, len(texts))
+    check_finite_sums(total)
+    return total
+
+
+def _scored_loss(model: LanguageModel, texts: Sequence[Scored], progress: Progress) -> float:
+    """`text_loss` of a model that says how likely a text is, and no more."""
+    total = 0.0
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        rows = [(text.ids.tolist(), text.n_context) for text in texts[start : start + _TEXTS_AT_ONCE]]
+        items = [Branches(tuple(ids[:first]), (tuple(ids[first:]),)) for ids, first in rows]
+        total -= sum(score.log_likelihood for scores in model.score(items) for score in scores)
+        progress("measuring perplexity", start + len(items), len(texts))
     check_finite_sums(total)
     return total
 

@@ -101,6 +101,7 @@ class TorchLanguageModel:
     """
 
     runtime = "torch"
+    gives_logits = True
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded

@@ -64,6 +64,7 @@ class GGUFLanguageModel:
     """
 
     runtime = "llama.cpp"
+    gives_logits = True
 
     def __init__(
         self, path: Path, *, n_ctx: int = 2048, n_threads: int | None = None, cache_type: str | None = None

@@ -69,6 +69,7 @@ class OnnxLanguageModel:
     """
 
     runtime = "onnxruntime"
+    gives_logits = True
 
     def __init__(
         self,

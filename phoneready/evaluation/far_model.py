@@ -1,7 +1,7 @@
 """A file on another target as a `cfsp.evaluation.LanguageModel`, and the same held against this machine's engine.
 
 Requests are made here, of token ids, and run there, in the engine that `bench` measures. Distributions of a whole
-vocabulary do not travel, so texts are not judged there.
+vocabulary do not travel: of a text comes back how likely it is.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ class FarLanguageModel:
         timeout_s: How long one process may take.
     """
 
+    gives_logits = False
+
     def __init__(
         self,
         reference: str,
@@ -81,7 +83,9 @@ class FarLanguageModel:
 
     def next_token_logits(self, window: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """Raise InputError: these do not travel."""
-        raise InputError(f"{self.target.name} does not give the logits of texts", allowed="tasks and answers")
+        raise InputError(
+            f"{self.target.name} does not give the logits of texts", allowed="tasks, answers, bits per byte"
+        )
 
     def score(self, items: Sequence[Branches]) -> list[list[Score]]:
         """See `LanguageModel`; all items in one process there."""
@@ -179,6 +183,7 @@ class HeldModel:
     differences: list[float] = field(default_factory=list)
     other_choice: list[bool] = field(default_factory=list)
     other_text: list[bool] = field(default_factory=list)
+    gives_logits = False
 
     def __post_init__(self) -> None:
         far = self.far

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from phoneready.evaluation.settings import EvaluationSettings
 
 HERE = "local"
+_JUDGED = "--text, --chats, --tasks, --prompt, --prompts"
 _PLACES = ", ".join(row.form for name, row in TARGETS.items() if row.answers or name == HERE)
 _TARGET = {row.name: row.setting for row in declared(TargetOptions)}
 _BENCH = {row.name: row.setting for row in declared(BenchSettings)}
@@ -31,7 +32,7 @@ class PlaceSettings(Settings):
     """Where the model runs, and what is needed for it there."""
 
     on: str = setting(
-        HERE, f"Where MODEL does its tasks and writes its answers: {_PLACES}.", metavar="TARGET"
+        HERE, f"Where MODEL reads texts, does its tasks and writes its answers: {_PLACES}.", metavar="TARGET"
     )
     against_host: int = setting(
         8, "With --on: hold so many of the first answers against the same engine's here.", ge=0, metavar="N"
@@ -74,19 +75,16 @@ def check_place(place: PlaceSettings, settings: EvaluationSettings) -> None:
         return
     if not find_row(place.on)[0].answers:
         raise InputError("cannot be asked about texts", field="--on", value=place.on, allowed=_PLACES)
-    needs: dict[str, object] = {"--text": settings.text, "--chats": settings.chats}
-    needs |= {"--metric": settings.metrics, "--sampled": settings.sampled}
+    needs: dict[str, object] = {"--metric": settings.metrics, "--sampled": settings.sampled}
     for option in (option for option, asked in needs.items() if asked):
         raise InputError(
             f"{option} needs the probability of every token, which do not travel",
             field="--on",
             value=place.on,
-            allowed="--tasks, --prompt, --prompts",
+            allowed=_JUDGED,
         )
-    if not settings.tasks and not settings.prompts:
-        raise InputError(
-            "nothing to judge", field="--on", value=place.on, allowed="--tasks, --prompt, --prompts"
-        )
+    if not (settings.tasks or settings.prompts or settings.sources):
+        raise InputError("nothing to judge", field="--on", value=place.on, allowed=_JUDGED)
 
 
 @contextmanager

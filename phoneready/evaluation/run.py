@@ -130,7 +130,8 @@ class _Pair:
 
     def judged(self, kind: str, windows: TokenWindows, progress: Progress) -> TextResult:
         """What they make of a text."""
-        apart = self.has_other_tokens and self.spelling is None
+        apart = self.against is not None and not self.model.gives_logits
+        apart = apart or (self.has_other_tokens and self.spelling is None)
         judge: _Judge = _judge_apart if apart else partial(_judge, spelling=self.spelling)
         return judge(kind, self.model, self.against, windows, progress)
 
@@ -276,7 +277,7 @@ def _judge_apart(
     windows: TokenWindows,
     progress: Progress,
 ) -> TextResult:
-    """Beside a model of other tokens, of which only bits and tokens per byte can be compared."""
+    """Beside a model of other tokens, or that gives no logits: only bits and tokens per byte can be compared."""
     assert against is not None
     theirs, ours = losses_on_shared_text(against, model, windows, progress=progress)
     return TextResult(

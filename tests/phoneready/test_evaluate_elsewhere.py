@@ -104,14 +104,27 @@ def test_the_native_runner_gives_what_is_given_here(
 ) -> None:
     where = [*device.options, "--runner", str(runner_for("native")), "--remote-folder", str(far)]
     saved = tmp_path / "here.json"
-    here = evaluated(capsys, gguf, "--tasks", tasks, *QUICK, "--no-text", "--save", str(saved))
+    text = ["--text", "builtin:python-docs", "--seqlen", "200", "--windows", "3"]
+    here = evaluated(capsys, gguf, "--tasks", tasks, *QUICK, *text, "--save", str(saved))
     there = evaluated(
-        capsys, gguf, "--tasks", tasks, *QUICK, *where, "--against-host", "100", "--baseline", str(saved)
+        capsys,
+        gguf,
+        "--tasks",
+        tasks,
+        *QUICK,
+        *text,
+        *where,
+        "--against-host",
+        "100",
+        "--baseline",
+        str(saved),
     )
     assert there["tasks"] == here["tasks"]
+    likely = [one["texts"][0]["bits_per_byte"] for one in (there, here)]
+    assert likely[0] == pytest.approx(likely[1], rel=1e-6)
     held = there["place"]["held"]
-    assert (held["n_choices"], held["n_other_choices"], held["n_other_texts"]) == (10, 0, 0)
-    assert held["max_difference"] < 1e-4
+    assert (held["n_choices"], held["n_other_choices"], held["n_other_texts"]) == (13, 0, 0)
+    assert held["max_difference"] < 1e-3
     assert all(row["ok"] for row in there["gate"])
     short = evaluated(capsys, gguf, *QUICK, *where, "--cache-type", "f16", "--against-host", "0")
     assert (short["place"]["cache_type"], short["place"]["held"]) == ("f16", None)
@@ -141,6 +154,27 @@ def test_onnx_is_judged_by_a_python_there(
     held = there["place"]["held"]
     assert (held["n_choices"], held["n_other_choices"]) == (8, 0)
     assert held["max_difference"] < 1e-4
+
+
+def test_texts_are_as_likely_there_as_here(
+    device: Device, gguf: str, runner: Path, far: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Alone, and beside another model, of which then bits per byte are compared and no distributions."""
+    asked = [gguf, "--text", "builtin:python-docs", "--seqlen", "48", "--windows", "10", "--no-prompts"]
+    where = [*device.options, "--runner", str(runner), "--remote-folder", str(far), "--threads", "1"]
+    saved = tmp_path / "here.json"
+    here = evaluated(capsys, *asked, "--save", str(saved))["texts"][0]
+    result = evaluated(capsys, *asked, *where, "--baseline", str(saved))
+    (there,) = result["texts"]
+    assert there["bits_per_byte"] == pytest.approx(here["bits_per_byte"], rel=1e-6)
+    assert [there[key] for key in ("n_tokens", "windows_sha256")] == [470, here["windows_sha256"]]
+    assert result["place"]["held"]["n_choices"] == 8
+    assert result["place"]["held"]["max_difference"] < 1e-3
+    assert all(row["ok"] for row in result["gate"])
+    (beside,) = evaluated(capsys, *asked, *where, "--against", gguf)["texts"]
+    assert beside["against_bits_per_byte"] == pytest.approx(here["bits_per_byte"], rel=1e-6)
+    assert beside["bits_per_byte"] == pytest.approx(here["bits_per_byte"], rel=1e-6)
+    assert beside["divergence"] is None
 
 
 def test_a_device_that_vanishes_leaves_one_line_and_no_record(
@@ -200,10 +234,7 @@ def test_a_connection_that_broke_is_tried_again(
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (
-            ["--on", "ssh:board", "--text", "builtin:python-docs"],
-            "--text needs the probability of every token",
-        ),
+        (["--on", "ssh:board", "--chats", "self"], "only a reference model in torch"),
         (["--on", "ssh:board", "--sampled"], "--sampled needs the probability of every token"),
         (["--on", "ssh:board", "--metric", "a:b"], "--metric needs the probability of every token"),
         (["--on", "ssh:board", "--no-prompts"], "nothing to judge"),
