@@ -10,7 +10,7 @@ import functools
 import math
 import mmap
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -184,6 +184,29 @@ class GGUFFile:
     def hyperparameter(self, key: str, default: Any = None) -> Any:
         """The value of `<architecture>.<key>`."""
         return self.metadata.get(f"{self.architecture}.{key}", default)
+
+
+def drafting_blocks(file: GGUFFile) -> range:
+    """Blocks behind the model's own, that draft further tokens; a file that counts such has tensors of theirs.
+
+    Raises:
+        InputError: They are all that there is.
+    """
+    key, count = "nextn_predict_layers", file.require(f"{file.architecture}.block_count")
+    drafting = file.hyperparameter(key, 0)
+    if not drafting or not any(".nextn." in tensor.name for tensor in file.tensors):
+        return range(count, count)
+    if drafting >= count:
+        raise InputError(
+            f"{file.path}: no block is left", field=key, value=drafting, allowed=f"below {count}"
+        )
+    return range(count - drafting, count)
+
+
+def is_drafting(file: GGUFFile) -> Callable[[str], bool]:
+    """Whether a tensor of this name is one of `drafting_blocks`."""
+    prefixes = tuple(f"blk.{block}." for block in drafting_blocks(file))
+    return lambda name: bool(prefixes) and name.startswith(prefixes)
 
 
 def looked_up_alone(names: Collection[str]) -> frozenset[str]:

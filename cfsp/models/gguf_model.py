@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,19 @@ from cfsp.models.architectures import (
     stated_widths,
     unsupported,
 )
+from cfsp.models.delta_nets import OWN_NUMBERS, a_log_of, tilings, widths
 from cfsp.models.folds import FOLDS, Factors, check_factors, times_
-from cfsp.models.gguf_file import CONVOLUTIONS, GGUFFile, GGUFTensor, tensor_names
+from cfsp.models.gguf_file import (
+    CONVOLUTIONS,
+    GGUFFile,
+    GGUFTensor,
+    drafting_blocks,
+    is_drafting,
+    tensor_names,
+)
 from cfsp.models.keeping import AUTO, Keeping, keeping_of
 from cfsp.models.paging import paged_copy
 from cfsp.models.rope import split_pairs
-from cfsp.models.value_heads import tilings
 from cfsp.models.weights import check_memory, model_class, model_from_weights
 from cfsp.progress import Progress, no_progress
 from cfsp.reading import as_input_error
@@ -54,9 +62,6 @@ _STILL = 1e20
 _LLAMA3_FACTORS = (8.0, 16.0, 32.0)
 _STEP = 4
 """Of the blocks that attend, where a file does not say it; llama.cpp's number."""
-_OWN_NUMBERS = {"dt_bias": ("dt_proj", ".bias"), "A_log": ("", "")}
-"""Numbers of a module that are no parameter of one inside it -> under which name, and with what behind it, a file has
-them; the name they have already, where that is empty."""
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 _BLOCKS_OF_27B = 62
 _ROUNDING = 1.3
@@ -89,7 +94,7 @@ def _settings(file: GGUFFile, row: ArchitectureSpec) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "vocab_size": shapes["token_embd.weight"][0],
         "hidden_size": hidden,
-        "num_hidden_layers": _block_count(file),
+        "num_hidden_layers": drafting_blocks(file).start,
         "num_attention_heads": heads,
         **mixing,
         "head_dim": file.hyperparameter(
@@ -126,7 +131,7 @@ def _mixing_settings(file: GGUFFile, row: ArchitectureSpec, heads: int) -> dict[
     Raises:
         InputError: Attentions differ between blocks.
     """
-    key, n_blocks = "attention.head_count_kv", _block_count(file)
+    key, n_blocks = "attention.head_count_kv", drafting_blocks(file).start
     settings: dict[str, Any] = {}
     kv_heads = file.hyperparameter(key, heads)
     if row.mixer and row.mixer.step_key:
@@ -141,15 +146,6 @@ def _mixing_settings(file: GGUFFile, row: ArchitectureSpec, heads: int) -> dict[
     for name, where in row.gguf_settings.items():
         settings[name] = file.require(f"{file.architecture}.{where}") if isinstance(where, str) else where
     return {"num_key_value_heads": kv_heads} | settings
-
-
-def _block_count(file: GGUFFile) -> int:
-    """Without blocks behind the others that draft further tokens."""
-    count, drafting = (
-        file.require(f"{file.architecture}.block_count"),
-        file.hyperparameter("nextn_predict_layers", 0),
-    )
-    return max(int(count) - int(drafting), 1)
 
 
 def _stepped(file: GGUFFile, mixer: Mixer, n_blocks: int) -> list[str]:
@@ -184,9 +180,21 @@ def _further_settings(file: GGUFFile, row: ArchitectureSpec, settings: Mapping[s
 
 
 def _partial_rope(file: GGUFFile, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A rope of a part of each head, and how many of its frequencies turn by which place in an image."""
+    """A rope of a part of each head, and how many of its frequencies turn by which place in an image.
+
+    Raises:
+        InputError: No even part of a head, or other frequencies than it has.
+    """
     turned = file.hyperparameter("rope.dimension_count", settings["head_dim"])
     sections = file.hyperparameter("rope.dimension_sections", [])[:3]
+    if turned > settings["head_dim"] or turned % 2:
+        allowed = f"an even number, at most {settings['head_dim']}"
+        raise InputError(
+            f"{file.path}: unsupported", field="rope.dimension_count", value=turned, allowed=allowed
+        )
+    if sections and (len(sections) < 3 or sum(sections) != turned // 2):
+        field, allowed = "rope.dimension_sections", f"three numbers, {turned // 2} together"
+        raise InputError(f"{file.path}: unsupported", field=field, value=sections, allowed=allowed)
     return {
         "rope_type": "default",
         "rope_theta": settings["rope_theta"],
@@ -303,11 +311,11 @@ def _weights(
         values = torch.from_numpy(stored.dequantize()).float()
         if row.gguf_interleaved:
             values = _split_halves(tensor.name, values, config)
-        inside = row.mixer is not None and f".{row.mixer.module}." in names[tensor.name]
-        if row.norm_offset and tensor.name.endswith("norm.weight") and not inside:
+        in_mixer = row.mixer is not None and f".{row.mixer.module}." in names[tensor.name]
+        if row.norm_offset and tensor.name.endswith("norm.weight") and not in_mixer:
             values -= row.norm_offset
-        if inside:
-            values = _of_mixer(names[tensor.name], values, config)
+        if row.mixer and in_mixer and row.mixer.kind in _OF_MIXERS:
+            values = _OF_MIXERS[row.mixer.kind](names[tensor.name], values, config)
         if tensor.name.endswith(CONVOLUTIONS):
             values = values.unsqueeze(1)  # torch's kernels have one input each
         times_(names[tensor.name], values, factors)
@@ -322,14 +330,11 @@ def _unread(file: GGUFFile, config: Any) -> frozenset[str]:
     row, settings = _row(file), {"model_type": config.model_type, **vars(config)}
     keyless = keyless_blocks(settings) if row.shared_keys else ()
     parts = ("attn_k", "attn_v", "attn_k_norm")
-    drafting = tuple(
-        f"blk.{n}." for n in range(_block_count(file), file.require(f"{file.architecture}.block_count"))
-    )
     return frozenset(
         (
             _ROPE_FREQUENCIES,
             *(f"blk.{n}.{part}.weight" for n in keyless for part in parts),
-            *(tensor.name for tensor in file.tensors if drafting and tensor.name.startswith(drafting)),
+            *filter(is_drafting(file), (tensor.name for tensor in file.tensors)),
         )
     )
 
@@ -416,6 +421,7 @@ def _check_shapes(file: GGUFFile, shapes: Mapping[str, tuple[int, ...]], setting
         f"blk.{first}.attn_q.weight": (per_head * settings["num_attention_heads"] * head_dim, hidden),
         f"blk.{first}.attn_k.weight": (settings["num_key_value_heads"] * head_dim, hidden),
         f"blk.{last}.ffn_up.weight": (width, hidden),
+        **_net_shapes(settings),
     }
     for name, shape in expected.items():
         if shapes.get(name) != shape:
@@ -425,6 +431,27 @@ def _check_shapes(file: GGUFFile, shapes: Mapping[str, tuple[int, ...]], setting
                 value=shapes.get(name),
                 allowed=str(shape),
             )
+
+
+def _net_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Of the first gated delta net, if there is one.
+
+    Raises:
+        InputError: Value heads that key heads do not divide.
+    """
+    if "linear_num_key_heads" not in settings or set(settings["layer_types"]) == {FULL}:
+        return {}
+    heads, keys = settings["linear_num_value_heads"], settings["linear_num_key_heads"]
+    if heads % keys:
+        raise InputError(
+            "no multiple of the key heads", field="ssm.time_step_rank", value=heads, allowed=f"{keys} n"
+        )
+    block = next(index for index, kind in enumerate(settings["layer_types"]) if kind != FULL)
+    key_width, value_width = widths(settings)
+    return {
+        f"blk.{block}.attn_qkv.weight": (2 * key_width + value_width, settings["hidden_size"]),
+        f"blk.{block}.ssm_out.weight": (settings["hidden_size"], value_width),
+    }
 
 
 def _row(file: GGUFFile) -> ArchitectureSpec:
@@ -451,30 +478,33 @@ def _special_ids(file: GGUFFile) -> dict[str, int | None]:
 def _transformers_names(file: GGUFFile, config: Any) -> dict[str, str]:
     """llama.cpp's name of every tensor that the model can have -> transformers'."""
     names = tensor_names(file.architecture, config.num_hidden_layers)
-    own = _OWN_NUMBERS | {_row(file).scalar: ("", ".weight")}
+    own = {**OWN_NUMBERS, _row(file).scalar: (_row(file).scalar, ".weight")}
 
     def stored(module: str, kind: str) -> str:
         if kind not in own:
             return f"{names.get_name(module)}.{kind}"
         called, suffix = own[kind]
-        return f"{names.get_name(f'{module}.{called or kind}')}{suffix}"
+        return f"{names.get_name(f'{module}.{called}')}{suffix}"
 
     with torch.device("meta"):
         parameters = [name.rpartition(".") for name in model_class(config)(config).state_dict()]
     return {stored(module, kind): f"{module}.{kind}" for module, _, kind in parameters}
 
 
-def _of_mixer(parameter: str, values: torch.Tensor, config: Any) -> torch.Tensor:
-    """What a file stores of a gated delta net as transformers has it; of any other mixer it is the same."""
-    if not hasattr(config, "linear_num_key_heads"):
-        return values
-    heads = config.linear_num_key_heads
-    order = tilings(heads, config.linear_num_value_heads, heads * config.linear_key_head_dim)
-    name = parameter.removesuffix(".weight").rpartition(".")[2]
-    if name == "A_log":
-        values = (-values).log()
-    tiling = order.get(name)
-    return values if tiling is None else torch.from_numpy(tiling.grouped(values.numpy()))
+def _of_delta_net(parameter: str, values: torch.Tensor, config: Any) -> torch.Tensor:
+    """What a file stores of a gated delta net as transformers has it."""
+    settings = vars(config)
+    keys, value_heads = settings["linear_num_key_heads"], settings["linear_num_value_heads"]
+    name, stored = parameter.removesuffix(".weight").rpartition(".")[2], values.numpy()
+    tiling = tilings(keys, value_heads, widths(settings)[0]).get(name)
+    stored = a_log_of(stored) if name == "A_log" else stored
+    return torch.from_numpy(stored if tiling is None else tiling.grouped(stored))
+
+
+_OF_MIXERS: Mapping[str, Callable[[str, torch.Tensor, Any], torch.Tensor]] = MappingProxyType(
+    {"linear_attention": _of_delta_net}
+)
+"""By what `layer_types` calls blocks that do not attend: (parameter, a file's values, configuration) -> its values."""
 
 
 def _split_halves(name: str, values: torch.Tensor, config: Any) -> torch.Tensor:

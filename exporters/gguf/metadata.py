@@ -145,7 +145,7 @@ def _add_delta_nets(writer: Any, config: ModelConfig, net: DeltaNet) -> None:
     writer.add_ssm_state_size(net.key_head_dim)
     writer.add_ssm_group_count(net.key_heads)
     writer.add_ssm_time_step_rank(net.value_heads)
-    writer.add_ssm_inner_size(net.value_heads * net.value_head_dim)
+    writer.add_ssm_inner_size(net.value_width)
     recurrent = [block.is_keyless for block in config.shape.blocks]
     step = recurrent.index(False) + 1
     writer.add_full_attention_interval(step)

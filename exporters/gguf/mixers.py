@@ -9,7 +9,7 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
-from cfsp.models.value_heads import Tiling, tilings
+from cfsp.models.delta_nets import OWN_NUMBERS, Tiling, rates_of, tilings
 from exporters.checkpoint_reader import ModelConfig
 
 FloatArray = npt.NDArray[np.float32]
@@ -68,20 +68,18 @@ def _delta_net(name: str, config: ModelConfig) -> tuple[BlockTensor, ...]:
     def linear(module: str, *shape: int) -> BlockTensor:
         return _linear(f"{name}.{module}", shape, order.get(module))
 
-    def of_heads(
-        parameter: str, module: str, suffix: str, compute: Callable[[FloatArray], FloatArray] | None = None
-    ) -> BlockTensor:
+    def of_heads(parameter: str, compute: Callable[[FloatArray], FloatArray] | None = None) -> BlockTensor:
         """A number of each value head."""
-        shape, path = (net.value_heads,), f"{name}.{parameter}"
-        return BlockTensor(path, shape, f"{name}.{module}", suffix, shape, order.get(parameter), compute)
+        (module, suffix), shape, tiling = OWN_NUMBERS[parameter], (net.value_heads,), order.get(parameter)
+        return BlockTensor(f"{name}.{parameter}", shape, f"{name}.{module}", suffix, shape, tiling, compute)
 
     norm = (net.value_head_dim,)
     return (
         linear("in_proj_qkv", net.channels, size),
         linear("in_proj_z", net.value_width, size),
         _kernels(f"{name}.conv1d", net.channels, net.length, order.get("conv1d")),
-        of_heads("dt_bias", "dt_proj", ".bias"),
-        of_heads("A_log", "A_log", "", lambda a: -np.exp(a)),
+        of_heads("dt_bias"),
+        of_heads("A_log", rates_of),
         linear("in_proj_b", net.value_heads, size),
         linear("in_proj_a", net.value_heads, size),
         BlockTensor(f"{name}.norm.weight", norm, f"{name}.norm", ".weight", norm),

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cfsp.errors import InputError
+from cfsp.models.delta_nets import Tiling
 from cfsp.models.shape import BlockShape
-from cfsp.models.value_heads import Tiling
 from exporters.checkpoint_reader import CheckpointTensors, ModelConfig
 from exporters.gguf.architecture import QKV, ChosenLayout
 from exporters.gguf.mixers import BlockTensor, mixer_tensors

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from exporters.onnx.graph_builder import GraphBuilder, Numbers
 from exporters.onnx.layers import TOKENS
+from exporters.onnx.text_mixer import count_column
 
 _END = np.iinfo(np.int64).max
 
@@ -104,7 +105,7 @@ def _last(
 ) -> ir.Value:
     """The last of each row that is no padding, (batch_size, channels, length)."""
     length, last = kernels.length, b.constant("last_axis", [-1])
-    column = b.op("Unsqueeze", [new_tokens, last], "new_tokens.column", shape=["batch_size", 1])
+    column = count_column(b, new_tokens)
     steps = b.constant(f"steps_{length}", list(range(length)))
     places = b.op("Add", [column, steps], f"kept_places_{length}", shape=["batch_size", length])
     places = b.op("Unsqueeze", [places, last], f"kept_places_{length}.apart", shape=["batch_size", length, 1])

@@ -11,6 +11,7 @@ onnx/model<suffix>.onnx_data            the weights of both
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def write_companions(job: OnnxJob, variant: Variant, folder: Path) -> ReadChats:
         "num_hidden_layers": stored["num_hidden_layers"],
         "num_key_value_heads": kv_heads,
     }
-    _add_kept(genai["model"], stored.get("layer_types"), job.common.config)
+    _add_kept(genai["model"], stored, job.common.config)
     write_json(folder / GENAI_CONFIG, genai)
     return settled_chats(job.common, folder)
 
@@ -108,7 +109,7 @@ def _genai_decoder(variant: Variant, config: Any) -> dict[str, Any]:
     }
 
 
-def _add_kept(model: dict[str, Any], layer_types: list[str] | None, config: ModelConfig) -> None:
+def _add_kept(model: dict[str, Any], stored: Mapping[str, Any], config: ModelConfig) -> None:
     """What GenAI wants to know of blocks that have something else in the place of attention."""
     decoder = model["decoder"]
     for kind in config.kept_of_texts:
@@ -117,7 +118,7 @@ def _add_kept(model: dict[str, Any], layer_types: list[str] | None, config: Mode
     if config.convolution_length:
         # It keeps a cache of convolutions alone in one kind of model.
         model["type"] = "lfm2"
-        decoder |= {"layer_types": layer_types, "conv_cache_size": config.convolution_length}
+        decoder |= {"layer_types": stored["layer_types"], "conv_cache_size": config.convolution_length}
 
 
 def _genai_config(variant: Variant, config: Any, ends: list[int], context_length: int) -> dict[str, Any]:
@@ -129,7 +130,7 @@ def _genai_config(variant: Variant, config: Any, ends: list[int], context_length
     }
     return {
         "model": {
-            # GenAI has one decoder for all graphs whose blocks attend; the name only chooses its chat heuristics.
+            # GenAI has one decoder for all graphs but LFM 2's; the name only chooses its chat heuristics.
             "type": "llama",
             "vocab_size": config.vocab_size,
             "context_length": context_length,

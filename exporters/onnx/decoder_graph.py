@@ -90,14 +90,6 @@ class Attention:
     normed_after_rope: bool = False
     gated: bool = False
 
-    @property
-    def rotates_before(self) -> bool:
-        """Whether queries and keys are rotated before GroupQueryAttention sees them.
-
-        It norms nothing behind its rotation, and takes tables of whole eights of columns.
-        """
-        return self.rope is not None and (self.normed_after_rope or len(self.rope.frequencies) % 8 != 0)
-
 
 @dataclass(frozen=True)
 class Block:
@@ -311,7 +303,7 @@ class _Graph:
         past = self._caches(f"past_key_values.{index}", kv_heads, "past_sequence_length")
         present = self._caches(f"present.{index}", kv_heads, "total_sequence_length")
         attended = ir.val(prefix, self.dtype, [*TOKENS, num_heads * s.head_dim])
-        rotary = [] if block.rotates_before else self._tables(block.rope)
+        rotary = [] if self._rotates_before(block) else self._tables(block.rope)
         attributes: dict[str, int | float] = {
             "num_heads": num_heads,
             "kv_num_heads": kv_heads,
@@ -363,14 +355,19 @@ class _Graph:
         self, block: Attention, hidden: ir.Value, prefix: str
     ) -> tuple[ir.Value, ir.Value | None, ir.Value | None, ir.Value | None]:
         """Query, key, value and gate; the query alone holds the first three where one layer gives them."""
-        b, kv_heads = self.builder, block.num_key_value_heads
-        if len(block.qkv) == 1:
-            return block.qkv[0].apply(b, hidden, f"{prefix}.qkv_proj"), None, None, None
-        names = ("q_proj", "k_proj", "v_proj")
-        query, key, value = (
-            layer.apply(b, hidden, f"{prefix}.{name}") for name, layer in zip(names, block.qkv, strict=True)
-        )
+        b, kv_heads, size = self.builder, block.num_key_value_heads, self.decoder.head_dim
         heads = kv_heads * self.decoder.heads_per_group
+        names = [f"{prefix}.{part}" for part in ("q_proj", "k_proj", "v_proj")]
+        if len(block.qkv) == 1:
+            packed = block.qkv[0].apply(b, hidden, f"{prefix}.qkv_proj")
+            if not (block.gated or self._rotates_before(block)):
+                return packed, None, None, None
+            rows = ((1 + block.gated) * heads * size, kv_heads * size, kv_heads * size)
+            parts = split_last(b, packed, dict(zip(names, rows, strict=True)), f"{prefix}.qkv_split")
+        else:
+            layers = zip(names, block.qkv, strict=True)
+            parts = tuple(layer.apply(b, hidden, name) for name, layer in layers)
+        query, key, value = parts
         query, gate = self._apart(query, heads, prefix) if block.gated else (query, None)
         steps = [self._head_norms, self._rotated]
         for step in reversed(steps) if block.normed_after_rope else steps:
@@ -393,7 +390,7 @@ class _Graph:
     ) -> tuple[ir.Value, ir.Value]:
         """Query and key rotated, where GroupQueryAttention does not do it."""
         rope, kv_heads = block.rope, block.num_key_value_heads
-        if rope is None or not block.rotates_before:
+        if rope is None or not self._rotates_before(block):
             return query, key
 
         def turned(x: ir.Value, heads: int, name: str) -> ir.Value:
@@ -408,6 +405,16 @@ class _Graph:
 
         query = turned(query, kv_heads * self.decoder.heads_per_group, f"{prefix}.q_rotated")
         return query, turned(key, kv_heads, f"{prefix}.k_rotated")
+
+    def _rotates_before(self, block: Attention) -> bool:
+        """Whether queries and keys are rotated before GroupQueryAttention sees them.
+
+        It norms nothing behind its rotation, and rotates heads of whole sixteens, by tables of whole eights of columns.
+        """
+        if block.rope is None:
+            return False
+        fits = len(block.rope.frequencies) % 8 == 0 and self.decoder.head_dim % 16 == 0
+        return block.normed_after_rope or not fits
 
     def _apart(self, both: ir.Value, heads: int, prefix: str) -> tuple[ir.Value, ...]:
         """Queries, and the gates that stand behind those of each head."""

@@ -1,6 +1,6 @@
 """A gated delta net (Qwen 3.5's, in the place of attention) in ONNX Runtime's LinearAttention.
 
-With q, k and v the parts of silu(convolution(in_proj_qkv(h))), q and k of each head made to length one, and of each
+With q, k and v the parts of act(convolution(in_proj_qkv(h))), q and k of each head made to length one, and of each
 value head a state S (key_head_dim, value_head_dim), zeros before the text (arXiv 2412.06464):
 
     g_t = rates softplus(in_proj_a(h_t) + bias)         rates are -exp(A_log)
@@ -20,11 +20,11 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from exporters.onnx.activations import silu
+from exporters.onnx.activations import ACTIVATIONS, silu
 from exporters.onnx.causal_convolution import Kernels, convolve
 from exporters.onnx.graph_builder import CONTRIB, GraphBuilder, Numbers
 from exporters.onnx.layers import TOKENS, Layer, norm_heads, split_last
-from exporters.onnx.text_mixer import NewTokens, token_places
+from exporters.onnx.text_mixer import NewTokens, count_column, token_places
 
 _LENGTH_EPSILON = 1e-6
 """What is added to the square of a query's or key's length; transformers' number."""
@@ -47,6 +47,7 @@ class DeltaNet:
         out_proj: Its output.
         key_heads: Each is read by as many value heads.
         rms_norm_eps: Of `norm`.
+        activation: Behind the convolution, a name in ACTIVATIONS.
     """
 
     module: ClassVar[str] = "linear_attn"
@@ -62,6 +63,7 @@ class DeltaNet:
     out_proj: Layer
     key_heads: int
     rms_norm_eps: float
+    activation: str
 
     @property
     def _value_heads(self) -> int:
@@ -100,7 +102,8 @@ class DeltaNet:
         qkv = self.in_proj_qkv.apply(b, hidden, f"{prefix}.in_proj_qkv")
         names = (f"{prefix}.conv1d", presents["conv"])
         convolved, kept = convolve(b, self.kernels, qkv, pasts["conv"], tokens.count, names)
-        query, key, value = self._parts(b, silu(b, convolved, f"{prefix}.qkv"), dtype, prefix)
+        qkv = ACTIVATIONS[self.activation](b, convolved, f"{prefix}.qkv")
+        query, key, value = self._parts(b, qkv, dtype, prefix)
         attended, state = (
             ir.val(name, dtype, shape)
             for name, shape in (
@@ -157,7 +160,7 @@ class DeltaNet:
 def _mask(b: GraphBuilder, tokens: NewTokens, dtype: ir.DataType) -> ir.Value:
     """1 for each token that is no padding, else 0, (batch_size, sequence_length, 1)."""
     last = b.constant("last_axis", [-1])
-    ends = b.op("Unsqueeze", [tokens.count, last], "new_tokens.column", shape=["batch_size", 1])
+    ends = count_column(b, tokens.count)
     inside = b.op(
         "Less",
         [token_places(b, tokens.length), ends],

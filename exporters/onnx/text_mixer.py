@@ -63,6 +63,12 @@ class TextMixer(Protocol):
         """
 
 
+def count_column(builder: GraphBuilder, count: ir.Value) -> ir.Value:
+    """`NewTokens.count` as (batch_size, 1)."""
+    last = builder.constant("last_axis", [-1])
+    return builder.op("Unsqueeze", [count, last], "new_tokens.column", shape=["batch_size", 1])
+
+
 def token_places(builder: GraphBuilder, length: ir.Value) -> ir.Value:
     """0, 1, ... of the tokens of a call, (sequence_length,) int64."""
     ends = [builder.constant("range_start", 0), length, builder.constant("range_step", 1)]

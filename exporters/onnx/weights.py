@@ -258,6 +258,7 @@ def _delta_net(net: Any, prefix: str, input_norm: torch.Tensor | None, weights: 
         norm=weights.stored(norm),
         key_heads=net.num_k_heads,
         rms_norm_eps=net.layer_norm_epsilon,
+        activation=ACTIVATIONS[net.activation],
         **{name: _linear(f"{prefix}.{name}", getattr(net, name), weights) for name in names},
     )
 

@@ -10,7 +10,15 @@ from pathlib import Path
 from types import MappingProxyType
 
 from cfsp.errors import InputError
-from cfsp.models.gguf_file import CONVOLUTIONS, GGUFFile, GGUFTensor, looked_up_alone, read_gguf
+from cfsp.models.gguf_file import (
+    CONVOLUTIONS,
+    GGUFFile,
+    GGUFTensor,
+    drafting_blocks,
+    is_drafting,
+    looked_up_alone,
+    read_gguf,
+)
 
 _TABLE = "token_embd.weight"
 OUTPUT_TENSORS = frozenset({"output.weight", _TABLE})
@@ -20,6 +28,8 @@ OUTPUT_TENSORS = frozenset({"output.weight", _TABLE})
 @dataclass(frozen=True)
 class ModelFacts:
     """A file's sizes.
+
+    What drafts further tokens takes room, and is neither read nor run for one token after the other.
 
     Attributes:
         path: The file.
@@ -56,7 +66,8 @@ def gguf_facts(path: Path) -> ModelFacts:
         InputError: No GGUF file, or one without the keys of a decoder.
     """
     file = read_gguf(path)
-    tensors = {tensor.name: tensor for tensor in file.tensors}
+    drafting = is_drafting(file)
+    tensors = {tensor.name: tensor for tensor in file.tensors if not drafting(tensor.name)}
     if _TABLE not in tensors:
         raise InputError(f"{path} has no {_TABLE}: it is no decoder")
 
@@ -74,7 +85,7 @@ def gguf_facts(path: Path) -> ModelFacts:
     hidden = largest("embedding_length")
     return ModelFacts(
         path=path,
-        weight_bytes=sum(map(_bytes, tensors.values())),
+        weight_bytes=sum(map(_bytes, file.tensors)),
         read_bytes=sum(map(_bytes, read)),
         n_multiplied=sum(math.prod(t.shape) for t in matrices),
         bytes_by_type=dict(by_type),
@@ -91,7 +102,7 @@ def _key_value_width(file: GGUFFile) -> int:
     """Numbers that one token adds to the cache: the keys and values of every block that has its own."""
     heads = max(_numbers(file, "attention.head_count"))
     size = max(_numbers(file, "embedding_length")) // heads
-    layers = max(_numbers(file, "block_count"))
+    layers = drafting_blocks(file).start
     of_blocks = _numbers(file, "attention.head_count_kv", heads)
     of_blocks = of_blocks * layers if len(of_blocks) == 1 else of_blocks
     windowed = file.hyperparameter("attention.sliding_window_pattern")

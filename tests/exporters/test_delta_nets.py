@@ -225,22 +225,25 @@ def test_a_gguf_file_is_a_source(files: tuple[Path, Path], tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("key", "value", "said"),
     [
-        (KEY, [True] * 5),
-        (KEY, [True, False]),
-        (KEY, "no list"),
-        ("full_attention_interval", 6),
-        ("ssm.state_size", 8),
-        ("nextn_predict_layers", 4),
+        (KEY, [True] * 5, "no block attends"),
+        (KEY, [True, False], "not one number for each"),
+        ("full_attention_interval", 6, "no block attends"),
+        ("ssm.state_size", 8, "blk.0.attn_qkv.weight"),
+        ("ssm.group_count", 8, "no multiple of the key heads"),
+        ("ssm.time_step_rank", 6, "blk.0.attn_qkv.weight"),
+        ("rope.dimension_count", 64, "rope.dimension_count"),
+        ("rope.dimension_count", 3, "rope.dimension_count"),
+        ("rope.dimension_sections", [4], "three numbers, 4 together"),
     ],
 )
-def test_files_of_no_such_model(files: tuple[Path, Path], key: str, value: Any, tmp_path: Path) -> None:
+def test_files_of_no_such_model(files: tuple[Path, Path], key: str, value: Any, said: str) -> None:
     (path,) = files[1].glob("*f32.gguf")
     file = read_gguf(path)
-    said = {name: one for name, one in file.metadata.items() if not name.endswith(KEY)}
-    with pytest.raises(InputError) as caught:
-        model_from_gguf(replace(file, metadata=said | {f"qwen35.{key}": value}), dtype=torch.float32)
+    kept = {name: one for name, one in file.metadata.items() if not name.endswith(KEY)}
+    with pytest.raises(InputError, match=said) as caught:
+        model_from_gguf(replace(file, metadata=kept | {f"qwen35.{key}": value}), dtype=torch.float32)
     assert "\n" not in str(caught.value)
 
 
@@ -253,6 +256,15 @@ def test_of_a_file_blocks_that_draft_tokens_are_left_out(
     model.config.mtp_num_hidden_layers = 1
     extra = {"blk.4.nextn.eh_proj.weight": np.ones((64, 128), np.float32)}
     extra["blk.4.attn_norm.weight"] = np.ones(64, np.float32)
-    path = tmp_path / "file.gguf"
+    path, without = tmp_path / "file.gguf", tmp_path / "without.gguf"
     write_gguf(path, model, tokenizer, extra)
     torch.testing.assert_close(load_model(path).model(ids).logits, expected, atol=1e-4, rtol=0)
+    model.config.mtp_num_hidden_layers = 0
+    write_gguf(without, model, tokenizer)
+    more, facts = gguf_facts(path), gguf_facts(without)
+    assert more.weight_bytes - facts.weight_bytes == 4 * (64 * 128 + 64)
+    assert replace(more, path=without, weight_bytes=facts.weight_bytes) == facts
+    file = read_gguf(path)
+    said = file.metadata | {"qwen35.nextn_predict_layers": 5}
+    with pytest.raises(InputError, match="no block is left"):
+        model_from_gguf(replace(file, metadata=said), dtype=torch.float32)

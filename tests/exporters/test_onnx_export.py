@@ -105,7 +105,10 @@ def exported(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("lfm2", {}),
         ("lfm2", {"tied": False, "conv_bias": True, "conv_L_cache": 4, "num_key_value_heads": 1}),
         ("lfm2", {"layer_types": [FULL, "conv", "conv", FULL]}),
+        ("llama", {"head_dim": 24}),
+        ("llama", {"head_dim": 40, "attention_bias": True}),
         ("qwen3_5_text", {}),
+        ("qwen3_5_text", {"head_dim": 32, "hidden_act": "gelu_pytorch_tanh"}),
         ("qwen3_5_text", {"tied": False, "linear_num_key_heads": 1, "linear_value_head_dim": 32}),
         (
             "qwen3_5_text",

@@ -36,6 +36,8 @@ def test_all_but_a_mixture_and_what_optimum_traces_have_a_size() -> None:
         (("llama",), {"silent": (2,), "groups": {1: (0,)}}),
         (("qwen2",), {"widths": (128, 17, 128, 128), "groups": {3: (1,)}}),
         (("qwen3", False), {"silent": (1, 3)}),
+        (("lfm2",), {"widths": (96, 64, 33, 40)}),
+        (("qwen3_5_text",), {"widths": (96, 64, 33, 40)}),
         (("gemma3_text",), {"widths": (8, 16, 24, 32)}),
         (("smollm3",), {"widths": (64, 64, 64, 64)}),
     ],

@@ -2,6 +2,8 @@
 import * as ort from "/packages/onnxruntime-web/dist/ort.wasm.min.mjs";
 import { Tokenizer } from "/packages/@huggingface/tokenizers/dist/tokenizers.mjs";
 
+const KEYS_AND_VALUES = "past_key_values.";
+const CACHES = [KEYS_AND_VALUES, "past_conv.", "past_recurrent."];
 const ARRAYS = { float32: Float32Array, float16: Uint16Array };
 
 export async function prepare({ threads }) {
@@ -31,7 +33,7 @@ class Session {
     const logits = session.outputMetadata.find(({ name }) => name === "logits");
     this.vocabulary = logits.shape.at(-1);
     this.inputs = new Set(session.inputNames);
-    this.caches = session.inputMetadata.filter(({ name }) => name.startsWith("past_"));
+    this.caches = session.inputMetadata.filter(({ name }) => CACHES.some((prefix) => name.startsWith(prefix)));
     this.facts = { threads: ort.env.wasm.numThreads, runtime: ort.env.versions.web };
     this.clear();
   }
@@ -45,8 +47,9 @@ class Session {
     this.logits = null;
     this.cache = {};
     for (const { name, type, shape } of this.caches) {
-      // One text; a size that the graph leaves open is how much of it the cache holds.
-      const sizes = [1, ...shape.slice(1).map((size) => (typeof size === "number" ? size : 0))];
+      // One text, of which keys and values hold nothing yet; what else is kept does not grow with it.
+      const sizes = shape.with(0, 1);
+      if (name.startsWith(KEYS_AND_VALUES)) sizes[2] = 0;
       this.cache[name] = new ort.Tensor(type, new ARRAYS[type](sizes.reduce((a, b) => a * b)), sizes);
     }
   }

@@ -1,4 +1,4 @@
-"""In which order GGUF files hold the value heads of gated delta nets.
+"""How GGUF files hold gated delta nets: value heads in another order, rates of decay as they are multiplied with.
 
 Value heads read the key heads in groups, [k0, k0, ..., k1, k1, ...]; ggml repeats key heads whole,
 [k0, k1, ..., k0, k1, ...], so that everything that belongs to value heads is stored in that order.
@@ -8,10 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+OWN_NUMBERS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {"dt_bias": ("dt_proj", ".bias"), "A_log": ("A_log", "")}
+)
+"""Parameters of a net's own -> by which name the gguf package knows them, and what stands behind it in a file."""
 
 
 @dataclass(frozen=True)
@@ -62,3 +68,22 @@ def tilings(key_heads: int, value_heads: int, key_width: int) -> Mapping[str, Ti
         **dict.fromkeys(("in_proj_z", "in_proj_b", "in_proj_a", "dt_bias", "A_log"), values),
         "out_proj": Tiling(key_heads, per_group, axis=1),
     }
+
+
+def rates_of(a_log: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """What a file has of A_log: -exp(A_log)."""
+    return -np.exp(a_log)
+
+
+def a_log_of(rates: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """A_log of what a file has; not a number where that is not below 0."""
+    with np.errstate(all="ignore"):
+        return np.log(-rates)
+
+
+def widths(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """(numbers of all key heads, of all value heads) by transformers' settings."""
+    return (
+        settings["linear_num_key_heads"] * settings["linear_key_head_dim"],
+        settings["linear_num_value_heads"] * settings["linear_value_head_dim"],
+    )
