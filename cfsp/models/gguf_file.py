@@ -11,7 +11,7 @@ import math
 import mmap
 import struct
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -130,6 +130,7 @@ class GGUFTensor:
         kind: The gguf package's quantization type.
         data: (n_bytes,) uint8 view of the file.
         offset: Where that begins in the file.
+        mapping: The file in memory.
     """
 
     name: str
@@ -137,6 +138,13 @@ class GGUFTensor:
     kind: Any
     data: np.ndarray[Any, np.dtype[np.uint8]]
     offset: int
+    mapping: mmap.mmap = field(repr=False, compare=False)
+
+    def let_go(self) -> None:
+        """Take its bytes out of memory, where the system can; who asks for them has them read anew."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            start = self.offset - self.offset % mmap.PAGESIZE
+            self.mapping.madvise(mmap.MADV_DONTNEED, start, self.offset - start + self.data.nbytes)
 
     def dequantize(self) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The values, (shape) float32, in memory of their own."""
@@ -317,4 +325,5 @@ def _tensor(
     cursor.at = start + offset
     count = math.prod(shape) // block * block_bytes
     place = cursor.take(count)
-    return GGUFTensor(name, shape, kind, np.frombuffer(cursor.content, np.uint8, count, place), place)
+    data = np.frombuffer(cursor.content, np.uint8, count, place)
+    return GGUFTensor(name, shape, kind, data, place, cursor.content)

@@ -309,6 +309,7 @@ def _weights(
             )
         stored = max(both.values(), key=_bits) if tensor.name in both else tensor
         values = torch.from_numpy(stored.dequantize()).float()
+        stored.let_go()
         if row.gguf_interleaved:
             values = _split_halves(tensor.name, values, config)
         in_mixer = row.mixer is not None and f".{row.mixer.module}." in names[tensor.name]

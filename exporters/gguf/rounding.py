@@ -125,6 +125,8 @@ class _File:
                 if kind in _CHOSEN
                 else [tensor.dequantize() for tensor in tensors]
             )
+            for tensor in tensors:
+                tensor.let_go()
             for module, each in zip(modules, values, strict=True):
                 parts = specs[module].split(each)
                 changed |= {
@@ -139,6 +141,7 @@ class _File:
         tensor = self.stored[spec.name]
         if tensor.kind.name in _CHOSEN:
             self._choose([tensor], _in_file(spec, gram))
+            tensor.let_go()
 
     def _choose(self, tensors: list[GGUFTensor], gram: torch.Tensor) -> list[np.ndarray]:
         """Choose numbers of tensors that read the same, some rows at a time; the bytes that each has then, by rows."""
@@ -153,6 +156,8 @@ class _File:
             weight = torch.from_numpy(_rows(exact, some)).to(gram.device)
             stored = StoredMatrix(tensors[0].kind.name, data[some])
             data[some] = choose_numbers(weight, stored, gram).data
+        for tensor in exact:
+            tensor.let_go()
         parts = np.split(data, np.cumsum(rows)[:-1])
         for tensor, part in zip(tensors, parts, strict=True):
             self.stream.seek(tensor.offset)
