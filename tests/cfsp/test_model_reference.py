@@ -13,6 +13,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import psutil
 import pytest
 import safetensors.torch
 import torch
@@ -472,3 +473,21 @@ def test_every_built_in_row_is_pinned() -> None:
         assert isinstance(row, BuiltinModel)
         assert all("==" in member.requirement for member in (row.terms, *row.parts))
         assert len(row.sha256) == 64
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what the kernel tells of a process's pages")
+def test_bytes_of_a_file_leave_memory_when_they_were_used(
+    tiny_model: Any, write_gguf: Any, tmp_path: Path
+) -> None:
+    path, values = tmp_path / "file.gguf", np.arange(2**22, dtype=np.float32).reshape(2**11, 2**11)
+    write_gguf(path, *tiny_model(), {"large.weight": values})
+
+    def resident() -> int:
+        return sum(part.rss for part in psutil.Process().memory_maps() if part.path == str(path))
+
+    (tensor,) = (one for one in read_gguf(path).tensors if one.name == "large.weight")
+    assert np.array_equal(tensor.dequantize(), values)
+    assert resident() > 2**23
+    tensor.let_go()
+    assert resident() < 2**20
+    assert np.array_equal(tensor.dequantize(), values)
