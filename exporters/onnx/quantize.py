@@ -31,7 +31,7 @@ from exporters.rounding.scale_tuning import tune_scales
 from exporters.rounding.walk import Grams, alike, round_blocks
 
 Nearest = Callable[[torch.Tensor, BlockFormat], Rounded]
-_AT_ONCE = 2**25
+_AT_ONCE = 2**24
 """Numbers that are rounded together: rows do not depend on each other, and each number takes 20 bytes meanwhile."""
 _LEARNING_RATE = 1e-3
 """Of scales and norms."""
