@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cfsp.errors import LimitError
+from cfsp.memory import give_back_memory
 from cfsp.models.paging import is_paged
 from exporters.chats import ReadChats
 from exporters.export_record import ExportRecord
@@ -43,6 +44,7 @@ def prove(
         window = common.reference.windows.ids[0, :PREFILL_TOKENS].numpy()
         every = next(iter(model.iter_logits(window)))[-1].copy()
     for other in [*graphs[1:], *([ort] if ort else [])]:
+        give_back_memory()  # of the graph before, whose weights were in it
         with _opened(common, other) as model:
             difference = float(np.abs(model.decode(window)[-1] - every).max())
         if not difference <= _SAME_LOGITS:
