@@ -297,8 +297,7 @@ class _Graph:
     def _attention(self, block_prefix: str, block: Attention, hidden: ir.Value) -> ir.Value:
         """GroupQueryAttention on (batch_size, sequence_length, q + k + v); keys and values go to the cache."""
         s, prefix, index = self.decoder, f"{block_prefix}.self_attn", self.n_mixers
-        kv_heads = block.num_key_value_heads
-        num_heads = kv_heads * s.heads_per_group
+        kv_heads, num_heads = block.num_key_value_heads, self._query_heads(block)
         query, key, value, gate = self._heads(block, hidden, prefix)
         past = self._caches(f"past_key_values.{index}", kv_heads, "past_sequence_length")
         present = self._caches(f"present.{index}", kv_heads, "total_sequence_length")
@@ -356,7 +355,7 @@ class _Graph:
     ) -> tuple[ir.Value, ir.Value | None, ir.Value | None, ir.Value | None]:
         """Query, key, value and gate; the query alone holds the first three where one layer gives them."""
         b, kv_heads, size = self.builder, block.num_key_value_heads, self.decoder.head_dim
-        heads = kv_heads * self.decoder.heads_per_group
+        heads = self._query_heads(block)
         names = [f"{prefix}.{part}" for part in ("q_proj", "k_proj", "v_proj")]
         if len(block.qkv) == 1:
             packed = block.qkv[0].apply(b, hidden, f"{prefix}.qkv_proj")
@@ -380,16 +379,14 @@ class _Graph:
         """Query and key with each head normed, where they are."""
         if block.q_norm is None or block.k_norm is None:
             return query, key
-        kv_heads = block.num_key_value_heads
-        heads = kv_heads * self.decoder.heads_per_group
-        query = self._head_norm(query, block.q_norm, heads, f"{prefix}.q_norm")
-        return query, self._head_norm(key, block.k_norm, kv_heads, f"{prefix}.k_norm")
+        query = self._head_norm(query, block.q_norm, self._query_heads(block), f"{prefix}.q_norm")
+        return query, self._head_norm(key, block.k_norm, block.num_key_value_heads, f"{prefix}.k_norm")
 
     def _rotated(
         self, block: Attention, query: ir.Value, key: ir.Value, prefix: str
     ) -> tuple[ir.Value, ir.Value]:
         """Query and key rotated, where GroupQueryAttention does not do it."""
-        rope, kv_heads = block.rope, block.num_key_value_heads
+        rope = block.rope
         if rope is None or not self._rotates_before(block):
             return query, key
 
@@ -403,8 +400,11 @@ class _Graph:
                 rotary_embedding_dim=2 * len(rope.frequencies),
             )
 
-        query = turned(query, kv_heads * self.decoder.heads_per_group, f"{prefix}.q_rotated")
-        return query, turned(key, kv_heads, f"{prefix}.k_rotated")
+        query = turned(query, self._query_heads(block), f"{prefix}.q_rotated")
+        return query, turned(key, block.num_key_value_heads, f"{prefix}.k_rotated")
+
+    def _query_heads(self, block: Attention) -> int:
+        return block.num_key_value_heads * self.decoder.heads_per_group
 
     def _rotates_before(self, block: Attention) -> bool:
         """Whether queries and keys are rotated before GroupQueryAttention sees them.
