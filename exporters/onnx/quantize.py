@@ -161,8 +161,9 @@ def _rounded_layers(
 
 
 def _rounded(weight: torch.Tensor, form: BlockFormat, gram: torch.Tensor | None, nearest: Nearest) -> Rounded:
+    parts = torch.split(weight, max(1, _AT_ONCE // weight.shape[1]))
     # Eight bits lose nothing that compensation could win back.
     if gram is None or form.bits == 8:
-        return nearest(weight, form)
-    parts = torch.split(weight.to(gram.device), max(1, _AT_ONCE // weight.shape[1]))
-    return joined([refine(part, gram, gptq(part, gram, form)) for part in parts]).to(weight.device)
+        return joined([nearest(part, form) for part in parts])
+    moved = (part.to(gram.device) for part in parts)
+    return joined([refine(part, gram, gptq(part, gram, form)) for part in moved]).to(weight.device)

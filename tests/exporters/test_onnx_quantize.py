@@ -192,6 +192,26 @@ def test_a_large_matrix_is_rounded_a_few_rows_at_a_time(
         assert (parts[name].q == rounded.q).float().mean() > 0.999  # sums differ in their last bits
 
 
+def test_a_large_matrix_is_rounded_to_nearest_a_few_rows_at_a_time(
+    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = tiny_model()
+    whole = quantize_linears(model, lambda *_: INT8, None)
+    largest = 0
+
+    def counted(weight: torch.Tensor, form: BlockFormat) -> Rounded:
+        nonlocal largest
+        largest = max(largest, weight.numel())
+        return round_to_nearest(weight, form)
+
+    monkeypatch.setattr("exporters.onnx.quantize._AT_ONCE", 50 * 64)
+    parts = quantize_linears(model, lambda *_: INT8, None, nearest=counted)
+    assert largest <= 50 * 64
+    for name, rounded in whole.items():
+        assert torch.equal(parts[name].q, rounded.q)
+        assert torch.equal(parts[name].scales, rounded.scales)
+
+
 def test_inputs_that_are_never_seen_count_alike() -> None:
     weight = weights(8, 64)
     nearest = round_to_nearest(weight, INT4)
