@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from exporters.onnx.graph_builder import GraphBuilder, Numbers
 from exporters.onnx.layers import TOKENS
-from exporters.onnx.text_mixer import count_column
+from exporters.onnx.text_mixer import MixerCall, count_column
 
 _END = np.iinfo(np.int64).max
 
@@ -49,33 +49,24 @@ class Kernels:
         return ir.Shape(["batch_size", self.channels, self.length])
 
 
-def convolve(
-    builder: GraphBuilder,
-    kernels: Kernels,
-    z: ir.Value,
-    past: ir.Value,
-    new_tokens: ir.Value,
-    names: tuple[str, str],
-) -> tuple[ir.Value, ir.Value]:
+def convolve(call: MixerCall, kernels: Kernels, z: ir.Value, prefix: str) -> tuple[ir.Value, ir.Value]:
     """Add the nodes of a convolution.
 
     Args:
-        builder: Of the graph.
+        call: The graph, and as "conv" what is kept of the text.
         kernels: The weights.
         z: (batch_size, sequence_length, channels).
-        past: What is kept of the text before.
-        new_tokens: Of each row, how many of the tokens are no padding, (batch_size,) int64.
-        names: Before those of its nodes, and of what is kept of the text then.
+        prefix: Begins the names of its nodes.
 
     Returns:
         y (batch_size, sequence_length, channels), and what is kept of the text then.
     """
-    b, prefix = builder, names[0]
+    b = call.builder
     before_shape = ("batch_size", kernels.length, kernels.channels)
-    before = b.op("Transpose", [past], f"{prefix}.before", perm=[0, 2, 1], shape=before_shape)
+    before = b.op("Transpose", [call.pasts["conv"]], f"{prefix}.before", perm=[0, 2, 1], shape=before_shape)
     seen_shape = ("batch_size", f"{kernels.length}+tokens", kernels.channels)
     seen = b.op("Concat", [before, z], f"{prefix}.seen", axis=1, shape=seen_shape)
-    return _sum(b, kernels, seen, prefix), _last(b, kernels, seen, new_tokens, names)
+    return _sum(b, kernels, seen, prefix), _last(call, kernels, seen, prefix)
 
 
 def _sum(b: GraphBuilder, kernels: Kernels, seen: ir.Value, prefix: str) -> ir.Value:
@@ -100,15 +91,14 @@ def _sum(b: GraphBuilder, kernels: Kernels, seen: ir.Value, prefix: str) -> ir.V
     )
 
 
-def _last(
-    b: GraphBuilder, kernels: Kernels, seen: ir.Value, new_tokens: ir.Value, names: tuple[str, str]
-) -> ir.Value:
+def _last(call: MixerCall, kernels: Kernels, seen: ir.Value, prefix: str) -> ir.Value:
     """The last of each row that is no padding, (batch_size, channels, length)."""
-    length, last = kernels.length, b.constant("last_axis", [-1])
-    column = count_column(b, new_tokens)
+    b, length = call.builder, kernels.length
+    last = b.constant("last_axis", [-1])
+    column = count_column(b, call.tokens.count)
     steps = b.constant(f"steps_{length}", list(range(length)))
     places = b.op("Add", [column, steps], f"kept_places_{length}", shape=["batch_size", length])
     places = b.op("Unsqueeze", [places, last], f"kept_places_{length}.apart", shape=["batch_size", length, 1])
     shape = ("batch_size", length, kernels.channels)
-    rows = b.op("GatherND", [seen, places], f"{names[0]}.kept", batch_dims=1, shape=shape)
-    return b.op("Transpose", [rows], names[1], perm=[0, 2, 1], shape=kernels.kept_shape)
+    rows = b.op("GatherND", [seen, places], f"{prefix}.kept", batch_dims=1, shape=shape)
+    return b.op("Transpose", [rows], call.presents["conv"], perm=[0, 2, 1], shape=kernels.kept_shape)

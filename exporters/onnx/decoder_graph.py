@@ -33,7 +33,7 @@ from exporters.onnx.graph_builder import CONTRIB, GraphBuilder, Numbers
 from exporters.onnx.layers import TOKENS, Embedding, Layer, join_heads, norm_heads, rms_norm, split_last
 from exporters.onnx.operators import ir_version_for, require_operators
 from exporters.onnx.runtime import CACHE_KEY, FIXED_CACHE
-from exporters.onnx.text_mixer import NewTokens, TextMixer, token_places
+from exporters.onnx.text_mixer import MixerCall, NewTokens, TextMixer, token_places
 
 OPSET = 21
 
@@ -235,7 +235,8 @@ class _Graph:
             kind: ir.val(f"past_{kind}.{index}", self.dtype, shape) for kind, shape in mixer.kept.items()
         }
         names = {kind: f"present_{kind}.{index}" for kind in pasts}
-        added, presents = mixer.mix(self.builder, hidden, pasts, self._new_tokens(), prefix, names)
+        call = MixerCall(self.builder, prefix, self._new_tokens(), pasts, names)
+        added, presents = mixer.mix(call, hidden)
         self.inputs += pasts.values()
         self.outputs += presents
         return added
@@ -449,9 +450,10 @@ class _Graph:
         return b.op("Gather", [sizes, b.constant("input_length_axis", 1)], "input_length", axis=0, shape=[])
 
     def _head_norm(self, x: ir.Value, weight: Numbers, heads: int, name: str) -> ir.Value:
+        gamma = self.builder.constant(f"{name}.weight", weight)
         if len(weight) == heads * self.decoder.head_dim:
-            return self._norm(x, self.builder.constant(f"{name}.weight", weight), name)
-        return norm_heads(self.builder, x, weight, heads, name, self.decoder.rms_norm_eps)
+            return self._norm(x, gamma, name)
+        return norm_heads(self.builder, x, gamma, heads, name, self.decoder.rms_norm_eps)
 
     def _feed_forward(self, block: Block, hidden: ir.Value, name: str) -> ir.Value:
         b = self.builder

@@ -24,7 +24,7 @@ from exporters.onnx.activations import ACTIVATIONS, silu
 from exporters.onnx.causal_convolution import Kernels, convolve
 from exporters.onnx.graph_builder import CONTRIB, GraphBuilder, Numbers
 from exporters.onnx.layers import TOKENS, Layer, norm_heads, split_last
-from exporters.onnx.text_mixer import NewTokens, count_column, token_places
+from exporters.onnx.text_mixer import MixerCall, NewTokens, count_column, token_places
 
 _LENGTH_EPSILON = 1e-6
 """What is added to the square of a query's or key's length; transformers' number."""
@@ -87,33 +87,24 @@ class DeltaNet:
         state: list[int | str] = ["batch_size", self._value_heads, self._key_head_dim, len(self.norm)]
         return {"conv": self.kernels.kept_shape, "recurrent": ir.Shape(state)}
 
-    def mix(
-        self,
-        builder: GraphBuilder,
-        hidden: ir.Value,
-        pasts: Mapping[str, ir.Value],
-        tokens: NewTokens,
-        prefix: str,
-        presents: Mapping[str, str],
-    ) -> tuple[ir.Value, list[ir.Value]]:
+    def mix(self, call: MixerCall, hidden: ir.Value) -> tuple[ir.Value, list[ir.Value]]:
         """See `TextMixer`."""
         assert hidden.dtype is not None  # every value of a GraphBuilder has its type
-        b, dtype = builder, hidden.dtype
+        b, prefix, dtype = call.builder, call.prefix, hidden.dtype
         qkv = self.in_proj_qkv.apply(b, hidden, f"{prefix}.in_proj_qkv")
-        names = (f"{prefix}.conv1d", presents["conv"])
-        convolved, kept = convolve(b, self.kernels, qkv, pasts["conv"], tokens.count, names)
+        convolved, kept = convolve(call, self.kernels, qkv, f"{prefix}.conv1d")
         qkv = ACTIVATIONS[self.activation](b, convolved, f"{prefix}.qkv")
         query, key, value = self._parts(b, qkv, dtype, prefix)
         attended, state = (
             ir.val(name, dtype, shape)
             for name, shape in (
                 (f"{prefix}.attended", ir.Shape([*TOKENS, self._value_width])),
-                (presents["recurrent"], self.kept["recurrent"]),
+                (call.presents["recurrent"], self.kept["recurrent"]),
             )
         )
         b.tape.op_multi_out(
             "LinearAttention",
-            [query, key, value, pasts["recurrent"], *self._gates(b, hidden, tokens, dtype, prefix)],
+            [query, key, value, call.pasts["recurrent"], *self._gates(call, hidden, dtype)],
             {
                 "update_rule": "gated_delta",
                 "q_num_heads": self.key_heads,
@@ -124,7 +115,8 @@ class DeltaNet:
             domain=CONTRIB,
             name=prefix,
         )
-        normed = norm_heads(b, attended, self.norm, self._value_heads, f"{prefix}.norm", self.rms_norm_eps)
+        gamma = b.constant(f"{prefix}.norm.weight", self.norm)
+        normed = norm_heads(b, attended, gamma, self._value_heads, f"{prefix}.norm", self.rms_norm_eps)
         gate = silu(b, self.in_proj_z.apply(b, hidden, f"{prefix}.in_proj_z"), f"{prefix}.gate")
         y = b.op("Mul", [normed, gate], f"{prefix}.gated")
         return self.out_proj.apply(b, y, f"{prefix}.out_proj"), [kept, state]
@@ -135,24 +127,23 @@ class DeltaNet:
         both, value = split_last(
             b, qkv, {f"{prefix}.qk": 2 * width, f"{prefix}.value": self._value_width}, f"{prefix}.qk_v"
         )
-        unit = np.full(size, size**-0.5, dtype=dtype.numpy())
+        unit = b.constant(f"unit_of_{size}", np.full(size, size**-0.5, dtype=dtype.numpy()))
         normed = norm_heads(b, both, unit, 2 * self.key_heads, f"{prefix}.unit", _LENGTH_EPSILON / size)
         query, key = split_last(
             b, normed, {f"{prefix}.query": width, f"{prefix}.key": width}, f"{prefix}.q_k"
         )
         return query, key, value
 
-    def _gates(
-        self, b: GraphBuilder, hidden: ir.Value, tokens: NewTokens, dtype: ir.DataType, prefix: str
-    ) -> tuple[ir.Value, ir.Value]:
+    def _gates(self, call: MixerCall, hidden: ir.Value, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
         """g and b."""
+        b, prefix = call.builder, call.prefix
         b_name, a_name = f"{prefix}.in_proj_b", f"{prefix}.in_proj_a"
         fading = b.cast(self.in_proj_a.apply(b, hidden, a_name), f"{prefix}.a", ir.DataType.FLOAT)
         fading = b.op("Add", [fading, b.constant(f"{prefix}.dt_bias", self.bias)], f"{prefix}.a_moved")
         fading = b.op("Softplus", [fading], f"{prefix}.a_positive")
         fading = b.op("Mul", [fading, b.constant(f"{prefix}.rates", self.rates)], f"{prefix}.g_plain")
         written = b.op("Sigmoid", [self.in_proj_b.apply(b, hidden, b_name)], f"{prefix}.b_plain")
-        mask = _mask(b, tokens, dtype)
+        mask = _mask(b, call.tokens, dtype)
         decay = b.op("Mul", [b.cast(fading, f"{prefix}.g_cast", dtype), mask], f"{prefix}.g")
         return decay, b.op("Mul", [written, mask], f"{prefix}.b")
 

@@ -257,13 +257,14 @@ def rms_norm(builder: GraphBuilder, x: ir.Value, gamma: ir.Value, name: str, eps
 
 
 def norm_heads(
-    builder: GraphBuilder, x: ir.Value, gamma: Numbers, heads: int, name: str, epsilon: float
+    builder: GraphBuilder, x: ir.Value, gamma: ir.Value, heads: int, name: str, epsilon: float
 ) -> ir.Value:
-    """The norm of each head of x (batch_size, sequence_length, heads * size); gamma is (size,)."""
-    size = len(gamma)
+    """The norm of each head of x (batch_size, sequence_length, heads * size); gamma is (size,), of all heads."""
+    assert gamma.shape is not None  # a constant's
+    size = int(gamma.shape.numpy()[0])
     apart = builder.constant(f"{heads}_heads_of_{size}", [0, 0, heads, size])
     split = builder.op("Reshape", [x, apart], f"{name}.heads", shape=(*TOKENS, heads, size))
-    normed = rms_norm(builder, split, builder.constant(f"{name}.weight", gamma), f"{name}.normed", epsilon)
+    normed = rms_norm(builder, split, gamma, f"{name}.normed", epsilon)
     return join_heads(builder, normed, heads * size, name)
 
 

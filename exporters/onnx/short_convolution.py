@@ -16,9 +16,9 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from exporters.onnx.causal_convolution import Kernels, convolve
-from exporters.onnx.graph_builder import GraphBuilder, Numbers
+from exporters.onnx.graph_builder import Numbers
 from exporters.onnx.layers import Layer, split_last
-from exporters.onnx.text_mixer import NewTokens
+from exporters.onnx.text_mixer import MixerCall
 
 
 @dataclass(frozen=True)
@@ -43,22 +43,14 @@ class ShortConvolution:
         """See `TextMixer`."""
         return {"conv": self.kernels.kept_shape}
 
-    def mix(
-        self,
-        builder: GraphBuilder,
-        hidden: ir.Value,
-        pasts: Mapping[str, ir.Value],
-        tokens: NewTokens,
-        prefix: str,
-        presents: Mapping[str, str],
-    ) -> tuple[ir.Value, list[ir.Value]]:
+    def mix(self, call: MixerCall, hidden: ir.Value) -> tuple[ir.Value, list[ir.Value]]:
         """See `TextMixer`."""
-        b, size = builder, self.kernels.channels
+        b, prefix, size = call.builder, call.prefix, self.kernels.channels
         projected = self.in_proj.apply(b, hidden, f"{prefix}.in_proj")
         gate, output_gate, x = split_last(
             b, projected, {f"{prefix}.{part}": size for part in ("b", "c", "x")}, f"{prefix}.split"
         )
         z = b.op("Mul", [gate, x], f"{prefix}.gated")
-        y, kept = convolve(b, self.kernels, z, pasts["conv"], tokens.count, (prefix, presents["conv"]))
+        y, kept = convolve(call, self.kernels, z, prefix)
         y = b.op("Mul", [output_gate, y], f"{prefix}.output")
         return self.out_proj.apply(b, y, f"{prefix}.out_proj"), [kept]

@@ -24,6 +24,25 @@ class NewTokens:
     length: ir.Value
 
 
+@dataclass(frozen=True, eq=False)
+class MixerCall:
+    """Where a mixer's nodes go, and what of the text they read and leave.
+
+    Attributes:
+        builder: Of the graph.
+        prefix: The module's name, which begins those of the nodes.
+        tokens: Of this call.
+        pasts: What is kept of the text before, by its kind.
+        presents: Names of what is kept of the text then, by its kind.
+    """
+
+    builder: GraphBuilder
+    prefix: str
+    tokens: NewTokens
+    pasts: Mapping[str, ir.Value]
+    presents: Mapping[str, str]
+
+
 class TextMixer(Protocol):
     """A block's, with the norm before it."""
 
@@ -39,24 +58,12 @@ class TextMixer(Protocol):
     def kept(self) -> Mapping[str, ir.Shape]:
         """What is kept of a text: its kind, which is `past_<kind>` among the inputs -> its shape."""
 
-    def mix(
-        self,
-        builder: GraphBuilder,
-        hidden: ir.Value,
-        pasts: Mapping[str, ir.Value],
-        tokens: NewTokens,
-        prefix: str,
-        presents: Mapping[str, str],
-    ) -> tuple[ir.Value, list[ir.Value]]:
+    def mix(self, call: MixerCall, hidden: ir.Value) -> tuple[ir.Value, list[ir.Value]]:
         """Add its nodes.
 
         Args:
-            builder: Of the graph.
+            call: The graph, and what is kept of the text.
             hidden: (batch_size, sequence_length, hidden_size), normed.
-            pasts: What is kept of the text before, by its kind.
-            tokens: Of this call.
-            prefix: The module's name, which begins those of the nodes.
-            presents: Names of what is kept of the text then, by its kind.
 
         Returns:
             What it adds to the residual sum, and what is kept of the text then, as `kept` has it.
