@@ -42,7 +42,7 @@ lint: $(STAMP)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-# What the tests of JavaScript consumers need; without Node.js these tests are skipped.
+# What the tests of JavaScript consumers and of the Kotlin example need; without Node.js these tests are skipped.
 javascript: tests/javascript/node_modules/.installed
 
 tests/javascript/node_modules/.installed: tests/javascript/package.json
@@ -56,6 +56,7 @@ tests/javascript/node_modules/.installed: tests/javascript/package.json
 DEBIAN := \
 	chromium,google-chrome=chromium \
 	groovy=groovy \
+	javac=default-jdk-headless \
 	cmake=cmake \
 	qemu-aarch64=qemu-user \
 	aarch64-linux-gnu-g++=g++-aarch64-linux-gnu \
