@@ -36,6 +36,7 @@ class MainActivity : Activity() {
         }
         setContentView(LinearLayout(this).apply {
             orientation = LinearLayout.VERTICAL
+            fitsSystemWindows = true
             addView(ScrollView(context).apply { addView(said) }, LinearLayout.LayoutParams(-1, 0, 1f))
             addView(question)
             addView(send)
