@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -22,7 +23,7 @@ from types import MappingProxyType
 import torch
 import torch.nn.functional as F
 
-from cfsp.memory import keep_freed_memory
+from cfsp.memory import SET_BY_USERS, keep_freed_memory
 from cfsp.recovery.losses import CHUNK_TOKENS, distillation_loss
 from runtime_bench.presentation.table import Column, Table
 from runtime_bench.records.summary import ratio_interval
@@ -79,6 +80,8 @@ def main() -> None:
     if arguments.side:
         print(json.dumps(vars(measure(*arguments.side, arguments.repeats))))
         return
+    if any(name in os.environ for name in SET_BY_USERS):
+        sys.exit(f"the environment says what is kept: unset {', '.join(SET_BY_USERS)}")
     samples = {(name, side): [] for name in ARITHMETIC for side in ("given back", "kept")}
     for _ in range(arguments.rounds):
         for (name, side), collected in samples.items():

@@ -29,7 +29,8 @@ _CACHED = {
 """Of memory.stat: what the system drops when it needs room."""
 _KEPT_BYTES, _KEPT_BY_DEFAULT = 2**28, 2**25
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
-_SET_BY_USERS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+SET_BY_USERS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+"""Variables with which users say what glibc keeps; then nothing is changed."""
 
 
 def keep_freed_memory() -> None:
@@ -55,7 +56,7 @@ def give_back_memory() -> None:
 
 
 def _keep(n_bytes: int) -> None:
-    if any(name in os.environ for name in _SET_BY_USERS):
+    if any(name in os.environ for name in SET_BY_USERS):
         return
     with _glibc() as library:
         # Versions before 2.35 know no more than the default, and where one limit is set the other moves no more.

@@ -31,23 +31,45 @@ class App:
     def run(self, *words: object, text: str = "") -> list[list[str]]:
         """Fields of each line that it writes."""
         classes = f"{self.folder}/app.jar:{KOTLIN}/lib/kotlin-stdlib.jar"
-        line = ["java", f"-Djava.library.path={self.folder}", "-cp", classes, "ConversationsKt"]
+        line = [
+            "java",
+            f"-Djava.library.path={self.folder}",
+            "-cp",
+            classes,
+            "ConversationsKt",
+            *map(str, words),
+        ]
+        environment = os.environ | {"LC_ALL": "C.UTF-8"}
         done = subprocess.run(
-            [*line, *map(str, words)], input=text, capture_output=True, text=True, check=False, timeout=300
+            line, input=text, env=environment, capture_output=True, text=True, check=False, timeout=300
         )
-        assert (done.returncode, done.stderr) == (0, "")
+        assert done.returncode == 0, done.stdout + done.stderr
         return [
             [base64.b64decode(field).decode() for field in row.split("\t")]
             for row in done.stdout.splitlines()
         ]
 
-    def answers(self, model: Path, context: int, *asked: tuple[int, Messages]) -> list[list[str]]:
-        """Of a chat that holds these conversations in turn, each stopped after so many pieces."""
+    def answers(
+        self, model: Path, context: int, *asked: tuple[int, Messages], temperature: float = 0, seed: int = 1
+    ) -> list[list[str]]:
+        """Of a chat that holds these conversations in turn, each stopped after so many pieces, and is closed."""
         lines = [
             "\t".join(base64.b64encode(field.encode()).decode() for field in fields)
             for fields in ([str(stop), *(part for turn in turns for part in turn)] for stop, turns in asked)
         ]
-        return self.run("answer", model, context, text="".join(f"{line}\n" for line in lines))
+        text = "".join(f"{line}\n" for line in lines)
+        *rows, while_answering, closed = self.run("answer", model, context, temperature, seed, text=text)
+        assert while_answering == ["failed", "the chat is answering"]
+        assert closed == ["failed", "the chat is closed"]
+        return rows
+
+    def refusal(self, model: Path, context: int, **settings: float) -> str:
+        """Why there is no chat."""
+        [[kind, problem]] = self.run(
+            "answer", model, context, settings.get("temperature", 0), settings.get("seed", 1)
+        )
+        assert kind == "failed"
+        return problem
 
 
 @pytest.fixture(scope="module")
@@ -81,68 +103,86 @@ def written(model: Path, context: int, *conversations: Messages) -> list[str]:
     answers = []
     for turns in conversations:
         messages = [{"role": role, "content": content} for role, content in turns]
-        done = llm.create_chat_completion(messages, temperature=0.0, max_tokens=None, repeat_penalty=1.0)
+        done = llm.create_chat_completion(messages, temperature=0.0, max_tokens=80, repeat_penalty=1.0)
         answers.append(done["choices"][0]["message"]["content"])
     return answers
 
 
 def test_it_answers_as_llama_cpp_does(app: App, smollm2_gguf: Path) -> None:
     first = [SYSTEM, ("user", "What is 'thank you' in Japanese? Answer in Japanese only.")]
-    [said] = written(smollm2_gguf, 512, first)
+    [said] = written(smollm2_gguf, 1024, first)
     second = [*first, ("assistant", said), ("user", "Name a fruit.")]
-    known = written(smollm2_gguf, 512, first, second)
-    [one, two, stopped, again, closed] = app.answers(
-        smollm2_gguf, 512, (0, first), (0, second), (3, first), (0, second)
+    long = [
+        SYSTEM,
+        ("user", "What is this text about? " + " ".join(f"Apple {i} is red." for i in range(120))),
+    ]
+    known = written(smollm2_gguf, 1024, first, second, long)
+    one, two, three, stopped, again = app.answers(
+        smollm2_gguf, 1024, (0, first), (0, second), (24, long), (3, first), (0, second)
     )
-    assert [one[:2], two[:2]] == [["answered", text] for text in known]
-    assert all("".join(row[2:]) == row[1] and "\ufffd" not in row[1] for row in (one, two, stopped, again))
-    assert len(one) - 2 < len(written_tokens(smollm2_gguf, one[1])), "no character of several tokens"
+    assert [row[:2] for row in (one, two)] == [["answered", text] for text in known[:2]]
+    assert (len(three), known[2].startswith(three[1])) == (26, True)
+    assert all("".join(row[2:]) == row[1] for row in (one, two, three, stopped, again))
     assert stopped == ["answered", "".join(one[2:5]), *one[2:5]]
-    assert again == two, "an answer that was stopped has left something"
-    assert closed == ["failed", "the chat is closed"]
+    assert again[2:5] == two[2:5], "an answer that was stopped has left something"
 
 
-def written_tokens(model: Path, text: str) -> list[int]:
-    llm = llama_cpp.Llama(str(model), vocab_only=True, verbose=False)
-    return list(llm.tokenize(text.encode(), add_bos=False))
+def test_the_same_seed_draws_the_same(app: App, smollm2_gguf: Path) -> None:
+    asked = (12, [SYSTEM, ("user", "Tell me a story.")])
+    first, second, third = app.answers(smollm2_gguf, 256, asked, asked, asked, temperature=1)
+    [other] = app.answers(smollm2_gguf, 256, asked, temperature=1, seed=7)
+    assert second == third
+    assert first[0] == other[0] == "answered"
+    assert first != other
+
+
+def test_characters_are_whole(app: App) -> None:
+    text = "a\u00e9\u304a\N{GRINNING FACE}"
+    for end, shown in ((b"", ""), ("\N{GRINNING FACE}".encode()[:3], "\ufffd"), (b"\xff", "\ufffd")):
+        [[kind, *pieces]] = app.run("spell", base64.b64encode(text.encode() + end).decode())
+        assert kind == "spelled"
+        assert [piece for piece in pieces if piece] == [*text, *shown]
 
 
 def test_memory_that_cannot_be_cut_is_read_anew(app: App, tiny_gguf: Callable[..., Path]) -> None:
     """A convolution's state holds the whole conversation, so that of another one nothing can be kept."""
     model = tiny_gguf("lfm2")
     first, second = [("user", "Who is there?")], [("user", "Who is here?")]
-    anew, _ = app.answers(model, 128, (12, second))
-    *_, changed, _ = app.answers(model, 128, (4, first), (12, second))
+    [anew] = app.answers(model, 128, (12, second))
+    *_, changed = app.answers(model, 128, (4, first), (12, second))
     assert changed == anew
     assert len(anew) == 14
 
 
 def test_what_cannot_be_is_said(app: App, smollm2_gguf: Path, tmp_path: Path) -> None:
-    long = [SYSTEM, ("user", "word " * 400)]
-    endless = [SYSTEM, ("user", "Say “good morning” in Greek.")]
-    full, cut, answered, _ = app.answers(smollm2_gguf, 256, (0, long), (0, endless), (2, endless))
-    assert (full[0], full[1].partition(" tokens, ")[2]) == ("failed", "and the context has 256")
-    assert cut[0] == "cut"
-    assert answered == ["answered", "".join(cut[2:4]), *cut[2:4]]
+    def words(count: int) -> Messages:
+        return [SYSTEM, ("user", f"Write a long story about a {'very ' * count}old tree.")]
+
+    [full] = app.answers(smollm2_gguf, 300, (0, words(400)))
+    count, rest = full[1].removeprefix("the conversation takes ").split(" tokens, ")
+    assert (full[0], rest) == ("failed", "and the context has 300")
+    nearly = words(400 - (int(count) - 298))
+    [cut, forged] = app.answers(smollm2_gguf, 300, (0, nearly), (0, [("user", "a\0b")]))
+    assert (cut[0], len(cut) > 2) == ("cut", True)
+    assert forged == ["failed", "a message has no character 0"]
     damaged = tmp_path / "damaged \N{GRINNING FACE}.gguf"
     damaged.write_bytes(smollm2_gguf.read_bytes()[:4096])
-    assert app.answers(tmp_path / "none.gguf", 256) == [["failed", f"cannot read {tmp_path}/none.gguf"]]
-    [[kind, problem]] = app.answers(damaged, 256)
-    assert (kind, problem.partition(": ")[0]) == ("failed", "cannot load the file")
-    [[kind, problem]] = app.answers(smollm2_gguf, 0)
-    assert (kind, problem) == ("failed", "contextTokens and threads are above 0")
+    assert app.refusal(tmp_path / "none.gguf", 256) == f"cannot read {tmp_path}/none.gguf"
+    problem = app.refusal(damaged, 256)
+    assert problem.startswith("cannot load the file: gguf_init")
+    assert problem.endswith("failed to load model")
+    assert "; " in problem, "the first line alone has the reason"
+    assert app.refusal(smollm2_gguf, 10**6) == "the model has learnt contexts of up to 8192 tokens"
+    assert app.refusal(smollm2_gguf, 0) == "contextTokens and threads are above 0"
+    assert app.refusal(smollm2_gguf, 256, temperature=-1) == "temperature is 0 or above, topP from 0 to 1"
 
 
 def test_the_asset_is_copied_once_for_each_version(app: App, tmp_path: Path) -> None:
     folder, asset = tmp_path / "model", tmp_path / "asset"
     asset.write_bytes(b"first" * 500_000)
-    placed = str(folder / "1" / "model.gguf")
-    assert app.run("place", folder, "1", asset) == [["placed", placed]] * 2 + [["opened", "1"]]
-    assert app.run("place", folder, "1", asset)[2] == ["opened", "0"]
-    (folder / "2").mkdir()
-    (folder / "2" / "model.gguf.part").write_bytes(b"fir")
-    asset.write_bytes(b"second")
-    assert app.run("place", folder, "2", asset)[2] == ["opened", "1"]
-    assert {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*")} == {
-        "2/model.gguf": b"second"
-    }
+    (folder / "1").mkdir(parents=True)
+    (folder / "1" / "model.gguf.part").write_bytes(b"fir")
+    placed, broken = app.run("place", folder, "1", asset)
+    assert (placed, broken) == (["placed", "1", "1/model.gguf: 2500000"], ["failed", "no more"])
+    assert [path.name for path in folder.rglob("*")] == ["broken"], "of another version, or in part"
+    assert app.run("place", folder, "2", asset)[0] == ["placed", "1", "2/model.gguf: 2500000"]

@@ -5,10 +5,16 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include <jni.h>
+#ifdef CHAT_NEEDS_DOTPROD
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+constexpr unsigned long kFeatures = HWCAP_ASIMDDP | HWCAP_ASIMDHP;
+#endif
 
 #include "llama.h"
 
@@ -16,26 +22,29 @@ namespace {
 
 using Tokens = std::vector<llama_token>;
 
-// The last line that llama.cpp complained in, for the reason of a failure.
+// What llama.cpp complained of since it was asked to do something, for the reason of a failure.
 class Complaint {
   public:
     void add(ggml_log_level level, const char * text) {
         const std::lock_guard<std::mutex> hold(lock_);
         complains_ = level == GGML_LOG_LEVEL_CONT ? complains_ : level == GGML_LOG_LEVEL_ERROR;
-        if (complains_) {
-            line_ = text;
-            line_.erase(std::find(line_.begin(), line_.end(), '\n'), line_.end());
+        for (const char * letter = complains_ ? text : ""; *letter; ++letter) {
+            text_ += *letter == '\n' ? std::string("; ") : std::string(1, *letter);
         }
+    }
+    void forget() {
+        const std::lock_guard<std::mutex> hold(lock_);
+        text_.clear();
     }
     std::string text() {
         const std::lock_guard<std::mutex> hold(lock_);
-        return line_.empty() ? "llama.cpp gave no reason" : line_;
+        return text_.empty() ? "llama.cpp gave no reason" : text_.substr(0, text_.find_last_not_of("; ") + 1);
     }
 
   private:
     std::mutex lock_;
     bool complains_ = false;
-    std::string line_;
+    std::string text_;
 };
 
 Complaint & complaint() {
@@ -51,24 +60,43 @@ struct Close {
 
 template <typename Part> using Owned = std::unique_ptr<Part, Close>;
 
-template <typename Part> Owned<Part> owned(Part * part, const char * what) {
+// What llama.cpp was asked to make.
+template <typename Make> auto made(const char * what, Make make) {
+    complaint().forget();
+    const auto part = make();
     if (!part) {
         throw std::runtime_error(std::string(what) + ": " + complaint().text());
     }
-    return Owned<Part>(part);
+    return Owned<std::remove_pointer_t<decltype(make())>>(part);
+}
+
+// The kernels are compiled for processors that have these; without them the first product would end the app.
+void require_features() {
+#ifdef CHAT_NEEDS_DOTPROD
+    if ((getauxval(AT_HWCAP) & kFeatures) != kFeatures) {
+        throw std::runtime_error("this processor has no dot products of bytes (asimddp) or halves (asimdhp)");
+    }
+#endif
 }
 
 class Chat {
   public:
     Chat(const std::string & file, int context_tokens, int threads, float temperature, float top_p, uint32_t seed)
-        : model_(owned(llama_model_load_from_file(file.c_str(), llama_model_default_params()), "cannot load the file")),
+        : room_(static_cast<size_t>(context_tokens)),
+          model_(made("cannot load the file",
+                      [&] { return llama_model_load_from_file(file.c_str(), llama_model_default_params()); })),
           vocab_(llama_model_get_vocab(model_.get())) {
+        if (context_tokens > llama_model_n_ctx_train(model_.get())) {
+            throw std::runtime_error("the model has learnt contexts of up to "
+                                     + std::to_string(llama_model_n_ctx_train(model_.get())) + " tokens");
+        }
         auto settings = llama_context_default_params();
         settings.n_ctx = static_cast<uint32_t>(context_tokens);
-        settings.n_batch = kBatch;
+        settings.n_batch = 512;
         settings.n_threads = settings.n_threads_batch = threads;
-        context_ = owned(llama_init_from_model(model_.get(), settings), "cannot make room for the context");
-        chain_ = owned(llama_sampler_chain_init(llama_sampler_chain_default_params()), "cannot sample");
+        settings.swa_full = true;  // a cache of the window alone cannot be cut where conversations part
+        context_ = made("cannot make room for the context", [&] { return llama_init_from_model(model_.get(), settings); });
+        chain_ = made("cannot sample", [] { return llama_sampler_chain_init(llama_sampler_chain_default_params()); });
         if (temperature > 0) {
             llama_sampler_chain_add(chain_.get(), llama_sampler_init_top_p(top_p, 1));
             llama_sampler_chain_add(chain_.get(), llama_sampler_init_temp(temperature));
@@ -81,9 +109,9 @@ class Chat {
     // Reads a conversation; of what the context holds already, the beginning that is the same is kept.
     void begin(const std::vector<std::pair<std::string, std::string>> & messages) {
         const Tokens tokens = tokenized(rendered(messages));
-        if (tokens.empty() || tokens.size() >= room()) {
+        if (tokens.empty() || tokens.size() >= room_) {
             throw std::runtime_error("the conversation takes " + std::to_string(tokens.size()) + " tokens, and the context has "
-                                     + std::to_string(room()));
+                                     + std::to_string(room_));
         }
         // The last token is read again even where all are the same: what follows it is wanted.
         const auto end = std::min(held_.size(), tokens.size() - 1);
@@ -91,6 +119,7 @@ class Chat {
         forget_from(static_cast<size_t>(same - held_.begin()));
         next_ = LLAMA_TOKEN_NULL;
         full_ = false;
+        llama_sampler_reset(chain_.get());
         read(Tokens(tokens.begin() + static_cast<std::ptrdiff_t>(held_.size()), tokens.end()));
     }
 
@@ -100,7 +129,7 @@ class Chat {
             throw std::runtime_error("no conversation was read");
         }
         if (next_ != LLAMA_TOKEN_NULL) {
-            if (held_.size() >= room()) {
+            if (held_.size() >= room_) {
                 full_ = true;
                 return {"", false};
             }
@@ -117,10 +146,6 @@ class Chat {
     bool full() const { return full_; }
 
   private:
-    static constexpr int kBatch = 512;
-
-    size_t room() const { return llama_n_ctx_seq(context_.get()); }
-
     std::string rendered(const std::vector<std::pair<std::string, std::string>> & messages) const {
         const char * style = llama_model_chat_template(model_.get(), nullptr);
         if (!style) {
@@ -144,14 +169,19 @@ class Chat {
         return text;
     }
 
+    // Control tokens are read in what people write, too: an app that must not let them end a turn takes them out before.
     Tokens tokenized(const std::string & text) const {
-        Tokens tokens(text.size() + 2);  // no token is shorter than a byte, but for those at the ends
-        const int count = llama_tokenize(vocab_, text.data(), static_cast<int>(text.size()), tokens.data(),
-                                         static_cast<int>(tokens.size()), true, true);
-        if (count < 0) {
-            throw std::runtime_error("the conversation has no tokens");
+        Tokens tokens(text.size());
+        const auto write = [&] {
+            return llama_tokenize(vocab_, text.data(), static_cast<int>(text.size()), tokens.data(),
+                                  static_cast<int>(tokens.size()), true, true);
+        };
+        int count = write();
+        if (count < 0) {  // what begins and ends a text are tokens without a letter
+            tokens.resize(static_cast<size_t>(-count));
+            count = write();
         }
-        tokens.resize(static_cast<size_t>(count));
+        tokens.resize(static_cast<size_t>(std::max(count, 0)));
         return tokens;
     }
 
@@ -166,7 +196,7 @@ class Chat {
         return text;
     }
 
-    // What recurrent models and windows keep cannot be cut at every place; then all is read anew.
+    // The states of recurrent models and convolutions hold all that was read: they cannot be cut, and all is read anew.
     void forget_from(size_t position) {
         const auto memory = llama_get_memory(context_.get());
         if (position < held_.size() && !llama_memory_seq_rm(memory, 0, static_cast<llama_pos>(position), -1)) {
@@ -177,18 +207,21 @@ class Chat {
     }
 
     void read(Tokens tokens) {
-        for (size_t start = 0; start < tokens.size(); start += kBatch) {
-            const auto count = std::min<size_t>(kBatch, tokens.size() - start);
+        const size_t most = llama_n_batch(context_.get());
+        complaint().forget();
+        for (size_t start = 0; start < tokens.size(); start += most) {
+            const auto count = std::min(most, tokens.size() - start);
             if (llama_decode(context_.get(), llama_batch_get_one(tokens.data() + start, static_cast<int>(count)))) {
                 llama_memory_clear(llama_get_memory(context_.get()), true);
                 held_.clear();
                 throw std::runtime_error("cannot compute: " + complaint().text());
             }
-            held_.insert(held_.end(), tokens.begin() + static_cast<std::ptrdiff_t>(start),
-                         tokens.begin() + static_cast<std::ptrdiff_t>(start + count));
+            const auto first = tokens.begin() + static_cast<std::ptrdiff_t>(start);
+            held_.insert(held_.end(), first, first + static_cast<std::ptrdiff_t>(count));
         }
     }
 
+    size_t room_;  // tokens of a conversation and its answer; llama.cpp's own room is a multiple of 256
     Owned<llama_model> model_;
     const llama_vocab * vocab_;
     Owned<llama_context> context_;
@@ -240,6 +273,7 @@ JNIEXPORT jint JNICALL JNI_OnLoad(JavaVM *, void *) {
 JNIEXPORT jlong JNICALL Java_com_example_chat_Chat_open(JNIEnv * env, jobject, jbyteArray file, jint context_tokens, jint threads,
                                                         jfloat temperature, jfloat top_p, jint seed) {
     return guarded(env, [&] {
+        require_features();
         return reinterpret_cast<jlong>(
             new Chat(text_of(env, file), context_tokens, threads, temperature, top_p, static_cast<uint32_t>(seed)));
     });

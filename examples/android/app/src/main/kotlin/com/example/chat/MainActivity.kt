@@ -2,6 +2,7 @@ package com.example.chat
 
 import android.app.Activity
 import android.os.Bundle
+import android.view.View
 import android.widget.Button
 import android.widget.EditText
 import android.widget.LinearLayout
@@ -20,6 +21,8 @@ class MainActivity : Activity() {
     override fun onCreate(state: Bundle?) {
         super.onCreate(state)
         val said = TextView(this)
+        val scroll = ScrollView(this)
+        said.addOnLayoutChangeListener { _, _, _, _, _, _, _, _, _ -> scroll.fullScroll(View.FOCUS_DOWN) }
         val question = EditText(this)
         val send = Button(this).apply { text = getString(R.string.send) }
         send.setOnClickListener {
@@ -37,7 +40,7 @@ class MainActivity : Activity() {
         setContentView(LinearLayout(this).apply {
             orientation = LinearLayout.VERTICAL
             fitsSystemWindows = true
-            addView(ScrollView(context).apply { addView(said) }, LinearLayout.LayoutParams(-1, 0, 1f))
+            addView(scroll.apply { addView(said) }, LinearLayout.LayoutParams(-1, 0, 1f))
             addView(question)
             addView(send)
         })
@@ -59,10 +62,18 @@ class MainActivity : Activity() {
                 !leaving
             }
             messages += listOf(asking.last(), Message("assistant", answer.text))
-            show(if (answer.cut) " (the context is full)\n" else "\n")
+            if (answer.cut) forget(show) else show("\n")
         } catch (problem: Exception) {
             show("(${problem.message})\n")
+            forget(show)
         }
+    }
+
+    /** The older half of the turns goes, so that there is room for others. */
+    private fun forget(show: (String) -> Unit) {
+        val turns = messages.subList(1, 1 + (messages.size - 1 + 3) / 4 * 2)
+        if (turns.isNotEmpty()) show(" (what was said first is forgotten)\n")
+        turns.clear()
     }
 
     private fun open(): Chat {
