@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -576,6 +576,26 @@ def smollm2_gguf() -> Path:
         return fetch_builtin("smollm2-135m")
     except InputError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def llama_cpp_answers() -> Callable[..., list[str]]:
+    """`llama_cpp_answers(model, context, *conversations)`: the likeliest answers in llama.cpp for Python, of at most 80
+    tokens, to conversations of (role, content) that one context holds in turn, as in an app."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+
+    def answers(model: Path, context: int, *conversations: Sequence[tuple[str, str]]) -> list[str]:
+        llm = llama_cpp.Llama(
+            str(model), n_ctx=context, n_threads=1, n_threads_batch=1, flash_attn=True, verbose=False
+        )
+        found = []
+        for turns in conversations:
+            messages = [{"role": role, "content": content} for role, content in turns]
+            done = llm.create_chat_completion(messages, temperature=0.0, max_tokens=80, repeat_penalty=1.0)
+            found.append(done["choices"][0]["message"]["content"])
+        return found
+
+    return answers
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ SOURCES = TESTS.parent / "examples" / "android" / "app" / "src" / "main"
 KOTLIN = TESTS / "javascript" / "node_modules" / "kotlin-compiler"
 SYSTEM = ("system", "You are a helpful assistant.")
 Messages = Sequence[tuple[str, str]]
+Answers = Callable[..., list[str]]
 
 
 @dataclass(frozen=True)
@@ -95,28 +96,15 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> App:
     return App(folder)
 
 
-def written(model: Path, context: int, *conversations: Messages) -> list[str]:
-    """The likeliest answers in llama.cpp for Python, which keeps what conversations share as well."""
-    llm = llama_cpp.Llama(
-        str(model), n_ctx=context, n_threads=1, n_threads_batch=1, flash_attn=True, verbose=False
-    )
-    answers = []
-    for turns in conversations:
-        messages = [{"role": role, "content": content} for role, content in turns]
-        done = llm.create_chat_completion(messages, temperature=0.0, max_tokens=80, repeat_penalty=1.0)
-        answers.append(done["choices"][0]["message"]["content"])
-    return answers
-
-
-def test_it_answers_as_llama_cpp_does(app: App, smollm2_gguf: Path) -> None:
+def test_it_answers_as_llama_cpp_does(app: App, smollm2_gguf: Path, llama_cpp_answers: Answers) -> None:
     first = [SYSTEM, ("user", "What is 'thank you' in Japanese? Answer in Japanese only.")]
-    [said] = written(smollm2_gguf, 1024, first)
+    [said] = llama_cpp_answers(smollm2_gguf, 1024, first)
     second = [*first, ("assistant", said), ("user", "Name a fruit.")]
     long = [
         SYSTEM,
         ("user", "What is this text about? " + " ".join(f"Apple {i} is red." for i in range(120))),
     ]
-    known = written(smollm2_gguf, 1024, first, second, long)
+    known = llama_cpp_answers(smollm2_gguf, 1024, first, second, long)
     one, two, three, stopped, again = app.answers(
         smollm2_gguf, 1024, (0, first), (0, second), (24, long), (3, first), (0, second)
     )

@@ -20,13 +20,9 @@ import pytest
 from cfsp.files import sha256_file
 from cfsp.models.checkpoint import CheckpointInfo
 from cfsp.models.shape import ModelShape
-from phoneready.main import main
 from phoneready.publish.contents import describe_files
 from phoneready.publish.manifest import ReleasedFile, make_manifest
 from phoneready.publish.publish import seal_release
-from runtime_bench.measuring.measure import run_bench
-from runtime_bench.records.jsonl import check_appendable, read_jsonl
-from runtime_bench.workload import BenchSettings
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 GROOVY = EXAMPLES / "android" / "buildSrc" / "src" / "main" / "groovy" / "ReleasedModel.groovy"
@@ -140,91 +136,6 @@ def test_gradle_runs_the_task(release: Path, tmp_path: Path) -> None:
         pytest.skip("Gradle cannot fetch the Android plugin")
     assert result.returncode == 0, result.stderr
     assert files_in(project / "model" / "src" / "main" / "assets") == expected(release, "tiny-int4")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("swift") is None, reason="no Swift here (Debian's package swiftlang)")
-def test_the_swift_package_measures_what_bench_measures(
-    tiny_gguf: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Compiled here without what Apple's systems alone have, and linked to the llama.cpp that Python runs."""
-    llama_cpp = pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
-    libraries = Path(llama_cpp.__file__).parent / "lib"
-    include = libraries.parents[1] / "include"
-    package, build = tmp_path / "PhonereadyBench", tmp_path / "build"
-    shutil.copytree(EXAMPLES / "ios" / "PhonereadyBench", package)
-    flags = [
-        "-Xcc",
-        f"-I{include}",
-        "-Xlinker",
-        f"-L{libraries}",
-        "-Xlinker",
-        "-rpath",
-        "-Xlinker",
-        libraries,
-    ]
-    flags += ["--package-path", package, "--scratch-path", build, "-j", "1"]
-
-    def swift(*words: str) -> str:
-        done = subprocess.run(
-            ["swift", *words, *map(str, flags)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
-    release = ("-c", "release", "-Xswiftc", "-enable-testing")
-    swift("build", "--build-tests", *release)
-    assert "Executed 1 test, with 0 failures" in swift("test", "--skip-build", *release)
-    models = [tmp_path / "dense.gguf", tmp_path / "pruned.gguf"]
-    for path, width in zip(models, (128, 64), strict=True):
-        shutil.copy(tiny_gguf(intermediate_size=width), path)
-    records = tmp_path / "phone.jsonl"
-
-    def measure(*words: object) -> subprocess.CompletedProcess[str]:
-        command = [build / "release" / "phoneready-bench", *words]
-        return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-
-    sizes = ("--pp", 8, "--tg", 4, "--ttft", 6, "--threads", 1)
-    done = measure(records, *models, *sizes, "--rounds", 5, "--samples", 2)
-    assert (done.returncode, done.stderr) == (0, "")
-    rows = read_jsonl(records)
-    assert [(row.test, row.model_filename) for row in rows] == [
-        (f"{test} @ warm", path.name) for test in ("pp8", "tg4", "ttft6") for path in models
-    ]
-    assert all(len(row.samples_ns) == len(row.cpu_samples_ns) == 10 for row in rows)
-    assert [len(set(row.rounds)) for row in rows] == [5] * len(rows)
-    assert [len(row.peak_rss_samples_bytes) for row in rows] == [1, 0, 0, 0, 0, 0]
-    assert all(len(row.load_samples_ns) == len(row.conditions) == 5 for row in rows)
-    settings = BenchSettings(
-        n_prompt=(8,), n_gen=(4,), ttft=(6,), regimes=("warm",), n_threads=(1,), repetitions=3,
-        samples_per_process=3, check_text=False,
-    )  # fmt: skip
-    for ours, theirs in zip(rows[::2], run_bench(models[:1], settings), strict=True):
-        same = ("test", "engine", "kind", "model_type", "model_size", "model_n_params", "file_size_bytes")
-        same += ("backends", "n_batch", "n_ubatch", "n_threads", "warmup", "regime", "n_prompt", "n_gen")
-        assert {name: getattr(ours, name) for name in same} == {name: getattr(theirs, name) for name in same}
-        assert ours.engine_settings.weight_buffers == theirs.engine_settings.weight_buffers
-        assert ours.engine_settings.flash_attention == theirs.engine_settings.flash_attention
-        assert ours.environment.cpu_model == theirs.environment.cpu_model
-    assert main(["compare", str(records)]) == 0
-    shown = capsys.readouterr().out
-    assert all(f"{test} @ warm" in shown for test in ("pp8", "tg4", "ttft6"))
-    before = records.read_bytes()
-    for words, problem in {
-        (records, tmp_path / "nowhere.gguf"): "cannot read",
-        (records, models[0], models[0]): "two files have one name",
-        (records, models[0], "--tg", "none"): "--tg: wants a number above 0 (got 'none')",
-        (records, Path(__file__)): "llama.cpp cannot load",
-    }.items():
-        done = measure(*words)
-        assert (done.returncode, done.stderr.count("\n"), problem in done.stderr) == (2, 1, True), done.stderr
-    assert records.read_bytes() == before
-    records.write_bytes(before[:-20])
-    assert (
-        measure(records, models[0], "--tg", 2, "--rounds", 1, "--samples", 1, "--threads", 1).returncode == 0
-    )
-    assert [row.test for row in read_jsonl(records)][5:] == ["tg2 @ warm"], "the torn line is lost alone"
-    check_appendable(records)
 
 
 def ask(url: str, payload: object | None = None) -> Any:

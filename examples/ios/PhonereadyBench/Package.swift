@@ -13,13 +13,18 @@ let package = Package(
     name: "PhonereadyBench",
     platforms: [.iOS("16.4"), .macOS("13.3")],
     products: [
-        .`library`(name: "PhonereadyBench", targets: ["PhonereadyBench"]),
+        .library(name: "PhonereadyBench", targets: ["PhonereadyBench"]),
+        .library(name: "PhonereadyChat", targets: ["PhonereadyChat"]),
         .executable(name: "phoneready-bench", targets: ["phoneready-bench"]),
+        .executable(name: "phoneready-chat", targets: ["phoneready-chat"]),
     ],
     targets: [
         llama,
         .target(name: "PhonereadyBench", dependencies: ["llama"]),
         .executableTarget(name: "phoneready-bench", dependencies: ["PhonereadyBench"]),
+        .target(name: "PhonereadyChat", dependencies: ["llama"]),
+        .executableTarget(name: "phoneready-chat", dependencies: ["PhonereadyChat"]),
         .testTarget(name: "PhonereadyBenchTests", dependencies: ["PhonereadyBench"]),
+        .testTarget(name: "PhonereadyChatTests", dependencies: ["PhonereadyChat"]),
     ]
 )
