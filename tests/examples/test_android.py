@@ -32,15 +32,8 @@ class App:
     def run(self, *words: object, text: str = "") -> list[list[str]]:
         """Fields of each line that it writes."""
         classes = f"{self.folder}/app.jar:{KOTLIN}/lib/kotlin-stdlib.jar"
-        line = [
-            "java",
-            f"-Djava.library.path={self.folder}",
-            "-cp",
-            classes,
-            "ConversationsKt",
-            *map(str, words),
-        ]
-        environment = os.environ | {"LC_ALL": "C.UTF-8"}
+        line = ["java", "-cp", classes, "ConversationsKt", *map(str, words)]
+        environment = os.environ | {"LC_ALL": "C.UTF-8", "LD_LIBRARY_PATH": str(self.folder)}
         done = subprocess.run(
             line, input=text, env=environment, capture_output=True, text=True, check=False, timeout=300
         )

@@ -13,8 +13,8 @@ let package = Package(
     name: "PhonereadyBench",
     platforms: [.iOS("16.4"), .macOS("13.3")],
     products: [
-        .library(name: "PhonereadyBench", targets: ["PhonereadyBench"]),
-        .library(name: "PhonereadyChat", targets: ["PhonereadyChat"]),
+        .`library`(name: "PhonereadyBench", targets: ["PhonereadyBench"]),
+        .`library`(name: "PhonereadyChat", targets: ["PhonereadyChat"]),
         .executable(name: "phoneready-bench", targets: ["phoneready-bench"]),
         .executable(name: "phoneready-chat", targets: ["phoneready-chat"]),
     ],
