@@ -9,13 +9,13 @@ in turns. The command is given behind `--`; unless it is, a model is pruned into
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+
+from taken import run_phoneready
 
 from runtime_bench.workload import default_threads
 
@@ -39,8 +39,10 @@ def main() -> None:
         ]
         for _ in range(arguments.rounds):
             for policy in POLICIES:
-                wall, cpu = run(command, policy)
-                print(f"{policy}: {wall:.0f} s, {cpu:.0f} s of processor time", flush=True)
+                took = run_phoneready("the command", command, OMP_WAIT_POLICY=policy)
+                print(
+                    f"{policy}: {took.seconds:.0f} s, {took.cpu_seconds:.0f} s of processor time", flush=True
+                )
 
 
 @contextmanager
@@ -51,20 +53,6 @@ def others(count: int) -> Iterator[None]:
             process = running.enter_context(subprocess.Popen([sys.executable, "-c", BUSY]))
             running.callback(process.kill)
         yield
-
-
-def run(command: list[str], policy: str) -> tuple[float, float]:
-    """Wall and processor seconds."""
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "phoneready", *command],
-        env=os.environ | {"OMP_WAIT_POLICY": policy},
-        stdout=subprocess.DEVNULL,
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit("the command failed")
-    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime
 
 
 if __name__ == "__main__":

@@ -117,11 +117,9 @@ def measure(name: str, side: str, repeats: int) -> Sample:
     wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(repeats):
         compute()
-    wall, cpu = (
-        1000 * (now - then) / repeats
-        for now, then in ((time.perf_counter(), wall), (time.process_time(), cpu))
-    )
-    return Sample(wall, cpu, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults) / repeats)
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    return Sample(1000 * wall / repeats, 1000 * cpu / repeats, faults / repeats)
 
 
 def middle(samples: list[Sample], key: str) -> float:

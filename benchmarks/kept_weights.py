@@ -12,11 +12,11 @@ MODEL is a folder of weights in the dtype.
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from taken import run_phoneready
 
 from cfsp.files import write_json
 from cfsp.models.keeping import VARIABLE
@@ -89,13 +89,9 @@ def run(name: str, stream: str, dtype: str, arguments: argparse.Namespace) -> Wa
         arguments.calibration,
         *sizes,
     ]
-    command = [sys.executable, "-m", "phoneready", *map(str, words)]
-    process = subprocess.Popen(command, env=os.environ | {VARIABLE: stream}, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"{name} failed")
+    took = run_phoneready(name, [*map(str, words)], **{VARIABLE: stream})
     sha256 = sha256_files(safetensors_files(pruned))
-    return Way(name, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, sha256)
+    return Way(name, took.cpu_seconds, took.peak_rss_bytes, sha256)
 
 
 if __name__ == "__main__":

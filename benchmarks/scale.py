@@ -13,10 +13,6 @@ With fewer blocks than the shape has, memory is that of all of them, as one is i
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
-import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -26,6 +22,7 @@ from typing import Any
 import safetensors.torch
 import torch
 import transformers
+from taken import Taken, run_phoneready
 
 from cfsp.files import write_json
 from cfsp.models.folder_format import save_tokenizer
@@ -75,20 +72,14 @@ _QUIET = ("o_proj.weight", "down_proj.weight")
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Taken):
     """What a command took.
 
     Attributes:
         name: Of the stage.
-        seconds: Wall time.
-        cpu_seconds: Of all threads.
-        peak_rss_bytes: Most memory that it had at once, mapped files included.
     """
 
     name: str
-    seconds: float
-    cpu_seconds: float
-    peak_rss_bytes: int
 
 
 def main() -> None:
@@ -139,15 +130,7 @@ def commands(arguments: argparse.Namespace, dense: Path) -> Iterator[tuple[str, 
 
 def run(name: str, command: list[str], stream: str) -> Stage:
     """Run a command of phoneready."""
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "phoneready", *command], env=os.environ | {VARIABLE: stream}
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"{name} failed")
-    cpu = usage.ru_utime + usage.ru_stime
-    return Stage(name, time.perf_counter() - start, cpu, usage.ru_maxrss * 1024)
+    return Stage(name=name, **asdict(run_phoneready(name, command, shown=True, **{VARIABLE: stream})))
 
 
 def write_model(shape: dict[str, Any], folder: Path) -> None:
