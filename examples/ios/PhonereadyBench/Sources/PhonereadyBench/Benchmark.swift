@@ -1,4 +1,5 @@
 import Foundation
+import LlamaLog
 import llama
 
 /// What is measured and how often.

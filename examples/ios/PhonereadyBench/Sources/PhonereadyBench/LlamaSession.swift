@@ -1,4 +1,5 @@
 import Foundation
+import LlamaLog
 import llama
 
 /// Why something could not be measured, in one line.

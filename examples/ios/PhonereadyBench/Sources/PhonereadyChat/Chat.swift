@@ -1,4 +1,5 @@
 import Foundation
+import LlamaLog
 import llama
 
 /// Someone's turn: `system`, `user` or `assistant`.
@@ -51,9 +52,10 @@ public actor Chat {
     public init(file: URL, contextTokens: Int = 2048, threads: Int = 4, sampling: Sampling = Sampling()) throws {
         guard contextTokens > 0, threads > 0 else { throw ChatError("contextTokens and threads are above 0") }
         guard FileManager.default.isReadableFile(atPath: file.path) else { throw ChatError("cannot read \(file.path)") }
-        Complaint.shared.listen()
+        LlamaLog.listen()
+        LlamaLog.shared.clear()
         guard let model = llama_model_load_from_file(file.path, llama_model_default_params()) else {
-            throw ChatError("cannot load \(file.lastPathComponent): \(Complaint.shared.text)")
+            throw ChatError("cannot load \(file.lastPathComponent): \(LlamaLog.shared.reason)")
         }
         guard contextTokens <= Int(llama_model_n_ctx_train(model)) else {
             llama_model_free(model)
@@ -67,7 +69,7 @@ public actor Chat {
         settings.swa_full = true  // a cache of the window alone cannot be cut where conversations part
         guard let context = llama_init_from_model(model, settings) else {
             llama_model_free(model)
-            throw ChatError("cannot make room for \(contextTokens) tokens: \(Complaint.shared.text)")
+            throw ChatError("cannot make room for \(contextTokens) tokens: \(LlamaLog.shared.reason)")
         }
         let chain = llama_sampler_chain_init(llama_sampler_chain_default_params())!
         let parts =
@@ -184,7 +186,7 @@ public actor Chat {
             guard status == 0 else {
                 llama_memory_clear(llama_get_memory(context), true)
                 held = []
-                throw ChatError("cannot compute: \(Complaint.shared.text)")
+                throw ChatError("cannot compute: \(LlamaLog.shared.reason)")
             }
             held += part
         }
@@ -214,33 +216,5 @@ struct Characters {
             return size > count ? count : 0
         }
         return 0
-    }
-}
-
-/// What llama.cpp last complained of, for the reason of a failure.
-private final class Complaint: @unchecked Sendable {
-    static let shared = Complaint()
-    private let lock = NSLock()
-    private var complains = false
-    private var lines = ""
-
-    var text: String {
-        let told = lock.withLock { lines }.split(separator: "\n").joined(separator: "; ")
-        return told.isEmpty ? "llama.cpp gave no reason" : told
-    }
-
-    /// Begin anew.
-    func listen() {
-        lock.withLock { lines = "" }
-        llama_log_set({ level, text, _ in
-            if let text { Complaint.shared.add(level, String(cString: text)) }
-        }, nil)
-    }
-
-    private func add(_ level: ggml_log_level, _ text: String) {
-        lock.withLock {
-            complains = level == GGML_LOG_LEVEL_CONT ? complains : level == GGML_LOG_LEVEL_ERROR
-            if complains { lines += text }
-        }
     }
 }

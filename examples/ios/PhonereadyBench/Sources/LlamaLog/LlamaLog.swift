@@ -2,8 +2,8 @@ import Foundation
 import llama
 
 /// llama.cpp's log: what it last complained about, and what it tells nowhere else of how it computes.
-final class LlamaLog: @unchecked Sendable {
-    static let shared = LlamaLog()
+package final class LlamaLog: @unchecked Sendable {
+    package static let shared = LlamaLog()
     private let lock = NSLock()
     private var open = ""
     private var warnings: [String] = []
@@ -12,19 +12,19 @@ final class LlamaLog: @unchecked Sendable {
     private var flash: Bool?
 
     /// Begin anew, for a file that is opened next.
-    func clear() {
+    package func clear() {
         lock.withLock { (buffers, flash, warnings) = ([:], nil, []) }
     }
 
     /// Bytes of the weights by the buffer that holds them.
-    var weightBuffers: [String: Int] { lock.withLock { buffers } }
+    package var weightBuffers: [String: Int] { lock.withLock { buffers } }
     /// Whether llama.cpp chose its flash kernel; nil where it did not say.
-    var flashAttention: Bool? { lock.withLock { flash } }
-    var reason: String {
+    package var flashAttention: Bool? { lock.withLock { flash } }
+    package var reason: String {
         lock.withLock { warnings.isEmpty ? "llama.cpp gave no reason" : warnings.suffix(3).joined(separator: "; ") }
     }
 
-    static func listen() {
+    package static func listen() {
         llama_log_set({ level, text, _ in
             if let text { LlamaLog.shared.add(level, String(cString: text)) }
         }, nil)
