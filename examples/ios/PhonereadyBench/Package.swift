@@ -20,10 +20,10 @@ let package = Package(
     ],
     targets: [
         llama,
-        .target(name: "LlamaLog", dependencies: ["llama"]),
-        .target(name: "PhonereadyBench", dependencies: ["LlamaLog", "llama"]),
+        .target(name: "LlamaCommon", dependencies: ["llama"]),
+        .target(name: "PhonereadyBench", dependencies: ["LlamaCommon", "llama"]),
         .executableTarget(name: "phoneready-bench", dependencies: ["PhonereadyBench"]),
-        .target(name: "PhonereadyChat", dependencies: ["LlamaLog", "llama"]),
+        .target(name: "PhonereadyChat", dependencies: ["LlamaCommon", "llama"]),
         .executableTarget(name: "phoneready-chat", dependencies: ["PhonereadyChat"]),
         .testTarget(name: "PhonereadyBenchTests", dependencies: ["PhonereadyBench"]),
         .testTarget(name: "PhonereadyChatTests", dependencies: ["PhonereadyChat"]),

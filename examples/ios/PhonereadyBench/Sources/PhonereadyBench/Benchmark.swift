@@ -1,5 +1,5 @@
 import Foundation
-import LlamaLog
+import LlamaCommon
 import llama
 
 /// What is measured and how often.

@@ -1,5 +1,5 @@
 import Foundation
-import LlamaLog
+import LlamaCommon
 import llama
 
 /// Why something could not be measured, in one line.
@@ -81,12 +81,8 @@ final class LlamaSession {
     func clear() { llama_memory_clear(llama_get_memory(context), true) }
 
     func decode(_ tokens: [llama_token]) throws {
-        for start in stride(from: 0, to: tokens.count, by: Int(llama_n_batch(context))) {
-            var part = Array(tokens[start..<min(start + Int(llama_n_batch(context)), tokens.count)])
-            let status = part.withUnsafeMutableBufferPointer {
-                llama_decode(context, llama_batch_get_one($0.baseAddress, Int32($0.count)))
-            }
-            guard status == 0 else { throw BenchError("llama.cpp cannot run \(path): \(LlamaLog.shared.reason)") }
+        guard readInBatches(tokens, context) else {
+            throw BenchError("llama.cpp cannot run \(path): \(LlamaLog.shared.reason)")
         }
         llama_synchronize(context)
     }

@@ -1,5 +1,5 @@
 import Foundation
-import LlamaLog
+import LlamaCommon
 import llama
 
 /// Someone's turn: `system`, `user` or `assistant`.
@@ -177,19 +177,12 @@ public actor Chat {
     }
 
     private func read(_ tokens: [llama_token]) throws {
-        let most = Int(llama_n_batch(context))
-        for start in stride(from: 0, to: tokens.count, by: most) {
-            var part = Array(tokens[start..<min(start + most, tokens.count)])
-            let status = part.withUnsafeMutableBufferPointer {
-                llama_decode(context, llama_batch_get_one($0.baseAddress, Int32($0.count)))
-            }
-            guard status == 0 else {
-                llama_memory_clear(llama_get_memory(context), true)
-                held = []
-                throw ChatError("cannot compute: \(LlamaLog.shared.reason)")
-            }
-            held += part
+        guard readInBatches(tokens, context) else {
+            llama_memory_clear(llama_get_memory(context), true)
+            held = []
+            throw ChatError("cannot compute: \(LlamaLog.shared.reason)")
         }
+        held += tokens
     }
 }
 
