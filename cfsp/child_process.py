@@ -19,8 +19,9 @@ _WAITING, _OURS = "OMP_WAIT_POLICY", "PHONEREADY_OMP_WAIT_POLICY"
 def wait_passively() -> None:
     """Let threads of this process, and of those it starts, sleep while they wait for each other.
 
-    OpenMP's threads look all the time, which costs them nothing on an idle machine, and four times the time where
-    something else wants one of two cores. What the user has set stays. It holds for libraries that are loaded later.
+    OpenMP's threads look all the time, which costs them nothing on an idle machine, and a multiple of the time where
+    something else wants their cores (benchmarks/busy_machine.py). What the user has set stays. It holds for libraries
+    that are loaded later.
     """
     if _WAITING not in os.environ:
         os.environ.update({_WAITING: "passive", _OURS: "1"})

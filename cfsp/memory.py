@@ -37,8 +37,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed tensors of up to 256 MiB for the next ones.
 
     It gives what is larger than 32 MiB back to the system, which hands out each page of the next tensor anew and
-    zeroed: silu(x) * x of 50 MB then takes three times as long (a virtual machine, measured). What users have set
-    stays; other libraries of C have no such limit, or none that moves.
+    zeroed: silu(x) * x of 50 MB then takes two to four times as long (benchmarks/freed_memory.py). What users have
+    set stays; other libraries of C have no such limit, or none that moves.
     """
     _keep(_KEPT_BYTES)
 

@@ -55,6 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "allocation loss": {"allocation": "loss"},
     "allocation mixed": {"allocation": "mixed"},
     "strength 4": {"strength": 4.0},
+    "fisher, strength 4": {"score": "fisher", "strength": 4.0},
     "obs_loss, mixed": {"score": "obs_loss", "allocation": "mixed"},
     "no reconstruction": {"reconstruct": "none"},
     "mean reconstruction": {"reconstruct": "mean"},
