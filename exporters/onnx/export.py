@@ -76,9 +76,9 @@ def export_onnx(
         # That the graph computes the checkpoint shows on the float32 one alone, or on its blocks.
         blocks = prove_blocks(job) if settings.by_blocks else None
         first = () if blocks or all(row.portable for row in rows) else (VARIANTS["fp32"],)
-        records = {}
-        for row in dict.fromkeys((*first, *rows)):
-            records[row] = replace(_export(job, row), blocks=blocks)
+        records, due = {}, list(dict.fromkeys((*first, *rows)))
+        for number, row in enumerate(due, 1):
+            records[row] = replace(_export(job, row, due[number:]), blocks=blocks)
             if row not in rows:
                 shutil.rmtree(common.folder / row.name)
         return write_manifest(common, [records[row] for row in rows])
@@ -94,11 +94,13 @@ def _check_tools(rows: Sequence[Variant], opset: int | None, shape: ModelShape) 
         check_portable(shape)
 
 
-def _export(job: OnnxJob, variant: Variant) -> ExportRecord:
+def _export(job: OnnxJob, variant: Variant, later: Sequence[Variant]) -> ExportRecord:
+    """Write and prove a variant. Numbers that no later one shares are let go before its proof."""
     common = job.common
     folder = common.folder / variant.name
     (folder / GRAPHS).mkdir(parents=True)
     written = write_graphs(job, variant, folder / GRAPHS)
+    job.keep_for(later)
     chats = write_companions(job, variant, folder)
     ort = write_ort(written.last or written.every, folder / "ort") if common.settings.ort else None
     common.progress(f"writing {variant.name}", 1, 1)

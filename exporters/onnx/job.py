@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,8 @@ class OnnxJob:
     Attributes:
         common: What every export has.
         model: The checkpoint, float32; no variant changes it.
-        quantized: The model in each format that was rounded for text; variants share them.
+        quantized: The model in each format that was rounded for text; variants share them, and after the last of these
+            they are let go.
     """
 
     common: Job
@@ -32,6 +34,11 @@ class OnnxJob:
     def text_for(self, variant: Variant) -> torch.Tensor | None:
         """What a variant is rounded for."""
         return self.common.settings.calibration if variant.calibrated else None
+
+    def keep_for(self, later: Sequence[Variant]) -> None:
+        """Let go of what was rounded to formats that none of these variants has."""
+        for form in self.quantized.keys() - {variant.form for variant in later}:
+            del self.quantized[form]
 
     def text_sha256(self, variant: Variant) -> str | None:
         """Its hash."""

@@ -44,7 +44,6 @@ def prove(
         window = common.reference.windows.ids[0, :PREFILL_TOKENS].numpy()
         every = next(iter(model.iter_logits(window)))[-1].copy()
     for other in [*graphs[1:], *([ort] if ort else [])]:
-        give_back_memory()  # of the graph before, whose weights were in it
         with _opened(common, other) as model:
             difference = float(np.abs(model.decode(window)[-1] - every).max())
         if not difference <= _SAME_LOGITS:
@@ -99,6 +98,7 @@ def _warnings(job: OnnxJob, variant: Variant) -> Iterator[str]:
 
 
 def _opened(job: Job, path: Path) -> closing[OnnxModel]:
+    give_back_memory()  # of the layers that were written, or the graph before: a runtime has its weights once more
     n_ctx = job.reference.windows.ids.shape[1]
     return closing(open_model(path, n_ctx=n_ctx, n_threads=job.n_threads, n_batch=PREFILL_TOKENS))
 

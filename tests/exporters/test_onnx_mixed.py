@@ -21,6 +21,7 @@ from cfsp.models.checkpoint import load_pruned
 from cfsp.text.tokens import tokens_sha256
 from exporters.export_record import ExportRecord, ParityLimits
 from exporters.onnx import export_onnx
+from exporters.onnx.job import OnnxJob
 from exporters.onnx.mixed import (
     OFFSET_DIGITS,
     choose_eight_bits,
@@ -31,8 +32,9 @@ from exporters.onnx.mixed import (
     stored_bytes,
     with_eight_bits,
 )
+from exporters.onnx.proof import prove
 from exporters.onnx.quantize import QuantizedModel
-from exporters.onnx.variants import HEAD, INT4, INT8
+from exporters.onnx.variants import HEAD, INT4, INT8, BlockFormat, Variant
 from exporters.onnx.weights import HEAD_PARTS, group_of, head_parts, packed_names, weight_of
 from exporters.options import ExportOptions
 
@@ -207,6 +209,20 @@ def test_what_ties_norms_or_adds_is_exported_in_few_bits(
     for record in records.values():
         bits = bits_in(tmp_path / "out" / record.file)
         assert bits == {name: 8 if name in record.eight_bit_layers else 4 for name in (*names, *HEAD_PARTS)}
+
+
+def test_rounded_numbers_are_kept_no_longer_than_a_variant_wants_them(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: dict[str, set[BlockFormat]] = {}
+
+    def watched(job: OnnxJob, variant: Variant, *others: Any) -> ExportRecord:
+        held[variant.name] = set(job.quantized)
+        return prove(job, variant, *others)
+
+    monkeypatch.setattr("exporters.onnx.export.prove", watched)
+    export(make_checkpoint(), tmp_path / "out", "int4", "int4-b128", "int4-mixed", mixed_bytes=10**7)
+    assert held == {"fp32": set(), "int4": {INT4}, "int4-b128": {INT4}, "int4-mixed": set()}
 
 
 def test_without_a_number_a_mixture_keeps_to_its_share_of_q4_0(
