@@ -348,7 +348,7 @@ def test_androids_service_tells_of_minutes() -> None:
 # ---- What a benchmark makes of it ---------------------------------------------------------------------------------
 
 SETTINGS = BenchSettings(
-    check_text=False, n_prompt=(), n_gen=(600,), ttft=(), load=False, n_threads=(1,), repetitions=1,
+    check_text=False, n_prompt=(), n_gen=(2400,), ttft=(), load=False, n_threads=(1,), repetitions=1,
     regimes=("sustained",), sustained_s=10.0, energy=True, idle_s=3.0, spread_limit=1e9,
 )  # fmt: skip
 SHORT = replace(SETTINGS, n_gen=(1,), load=True, regimes=("fresh",), sustained_s=0.0, idle_s=0.3)
@@ -382,11 +382,11 @@ def test_joules_a_token_are_the_counters_own_difference(here: Path, tiny_gguf: C
         (record,) = run_bench([path], SETTINGS, target=target)
     assert record.failure is None
     spans = [(begin / 1e9, end / 1e9) for begin, end in target.results[-1].spans_ns]
-    truth = sum(CURVE.joules(*span) for span in spans) / (600 * len(spans))
+    truth = sum(CURVE.joules(*span) for span in spans) / (2400 * len(spans))
     found = energy(record)
     assert found is not None
     assert (found.method, found.domain, found.reason) == ("RAPL counter", "package", None)
-    assert (found.n_tokens, found.seconds) == (600 * len(spans), pytest.approx(sum(e - b for b, e in spans)))
+    assert (found.n_tokens, found.seconds) == (2400 * len(spans), pytest.approx(sum(e - b for b, e in spans)))
     assert found.joules is not None
     assert found.joules.low <= truth <= found.joules.high
     assert found.joules.value == pytest.approx(truth, rel=0.05)
