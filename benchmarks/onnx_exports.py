@@ -43,11 +43,11 @@ from exporters.onnx.mixed import (
     OFFSET_DIGITS,
     choose_few,
     choose_mixture,
-    quantized_model,
+    measured_model,
+    rounded_model,
     stored_bytes,
-    with_eight_bits,
 )
-from exporters.onnx.quantize import QuantizedModel, quantize_linears, tune
+from exporters.onnx.quantize import QuantizedModel, tune
 from exporters.onnx.variants import INT4, INT8, BlockFormat
 from exporters.onnx.weights import HEAD_PARTS, weight_of
 from exporters.parity import Reference, choose_windows, reference_of
@@ -192,8 +192,9 @@ def mixed(arguments: argparse.Namespace) -> None:
     text = load_calibration(references, loaded, **sizes).input_ids
     windows = choose_windows(loaded.tokenizer, model.config.max_position_embeddings)
     reference = reference_of(model, replace(windows, ids=windows.ids[:2]))
-    small = quantized_model(model, INT4, text)
-    own = with_eight_bits(model, small, choose_few(model, small))
+    nearest = measured_model(model, INT4, text)
+    small = rounded_model(model, INT4, (), text)
+    own = rounded_model(model, INT4, choose_few(model, nearest), text)
 
     def with_head(head: Mapping[str, Rounded]) -> QuantizedModel:
         return replace(own, layers={**own.layers, **{name: head[name] for name in HEAD_PARTS}})
@@ -202,15 +203,15 @@ def mixed(arguments: argparse.Namespace) -> None:
         return {name: round_to_nearest(weight_of(model, name), form) for name in HEAD_PARTS}
 
     budget = taken_bytes(own.layers) + OFFSET_DIGITS * len(own.layers)
-    mixture = choose_mixture(small, taken_bytes(small.layers), budget)
+    mixture = choose_mixture(nearest, taken_bytes(nearest.layers), budget)
     choices = {
-        "nearest": QuantizedModel(quantize_linears(model, lambda *_: INT4, None)),
+        "nearest": nearest,
         "GPTQ": small,
         "int4's choice": own,
         "the same, head in four bits": with_head(small.layers),
         "the same, head to nearest": with_head(nearest_head(INT4)),
         "the same, head in eight bits": with_head(nearest_head(INT8)),
-        "int4-mixed's choice": with_eight_bits(model, small, mixture),
+        "int4-mixed's choice": rounded_model(model, INT4, mixture, text),
         "int4: its choice, tuned": tune(model, own, text),
     }
     rows = []

@@ -46,9 +46,9 @@ def output_hook(linear: nn.Linear, receive: Callable[[torch.Tensor, torch.Tensor
     return linear.register_forward_hook(lambda _, args, output: receive(args[0], output))
 
 
-def input_hook(linear: nn.Linear, receive: Callable[[torch.Tensor], None]) -> RemovableHandle:
-    """Hand a Linear's input to `receive` each time it runs, while the context is open."""
-    return linear.register_forward_pre_hook(lambda _, args: receive(args[0]))
+def input_hook(module: nn.Module, receive: Callable[[torch.Tensor], None]) -> RemovableHandle:
+    """Hand a module's input to `receive` each time it runs, while the context is open."""
+    return module.register_forward_pre_hook(lambda _, args: receive(args[0]))
 
 
 def gradient_hook(

@@ -8,10 +8,10 @@ for several, ggml rounds block after block, each to make up for what those befor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from exporters.gguf.packing import PACKINGS, WHOLE_BLOCKS, StoredMatrix
 from exporters.gguf.tensors import TensorSpec, tensor_specs
 from exporters.rounding.gptq import gptq_blocks, gptq_codes
 from exporters.rounding.refine import refine_codes
-from exporters.rounding.walk import Grams, alike, round_blocks
+from exporters.rounding.walk import Readings, alike, round_blocks
 
 _NOTHING, _LEAST = 1e-30, 2.0**-24
 """A scale for which every code stands for nothing, and the least that float16 holds."""
@@ -82,7 +82,7 @@ def round_for_text(
         gram = round_blocks(
             model,
             input_ids,
-            lambda _, grams: file.round(grams),
+            lambda _, readings: file.round(readings),
             progress=lambda _, done, all_of_them: progress(f"rounding {path.stem}", done, all_of_them),
         )
         file.choose_output(_TABLE if tied else "lm_head", gram)
@@ -112,19 +112,19 @@ class _File:
     stored: Mapping[str, GGUFTensor]
     count: int = 0
 
-    def round(self, grams: Grams) -> dict[str, torch.Tensor]:
-        """Choose numbers of the matrices whose inputs are given; module -> what its weight has become."""
-        specs = {module: self.specs[module] for module in grams if module in self.specs}
+    def round(self, readings: Readings) -> dict[str, torch.Tensor]:
+        """Choose numbers of the matrices that are about to read; module -> what its weight has become."""
+        specs = {module: self.specs[module] for module in readings if module in self.specs}
         kinds = {module: self.stored[spec.name].kind.name for module, spec in specs.items()}
         changed: dict[str, torch.Tensor] = {}
-        for modules in alike(kinds, grams):
+        for modules in alike(kinds, readings):
             tensors = [self.stored[specs[module].name] for module in modules]
-            kind, gram = kinds[modules[0]], _in_file(specs[modules[0]], grams[modules[0]])
-            values = (
-                [dequantized(chosen, kind) for chosen in self._choose(tensors, gram)]
-                if kind in _CHOSEN
-                else [tensor.dequantize() for tensor in tensors]
-            )
+            kind, gram = kinds[modules[0]], _in_file(specs[modules[0]], readings[modules[0]].gram)
+            if kind in _CHOSEN:
+                wanted = [_Wanted(specs[module].build(_Weights(readings))) for module in modules]
+                values = [dequantized(chosen, kind) for chosen in self._choose(tensors, wanted, gram)]
+            else:
+                values = [tensor.dequantize() for tensor in tensors]
             for tensor in tensors:
                 tensor.let_go()
             for module, each in zip(modules, values, strict=True):
@@ -140,24 +140,25 @@ class _File:
         spec = self.specs[module]
         tensor = self.stored[spec.name]
         if tensor.kind.name in _CHOSEN:
-            self._choose([tensor], _in_file(spec, gram))
+            exact = self.exact[spec.name]
+            self._choose([tensor], [exact], _in_file(spec, gram))
             tensor.let_go()
+            exact.let_go()
 
-    def _choose(self, tensors: list[GGUFTensor], gram: torch.Tensor) -> list[np.ndarray]:
+    def _choose(
+        self, tensors: list[GGUFTensor], wanted: Sequence[_Rows], gram: torch.Tensor
+    ) -> list[np.ndarray]:
         """Choose numbers of tensors that read the same, some rows at a time; the bytes that each has then, by rows."""
         rows = [tensor.shape[0] for tensor in tensors]
         data = np.concatenate([t.data.reshape(n, -1) for t, n in zip(tensors, rows, strict=True)])
         padding = tensors[0].shape[1] - len(gram)
         if padding:
             gram = F.pad(gram, (0, padding, 0, padding))
-        exact = [self.exact[tensor.name] for tensor in tensors]
         for start in range(0, len(data), _ROWS):
             some = slice(start, start + _ROWS)
-            weight = torch.from_numpy(_rows(exact, some)).to(gram.device)
+            weight = torch.from_numpy(_rows(wanted, some)).to(gram.device)
             stored = StoredMatrix(tensors[0].kind.name, data[some])
             data[some] = choose_numbers(weight, stored, gram).data
-        for tensor in exact:
-            tensor.let_go()
         parts = np.split(data, np.cumsum(rows)[:-1])
         for tensor, part in zip(tensors, parts, strict=True):
             self.stream.seek(tensor.offset)
@@ -166,7 +167,47 @@ class _File:
         return parts
 
 
-def _rows(tensors: list[GGUFTensor], some: slice) -> np.ndarray:
+class _Rows(Protocol):
+    """A matrix whose rows can be had."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(rows, columns)."""
+        ...
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Some of them, float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a matrix of the file is to be rounded to, (rows, columns) float32."""
+
+    values: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `_Rows`."""
+        return self.values.shape
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """See `_Rows`."""
+        return self.values[start:stop]
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """A checkpoint's tensors as layers that are about to read would have them: see `TensorSpec.build`."""
+
+    readings: Readings
+
+    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """One tensor as float32."""
+        return self.readings[name.removesuffix(".weight")].weight.cpu().numpy()
+
+
+def _rows(tensors: Sequence[_Rows], some: slice) -> np.ndarray:
     """Some rows of matrices that lie below each other, as far as there are so many; float32."""
     found, start = [], 0
     for tensor in tensors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from cfsp.errors import InputError
 from cfsp.models.delta_nets import Tiling
 from cfsp.models.shape import BlockShape
-from exporters.checkpoint_reader import CheckpointTensors, ModelConfig
+from exporters.checkpoint_reader import ModelConfig
 from exporters.gguf.architecture import QKV, ChosenLayout
 from exporters.gguf.mixers import BlockTensor, mixer_tensors
 from exporters.gguf.streams import stream_tensors
@@ -20,6 +20,14 @@ from exporters.gguf.streams import stream_tensors
 FloatArray = npt.NDArray[np.float32]
 _UNREAD = ("k_proj", "v_proj", "k_norm")
 """Of the attention of a block that reads another block's keys and values; published files have them all the same."""
+
+
+class Tensors(Protocol):
+    """A checkpoint's tensors, stored or as they are to become."""
+
+    def read(self, name: str, shape: tuple[int, ...]) -> FloatArray:
+        """One of them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class TensorSpec:
         """Whether it is stored in the bits that are asked for."""
         return len(self.shape) == 2 and not self.is_plain
 
-    def build(self, tensors: CheckpointTensors) -> FloatArray:
+    def build(self, tensors: Tensors) -> FloatArray:
         """Read the sources and make the tensor, float32.
 
         Raises:

@@ -77,8 +77,8 @@ def export_onnx(
         blocks = prove_blocks(job) if settings.by_blocks else None
         first = () if blocks or all(row.portable for row in rows) else (VARIANTS["fp32"],)
         records, due = {}, list(dict.fromkeys((*first, *rows)))
-        for number, row in enumerate(due, 1):
-            records[row] = replace(_export(job, row, due[number:]), blocks=blocks)
+        for row in due:
+            records[row] = replace(_export(job, row), blocks=blocks)
             if row not in rows:
                 shutil.rmtree(common.folder / row.name)
         return write_manifest(common, [records[row] for row in rows])
@@ -94,13 +94,12 @@ def _check_tools(rows: Sequence[Variant], opset: int | None, shape: ModelShape) 
         check_portable(shape)
 
 
-def _export(job: OnnxJob, variant: Variant, later: Sequence[Variant]) -> ExportRecord:
-    """Write and prove a variant. Numbers that no later one shares are let go before its proof."""
+def _export(job: OnnxJob, variant: Variant) -> ExportRecord:
+    """Write and prove a variant."""
     common = job.common
     folder = common.folder / variant.name
     (folder / GRAPHS).mkdir(parents=True)
     written = write_graphs(job, variant, folder / GRAPHS)
-    job.keep_for(later)
     chats = write_companions(job, variant, folder)
     ort = write_ort(written.last or written.every, folder / "ort") if common.settings.ort else None
     common.progress(f"writing {variant.name}", 1, 1)

@@ -87,15 +87,9 @@ def stored_size(path: Path, data: Path) -> int:
     return path.stat().st_size + data.stat().st_size
 
 
-def size_of(decoder: Decoder, labels: Labels, folder: Path | None = None) -> int:
-    """What a decoder's files would take, in bytes; they are written and deleted.
-
-    Args:
-        decoder: Where its weights are nowhere, they take no room there.
-        labels: Of the graph.
-        folder: Where to write; the system's for temporary files unless given.
-    """
-    with tempfile.TemporaryDirectory(prefix="sizing-", dir=folder) as scratch:
+def size_of(decoder: Decoder, labels: Labels) -> int:
+    """What files of a decoder, whose weights are nowhere, would take in bytes; they are written and deleted."""
+    with tempfile.TemporaryDirectory(prefix="sizing-") as scratch:
         path = Path(scratch) / f"{labels.stem}.onnx"
         graph = labels.graph(decoder)
         return stored_size(

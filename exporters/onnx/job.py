@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,22 +22,16 @@ class OnnxJob:
     Attributes:
         common: What every export has.
         model: The checkpoint, float32; no variant changes it.
-        quantized: The model in each format that was rounded for text; variants share them, and after the last of these
-            they are let go.
+        measured: What each format that is rounded for text costs the model's layers; variants share it.
     """
 
     common: Job
     model: Any
-    quantized: dict[BlockFormat, QuantizedModel] = field(default_factory=dict)
+    measured: dict[BlockFormat, QuantizedModel] = field(default_factory=dict)
 
     def text_for(self, variant: Variant) -> torch.Tensor | None:
         """What a variant is rounded for."""
         return self.common.settings.calibration if variant.calibrated else None
-
-    def keep_for(self, later: Sequence[Variant]) -> None:
-        """Let go of what was rounded to formats that none of these variants has."""
-        for form in self.quantized.keys() - {variant.form for variant in later}:
-            del self.quantized[form]
 
     def text_sha256(self, variant: Variant) -> str | None:
         """Its hash."""

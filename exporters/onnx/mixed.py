@@ -1,9 +1,9 @@
 """Four or eight bits for each Linear of the blocks and the output matrix, by what four cost, under a budget in bytes.
 
-Rounding a layer to four bits costs a divergence that one backward pass over calibration text predicts
+Rounding a layer to the nearest of four bits costs a divergence that one backward pass over calibration text predicts
 (`cfsp.pruning.gradients.predict_divergence`); rounding it to eight costs 1/256 of that, as its steps are 1/16. So each
 layer has a gain and a price, and those with the most gain for a byte get eight bits until the budget is spent: either
-the bytes of a file, or what may be lost of its speed.
+the bytes of a file, or what may be lost of its speed. Then all are rounded for the text, each in its bits.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from cfsp.devices import CPU
+from cfsp.devices import CPU, moved
 from cfsp.errors import InputError
 from cfsp.models.architectures import block_linears, spec_for
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.gradients import WeightChange, predict_divergence
-from exporters.onnx.block_quantize import Rounded, round_to_nearest
+from exporters.onnx.block_quantize import Rounded, round_nowhere, round_to_nearest
 from exporters.onnx.quantize import QuantizedModel, quantize_linears
 from exporters.onnx.variants import HEAD, INT4, INT8, BlockFormat
 from exporters.onnx.weights import HEAD_PARTS, group_of, head_parts, is_tied, weight_of
@@ -36,18 +36,18 @@ OFFSET_DIGITS = 8
 """A longer tensor's place in the file may take more digits, which the graph holds."""
 
 
-def quantized_model(
+def measured_model(
     model: Any, form: BlockFormat, input_ids: torch.Tensor, *, progress: Progress = no_progress
 ) -> QuantizedModel:
-    """Round all layers for a text, and predict what each loses.
+    """Round all layers to the nearest, and predict what each loses.
 
     Args:
         model: A causal LM of the architecture table, float32; unchanged.
         form: Of all layers.
         input_ids: Calibration text, (nsamples, seqlen).
-        progress: Told about both.
+        progress: Told about the prediction.
     """
-    layers = quantize_linears(model, lambda *_: form, input_ids, progress=progress)
+    layers = quantize_linears(model, lambda *_: form, None)
     rows = head_parts(model.config.vocab_size)
 
     def change(name: str) -> WeightChange:
@@ -61,10 +61,39 @@ def quantized_model(
     return QuantizedModel({name: rounded.to(CPU) for name, rounded in layers.items()}, losses)
 
 
-def with_eight_bits(model: Any, quantized: QuantizedModel, names: Collection[str]) -> QuantizedModel:
-    """The nearest of eight bits for these layers; the others make up for no more than before."""
-    nearest = {name: round_to_nearest(weight_of(model, name), INT8) for name in names}
-    return replace(quantized, layers={**quantized.layers, **nearest})
+def without_numbers(quantized: QuantizedModel) -> QuantizedModel:
+    """What it loses, and how large it is: its numbers are nowhere."""
+    nowhere = torch.device("meta")
+    layers = {name: rounded.to(nowhere) for name, rounded in quantized.layers.items()}
+    return replace(quantized, layers=layers, nearest=round_nowhere)
+
+
+def rounded_model(
+    model: Any,
+    form: BlockFormat,
+    eight_bits: Collection[str],
+    input_ids: torch.Tensor,
+    *,
+    device: str = "cpu",
+    progress: Progress = no_progress,
+) -> QuantizedModel:
+    """Round all layers for a text.
+
+    Args:
+        model: A causal LM of the architecture table, float32, on the CPU; unchanged.
+        form: Of all layers but some.
+        eight_bits: Those that get the nearest of eight bits.
+        input_ids: Calibration text, (nsamples, seqlen).
+        device: Where to compute.
+        progress: Told after each block.
+    """
+    with moved(model, device):
+        layers = quantize_linears(
+            model, lambda name, *_: INT8 if name in eight_bits else form, input_ids, progress=progress
+        )
+    parts = [name for name in HEAD_PARTS if name in eight_bits]
+    nearest = {name: round_to_nearest(weight_of(model, name), INT8) for name in parts}
+    return QuantizedModel({name: rounded.to(CPU) for name, rounded in layers.items()} | nearest)
 
 
 def choose_mixture(quantized: QuantizedModel, size_bytes: int, budget_bytes: int) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from cfsp.models.architectures import block_linears, decoder_layers
 from cfsp.models.paging import at_hand
@@ -28,7 +27,7 @@ from exporters.onnx.layers import (
 from exporters.onnx.variants import HEAD, INT8, BlockFormat, FormatOf
 from exporters.onnx.weights import HEAD_PARTS, Weights, head_parts, is_tied, packed_names
 from exporters.rounding.scale_tuning import tune_scales
-from exporters.rounding.walk import Grams, alike, round_blocks
+from exporters.rounding.walk import CORRECTION, Readings, alike, round_blocks
 
 Nearest = Callable[[torch.Tensor, BlockFormat], Rounded]
 _AT_ONCE = 2**24
@@ -90,6 +89,7 @@ def quantize_linears(
     input_ids: torch.Tensor | None,
     *,
     nearest: Nearest = round_to_nearest,
+    correction: float = CORRECTION,
     progress: Progress = no_progress,
 ) -> dict[str, Rounded]:
     """Quantize every Linear of the blocks, and the output matrix.
@@ -99,6 +99,7 @@ def quantize_linears(
         format_of: How each is stored.
         input_ids: Text to quantize for, (nsamples, seqlen): GPTQ; None rounds to nearest.
         nearest: Rounds what is not rounded for the text.
+        correction: See `round_blocks`.
         progress: Told after each block, and after the output matrix.
 
     Returns:
@@ -108,19 +109,22 @@ def quantize_linears(
     linears = block_linears(model)
     result: dict[str, Rounded] = {}
 
-    def store(index: int, grams: Grams) -> dict[str, Rounded]:
-        layers = {name: linears[index][name] for name in grams or linears[index]}
-        forms = {name: format_of(name, index, len(linears)) for name in layers}
-        block = _rounded_layers(layers, forms, grams, nearest)
+    def store(index: int, readings: Readings) -> dict[str, Rounded]:
+        forms = {name: format_of(name, index, len(linears)) for name in readings or linears[index]}
+        weights = {
+            name: readings[name].weight if readings else linears[index][name].weight.detach()
+            for name in forms
+        }
+        block = _rounded_layers(weights, forms, readings, nearest)
         result.update(block)
         return block
 
-    def visit(index: int, grams: Grams) -> dict[str, torch.Tensor]:
-        return {name: rounded.dequantized() for name, rounded in store(index, grams).items()}
+    def visit(index: int, readings: Readings) -> dict[str, torch.Tensor]:
+        return {name: rounded.dequantized() for name, rounded in store(index, readings).items()}
 
     gram = None
     if input_ids is not None:
-        gram = round_blocks(model, input_ids, visit, progress=progress)
+        gram = round_blocks(model, input_ids, visit, correction=correction, progress=progress)
     else:
         for index, layer in enumerate(decoder_layers(model)):
             with at_hand(layer):
@@ -148,16 +152,20 @@ def tune(
 
 
 def _rounded_layers(
-    linears: Mapping[str, nn.Linear], forms: Mapping[str, BlockFormat], grams: Grams, nearest: Nearest
+    weights: Mapping[str, torch.Tensor],
+    forms: Mapping[str, BlockFormat],
+    readings: Readings,
+    nearest: Nearest,
 ) -> dict[str, Rounded]:
     """Linears of a block; those of one format that read the same are rounded as one matrix."""
     layers = {}
-    for names in alike(forms, grams):
-        weights = [linears[name].weight.detach() for name in names]
-        whole, start = _rounded(torch.cat(weights), forms[names[0]], grams.get(names[0]), nearest), 0
-        for name, weight in zip(names, weights, strict=True):
+    for names in alike(forms, readings):
+        each = [weights[name] for name in names]
+        gram = readings[names[0]].gram if readings else None
+        whole, start = _rounded(torch.cat(each), forms[names[0]], gram, nearest), 0
+        for name, weight in zip(names, each, strict=True):
             layers[name] = whole.rows(slice(start, start := start + len(weight)))
-    return {name: layers[name] for name in linears}
+    return {name: layers[name] for name in weights}
 
 
 def _rounded(weight: torch.Tensor, form: BlockFormat, gram: torch.Tensor | None, nearest: Nearest) -> Rounded:

@@ -21,7 +21,7 @@ from cfsp.progress import Progress
 from exporters.checkpoint_reader import read_config
 from exporters.job import load_checkpoint
 from exporters.onnx.block_quantize import Rounded
-from exporters.onnx.mixed import choose_few, quantized_model, with_eight_bits
+from exporters.onnx.mixed import choose_few, measured_model, rounded_model
 from exporters.onnx.variants import INT8, VARIANTS, BlockFormat, Variant, find_variant
 from exporters.onnx.weights import HEAD_PARTS, check_blocks, is_tied, weight_of
 from exporters.rounding.scaled import factors_of, make_plain, stands_for, train_blocks, train_norms
@@ -94,8 +94,8 @@ class OnnxRounding:
         assert variant.form is not None
         model = load_checkpoint(checkpoint)
         with moved(model, device):
-            quantized = quantized_model(model, variant.form, input_ids, progress=progress)
-        few = with_eight_bits(model, quantized, choose_few(model, quantized))
+            names = choose_few(model, measured_model(model, variant.form, input_ids, progress=progress))
+        few = rounded_model(model, variant.form, names, input_ids, device=device, progress=progress)
         table = None if is_tied(model) else few.nearest(model.get_input_embeddings().weight.detach(), INT8)
         return OnnxRounded(variant.name, few.layers, table)
 

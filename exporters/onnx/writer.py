@@ -17,7 +17,7 @@ from exporters.job import load_checkpoint
 from exporters.onnx.graph_file import save_graph, size_of, stored_size
 from exporters.onnx.int8_rows import Int8Weights
 from exporters.onnx.job import OnnxJob
-from exporters.onnx.mixed import choose_few, choose_mixture, quantized_model, with_eight_bits
+from exporters.onnx.mixed import choose_few, choose_mixture, measured_model, rounded_model, without_numbers
 from exporters.onnx.portable import portable_graph
 from exporters.onnx.quantize import QuantizedModel, quantize_linears, tune
 from exporters.onnx.through import trained_layers
@@ -101,17 +101,18 @@ def _for_text(
 ) -> tuple[Weights, tuple[str, ...]]:
     """The same, rounded for a text."""
     progress, device = job.common.progress, job.common.settings.device
-    if form not in job.quantized:
+    if form not in job.measured:
         with moved(job.model, device):
-            job.quantized[form] = quantized_model(job.model, form, text, progress=progress)
-    quantized, budget = job.quantized[form], job.budget_bytes(variant)
+            found = measured_model(job.model, form, text, progress=progress)
+        job.measured[form] = without_numbers(found)
+    measured, budget = job.measured[form], job.budget_bytes(variant)
     if budget is None:
-        names = choose_few(job.model, quantized)
+        names = choose_few(job.model, measured)
     else:
         # The larger graph, which has all apart that can be one layer.
-        apart = decoder_of(job.model, replace(quantized, apart=True))
-        names = choose_mixture(quantized, size_of(apart, job.labels(variant), job.common.folder), budget)
-    mixture = with_eight_bits(job.model, quantized, names)
+        apart = decoder_of(job.model, replace(measured, apart=True))
+        names = choose_mixture(measured, size_of(apart, job.labels(variant)), budget)
+    mixture = rounded_model(job.model, form, names, text, device=device, progress=progress)
     if is_paged(job.model):
         return mixture, names
     with moved(job.model, device):

@@ -126,12 +126,24 @@ def _upper_factor_of_inverse(gram: torch.Tensor, order: torch.Tensor) -> torch.T
     Raises:
         InputError: H is not finite or cannot be inverted.
     """
-    return invert_lower_(_factor(gram, order.flip(0))).float().flip(0, 1)
+    return invert_lower_(factored(gram, order.flip(0))).float().flip(0, 1)
 
 
-def _factor(gram: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """L of H + RIDGE mean(diag H) I, H's columns and rows being in an order; float32 where that serves."""
+def factored(gram: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
+    """L with L L^T = H + RIDGE mean(diag H) I; float32 where that serves.
+
+    Args:
+        gram: H, (columns, columns); unchanged.
+        order: Of H's columns and rows; as they are unless given.
+
+    Raises:
+        InputError: H is not finite or cannot be factored.
+    """
+
+    def ordered(matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.clone() if order is None else matrix[order[:, None], order]
+
     if len(gram) > _EXACT_COLUMNS:
         with suppress(InputError):
-            return damped_cholesky(gram.float()[order[:, None], order], RIDGE)
-    return damped_cholesky(exact(gram)[order[:, None], order], RIDGE)
+            return damped_cholesky(ordered(gram.float()), RIDGE)
+    return damped_cholesky(ordered(exact(gram)), RIDGE)

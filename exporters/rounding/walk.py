@@ -1,25 +1,56 @@
-"""A model block after block, as it is rounded: every layer is rounded for the inputs that it will really get."""
+"""A model block after block, as it is rounded: every layer is rounded for the inputs that it will really get.
+
+Two streams of hidden states run side by side, as in `cfsp.pruning.block_by_block`: the exact one says what every layer
+should give, the rounded one what it gets. Of x and x* that a layer with the weight W reads in the two, and of the
+residual sums h and h* that its output is added to, the one that it is rounded to is not W but the W' for which W' x is
+closest to
+
+    W x + c (W (x* - x) + h* - h)
+
+so that it takes back a share c of the error that the rounded ones before it have left.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from cfsp.devices import exact_zeros
 from cfsp.memory import require_memory
-from cfsp.models.architectures import block_linears, decoder_layers
+from cfsp.models.architectures import attention_of, block_linears, decoder_layers, feed_forward, spec_for
 from cfsp.models.block_pass import Arguments, enter_blocks, leave_blocks, run_layer
 from cfsp.models.paging import at_hand
 from cfsp.precision import bulk_products, exact_products
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.streaming import GramSum, input_hook
+from exporters.rounding.gptq import factored
 
-Grams = Mapping[str, torch.Tensor]
-"""Module name -> X^T X / T of its input; those that read the same tensor share one."""
+CORRECTION = 0.4
+"""Share of earlier layers' error that is taken back: c."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A layer that is about to read.
+
+    Attributes:
+        gram: X^T X / T of its input, float64; layers that read the same tensor share one.
+        weight: What it is to be rounded to, W' (rows, columns) float32.
+    """
+
+    gram: torch.Tensor
+    weight: torch.Tensor
+
+
+Readings = Mapping[str, Reading]
+"""By module name."""
+_SUM = "sum of "
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
 _AT_ONCE = 3
 """Tensors of an FFN's width that are in memory at once, for all tokens."""
@@ -30,20 +61,22 @@ _SINK_SHARE = 0.25
 def round_blocks(
     model: Any,
     input_ids: torch.Tensor,
-    visit: Callable[[int, Grams], Mapping[str, torch.Tensor]],
+    visit: Callable[[int, Readings], Mapping[str, torch.Tensor]],
     *,
+    correction: float = CORRECTION,
     progress: Progress = no_progress,
 ) -> torch.Tensor:
     """Let a caller round layer after layer, and run each as it is then.
 
-    A block is run once, with all windows beside each other: a layer is rounded when it is about to read, so that its
-    inputs are what the rounded ones before it give, those of its own block too.
+    A block is run once in each stream, with all windows beside each other: a layer is rounded when it is about to read,
+    so that its inputs are what the rounded ones before it give, those of its own block too.
 
     Args:
         model: A causal LM of the architecture table, float32; unchanged.
         input_ids: Text to round for, (nsamples, seqlen).
-        visit: (index of a block, inputs of those of its layers that read one tensor) -> module name -> what its weight
-            has become; others stay. It is called several times a block, in the order in which layers read.
+        visit: (index of a block, those of its layers that read one tensor) -> module name -> what its weight has
+            become; others stay. It is called several times a block, in the order in which layers read.
+        correction: c; without any there is one stream, and every layer is rounded to its own weight.
         progress: Told after each block, of one more than there are; the output matrix is the caller's.
 
     Returns:
@@ -61,17 +94,17 @@ def round_blocks(
             n_bytes, what, "fewer windows (--nsamples, --rounding-windows), or shorter ones (--seqlen)"
         )
     with torch.no_grad():
-        windows, calls = enter_blocks(model, layers, input_ids)
-        hidden, calls, first_calls = torch.cat(windows, dim=-3), calls.together(), calls.first()
+        windows, each = enter_blocks(model, layers, input_ids)
+        hidden, calls, exact_calls = torch.cat(windows, dim=-3), each.together(), each.together()
         del windows
+        exact = hidden
         for index, layer in enumerate(layers):
-            with at_hand(layer):
-                first = hidden.narrow(-3, 0, 1)
-                groups = _read_together(linears[index], layer, first, first_calls.of(index))
-                with (
-                    bulk_products(model.device.type),
-                    _rounded_when_read(linears[index], groups, partial(visit, index)),
-                ):
+            with at_hand(layer), bulk_products(model.device.type):
+                block = _Block(linears[index], _sums_of(model, layer, linears[index]), correction)
+                block.find_groups(layer, hidden.narrow(-3, 0, 1), each.of(index))
+                if correction:
+                    exact = block.run_exact(layer, exact, exact_calls.of(index))
+                with block.rounded_when_read(partial(visit, index)):
                     hidden = run_layer(layer, hidden, calls.of(index))
             progress("quantizing", index + 1, len(layers) + 1)
         return _head_gram(model, hidden)
@@ -82,22 +115,23 @@ def rounding_bytes(tokens: int, widest: int) -> int:
     return _AT_ONCE * tokens * widest * torch.float32.itemsize
 
 
-def alike(forms: Mapping[str, Any], grams: Grams) -> list[list[str]]:
+def alike(forms: Mapping[str, Any], readings: Readings) -> list[list[str]]:
     """Names whose matrices can be rounded as one: those of one format that read the same."""
     groups: dict[tuple[Any, int], list[str]] = {}
     for name, form in forms.items():
-        groups.setdefault((form, id(grams.get(name, name))), []).append(name)
+        read = readings[name].gram if name in readings else name
+        groups.setdefault((form, id(read)), []).append(name)
     return list(groups.values())
 
 
 def _with_attention_sink(x: torch.Tensor) -> torch.Tensor:
-    """Attention's inputs (seqlen, hidden_size), with the first token as large as its part in what comes out.
+    """Attention's inputs (seqlen, hidden_size), or what they lack, as much of the first token as comes out of it.
 
     Heads that have nothing to say attend to the first token (Xiao et al., arXiv 2309.17453), so an error in its key or
     value reaches every other token. Where it counts as one of hundreds, GPTQ moves the others' errors to it: on
     SmolLM2-135M in four bits, one v_proj then made 30 % of the whole divergence.
     """
-    weighted = x.clone()
+    weighted = x.float().clone()
     weighted[0] *= max(1.0, _SINK_SHARE * len(x)) ** 0.5
     return weighted
 
@@ -110,52 +144,152 @@ def _head_gram(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     return total.mean(hidden.shape[-3:-1].numel())
 
 
-def _read_together(
-    linears: Mapping[str, nn.Linear], layer: nn.Module, window: torch.Tensor, arguments: Arguments
-) -> dict[str, tuple[str, ...]]:
-    """First of the layers that read one tensor -> all of them, as q, k and v do, or gate and up."""
-    read: dict[int, tuple[torch.Tensor, list[str]]] = {}  # holds it, or its id could belong to another one
+def _sums_of(model: Any, layer: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, nn.Module]:
+    """Linears whose output is added to the residual sum as it is -> the norm that has read this sum before."""
+    spec = spec_for(model.config)
+    if spec.streams or spec.added_norms or spec.goes_on:
+        return {}
+    attention = attention_of(model, layer)
+    writers = {spec.ffn_norm: feed_forward(model, layer).down}
+    if attention is not None:
+        writers[spec.attention_norm] = getattr(attention, spec.output)
+    names = {linear: name for name, linear in linears.items()}
+    return {names[linear]: layer.get_submodule(norm) for norm, linear in writers.items()}
 
-    def add(name: str, x: torch.Tensor) -> None:
-        read.setdefault(id(x), (x, []))[1].append(name)
 
-    with ExitStack() as stack:
-        for name, linear in linears.items():
-            stack.enter_context(input_hook(linear, partial(add, name)))
-        run_layer(layer, window, arguments)
-    return {names[0]: tuple(names) for _, names in read.values()}
+class _Block:
+    """A block whose layers are rounded when they are about to read.
+
+    Args:
+        linears: By their names in the model.
+        sums: Name of a Linear -> the norm that reads the sum that its output is added to.
+        correction: c.
+    """
+
+    def __init__(
+        self, linears: Mapping[str, nn.Linear], sums: Mapping[str, nn.Module], correction: float
+    ) -> None:
+        self._linears, self._sums, self._correction = linears, sums, correction
+        self._groups: dict[str, tuple[str, ...]] = {}
+        self._exact: dict[str, torch.Tensor] = {}  # what the first layer of a group reads, and the sums
+        self._here: dict[str, torch.Tensor] = {}  # the sums of the rounded stream
+
+    def find_groups(self, layer: nn.Module, window: torch.Tensor, arguments: Arguments) -> None:
+        """See which layers read one tensor, as q, k and v do, or gate and up."""
+        read: dict[
+            int, tuple[torch.Tensor, list[str]]
+        ] = {}  # holds it, or its id could belong to another one
+
+        def add(name: str, x: torch.Tensor) -> None:
+            read.setdefault(id(x), (x, []))[1].append(name)
+
+        with ExitStack() as stack, exact_products(window.device.type):
+            for name, linear in self._linears.items():
+                stack.enter_context(input_hook(linear, partial(add, name)))
+            run_layer(layer, window, arguments)
+        self._groups = {names[0]: tuple(names) for _, names in read.values()}
+
+    def run_exact(self, layer: nn.Module, exact: torch.Tensor, arguments: Arguments) -> torch.Tensor:
+        """What the block makes of the exact stream, before anything of it is rounded."""
+        firsts = {name: self._linears[name] for name in self._groups}
+        with _inputs(firsts, self._exact), _inputs(self._sums, self._exact, _SUM):
+            return run_layer(layer, exact, arguments)
+
+    @contextmanager
+    def rounded_when_read(self, visit: Callable[[Readings], Mapping[str, torch.Tensor]]) -> Iterator[None]:
+        """Round each group when its first layer is about to read; layers compute with what the runtime will have."""
+        weights = {name: linear.weight for name, linear in self._linears.items()}
+
+        def round_group(names: tuple[str, ...], x: torch.Tensor) -> None:
+            # A sum of rounded products need not be positive definite, beside channels that are a thousand times others.
+            with exact_products(x.device.type):
+                changed = visit(self._readings(names, x))
+            for name, weight in changed.items():
+                moved = weight.to(weights[name].device)
+                self._linears[name].weight = nn.Parameter(moved, requires_grad=False)
+
+        with ExitStack() as stack:
+            if self._correction:
+                stack.enter_context(_inputs(self._sums, self._here, _SUM))
+            for first, names in self._groups.items():
+                stack.enter_context(input_hook(self._linears[first], partial(round_group, names)))
+            try:
+                yield
+            finally:
+                for name, weight in weights.items():
+                    self._linears[name].weight = weight
+
+    def _readings(self, names: tuple[str, ...], x: torch.Tensor) -> dict[str, Reading]:
+        """Of layers that read x, (..., windows, seqlen, in_features)."""
+        weigh = _with_attention_sink if names[0].endswith(_ATTENTION) else torch.Tensor.float
+        gram = _input_gram(x, weigh)
+        weights = [self._linears[name].weight.detach().float() for name in names]
+        exact = self._exact.pop(names[0], None)
+        if exact is not None:
+            wanted, given = (kept.pop(_SUM + names[0], None) for kept in (self._exact, self._here))
+            drift = _Drift(x, exact, wanted, given, weigh)
+            weights = drift.taken_back(weights, gram, self._correction)
+        return {name: Reading(gram, weight) for name, weight in zip(names, weights, strict=True)}
+
+
+@dataclass(frozen=True)
+class _Drift:
+    """How far the rounded stream has come off the exact one where layers read, (windows, seqlen, features) each.
+
+    Attributes:
+        x: What they read.
+        exact: What they would read in the exact stream, x*.
+        exact_sum: The residual sum that their output is added to there, h*; None where it is not added as it is.
+        sum: The same of the rounded stream, h.
+        weigh: A window of inputs (seqlen, features) -> them, times the roots of what tokens count.
+    """
+
+    x: torch.Tensor
+    exact: torch.Tensor
+    exact_sum: torch.Tensor | None
+    sum: torch.Tensor | None
+    weigh: Callable[[torch.Tensor], torch.Tensor]
+
+    def taken_back(
+        self, weights: Sequence[torch.Tensor], gram: torch.Tensor, share: float
+    ) -> list[torch.Tensor]:
+        """Weights (rows, columns) that take a share of it back: W' = W + c L^T X (H + RIDGE mean(diag H) I)^-1 / T.
+
+        L, (T, rows), is what outputs lack, (X* - X) W^T + h* - h. Without sums, and where there are more rows than
+        columns, inputs are corrected in place of outputs: (X* - X)^T X is the smaller product.
+        """
+        whole = torch.cat(list(weights))
+        rows, columns = whole.shape
+        of_outputs = self.exact_sum is not None or rows < columns
+        total = exact_zeros(rows if of_outputs else columns, columns, device=whole.device)
+        for n, (x, exact) in enumerate(zip(self.x, self.exact, strict=True)):
+            lack = (exact - x).float()
+            if of_outputs:
+                lack = lack @ whole.T
+            if self.exact_sum is not None and self.sum is not None:
+                lack += self.exact_sum[n] - self.sum[n]
+            total += (self.weigh(lack).T @ self.weigh(x)).to(total.device)
+        total *= share / self.x.shape[:-1].numel()
+        factor = factored(gram)
+        change = torch.cholesky_solve(total.T.to(factor), factor).T.to(whole)
+        whole = whole + (change if of_outputs else whole @ change)
+        return list(torch.split(whole, [len(weight) for weight in weights]))
 
 
 @contextmanager
-def _rounded_when_read(
-    linears: Mapping[str, nn.Linear],
-    groups: Mapping[str, tuple[str, ...]],
-    visit: Callable[[Grams], Mapping[str, torch.Tensor]],
+def _inputs(
+    modules: Mapping[str, nn.Module], kept: dict[str, torch.Tensor], prefix: str = ""
 ) -> Iterator[None]:
-    """Round each group when its first layer is about to read; its layers compute with what the runtime will have."""
-    weights = {name: linear.weight for name, linear in linears.items()}
-
-    def round_group(names: tuple[str, ...], x: torch.Tensor) -> None:
-        # A sum of rounded products need not be positive definite, beside channels that are a thousand times the others.
-        with exact_products(x.device.type):
-            gram = _input_gram(x, attention=names[0].endswith(_ATTENTION))
-            changed = visit(dict.fromkeys(names, gram))
-        for name, weight in changed.items():
-            linears[name].weight = nn.Parameter(weight.to(weights[name].device), requires_grad=False)
-
+    """Keep what modules read, by their names behind a prefix, while the context is open."""
     with ExitStack() as stack:
-        for first, names in groups.items():
-            stack.enter_context(input_hook(linears[first], partial(round_group, names)))
-        try:
-            yield
-        finally:
-            for name, weight in weights.items():
-                linears[name].weight = weight
+        for name, module in modules.items():
+            stack.enter_context(input_hook(module, partial(kept.__setitem__, prefix + name)))
+        yield
 
 
-def _input_gram(x: torch.Tensor, *, attention: bool) -> torch.Tensor:
-    """X^T X / T of inputs (windows, seqlen, in_features); attention's, with the first token's weight."""
+def _input_gram(x: torch.Tensor, weigh: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """X^T X / T of inputs (windows, seqlen, in_features), each window as it is weighed."""
     total = GramSum(x.shape[-1], x.device)
     for window in x:
-        total.add((_with_attention_sink(window) if attention else window).float())
+        total.add(weigh(window).float())
     return total.mean(x.shape[:-1].numel())

@@ -488,7 +488,8 @@ def _rounded(extent: Extent, text: Windows, family: str) -> Work:
     matrices = [shape for block in extent.blocks for shape in block]
     matrices += [(extent.vocab_size, extent.hidden_size)]
     operations = _ROUNDS * 2.0 * sum(rows * columns**2 for rows, columns in matrices)
-    operations += text.tokens * sum({columns**2 for _, columns in matrices}) * 2.0 * len(extent.blocks)
+    # Two Gram matrices: of inputs, and of them with what the exact stream has beyond them.
+    operations += 2 * text.tokens * sum({columns**2 for _, columns in matrices}) * 2.0 * len(extent.blocks)
     held = rounding_bytes(text.tokens, max(extent.widths))
     rounding = Work(
         {text.seqlen: operations},
@@ -496,7 +497,7 @@ def _rounded(extent: Extent, text: Windows, family: str) -> Work:
         memory=3 * extent.resident_bytes + held,
         least_memory=extent.least_resident_bytes + held,
     )
-    return _passed(extent, text, held=text.tokens).then(rounding)
+    return _passed(extent, text, 2 * _PASS, passes=2, held=text.tokens).then(rounding)
 
 
 def writing(extent: Extent, text: Windows) -> Work:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,9 @@ from exporters.onnx.mixed import (
     choose_few,
     choose_mixture,
     default_budget,
-    quantized_model,
+    measured_model,
+    rounded_model,
     stored_bytes,
-    with_eight_bits,
 )
 from exporters.onnx.proof import prove
 from exporters.onnx.quantize import QuantizedModel
@@ -57,7 +57,11 @@ def export(checkpoint: Path, output: Path, *variants: str, **settings: Any) -> d
 
 
 def in_four_bits(model: Any) -> QuantizedModel:
-    return quantized_model(model, INT4, WINDOWS)
+    return measured_model(model, INT4, WINDOWS)
+
+
+def rounded(model: Any, eight_bits: Sequence[str]) -> QuantizedModel:
+    return rounded_model(model, INT4, eight_bits, WINDOWS)
 
 
 @given(
@@ -84,11 +88,10 @@ def test_more_bytes_never_make_the_predicted_loss_larger(tiny_model: Callable[..
     for budget in (10_000, 60_000, 10**7):
         chosen = choose_mixture(small, 0, budget)
         sizes.append(len(chosen))
-        forms = {name: stored.form for name, stored in with_eight_bits(model, small, chosen).layers.items()}
+        forms = {name: stored.form for name, stored in rounded(model, chosen).layers.items()}
         assert forms == {name: INT8 if name in chosen else INT4 for name in names}
     assert 0 < sizes[0] < sizes[1] < sizes[2] == len(names)
     assert choose_mixture(small, 0, 300) == ()
-    assert with_eight_bits(model, small, ()) == small
 
 
 def test_few_layers_in_eight_bits_cost_little_time(tiny_model: Callable[..., Any]) -> None:
@@ -96,7 +99,7 @@ def test_few_layers_in_eight_bits_cost_little_time(tiny_model: Callable[..., Any
     small = in_four_bits(model)
     chosen = choose_few(model, small)
     assert chosen
-    more = sum(map(stored_bytes, with_eight_bits(model, small, chosen).layers.values())) - sum(
+    more = sum(map(stored_bytes, rounded(model, chosen).layers.values())) - sum(
         map(stored_bytes, small.layers.values())
     )
     assert 0 < more <= 0.05 * sum(map(stored_bytes, small.layers.values()))
@@ -211,18 +214,19 @@ def test_what_ties_norms_or_adds_is_exported_in_few_bits(
         assert bits == {name: 8 if name in record.eight_bit_layers else 4 for name in (*names, *HEAD_PARTS)}
 
 
-def test_rounded_numbers_are_kept_no_longer_than_a_variant_wants_them(
+def test_numbers_that_only_told_costs_are_not_kept(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: dict[str, set[BlockFormat]] = {}
 
     def watched(job: OnnxJob, variant: Variant, *others: Any) -> ExportRecord:
-        held[variant.name] = set(job.quantized)
+        held[variant.name] = set(job.measured)
+        assert all(layer.q.is_meta for found in job.measured.values() for layer in found.layers.values())
         return prove(job, variant, *others)
 
     monkeypatch.setattr("exporters.onnx.export.prove", watched)
-    export(make_checkpoint(), tmp_path / "out", "int4", "int4-b128", "int4-mixed", mixed_bytes=10**7)
-    assert held == {"fp32": set(), "int4": {INT4}, "int4-b128": {INT4}, "int4-mixed": set()}
+    export(make_checkpoint(), tmp_path / "out", "int4", "int4-mixed", mixed_bytes=10**7)
+    assert held == {"fp32": set(), "int4": {INT4}, "int4-mixed": {INT4}}
 
 
 def test_without_a_number_a_mixture_keeps_to_its_share_of_q4_0(

@@ -13,7 +13,8 @@ import torch
 from cfsp.models.architectures import attention_of, block_linears, decoder_layers, spec_for
 from cfsp.precision import exact_products
 from cfsp.pruning.streaming import input_hook
-from exporters.rounding.walk import Grams, round_blocks
+from exporters.rounding.gptq import RIDGE
+from exporters.rounding.walk import Readings, round_blocks
 
 IDS = torch.randint(0, 300, (3, 32), generator=torch.Generator().manual_seed(3))
 
@@ -43,11 +44,11 @@ def test_each_layer_is_rounded_for_what_all_rounded_ones_before_it_give(
     seen: dict[str, torch.Tensor] = {}
     together: list[set[str]] = []
 
-    def visit(index: int, grams: Grams) -> dict[str, torch.Tensor]:
-        seen.update(grams)
-        together.append({name.rpartition(".")[2] for name in grams})
-        assert all(name in block_linears(model)[index] for name in grams)
-        return {name: changed(given[name]) for name in grams}
+    def visit(index: int, readings: Readings) -> dict[str, torch.Tensor]:
+        seen.update({name: reading.gram for name, reading in readings.items()})
+        together.append({name.rpartition(".")[2] for name in readings})
+        assert all(name in block_linears(model)[index] for name in readings)
+        return {name: changed(given[name]) for name in readings}
 
     head = round_blocks(model, IDS, visit)
     ffn = [{"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
@@ -79,11 +80,11 @@ def test_inputs_are_summed_exactly_where_the_model_runs_in_rounded_products(
     model = tiny_model("llama")[0]
     read: dict[str, torch.Tensor] = {}
 
-    def visit(index: int, grams: Grams) -> dict[str, torch.Tensor]:
-        for name, gram in grams.items():
+    def visit(index: int, readings: Readings) -> dict[str, torch.Tensor]:
+        for name, reading in readings.items():
             if name.endswith(("o_proj", "gate_proj", "down_proj")):
                 x = read[name].double().flatten(0, -2)
-                torch.testing.assert_close(gram, x.T @ x / len(x), rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(reading.gram, x.T @ x / len(x), rtol=1e-5, atol=1e-6)
                 checked.add(name.rpartition(".")[2])
         return {}
 
@@ -98,3 +99,84 @@ def test_inputs_are_summed_exactly_where_the_model_runs_in_rounded_products(
 
 def _autocast(device_type: str) -> torch.autocast:
     return torch.autocast(device_type, torch.bfloat16)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text"])
+def test_a_share_of_earlier_errors_is_taken_back(
+    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    """W' is the least-squares answer, with GPTQ's ridge, to what outputs lack beside the exact stream."""
+    monkeypatch.setattr("exporters.rounding.walk.bulk_products", exact_products)
+    model = tiny_model(model_type)[0]
+    linears = {name: linear for block in block_linears(model) for name, linear in block.items()}
+    given = {name: linear.weight.detach().clone() for name, linear in linears.items()}
+    wanted: dict[str, torch.Tensor] = {}
+    exact, _ = _streams(model, linears)
+
+    def visit(_: int, readings: Readings) -> dict[str, torch.Tensor]:
+        wanted.update({name: reading.weight for name, reading in readings.items()})
+        return {name: changed(reading.weight) for name, reading in readings.items()}
+
+    round_blocks(model, IDS, visit, correction=0.4)
+    with torch.no_grad():
+        for name, linear in linears.items():
+            linear.weight.copy_(changed(wanted[name]))
+    here, _ = _streams(model, linears)
+    for name, weight in wanted.items():
+        if name.endswith(("q_proj", "k_proj", "v_proj")):  # the first token counts more there
+            continue
+        x = here[name].flatten(0, -2).double()
+        lack = (exact[name].flatten(0, -2).double() - x) @ given[name].double().T
+        if name.endswith(("o_proj", "down_proj")) and model_type != "gemma3_text":  # whose norms come between
+            lack += _sum_before(name, exact) - _sum_before(name, here)
+        gram = x.T @ x / len(x)
+        ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+        change = torch.linalg.solve(gram + ridge, x.T @ lack / len(x)).T
+        torch.testing.assert_close(weight.double(), given[name] + 0.4 * change, rtol=1e-3, atol=1e-4)
+
+
+def _streams(model: Any, linears: dict[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """What each Linear reads in a run of the model, and each norm before it; and what comes out."""
+    reads: dict[str, torch.Tensor] = {}
+    with torch.no_grad(), ExitStack() as stack:
+        for name, module in (*linears.items(), *model.named_modules()):
+            if name in linears or name.endswith("layernorm"):
+                stack.enter_context(input_hook(module, partial(reads.__setitem__, name)))
+        last = model.get_decoder()(input_ids=IDS, use_cache=False).last_hidden_state
+    return reads, last
+
+
+def _sum_before(name: str, reads: dict[str, torch.Tensor]) -> torch.Tensor:
+    norm = "input_layernorm" if name.endswith("o_proj") else "post_attention_layernorm"
+    return reads[f"{name.rsplit('.', 2)[0]}.{norm}"].flatten(0, -2).double()
+
+
+def test_a_model_that_takes_errors_back_ends_nearer_to_the_exact_one(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("llama")[0]
+    linears = {name: linear for block in block_linears(model) for name, linear in block.items()}
+    given = {name: linear.weight.detach().clone() for name, linear in linears.items()}
+    _, exact = _streams(model, linears)
+    off = {}
+    for correction in (0.0, 0.5):
+        stored: dict[str, torch.Tensor] = {}
+
+        def visit(
+            _: int, readings: Readings, stored: dict[str, torch.Tensor] = stored
+        ) -> dict[str, torch.Tensor]:
+            new = {name: _coarse(reading.weight) for name, reading in readings.items()}
+            stored.update(new)
+            return new
+
+        round_blocks(model, IDS, visit, correction=correction)
+        with torch.no_grad():
+            for name, linear in linears.items():
+                linear.weight.copy_(stored[name])
+            off[correction] = float((_streams(model, linears)[1] - exact).square().mean())
+            for name, linear in linears.items():
+                linear.weight.copy_(given[name])
+    assert off[0.5] < 0.9 * off[0.0]
+
+
+def _coarse(weight: torch.Tensor) -> torch.Tensor:
+    step = weight.abs().mean()
+    return (weight / step).round() * step
