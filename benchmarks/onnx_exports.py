@@ -47,7 +47,7 @@ from exporters.onnx.mixed import (
     rounded_model,
     stored_bytes,
 )
-from exporters.onnx.quantize import QuantizedModel, tune
+from exporters.onnx.quantize import QuantizedModel, quantize_linears, tune
 from exporters.onnx.variants import INT4, INT8, BlockFormat
 from exporters.onnx.weights import HEAD_PARTS, weight_of
 from exporters.parity import Reference, choose_windows, reference_of
@@ -206,6 +206,9 @@ def mixed(arguments: argparse.Namespace) -> None:
     mixture = choose_mixture(nearest, taken_bytes(nearest.layers), budget)
     choices = {
         "nearest": nearest,
+        "GPTQ, nothing taken back": QuantizedModel(
+            quantize_linears(model, lambda *_: INT4, text, correction=0.0)
+        ),
         "GPTQ": small,
         "int4's choice": own,
         "the same, head in four bits": with_head(small.layers),
