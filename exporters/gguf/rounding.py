@@ -8,10 +8,11 @@ for several, ggml rounds block after block, each to make up for what those befor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -121,8 +122,9 @@ class _File:
             tensors = [self.stored[specs[module].name] for module in modules]
             kind, gram = kinds[modules[0]], _in_file(specs[modules[0]], readings[modules[0]].gram)
             if kind in _CHOSEN:
-                wanted = [_Wanted(specs[module].build(_Weights(readings))) for module in modules]
-                values = [dequantized(chosen, kind) for chosen in self._choose(tensors, wanted, gram)]
+                wanted = [specs[module].build(_Weights(readings)) for module in modules]
+                chosen = self._choose(tensors, partial(_rows, wanted), gram)
+                values = [dequantized(data, kind) for data in chosen]
             else:
                 values = [tensor.dequantize() for tensor in tensors]
             for tensor in tensors:
@@ -141,12 +143,12 @@ class _File:
         tensor = self.stored[spec.name]
         if tensor.kind.name in _CHOSEN:
             exact = self.exact[spec.name]
-            self._choose([tensor], [exact], _in_file(spec, gram))
+            self._choose([tensor], exact.rows, _in_file(spec, gram))
             tensor.let_go()
             exact.let_go()
 
     def _choose(
-        self, tensors: list[GGUFTensor], wanted: Sequence[_Rows], gram: torch.Tensor
+        self, tensors: list[GGUFTensor], wanted: Callable[[int, int], np.ndarray], gram: torch.Tensor
     ) -> list[np.ndarray]:
         """Choose numbers of tensors that read the same, some rows at a time; the bytes that each has then, by rows."""
         rows = [tensor.shape[0] for tensor in tensors]
@@ -155,8 +157,8 @@ class _File:
         if padding:
             gram = F.pad(gram, (0, padding, 0, padding))
         for start in range(0, len(data), _ROWS):
-            some = slice(start, start + _ROWS)
-            weight = torch.from_numpy(_rows(wanted, some)).to(gram.device)
+            some = slice(start, min(start + _ROWS, len(data)))
+            weight = torch.from_numpy(wanted(some.start, some.stop)).to(gram.device)
             stored = StoredMatrix(tensors[0].kind.name, data[some])
             data[some] = choose_numbers(weight, stored, gram).data
         parts = np.split(data, np.cumsum(rows)[:-1])
@@ -165,35 +167,6 @@ class _File:
             self.stream.write(part.tobytes())
             self.count += 1
         return parts
-
-
-class _Rows(Protocol):
-    """A matrix whose rows can be had."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(rows, columns)."""
-        ...
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Some of them, float32."""
-        ...
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """What a matrix of the file is to be rounded to, (rows, columns) float32."""
-
-    values: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """See `_Rows`."""
-        return self.values.shape
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """See `_Rows`."""
-        return self.values[start:stop]
 
 
 @dataclass(frozen=True)
@@ -207,15 +180,11 @@ class _Weights:
         return self.readings[name.removesuffix(".weight")].weight.cpu().numpy()
 
 
-def _rows(tensors: Sequence[_Rows], some: slice) -> np.ndarray:
-    """Some rows of matrices that lie below each other, as far as there are so many; float32."""
-    found, start = [], 0
-    for tensor in tensors:
-        first, last = max(some.start - start, 0), min(some.stop - start, tensor.shape[0])
-        if first < last:
-            found.append(tensor.rows(first, last))
-        start += tensor.shape[0]
-    return np.concatenate(found)
+def _rows(matrices: Sequence[np.ndarray], start: int, stop: int) -> np.ndarray:
+    """Some rows of matrices that lie below each other; float32."""
+    ends = np.cumsum([len(matrix) for matrix in matrices]).tolist()
+    parts = zip(matrices, [0, *ends], strict=False)
+    return np.concatenate([matrix[max(start - first, 0) : max(stop - first, 0)] for matrix, first in parts])
 
 
 def _in_file(spec: TensorSpec, gram: torch.Tensor) -> torch.Tensor:

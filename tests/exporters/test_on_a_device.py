@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,19 +87,21 @@ def test_an_onnx_variant(tiny_model: Callable[..., Any]) -> None:
         with computing(device, float64):
             model.to(device)
             model.tie_weights()
-            names = choose_few(model, measured_model(model, INT4, IDS))
+            measured = measured_model(model, INT4, IDS)
+            names = choose_few(model, measured)
             model.to("cpu")
             model.tie_weights()
             mixture = rounded_model(model, INT4, names, IDS, device=device)
             model.to(device)
             model.tie_weights()
-            made.append(tune(model, mixture, IDS))
+            made.append(replace(tune(model, mixture, IDS), losses=measured.losses))
     here, *elsewhere = made
     for there in elsewhere:
         assert_equal(here, there)
 
 
 def assert_equal(here: QuantizedModel, there: QuantizedModel) -> None:
+    assert here.losses == there.losses
     for name, layer in here.layers.items():
         assert torch.equal(layer.q, there.layers[name].q), name
         assert torch.equal(layer.scales, there.layers[name].scales), name

@@ -34,7 +34,7 @@ from exporters.onnx.mixed import (
 )
 from exporters.onnx.proof import prove
 from exporters.onnx.quantize import QuantizedModel
-from exporters.onnx.variants import HEAD, INT4, INT8, BlockFormat, Variant
+from exporters.onnx.variants import HEAD, INT4, INT8, VARIANTS, BlockFormat, Variant
 from exporters.onnx.weights import HEAD_PARTS, group_of, head_parts, packed_names, weight_of
 from exporters.options import ExportOptions
 
@@ -92,6 +92,7 @@ def test_more_bytes_never_make_the_predicted_loss_larger(tiny_model: Callable[..
         assert forms == {name: INT8 if name in chosen else INT4 for name in names}
     assert 0 < sizes[0] < sizes[1] < sizes[2] == len(names)
     assert choose_mixture(small, 0, 300) == ()
+    assert {stored.form for stored in rounded(model, ()).layers.values()} == {INT4}
 
 
 def test_few_layers_in_eight_bits_cost_little_time(tiny_model: Callable[..., Any]) -> None:
@@ -225,8 +226,9 @@ def test_numbers_that_only_told_costs_are_not_kept(
         return prove(job, variant, *others)
 
     monkeypatch.setattr("exporters.onnx.export.prove", watched)
-    export(make_checkpoint(), tmp_path / "out", "int4", "int4-mixed", mixed_bytes=10**7)
-    assert held == {"fp32": set(), "int4": {INT4}, "int4-mixed": {INT4}}
+    export(make_checkpoint(), tmp_path / "out", "int4", "int4-b128", "int4-mixed", mixed_bytes=10**7)
+    both = {INT4, VARIANTS["int4-b128"].form}
+    assert held == {"fp32": set(), "int4": {INT4}, "int4-b128": both, "int4-mixed": both}
 
 
 def test_without_a_number_a_mixture_keeps_to_its_share_of_q4_0(
