@@ -37,17 +37,22 @@ OFFSET_DIGITS = 8
 
 
 def measured_model(
-    model: Any, form: BlockFormat, input_ids: torch.Tensor, *, progress: Progress = no_progress
+    model: Any,
+    form: BlockFormat,
+    input_ids: torch.Tensor,
+    *,
+    device: str = "cpu",
+    progress: Progress = no_progress,
 ) -> QuantizedModel:
     """Round all layers to the nearest, and predict what each loses.
 
     Args:
-        model: A causal LM of the architecture table, float32; unchanged.
+        model: A causal LM of the architecture table, float32, on the CPU; unchanged.
         form: Of all layers.
         input_ids: Calibration text, (nsamples, seqlen).
+        device: Where to compute.
         progress: Told about the prediction.
     """
-    layers = quantize_linears(model, lambda *_: form, None)
     rows = head_parts(model.config.vocab_size)
 
     def change(name: str) -> WeightChange:
@@ -56,8 +61,10 @@ def measured_model(
 
         return WeightChange(HEAD, matrix, rows[name]) if name in rows else WeightChange(name, matrix)
 
-    changes = {name: change(name) for name in layers}
-    losses = predict_divergence(model, changes, input_ids[:GRADIENT_WINDOWS], progress=progress)
+    with moved(model, device):
+        layers = quantize_linears(model, lambda *_: form, None)
+        changes = {name: change(name) for name in layers}
+        losses = predict_divergence(model, changes, input_ids[:GRADIENT_WINDOWS], progress=progress)
     return QuantizedModel({name: rounded.to(CPU) for name, rounded in layers.items()}, losses)
 
 

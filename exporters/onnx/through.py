@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from cfsp.devices import moved
 from cfsp.errors import InputError
 from cfsp.models.rounded_numbers import RoundedFormat, RoundedNumbers
 from cfsp.models.weights import sha256_tensors
@@ -93,8 +92,8 @@ class OnnxRounding:
         check_blocks(read_config(checkpoint).spec)
         assert variant.form is not None
         model = load_checkpoint(checkpoint)
-        with moved(model, device):
-            names = choose_few(model, measured_model(model, variant.form, input_ids, progress=progress))
+        measured = measured_model(model, variant.form, input_ids, device=device, progress=progress)
+        names = choose_few(model, measured)
         few = rounded_model(model, variant.form, names, input_ids, device=device, progress=progress)
         table = None if is_tied(model) else few.nearest(model.get_input_embeddings().weight.detach(), INT8)
         return OnnxRounded(variant.name, few.layers, table)

@@ -102,8 +102,7 @@ def _for_text(
     """The same, rounded for a text."""
     progress, device = job.common.progress, job.common.settings.device
     if form not in job.measured:
-        with moved(job.model, device):
-            found = measured_model(job.model, form, text, progress=progress)
+        found = measured_model(job.model, form, text, device=device, progress=progress)
         job.measured[form] = without_numbers(found)
     measured, budget = job.measured[form], job.budget_bytes(variant)
     if budget is None:

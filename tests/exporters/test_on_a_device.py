@@ -85,12 +85,8 @@ def test_an_onnx_variant(tiny_model: Callable[..., Any]) -> None:
         model = tiny_model()[0]
         model.set_attn_implementation("eager")
         with computing(device, float64):
-            model.to(device)
-            model.tie_weights()
-            measured = measured_model(model, INT4, IDS)
+            measured = measured_model(model, INT4, IDS, device=device)
             names = choose_few(model, measured)
-            model.to("cpu")
-            model.tie_weights()
             mixture = rounded_model(model, INT4, names, IDS, device=device)
             model.to(device)
             model.tie_weights()
