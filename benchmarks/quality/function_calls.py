@@ -67,7 +67,7 @@ Said = tuple[str, Any]
 
 
 def _same(text: str) -> Said:
-    return text, text.removeprefix("on ").removeprefix("at the ")
+    return text, text.removeprefix("on ")
 
 
 def _number(value: int) -> Said:
