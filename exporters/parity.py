@@ -27,6 +27,8 @@ FloatArray = npt.NDArray[np.float32]
 
 PARITY_SEQLEN, PARITY_WINDOWS = 512, 4
 """Of the text that files are held against the checkpoint on."""
+LARGEST_LOGIT = 10.0
+"""Beyond it a limit to the difference of logits is one to a share of the largest, as float32's own errors are."""
 _HEAD_ROWS = 16384
 
 # Metrics that must not fall below their limit; all others must not exceed it.
@@ -117,20 +119,23 @@ def compare(
     Args:
         reference: The checkpoint's side.
         run: Window of token ids (seqlen,) -> its logits, in pieces (k, vocab_size) of successive positions.
-        limits: Stored in the report; see `check_limits`.
+        limits: Stored in the report, that to the difference of logits as it is for the checkpoint's largest; see
+            `check_limits`.
         progress: Told after every window.
 
     Raises:
         LimitError: The export gives logits that are not finite.
     """
-    windows = reference.windows
+    windows, largest = reference.windows, LARGEST_LOGIT
 
     def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        nonlocal largest
         for index, window in enumerate(windows.ids):
             start = 0
             for piece in run(window.numpy().astype(np.int32)):
                 stop = start + len(piece)
                 ours = capped(_logits(reference.hidden[index, start:stop], reference.head), reference.cap)
+                largest = max(largest, float(ours.abs().max()))
                 yield ours, torch.from_numpy(piece), window[start + 1 : stop + 1]
                 start = stop
             progress("parity", index + 1, len(windows.ids))
@@ -149,7 +154,10 @@ def compare(
         ppl_checkpoint=divergence.reference_perplexity,
         ppl_export=divergence.perplexity,
         ppl_ratio=divergence.perplexity_ratio,
-        limits=dict(limits),
+        limits={
+            metric: limit * largest / LARGEST_LOGIT if metric == "max_logit_diff" else limit
+            for metric, limit in limits.items()
+        },
     )
 
 

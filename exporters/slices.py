@@ -23,9 +23,7 @@ from cfsp.models.paging import at_hand
 from cfsp.progress import Progress, no_progress
 from cfsp.text.tokens import TokenWindows
 from exporters.export_record import BlockProof
-
-_LARGEST = 10.0
-"""Of a language model's logits, so that a limit to their difference is one to a share of the largest."""
+from exporters.parity import LARGEST_LOGIT
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def prove_slices(
         LimitError: A block gives something else in the runtime; the message says which.
     """
     largest, total, ids = 0.0, len(decoder_layers(model)), windows.ids[:1]
-    limit = (max_logit_diff or 0.0) / _LARGEST
+    limit = (max_logit_diff or 0.0) / LARGEST_LOGIT
     for part in _slices(model, ids, runs):
         difference = _difference(part.logits(norm_epsilon(model.config)), run(part))
         if not difference <= limit:
