@@ -128,7 +128,7 @@ def test_scales_are_not_trained_where_that_takes_the_whole_model(
 
 def test_a_wrong_block_leaves_nothing(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "always")
-    monkeypatch.setattr("exporters.slices._LARGEST", 1e9)
+    monkeypatch.setattr("exporters.slices.LARGEST_LOGIT", 1e9)
     with pytest.raises(LimitError, match=r"block 0 is too far .* above 1e-12"):
         export_gguf(half, tmp_path / "out", ("Q8_0",), ExportOptions(parity_windows=IDS))
     assert not (tmp_path / "out").exists()

@@ -101,7 +101,7 @@ def test_a_variant_of_floats_is_made_of_the_whole_model(
 
 def test_a_wrong_block_leaves_nothing(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "always")
-    monkeypatch.setattr("exporters.slices._LARGEST", 1e9)
+    monkeypatch.setattr("exporters.slices.LARGEST_LOGIT", 1e9)
     with pytest.raises(LimitError, match=r"block 0 is too far .* in ONNX Runtime.* above"):
         export_onnx(half, tmp_path / "out", ("int8",), OPTIONS)
     assert not (tmp_path / "out").exists()
