@@ -10,7 +10,7 @@ from cfsp.models.shape import ModelShape
 
 @dataclass(frozen=True)
 class ParityLimits:
-    """Bounds on a ParityReport's metrics; None is not checked. That to the difference of a logit is for logits up to 10.
+    """Bounds on a ParityReport's metrics; None is not checked. That to the difference of logits is for ones up to 10.
 
     What a graph computes is proven on its float32 file, in the logits. The bounds of the quantized files therefore
     have to catch a bad quantization alone.
