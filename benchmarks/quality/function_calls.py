@@ -31,9 +31,7 @@ UNITS = (
     *(("euros", "dollars"), ("dollars", "euros"), ("litres", "gallons"), ("metres", "feet")),
 )
 MODES = MappingProxyType({"on foot": "walk", "by car": "drive", "by bike": "bike", "by bus": "transit"})
-HOURS = (
-    *("twelve", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"),
-)
+HOURS = ("twelve", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven")
 HELD_SHARE = 0.2
 """Of the words of a list, those that no command of the training file has."""
 
@@ -54,7 +52,7 @@ class Values:
         """One of the phrases of a list, with words in it."""
         phrase = self.random.choice(PHRASES[name])
         return PLACEHOLDER.sub(
-            lambda found: self.word(found[1]) if found[1] in WORDS else f"{self.number(1, 150)}", phrase
+            lambda found: f"{self.number(1, 150)}" if found[1] == "number" else self.word(found[1]), phrase
         )
 
     def number(self, low: int, high: int) -> int:
