@@ -77,7 +77,7 @@ class RoundingSettings(Settings):
         option="--tune-scales",
     )
     rounding_windows: int | None = setting(
-        16,
+        32,
         "Windows of that text which files of few bits are rounded for and mixtures chosen by; with more "
         "of them they lose a little less and take longer.",
         ge=1,
