@@ -33,7 +33,9 @@ from exporters.rounding.gptq import factored
 
 CORRECTION = 0.4
 """Share of earlier layers' error that is taken back: c. Of SmolLM2-135M in Q4_0 0.35 and 0.5 leave 0.77 to 0.85 of the
-divergence that is there without, and 1, which fits the text too closely, 0.9 to 0.95."""
+divergence that is there without, and 1, which fits the text too closely, 0.9 to 0.95. In four bits of ONNX, shares that
+one half of the text tells of the other, layer by layer (0.2 to 0.9; 16 windows), and c = 1 with a ridge 7 to 100 times as
+large (16 and 64 windows) were no better."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj")
 _AT_ONCE = 4
 """Tensors of an FFN's width that are in memory at once, for all tokens; one is what is read in the exact stream."""
 _SINK_SHARE = 0.25
-"""The first token's weight over that of all tokens. Measured: 0.25 and 1 lose least, 0.03 a little more."""
+"""The first token's weight over that of all tokens. Measured: 0.25 and 1 lose least, 0.03 a little more; tokens that
+count by the root of their squared gradients, in every layer, as much."""
 
 
 def round_blocks(
