@@ -21,9 +21,10 @@ Nothing is multiplied in float16: some models' hidden states are too large for i
 
 
 def fast_dtype(device_type: str = "cpu") -> torch.dtype:
-    """bfloat16 where a GPU knows it, or this CPU has matrix units for it (AMX), else float32.
+    """bfloat16 where torch rounds float32 tensors to it for a faster product by itself, else float32.
 
-    AVX512-BF16 alone is no faster. Of Apple's MPS it was never measured, so it is float32 there.
+    It does on GPUs that know it, and on processors with matrix units (AMX); with AVX512-BF16 alone it does not, and the
+    tensors have to be bfloat16 (`bulk_dtype`). Of Apple's MPS it was never measured, so it is float32 there.
     """
     if device_type == "mps":
         return torch.float32
@@ -38,7 +39,7 @@ def fast_dtype(device_type: str = "cpu") -> torch.dtype:
 def bulk_dtype(device_type: str = "cpu") -> torch.dtype:
     """bfloat16 where products of tensors that are bfloat16 are faster than float32's, which give bfloat16 then.
 
-    So they are with AVX512-BF16, too: torch rounds no float32 for it by itself, which is why `fast_dtype` says float32.
+    So they are where `fast_dtype` is bfloat16, and with AVX512-BF16.
     """
     if device_type == "cpu" and _has_bfloat16_products():
         return torch.bfloat16
@@ -58,9 +59,9 @@ def _has_bfloat16_products() -> bool:
 
 
 def product_dtype(name: str, device_type: str = "cpu") -> torch.dtype:
-    """The dtype of products that a name in DTYPES means on a device; "auto" is bfloat16 where it is faster."""
+    """The dtype of autocast products that a name in DTYPES means on a device; "auto" is bfloat16 where it is faster."""
     if name == "auto":
-        return fast_dtype(device_type)
+        return bulk_dtype(device_type)
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 

@@ -144,7 +144,7 @@ class Training(Settings):
     save_every: int | None = setting(
         None, "Steps between checkpoints.", ge=1, shown="as --eval-every", example=100
     )
-    patience: int | None = setting(5, "Stop after so many validations without a new best; 0: never.", ge=0)
+    patience: int | None = setting(0, "Stop after so many validations without a new best; 0: never.", ge=0)
     validation_windows: int = setting(16, "Most validation sequences.", ge=1, le=2**20)
     self_tokens: int = setting(
         131_072, "Most tokens sampled for the reference `self`, and for `student`.", ge=1

@@ -66,7 +66,7 @@ def test_an_error_inside_the_context_leaves_the_precision_as_it_was() -> None:
 
 def test_auto_is_what_the_hardware_multiplies_faster() -> None:
     assert (fast_dtype() == torch.bfloat16) == torch.cpu._is_amx_tile_supported()
-    assert product_dtype("auto") == fast_dtype()
+    assert product_dtype("auto") == bulk_dtype()
     assert product_dtype("float32") == torch.float32
     assert product_dtype("bfloat16") == torch.bfloat16
     assert product_dtype("float16") == rounding_dtype("float16") == torch.float32  # of weights alone
