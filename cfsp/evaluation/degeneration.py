@@ -8,23 +8,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from cfsp.text.loops import LETTERS, N_GRAM, UNSPACED, is_loop
 from cfsp.text.templates import render_prompt
 
-LOOP_REPEATS = 3
-"""A tail that says the same this many times in a row is a loop,"""
-LOOP_CHARACTERS = 60
-"""if the repetition covers at least this many characters."""
-LOOP_COUNTED_LETTERS = 12
-"""A period that differs only in its digits counts as the same if it has this many letters (so 1, 2, 3 does not)."""
-REPEATED_SHARE = 0.5
-"""Share of word 4-grams that occurred before, above which a text only repeats itself."""
-REPEATED_MINIMUM = 40
-"""Number of 4-grams below which that share says nothing."""
 REPLACEMENT_SHARE = 0.02
 """Share of replacement, control and private-use characters."""
 MOJIBAKE_SHARE = 0.03
@@ -40,15 +30,9 @@ ECHO_WORDS = 8
 ECHO_SHARE = 0.8
 """Share of a text's words that stand in such runs taken from the user's prompt."""
 
-_N_GRAM = 4
 _SHORT = 20
 _SPACED_SCRIPTS = ("LATIN", "CYRILLIC", "GREEK", "ARMENIAN", "GEORGIAN", "HEBREW", "ARABIC", "DEVANAGARI")
-_UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0002ffff"
-)
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
-_TOKEN = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]")
-_LETTERS = re.compile(r"[^\W\d_]+")
+_WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 _MOJIBAKE = re.compile(
     "[\u00c2\u00c3\u00d0\u00d1\u00e2\u00e3\u00ef][\u0080-\u00bf\u20ac\u2018-\u2022\u0152\u0153\u2122\u0192\u201a-\u201e]+"
 )
@@ -70,21 +54,8 @@ def is_empty(text: str, prompt: str = "", system: str = "") -> bool:
     return not any(unicodedata.category(c)[0] in "LN" or unicodedata.category(c) == "So" for c in text)
 
 
-def is_loop(text: str, prompt: str = "", system: str = "") -> bool:
-    """The text ends in a loop, or mostly repeats itself.
-
-    It ends in a loop if its tail of at least LOOP_CHARACTERS consists of LOOP_REPEATS or more equal periods, the last
-    of which may be cut off; with LOOP_COUNTED_LETTERS letters in the period, digits may differ ("Step 1: ... Step 2:
-    ..."). It mostly repeats itself if more than REPEATED_SHARE of its word 4-grams occurred before in it.
-    """
-    text = " ".join(text.split())
-    counted = re.sub(r"\d+", "0", text)
-    if _tail_period(text) or len("".join(_LETTERS.findall(_tail_period(counted)))) >= LOOP_COUNTED_LETTERS:
-        return True
-    words = [word.casefold() for word in _TOKEN.findall(text)]
-    grams = Counter(zip(*(words[i:] for i in range(_N_GRAM)), strict=False))
-    total = sum(grams.values())
-    return total >= REPEATED_MINIMUM and 1 - len(grams) / total > REPEATED_SHARE
+def _is_loop(text: str, prompt: str, system: str) -> bool:
+    return is_loop(text)
 
 
 def is_non_language(text: str, prompt: str = "", system: str = "") -> bool:
@@ -107,7 +78,7 @@ def is_non_language(text: str, prompt: str = "", system: str = "") -> bool:
     words = sum(unicodedata.category(c)[0] in "LNM" for c in visible)
     if len(visible) >= _SHORT and words / len(visible) < WORD_CHARACTER_SHARE:
         return True
-    return _implausible_words(_LETTERS.findall(text))
+    return _implausible_words(LETTERS.findall(text))
 
 
 def is_echo(text: str, prompt: str = "", system: str = "") -> bool:
@@ -118,7 +89,7 @@ def is_echo(text: str, prompt: str = "", system: str = "") -> bool:
     prompt. Quoting a part of the prompt, as an answer may, is no echo.
     """
     words, asked, told = (_words(part) for part in (text, prompt, system))
-    if len(told) >= _N_GRAM and any(_taken(words, told, min(ECHO_WORDS, len(told)))):
+    if len(told) >= N_GRAM and any(_taken(words, told, min(ECHO_WORDS, len(told)))):
         return True
     if not words or not asked:
         return False
@@ -126,7 +97,7 @@ def is_echo(text: str, prompt: str = "", system: str = "") -> bool:
 
 
 CHECKS: Mapping[str, Callable[[str, str, str], bool]] = MappingProxyType(
-    {"empty": is_empty, "loop": is_loop, "echo": is_echo, "non_language": is_non_language}
+    {"empty": is_empty, "loop": _is_loop, "echo": is_echo, "non_language": is_non_language}
 )
 """Reason -> check(text, prompt, system); the first that holds is the reason given."""
 
@@ -142,19 +113,6 @@ def system_text(tokenizer: Any, prompt: str) -> str:
         before = before.replace(token, "\n")
     lines = [line.strip() for line in before.splitlines()]
     return "\n".join(line for line in lines if line and line not in ("system", "user"))
-
-
-def _tail_period(text: str) -> str:
-    """The shortest period whose repetition ends the text long and often enough; empty where there is none."""
-    for period in range(1, len(text) // LOOP_REPEATS + 1):
-        if text[-1] != text[-1 - period]:
-            continue
-        span = period
-        while span < len(text) and text[-1 - span] == text[-1 - span + period]:
-            span += 1
-        if span >= LOOP_REPEATS * period and span >= LOOP_CHARACTERS:
-            return text[-period:]
-    return ""
 
 
 def _implausible_words(words: list[str]) -> bool:
