@@ -9,6 +9,7 @@ import bisect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress, no_progress
 from cfsp.recovery.chats import LabelledTokens, labelled_chat
 from cfsp.recovery.settings import STUDENT, RecoverySettings, labels_whole_chats, token_budget
+from cfsp.text.own_text import without_loops
 from cfsp.text.respelling import Respelling
 from cfsp.text.self_sampling import sample_windows
 from cfsp.text.settings import SELF
@@ -45,6 +47,9 @@ class Sequences:
         sha256: Hash of ids and targets.
         teacher_ids: (n, seqlen) int64, the same text in the teacher's tokens where these are others.
         teacher_places: (n, seqlen) int64, which of these each position is the last part of, or INSIDE.
+        n_loops: Texts of the source that a model wrote in loops, and that are left out.
+        growth: Its tokens to those that the dense model reads it in; None where the vocabulary is whole, or what it was
+            is not known.
     """
 
     input_ids: torch.Tensor
@@ -53,6 +58,8 @@ class Sequences:
     sha256: str
     teacher_ids: torch.Tensor | None = None
     teacher_places: torch.Tensor | None = None
+    n_loops: int = 0
+    growth: float | None = None
 
     def items(self) -> Iterator[dict[str, torch.Tensor]]:
         """Every sequence."""
@@ -143,7 +150,8 @@ def load_recovery_data(
         progress: Told about reading and sampling.
 
     Raises:
-        InputError: No reference, no usable rows, chats without an answer, or too little data.
+        InputError: No reference, no usable rows, chats without an answer, a model that writes loops, or too little
+            data.
     """
     if not references:
         raise InputError("no training data given", allowed="self, or one or more text references")
@@ -213,11 +221,14 @@ class _Reader:
             writers=self.writers,
             progress=self.progress,
         )
+        found = without_loops(ids, author)
+        ids = found.windows
         if reference == STUDENT and self.respelling is not None:
             kept = self.respelling.kept
             ids = kept[ids.clamp_max(len(kept) - 1)]  # rows beyond the tokens stand for none
         ids = started(ids, self.tokenizer)
-        return _sequences(ids, _targets(ids, torch.ones_like(ids, dtype=torch.bool)), reference)
+        targets = _targets(ids, torch.ones_like(ids, dtype=torch.bool))
+        return _sequences(ids, targets, reference, n_loops=found.n_loops)
 
     def _tokens(self, reference: str, limit: int | None, seed: int) -> tuple[list[LabelledTokens], list[int]]:
         """Labelled chats, and the plain texts as one stream, up to `limit` tokens in all."""
@@ -284,8 +295,8 @@ def _targets(ids: torch.Tensor, learnt: torch.Tensor) -> torch.Tensor:
     return targets
 
 
-def _sequences(ids: torch.Tensor, targets: torch.Tensor, source: str) -> Sequences:
-    return Sequences(ids, targets, source, tokens_sha256(torch.stack([ids, targets])))
+def _sequences(ids: torch.Tensor, targets: torch.Tensor, source: str, *, n_loops: int = 0) -> Sequences:
+    return Sequences(ids, targets, source, tokens_sha256(torch.stack([ids, targets])), n_loops=n_loops)
 
 
 def respelled(sequences: Sequences, respelling: Respelling) -> Sequences:
@@ -298,7 +309,7 @@ def respelled(sequences: Sequences, respelling: Respelling) -> Sequences:
         learnt.append((targets.roll(1) != IGNORED)[text.owners[:size]])
         places.append(text.owners.where(text.ends, INSIDE)[:size])
     targets = _targets(torch.stack(ids), torch.stack(learnt))
-    spelled = _sequences(torch.stack(ids), targets, sequences.source)
+    spelled = _sequences(torch.stack(ids), targets, sequences.source, n_loops=sequences.n_loops)
     return replace(spelled, teacher_ids=sequences.input_ids, teacher_places=torch.stack(places))
 
 
@@ -312,7 +323,5 @@ def _hold_out(sequences: Sequences, share: int) -> tuple[Sequences, Sequences]:
         )
     held = max(1, min(share, int(count * HELD_OUT_SHARE)))
     ids, targets = sequences.input_ids, sequences.targets
-    return (
-        _sequences(ids[:-held], targets[:-held], sequences.source),
-        _sequences(ids[-held:], targets[-held:], sequences.source),
-    )
+    part = partial(_sequences, source=sequences.source, n_loops=sequences.n_loops)
+    return part(ids[:-held], targets[:-held]), part(ids[-held:], targets[-held:])

@@ -31,6 +31,7 @@ from cfsp.reading import as_input_error
 from cfsp.recovery.adapter import add_adapter, give_trained, merge_adapter
 from cfsp.recovery.data import RecoveryData, TrainingMix, load_recovery_data
 from cfsp.recovery.inputs import RecoveryInputs, load_inputs, read_extents
+from cfsp.recovery.language import check_vocabulary
 from cfsp.recovery.optimizer import check_optimizer
 from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord, data_record
 from cfsp.recovery.rounding import RoundedModel, Rounding
@@ -260,7 +261,7 @@ def _read(
             value=settings.end_weight,
             allowed="1, or chats",
         )
-    return drawn
+    return check_vocabulary(drawn, inputs)
 
 
 def _tokens_per_process(settings: RecoverySettings) -> int:

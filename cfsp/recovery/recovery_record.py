@@ -24,6 +24,9 @@ class DataRecord:
         n_sequences: Number of sequences.
         n_tokens: Positions in them.
         n_learnt: Positions with a target.
+        n_loops: Texts that a model wrote in loops, and that were left out.
+        growth: Its tokens to those that the dense model reads it in; None where the vocabulary is whole, or what it was
+            is not known.
     """
 
     reference: str
@@ -31,6 +34,8 @@ class DataRecord:
     n_sequences: int
     n_tokens: int
     n_learnt: int
+    n_loops: int = 0
+    growth: float | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,8 @@ def data_record(sequences: Sequences) -> DataRecord:
         len(sequences.input_ids),
         sequences.n_tokens,
         sequences.n_learnt,
+        sequences.n_loops,
+        sequences.growth,
     )
 
 

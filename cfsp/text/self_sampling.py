@@ -133,6 +133,16 @@ def chat_frame(tokenizer: Any) -> tuple[list[int], list[int]] | None:
     return encode(tokenizer, before), encode(tokenizer, between)
 
 
+def beginning(tokenizer: Any) -> list[int]:
+    """Token ids with which a model begins every text that it writes: a chat's frame, or a base model's start token."""
+    frame = chat_frame(tokenizer)
+    if frame is not None:
+        return frame[0]
+    return [
+        next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    ]
+
+
 def model_fingerprint(model: torch.nn.Module) -> str:
     """Hex SHA-256 over names, shapes and bytes of all parameters."""
     dtype = computing_dtype(model)
@@ -144,8 +154,7 @@ def model_fingerprint(model: torch.nn.Module) -> str:
 def _sample_batch(loaded: LoadedModel, continued: Continue, report: Report) -> list[list[int]]:
     frame = chat_frame(loaded.tokenizer)
     if frame is None:
-        starts = (loaded.tokenizer.bos_token_id, loaded.tokenizer.eos_token_id)
-        prompts = [[next((token for token in starts if token is not None), 0)]] * BATCH_SIZE
+        prompts = [beginning(loaded.tokenizer)] * BATCH_SIZE
         return continued(prompts, MAX_USER_TOKENS + MAX_REPLY_TOKENS, report)
     before, between = frame
     asked = continued([before] * BATCH_SIZE, MAX_USER_TOKENS, lambda written: None)

@@ -116,6 +116,11 @@ def format_recovery(record: RecoveryRecord, output: Path) -> str:
         f"{record.tokens_seen} tokens of {', '.join(part.reference for part in record.training)} "
         f"in {record.seconds:.0f} s, {record.dtype} on {record.device}, processes: {record.processes}"
         f"{shared}; stopped by {record.stopped_by}.",
+        *(
+            f"Left out of {part.reference}, because they are loops: {part.n_loops} of the texts that it wrote."
+            for part in record.training
+            if part.n_loops
+        ),
         f"Written to {output}.",
     ]
     return "\n".join(lines)

@@ -25,6 +25,7 @@ from cfsp import load_model
 from cfsp.models.architectures import model_shape
 from cfsp.models.checkpoint import load_input_moments, read_checkpoint_info
 from cfsp.models.gguf_file import read_gguf
+from cfsp.models.reference import load_tokenizer
 from cfsp.records import read_record
 from cfsp.recovery.data import load_recovery_data
 from cfsp.recovery.optimizer import MuonAndAdamW
@@ -207,6 +208,29 @@ def test_the_dense_model_teaches_one_that_lost_tokens(dense: Path, chats: Path, 
     again, tokens = load_model(output), load_model(trimmed).tokenizer.get_vocab()
     assert again.tokenizer.get_vocab() == tokens
     assert again.model.get_output_embeddings().weight.shape[0] == 300
+
+
+@pytest.mark.parametrize("loss", ["next-token", "distill"])
+def test_data_that_a_trimmed_vocabulary_cannot_say_is_refused(
+    dense: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], loss: str
+) -> None:
+    trimmed, output = tmp_path / "trimmed", tmp_path / "out"
+    sizes = ["--calibration", str(chats), "--nsamples", "4", "--seqlen", "64"]
+    few = ["--prune-ratio", "0", "--vocabulary", "300", "--vocabulary-text", str(chats)]
+    assert main(["prune", str(dense), "-o", str(trimmed), *few, *sizes]) == 0
+    before, after = (load_tokenizer(folder) for folder in (dense, trimmed))
+    lost = [index for token, index in before.get_vocab().items() if token not in after.get_vocab()]
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join(before.batch_decode([[index] for index in lost])) * 20, encoding="utf-8")
+    options = ["--method", "full", "--loss", loss, "--max-tokens", "640"]
+    capsys.readouterr()
+    assert main(command(trimmed, output, chats, "--data", str(other), *options)) == 2
+    error = capsys.readouterr().err
+    assert "another language or script than the vocabulary was trimmed for" in error
+    assert str(other) in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.txt", "trimmed"]
+    assert main(command(trimmed, output, chats, *options)) in (0, 1)
+    assert record_of(output).training[0].growth == pytest.approx(1, abs=0.05)
 
 
 def test_what_the_checkpoint_writes_is_judged_by_the_teacher(

@@ -1,0 +1,78 @@
+"""A model's own texts, of which those that loop are left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from cfsp.errors import InputError
+from cfsp.models.source import LoadedModel, ModelSource
+from cfsp.text.encoding import encode
+from cfsp.text.own_text import without_loops
+from cfsp.text.self_sampling import chat_frame
+
+LOOP = "the pears are ripe and " * 12
+
+
+def author(tiny_model: Any, *, chats: bool) -> LoadedModel:
+    model, tokenizer = tiny_model("llama")
+    if not chats:
+        tokenizer.chat_template = None
+    return LoadedModel(model, tokenizer, ModelSource(reference="tiny", kind="folder", name="tiny"))
+
+
+def written(loaded: LoadedModel, said: list[tuple[str, str]]) -> list[list[int]]:
+    """Texts as `sample_windows` has them: a question and an answer, or one text, and the token that ends each."""
+    tokenizer, frame = loaded.tokenizer, chat_frame(loaded.tokenizer)
+    end = [tokenizer.eos_token_id]
+    if frame is None:
+        return [[tokenizer.bos_token_id, *encode(tokenizer, a + b), *end] for a, b in said]
+    before, between = frame
+    return [[*before, *encode(tokenizer, a), *between, *encode(tokenizer, b), *end] for a, b in said]
+
+
+def windows(texts: list[list[int]], seqlen: int = 8) -> torch.Tensor:
+    stream = torch.tensor([token for text in texts for token in text])
+    return stream[: len(stream) // seqlen * seqlen].view(-1, seqlen)
+
+
+@pytest.mark.parametrize("chats", [True, False])
+@pytest.mark.parametrize("where", [0, 1], ids=["question", "answer"])
+def test_texts_that_loop_are_left_out_whole_and_counted(tiny_model: Any, chats: bool, where: int) -> None:
+    loaded = author(tiny_model, chats=chats)
+    good = [(f"Name pear {n}.", f" It is the {word} one.") for n, word in enumerate("abcdefg")]
+    looping = ("Name a pear.", LOOP) if where else (LOOP, " A pear.")
+    if not chats:
+        looping = ("", LOOP)
+    texts = written(loaded, [*good[:3], looping, *good[3:5], looping, *good[5:]])
+    found = without_loops(windows(texts), loaded)
+    assert (found.n_texts, found.n_loops) == (9, 2)
+    assert torch.equal(found.windows, windows(written(loaded, good))[: len(found.windows)])
+    assert len(found.windows) >= len(windows(written(loaded, good))) - 1
+
+
+@pytest.mark.parametrize("chats", [True, False])
+def test_texts_without_loops_stay_as_they_are(tiny_model: Any, chats: bool) -> None:
+    loaded = author(tiny_model, chats=chats)
+    ids = windows(written(loaded, [("Count.", " 1, 2, 3, 4, 5, 6, 7, 8."), ("Say it.", " ha ha ha")]))
+    found = without_loops(ids, loaded)
+    assert found.n_loops == 0
+    assert torch.equal(found.windows, ids)
+
+
+def test_a_model_whose_texts_loop_is_refused(tiny_model: Any) -> None:
+    loaded = author(tiny_model, chats=True)
+    texts = written(loaded, [("Say it.", " ha."), ("Go on.", LOOP), ("And on.", LOOP)])
+    with pytest.raises(InputError, match="2 of 3 texts that tiny wrote are loops"):
+        without_loops(windows(texts), loaded)
+
+
+def test_one_token_may_begin_and_end_texts(tiny_model: Any) -> None:
+    loaded = author(tiny_model, chats=False)
+    loaded.tokenizer.bos_token = loaded.tokenizer.eos_token
+    good = [("A pear.", ""), ("Two pears.", ""), ("Three pears.", "")]
+    found = without_loops(windows(written(loaded, [*good[:1], (LOOP, ""), *good[1:]]), 4), loaded)
+    assert (found.n_texts, found.n_loops) == (4, 1)
+    assert torch.equal(found.windows, windows(written(loaded, good), 4)[: len(found.windows)])
