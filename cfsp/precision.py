@@ -1,7 +1,8 @@
 """The number format of matrix products: rounding their inputs to bfloat16 where the hardware multiplies that faster.
 
 Sums stay in float32. Weights, residual streams and solutions are float32 always; only what goes into a product is
-rounded, which on a processor with matrix units (AMX) makes a pass over text two to three times as fast.
+rounded, which on a processor with matrix units (AMX) makes a pass over text two to three times as fast. Training and
+sums over many tokens also take products of tensors that are bfloat16, whose results are rounded as well (autocast).
 """
 
 from __future__ import annotations

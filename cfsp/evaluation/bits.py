@@ -17,7 +17,7 @@ import torch
 from cfsp.evaluation.language_model import LanguageModel
 from cfsp.evaluation.perplexity import Scored, bounded_exp, text_loss
 from cfsp.progress import Progress, no_progress
-from cfsp.text.encoding import encode, start_token
+from cfsp.text.encoding import decode, encode, start_token
 from cfsp.text.tokens import TokenWindows
 
 
@@ -63,7 +63,7 @@ def tokens_per_byte(n_tokens: int, n_bytes: int) -> float:
 
 def predicted_bytes(ids: torch.Tensor, tokenizer: Any) -> int:
     """Bytes that windows (n_windows, seqlen) of token ids spell after their first token."""
-    return sum(len(_text(window[1:], tokenizer).encode("utf-8")) for window in ids)
+    return sum(len(decode(tokenizer, window[1:]).encode("utf-8")) for window in ids)
 
 
 def losses_on_shared_text(
@@ -106,8 +106,8 @@ def respelled(window: torch.Tensor, tokenizer: Any, other: Any) -> Scored:
         head = [token for token in starts if token is not None][:1]
     else:
         start = start_token(other)
-        head = [*([] if start is None else [start]), *encode(other, _text(window[:1], tokenizer))]
-    rest = encode(other, _text(window[1:], tokenizer))
+        head = [*([] if start is None else [start]), *encode(other, decode(tokenizer, window[:1]))]
+    rest = encode(other, decode(tokenizer, window[1:]))
     return Scored(torch.tensor([*head, *rest]), max(len(head), 1))
 
 
@@ -120,7 +120,3 @@ def shared_text(window: torch.Tensor, tokenizer: Any, other: Any) -> tuple[Score
         if excess <= 0 or size <= 2:
             return Scored(window[:size], 1), theirs
         size = max(2, size - excess)
-
-
-def _text(ids: torch.Tensor, tokenizer: Any) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

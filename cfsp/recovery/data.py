@@ -9,7 +9,6 @@ import bisect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +33,9 @@ INSIDE = -1
 
 HELD_OUT_SHARE = 0.1
 """Most of the data that is held out where no validation data is given."""
+
+MOST_LOOPS = 0.5
+"""Share of the texts of a model above which it is not one to learn from."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,11 @@ class Sequences:
     def n_learnt(self) -> int:
         """Number of positions with a target."""
         return int((self.targets != IGNORED).sum())
+
+    @property
+    def learnt(self) -> torch.Tensor:
+        """(n, seqlen) bool, which tokens are some position's target."""
+        return self.targets.roll(1, dims=1) != IGNORED
 
 
 @dataclass(frozen=True)
@@ -221,14 +228,17 @@ class _Reader:
             writers=self.writers,
             progress=self.progress,
         )
-        found = without_loops(ids, author)
-        ids = found.windows
+        n_loops = 0
+        if (
+            reference == SELF
+        ):  # what a student writes is not learnt, but where the teacher says what comes next
+            ids, n_loops = _worth_learning(ids, author)
         if reference == STUDENT and self.respelling is not None:
             kept = self.respelling.kept
             ids = kept[ids.clamp_max(len(kept) - 1)]  # rows beyond the tokens stand for none
         ids = started(ids, self.tokenizer)
         targets = _targets(ids, torch.ones_like(ids, dtype=torch.bool))
-        return _sequences(ids, targets, reference, n_loops=found.n_loops)
+        return _sequences(ids, targets, reference, n_loops=n_loops)
 
     def _tokens(self, reference: str, limit: int | None, seed: int) -> tuple[list[LabelledTokens], list[int]]:
         """Labelled chats, and the plain texts as one stream, up to `limit` tokens in all."""
@@ -258,6 +268,20 @@ class _Reader:
                 allowed='chats with a non-empty message of role "assistant"',
             )
         return chats, stream
+
+
+def _worth_learning(windows: torch.Tensor, author: LoadedModel) -> tuple[torch.Tensor, int]:
+    """A model's own texts (n, seqlen) but for those that are loops, and how many these were."""
+    found = without_loops(windows, author)
+    if found.n_loops > MOST_LOOPS * found.n_texts or len(found.windows) < min(2, len(windows)):
+        raise InputError(
+            f"{found.n_loops} of {found.n_texts} texts that {author.source.name} wrote are loops, which is too many to "
+            "learn from it",
+            field="data",
+            value=SELF,
+            allowed="text that was written by others",
+        )
+    return found.windows, found.n_loops
 
 
 def _pack_chats(
@@ -303,10 +327,10 @@ def respelled(sequences: Sequences, respelling: Respelling) -> Sequences:
     """The same text in the model's tokens, the teacher's beside it; what is too long for a sequence loses its end."""
     size = sequences.input_ids.shape[1]
     ids, learnt, places = [], [], []
-    for window, targets in zip(sequences.input_ids, sequences.targets, strict=True):
+    for window, is_learnt in zip(sequences.input_ids, sequences.learnt, strict=True):
         text = respelling.spell(window.tolist())
         ids.append(text.ids[:size])
-        learnt.append((targets.roll(1) != IGNORED)[text.owners[:size]])
+        learnt.append(is_learnt[text.owners[:size]])
         places.append(text.owners.where(text.ends, INSIDE)[:size])
     targets = _targets(torch.stack(ids), torch.stack(learnt))
     spelled = _sequences(torch.stack(ids), targets, sequences.source, n_loops=sequences.n_loops)
@@ -323,5 +347,7 @@ def _hold_out(sequences: Sequences, share: int) -> tuple[Sequences, Sequences]:
         )
     held = max(1, min(share, int(count * HELD_OUT_SHARE)))
     ids, targets = sequences.input_ids, sequences.targets
-    part = partial(_sequences, source=sequences.source, n_loops=sequences.n_loops)
-    return part(ids[:-held], targets[:-held]), part(ids[-held:], targets[-held:])
+    return (
+        _sequences(ids[:-held], targets[:-held], sequences.source, n_loops=sequences.n_loops),
+        _sequences(ids[-held:], targets[-held:], sequences.source),
+    )

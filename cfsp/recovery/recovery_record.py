@@ -24,7 +24,7 @@ class DataRecord:
         n_sequences: Number of sequences.
         n_tokens: Positions in them.
         n_learnt: Positions with a target.
-        n_loops: Texts that a model wrote in loops, and that were left out.
+        n_loops: Texts that the dense model wrote in loops, and that were left out.
         growth: Its tokens to those that the dense model reads it in; None where the vocabulary is whole, or what it was
             is not known.
     """

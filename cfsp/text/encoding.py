@@ -5,9 +5,12 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cfsp.reading import as_input_error
+
+if TYPE_CHECKING:
+    import torch
 
 WHOLE = 2**21
 """Characters up to which a text is tokenized in one go; a token then takes some 250 bytes for a moment."""
@@ -30,6 +33,11 @@ def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = False) -> li
     with as_input_error("the model's tokenizer cannot take the text"):
         encoded = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
     return list(encoded["input_ids"])
+
+
+def decode(tokenizer: Any, ids: torch.Tensor | Sequence[int]) -> str:
+    """The text of token ids (n,), special tokens included, and nothing of it tidied."""
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def start_token(tokenizer: Any) -> int | None:

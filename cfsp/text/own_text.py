@@ -8,14 +8,10 @@ from typing import Any
 
 import torch
 
-from cfsp.errors import InputError
 from cfsp.models.source import LoadedModel
 from cfsp.text.generation import stop_ids
 from cfsp.text.loops import is_loop
-from cfsp.text.self_sampling import beginning
-
-MOST_LOOPS = 0.5
-"""Share of a model's texts above which it is not one to learn from."""
+from cfsp.text.self_sampling import beginning, chat_frame
 
 
 @dataclass(frozen=True)
@@ -39,26 +35,18 @@ def without_loops(windows: torch.Tensor, author: LoadedModel) -> Winnowed:
     Args:
         windows: (n, seqlen) int64, texts that the author wrote, one after the other across windows.
         author: The model.
-
-    Raises:
-        InputError: More than MOST_LOOPS of the texts are loops.
     """
-    seqlen, stops = windows.shape[1], stop_ids(author)
-    texts = _texts(windows.flatten().tolist(), beginning(author.tokenizer))
+    seqlen, tokenizer = windows.shape[1], author.tokenizer
+    between = (chat_frame(tokenizer) or ([], []))[1]
+    texts = _texts(windows.flatten().tolist(), beginning(tokenizer))
     good = [
-        text for text in texts if not any(is_loop(turn) for turn in _turns(text, author.tokenizer, stops))
+        text for text in texts if not any(map(is_loop, _turns(text, tokenizer, between, stop_ids(author))))
     ]
-    n_loops = len(texts) - len(good)
-    if n_loops > MOST_LOOPS * len(texts):
-        raise InputError(
-            f"{n_loops} of {len(texts)} texts that {author.source.name} wrote are loops: it is no model to learn from",
-            allowed="text that was written by others",
-        )
-    if not n_loops:
+    if len(good) == len(texts):
         return Winnowed(windows, len(texts), 0)
     stream = torch.tensor([token for text in good for token in text], dtype=windows.dtype)
     count = len(stream) // seqlen
-    return Winnowed(stream[: count * seqlen].view(count, seqlen), len(texts), n_loops)
+    return Winnowed(stream[: count * seqlen].view(count, seqlen), len(texts), len(texts) - len(good))
 
 
 def _texts(stream: list[int], begins: list[int]) -> list[list[int]]:
@@ -69,8 +57,10 @@ def _texts(stream: list[int], begins: list[int]) -> list[list[int]]:
     return [stream[start:end] for start, end in pairwise(sorted({0, *starts, len(stream)}))]
 
 
-def _turns(text: list[int], tokenizer: Any, stops: set[int]) -> list[str]:
-    """What is said in a text, split where a turn ends."""
+def _turns(text: list[int], tokenizer: Any, between: list[int], stops: set[int]) -> list[str]:
+    """What is said in a text, split where a turn ends and where an answer begins."""
     ends = [place + 1 for place, token in enumerate(text) if token in stops]
-    parts = [text[start:end] for start, end in pairwise(sorted({0, *ends, len(text)}))]
+    size = len(between)
+    answers = [place for place in range(len(text)) if size and text[place : place + size] == between]
+    parts = [text[start:end] for start, end in pairwise(sorted({0, *ends, *answers, len(text)}))]
     return [tokenizer.decode(part, skip_special_tokens=True) for part in parts]

@@ -118,7 +118,7 @@ def format_recovery(record: RecoveryRecord, output: Path) -> str:
         f"{shared}; stopped by {record.stopped_by}.",
         *(
             f"Left out of {part.reference}, because they are loops: {part.n_loops} of the texts that it wrote."
-            for part in record.training
+            for part in (*record.training, *record.validation)
             if part.n_loops
         ),
         f"Written to {output}.",

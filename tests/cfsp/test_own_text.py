@@ -7,13 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-from cfsp.errors import InputError
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.text.encoding import encode
 from cfsp.text.own_text import without_loops
 from cfsp.text.self_sampling import chat_frame
 
 LOOP = "the pears are ripe and " * 12
+INST = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+"""Of chats in which no token ends what the user says."""
 
 
 def author(tiny_model: Any, *, chats: bool) -> LoadedModel:
@@ -38,14 +43,22 @@ def windows(texts: list[list[int]], seqlen: int = 8) -> torch.Tensor:
     return stream[: len(stream) // seqlen * seqlen].view(-1, seqlen)
 
 
-@pytest.mark.parametrize("chats", [True, False])
-@pytest.mark.parametrize("where", [0, 1], ids=["question", "answer"])
-def test_texts_that_loop_are_left_out_whole_and_counted(tiny_model: Any, chats: bool, where: int) -> None:
-    loaded = author(tiny_model, chats=chats)
+@pytest.mark.parametrize(
+    ("template", "looping"),
+    [
+        (None, ("Name a pear.", LOOP)),
+        (None, (LOOP, " A pear.")),
+        (INST, (LOOP, " It is one that is ripe, as all of them are in August.")),
+        ("", ("", LOOP)),
+    ],
+    ids=["answer", "question", "question that no token ends", "text"],
+)
+def test_texts_that_loop_are_left_out_whole_and_counted(
+    tiny_model: Any, template: str | None, looping: tuple[str, str]
+) -> None:
+    loaded = author(tiny_model, chats=template != "")
+    loaded.tokenizer.chat_template = template or loaded.tokenizer.chat_template
     good = [(f"Name pear {n}.", f" It is the {word} one.") for n, word in enumerate("abcdefg")]
-    looping = ("Name a pear.", LOOP) if where else (LOOP, " A pear.")
-    if not chats:
-        looping = ("", LOOP)
     texts = written(loaded, [*good[:3], looping, *good[3:5], looping, *good[5:]])
     found = without_loops(windows(texts), loaded)
     assert (found.n_texts, found.n_loops) == (9, 2)
@@ -60,13 +73,6 @@ def test_texts_without_loops_stay_as_they_are(tiny_model: Any, chats: bool) -> N
     found = without_loops(ids, loaded)
     assert found.n_loops == 0
     assert torch.equal(found.windows, ids)
-
-
-def test_a_model_whose_texts_loop_is_refused(tiny_model: Any) -> None:
-    loaded = author(tiny_model, chats=True)
-    texts = written(loaded, [("Say it.", " ha."), ("Go on.", LOOP), ("And on.", LOOP)])
-    with pytest.raises(InputError, match="2 of 3 texts that tiny wrote are loops"):
-        without_loops(windows(texts), loaded)
 
 
 def test_one_token_may_begin_and_end_texts(tiny_model: Any) -> None:

@@ -66,13 +66,22 @@ def test_an_error_inside_the_context_leaves_the_precision_as_it_was() -> None:
 
 def test_auto_is_what_the_hardware_multiplies_faster() -> None:
     assert (fast_dtype() == torch.bfloat16) == torch.cpu._is_amx_tile_supported()
-    assert product_dtype("auto") == bulk_dtype()
     assert product_dtype("float32") == torch.float32
     assert product_dtype("bfloat16") == torch.bfloat16
     assert product_dtype("float16") == rounding_dtype("float16") == torch.float32  # of weights alone
     assert fast_dtype("mps") == torch.float32
     assert rounding_dtype("float32") == torch.float32
     assert rounding_dtype("auto") == rounding_dtype("bfloat16") == fast_dtype()
+
+
+@pytest.mark.parametrize("has", [False, True])
+def test_training_multiplies_bfloat16_tensors_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, has: bool
+) -> None:
+    monkeypatch.setattr("cfsp.precision._has_bfloat16_products", lambda: has)
+    monkeypatch.setattr("cfsp.precision._has_matrix_units", lambda: False)
+    assert product_dtype("auto") == (torch.bfloat16 if has else torch.float32)
+    assert fast_dtype() == torch.float32
 
 
 def test_a_plan_says_which_dtype_it_was_made_with(tiny_model: Any) -> None:

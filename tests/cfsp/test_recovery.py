@@ -32,14 +32,25 @@ from cfsp.pruning.axes.vocabulary import count_tokens, cut_vocabulary, plan_voca
 from cfsp.pruning.surgery import cut_channels
 from cfsp.recovery.adapter import add_adapter, give_trained, importance_ranks, merge_adapter
 from cfsp.recovery.chats import answer_spans, labelled_chat
-from cfsp.recovery.data import IGNORED, INSIDE, Sequences, TrainingMix, load_recovery_data, respelled
+from cfsp.recovery.data import (
+    IGNORED,
+    INSIDE,
+    RecoveryData,
+    Sequences,
+    TrainingMix,
+    load_recovery_data,
+    respelled,
+)
 from cfsp.recovery.inputs import _respelling
 from cfsp.recovery.losses import CHUNK_TOKENS, distillation_loss, head_loss, next_token_loss
-from cfsp.recovery.recovery_record import RunState, ValidationPoint
+from cfsp.recovery.recovery_record import RunState, ValidationPoint, data_record
 from cfsp.recovery.settings import RecoverySettings, check_settings, learning_rate, learning_rate_share
 from cfsp.recovery.student import Student, Teacher
 from cfsp.recovery.work import RunInputs, WorkFolder
+from cfsp.text import written
+from cfsp.text.encoding import encode
 from cfsp.text.respelling import Respelling
+from cfsp.text.self_sampling import chat_frame, text_origin
 from cfsp.text.tokens import Document
 
 TinyModel = Callable[..., tuple[Any, Any]]
@@ -198,6 +209,31 @@ def test_data_without_answers_or_too_little(
     reference = write_chats(tmp_path / "c.jsonl", chats)
     with pytest.raises(InputError, match=message):
         load_recovery_data([reference], [], tiny_tokenizer, RecoverySettings(seqlen=128))
+
+
+def test_what_the_dense_model_wrote_in_loops_is_not_learnt(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny_model("llama")
+    loaded = LoadedModel(model, tokenizer, ModelSource(reference="tiny", kind="folder", name="tiny"))
+    before, between = chat_frame(tokenizer) or ([], [])
+    good, loop = (
+        [*before, *encode(tokenizer, said), *between, *encode(tokenizer, answer), tokenizer.eos_token_id]
+        for said, answer in (("Name a fruit.", "A pear."), ("Go on.", "the pears are ripe and " * 12))
+    )
+    monkeypatch.setattr(written, "FOLDER", tmp_path)
+    settings = RecoverySettings(seqlen=32, self_tokens=256, max_tokens=128)
+
+    def read(text: list[int]) -> RecoveryData:
+        written.write_written(text_origin(loaded, 0), torch.tensor(text * 20), {"model": "tiny"})
+        return load_recovery_data(["self"], [], tokenizer, settings, dense=loaded)
+
+    found = read(good * 3 + loop + good * 30)
+    assert [data_record(part).n_loops for part in (*found.training, *found.validation)] == [1, 0]
+    learnt = torch.cat([part.input_ids.flatten() for part in (*found.training, *found.validation)])
+    assert torch.equal(learnt, torch.tensor(good * 30)[: len(learnt)])
+    with pytest.raises(InputError, match=r"texts that tiny wrote are loops.*'self'"):
+        read(good + loop * 2)
 
 
 def test_losses_are_their_equations() -> None:

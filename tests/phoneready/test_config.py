@@ -293,10 +293,11 @@ def test_init_writes_a_configuration_whose_comments_are_the_defaults(
     assert file.read_text(encoding="utf-8") == text
 
 
-def test_patience_is_turned_off_as_on_the_command_line() -> None:
-    config = parse_config(MODEL + "[recover]\npatience = 0", where="x")
-    assert config.recover is not None
-    assert config.recover.settings(0).patience == 0
+def test_patience_is_off_unless_it_is_asked_for() -> None:
+    for asked, patience in (("", 0), ("patience = 0", 0), ("patience = 3", 3)):
+        config = parse_config(MODEL + f"[recover]\n{asked}", where="x")
+        assert config.recover is not None
+        assert config.recover.settings(0).patience == patience
     with pytest.raises(InputError, match=r"recover: max_tokens and epochs both say how long"):
         parse_config(MODEL + "[recover]\nmax_tokens = 1\nepochs = 1.0", where="x")
 

@@ -29,7 +29,7 @@ max_tokens = 512
 seqlen = 32
 batch_size = 2
 self_tokens = 1024
-patience = 0
+patience = 1
 [evaluate]
 chats = []
 seqlen = 32
