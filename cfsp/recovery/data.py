@@ -229,9 +229,8 @@ class _Reader:
             progress=self.progress,
         )
         n_loops = 0
-        if (
-            reference == SELF
-        ):  # what a student writes is not learnt, but where the teacher says what comes next
+        # What a student writes is not learnt: in its loops, too, the teacher says what comes next.
+        if reference == SELF:
             ids, n_loops = _worth_learning(ids, author)
         if reference == STUDENT and self.respelling is not None:
             kept = self.respelling.kept
