@@ -25,10 +25,10 @@ nsamples = 4
 seqlen = 32
 strength = 0.5
 [recover]
+data = ["builtin:python-docs"]
 max_tokens = 512
 seqlen = 32
 batch_size = 2
-self_tokens = 1024
 patience = 1
 [evaluate]
 chats = []
