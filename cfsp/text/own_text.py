@@ -11,7 +11,7 @@ import torch
 from cfsp.models.source import LoadedModel
 from cfsp.text.generation import stop_ids
 from cfsp.text.loops import is_loop
-from cfsp.text.self_sampling import beginning, chat_frame
+from cfsp.text.self_sampling import chat_frame, plain_start
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,10 @@ def without_loops(windows: torch.Tensor, author: LoadedModel) -> Winnowed:
         windows: (n, seqlen) int64, texts that the author wrote, one after the other across windows.
         author: The model.
     """
-    seqlen, tokenizer = windows.shape[1], author.tokenizer
-    between = (chat_frame(tokenizer) or ([], []))[1]
-    texts = _texts(windows.flatten().tolist(), beginning(tokenizer))
-    good = [
-        text for text in texts if not any(map(is_loop, _turns(text, tokenizer, between, stop_ids(author))))
-    ]
+    seqlen, tokenizer, stops = windows.shape[1], author.tokenizer, stop_ids(author)
+    begins, between = chat_frame(tokenizer) or (plain_start(tokenizer), [])
+    texts = _texts(windows.flatten().tolist(), begins)
+    good = [text for text in texts if not any(map(is_loop, _turns(text, tokenizer, between, stops)))]
     if len(good) == len(texts):
         return Winnowed(windows, len(texts), 0)
     stream = torch.tensor([token for text in good for token in text], dtype=windows.dtype)

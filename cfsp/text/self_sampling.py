@@ -133,14 +133,10 @@ def chat_frame(tokenizer: Any) -> tuple[list[int], list[int]] | None:
     return encode(tokenizer, before), encode(tokenizer, between)
 
 
-def beginning(tokenizer: Any) -> list[int]:
-    """Token ids with which a model begins every text that it writes: a chat's frame, or a base model's start token."""
-    frame = chat_frame(tokenizer)
-    if frame is not None:
-        return frame[0]
-    return [
-        next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0)
-    ]
+def plain_start(tokenizer: Any) -> list[int]:
+    """Token ids with which a model begins a text that is no chat: its start token."""
+    starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return [next((token for token in starts if token is not None), 0)]
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
@@ -154,7 +150,7 @@ def model_fingerprint(model: torch.nn.Module) -> str:
 def _sample_batch(loaded: LoadedModel, continued: Continue, report: Report) -> list[list[int]]:
     frame = chat_frame(loaded.tokenizer)
     if frame is None:
-        prompts = [beginning(loaded.tokenizer)] * BATCH_SIZE
+        prompts = [plain_start(loaded.tokenizer)] * BATCH_SIZE
         return continued(prompts, MAX_USER_TOKENS + MAX_REPLY_TOKENS, report)
     before, between = frame
     asked = continued([before] * BATCH_SIZE, MAX_USER_TOKENS, lambda written: None)
