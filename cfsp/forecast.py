@@ -11,6 +11,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -59,6 +60,9 @@ _LIBRARIES = 600 * 2**20
 """Bytes that torch and transformers take before there is a model."""
 
 _Shape = tuple[int, ...]
+
+ProductsAs = Callable[[str, str], AbstractContextManager[None]]
+"""Name of a dtype, type of a device -> a context in which matrix products are so."""
 
 
 @dataclass(frozen=True)
@@ -334,7 +338,14 @@ class Forecast:
         return ", ".join(parts)
 
 
-def foresee(work: Work, extent: Extent, *, dtype: str = "float32", device: torch.device = CPU) -> Forecast:
+def foresee(
+    work: Work,
+    extent: Extent,
+    *,
+    dtype: str = "float32",
+    device: torch.device = CPU,
+    products_as: ProductsAs = products_in,
+) -> Forecast:
     """What work on a model will take here; products of its shapes are timed for it, a fraction of a second.
 
     Args:
@@ -342,26 +353,26 @@ def foresee(work: Work, extent: Extent, *, dtype: str = "float32", device: torch
         extent: Of the model.
         dtype: Of torch's products, a name in `cfsp.precision.DTYPES`.
         device: Where torch computes them.
+        products_as: The context of `cfsp.precision` that it computes them in.
 
     Raises:
         RuntimeError: The device has no room for a product, or fails.
     """
     parts = (
-        (work.products, work.elements, dtype, device),
-        (work.host_products, work.host_elements, "float32", CPU),
+        (work.products, work.elements, products_as(dtype, device.type), device),
+        (work.host_products, work.host_elements, products_in("float32", CPU.type), CPU),
     )
     seconds = work.seconds
-    for products, elements, rounded, where in parts:
+    for products, elements, multiplied, where in parts:
         seconds += elements / element_speed(extent, device=where) if elements else 0.0
-        for tokens, operations in products.items():
-            seconds += operations / product_speed(extent, tokens, dtype=rounded, device=where)
+        with multiplied:
+            for tokens, operations in products.items():
+                seconds += operations / product_speed(extent, tokens, device=where)
     return Forecast(seconds, work.memory + _LIBRARIES, work.disk, work.scratch, work.is_most)
 
 
-def product_speed(
-    extent: Extent, tokens: int, *, dtype: str = "float32", device: torch.device = CPU
-) -> float:
-    """Operations a second of a product of so many tokens with a matrix of a model, with torch's threads.
+def product_speed(extent: Extent, tokens: int, *, device: torch.device = CPU) -> float:
+    """Operations a second of a product of so many tokens with a matrix of a model, with torch's threads, as it is now.
 
     Of a large matrix some rows are taken, and of many tokens a window.
     """
@@ -369,8 +380,7 @@ def product_speed(
     rows, columns = max((shape for block in extent.blocks for shape in block), key=math.prod)
     rows = max(1, min(rows, int(_TRIAL_OPERATIONS / (2 * tokens * columns))))
     weight, x = (torch.ones(n, columns, device=device) for n in (rows, tokens))
-    with products_in(dtype, device.type):
-        return 2.0 * tokens * rows * columns / _fastest_s(lambda: x @ weight.T)
+    return 2.0 * tokens * rows * columns / _fastest_s(lambda: x @ weight.T)
 
 
 def element_speed(extent: Extent, *, device: torch.device = CPU) -> float:

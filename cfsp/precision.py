@@ -87,6 +87,16 @@ def products_in(name: str, device_type: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def casting(dtype: torch.dtype, device_type: str) -> torch.autocast:
+    """A context in which matrix products are of tensors cast to the dtype, and their results with them; or as ever."""
+    return torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def trained_products(name: str, device_type: str) -> torch.autocast:
+    """Matrix products are of `product_dtype` inside the context, as while a model is trained."""
+    return casting(product_dtype(name, device_type), device_type)
+
+
 @contextmanager
 def bulk_products(device_type: str) -> Iterator[None]:
     """Matrix products of float32 tensors take their inputs in `bulk_dtype` inside the context.
@@ -95,7 +105,7 @@ def bulk_products(device_type: str) -> Iterator[None]:
     as much to the error again. Norms, rotations and the residual stream stay float32.
     """
     rounded = device_type == "cpu" and bulk_dtype(device_type) != fast_dtype(device_type)
-    with products_in("auto", device_type), torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+    with products_in("auto", device_type), casting(torch.bfloat16 if rounded else torch.float32, "cpu"):
         yield
 
 

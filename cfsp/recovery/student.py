@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cfsp.models.architectures import capped, logit_cap
+from cfsp.precision import casting
 from cfsp.recovery.data import IGNORED, INSIDE
 from cfsp.recovery.losses import (
     ChunkLoss,
@@ -151,7 +152,7 @@ class Student(nn.Module):
 
     def _labelled_hidden(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         input_ids, labels = batch["input_ids"], batch["labels"]
-        with torch.autocast(input_ids.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+        with casting(self.dtype, input_ids.device.type):
             decoder = self.causal_lm.get_decoder()
             states = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         mask = labels != IGNORED

@@ -12,7 +12,7 @@ import torch
 
 from cfsp.devices import CPU
 from cfsp.errors import InputError
-from cfsp.forecast import LONG_S, Extent, Work, foresee, read_extent, require_room
+from cfsp.forecast import LONG_S, Extent, ProductsAs, Work, foresee, read_extent, require_room
 from cfsp.models.builtin import BUILTIN_MODELS
 from cfsp.models.keeping import AUTO, WHOLE
 from cfsp.models.reference import find_model
@@ -92,13 +92,13 @@ def foretell(
         # What built-in models write comes with the package.
         writes = SELF in text and (writer or models[0]) not in BUILTIN_MODELS
         more = writing(extents[0], asked.text) if writes else None
-        if line := _line(work, more, extents[0], machine):
+        if line := _line(work, more, extents[0], machine, row.products_as):
             tell(line)
 
 
-def _line(work: Work, more: Work | None, extent: Extent, machine: Machine) -> str:
+def _line(work: Work, more: Work | None, extent: Extent, machine: Machine, products_as: ProductsAs) -> str:
     """What work will take, and what writing text before it; "" where that is short."""
-    forecast = foresee(work, extent, dtype=machine.dtype, device=machine.device)
+    forecast = foresee(work, extent, dtype=machine.dtype, device=machine.device, products_as=products_as)
     if forecast.seconds < LONG_S:
         return ""
     if more is None or (seconds := foresee(more, extent).seconds) < LONG_S:

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from cfsp.forecast import Extent, Work
+from cfsp.forecast import Extent, ProductsAs, Work
 from cfsp.models.homes import may_keep_states, scratch_bytes
 from cfsp.models.keeping import WHOLE
+from cfsp.precision import products_in, trained_products
 from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.moments import MOMENT_WINDOWS
 from cfsp.pruning.prune import GRADIENT_WINDOWS, PROBE_TOKENS, PROBE_WINDOWS, TOLD_WINDOWS
@@ -335,10 +336,12 @@ class Stage:
     Attributes:
         work: What it takes, for the models that it reads and what is asked for.
         less: What would take less memory, in words.
+        products_as: The context that torch multiplies in.
     """
 
     work: Callable[[Sequence[Extent], Any], Work]
     less: str
+    products_as: ProductsAs = products_in
 
 
 STAGES: Mapping[str, Stage] = MappingProxyType(
@@ -349,7 +352,7 @@ STAGES: Mapping[str, Stage] = MappingProxyType(
             exporting, "less text (--nsamples, --rounding-windows, --seqlen), or a smaller model"
         ),
         "eval": Stage(judging, "shorter windows (--seqlen), or a smaller model"),
-        "recover": Stage(recovering, "an adapter (--method lora), or a smaller model"),
+        "recover": Stage(recovering, "an adapter (--method lora), or a smaller model", trained_products),
         "frontier": Stage(surveying, "less text (--nsamples, --calibration-seqlen), or a smaller model"),
     }
 )

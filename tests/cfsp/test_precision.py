@@ -15,6 +15,7 @@ from cfsp.precision import (
     product_dtype,
     products_in,
     rounding_dtype,
+    trained_products,
 )
 from cfsp.pruning.prune import prune_model
 from cfsp.pruning.settings import PruneSettings
@@ -55,6 +56,15 @@ def test_products_in_bulk_are_rounded_and_exact_ones_inside_them_are_not(
     error = float((rounded.float() - exact).norm() / exact.norm())
     assert 2**-12 < error < 2**-7 if bulk_dtype() == torch.bfloat16 else error == 0
     assert (bulk_dtype() == torch.bfloat16) == (has or fast_dtype() == torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("auto", bulk_dtype())]
+)
+def test_products_while_training_are_of_what_is_asked_for(name: str, dtype: torch.dtype) -> None:
+    with trained_products(name, "cpu"):
+        assert product().dtype == dtype
+    assert product().dtype == torch.float32
 
 
 def test_an_error_inside_the_context_leaves_the_precision_as_it_was() -> None:

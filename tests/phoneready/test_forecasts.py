@@ -12,15 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cfsp.errors import InputError
 from cfsp.forecast import Extent, Work
+from cfsp.precision import product_dtype
 from cfsp.pruning.settings import PruneSettings
 from cfsp.recovery.settings import RecoverySettings, Training
 from exporters.families import FAMILIES, find_format
 from phoneready.commands import recover
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.forecasts import said
+from phoneready.forecasts.said import Machine, foretell
 from phoneready.forecasts.stages import (
     _FAMILIES,
     STAGES,
@@ -382,6 +385,46 @@ def test_what_cannot_be_timed_ends_nothing(
     monkeypatch.setattr(said, "foresee", full)
     assert main(["eval", str(tiny_folder()), "--windows", "1", "--seqlen", "32", "--no-prompts"]) == 0
     assert " of memory" not in capsys.readouterr().err
+
+
+class Multiplied(TorchDispatchMode):
+    """What dtypes matrix products are of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.matmul.default:  # whole, as nothing has a gradient
+            self.dtypes.add(result.dtype)
+        return result
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "timed"),
+    [
+        ("recover", "bfloat16", torch.bfloat16),
+        ("recover", "auto", product_dtype("auto")),
+        ("recover", "float32", torch.float32),
+        ("prune", "bfloat16", torch.float32),
+    ],
+)
+def test_products_are_timed_in_what_a_stage_multiplies(
+    stage: str, dtype: str, timed: torch.dtype, tiny_folder: TinyPath
+) -> None:
+    """Training casts tensors; elsewhere they are float32, rounded by torch where it does that by itself."""
+    asked = {
+        "recover": Recovering(Training(max_tokens=2**24, seqlen=64)),
+        "prune": replace(PRUNING, text=Windows(2**16, 64)),
+    }
+    lines: list[str] = []
+    with Multiplied() as multiplied:
+        foretell(stage, [str(tiny_folder())], asked[stage], machine=Machine(dtype), tell=lines.append)
+    assert multiplied.dtypes == {timed}
+    assert lines
 
 
 def test_training_on_a_gpu_asks_for_no_memory_of_the_host(
