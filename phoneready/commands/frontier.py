@@ -12,6 +12,7 @@ from cfsp.settings import pick, setting
 from cfsp.text.settings import BUILTIN_TEXT, CalibrationSettings
 from exporters.settings import RoundingSettings
 from phoneready.commands.options import (
+    TRAINING,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -36,7 +37,7 @@ def frontier(
     rounding: RoundingSettings,
     counted: CountedText,
     calibration: Annotated[CalibrationSettings, Renamed("Pruning: ", {"seqlen": "--calibration-seqlen"})],
-    training: Annotated[RecoverConfig, Renamed("Recovery: ", {"seqlen": "--training-seqlen"})],
+    training: Annotated[RecoverConfig, TRAINING],
     output: Path = setting(
         Path("frontier"), "Folder to make; continued when it holds a frontier.", option="-o --output"
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,6 +67,10 @@ class Renamed:
     options: Mapping[str, str]
 
 
+TRAINING = Renamed("Recovery: ", {"seqlen": "--training-seqlen", "dtype": "--training-dtype"})
+"""Settings of training in commands that read calibration text, and keep weights in a type, as well."""
+
+
 @dataclass(frozen=True)
 class _Group:
     """What stands for one parameter of a command.
@@ -98,6 +103,9 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """The command with an option for every field of the settings classes, every Setting in its signature, and DEBUG.
 
     It is called with the settings made and checked. Other parameters are typer's as they are.
+
+    Raises:
+        TypeError: An option would stand for two of them.
     """
     hints = get_type_hints(command, include_extras=True)
     parameters: list[inspect.Parameter] = []
@@ -112,10 +120,13 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
             parameters += map(_option, group.rows.values())
 
     parameters.append(DEBUG)
+    options = Counter(name for group in groups for row in group.rows.values() for name in row.options)
+    if twice := [name for name, count in options.items() if count > 1]:
+        raise TypeError(f"{command.__name__} has {', '.join(twice)} twice")
 
     def run(debug: bool, **given: Any) -> None:
-        options = {row.name: given.pop(row.name) for group in groups for row in group.rows.values()}
-        command(**given, **{group.parameter: group.value(options) for group in groups})
+        read = {row.name: given.pop(row.name) for group in groups for row in group.rows.values()}
+        command(**given, **{group.parameter: group.value(read) for group in groups})
 
     run.__doc__, run.__name__ = command.__doc__, command.__name__
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

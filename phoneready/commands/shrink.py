@@ -9,6 +9,7 @@ from cfsp.records import record_to_json
 from cfsp.settings import pick, setting
 from cfsp.text.settings import CalibrationSettings
 from phoneready.commands.options import (
+    TRAINING,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -28,7 +29,7 @@ def shrink(
     settings: ShrinkSettings,
     counted: CountedText,
     calibration: Annotated[CalibrationSettings, Renamed("Pruning: ", {"seqlen": "--calibration-seqlen"})],
-    training: Annotated[RecoverConfig, Renamed("Recovery: ", {"seqlen": "--training-seqlen"})],
+    training: Annotated[RecoverConfig, TRAINING],
     output: Path = setting(
         Path("shrunk"), "Folder to make; continued when a run was stopped in it.", option="-o --output"
     ),
