@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -123,7 +124,7 @@ def report(samples: dict[str, list[dict[str, float]]]) -> None:
     """Medians, the ratio with its interval, and memory beyond the model."""
     mib = 2**20
     for side, rows in samples.items():
-        columns = {key: sorted(row[key] for row in rows)[len(rows) // 2] for key in rows[0]}
+        columns = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
         extra = (columns["peak_rss_bytes"] - columns["model_bytes"]) / mib
         print(
             f"{side}: cpu {columns['cpu_s']:.1f} s, wall {columns['wall_s']:.1f} s, "

@@ -26,7 +26,7 @@ class ExportOptions:
             that types are chosen by.
         gptq: Round the matrices of GGUF files for that text; else llama.cpp's quantizer alone rounds them.
         tune_scales: Train the scales and norms of GGUF files on it, too.
-        mixed_bytes: Most that a mixture of bits may take; by default 1.1 times what GGUF's Q4_0 takes.
+        mixed_bytes: Most that a mixture of bits may take; by default 1.1 times what weights take in GGUF's Q4_0.
         must_fit: Refuse a GGUF file for a size that is too small; where not, the smallest is made.
         opset: Of ONNX's own operators, for runtimes that do not know new ones; 21 by default.
         ort: Also write <variant>/ort/<stem>.ort, one file for minimal builds of ONNX Runtime.

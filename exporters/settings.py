@@ -45,7 +45,7 @@ class ExportFormats(Settings):
         parse=parse_bytes,
         option="--mixed-size",
         metavar="SIZE",
-        shown="1.1 times what GGUF's Q4_0 takes",
+        shown="1.1 times what weights take in GGUF's Q4_0",
         example=90_000_000,
     )
 

@@ -187,7 +187,7 @@ def stored_bytes(stored: Rounded) -> int:
 
 
 def default_budget(model: Any) -> int:
-    """1.1 times what GGUF's Q4_0 takes: 4.5 bits for the blocks' matrices, 8.5 for the embedding and an untied head.
+    """1.1 times what weights take in GGUF's Q4_0: 4.5 bits in the blocks' matrices, 8.5 in the embedding and a head.
 
     Args:
         model: A causal LM of the architecture table.

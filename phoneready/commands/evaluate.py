@@ -17,7 +17,7 @@ from cfsp.records import read_record, record_to_json, write_record
 from cfsp.settings import SEED, Settings, setting
 from cfsp.text.settings import BUILTIN_TEXT, CalibrationSettings
 from exporters.families import FAMILIES
-from exporters.gguf.cache_types import MEASURED_CACHES, PARITY_CACHE
+from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES, PARITY_CACHE
 from exporters.onnx.ready import INT8_CACHE
 from phoneready.commands.options import (
     DeviceOption,
@@ -125,7 +125,7 @@ def evaluate(
     cache_type: str | None = setting(
         None,
         f"Type of MODEL's keys and values: of GGUF files {', '.join(MEASURED_CACHES)}, of ONNX graphs {INT8_CACHE}. "
-        "Without --against the reference is MODEL with the cache that it would have otherwise.",
+        f"Without --against the reference is MODEL with {DEFAULT_CACHE}, an ONNX graph's own.",
         choices=(*MEASURED_CACHES, INT8_CACHE),
         metavar="TYPE",
         shown=f"{PARITY_CACHE}, an ONNX graph's own",
