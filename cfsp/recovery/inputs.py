@@ -21,10 +21,9 @@ from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record
 from cfsp.recovery.adapter import importance_ranks
 from cfsp.recovery.rounding import RoundedModel
-from cfsp.recovery.settings import RecoverySettings, loss_weights, method_of
+from cfsp.recovery.settings import RecoverySettings, learns_from_teacher, method_of, reads_teacher
 from cfsp.text.calibration import check_seqlen
 from cfsp.text.respelling import Respelling, respelling
-from cfsp.text.settings import SELF
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def load_inputs(
         loaded = replace(loaded, source=read_checkpoint_info(folder).source)
     check_seqlen(loaded, settings.seqlen)
     ranks = _ranks(settings, plan, loaded.model)
-    if not loss_weights(settings)[1] and SELF not in data:
+    if not reads_teacher(settings, data):
         return RecoveryInputs(loaded, sha256, plan, None, None, ranks)
     with _of_teacher():
         dense = read(teacher or loaded.source.reference)
@@ -114,7 +113,7 @@ def read_extents(
         InputError: References lead nowhere, or files are damaged.
     """
     path = Path(find_model(checkpoint).path or "")
-    if not loss_weights(settings)[1]:
+    if not learns_from_teacher(settings):
         return read_extent(path), None
     dense = read_checkpoint_info(path).source.reference if is_pruned_checkpoint(path) else checkpoint
     student = read_extent(path)

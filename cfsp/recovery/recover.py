@@ -41,7 +41,7 @@ from cfsp.recovery.settings import (
     check_references,
     check_settings,
     learning_rate,
-    loss_weights,
+    learns_from_teacher,
     method_of,
     settled,
     token_budget,
@@ -344,7 +344,7 @@ def _teacher(
     *,
     sharded: bool,
 ) -> Teacher | None:
-    if not loss_weights(settings)[1] or inputs.teacher is None:
+    if not learns_from_teacher(settings) or inputs.teacher is None:
         return None
     model = inputs.teacher.model.requires_grad_(False)
     bring = emptied(model) if sharded else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TypeVar
@@ -11,7 +11,7 @@ from typing import TypeVar
 from cfsp.errors import InputError
 from cfsp.settings import SEED, Settings, setting
 from cfsp.settings import check_settings as check_fields
-from cfsp.text.settings import TEXT_FORMS
+from cfsp.text.settings import SELF, TEXT_FORMS
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Training(Settings):
         1, "Forward passes behind one step, on each process.", ge=1, le=2**20
     )
     warmup_ratio: float = setting(0.05, "Share of the steps in which the learning rate rises.", ge=0, lt=1)
-    weight_decay: float = setting(0.0, "AdamW's.", ge=0)
+    weight_decay: float = setting(0.0, "Of either optimizer.", ge=0)
     max_grad_norm: float = setting(1.0, "Gradients are clipped to it.", gt=0)
     dtype: str = setting(
         "auto", "Of matrix products: auto, float32 or bfloat16.", choices="cfsp.precision:PRODUCTS"
@@ -145,7 +145,9 @@ class Training(Settings):
         None, "Steps between checkpoints.", ge=1, shown="as --eval-every", example=100
     )
     patience: int | None = setting(0, "Stop after so many validations without a new best; 0: never.", ge=0)
-    validation_windows: int = setting(16, "Most validation sequences.", ge=1, le=2**20)
+    validation_windows: int = setting(
+        16, "Most validation sequences; of several texts at least one of each.", ge=1, le=2**20
+    )
     self_tokens: int = setting(
         131_072, "Most tokens sampled for the reference `self`, and for `student`.", ge=1
     )
@@ -208,9 +210,40 @@ def settled(settings: _Training) -> _Training:
     return replace(settings, method=method, loss=loss)
 
 
-def check_references(settings: Training, references: Iterable[str]) -> None:
-    """Raise InputError where the checkpoint's own text is to be learnt, and no teacher says better."""
-    if STUDENT in references and not loss_weights(settings)[1]:
+_READ: Mapping[str, tuple[Callable[[Training, Collection[str]], bool], str]] = MappingProxyType(
+    {
+        **dict.fromkeys(
+            ("rank", "alpha"), (lambda asked, _: method_of(asked).adapter, "with --method ig-lora or lora")
+        ),
+        "temperature": (lambda asked, _: learns_from_teacher(asked), "with --loss distill or both"),
+        "distill_weight": (lambda asked, _: settled(asked).loss == "both", "with --loss both"),
+        "self_tokens": (
+            lambda _, references: not {SELF, STUDENT}.isdisjoint(references),
+            "with the reference self or student",
+        ),
+    }
+)
+"""Field -> whether it is read, where text of these references is trained and validated on; and that in words."""
+
+
+def as_read(settings: _Training, references: Collection[str]) -> _Training:
+    """Settings in which what is not read has its default."""
+    unread = (name for name, (is_read, _) in _READ.items() if not is_read(settings, references))
+    return replace(settings, **{name: getattr(type(settings), name) for name in unread})
+
+
+def check_references(settings: Training, references: Collection[str]) -> None:
+    """Check settings against what is trained and validated on.
+
+    Raises:
+        InputError: What is set is read nowhere; or the checkpoint's own text is to be learnt, and no teacher says
+            better.
+    """
+    read = as_read(settings, references)
+    for name, (_, allowed) in _READ.items():
+        if getattr(read, name) != (value := getattr(settings, name)):
+            raise InputError("has no effect here", field=name, value=value, allowed=allowed)
+    if STUDENT in references and not learns_from_teacher(settings):
         raise InputError(
             "what a checkpoint writes itself teaches it nothing without the teacher's distribution",
             field="data",
@@ -240,6 +273,16 @@ def token_budget(settings: Training) -> int | None:
 def loss_weights(settings: Training) -> tuple[float, float]:
     """Weights of the next-token loss and of distillation."""
     return LOSSES[settled(settings).loss](settings.distill_weight)
+
+
+def learns_from_teacher(settings: Training) -> bool:
+    """Whether the loss reads the dense model's distribution."""
+    return loss_weights(settings)[1] > 0
+
+
+def reads_teacher(settings: Training, references: Collection[str]) -> bool:
+    """Whether the dense model is needed: its distribution, or text that it writes."""
+    return learns_from_teacher(settings) or SELF in references
 
 
 def labels_whole_chats(settings: RecoverySettings) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cfsp.errors import InputError, MissingExtraError
-from cfsp.recovery.settings import check_settings
+from cfsp.recovery.settings import check_references, check_settings
 from cfsp.settings import pick, setting
 from cfsp.text.settings import BUILTIN_TEXT, CalibrationSettings
 from exporters.settings import RoundingSettings
@@ -68,8 +68,18 @@ def frontier(
     prune = pick(PruneConfig, calibration, vocabulary_text=counted.vocabulary_text)
     asked = ModelConfig(reference=model, trust_remote_code=trust_remote_code, device=device, dtype=dtype)
     recover = training if settings.recover else None
+    if problem := settings.problem:
+        raise InputError(problem)
     if recover:
         check_settings(recover.settings(seed))
+        check_references(recover, (*recover.data, *recover.validation))
+        if recover.for_quant not in (None, *settings.chosen_quants):
+            raise InputError(
+                "no such file is made",
+                field="for_quant",
+                value=recover.for_quant,
+                allowed=", ".join(settings.chosen_quants),
+            )
     elif training != RecoverConfig():
         raise InputError(
             "options of recovery say how to train, and nothing is trained", allowed="with --recover"

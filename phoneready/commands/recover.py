@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cfsp.errors import InputError
 from cfsp.files import refuse_existing
 from cfsp.records import record_to_json
-from cfsp.recovery.settings import RecoveryReferences, RecoverySettings, token_budget
+from cfsp.recovery.settings import RecoveryReferences, RecoverySettings, reads_teacher, token_budget
 from cfsp.settings import setting
 from cfsp.units import format_bytes
 from phoneready.commands.options import DeviceOption, ForceOption, JsonOption, ThreadsOption, TrustOption
@@ -56,7 +57,15 @@ def recover(
     A killed run goes on when the same command is given again. `accelerate launch -m phoneready recover ...` trains
     on several processes or GPUs. What is kept is the best validation's weights.
     """
-    inputs = [Path(name) for name in (checkpoint, teacher, *references.data, *references.validation) if name]
+    texts = (*references.data, *references.validation)
+    if teacher is not None and not reads_teacher(settings, texts):
+        raise InputError(
+            "is not read",
+            field="teacher",
+            value=teacher,
+            allowed="with --loss distill or both, or text of self",
+        )
+    inputs = [Path(name) for name in (checkpoint, teacher, *texts) if name]
     refuse_existing(output, force=force, inputs=inputs)
     with one_voice():
         prepare_torch(threads)

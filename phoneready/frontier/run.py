@@ -168,13 +168,15 @@ class _Run:
                     if self._is_enough():
                         return self._write()
                     self._measure(point, expected, show)
-        if self.search is not None and not self._is_enough():
-            self.search.run(lambda point: self._proposed(point, show))
+        if self.search is not None:
+            self.search.run(lambda point: self._proposed(point, show), self._is_enough)
         return self._write()
 
-    def _is_enough(self) -> bool:
+    def _is_enough(self, under_way: int = 0) -> bool:
         most = self.settings.max_points
-        return most is not None and sum(self._found(one) is not None for one in self._points) >= most
+        return (
+            most is not None and under_way + sum(self._found(one) is not None for one in self._points) >= most
+        )
 
     def _proposed(self, point: Point, show: Callable[[str], None]) -> FrontierPoint | None:
         """A point of a search, which another run may have measured."""

@@ -46,13 +46,14 @@ class Search:
         name = f"{state.name}-{hashlib.sha256(lists.encode()).hexdigest()[:12]}"
         self._study = open_study(folder / STUDY_FILE, name)
 
-    def run(self, measure: Callable[[Point], FrontierPoint | None]) -> None:
+    def run(self, measure: Callable[[Point], FrontierPoint | None], is_enough: Callable[[int], bool]) -> None:
         """Ask and measure until there are as many files as were asked for.
 
         Args:
             measure: Gives None of what cannot be made.
+            is_enough: Whether there are as many as there may be, with so many more that are under way.
         """
-        while (trial := self._ask()) is not None:
+        while (trial := self._ask(is_enough)) is not None:
             file = measure(self._point(trial.params))
             if file is None:
                 self._study.tell(trial, state=_states().FAIL)
@@ -64,7 +65,7 @@ class Search:
         done = self._study.get_trials(states=(_states().COMPLETE,))
         return list(dict.fromkeys(self._point(trial.params) for trial in done))
 
-    def _ask(self) -> Any | None:
+    def _ask(self, is_enough: Callable[[int], bool]) -> Any | None:
         """A trial; None where enough are done or under way."""
         import optuna
 
@@ -73,7 +74,7 @@ class Search:
             running = [trial for trial in trials if trial.state == _states().RUNNING]
             alive = sum(is_alive(self._state, trial.user_attrs.get("worker", "")) for trial in running)
             wanted = self._settings.trials or 0
-            if len(self.points()) + alive >= wanted or len(trials) >= _ASKS * wanted:
+            if len(self.points()) + alive >= wanted or len(trials) >= _ASKS * wanted or is_enough(alive):
                 return None
             # A sampler for each proposal: runs that share a study must not propose the same.
             self._study.sampler = optuna.samplers.TPESampler(

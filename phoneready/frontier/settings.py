@@ -11,7 +11,7 @@ from cfsp.settings import setting
 from cfsp.units import parse_bytes
 from exporters.gguf.family import GGUF
 from phoneready.evaluation.settings import WindowSettings
-from phoneready.settings.structures import SearchedStructures
+from phoneready.settings.structures import SearchedStructures, Structures
 
 BASE_QUANT = "Q4_0"
 """What speeds are relative to: the dense file in this quantization."""
@@ -89,6 +89,17 @@ class FrontierSettings(SearchedStructures, TaskSettings, WindowSettings):
         option="--no-speed",
         off="Measure no decode speed and no memory.",
     )
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong between fields."""
+        if (
+            self.recover
+            and not any(self.prune_ratios)
+            and all(one.is_whole for one in self.combined(Structures()))
+        ):
+            return "the dense model is not trained; allowed with --recover: something that goes, as --prune-ratios 0.1"
+        return None
 
     @property
     def chosen_quants(self) -> tuple[str, ...]:

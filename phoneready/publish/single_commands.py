@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Collection, Iterable, Mapping
 
 from cfsp.models.keeping import AUTO
+from cfsp.recovery.settings import reads_teacher
 from cfsp.settings import declared, pick
 from exporters.families import find_format, makes_gguf
 from exporters.settings import ExportSettings, QuantizerSettings
@@ -56,9 +57,10 @@ def _prune(config: ReleaseConfig, figures: ReleaseFigures) -> list[object]:
 
 def _recover(config: ReleaseConfig, section: RecoverConfig) -> list[object]:
     settings = dataclasses.replace(section, patience=section.patience or 0, report_to=())
-    words: list[object] = ["recover", "checkpoint", "-o", "recovered", "--teacher", config.model.reference]
-    words += [*option_words(settings), "--seed", config.seed]
-    return [*words, *_opened(config)]
+    words: list[object] = ["recover", "checkpoint", "-o", "recovered"]
+    if reads_teacher(section, (*section.data, *section.validation)):
+        words += ["--teacher", config.model.reference]
+    return [*words, *option_words(settings), "--seed", config.seed, *_opened(config)]
 
 
 def _judge(config: ReleaseConfig, figures: ReleaseFigures, checkpoint: str) -> list[object]:

@@ -88,10 +88,20 @@ class SearchedStructures(Settings):
     """Several of each, of which each goes with each; what is empty is as it is elsewhere."""
 
     vocabularies: tuple[int, ...] = setting(
-        (), "Tokens to keep, each with everything else; 0: all.", ge=0, le=2**24, metavar="N,...", shown="all"
+        (),
+        "Tokens to keep, each with everything else; 0: all.",
+        ge=0,
+        le=2**24,
+        metavar="N,...",
+        shown="all, or as [prune] says",
     )
     blocks: tuple[int, ...] = setting(
-        (), "Whole blocks to remove, each with everything else.", ge=0, le=512, metavar="N,...", shown="none"
+        (),
+        "Whole blocks to remove, each with everything else.",
+        ge=0,
+        le=512,
+        metavar="N,...",
+        shown="none, or as [prune] says",
     )
     attentions: tuple[int, ...] = setting(
         (),
@@ -99,7 +109,7 @@ class SearchedStructures(Settings):
         ge=0,
         le=512,
         metavar="N,...",
-        shown="none",
+        shown="none, or as [prune] says",
     )
     kv_groups: tuple[float, ...] = setting(
         (),
@@ -107,7 +117,7 @@ class SearchedStructures(Settings):
         ge=0,
         lt=1,
         metavar="SHARE,...",
-        shown="none",
+        shown="none, or as [prune] says",
     )
 
     def choices(self, fixed: Structures) -> dict[str, list[Any]]:

@@ -18,7 +18,7 @@ from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.recipe import check_place
 from phoneready.release.stages import LOCK_FILE
 from phoneready.settings.schema import RecoverConfig, ReleaseConfig
-from phoneready.shrink.settings import ShrinkSettings
+from phoneready.shrink.settings import ShrinkSettings, learning
 
 _HUB = "hub:"
 
@@ -50,7 +50,7 @@ def check_before_work(
         raise InputError(why, field="task", value=settings.task, allowed=allowed)
     check_place(config, folder)
     _check_folder(folder, {LOCK_FILE, "stages", *ours})
-    _check_training(training, config.seed)
+    _check_training(training, config.seed, settings.task)
     check_texts(EvaluationSettings(text=settings.text, chats=settings.chats))
     if any(map(needs_harness, settings.tasks)):
         require_extra("lm_eval", "eval")
@@ -75,7 +75,7 @@ def _check_folder(folder: Path, ours: set[str]) -> None:
         raise InputError(f"{folder} holds {what}, which shrinking does not make; choose another one with -o")
 
 
-def _check_training(training: RecoverConfig, seed: int) -> None:
+def _check_training(training: RecoverConfig, seed: int, task: str | None) -> None:
     settings = training.settings(seed)
     if training.for_quant is not None:
         raise InputError(
@@ -86,6 +86,9 @@ def _check_training(training: RecoverConfig, seed: int) -> None:
         )
     check_settings(settings)
     check_references(settings, (*training.data, *training.validation))
+    if task is not None:
+        learnt = learning(training, task)
+        check_references(learnt, (*learnt.data, *learnt.validation))
     check_optimizer(settings)
     require_extra("accelerate", "recover")
     if training.report_to:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cfsp.evaluation.settings import TaskSettings
+from cfsp.recovery.settings import as_read, settled
 from cfsp.settings import setting
 from phoneready.evaluation.settings import WindowSettings
+from phoneready.settings.schema import RecoverConfig
 
 
 @dataclass(frozen=True)
@@ -51,4 +53,15 @@ class ShrinkSettings(TaskSettings, WindowSettings):
             return "nothing is to be removed; allowed: --until above 0, or --vocabulary"
         if self.task and not self.tasks:
             return "the task has no held-out part: name chats that are not trained on with --tasks"
+        if not self.tasks and self.max_accuracy_drop != type(self).max_accuracy_drop:
+            return "no accuracy is measured that could drop; allowed: --max-accuracy-drop with --tasks"
         return None
+
+
+def learning(training: RecoverConfig, task: str) -> RecoverConfig:
+    """How a task is learnt: as steps are trained, but from its chats alone, with no teacher, and no plan to go by."""
+    method = settled(training).method
+    alone = replace(
+        training, data=(task,), method="lora" if method == "ig-lora" else method, loss="next-token"
+    )
+    return as_read(alone, (*alone.data, *alone.validation))

@@ -28,7 +28,6 @@ from cfsp.progress import Progress
 from cfsp.pruning.prune import prune_model
 from cfsp.pruning.settings import PruneSettings
 from cfsp.records import write_record
-from cfsp.recovery.settings import settled
 from cfsp.scratch import LargeScratch
 from cfsp.settings import pick
 from cfsp.text.calibration import Calibration
@@ -45,7 +44,7 @@ from phoneready.release.stages import Stage, stage_folder
 from phoneready.release.steps import load_stage, run_recovery
 from phoneready.settings.schema import RecoverConfig, ReleaseConfig
 from phoneready.shrink.record import BASE_QUANT, START, ShrunkStep
-from phoneready.shrink.settings import ShrinkSettings
+from phoneready.shrink.settings import ShrinkSettings, learning
 from phoneready.sizes import Sizes
 from phoneready.text import WRITERS, load_calibration
 
@@ -114,18 +113,13 @@ class ShrinkSteps:
         )
 
     def how_trained(self, stage: str) -> RecoverConfig | None:
-        """How a stage trains; None of one that does not.
-
-        The task is learnt as steps are trained, but from its chats alone, and with no plan to go by.
-        """
+        """How a stage trains; None of one that does not."""
         kind, how = kind_and_number(stage)[0], self.config.recover
         if how is None or kind not in (LEARNT, TRAINED):
             return None
         if kind == TRAINED or self.settings.task is None:
             return how
-        method = settled(how).method
-        method = "lora" if method == "ig-lora" else method
-        return replace(how, data=(self.settings.task,), method=method, loss="next-token")
+        return learning(how, self.settings.task)
 
     def dense(self, output: Path, progress: Progress) -> None:
         """Keep the model as a checkpoint."""

@@ -303,6 +303,20 @@ def test_patience_is_off_unless_it_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
+    ("asked", "wrong"),
+    [
+        ("temperature = 2.0", "recover: temperature: has no effect here"),
+        ('method = "full"\nrank = 4', "recover: rank: has no effect here"),
+        ('data = ["student"]', "recover: data: what a checkpoint writes itself teaches it nothing"),
+        ('for_quant = "Q4_0"\n[export]\nquants = ["Q8_0"]', "recover.for_quant: no file of Q4_0 is made"),
+    ],
+)
+def test_training_that_would_do_nothing_is_refused_where_it_is_written(asked: str, wrong: str) -> None:
+    with pytest.raises(InputError, match=re.escape(wrong)):
+        parse_config(MODEL + f"[recover]\n{asked}", where="x")
+
+
+@pytest.mark.parametrize(
     ("section", "wrong"),
     [
         ('[prune]\nscore = "best"', "score: unknown"),

@@ -320,6 +320,9 @@ def test_runs_share_a_search(model: Path, tmp_path: Path) -> None:
     # Other lists are another search in the same folder; what they ask for is looked at, though a run has begun.
     assert main(command(model, folder, *space, "--trials", "1", "--blocks", "1,2", "--max-points", "2")) == 0
     assert main(command(model, folder, *space, "--trials", "1", "--blocks", "9")) == 2
+    # As many as there may be are there already, those of the search among them.
+    assert main(command(model, folder, *space, "--trials", "9", "--max-points", "6")) == 0
+    assert point_files(folder) == before
     # A run that goes on has one more to propose.
     assert main(command(model, folder, *space, "--trials", "5")) == 0
     after = point_files(folder)
@@ -402,6 +405,12 @@ def test_speed_is_added_to_what_is_known(model: Path, tmp_path: Path) -> None:
         (["--max-tokens", "1000"], "nothing is trained; allowed: with --recover"),
         (["--recover", "--max-tokens", "1000", "--epochs", "1"], "max_tokens and epochs both say how long"),
         (["--recover", "--method", "magic"], "--method"),
+        (["--recover"], "the dense model is not trained"),
+        (["--recover", "--prune-ratios", "0.1", "--data", "student"], "teaches it nothing"),
+        (
+            ["--recover", "--prune-ratios", "0.1", "--for-quant", "Q5_0", "--quants", "Q4_0"],
+            "no such file is made",
+        ),
     ],
 )
 def test_bad_input_writes_nothing(

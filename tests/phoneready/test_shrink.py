@@ -221,6 +221,12 @@ def test_shares_of_the_steps() -> None:
         (("--data", "none.txt"), "none.txt does not exist"),
         (("--calibration", "none.txt"), "none.txt does not exist"),
         (("--data", "student"), "teaches it nothing"),
+        (
+            ("--task", "CALLS", "--tasks", "HELD", "--loss", "distill", "--validation", "student"),
+            "teaches it nothing",
+        ),
+        (("--temperature", "2"), "temperature: has no effect here"),
+        (("--max-accuracy-drop", "0.1"), "--max-accuracy-drop with --tasks"),
         (("--optimizer", "muon", "--method", "lora"), "whole matrices"),
         (("--report-to", "nonsense"), "report_to"),
         (("--data", "CALLS", "--tasks", "CALLS"), "which is trained on"),
@@ -235,7 +241,8 @@ def test_what_cannot_be_is_said_in_a_line(
 ) -> None:
     calls = str(chats(tmp_path / "calls.jsonl", 0, 4))
     capsys.readouterr()
-    given = [calls if option == "CALLS" else option for option in options]
+    files = {"CALLS": calls, "HELD": str(chats(tmp_path / "held.jsonl", 4, 4))}
+    given = [files.get(option, option) for option in options]
     assert main(command(dense, tmp_path / "out", *given)) == 2
     said = capsys.readouterr().err
     assert reason in said

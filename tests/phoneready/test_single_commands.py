@@ -29,7 +29,6 @@ data = ["builtin:python-docs"]
 max_tokens = 512
 seqlen = 32
 batch_size = 2
-self_tokens = 1024
 patience = 1
 [evaluate]
 chats = []
