@@ -3,7 +3,7 @@
     python benchmarks/llama_bench.py MODEL.gguf [-p 512] [-n 128] [-t 1,2] [-r 10] [--native]
 
 llama-bench is built once, from the source inside llama-cpp-python's sdist in the installed version, with the
-build type and the options of the installed wheel (CMAKE_ARGS is honoured as it is there). It is kept in the
+wheel's build type and llama.cpp's default options (CMAKE_ARGS is honoured as it is there). It is kept in the
 cache folder. Needs cmake and a C++ compiler; the build takes some minutes. It loads the library files of the wheel,
 those that our worker loads: two copies of the same library differ by as much as 10 %, since a copy's pages lie
 elsewhere in memory. --native measures in the native runner, which is linked statically, so that this cannot be had.

@@ -4,7 +4,7 @@ Writes the model in bfloat16, a block at a time, then prunes and exports it with
 process of its own, whose peak memory (RSS) and processor time the system tells.
 
     python benchmarks/scale.py llama-3.2-1b -o DIR [--blocks N] [--stream always] [--ratio 0.2] [--nsamples 8]
-        [--seqlen 512] [--formats Q4_0 int4] [--calibration builtin:python-docs] [--export-calibration none]
+        [--seqlen 512] [--formats Q4_0] [--calibration builtin:python-docs] [--export-calibration none]
         [--json FILE]
 
 With fewer blocks than the shape has, memory is that of all of them, as one is in memory at a time.
