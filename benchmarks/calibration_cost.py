@@ -1,9 +1,9 @@
 """What calibration and pruning cost beside a plain forward pass over the same tokens, in time and memory.
 
 Each measurement is a fresh process: one runs the model over all windows, the others collect statistics and prune, in
-one pass and block by block. They take turns. The ratio is that of CPU times (user + system, all threads), which other load on the machine
-disturbs less than wall time; wall times are printed too. Peak memory is the process's own while it works, after the
-model has been loaded (loading dequantizes, which needs more for a moment).
+one pass and block by block. They take turns. The ratio is that of CPU times (user + system, all threads), which other
+load on the machine disturbs less than wall time; wall times are printed too. Peak memory is the process's own while it
+works, after the model has been loaded (loading dequantizes, which needs more for a moment).
 
     python benchmarks/calibration_cost.py [--model smollm2-135m] [--nsamples 32] [--seqlen 1024] [--rounds 5]
 """
