@@ -67,23 +67,7 @@ def frontier(
 
     prune = pick(PruneConfig, calibration, vocabulary_text=counted.vocabulary_text)
     asked = ModelConfig(reference=model, trust_remote_code=trust_remote_code, device=device, dtype=dtype)
-    recover = training if settings.recover else None
-    if problem := settings.problem:
-        raise InputError(problem)
-    if recover:
-        check_settings(recover.settings(seed))
-        check_references(recover, (*recover.data, *recover.validation))
-        if recover.for_quant not in (None, *settings.chosen_quants):
-            raise InputError(
-                "no such file is made",
-                field="for_quant",
-                value=recover.for_quant,
-                allowed=", ".join(settings.chosen_quants),
-            )
-    elif training != RecoverConfig():
-        raise InputError(
-            "options of recovery say how to train, and nothing is trained", allowed="with --recover"
-        )
+    recover = _trained(training, settings, seed)
     export = pick(ExportConfig, rounding)
     config = ReleaseConfig(model=asked, seed=seed, prune=prune, recover=recover, export=export)
     with show_progress() as progress:
@@ -101,6 +85,27 @@ def frontier(
         f"\n{len(record.kept)} files in {output}; what others dominate is deleted unless --keep is given.\n"
     )
     write_result(format_frontier(record) + kept, record_to_json(record), as_json=json)
+
+
+def _trained(training: RecoverConfig, settings: FrontierSettings, seed: int) -> RecoverConfig | None:
+    """How pruned models are trained; None where they are not.
+
+    Raises:
+        InputError: It cannot be done so, or would be done for nothing.
+    """
+    if not settings.recover:
+        if training != RecoverConfig():
+            why = "options of recovery say how to train, and nothing is trained"
+            raise InputError(why, allowed="with --recover")
+        return None
+    check_settings(training.settings(seed))
+    check_references(training, (*training.data, *training.validation))
+    if training.for_quant not in (None, *settings.chosen_quants):
+        made = ", ".join(settings.chosen_quants)
+        raise InputError("no such file is made", field="for_quant", value=training.for_quant, allowed=made)
+    if problem := settings.problem:
+        raise InputError(problem)
+    return training
 
 
 def _asked(config: ReleaseConfig, settings: FrontierSettings) -> Surveying:
