@@ -136,7 +136,7 @@ def recover(folder: Path, run: Run, data: list[str], training: list[object]) -> 
     """Train; a killed training goes on."""
     if run.variant == "unrecovered" or (folder / run.name).exists():
         return
-    options = ["--seed", run.seed, *training, "--teacher", DENSE]
+    options = ["--seed", run.seed, *training]
     for reference in data:
         options += ["--data", reference]
     phoneready("recover", start(folder, run.ratio), "-o", folder / run.name, *VARIANTS[run.variant], *options)

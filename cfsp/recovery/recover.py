@@ -38,7 +38,7 @@ from cfsp.recovery.rounding import RoundedModel, Rounding
 from cfsp.recovery.settings import (
     MUON,
     RecoverySettings,
-    check_references,
+    check_effects,
     check_settings,
     learning_rate,
     learns_from_teacher,
@@ -205,7 +205,7 @@ def _usable(
     """Settings with everything said; refuses those that cannot be used with this data and these packages."""
     check_settings(settings)
     settings = settled(settings)
-    check_references(settings, references)
+    check_effects(settings, references)
     _check_means(settings, rounding)
     return settings
 

@@ -179,6 +179,11 @@ class RecoveryReferences(Settings):
         (), "Validation data, as `data`.", metavar="REF", shown="a held-out share of the data"
     )
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that is read."""
+        return (*self.data, *self.validation)
+
 
 _Training = TypeVar("_Training", bound=Training)
 
@@ -232,7 +237,7 @@ def as_read(settings: _Training, references: Collection[str]) -> _Training:
     return replace(settings, **{name: getattr(type(settings), name) for name in unread})
 
 
-def check_references(settings: Training, references: Collection[str]) -> None:
+def check_effects(settings: Training, references: Collection[str]) -> None:
     """Check settings against what is trained and validated on.
 
     Raises:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cfsp.errors import InputError, MissingExtraError
-from cfsp.recovery.settings import check_references, check_settings
+from cfsp.recovery.settings import check_effects, check_settings
 from cfsp.settings import pick, setting
 from cfsp.text.settings import BUILTIN_TEXT, CalibrationSettings
 from exporters.settings import RoundingSettings
@@ -68,6 +68,8 @@ def frontier(
     prune = pick(PruneConfig, calibration, vocabulary_text=counted.vocabulary_text)
     asked = ModelConfig(reference=model, trust_remote_code=trust_remote_code, device=device, dtype=dtype)
     recover = _trained(training, settings, seed)
+    if problem := settings.problem:
+        raise InputError(problem)
     export = pick(ExportConfig, rounding)
     config = ReleaseConfig(model=asked, seed=seed, prune=prune, recover=recover, export=export)
     with show_progress() as progress:
@@ -91,20 +93,21 @@ def _trained(training: RecoverConfig, settings: FrontierSettings, seed: int) -> 
     """How pruned models are trained; None where they are not.
 
     Raises:
-        InputError: It cannot be done so, or would be done for nothing.
+        InputError: It cannot be done so.
     """
     if not settings.recover:
         if training != RecoverConfig():
             why = "options of recovery say how to train, and nothing is trained"
             raise InputError(why, allowed="with --recover")
         return None
+    from cfsp.recovery.optimizer import check_optimizer
+    from exporters.families import ROUNDING
+
     check_settings(training.settings(seed))
-    check_references(training, (*training.data, *training.validation))
-    if training.for_quant not in (None, *settings.chosen_quants):
-        made = ", ".join(settings.chosen_quants)
-        raise InputError("no such file is made", field="for_quant", value=training.for_quant, allowed=made)
-    if problem := settings.problem:
-        raise InputError(problem)
+    check_effects(training, training.texts)
+    check_optimizer(training.settings(seed))
+    if training.for_quant is not None:
+        ROUNDING.check(training.for_quant)
     return training
 
 

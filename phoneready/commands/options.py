@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -105,7 +105,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     It is called with the settings made and checked. Other parameters are typer's as they are.
 
     Raises:
-        TypeError: An option would stand for two of them.
+        TypeError: One name would stand for two options.
     """
     hints = get_type_hints(command, include_extras=True)
     parameters: list[inspect.Parameter] = []
@@ -120,7 +120,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
             parameters += map(_option, group.rows.values())
 
     parameters.append(DEBUG)
-    options = Counter(name for group in groups for row in group.rows.values() for name in row.options)
+    options = Counter(name for parameter in parameters for name in _names(parameter))
     if twice := [name for name, count in options.items() if count > 1]:
         raise TypeError(f"{command.__name__} has {', '.join(twice)} twice")
 
@@ -186,6 +186,12 @@ def _option(row: Declared) -> inspect.Parameter:
     return inspect.Parameter(
         row.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, made]
     )
+
+
+def _names(parameter: inspect.Parameter) -> Iterator[str]:
+    """Those of an option."""
+    for made in get_args(parameter.annotation)[1:]:
+        yield from getattr(made, "param_decls", None) or ()
 
 
 def _is_tuple(row: Declared) -> bool:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cfsp.errors import InputError
 from cfsp.files import refuse_existing
 from cfsp.records import record_to_json
 from cfsp.recovery.settings import RecoveryReferences, RecoverySettings, reads_teacher, token_budget
@@ -17,7 +16,7 @@ from cfsp.settings import setting
 from cfsp.units import format_bytes
 from phoneready.commands.options import DeviceOption, ForceOption, JsonOption, ThreadsOption, TrustOption
 from phoneready.commands.processes import one_voice
-from phoneready.console import prepare_torch, show_progress, write_result
+from phoneready.console import note, prepare_torch, show_progress, write_result
 
 if TYPE_CHECKING:
     from cfsp.recovery.recovery_record import RecoveryRecord
@@ -57,15 +56,9 @@ def recover(
     A killed run goes on when the same command is given again. `accelerate launch -m phoneready recover ...` trains
     on several processes or GPUs. What is kept is the best validation's weights.
     """
-    texts = (*references.data, *references.validation)
-    if teacher is not None and not reads_teacher(settings, texts):
-        raise InputError(
-            "is not read",
-            field="teacher",
-            value=teacher,
-            allowed="with --loss distill or both, or text of self",
-        )
-    inputs = [Path(name) for name in (checkpoint, teacher, *texts) if name]
+    if teacher is not None and not reads_teacher(settings, references.texts):
+        note(f"--teacher {teacher} is not read: nothing is distilled, and no text of self is learnt")
+    inputs = [Path(name) for name in (checkpoint, teacher, *references.texts) if name]
     refuse_existing(output, force=force, inputs=inputs)
     with one_voice():
         prepare_torch(threads)

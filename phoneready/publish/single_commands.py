@@ -58,7 +58,7 @@ def _prune(config: ReleaseConfig, figures: ReleaseFigures) -> list[object]:
 def _recover(config: ReleaseConfig, section: RecoverConfig) -> list[object]:
     settings = dataclasses.replace(section, patience=section.patience or 0, report_to=())
     words: list[object] = ["recover", "checkpoint", "-o", "recovered"]
-    if reads_teacher(section, (*section.data, *section.validation)):
+    if reads_teacher(section, section.texts):
         words += ["--teacher", config.model.reference]
     return [*words, *option_words(settings), "--seed", config.seed, *_opened(config)]
 

@@ -11,7 +11,7 @@ import pydantic
 
 from cfsp.errors import InputError
 from cfsp.reading import parse_toml, read_text
-from cfsp.recovery.settings import check_references, settled, two_budgets
+from cfsp.recovery.settings import check_effects, settled, two_budgets
 from cfsp.validation import Location, describe_problems, place_of
 from exporters.families import BASE, FAMILIES, ROUNDING, family_of
 from exporters.gguf import find_quant
@@ -119,7 +119,6 @@ def _problems_between(config: ReleaseConfig) -> list[tuple[Location, str]]:
         *_no_cache(config),
         *_no_backend(config),
         *_imatrix_needed(config),
-        *_trained_for_nothing(config),
         *budget_problems(config),
         *_tiers(config),
     ]
@@ -128,7 +127,7 @@ def _problems_between(config: ReleaseConfig) -> list[tuple[Location, str]]:
 def _training_problem(training: RecoverConfig) -> str | None:
     """What settings of training say of each other that is not so, or a format that it cannot go through."""
     try:
-        check_references(settled(training), (*training.data, *training.validation))
+        check_effects(settled(training), training.texts)
         if training.for_quant is not None:
             ROUNDING.check(training.for_quant)
     except InputError as error:
@@ -280,16 +279,6 @@ def _imatrix_needed(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
     needed = [name for name in config.export.quants if find_quant(name).needs_imatrix]
     if needed and not config.export.imatrix:
         yield ("export", "imatrix"), f"{', '.join(needed)} cannot be written without an importance matrix"
-
-
-def _trained_for_nothing(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
-    asked = config.recover.for_quant if config.recover else None
-    if asked is not None and asked not in config.export.names:
-        made = ", ".join(config.export.names)
-        yield (
-            ("recover", "for_quant"),
-            f"no file of {asked} is made of what is trained for it; allowed: {made}",
-        )
 
 
 def _tiers(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:

@@ -93,7 +93,7 @@ class SearchedStructures(Settings):
         ge=0,
         le=2**24,
         metavar="N,...",
-        shown="all, or as [prune] says",
+        shown="not varied",
     )
     blocks: tuple[int, ...] = setting(
         (),
@@ -101,7 +101,7 @@ class SearchedStructures(Settings):
         ge=0,
         le=512,
         metavar="N,...",
-        shown="none, or as [prune] says",
+        shown="not varied",
     )
     attentions: tuple[int, ...] = setting(
         (),
@@ -109,7 +109,7 @@ class SearchedStructures(Settings):
         ge=0,
         le=512,
         metavar="N,...",
-        shown="none, or as [prune] says",
+        shown="not varied",
     )
     kv_groups: tuple[float, ...] = setting(
         (),
@@ -117,7 +117,7 @@ class SearchedStructures(Settings):
         ge=0,
         lt=1,
         metavar="SHARE,...",
-        shown="none, or as [prune] says",
+        shown="not varied",
     )
 
     def choices(self, fixed: Structures) -> dict[str, list[Any]]:

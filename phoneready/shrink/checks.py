@@ -10,7 +10,7 @@ from cfsp.errors import InputError, require_extra
 from cfsp.evaluation.chat_tasks import is_chat_file, load_chat_task
 from cfsp.evaluation.tasks import load_tasks, needs_harness
 from cfsp.recovery.optimizer import check_optimizer
-from cfsp.recovery.settings import STUDENT, check_references, check_settings
+from cfsp.recovery.settings import STUDENT, check_effects, check_settings
 from cfsp.text.settings import SELF
 from cfsp.text.tokens import load_documents
 from phoneready.evaluation.run import check_texts
@@ -85,10 +85,10 @@ def _check_training(training: RecoverConfig, seed: int, task: str | None) -> Non
             allowed="none",
         )
     check_settings(settings)
-    check_references(settings, (*training.data, *training.validation))
+    check_effects(settings, training.texts)
     if task is not None:
         learnt = learning(training, task)
-        check_references(learnt, (*learnt.data, *learnt.validation))
+        check_effects(learnt, learnt.texts)
     check_optimizer(settings)
     require_extra("accelerate", "recover")
     if training.report_to:

@@ -64,4 +64,4 @@ def learning(training: RecoverConfig, task: str) -> RecoverConfig:
     alone = replace(
         training, data=(task,), method="lora" if method == "ig-lora" else method, loss="next-token"
     )
-    return as_read(alone, (*alone.data, *alone.validation))
+    return as_read(alone, alone.texts)

@@ -308,7 +308,6 @@ def test_patience_is_off_unless_it_is_asked_for() -> None:
         ("temperature = 2.0", "recover: temperature: has no effect here"),
         ('method = "full"\nrank = 4', "recover: rank: has no effect here"),
         ('data = ["student"]', "recover: data: what a checkpoint writes itself teaches it nothing"),
-        ('for_quant = "Q4_0"\n[export]\nquants = ["Q8_0"]', "recover.for_quant: no file of Q4_0 is made"),
     ],
 )
 def test_training_that_would_do_nothing_is_refused_where_it_is_written(asked: str, wrong: str) -> None:
