@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
 from cfsp.errors import InputError
 from cfsp.settings import (
@@ -189,9 +190,11 @@ def _option(row: Declared) -> inspect.Parameter:
 
 
 def _names(parameter: inspect.Parameter) -> Iterator[str]:
-    """Those of an option."""
+    """Those of an option; typer takes the first of them for a default until it is asked."""
     for made in get_args(parameter.annotation)[1:]:
-        yield from getattr(made, "param_decls", None) or ()
+        if isinstance(made, OptionInfo):
+            names = (made.default, *(made.param_decls or ()))
+            yield from (name for name in names if isinstance(name, str) and name.startswith("-"))
 
 
 def _is_tuple(row: Declared) -> bool:
