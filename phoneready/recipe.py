@@ -36,7 +36,6 @@ from cfsp.models.checkpoint import read_checkpoint_info
 from cfsp.progress import Progress
 from cfsp.records import tool_version
 from cfsp.recovery.optimizer import check_optimizer
-from cfsp.recovery.settings import check_effects
 from exporters.families import FAMILIES, family_of, makes_gguf
 from phoneready.evaluation.metrics import check_directions, metric_sha256
 from phoneready.figures.budgets import select
@@ -156,9 +155,7 @@ def _check_before_work(config: ReleaseConfig, folder: Path) -> None:
     check_extras(config)
     check_directions(config.budgets)
     if config.recover is not None:
-        training = config.recover.settings(config.seed)
-        check_effects(training, config.recover.texts)
-        check_optimizer(training)
+        check_optimizer(config.recover)
     if config.stores is not None:
         choose_tiers(config.stores, config.tiers)
 

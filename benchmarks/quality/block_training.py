@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from cfsp.models.architectures import decoder_layers
-from cfsp.models.block_pass import Calls, enter_blocks, run_layer
+from cfsp.models.block_pass import Calls, enter_blocks, run_layer, run_windows
 from cfsp.models.checkpoint import PLAN_FILE, save_checkpoint
 from cfsp.models.reference import load_model
 from cfsp.precision import trained_products
@@ -96,14 +96,14 @@ def train_blocks(dense: Any, student: Any, ids: torch.Tensor, asked: argparse.Na
     pairs = zip(decoder_layers(dense), decoder_layers(student), weights, strict=True)
     for index, (whole, block, weight) in enumerate(pairs):
         with torch.no_grad(), trained_products("auto", "cpu"):
-            wanted = _run(whole, index, given, calls)
-            follows = wanted if asked.share == 1 else _run(whole, index, states, calls)
+            wanted = run_windows(whole, index, given, calls)
+            follows = wanted if asked.share == 1 else run_windows(whole, index, states, calls)
         targets = [
             follow + asked.share * (want - follow) for want, follow in zip(wanted, follows, strict=True)
         ]
         losses = _train(block, index, states, targets, student_calls, error_of(weight), asked)
         with torch.no_grad(), trained_products("auto", "cpu"):
-            given, states = wanted, _run(block, index, states, student_calls)
+            given, states = wanted, run_windows(block, index, states, student_calls)
         share = len(losses) // asked.passes
         first, last = (sum(some) / len(some) for some in (losses[:share], losses[-share:]))
         print(f"block {index}: {losses[0]:.3g} before, {first:.3g} in the first pass, {last:.3g} in the last")
@@ -152,10 +152,6 @@ def _train(
         losses.append(loss.item())
     block.requires_grad_(False)
     return losses
-
-
-def _run(block: torch.nn.Module, index: int, states: States, calls: Calls) -> States:
-    return [run_layer(block, state, calls.of(index, window)) for window, state in enumerate(states)]
 
 
 if __name__ == "__main__":

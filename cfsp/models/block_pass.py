@@ -113,6 +113,13 @@ def run_layer(layer: nn.Module, hidden: torch.Tensor, arguments: Arguments) -> t
     return result
 
 
+def run_windows(
+    layer: nn.Module, index: int, windows: Sequence[torch.Tensor], calls: Calls
+) -> list[torch.Tensor]:
+    """A block's output for each window's hidden states; index: of the block."""
+    return [run_layer(layer, hidden, calls.of(index, window)) for window, hidden in enumerate(windows)]
+
+
 def enter_blocks(
     model: Any, layers: Sequence[nn.Module], input_ids: torch.Tensor
 ) -> tuple[list[torch.Tensor], Calls]:

@@ -37,7 +37,7 @@ from cfsp.models.architectures import (
     norm_epsilon,
     spec_for,
 )
-from cfsp.models.block_pass import Calls, enter_blocks, run_layer
+from cfsp.models.block_pass import Calls, enter_blocks, run_layer, run_windows
 from cfsp.models.paging import at_hand
 from cfsp.processes import mine, number_summed, summed
 from cfsp.pruning.axes.kv_groups import group_channels
@@ -93,7 +93,7 @@ def prune_block_by_block(cut: Cut) -> None:
                 elif are_one and index not in cut.groups:
                     pruned = wanted
                 else:
-                    pruned = _run(layers[index], index, pruned, pruned_calls)
+                    pruned = run_windows(layers[index], index, pruned, pruned_calls)
             cut.progress("pruning", index + 1, last + 1)
 
 
@@ -109,11 +109,6 @@ def _blocks_to_solve(cut: Cut, layers: Sequence[nn.Module]) -> list[int]:
 
 _Run = Callable[[torch.Tensor, int], torch.Tensor]
 """From hidden states, and the number of their window, to what becomes of them."""
-
-
-def _run(layer: nn.Module, index: int, windows: Sequence[torch.Tensor], calls: Calls) -> list[torch.Tensor]:
-    """A block's outputs."""
-    return [run_layer(layer, hidden, calls.of(index, window)) for window, hidden in enumerate(windows)]
 
 
 def _blocks_going_after(layers: Sequence[nn.Module], index: int, gone: frozenset[int]) -> list[nn.Module]:
@@ -182,7 +177,7 @@ def _prune_block(
             rests.append((output - norm(seen["given"]), seen["ffn_input"]))
     cut_channels(ffn, kept, solver.solve(cut.ridge))
     if spec.goes_on:
-        return _run(layer, index, pruned, calls)
+        return run_windows(layer, index, pruned, calls)
     return [rest + norm(ffn.module(ffn_input)) for rest, ffn_input in rests]
 
 
@@ -194,7 +189,7 @@ def _prune_attention(cut: Cut, index: int, pruned: Sequence[torch.Tensor], calls
     norm = _Norm.of(cut.model, added_norms(cut.model, layer)[0])
     solver = _Columns(o_proj, group_channels(attention, o_proj.in_features, cut.groups[index]), norm)
     with output_hook(o_proj, solver.observe):
-        _run(layer, index, pruned, calls)
+        run_windows(layer, index, pruned, calls)
     cut_groups(attention, cut.groups[index], solver.solve(cut.ridge))
 
 

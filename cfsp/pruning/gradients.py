@@ -31,7 +31,7 @@ from cfsp.models.architectures import (
     output_logits,
     token_tables,
 )
-from cfsp.models.block_pass import StoredStates, enter_blocks, leave_blocks, run_layer
+from cfsp.models.block_pass import StoredStates, enter_blocks, leave_blocks, run_layer, run_windows
 from cfsp.models.homes import require_scratch
 from cfsp.models.paging import at_hand, is_paged
 from cfsp.processes import mine, number, number_summed, summed
@@ -323,7 +323,7 @@ def _backwards_by_blocks(
         for index, layer in enumerate(layers):
             before.put(index, states)
             with at_hand(layer):
-                states = [run_layer(layer, state, calls.of(index, n)) for n, state in enumerate(states)]
+                states = run_windows(layer, index, states, calls)
             progress(_WHAT, index + 1, 2 * len(layers))
     gradients: list[torch.Tensor] = []
     with at_hand(model.get_output_embeddings()):

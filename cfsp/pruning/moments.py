@@ -10,7 +10,7 @@ import torch
 
 from cfsp.devices import exact
 from cfsp.models.architectures import block_linears, decoder_layers
-from cfsp.models.block_pass import enter_blocks, run_layer
+from cfsp.models.block_pass import enter_blocks, run_windows
 from cfsp.models.paging import at_hand
 from cfsp.processes import mine, number_summed, summed
 from cfsp.progress import Progress, no_progress
@@ -61,7 +61,7 @@ def collect_input_moments(
             with at_hand(layer), ExitStack() as stack:
                 for name, linear in linears[index].items():
                     stack.enter_context(input_hook(linear, partial(add, name)))
-                hidden = [run_layer(layer, state, calls.of(index, n)) for n, state in enumerate(hidden)]
+                hidden = run_windows(layer, index, hidden, calls)
             progress("measuring activations", index + 1, len(layers))
     n_tokens = number_summed(windows.numel())
     return {name: (summed(total) / n_tokens).float().cpu() for name, total in sums.items()}

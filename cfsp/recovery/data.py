@@ -17,7 +17,13 @@ from cfsp.errors import InputError
 from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress, no_progress
 from cfsp.recovery.chats import LabelledTokens, labelled_chat
-from cfsp.recovery.settings import STUDENT, RecoverySettings, labels_whole_chats, token_budget
+from cfsp.recovery.settings import (
+    STUDENT,
+    RecoverySettings,
+    held_out,
+    labels_whole_chats,
+    token_budget,
+)
 from cfsp.text.own_text import without_loops
 from cfsp.text.respelling import Respelling
 from cfsp.text.self_sampling import sample_windows
@@ -30,9 +36,6 @@ IGNORED = -100
 
 INSIDE = -1
 """Place in the teacher's text of a position that is inside one of the teacher's tokens."""
-
-HELD_OUT_SHARE = 0.1
-"""Most of the data that is held out where no validation data is given."""
 
 MOST_LOOPS = 0.5
 """Share of the texts of a model above which it is not one to learn from."""
@@ -344,7 +347,7 @@ def _hold_out(sequences: Sequences, share: int) -> tuple[Sequences, Sequences]:
             f"{sequences.source} fills one sequence only, which cannot be both trained on and validated with",
             allowed="more data, a smaller seqlen, or validation data of its own",
         )
-    held = max(1, min(share, int(count * HELD_OUT_SHARE)))
+    held = held_out(count, share)
     ids, targets = sequences.input_ids, sequences.targets
     return (
         _sequences(ids[:-held], targets[:-held], sequences.source, n_loops=sequences.n_loops),

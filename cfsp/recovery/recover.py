@@ -38,7 +38,6 @@ from cfsp.recovery.rounding import RoundedModel, Rounding
 from cfsp.recovery.settings import (
     MUON,
     RecoverySettings,
-    check_effects,
     check_settings,
     learning_rate,
     learns_from_teacher,
@@ -203,9 +202,8 @@ def _usable(
     settings: RecoverySettings, references: Sequence[str], rounding: Rounding | None
 ) -> RecoverySettings:
     """Settings with everything said; refuses those that cannot be used with this data and these packages."""
-    check_settings(settings)
+    check_settings(settings, references)
     settings = settled(settings)
-    check_effects(settings, references)
     _check_means(settings, rounding)
     return settings
 

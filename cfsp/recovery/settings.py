@@ -65,6 +65,12 @@ STUDENT = "student"
 
 DEFAULT_TOKENS = 1_000_000
 
+VALIDATIONS = 10
+"""Most validations over a run whose settings do not say how often."""
+
+HELD_OUT_SHARE = 0.1
+"""Most of the data that is held out where no validation data is given."""
+
 
 @dataclass(frozen=True)
 class Training(Settings):
@@ -139,7 +145,11 @@ class Training(Settings):
         "auto", "Of matrix products: auto, float32 or bfloat16.", choices="cfsp.precision:PRODUCTS"
     )
     eval_every: int | None = setting(
-        None, "Steps between validations.", ge=1, shown="a tenth of all", example=100
+        None,
+        "Steps between validations.",
+        ge=1,
+        shown="a tenth of all; more where less would be learnt than validated",
+        example=100,
     )
     save_every: int | None = setting(
         None, "Steps between checkpoints.", ge=1, shown="as --eval-every", example=100
@@ -188,12 +198,18 @@ class RecoveryReferences(Settings):
 _Training = TypeVar("_Training", bound=Training)
 
 
-def check_settings(settings: RecoverySettings) -> None:
-    """Raise InputError naming the fields whose values cannot be used, and what would be."""
+def check_settings(settings: RecoverySettings, references: Collection[str]) -> None:
+    """Check settings by themselves, and against what is trained and validated on.
+
+    Raises:
+        InputError: Values that cannot be used, alone or beside each other; what is set is read nowhere; or the
+            checkpoint's own text is to be learnt, and no teacher says better.
+    """
     check_fields(settings)
     settled(settings)
-    if problem := two_budgets(settings):
-        raise InputError(problem, field="max_tokens")
+    if settings.max_tokens is not None and settings.epochs is not None:
+        raise InputError("says how long, and so does epochs", field="max_tokens", allowed="one of them")
+    _check_effects(settings, references)
 
 
 def settled(settings: _Training) -> _Training:
@@ -237,13 +253,7 @@ def as_read(settings: _Training, references: Collection[str]) -> _Training:
     return replace(settings, **{name: getattr(type(settings), name) for name in unread})
 
 
-def check_effects(settings: Training, references: Collection[str]) -> None:
-    """Check settings against what is trained and validated on.
-
-    Raises:
-        InputError: What is set is read nowhere; or the checkpoint's own text is to be learnt, and no teacher says
-            better.
-    """
+def _check_effects(settings: Training, references: Collection[str]) -> None:
     read = as_read(settings, references)
     for name, (_, allowed) in _READ.items():
         if getattr(read, name) != (value := getattr(settings, name)):
@@ -262,17 +272,28 @@ def method_of(settings: Training) -> Method:
     return METHODS[settled(settings).method]
 
 
-def two_budgets(settings: Training) -> str | None:
-    """What is wrong where both fields say how long."""
-    both = settings.max_tokens is not None and settings.epochs is not None
-    return "max_tokens and epochs both say how long; allowed: one of them" if both else None
-
-
 def token_budget(settings: Training) -> int | None:
     """Input tokens to train on; None where epochs say it."""
     if settings.max_tokens is None and settings.epochs is None:
         return DEFAULT_TOKENS
     return settings.max_tokens
+
+
+def validation_interval(settings: Training, steps: int, per_step: int, held: int) -> int:
+    """Steps between validations: those set, or so many that there are VALIDATIONS, each of less text than is learnt.
+
+    Args:
+        settings: How to train.
+        steps: Of the whole run.
+        per_step: Sequences that a step learns from, over all processes.
+        held: Sequences of a validation.
+    """
+    return settings.eval_every or max(1, steps // VALIDATIONS, math.ceil(held / per_step))
+
+
+def held_out(count: int, most: int) -> int:
+    """Sequences of so many that are held out: at most a share of them, and at least one."""
+    return max(1, min(most, int(count * HELD_OUT_SHARE)))
 
 
 def loss_weights(settings: Training) -> tuple[float, float]:

@@ -38,6 +38,7 @@ from cfsp.recovery.settings import (
     learning_rate,
     learning_rate_share,
     plain_rate,
+    validation_interval,
 )
 from cfsp.recovery.sharding import (
     give,
@@ -54,8 +55,6 @@ logger = logging.getLogger(__name__)
 
 _WEIGHTS = "trainable.safetensors"
 _TRAINER_STATE = "trainer_state.json"
-VALIDATIONS = 10
-"""Validations over a run where the settings do not say how often."""
 
 
 class _Arguments(TrainingArguments):  # type: ignore[misc]
@@ -113,7 +112,8 @@ def train(run: Run, arguments: Any) -> None:
         InputError: The disk is full; the last complete checkpoint is kept.
     """
     settings, steps = run.settings, run.n_steps
-    every = settings.eval_every or max(1, steps // VALIDATIONS)
+    held = sum(len(part.input_ids) for part in run.validation)
+    every = validation_interval(settings, steps, run.tokens_per_step // settings.seqlen, held)
     arguments.eval_strategy = arguments.save_strategy = transformers.trainer_utils.IntervalStrategy.STEPS
     arguments.eval_steps, arguments.save_steps = every, settings.save_every or every
     with quiet_transformers():

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cfsp.errors import InputError, MissingExtraError
-from cfsp.recovery.settings import check_effects, check_settings
 from cfsp.settings import pick, setting
 from cfsp.text.settings import BUILTIN_TEXT, CalibrationSettings
 from exporters.settings import RoundingSettings
@@ -67,7 +66,7 @@ def frontier(
 
     prune = pick(PruneConfig, calibration, vocabulary_text=counted.vocabulary_text)
     asked = ModelConfig(reference=model, trust_remote_code=trust_remote_code, device=device, dtype=dtype)
-    recover = _trained(training, settings, seed)
+    recover = _trained(training, settings)
     if problem := settings.problem:
         raise InputError(problem)
     export = pick(ExportConfig, rounding)
@@ -89,7 +88,7 @@ def frontier(
     write_result(format_frontier(record) + kept, record_to_json(record), as_json=json)
 
 
-def _trained(training: RecoverConfig, settings: FrontierSettings, seed: int) -> RecoverConfig | None:
+def _trained(training: RecoverConfig, settings: FrontierSettings) -> RecoverConfig | None:
     """How pruned models are trained; None where they are not.
 
     Raises:
@@ -101,13 +100,9 @@ def _trained(training: RecoverConfig, settings: FrontierSettings, seed: int) -> 
             raise InputError(why, allowed="with --recover")
         return None
     from cfsp.recovery.optimizer import check_optimizer
-    from exporters.families import ROUNDING
 
-    check_settings(training.settings(seed))
-    check_effects(training, training.texts)
-    check_optimizer(training.settings(seed))
-    if training.for_quant is not None:
-        ROUNDING.check(training.for_quant)
+    training.check()
+    check_optimizer(training)
     return training
 
 

@@ -7,6 +7,7 @@ docs/scale.md says how well they fit.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -21,7 +22,14 @@ from cfsp.pruning.moments import MOMENT_WINDOWS
 from cfsp.pruning.prune import GRADIENT_WINDOWS, PROBE_TOKENS, PROBE_WINDOWS, TOLD_WINDOWS
 from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import GramStore
-from cfsp.recovery.settings import Training, loss_weights, method_of, token_budget
+from cfsp.recovery.settings import (
+    Training,
+    held_out,
+    loss_weights,
+    method_of,
+    token_budget,
+    validation_interval,
+)
 from cfsp.recovery.shares import training_bytes
 from exporters.export_record import ExportFormat
 from exporters.families import family_of, find_format
@@ -296,14 +304,21 @@ def judging(extents: Sequence[Extent], asked: Judging) -> Work:
 
 
 def recovering(extents: Sequence[Extent], asked: Recovering) -> Work:
-    """Training passes of the student, and the teacher's where the loss reads it, over a budget of tokens."""
+    """Training passes of the student, and the teacher's where the loss reads it, over a budget of tokens.
+
+    Validations, which learn nothing, are as many as held-out text of one reference makes them.
+    """
     (extent,), settings = extents, asked.settings
     text = Windows(max(1, (token_budget(settings) or 0) // settings.seqlen), settings.seqlen)
+    judged = text.most(held_out(text.count + settings.validation_windows, settings.validation_windows))
     method, (_, distilled) = method_of(settings), loss_weights(settings)
     few = method.adapter or method.through_rounding
-    passes = (2 if method.adapter else 3) + bool(distilled)
-    steps = [_loaded(extent), _passed(extent, text, passes * _PASS, passes)]
-    steps += [_headed(extent, text).times(passes), _saved(extent)]
+    steps = [_loaded(extent), _saved(extent)]
+    for read, passes in (
+        (text, (2 if method.adapter else 3) + bool(distilled)),
+        (judged, (1 + bool(distilled)) * (1 + _validations(settings, text.count, judged.count))),
+    ):
+        steps += [_passed(extent, read, passes * _PASS, passes), _headed(extent, read).times(passes)]
     held = training_bytes(settings, extent, extent if distilled else None, shares=asked.shares)
     kept = Work(
         disk=(_ROUNDED_DISK if method.through_rounding else 0 if method.adapter else 12) * extent.n_weights
@@ -311,6 +326,13 @@ def recovering(extents: Sequence[Extent], asked: Recovering) -> Work:
     # The models themselves are in memory already where this is asked once they are read.
     least = 0 if few else 12 * extent.least_weights // asked.shares
     return replace(_all([*steps, kept]), memory=held, least_memory=least)
+
+
+def _validations(settings: Training, sequences: int, held: int) -> int:
+    """After the first one, by one process."""
+    per_step = settings.batch_size * settings.gradient_accumulation_steps
+    n_steps = max(1, round(sequences / per_step))
+    return math.ceil(n_steps / validation_interval(settings, n_steps, per_step, held))
 
 
 def surveying(extents: Sequence[Extent], asked: Surveying) -> Work:

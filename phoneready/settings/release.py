@@ -11,14 +11,13 @@ import pydantic
 
 from cfsp.errors import InputError
 from cfsp.reading import parse_toml, read_text
-from cfsp.recovery.settings import check_effects, settled, two_budgets
 from cfsp.validation import Location, describe_problems, place_of
-from exporters.families import BASE, FAMILIES, ROUNDING, family_of
+from exporters.families import BASE, FAMILIES, family_of
 from exporters.gguf import find_quant
 from exporters.onnx import find_variant
 from phoneready.evaluation.evaluation_record import repeated_text
 from phoneready.settings.planned import budget_problems
-from phoneready.settings.schema import RecoverConfig, ReleaseConfig
+from phoneready.settings.schema import ReleaseConfig
 from phoneready.settings.template import demo_config_text
 from phoneready.settings.toml_lines import key_lines, nearest
 from runtime_bench.targets.places import place_slug, row_of_place
@@ -105,11 +104,11 @@ def _read_target(config: ReleaseConfig, values: Mapping[str, Any]) -> ReleaseCon
 def _problems_between(config: ReleaseConfig) -> list[tuple[Location, str]]:
     """What sections say of each other that is not so."""
     alone = {
-        "recover": _training_problem(config.recover) if config.recover else None,
         "tune": config.tune.problem if config.tune else None,
     }
     return [
         *(((name,), problem) for name, problem in alone.items() if problem),
+        *_training(config),
         *_target(config),
         *_vocabulary_alone(config),
         *_unknown_files(config),
@@ -122,17 +121,6 @@ def _problems_between(config: ReleaseConfig) -> list[tuple[Location, str]]:
         *budget_problems(config),
         *_tiers(config),
     ]
-
-
-def _training_problem(training: RecoverConfig) -> str | None:
-    """What settings of training say of each other that is not so, or a format that it cannot go through."""
-    try:
-        check_effects(settled(training), training.texts)
-        if training.for_quant is not None:
-            ROUNDING.check(training.for_quant)
-    except InputError as error:
-        return str(error)
-    return two_budgets(training)
 
 
 def _problems_beside(values: Mapping[str, Any], faults: Sequence[Location]) -> list[tuple[Location, str]]:
@@ -279,6 +267,15 @@ def _imatrix_needed(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
     needed = [name for name in config.export.quants if find_quant(name).needs_imatrix]
     if needed and not config.export.imatrix:
         yield ("export", "imatrix"), f"{', '.join(needed)} cannot be written without an importance matrix"
+
+
+def _training(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
+    """What settings of training say of each other that is not so, or a format that it cannot go through."""
+    try:
+        if config.recover is not None:
+            config.recover.check()
+    except InputError as error:
+        yield ("recover",), str(error)
 
 
 def _tiers(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:

@@ -10,12 +10,12 @@ from typing import Annotated, Self
 import pydantic
 
 from cfsp.pruning.settings import ALIGN, PruneSettings
-from cfsp.recovery.settings import RecoveryReferences, RecoverySettings, Training
+from cfsp.recovery.settings import RecoveryReferences, RecoverySettings, Training, check_settings
 from cfsp.settings import DEVICE, DTYPE, SEED, Settings, pick, setting
 from cfsp.text.settings import BUILTIN_TEXT, SELF, CalibrationSettings
 from cfsp.units import parse_bytes
 from cfsp.validation import Section, as_value_error
-from exporters.families import find_format, required_multiple
+from exporters.families import ROUNDING, find_format, required_multiple
 from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES
 from exporters.settings import FileSettings
 from phoneready.evaluation.settings import EvaluationSettings, JudgementSettings
@@ -92,6 +92,12 @@ class RecoverConfig(Training, RecoveryReferences):
     def settings(self, seed: int) -> RecoverySettings:
         """For cfsp."""
         return pick(RecoverySettings, self, seed=seed)
+
+    def check(self) -> None:
+        """Raise InputError where nothing can be trained so, or not through the rounding of that format."""
+        check_settings(self.settings(0), self.texts)
+        if self.for_quant is not None:
+            ROUNDING.check(self.for_quant)
 
 
 @dataclass(frozen=True)

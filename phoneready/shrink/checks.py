@@ -10,7 +10,7 @@ from cfsp.errors import InputError, require_extra
 from cfsp.evaluation.chat_tasks import is_chat_file, load_chat_task
 from cfsp.evaluation.tasks import load_tasks, needs_harness
 from cfsp.recovery.optimizer import check_optimizer
-from cfsp.recovery.settings import STUDENT, check_effects, check_settings
+from cfsp.recovery.settings import STUDENT
 from cfsp.text.settings import SELF
 from cfsp.text.tokens import load_documents
 from phoneready.evaluation.run import check_texts
@@ -50,7 +50,7 @@ def check_before_work(
         raise InputError(why, field="task", value=settings.task, allowed=allowed)
     check_place(config, folder)
     _check_folder(folder, {LOCK_FILE, "stages", *ours})
-    _check_training(training, config.seed, settings.task)
+    _check_training(training, settings.task)
     check_texts(EvaluationSettings(text=settings.text, chats=settings.chats))
     if any(map(needs_harness, settings.tasks)):
         require_extra("lm_eval", "eval")
@@ -75,8 +75,7 @@ def _check_folder(folder: Path, ours: set[str]) -> None:
         raise InputError(f"{folder} holds {what}, which shrinking does not make; choose another one with -o")
 
 
-def _check_training(training: RecoverConfig, seed: int, task: str | None) -> None:
-    settings = training.settings(seed)
+def _check_training(training: RecoverConfig, task: str | None) -> None:
     if training.for_quant is not None:
         raise InputError(
             "a step's file is not what the next step prunes; train the kept checkpoint through its rounding",
@@ -84,12 +83,9 @@ def _check_training(training: RecoverConfig, seed: int, task: str | None) -> Non
             value=training.for_quant,
             allowed="none",
         )
-    check_settings(settings)
-    check_effects(settings, training.texts)
-    if task is not None:
-        learnt = learning(training, task)
-        check_effects(learnt, learnt.texts)
-    check_optimizer(settings)
+    for asked in (training, *([learning(training, task)] if task is not None else [])):
+        asked.check()
+    check_optimizer(training)
     require_extra("accelerate", "recover")
     if training.report_to:
         from cfsp.recovery.trainer import check_trackers

@@ -44,7 +44,13 @@ from cfsp.recovery.data import (
 from cfsp.recovery.inputs import _respelling
 from cfsp.recovery.losses import CHUNK_TOKENS, distillation_loss, head_loss, next_token_loss
 from cfsp.recovery.recovery_record import RunState, ValidationPoint, data_record
-from cfsp.recovery.settings import RecoverySettings, check_settings, learning_rate, learning_rate_share
+from cfsp.recovery.settings import (
+    RecoverySettings,
+    check_settings,
+    learning_rate,
+    learning_rate_share,
+    validation_interval,
+)
 from cfsp.recovery.student import Student, Teacher
 from cfsp.recovery.work import RunInputs, WorkFolder
 from cfsp.text import written
@@ -486,7 +492,17 @@ def load_sequences(text: str, dense: LoadedModel, spelling: Respelling) -> Seque
 )
 def test_settings_name_the_field(change: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"^{next(iter(change))}: "):
-        check_settings(replace(RecoverySettings(), **change))
+        check_settings(replace(RecoverySettings(), **change), ())
+
+
+@pytest.mark.parametrize(
+    ("eval_every", "steps", "per_step", "held", "interval"),
+    [(None, 100, 4, 16, 10), (None, 16, 4, 16, 4), (None, 16, 4, 9, 3), (None, 5, 16, 1, 1), (1, 16, 4, 16, 1)],
+)
+def test_no_more_is_validated_than_learnt(
+    eval_every: int | None, steps: int, per_step: int, held: int, interval: int
+) -> None:
+    assert validation_interval(RecoverySettings(eval_every=eval_every), steps, per_step, held) == interval
 
 
 @given(st.floats(0.0, 1.0, exclude_max=True), st.integers(1, 300))

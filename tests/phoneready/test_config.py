@@ -298,7 +298,7 @@ def test_patience_is_off_unless_it_is_asked_for() -> None:
         config = parse_config(MODEL + f"[recover]\n{asked}", where="x")
         assert config.recover is not None
         assert config.recover.settings(0).patience == patience
-    with pytest.raises(InputError, match=r"recover: max_tokens and epochs both say how long"):
+    with pytest.raises(InputError, match=r"recover: max_tokens: says how long, and so does epochs"):
         parse_config(MODEL + "[recover]\nmax_tokens = 1\nepochs = 1.0", where="x")
 
 

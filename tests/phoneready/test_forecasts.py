@@ -90,6 +90,8 @@ def test_a_larger_model_takes_more_of_everything(stage: str) -> None:
         ("eval", Judging(TEXT, 4, 32, (False,))),
         ("recover", Recovering(Training(max_tokens=8192, seqlen=64))),
         ("recover", Recovering(Training(max_tokens=4096, seqlen=64, loss="distill"))),
+        ("recover", Recovering(Training(max_tokens=4096, seqlen=64, eval_every=1))),
+        ("recover", Recovering(Training(max_tokens=4096, seqlen=64, validation_windows=128))),
         ("frontier", replace(ASKED["frontier"], checkpoints=3)),
     ],
 )

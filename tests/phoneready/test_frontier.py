@@ -403,7 +403,10 @@ def test_speed_is_added_to_what_is_known(model: Path, tmp_path: Path) -> None:
         (["--calibration", "/nowhere.jsonl"], "does not exist"),
         (["--tasks", "missing.yaml"], "missing.yaml"),
         (["--max-tokens", "1000"], "nothing is trained; allowed: with --recover"),
-        (["--recover", "--max-tokens", "1000", "--epochs", "1"], "max_tokens and epochs both say how long"),
+        (
+            ["--recover", "--max-tokens", "1000", "--epochs", "1"],
+            "max_tokens: says how long, and so does epochs",
+        ),
         (["--recover", "--method", "magic"], "--method"),
         (["--recover"], "the dense model is not trained"),
         (["--recover", "--prune-ratios", "0.1", "--data", "student"], "teaches it nothing"),

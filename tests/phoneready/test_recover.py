@@ -534,7 +534,7 @@ def bad(tmp_path: Path, tiny_folder: TinyPath) -> dict[str, str]:
         (["--loss", "mse"], "allowed: auto, next-token, distill, both"),
         (
             ["--max-tokens", "100", "--epochs", "1"],
-            "max_tokens and epochs both say how long; allowed: one of them",
+            "max_tokens: says how long, and so does epochs; allowed: one of them",
         ),
         (["--seqlen", "4096"], "allowed: 2 to 512"),
         (["--device", "tpu"], "allowed: auto, cpu"),
