@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -42,7 +42,7 @@ from phoneready.release.artifact import SIDE_BY_SIDE_FILE, Answers, Artifact, Fi
 from phoneready.release.live import rows_so_far
 from phoneready.release.pruning_budget import budget_of, fitting_settings, shape_check
 from phoneready.release.stages import stage_folder
-from phoneready.settings.schema import ModelConfig, RecoverConfig, ReleaseConfig
+from phoneready.settings.schema import BenchConfig, ModelConfig, RecoverConfig, ReleaseConfig
 from phoneready.settings.structures import Structures
 from phoneready.text import WRITERS, load_calibration
 from runtime_bench.files import size_of
@@ -51,6 +51,7 @@ from runtime_bench.records.bench_record import DOES_NOT_FIT, BenchRecord
 from runtime_bench.records.jsonl import append_jsonl, read_jsonl
 from runtime_bench.targets import Target
 from runtime_bench.targets.places import Unreachable, open_place, place_slug
+from runtime_bench.workload import BenchSettings
 
 CALIBRATION_FILE = "calibration.safetensors"
 EVALUATION_FILE = "evaluation.json"
@@ -306,19 +307,15 @@ class Steps:
         # Dense and pruned take turns.
         names = {str(a.path): a.name for a in self.artifacts() if a.item in wanted}
         settings = self.config.bench.settings(self.config.seed)
-        files = [Path(path) for path in names]
         target: Target
         try:
             target = open_place(place)
         except PhonereadyError as error:
             target = Unreachable(place, str(error))
         progress, tell = rows_so_far(progress)
-        anchor = Path(self.config.bench.anchor) if self.config.bench.anchor else None
-        if anchor is not None:
-            names[str(anchor)] = f"anchor {anchor.name}"
-        records = run_bench(files, settings, progress, target=target, anchor=anchor, on_record=tell)
-        named = [dataclasses.replace(r, model_filename=names[r.model_filename]) for r in records]
-        append_jsonl(output / BENCH_FILE, named)
+        append_jsonl(
+            output / BENCH_FILE, bench_named(names, self.config.bench, settings, target, progress, tell)
+        )
 
     def bench_records(self, place: str) -> list[BenchRecord]:
         """What was measured at a place, the anchor's rows among it."""
@@ -331,6 +328,32 @@ class Steps:
         """The calibration windows, (nsamples, seqlen), in the ids of a stage's model."""
         path = stage_folder(self.folder, stage) / CALIBRATION_FILE
         return safetensors.torch.load_file(path)["input_ids"]
+
+
+def bench_named(
+    names: Mapping[str, str],
+    config: BenchConfig,
+    settings: BenchSettings,
+    target: Target,
+    progress: Progress,
+    on_record: Callable[[BenchRecord], None] = lambda record: None,
+) -> list[BenchRecord]:
+    """Measure files in turns with each other and the anchor, where there is one.
+
+    Args:
+        names: Path of a file -> what records call it.
+        config: Which anchor.
+        settings: What to measure and how often.
+        target: Where.
+        progress: Told after each process.
+        on_record: Called with each record as soon as it is complete.
+    """
+    anchor = Path(config.anchor) if config.anchor else None
+    known = {**names, **({str(anchor): f"anchor {anchor.name}"} if anchor else {})}
+    records = run_bench(
+        [Path(path) for path in names], settings, progress, target=target, anchor=anchor, on_record=on_record
+    )
+    return [dataclasses.replace(r, model_filename=known[r.model_filename]) for r in records]
 
 
 def load_stage(checkpoint: Path, model: ModelConfig, progress: Progress) -> LoadedModel:

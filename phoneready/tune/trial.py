@@ -29,12 +29,12 @@ from phoneready.figures.metrics import (
 )
 from phoneready.release.artifact import Artifact
 from phoneready.release.collect import benchmark_figures, projected_figures, size_figure
+from phoneready.release.steps import bench_named
 from phoneready.text import WRITERS
 from phoneready.tune.limits import Limits
 from phoneready.tune.space import Point, config_of
 from phoneready.tune.trial_runner import TrialRunner
 from runtime_bench.files import size_of
-from runtime_bench.measuring.measure import run_bench
 from runtime_bench.targets.places import open_place
 from runtime_bench.workload import BenchSettings
 
@@ -160,14 +160,9 @@ class Bench:
             if not here:
                 continue
             names = {str(one.path): one.name for one in files if one.role == PRUNED or place in relative}
-            records = run_bench(
-                [Path(path) for path in names],
-                _needed(config.bench.settings(config.seed), here),
-                self.runner.progress,
-                target=open_place(place),
-            )
-            named = [replace(r, model_filename=names[r.model_filename]) for r in records]
-            yield from benchmark_figures(config, place, named, roles)
+            settings = _needed(config.bench.settings(config.seed), here)
+            records = bench_named(names, config.bench, settings, open_place(place), self.runner.progress)
+            yield from benchmark_figures(config, place, records, roles)
 
     def _dense_file(self, point: Point) -> Artifact:
         """Of the latest quantization or variant only, as disks are finite."""

@@ -497,7 +497,13 @@ def test_settings_name_the_field(change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("eval_every", "steps", "per_step", "held", "interval"),
-    [(None, 100, 4, 16, 10), (None, 16, 4, 16, 4), (None, 16, 4, 9, 3), (None, 5, 16, 1, 1), (1, 16, 4, 16, 1)],
+    [
+        (None, 100, 4, 16, 10),
+        (None, 16, 4, 16, 4),
+        (None, 16, 4, 9, 3),
+        (None, 5, 16, 1, 1),
+        (1, 16, 4, 16, 1),
+    ],
 )
 def test_no_more_is_validated_than_learnt(
     eval_every: int | None, steps: int, per_step: int, held: int, interval: int

@@ -231,6 +231,18 @@ def test_smallest_file_within_a_divergence(model: Path, tmp_path: Path) -> None:
     assert len(tried) == len(result.trials)
 
 
+def test_an_anchor_takes_turns_with_what_is_tried(model: Path, tmp_path: Path) -> None:
+    assert main(["export", str(model), "-o", str(tmp_path / "files"), "--gguf", "Q8_0"]) == 0
+    (anchor,) = (tmp_path / "files").glob("*.gguf")
+    path = write(tmp_path, model, '[[budgets]]\nmetric = "tg2"\nat_least = 1.0\n')
+    config = load_config(path, [f'bench.anchor="{anchor}"'])
+    bench = Bench(TrialRunner(config, tmp_path / "shop", threads=1), Limits(config))
+    figures = bench.measure(Point(Recipe("Q8_0", "cfsp", 32, False), 0.25)).figures.figures
+    (speed,) = (figure for figure in figures if figure.key.metric == "tg2")
+    assert len(speed.anchor_samples) == len(speed.samples) == 1
+    assert "anchor" in speed.conditions
+
+
 def test_vocabularies_are_searched_beside_ratios(wide_model: Path, tmp_path: Path) -> None:
     known = sizes(write(tmp_path, wide_model, ""), tmp_path / "sizes", wide_model)
     more = "[tune]\nvocabularies = [0, 300]\ntrials = 6\n" + SIZE_BUDGET.format(limit=known[5 / 16])
