@@ -39,6 +39,9 @@ class InputError(PhonereadyError):
         field: Name of the setting or file at fault.
         value: The offending value.
         allowed: What would be accepted.
+
+    Attributes:
+        problem: The text without the field.
     """
 
     def __init__(self, message: str, *, field: str = "", value: object = None, allowed: str = "") -> None:
@@ -46,7 +49,8 @@ class InputError(PhonereadyError):
         head = f"{field}: " if field else ""
         got = f" (got {shown(value)})" if value is not None else ""
         tail = f"; allowed: {allowed}" if allowed else ""
-        super().__init__(f"{head}{message}{got}{tail}")
+        self.problem = f"{message}{got}{tail}"
+        super().__init__(head + self.problem)
 
 
 def look_up(table: Mapping[str, Row], name: str, message: str, *, field: str) -> Row:

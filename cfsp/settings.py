@@ -242,6 +242,22 @@ def _checked(kind: type, values: Mapping[str, Any], named: Mapping[str, str]) ->
     return dict(zip((row.name for row in rows), _all(checks), strict=True))
 
 
+Reads = Mapping[str, tuple[Callable[..., bool], str]]
+"""Field -> whether it is read, of the settings and what they are used with; and in words where it is."""
+
+
+def unread(settings: Settings, reads: Reads, *beside: Any) -> tuple[str, ...]:
+    """Fields of a table that nothing reads, whatever their values; beside: what the settings are used with."""
+    return tuple(name for name, (is_read, _) in reads.items() if not is_read(settings, *beside))
+
+
+def refuse_unread(settings: Settings, reads: Reads, *beside: Any) -> None:
+    """Raise InputError for a field of a table that is set to other than its default, and that nothing reads."""
+    for name in unread(settings, reads, *beside):
+        if (value := getattr(settings, name)) != getattr(type(settings), name):
+            raise InputError("has no effect here", field=name, value=value, allowed=reads[name][1])
+
+
 def pick(kind: type[S], source: Any, **changes: Any) -> S:
     """Settings of a class, with the fields that a larger class shares with it."""
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from cfsp.settings import SEED, Settings, setting
+from cfsp.settings import SEED, Reads, Settings, setting
 from cfsp.text.settings import TEXT_FORMS
 from cfsp.units import parse_bytes
-from exporters.families import DEFAULT_FORMAT, FAMILIES
+from exporters.families import DEFAULT_FORMAT, FAMILIES, find_format
 from exporters.gguf.family import GGUF
 from exporters.onnx.family import ONNX
 from exporters.options import ExportOptions
@@ -101,6 +102,10 @@ class QuantizerSettings(Settings):
 class FileSettings(RoundingSettings, QuantizerSettings, ExportFormats):
     """Formats, how they are rounded, and for what."""
 
+    def reads(self, name: str) -> bool:
+        """Whether any of the formats reads a setting."""
+        return any(name in find_format(one).reads for one in self.names)
+
     def options(self, text: torch.Tensor | None, **others: Any) -> ExportOptions:
         """What an export reads of them.
 
@@ -116,6 +121,14 @@ class FileSettings(RoundingSettings, QuantizerSettings, ExportFormats):
             mixed_bytes=self.mixed_bytes,
         )
         return replace(own, **others)
+
+
+READS: Reads = MappingProxyType(
+    {
+        "tune_scales": (lambda asked: asked.reads("tune_scales"), "with GGUF files of few bits"),
+        "mixed_bytes": (lambda asked: asked.reads("mixed_bytes"), "with int4-mixed"),
+    }
+)
 
 
 @dataclass(frozen=True)

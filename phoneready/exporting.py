@@ -24,6 +24,7 @@ from cfsp.progress import Progress, no_progress
 from cfsp.pruning.moments import spread_windows
 from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record
+from cfsp.settings import Reads, refuse_unread
 from cfsp.text.respelling import respelling
 from cfsp.text.settings import SELF
 from exporters.export_record import ExportFormat, ExportRecord
@@ -34,6 +35,11 @@ from phoneready.text import load_calibration
 
 NO_TEXT = "none"
 _Load = Callable[[str | Path], LoadedModel]
+_OF_TEXT = (
+    lambda asked: bool(asked.calibration) or reads_text(asked),
+    "with --calibration, or what needs text",
+)
+_READS: Reads = dict.fromkeys(("nsamples", "seqlen", "rounding_windows", "dense"), _OF_TEXT)
 _REFUSALS: Mapping[str, tuple[str, str, str]] = {
     "calibration": ("calibration text is for files of few bits alone", "calibration", ""),
     "opset": ("only ONNX variants have an opset", "opset", "--onnx VARIANT,..."),
@@ -196,8 +202,9 @@ def _check(rows: Sequence[ExportFormat], request: ExportSettings) -> None:
     """Refuse what cannot be made before anything is."""
     for setting, (refusal, option, allowed) in _REFUSALS.items():
         given = getattr(request, setting) not in (None, False, ())
-        if given and not any(setting in row.reads for row in rows):
+        if given and not request.reads(setting):
             raise InputError(refusal, field=option, allowed=allowed)
+    refuse_unread(request, _READS)
     mixed = [row.name for row in rows if row.needs_text and not row.is_sized]
     if mixed and NO_TEXT in request.calibration:
         raise InputError(f"{mixed[0]} wants text to choose layers by", field="calibration", value=NO_TEXT)

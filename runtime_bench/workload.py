@@ -298,6 +298,8 @@ def workloads_of(settings: BenchSettings) -> tuple[Workload, ...]:
 def _check_effects(settings: BenchSettings) -> None:
     """Refuse settings that have no effect without another one."""
     warm = [name for name in settings.regimes if REGIMES[name].least_samples > 1]
+    opening = [REGIMES[name] for name in settings.regimes if not REGIMES[name].opened_before]
+    cached = [regime for regime in opening if regime.page_cache is None]
     no_time = "nothing is waited for without a time"
     without = (
         (SUSTAINED in settings.regimes and not settings.sustained_s, "no time is given", "--regime", SUSTAINED,
@@ -306,6 +308,10 @@ def _check_effects(settings: BenchSettings) -> None:
          settings.sustained_s, "with it a size in --n-gen"),
         (bool(warm) and not settings.warmup, "nothing is warmed up", "--regime", ", ".join(warm),
          "without --no-warmup"),
+        (any(settings.start) and not opening, "the file is open already", "--start", settings.start,
+         "with --regime fresh, first or cold"),
+        (settings.cold_load and not (settings.load and cached), "nothing else would load from the page cache",
+         "--cold", True, "where loading is measured with --regime fresh"),
         (settings.unplugged and not settings.wait_nominal_s, no_time, "--unplugged", True, "--wait-nominal SECONDS"),
         (settings.idle_s != BenchSettings.idle_s and not settings.energy, "nothing is metered", "--idle",
          settings.idle_s, "--energy"),

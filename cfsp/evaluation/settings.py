@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
-from cfsp.settings import Settings, setting
+from cfsp.settings import Reads, Settings, setting
 
 
 @dataclass(frozen=True)
@@ -25,3 +26,7 @@ class TaskSettings(Settings):
     num_fewshot: int | None = setting(
         None, "Examples before each item.", ge=0, le=10_000, shown="the task's", example=5
     )
+
+
+_OF_TASKS = (lambda asked: bool(asked.tasks), "with tasks")
+READS: Reads = MappingProxyType(dict.fromkeys(("task_data", "limit", "num_fewshot"), _OF_TASKS))

@@ -95,10 +95,10 @@ def mixed_keep_ratios(evidence: BlockEvidence, prune_ratio: float, strength: flo
 
 ALLOCATIONS: Mapping[str, Row[Callable[[BlockEvidence, float, float], torch.Tensor]]] = MappingProxyType(
     {
-        "cfsp": Row(cfsp_keep_ratios),
+        "cfsp": Row(cfsp_keep_ratios, reads_strength=True),
         "uniform": Row(uniform_keep_ratios),
         "loss": Row(loss_keep_ratios, needs_loss=True),
-        "mixed": Row(mixed_keep_ratios, needs_loss=True),
+        "mixed": Row(mixed_keep_ratios, needs_loss=True, reads_strength=True),
     }
 )
 """From evidence, prune ratio and strength to (num_hidden_layers,) shares of channels kept."""

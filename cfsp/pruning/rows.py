@@ -19,6 +19,7 @@ class Row(Generic[F]):
         reads_stream: What the dense blocks give, where it was kept; it is computed again where not.
         needs_gradients: Of the loss.
         needs_loss: Predicted at every width of a block, from both.
+        reads_strength: CFSP's a.
     """
 
     function: F
@@ -27,3 +28,4 @@ class Row(Generic[F]):
     reads_stream: bool = False
     needs_gradients: bool = False
     needs_loss: bool = False
+    reads_strength: bool = False

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from cfsp.errors import InputError
-from cfsp.settings import Setting, Settings, setting
+from cfsp.settings import Reads, Setting, Settings, setting
 from cfsp.validation import WhereSet
 
 ALIGN = Setting("Widths are multiples of this.", ge=1)
@@ -137,3 +138,33 @@ class PruneSettings(Settings):
         from cfsp.pruning.allocation import ALLOCATIONS
 
         return ALLOCATIONS[self.allocation].needs_loss
+
+    @property
+    def solves(self) -> bool:
+        """Whether the reconstruction solves for weights."""
+        from cfsp.pruning.cutting import RECONSTRUCTIONS
+
+        row = RECONSTRUCTIONS[self.reconstruct]
+        return row.needs_gram or row.reads_stream
+
+    @property
+    def reads_strength(self) -> bool:
+        """Whether CFSP's a decides any width."""
+        from cfsp.pruning.allocation import ALLOCATIONS
+
+        return ALLOCATIONS[self.allocation].reads_strength and not self.uniform_width
+
+
+READS: Reads = MappingProxyType(
+    {
+        "strength": (
+            lambda asked: asked.reads_strength,
+            "with the allocation cfsp or mixed, and widths of their own",
+        ),
+        "ridge": (
+            lambda asked: asked.solves,
+            "with the reconstruction block-by-block or one-pass",
+        ),
+        "correction": (lambda asked: asked.reads_stream, "with the reconstruction block-by-block"),
+    }
+)

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from cfsp.errors import InputError
-from cfsp.settings import SEED, Settings, setting
+from cfsp.settings import SEED, Reads, Settings, refuse_unread, setting, unread
 from cfsp.settings import check_settings as check_fields
 from cfsp.text.settings import SELF, TEXT_FORMS
 
@@ -148,7 +148,7 @@ class Training(Settings):
         None,
         "Steps between validations.",
         ge=1,
-        shown="a tenth of all; more where less would be learnt than validated",
+        shown="a tenth of all; more of short runs",
         example=100,
     )
     save_every: int | None = setting(
@@ -231,7 +231,7 @@ def settled(settings: _Training) -> _Training:
     return replace(settings, method=method, loss=loss)
 
 
-_READ: Mapping[str, tuple[Callable[[Training, Collection[str]], bool], str]] = MappingProxyType(
+_READS: Reads = MappingProxyType(
     {
         **dict.fromkeys(
             ("rank", "alpha"), (lambda asked, _: method_of(asked).adapter, "with --method ig-lora or lora")
@@ -244,20 +244,17 @@ _READ: Mapping[str, tuple[Callable[[Training, Collection[str]], bool], str]] = M
         ),
     }
 )
-"""Field -> whether it is read, where text of these references is trained and validated on; and that in words."""
+"""Used with the references that are trained and validated on."""
 
 
 def as_read(settings: _Training, references: Collection[str]) -> _Training:
     """Settings in which what is not read has its default."""
-    unread = (name for name, (is_read, _) in _READ.items() if not is_read(settings, references))
-    return replace(settings, **{name: getattr(type(settings), name) for name in unread})
+    defaults = {name: getattr(type(settings), name) for name in unread(settings, _READS, references)}
+    return replace(settings, **defaults)
 
 
 def _check_effects(settings: Training, references: Collection[str]) -> None:
-    read = as_read(settings, references)
-    for name, (_, allowed) in _READ.items():
-        if getattr(read, name) != (value := getattr(settings, name)):
-            raise InputError("has no effect here", field=name, value=value, allowed=allowed)
+    refuse_unread(settings, _READS, references)
     if STUDENT in references and not learns_from_teacher(settings):
         raise InputError(
             "what a checkpoint writes itself teaches it nothing without the teacher's distribution",

@@ -13,7 +13,7 @@ import typer
 from cfsp.errors import InputError, LimitError, PhonereadyError
 from cfsp.settings import setting
 from exporters.onnx.folder import find_graph, is_onnx
-from phoneready.commands.options import JsonOption
+from phoneready.commands.options import JsonOption, refuse_given
 from phoneready.console import note, quiet_libraries, show_progress, write_result
 from runtime_bench.engines import ENGINES
 from runtime_bench.measuring.matrix import run_matrix
@@ -37,6 +37,7 @@ _PLACES = ", ".join(row.form for row in TARGETS.values())
 
 
 def bench(
+    context: typer.Context,
     files: Annotated[
         list[Path],
         typer.Argument(
@@ -88,6 +89,8 @@ def bench(
     _check_places(on, [*files, *([anchor_file] if anchor_file else [])])
     with show_progress() as progress:
         targets = open_targets(on, options, progress)
+    if not any(isinstance(target, Remote) for target in targets):
+        refuse_given(context, ("at_once", "clean"), "with --on and another machine")
     names = short_names(map(str, filter(None, [*files, anchor_file])))
     with show_progress() as progress, _cleaned(targets if clean else []):
         records = run_matrix(

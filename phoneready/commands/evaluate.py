@@ -9,12 +9,15 @@ from dataclasses import asdict, dataclass, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import typer
+
 from cfsp.errors import InputError
+from cfsp.evaluation.settings import READS
 from cfsp.files import record_head, refuse_existing, write_text
 from cfsp.progress import Progress
 from cfsp.pruning.settings import ALIGN, DEFAULT_ALIGN, PruneSettings
 from cfsp.records import read_record, record_to_json, write_record
-from cfsp.settings import SEED, Settings, setting
+from cfsp.settings import SEED, Settings, declared, refuse_unread, setting
 from cfsp.text.settings import BUILTIN_TEXT, CalibrationSettings
 from exporters.families import FAMILIES
 from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES, PARITY_CACHE
@@ -27,6 +30,7 @@ from phoneready.commands.options import (
     Renamed,
     ThreadsOption,
     TrustOption,
+    refuse_given,
 )
 from phoneready.console import prepare_torch, show_progress, write_result
 from phoneready.evaluation.places import PlaceSettings, check_place, open_elsewhere
@@ -107,7 +111,16 @@ class SweepOptions(Settings):
     align: int = setting(DEFAULT_ALIGN, replace(ALIGN, help="Sweep: widths are multiples of this."))
 
 
+_OF_SWEEPS = (
+    "csv",
+    "calibration_seed",
+    "align",
+    *(f"calibration_{row.name}" for row in declared(CalibrationSettings)),
+)
+
+
 def evaluate(
+    context: typer.Context,
     model: ModelArgument,
     settings: EvaluationSettings,
     questions: QuestionOptions,
@@ -143,6 +156,9 @@ def evaluate(
     elsewhere = None if place.is_here else place.on
     subject = {"--against": against, "--runtime": runtime, "--cache-type": cache_type, "--on": elsewhere}
     _check(settings, questions, gate, tolerances, sweep, subject)
+    refuse_unread(settings, READS)
+    if not sweep.ratios:
+        refuse_given(context, _OF_SWEEPS, "with --ratios")
     for path, like in ((gate.save, _RECORD), (sweep.csv, _TABLE)):
         if path is not None:
             refuse_existing(path, force=True, like=like)
@@ -181,7 +197,6 @@ def _check(
     limit = min(tolerances.limits, default="").replace("_", "-")
     replaced = gate.save and gate.baseline and gate.save.resolve() == gate.baseline.resolve()
     wrong = (
-        (sweep.csv and not sweep.ratios, "--csv is for sweeps: give --ratios too"),
         (
             sweep.ratios and others,
             f"--ratios judges MODEL's pruned copies against MODEL: leave out {' and '.join(others)}",

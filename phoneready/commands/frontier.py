@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cfsp.errors import InputError, MissingExtraError
-from cfsp.settings import pick, setting
+from cfsp.evaluation.settings import READS
+from cfsp.settings import pick, refuse_unread, setting
 from cfsp.text.settings import BUILTIN_TEXT, CalibrationSettings
 from exporters.settings import RoundingSettings
 from phoneready.commands.options import (
@@ -69,6 +70,7 @@ def frontier(
     recover = _trained(training, settings)
     if problem := settings.problem:
         raise InputError(problem)
+    refuse_unread(settings, READS)
     export = pick(ExportConfig, rounding)
     config = ReleaseConfig(model=asked, seed=seed, prune=prune, recover=recover, export=export)
     with show_progress() as progress:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -139,6 +139,14 @@ def was_given(context: typer.Context, name: str) -> bool:
     """Whether a parameter's value comes from the command line."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
+
+
+def refuse_given(context: typer.Context, names: Collection[str], where: str) -> None:
+    """Raise InputError for one of these parameters that comes from the command line; where: what would read it."""
+    for given in (
+        one for one in context.command.params if one.name in names and was_given(context, one.name)
+    ):
+        raise InputError("has no effect here", field=given.opts[-1], allowed=where)
 
 
 def _group(parameter: inspect.Parameter, hint: Any) -> _Group | None:

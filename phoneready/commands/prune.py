@@ -12,9 +12,11 @@ import typer
 
 from cfsp.errors import InputError
 from cfsp.files import record_head, refuse_existing
+from cfsp.pruning.settings import READS
 from cfsp.records import read_record, record_to_json, write_record
 from cfsp.scratch import LargeScratch
-from cfsp.settings import setting
+from cfsp.settings import declared, refuse_unread, setting
+from cfsp.text.settings import CalibrationSettings
 from exporters.families import DEFAULT_FORMAT, required_multiple
 from exporters.settings import QuantizerSettings
 from phoneready.commands.options import (
@@ -25,6 +27,7 @@ from phoneready.commands.options import (
     SeedOption,
     ThreadsOption,
     TrustOption,
+    refuse_given,
     was_given,
 )
 from phoneready.commands.processes import note_once, shared_passes
@@ -42,6 +45,10 @@ if TYPE_CHECKING:
     from cfsp.text.calibration import Calibration
     from phoneready.forecasts.said import Machine
     from phoneready.forecasts.stages import Pruning
+
+
+_BESIDE_PLAN = {"prune_ratio", "dtype", "weights_dtype", *(row.name for row in declared(CalibrationSettings))}
+"""What is read where a plan is applied: the rest is as the plan says."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,7 @@ def prune(
 
     settings = _with_target(context, settings, quantizer)
     chosen = settings.settings(required_multiple(settings.for_quant or (DEFAULT_FORMAT,)))
+    _check_effects(context, settings, chosen, plan)
     ready, references = _given_plan(context, plan, settings)
     with shared_passes(wanted, device) as (writes, progress), LargeScratch("sizes") as scratch:
         where, how = find_device(device), ready.settings if ready else chosen
@@ -295,6 +303,18 @@ def _output(output: Path | None, plan: Path | None, plan_only: Path | None, sett
     if plan is not None and settings.target:
         raise InputError("--plan applies a plan; a target makes one: give one of the two")
     return wanted
+
+
+def _check_effects(
+    context: typer.Context, settings: PruneOptions, chosen: PruneSettings, plan: Path | None
+) -> None:
+    """Refuse what nothing reads: beside a plan all that it has decided."""
+    if plan is not None:
+        decided = {row.name for row in declared(PruneOptions)} - _BESIDE_PLAN
+        refuse_given(context, decided, "without --plan")
+    if not settings.may_trim:
+        refuse_given(context, ("vocabulary_text",), "with --vocabulary, or a target that may trim it")
+    refuse_unread(chosen, READS)
 
 
 def _with_target(

@@ -10,11 +10,15 @@ from typing import Any
 import pydantic
 
 from cfsp.errors import InputError
+from cfsp.evaluation.settings import READS as JUDGING
+from cfsp.pruning.settings import READS as PRUNING
 from cfsp.reading import parse_toml, read_text
+from cfsp.settings import refuse_unread
 from cfsp.validation import Location, describe_problems, place_of
 from exporters.families import BASE, FAMILIES, family_of
 from exporters.gguf import find_quant
 from exporters.onnx import find_variant
+from exporters.settings import READS as EXPORTING
 from phoneready.evaluation.evaluation_record import repeated_text
 from phoneready.settings.planned import budget_problems
 from phoneready.settings.schema import ReleaseConfig
@@ -108,7 +112,10 @@ def _problems_between(config: ReleaseConfig) -> list[tuple[Location, str]]:
     }
     return [
         *(((name,), problem) for name, problem in alone.items() if problem),
-        *_training(config),
+        *_complaint("prune", config.prune, lambda: refuse_unread(config.prune_settings(), PRUNING)),
+        *_complaint("export", config.export, lambda: refuse_unread(config.export, EXPORTING)),
+        *_complaint("evaluate", config.evaluate, lambda: refuse_unread(config.evaluate, JUDGING)),
+        *(_complaint("recover", config.recover, config.recover.check) if config.recover else ()),
         *_target(config),
         *_vocabulary_alone(config),
         *_unknown_files(config),
@@ -269,13 +276,13 @@ def _imatrix_needed(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
         yield ("export", "imatrix"), f"{', '.join(needed)} cannot be written without an importance matrix"
 
 
-def _training(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
-    """What settings of training say of each other that is not so, or a format that it cannot go through."""
+def _complaint(name: str, section: object, check: Callable[[], object]) -> Iterator[tuple[Location, str]]:
+    """What a check says of a section, at the key that it names."""
     try:
-        if config.recover is not None:
-            config.recover.check()
+        check()
     except InputError as error:
-        yield ("recover",), str(error)
+        at_key = bool(error.field) and hasattr(section, error.field)
+        yield ((name, error.field), error.problem) if at_key else ((name,), str(error))
 
 
 def _tiers(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from cfsp.errors import InputError, require_extra
 from cfsp.evaluation.chat_tasks import is_chat_file, load_chat_task
+from cfsp.evaluation.settings import READS
 from cfsp.evaluation.tasks import load_tasks, needs_harness
 from cfsp.recovery.optimizer import check_optimizer
 from cfsp.recovery.settings import STUDENT
+from cfsp.settings import refuse_unread
 from cfsp.text.settings import SELF
 from cfsp.text.tokens import load_documents
 from phoneready.evaluation.run import check_texts
@@ -45,6 +47,7 @@ def check_before_work(
     """
     if problem := settings.problem:
         raise InputError(problem)
+    refuse_unread(settings, READS)
     if settings.task and not is_chat_file(settings.task):
         why, allowed = "not a file of chats", "FILE.jsonl, FILE.parquet"
         raise InputError(why, field="task", value=settings.task, allowed=allowed)

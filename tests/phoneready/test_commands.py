@@ -87,6 +87,13 @@ def test_all_axes_go_together(model: str, tmp_path: Path, capsys: pytest.Capture
         (["-o", "x", "--for-quant", "Q9"], "Q9"),
         (["-o", "x", "--calibration", "missing.txt", "--seqlen", "32"], "missing.txt"),
         (["-o", "x", "--plan", "missing.json"], "missing.json"),
+        (
+            ["-o", "x", "--plan", "y", "--score", "cfsp"],
+            "--score: has no effect here; allowed: without --plan",
+        ),
+        (["-o", "x", "--plan", "y", "--vocabulary", "9"], "--vocabulary: has no effect here"),
+        (["-o", "x", "--vocabulary-text", "y"], "--vocabulary-text: has no effect here"),
+        (["-o", "x", "--uniform", "--coarse-strength", "2"], "strength: has no effect here (got 2.0)"),
         (["-o", "x", "--blocks", "4", *SMALL], "at most 3"),
         (["-o", "x", "--blocks", "1", "--attentions", "3", *SMALL], "at most 2"),
         (
@@ -203,6 +210,7 @@ def test_export_and_bench(checkpoint: Path, tmp_path: Path, capsys: pytest.Captu
         "no file of records": [str(file), *sizes[:-1], str(file)],
         "is a directory": [str(file), *sizes[:-1], str(tmp_path)],
         "given twice": [str(file), str(file), *sizes],
+        "--clean: has no effect here; allowed: with --on and another machine": [str(file), *sizes, "--clean"],
         "native runs GGUF files alone": [str(file), str(onnx), *sizes, "--on", "local", "--on", "native"],
     }
     for reason, arguments in refused.items():
@@ -254,6 +262,8 @@ def test_both_kinds_of_export_share_a_folder(
         (["--onnx", "int4-mixed", "--calibration", "none"], "wants text"),
         (["--onnx", "int4-mixed", "--mixed-size", "large"], "--mixed-size"),
         (["--onnx", "int4", "--mixed-size", "80M"], "int4-mixed"),
+        (["--gguf", "Q8_0", "--nsamples", "8"], "nsamples: has no effect here (got 8)"),
+        (["--gguf", "Q4_0", "--rounding-windows", "8"], "rounding_windows: has no effect here (got 8)"),
         (["--onnx", "int4", "--tune-scales"], "scales are trained of GGUF files of few bits alone"),
         (["--gguf", "Q4_0", "--tune-scales", "--calibration", "none"], "scales are trained on text"),
     ],

@@ -298,21 +298,40 @@ def test_patience_is_off_unless_it_is_asked_for() -> None:
         config = parse_config(MODEL + f"[recover]\n{asked}", where="x")
         assert config.recover is not None
         assert config.recover.settings(0).patience == patience
-    with pytest.raises(InputError, match=r"recover: max_tokens: says how long, and so does epochs"):
+    with pytest.raises(InputError, match=r"recover\.max_tokens: says how long, and so does epochs"):
         parse_config(MODEL + "[recover]\nmax_tokens = 1\nepochs = 1.0", where="x")
 
 
 @pytest.mark.parametrize(
     ("asked", "wrong"),
     [
-        ("temperature = 2.0", "recover: temperature: has no effect here"),
-        ('method = "full"\nrank = 4', "recover: rank: has no effect here"),
-        ('data = ["student"]', "recover: data: what a checkpoint writes itself teaches it nothing"),
+        ("[recover]\ntemperature = 2.0", "line 4: recover.temperature: has no effect here (got 2.0)"),
+        ('[recover]\nmethod = "full"\nrank = 4', "line 5: recover.rank: has no effect here (got 4)"),
+        ('[recover]\ndata = ["student"]', "recover.data: what a checkpoint writes itself teaches it nothing"),
+        ('[recover]\nfor_quant = "Q8_0"', "recover.for_quant: "),
+        (
+            '[prune]\nallocation = "loss"\nstrength = 2.0',
+            "line 5: prune.strength: has no effect here (got 2.0)",
+        ),
+        ("[prune]\nuniform_width = true\nstrength = 2.0", "prune.strength: has no effect here"),
+        ('[prune]\nreconstruct = "mean"\nridge = 0.1', "prune.ridge: has no effect here (got 0.1)"),
+        ('[prune]\nreconstruct = "one-pass"\ncorrection = 0.1', "prune.correction: has no effect here"),
+        ("[evaluate]\nlimit = 8", "evaluate.limit: has no effect here (got 8); allowed: with tasks"),
     ],
 )
-def test_training_that_would_do_nothing_is_refused_where_it_is_written(asked: str, wrong: str) -> None:
+def test_what_nothing_reads_is_refused_where_it_is_written(asked: str, wrong: str) -> None:
     with pytest.raises(InputError, match=re.escape(wrong)):
-        parse_config(MODEL + f"[recover]\n{asked}", where="x")
+        parse_config(MODEL + asked, where="x")
+
+
+def test_what_is_read_is_taken() -> None:
+    for asked in (
+        '[prune]\nallocation = "mixed"\nstrength = 2.0',
+        '[prune]\nreconstruct = "one-pass"\nridge = 0.1',
+        "[prune]\ncorrection = 0.1",
+        '[evaluate]\ntasks = ["chats.jsonl"]\nlimit = 8',
+    ):
+        parse_config(MODEL + asked, where="x")
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,7 @@ def test_shares_of_the_steps() -> None:
             "teaches it nothing",
         ),
         (("--temperature", "2"), "temperature: has no effect here"),
+        (("--num-fewshot", "2"), "num_fewshot: has no effect here"),
         (("--max-accuracy-drop", "0.1"), "--max-accuracy-drop with --tasks"),
         (("--optimizer", "muon", "--method", "lora"), "whole matrices"),
         (("--report-to", "nonsense"), "report_to"),
