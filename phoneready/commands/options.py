@@ -136,9 +136,10 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def was_given(context: typer.Context, name: str) -> bool:
-    """Whether a parameter's value comes from the command line."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
+    """Whether a parameter's value comes from the command line; raises KeyError for one that there is not."""
+    if (source := context.get_parameter_source(name)) is None:
+        raise KeyError(name)
+    return source.name == "COMMANDLINE"
 
 
 def refuse_given(context: typer.Context, names: Collection[str], where: str) -> None:

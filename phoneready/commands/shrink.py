@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import typer
+
 from cfsp.records import record_to_json
 from cfsp.settings import pick, setting
 from cfsp.text.settings import CalibrationSettings
@@ -18,13 +20,18 @@ from phoneready.commands.options import (
     SeedOption,
     ThreadsOption,
     TrustOption,
+    was_given,
 )
 from phoneready.console import note, prepare_torch, show_progress, write_result
 from phoneready.settings.schema import CountedText, RecoverConfig
 from phoneready.shrink.settings import ShrinkSettings
 
+_NAMED = {"calibration": "calibration_calibration", "data": "training_data"}
+"""Field that a task stands in for -> its parameter."""
+
 
 def shrink(
+    context: typer.Context,
     model: ModelArgument,
     settings: ShrinkSettings,
     counted: CountedText,
@@ -62,5 +69,6 @@ def shrink(
         progress=show_progress,
         threads=threads,
         tell=lambda line: note(f"{'':<14} {line}"),
+        named=[field for field, name in _NAMED.items() if was_given(context, name)],
     )
     write_result(format_shrunk(found), record_to_json(found), as_json=json)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +42,7 @@ def shrink(
     progress: Callable[[], AbstractContextManager[Progress]],
     threads: int | None = None,
     tell: Callable[[str], None] = lambda line: None,
+    named: Collection[str] = (),
 ) -> Shrunk:
     """Prune and train in steps, judge every one, and keep the last that is good enough.
 
@@ -53,6 +54,7 @@ def shrink(
         progress: Opens a progress display.
         threads: Threads outside torch; torch's number by default.
         tell: Told what each step came to.
+        named: As `for_task`.
 
     Returns:
         The curve; it is in `folder` as shrunk.json and shrunk.md, and the checkpoint that is kept as model/.
@@ -63,7 +65,7 @@ def shrink(
         LimitError: The model that the steps start from does the tasks so badly that nothing can be worse.
     """
     settings = _with_text(settings)
-    config = _for_task(config, settings)
+    config = for_task(config, settings, named)
     training = config.recover or RecoverConfig()
     check_before_work(config, training, settings, folder, (RESULT_FILE, TABLE_FILE, MODEL_FOLDER))
     with claim_folder(folder):
@@ -123,18 +125,25 @@ def _with_text(settings: ShrinkSettings) -> ShrinkSettings:
     return replace(settings, chats=chats, text=() if chats else (BUILTIN_TEXT,))
 
 
-def _for_task(config: ReleaseConfig, settings: ShrinkSettings) -> ReleaseConfig:
-    """The configuration, with the task's chats for calibration, counting and training where nothing else is named."""
+def for_task(config: ReleaseConfig, settings: ShrinkSettings, named: Collection[str]) -> ReleaseConfig:
+    """The configuration, with the task's chats for calibration, counting and training where nothing else is named.
+
+    Args:
+        config: As it was asked for.
+        settings: Which task, if any.
+        named: `calibration` and `data` where the user has named them, be it what they are without that.
+    """
     if not settings.task:
         return config
     task, prune, recover = (settings.task,), config.prune, config.recover or RecoverConfig()
-    own, plain = PruneConfig(), RecoverConfig()
+    calibrated = "calibration" in named or prune.calibration != PruneConfig.calibration
+    trained = "data" in named or recover.data != RecoverConfig.data
     prune = replace(
         prune,
-        calibration=task if prune.calibration == own.calibration else prune.calibration,
+        calibration=prune.calibration if calibrated else task,
         vocabulary_text=prune.vocabulary_text or task,
     )
-    recover = replace(recover, data=task if recover.data == plain.data else recover.data)
+    recover = replace(recover, data=recover.data if trained else task)
     return config.model_copy(update={"prune": prune, "recover": recover})
 
 

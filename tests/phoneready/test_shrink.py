@@ -25,8 +25,9 @@ from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord
 from phoneready.main import main
 from phoneready.release.identities import identities, identity
 from phoneready.release.stages import claim_folder, stage_folder
+from phoneready.settings.schema import ModelConfig, RecoverConfig, ReleaseConfig
 from phoneready.shrink.record import Shrunk
-from phoneready.shrink.run import MODEL_FOLDER, RESULT_FILE, TABLE_FILE
+from phoneready.shrink.run import MODEL_FOLDER, RESULT_FILE, TABLE_FILE, for_task
 from phoneready.shrink.settings import ShrinkSettings
 
 TinyPath = Callable[..., Path]
@@ -183,6 +184,16 @@ def test_a_task_is_learnt_first_and_its_accuracy_is_the_limit(dense: Path, tmp_p
     for stage in ("learn", "recover-1"):
         record = read_record(RecoveryRecord, stage_folder(folder, stage) / "model" / RECOVERY_FILE)
         assert [part.reference for part in record.training] == [str(trained)]
+
+
+@pytest.mark.parametrize("named", [(), ("calibration",), ("data",), ("calibration", "data")])
+def test_a_task_stands_in_for_what_is_not_named(named: tuple[str, ...]) -> None:
+    config = ReleaseConfig(model=ModelConfig(reference="m"), recover=RecoverConfig())
+    asked = for_task(config, ShrinkSettings(task="calls.jsonl", tasks=("held.jsonl",)), named)
+    assert asked.recover is not None
+    assert asked.prune.calibration == (("self",) if "calibration" in named else ("calls.jsonl",))
+    assert asked.recover.data == (("self",) if "data" in named else ("calls.jsonl",))
+    assert asked.prune.vocabulary_text == ("calls.jsonl",)
 
 
 def test_a_step_that_unlearns_the_task_is_not_kept(dense: Path, tmp_path: Path) -> None:
