@@ -251,11 +251,20 @@ def unread(settings: Settings, reads: Reads, *beside: Any) -> tuple[str, ...]:
     return tuple(name for name, (is_read, _) in reads.items() if not is_read(settings, *beside))
 
 
-def refuse_unread(settings: Settings, reads: Reads, *beside: Any) -> None:
-    """Raise InputError for a field of a table that is set to other than its default, and that nothing reads."""
+def refuse_unread(settings: Settings, reads: Reads, *beside: Any, as_options: bool = False) -> None:
+    """Raise InputError for a field of a table that is set to other than its default, and that nothing reads.
+
+    Args:
+        settings: What was asked for.
+        reads: The table.
+        beside: What the settings are used with.
+        as_options: Whether errors name the fields' options.
+    """
+    named = {row.name: row.options[-1] for row in declared(type(settings))} if as_options else {}
     for name in unread(settings, reads, *beside):
         if (value := getattr(settings, name)) != getattr(type(settings), name):
-            raise InputError("has no effect here", field=name, value=value, allowed=reads[name][1])
+            field, allowed = named.get(name, name), reads[name][1]
+            raise InputError("has no effect here", field=field, value=value, allowed=allowed)
 
 
 def pick(kind: type[S], source: Any, **changes: Any) -> S:

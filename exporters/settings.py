@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from cfsp.settings import SEED, Reads, Settings, setting
+from cfsp.settings import SEED, Settings, setting
 from cfsp.text.settings import TEXT_FORMS
 from cfsp.units import parse_bytes
 from exporters.families import DEFAULT_FORMAT, FAMILIES, find_format
@@ -121,14 +120,6 @@ class FileSettings(RoundingSettings, QuantizerSettings, ExportFormats):
             mixed_bytes=self.mixed_bytes,
         )
         return replace(own, **others)
-
-
-READS: Reads = MappingProxyType(
-    {
-        "tune_scales": (lambda asked: asked.reads("tune_scales"), "with GGUF files of few bits"),
-        "mixed_bytes": (lambda asked: asked.reads("mixed_bytes"), "with int4-mixed"),
-    }
-)
 
 
 @dataclass(frozen=True)

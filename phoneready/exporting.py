@@ -204,7 +204,7 @@ def _check(rows: Sequence[ExportFormat], request: ExportSettings) -> None:
         given = getattr(request, setting) not in (None, False, ())
         if given and not request.reads(setting):
             raise InputError(refusal, field=option, allowed=allowed)
-    refuse_unread(request, _READS)
+    refuse_unread(request, _READS, as_options=True)
     mixed = [row.name for row in rows if row.needs_text and not row.is_sized]
     if mixed and NO_TEXT in request.calibration:
         raise InputError(f"{mixed[0]} wants text to choose layers by", field="calibration", value=NO_TEXT)

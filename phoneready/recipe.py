@@ -155,6 +155,7 @@ def _check_before_work(config: ReleaseConfig, folder: Path) -> None:
     check_extras(config)
     check_directions(config.budgets)
     if config.recover is not None:
+        config.recover.check()
         check_optimizer(config.recover)
     if config.stores is not None:
         choose_tiers(config.stores, config.tiers)

@@ -299,7 +299,7 @@ def _check_effects(settings: BenchSettings) -> None:
     """Refuse settings that have no effect without another one."""
     warm = [name for name in settings.regimes if REGIMES[name].least_samples > 1]
     opening = [REGIMES[name] for name in settings.regimes if not REGIMES[name].opened_before]
-    cached = [regime for regime in opening if regime.page_cache is None]
+    cached = any(regime.page_cache is None for regime in opening) and (settings.load or any(settings.start))
     no_time = "nothing is waited for without a time"
     without = (
         (SUSTAINED in settings.regimes and not settings.sustained_s, "no time is given", "--regime", SUSTAINED,
@@ -310,8 +310,8 @@ def _check_effects(settings: BenchSettings) -> None:
          "without --no-warmup"),
         (any(settings.start) and not opening, "the file is open already", "--start", settings.start,
          "with --regime fresh, first or cold"),
-        (settings.cold_load and not (settings.load and cached), "nothing else would load from the page cache",
-         "--cold", True, "where loading is measured with --regime fresh"),
+        (settings.cold_load and not cached, "nothing else would load from the page cache",
+         "--cold", True, "where something opens the file with --regime fresh"),
         (settings.unplugged and not settings.wait_nominal_s, no_time, "--unplugged", True, "--wait-nominal SECONDS"),
         (settings.idle_s != BenchSettings.idle_s and not settings.energy, "nothing is metered", "--idle",
          settings.idle_s, "--energy"),

@@ -66,7 +66,7 @@ STUDENT = "student"
 DEFAULT_TOKENS = 1_000_000
 
 VALIDATIONS = 10
-"""Most validations over a run whose settings do not say how often."""
+"""Most validations while a model is trained whose settings do not say how often."""
 
 HELD_OUT_SHARE = 0.1
 """Most of the data that is held out where no validation data is given."""
@@ -277,7 +277,7 @@ def token_budget(settings: Training) -> int | None:
 
 
 def validation_interval(settings: Training, steps: int, per_step: int, held: int) -> int:
-    """Steps between validations: those set, or so many that there are VALIDATIONS, each of less text than is learnt.
+    """Steps between validations: those set, or so many that VALIDATIONS do, and none reads more than was learnt.
 
     Args:
         settings: How to train.
@@ -285,7 +285,7 @@ def validation_interval(settings: Training, steps: int, per_step: int, held: int
         per_step: Sequences that a step learns from, over all processes.
         held: Sequences of a validation.
     """
-    return settings.eval_every or max(1, steps // VALIDATIONS, math.ceil(held / per_step))
+    return settings.eval_every or max(math.ceil(steps / VALIDATIONS), math.ceil(held / per_step))
 
 
 def held_out(count: int, most: int) -> int:

@@ -156,7 +156,7 @@ def evaluate(
     elsewhere = None if place.is_here else place.on
     subject = {"--against": against, "--runtime": runtime, "--cache-type": cache_type, "--on": elsewhere}
     _check(settings, questions, gate, tolerances, sweep, subject)
-    refuse_unread(settings, READS)
+    refuse_unread(settings, READS, as_options=True)
     if not sweep.ratios:
         refuse_given(context, _OF_SWEEPS, "with --ratios")
     for path, like in ((gate.save, _RECORD), (sweep.csv, _TABLE)):

@@ -70,7 +70,7 @@ def frontier(
     recover = _trained(training, settings)
     if problem := settings.problem:
         raise InputError(problem)
-    refuse_unread(settings, READS)
+    refuse_unread(settings, READS, as_options=True)
     export = pick(ExportConfig, rounding)
     config = ReleaseConfig(model=asked, seed=seed, prune=prune, recover=recover, export=export)
     with show_progress() as progress:

@@ -144,10 +144,9 @@ def was_given(context: typer.Context, name: str) -> bool:
 
 def refuse_given(context: typer.Context, names: Collection[str], where: str) -> None:
     """Raise InputError for one of these parameters that comes from the command line; where: what would read it."""
-    for given in (
-        one for one in context.command.params if one.name in names and was_given(context, one.name)
-    ):
-        raise InputError("has no effect here", field=given.opts[-1], allowed=where)
+    given = [one for one in context.command.params if one.name in names and was_given(context, one.name)]
+    if given:
+        raise InputError("has no effect here", field=given[0].opts[-1], allowed=where)
 
 
 def _group(parameter: inspect.Parameter, hint: Any) -> _Group | None:

@@ -47,7 +47,13 @@ if TYPE_CHECKING:
     from phoneready.forecasts.stages import Pruning
 
 
-_BESIDE_PLAN = {"prune_ratio", "dtype", "weights_dtype", *(row.name for row in declared(CalibrationSettings))}
+_BESIDE_PLAN = {
+    "prune_ratio",
+    "for_quant",
+    "dtype",
+    "weights_dtype",
+    *(row.name for row in declared(CalibrationSettings)),
+}
 """What is read where a plan is applied: the rest is as the plan says."""
 
 
@@ -312,9 +318,9 @@ def _check_effects(
     if plan is not None:
         decided = {row.name for row in declared(PruneOptions)} - _BESIDE_PLAN
         refuse_given(context, decided, "without --plan")
-    if not settings.may_trim:
-        refuse_given(context, ("vocabulary_text",), "with --vocabulary, or a target that may trim it")
-    refuse_unread(chosen, READS)
+    if not (settings.may_trim or settings.target):
+        refuse_given(context, ("vocabulary_text",), "with --vocabulary, or a target")
+    refuse_unread(chosen, READS, as_options=True)
 
 
 def _with_target(

@@ -18,7 +18,6 @@ from cfsp.validation import Location, describe_problems, place_of
 from exporters.families import BASE, FAMILIES, family_of
 from exporters.gguf import find_quant
 from exporters.onnx import find_variant
-from exporters.settings import READS as EXPORTING
 from phoneready.evaluation.evaluation_record import repeated_text
 from phoneready.settings.planned import budget_problems
 from phoneready.settings.schema import ReleaseConfig
@@ -96,7 +95,7 @@ def parse_config(text: str, *, where: str, overrides: Sequence[str] = ()) -> Rel
         places = [problem["loc"] for problem in error.errors()]
         problems = [describe_problems(error, name), *described(_problems_beside(values, places))]
         raise InputError(f"{where}: {'; '.join(problems)}") from error
-    if problems := described(_problems_between(config)):
+    if problems := described([*_problems_between(config), *_unread(config)]):
         raise InputError(f"{where}: {'; '.join(problems)}")
     return config
 
@@ -107,13 +106,9 @@ def _read_target(config: ReleaseConfig, values: Mapping[str, Any]) -> ReleaseCon
 
 def _problems_between(config: ReleaseConfig) -> list[tuple[Location, str]]:
     """What sections say of each other that is not so."""
-    alone = {
-        "tune": config.tune.problem if config.tune else None,
-    }
+    searched = config.tune.problem if config.tune else None
     return [
-        *(((name,), problem) for name, problem in alone.items() if problem),
-        *_complaint("prune", config.prune, lambda: refuse_unread(config.prune_settings(), PRUNING)),
-        *_complaint("export", config.export, lambda: refuse_unread(config.export, EXPORTING)),
+        *([(("tune",), searched)] if searched else []),
         *_complaint("evaluate", config.evaluate, lambda: refuse_unread(config.evaluate, JUDGING)),
         *(_complaint("recover", config.recover, config.recover.check) if config.recover else ()),
         *_target(config),
@@ -274,6 +269,12 @@ def _imatrix_needed(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
     needed = [name for name in config.export.quants if find_quant(name).needs_imatrix]
     if needed and not config.export.imatrix:
         yield ("export", "imatrix"), f"{', '.join(needed)} cannot be written without an importance matrix"
+
+
+def _unread(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
+    """What is set of pruning and decides nothing; a search has other allocations beside the one that is written."""
+    if config.tune is None:
+        yield from _complaint("prune", config.prune, lambda: refuse_unread(config.prune_settings(), PRUNING))
 
 
 def _complaint(name: str, section: object, check: Callable[[], object]) -> Iterator[tuple[Location, str]]:

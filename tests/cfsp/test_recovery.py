@@ -499,6 +499,7 @@ def test_settings_name_the_field(change: dict[str, Any]) -> None:
     ("eval_every", "steps", "per_step", "held", "interval"),
     [
         (None, 100, 4, 16, 10),
+        (None, 19, 4, 1, 2),
         (None, 16, 4, 16, 4),
         (None, 16, 4, 9, 3),
         (None, 5, 16, 1, 1),

@@ -93,7 +93,10 @@ def test_all_axes_go_together(model: str, tmp_path: Path, capsys: pytest.Capture
         ),
         (["-o", "x", "--plan", "y", "--vocabulary", "9"], "--vocabulary: has no effect here"),
         (["-o", "x", "--vocabulary-text", "y"], "--vocabulary-text: has no effect here"),
-        (["-o", "x", "--uniform", "--coarse-strength", "2"], "strength: has no effect here (got 2.0)"),
+        (
+            ["-o", "x", "--uniform", "--coarse-strength", "2"],
+            "--coarse-strength: has no effect here (got 2.0)",
+        ),
         (["-o", "x", "--blocks", "4", *SMALL], "at most 3"),
         (["-o", "x", "--blocks", "1", "--attentions", "3", *SMALL], "at most 2"),
         (
@@ -262,8 +265,8 @@ def test_both_kinds_of_export_share_a_folder(
         (["--onnx", "int4-mixed", "--calibration", "none"], "wants text"),
         (["--onnx", "int4-mixed", "--mixed-size", "large"], "--mixed-size"),
         (["--onnx", "int4", "--mixed-size", "80M"], "int4-mixed"),
-        (["--gguf", "Q8_0", "--nsamples", "8"], "nsamples: has no effect here (got 8)"),
-        (["--gguf", "Q4_0", "--rounding-windows", "8"], "rounding_windows: has no effect here (got 8)"),
+        (["--gguf", "Q8_0", "--nsamples", "8"], "--nsamples: has no effect here (got 8)"),
+        (["--gguf", "Q4_0", "--rounding-windows", "8"], "--rounding-windows: has no effect here (got 8)"),
         (["--onnx", "int4", "--tune-scales"], "scales are trained of GGUF files of few bits alone"),
         (["--gguf", "Q4_0", "--tune-scales", "--calibration", "none"], "scales are trained on text"),
     ],

@@ -330,6 +330,7 @@ def test_what_is_read_is_taken() -> None:
         '[prune]\nreconstruct = "one-pass"\nridge = 0.1',
         "[prune]\ncorrection = 0.1",
         '[evaluate]\ntasks = ["chats.jsonl"]\nlimit = 8',
+        '[prune]\nallocation = "loss"\nstrength = 2.0\n[tune]\nallocations = ["loss", "mixed"]',
     ):
         parse_config(MODEL + asked, where="x")
 

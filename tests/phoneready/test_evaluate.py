@@ -457,7 +457,7 @@ def good_result(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--ratios", "0.1", "--against", "x"], "--against"),
         (["--csv", "x.csv"], "--csv: has no effect here; allowed: with --ratios"),
         (["--calibration-seqlen", "32"], "--calibration-seqlen: has no effect here; allowed: with --ratios"),
-        (["--limit", "8"], "limit: has no effect here (got 8); allowed: with tasks"),
+        (["--limit", "8"], "--limit: has no effect here (got 8); allowed: with tasks"),
         (["--no-text", "--text", "builtin:python-docs"], "--no-text"),
     ],
 )

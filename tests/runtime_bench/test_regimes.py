@@ -101,7 +101,10 @@ def test_every_process_of_a_warm_row_takes_three_samples() -> None:
         ({"nominal_c": 30.0}, "--nominal-c: nothing is waited for"),
         ({"regimes": ("warm",), "start": (8,)}, "--start: the file is open already"),
         ({"regimes": ("cold",), "cold_load": True}, "--cold: nothing else would load from the page cache"),
-        ({"load": False, "cold_load": True}, "--cold: nothing else would load from the page cache"),
+        (
+            {"load": False, "start": (), "cold_load": True},
+            "--cold: nothing else would load from the page cache",
+        ),
     ],
 )
 def test_settings_that_would_have_no_effect_are_refused(changes: dict[str, Any], match: str) -> None:
