@@ -12,7 +12,8 @@ with 0. Without a GPU it does the same on the CPU, with fewer `--max-tokens`.
 Trained on `--data` in equal shares (`self` is text that the dense model writes), all weights, distilled from the dense
 model. DIR/record.json has a row for each model: figures on `--chats` and `--text`, degenerate answers, and of training
 tokens a second and the share of `--peak-tflops` (989: bfloat16 of an H100 SXM, by NVIDIA's data sheet). The
-file of each recovered model lies in DIR/pieces, cut so that none is larger than `--piece-bytes`; `cat` joins them.
+file of each recovered model lies in a folder such as DIR/pieces-0.3, cut so that none is larger than `--piece-bytes`;
+`cat` joins them.
 """
 
 from __future__ import annotations
@@ -63,7 +64,11 @@ def main() -> None:
     if not is_done:
         sys.exit("the time is up: the same command goes on")
     for ratio in arguments.ratios:
-        _cut(next((folder / f"files-{ratio:g}").glob("*.gguf")), folder / "pieces", arguments.piece_bytes)
+        _cut(
+            next((folder / f"files-{ratio:g}").glob("*.gguf")),
+            folder / f"pieces-{ratio:g}",
+            arguments.piece_bytes,
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
