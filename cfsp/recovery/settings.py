@@ -277,7 +277,7 @@ def token_budget(settings: Training) -> int | None:
 
 
 def validation_interval(settings: Training, steps: int, per_step: int, held: int) -> int:
-    """Steps between validations: those set, or so many that VALIDATIONS do, and none reads more than was learnt.
+    """Steps between validations: those set, or a tenth of all, and enough to learn as much as a validation reads.
 
     Args:
         settings: How to train.

@@ -121,15 +121,13 @@ def prune(
     from phoneready.release.pruning_budget import budget_of, fitting_settings, shape_check
 
     settings = _with_target(context, settings, quantizer)
-    chosen = settings.settings(required_multiple(settings.for_quant or (DEFAULT_FORMAT,)))
-    _check_effects(context, settings, chosen, plan)
+    chosen = _chosen(context, settings, plan)
     ready, references = _given_plan(context, plan, settings)
     with shared_passes(wanted, device) as (writes, progress), LargeScratch("sizes") as scratch:
         where, how = find_device(device), ready.settings if ready else chosen
         if writes:
             shown = _asked(settings, how, ready, only_plan=plan_only is not None)
-            machine = Machine(how.dtype, where, settings.kept)
-            _foretell(model, output, shown, references, machine, progress)
+            _foretell(model, output, shown, references, Machine(how.dtype, where, settings.kept), progress)
         loaded = load_model(
             model,
             trust_remote_code=trust_remote_code,
@@ -311,16 +309,16 @@ def _output(output: Path | None, plan: Path | None, plan_only: Path | None, sett
     return wanted
 
 
-def _check_effects(
-    context: typer.Context, settings: PruneOptions, chosen: PruneSettings, plan: Path | None
-) -> None:
-    """Refuse what nothing reads: beside a plan all that it has decided."""
+def _chosen(context: typer.Context, settings: PruneOptions, plan: Path | None) -> PruneSettings:
+    """How to prune without a plan; refuses what nothing reads, beside a plan all that it has decided."""
     if plan is not None:
         decided = {row.name for row in declared(PruneOptions)} - _BESIDE_PLAN
         refuse_given(context, decided, "without --plan")
     if not (settings.may_trim or settings.target):
         refuse_given(context, ("vocabulary_text",), "with --vocabulary, or a target")
+    chosen = settings.settings(required_multiple(settings.for_quant or (DEFAULT_FORMAT,)))
     refuse_unread(chosen, READS, as_options=True)
+    return chosen
 
 
 def _with_target(
