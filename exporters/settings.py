@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from cfsp.settings import SEED, Settings, setting
+from cfsp.settings import SEED, Reads, Settings, setting
 from cfsp.text.settings import TEXT_FORMS
 from cfsp.units import parse_bytes
 from exporters.families import DEFAULT_FORMAT, FAMILIES, find_format
@@ -120,6 +121,15 @@ class FileSettings(RoundingSettings, QuantizerSettings, ExportFormats):
             mixed_bytes=self.mixed_bytes,
         )
         return replace(own, **others)
+
+
+READS: Reads = MappingProxyType(
+    {
+        "tune_scales": (lambda asked: asked.reads("tune_scales"), "with GGUF files of up to 6 bits"),
+        "mixed_bytes": (lambda asked: asked.reads("mixed_bytes"), "with the ONNX variant int4-mixed"),
+    }
+)
+"""Setting of files -> whether any of the formats reads it, and in words where it is read."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -30,24 +30,23 @@ from cfsp.text.settings import SELF
 from exporters.export_record import ExportFormat, ExportRecord
 from exporters.families import FAMILIES, find_format
 from exporters.job import has_dtype
-from exporters.settings import ExportSettings
+from exporters.settings import READS, ExportSettings
 from phoneready.text import load_calibration
 
 NO_TEXT = "none"
 _Load = Callable[[str | Path], LoadedModel]
 _OF_TEXT = (
-    lambda asked: bool(asked.calibration) or reads_text(asked),
-    "with --calibration, or what needs text",
+    lambda asked: NO_TEXT not in asked.calibration and (bool(asked.calibration) or reads_text(asked)),
+    "with --calibration REF, or what needs text",
 )
-_READS: Reads = dict.fromkeys(("nsamples", "seqlen", "rounding_windows", "dense"), _OF_TEXT)
-_REFUSALS: Mapping[str, tuple[str, str, str]] = {
-    "calibration": ("calibration text is for files of few bits alone", "calibration", ""),
-    "opset": ("only ONNX variants have an opset", "opset", "--onnx VARIANT,..."),
-    "ort": ("only ONNX variants can be .ort files", "ort", "--onnx VARIANT,..."),
-    "tune_scales": ("scales are trained of GGUF files of few bits alone", "tune-scales", "--gguf Q4_0,..."),
-    "mixed_bytes": ("a size is for mixtures of bits alone", "mixed-size", "--onnx int4-mixed"),
+_OF_ONNX = "with --onnx VARIANT,..."
+_READS: Reads = {
+    "calibration": (lambda asked: asked.reads("calibration"), "with files of few bits"),
+    "opset": (lambda asked: asked.reads("opset"), _OF_ONNX),
+    "ort": (lambda asked: asked.reads("ort"), _OF_ONNX),
+    **READS,
+    **dict.fromkeys(("nsamples", "seqlen", "rounding_windows", "dense"), _OF_TEXT),
 }
-"""Setting -> (what to say where nothing that is made reads it, its option, what would read it)."""
 
 
 def export_model(
@@ -200,10 +199,6 @@ def _within(folder: str, record: ExportRecord) -> ExportRecord:
 
 def _check(rows: Sequence[ExportFormat], request: ExportSettings) -> None:
     """Refuse what cannot be made before anything is."""
-    for setting, (refusal, option, allowed) in _REFUSALS.items():
-        given = getattr(request, setting) not in (None, False, ())
-        if given and not request.reads(setting):
-            raise InputError(refusal, field=option, allowed=allowed)
     refuse_unread(request, _READS, as_options=True)
     mixed = [row.name for row in rows if row.needs_text and not row.is_sized]
     if mixed and NO_TEXT in request.calibration:

@@ -24,7 +24,7 @@ from phoneready.commands.options import (
 )
 from phoneready.console import note, prepare_torch, show_progress, write_result
 from phoneready.frontier.settings import FrontierSettings
-from phoneready.settings.schema import CountedText, RecoverConfig
+from phoneready.settings.schema import COUNTED, CountedText, RecoverConfig
 
 if TYPE_CHECKING:
     from phoneready.forecasts.stages import Surveying
@@ -71,6 +71,7 @@ def frontier(
     if problem := settings.problem:
         raise InputError(problem)
     refuse_unread(settings, READS, as_options=True)
+    refuse_unread(counted, COUNTED, any(settings.vocabularies), as_options=True)
     export = pick(ExportConfig, rounding)
     config = ReleaseConfig(model=asked, seed=seed, prune=prune, recover=recover, export=export)
     with show_progress() as progress:

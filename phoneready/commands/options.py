@@ -61,11 +61,11 @@ class Renamed:
 
     Attributes:
         purpose: What the help says before the setting's own, such as `Sweep: `.
-        options: Field -> option, where it has another one here.
+        options: Field -> option, where it has another one here; None where it has none.
     """
 
     purpose: str
-    options: Mapping[str, str]
+    options: Mapping[str, str | None]
 
 
 TRAINING = Renamed("Recovery: ", {"seqlen": "--training-seqlen", "dtype": "--training-dtype"})
@@ -158,10 +158,10 @@ def _group(parameter: inspect.Parameter, hint: Any) -> _Group | None:
     kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     if not (isinstance(kind, type) and issubclass(kind, Settings)):
         return None
-    rows = {row.name: row for row in declared(kind) if row.setting.option is not None}
+    rows = {row.name: row for row in declared(kind)}
     for renamed in (one for one in get_args(hint)[1:] if isinstance(one, Renamed)):
         rows = {field: _renamed(row, renamed, f"{name}_{field}") for field, row in rows.items()}
-    return _Group(name, kind, rows)
+    return _Group(name, kind, {field: row for field, row in rows.items() if row.setting.option is not None})
 
 
 def _uncapitalized(sentence: str) -> str:

@@ -32,7 +32,7 @@ from phoneready.commands.options import (
 )
 from phoneready.commands.processes import note_once, shared_passes
 from phoneready.console import prepare_torch, write_result
-from phoneready.settings.schema import PruneConfig
+from phoneready.settings.schema import COUNTED, PruneConfig
 from phoneready.settings.target import AXIS_SETTINGS
 
 if TYPE_CHECKING:
@@ -314,8 +314,7 @@ def _chosen(context: typer.Context, settings: PruneOptions, plan: Path | None) -
     if plan is not None:
         decided = {row.name for row in declared(PruneOptions)} - _BESIDE_PLAN
         refuse_given(context, decided, "without --plan")
-    if not (settings.may_trim or settings.target):
-        refuse_given(context, ("vocabulary_text",), "with --vocabulary, or a target")
+    refuse_unread(settings, COUNTED, settings.may_trim, as_options=True)
     chosen = settings.settings(required_multiple(settings.for_quant or (DEFAULT_FORMAT,)))
     refuse_unread(chosen, READS, as_options=True)
     return chosen

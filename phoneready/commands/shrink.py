@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cfsp.records import record_to_json
-from cfsp.settings import pick, setting
+from cfsp.settings import pick, refuse_unread, setting
 from cfsp.text.settings import CalibrationSettings
 from phoneready.commands.options import (
     TRAINING,
@@ -23,7 +24,7 @@ from phoneready.commands.options import (
     was_given,
 )
 from phoneready.console import note, prepare_torch, show_progress, write_result
-from phoneready.settings.schema import CountedText, RecoverConfig
+from phoneready.settings.schema import COUNTED, CountedText, RecoverConfig
 from phoneready.shrink.settings import ShrinkSettings
 
 _NAMED = {"calibration": "calibration_calibration", "data": "training_data"}
@@ -36,7 +37,7 @@ def shrink(
     settings: ShrinkSettings,
     counted: CountedText,
     calibration: Annotated[CalibrationSettings, Renamed("Pruning: ", {"seqlen": "--calibration-seqlen"})],
-    training: Annotated[RecoverConfig, TRAINING],
+    training: Annotated[RecoverConfig, replace(TRAINING, options={**TRAINING.options, "for_quant": None})],
     output: Path = setting(
         Path("shrunk"), "Folder to make; continued when a run was stopped in it.", option="-o --output"
     ),
@@ -53,6 +54,7 @@ def shrink(
     fall. A run that was stopped goes on with the same command. Leaves the curve (shrunk.md, shrunk.json) and the
     checkpoint that is kept (model/), which `phoneready export` takes.
     """
+    refuse_unread(counted, COUNTED, bool(settings.vocabulary), as_options=True)
     prepare_torch(threads)
     from phoneready.settings.schema import ModelConfig, PruneConfig, ReleaseConfig
     from phoneready.shrink.run import shrink as run_shrink

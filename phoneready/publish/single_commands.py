@@ -47,7 +47,7 @@ def _prune(config: ReleaseConfig, figures: ReleaseFigures) -> list[object]:
     # What is said twice is fixed; what the target decides must not be.
     free = {name for axis, name in AXIS_SETTINGS.items() if asked.frees(axis)}
     without = free if asked.target else {"target_axes"}
-    without |= set() if asked.target or asked.may_trim else {"vocabulary_text"}
+    without |= set() if asked.may_trim else {"vocabulary_text"}
     words = ["prune", config.model.reference, "-o", "checkpoint", *option_words(settings, without)]
     if asked.reads_files:
         words += option_words(pick(QuantizerSettings, config.export))

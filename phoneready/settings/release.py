@@ -15,12 +15,13 @@ from cfsp.pruning.settings import READS as PRUNING
 from cfsp.reading import parse_toml, read_text
 from cfsp.settings import refuse_unread
 from cfsp.validation import Location, describe_problems, place_of
-from exporters.families import BASE, FAMILIES, family_of
+from exporters.families import BASE, FAMILIES, family_of, find_format
 from exporters.gguf import find_quant
 from exporters.onnx import find_variant
+from exporters.settings import READS as FILES
 from phoneready.evaluation.evaluation_record import repeated_text
 from phoneready.settings.planned import budget_problems
-from phoneready.settings.schema import ReleaseConfig
+from phoneready.settings.schema import COUNTED, RecoverConfig, ReleaseConfig
 from phoneready.settings.template import demo_config_text
 from phoneready.settings.toml_lines import key_lines, nearest
 from runtime_bench.targets.places import place_slug, row_of_place
@@ -110,7 +111,7 @@ def _problems_between(config: ReleaseConfig) -> list[tuple[Location, str]]:
     return [
         *([(("tune",), searched)] if searched else []),
         *_complaint("evaluate", config.evaluate, lambda: refuse_unread(config.evaluate, JUDGING)),
-        *(_complaint("recover", config.recover, config.recover.check) if config.recover else ()),
+        *_training(config),
         *_target(config),
         *_vocabulary_alone(config),
         *_unknown_files(config),
@@ -220,6 +221,18 @@ def _unknown_files(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
                 yield (section, "files"), f"not exported (got {name!r}); allowed: {', '.join(known)}"
 
 
+def _training(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
+    if (training := config.recover) is not None:
+        yield from _complaint("recover", training, lambda: _check_training(training, config.export.names))
+
+
+def _check_training(training: RecoverConfig, exported: Sequence[str]) -> None:
+    """Raise InputError where a model cannot be trained so, or as a file that is not exported."""
+    training.check()
+    if (name := training.for_quant) is not None and find_format(name).name not in exported:
+        raise InputError("not exported", field="for_quant", value=name, allowed=", ".join(exported))
+
+
 def _no_places(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
     """Targets that cannot run what is to be measured there."""
     measured = config.bench.measured(config.export.names)
@@ -272,9 +285,12 @@ def _imatrix_needed(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
 
 
 def _unread(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
-    """What is set of pruning and decides nothing; a search has other allocations beside the one that is written."""
+    """What is set and decides nothing; a search prunes in other ways beside the one that is written."""
+    export, prune = config.export, config.prune
+    yield from _complaint("export", export, lambda: refuse_unread(export, FILES))
     if config.tune is None:
-        yield from _complaint("prune", config.prune, lambda: refuse_unread(config.prune_settings(), PRUNING))
+        yield from _complaint("prune", prune, lambda: refuse_unread(config.prune_settings(), PRUNING))
+        yield from _complaint("prune", prune, lambda: refuse_unread(prune, COUNTED, prune.may_trim))
 
 
 def _complaint(name: str, section: object, check: Callable[[], object]) -> Iterator[tuple[Location, str]]:

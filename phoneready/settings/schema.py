@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Self
 
 import pydantic
 
 from cfsp.pruning.settings import ALIGN, PruneSettings
 from cfsp.recovery.settings import RecoveryReferences, RecoverySettings, Training, check_settings
-from cfsp.settings import DEVICE, DTYPE, SEED, Settings, pick, setting
+from cfsp.settings import DEVICE, DTYPE, SEED, Reads, Settings, pick, setting
 from cfsp.text.settings import BUILTIN_TEXT, SELF, CalibrationSettings
 from cfsp.units import parse_bytes
 from cfsp.validation import Section, as_value_error
@@ -50,6 +51,17 @@ class CountedText(Settings):
         "Text whose tokens decide which of the vocabulary are kept; each counts alike.",
         shown="the calibration windows",
     )
+
+
+COUNTED: Reads = MappingProxyType(
+    {
+        "vocabulary_text": (
+            lambda asked, may_trim: may_trim,
+            "with a number of tokens to keep, or a target that may take some away",
+        )
+    }
+)
+"""Whether it is counted, of settings and whether tokens may go."""
 
 
 @dataclass(frozen=True)

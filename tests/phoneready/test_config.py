@@ -310,6 +310,16 @@ def test_patience_is_off_unless_it_is_asked_for() -> None:
         ('[recover]\ndata = ["student"]', "recover.data: what a checkpoint writes itself teaches it nothing"),
         ('[recover]\nfor_quant = "Q8_0"', "recover.for_quant: "),
         (
+            '[recover]\nfor_quant = "Q4_K_M"',
+            "line 4: recover.for_quant: not exported (got 'Q4_K_M'); allowed: Q4_0",
+        ),
+        (
+            '[prune]\nvocabulary_text = ["builtin:python-docs"]',
+            "line 4: prune.vocabulary_text: has no effect here",
+        ),
+        ("[export]\nquants = ['Q8_0']\ntune_scales = true", "line 5: export.tune_scales: has no effect here"),
+        ("[export]\nmixed_bytes = 90000000", "line 4: export.mixed_bytes: has no effect here"),
+        (
             '[prune]\nallocation = "loss"\nstrength = 2.0',
             "line 5: prune.strength: has no effect here (got 2.0)",
         ),
@@ -330,6 +340,11 @@ def test_what_is_read_is_taken() -> None:
         '[prune]\nreconstruct = "one-pass"\nridge = 0.1',
         "[prune]\ncorrection = 0.1",
         '[evaluate]\ntasks = ["chats.jsonl"]\nlimit = 8',
+        '[export]\nquants = ["Q4_0"]\n[recover]\nfor_quant = "q4_0"',
+        "[export]\nonnx = ['int4-mixed']\nmixed_bytes = 90000000\ntune_scales = true",
+        '[prune]\nvocabulary_text = ["a.txt"]\nvocabulary = 300',
+        '[prune]\nvocabulary_text = ["a.txt"]\ntarget_size = "60MB"',
+        '[prune]\nvocabulary_text = ["a.txt"]\n[tune]\nvocabularies = [0, 300]',
         '[prune]\nallocation = "loss"\nstrength = 2.0\n[tune]\nallocations = ["loss", "mixed"]',
     ):
         parse_config(MODEL + asked, where="x")

@@ -403,6 +403,8 @@ def test_speed_is_added_to_what_is_known(model: Path, tmp_path: Path) -> None:
         (["--calibration", "/nowhere.jsonl"], "does not exist"),
         (["--tasks", "missing.yaml"], "missing.yaml"),
         (["--limit", "8"], "--limit: has no effect here (got 8); allowed: with tasks"),
+        (["--vocabulary-text", "notes.txt"], "--vocabulary-text: has no effect here"),
+        (["--vocabularies", "0", "--vocabulary-text", "notes.txt"], "--vocabulary-text: has no effect here"),
         (["--max-tokens", "1000"], "nothing is trained; allowed: with --recover"),
         (
             ["--recover", "--max-tokens", "1000", "--epochs", "1"],

@@ -17,9 +17,11 @@ import pytest
 pytest.importorskip("accelerate", reason="the recover extra is not installed")
 
 from cfsp import load_model
+from cfsp.errors import InputError
 from cfsp.files import sha256_file
 from cfsp.models.architectures import model_shape
 from cfsp.models.checkpoint import read_checkpoint_info
+from cfsp.progress import no_progress
 from cfsp.records import read_record
 from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord
 from phoneready.main import main
@@ -27,7 +29,7 @@ from phoneready.release.identities import identities, identity
 from phoneready.release.stages import claim_folder, stage_folder
 from phoneready.settings.schema import ModelConfig, RecoverConfig, ReleaseConfig
 from phoneready.shrink.record import Shrunk
-from phoneready.shrink.run import MODEL_FOLDER, RESULT_FILE, TABLE_FILE, for_task
+from phoneready.shrink.run import MODEL_FOLDER, RESULT_FILE, TABLE_FILE, for_task, shrink
 from phoneready.shrink.settings import ShrinkSettings
 
 TinyPath = Callable[..., Path]
@@ -196,6 +198,13 @@ def test_a_task_stands_in_for_what_is_not_named(named: tuple[str, ...]) -> None:
     assert asked.prune.vocabulary_text == ("calls.jsonl",)
 
 
+def test_steps_are_not_trained_through_a_rounding(tmp_path: Path) -> None:
+    asked = ReleaseConfig(model=ModelConfig(reference="m"), recover=RecoverConfig(for_quant="Q4_0"))
+    with pytest.raises(InputError, match="for_quant: a step's file is not what the next step prunes"):
+        shrink(asked, ShrinkSettings(), tmp_path / "out", show=lambda name, state: None, progress=no_progress)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_step_that_unlearns_the_task_is_not_kept(dense: Path, tmp_path: Path) -> None:
     trained, held = chats(tmp_path / "calls.jsonl", 10, 60), chats(tmp_path / "held.jsonl", 80, 6)
     # A step of other text, at a rate at which nothing else is left of the model.
@@ -225,7 +234,8 @@ def test_shares_of_the_steps() -> None:
         (("--task", "CALLS", "--tasks", "CALLS"), "which is trained on"),
         (("--task", "notes.txt", "--tasks", "CALLS"), "not a file of chats"),
         (("--task", "none.jsonl", "--tasks", "CALLS"), "none.jsonl does not exist"),
-        (("--for-quant", "Q4_0"), "for_quant"),
+        (("--for-quant", "Q4_0"), "No such option: --for-quant"),
+        (("--vocabulary-text", "CALLS"), "--vocabulary-text: has no effect here"),
         (("--step", "0"), "--step"),
         (("--tasks", "none.jsonl"), "none.jsonl does not exist"),
         (("--max-tokens", "100", "--epochs", "1"), "max_tokens"),
