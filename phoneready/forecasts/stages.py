@@ -17,9 +17,10 @@ from cfsp.forecast import Extent, ProductsAs, Work
 from cfsp.models.homes import may_keep_states, scratch_bytes
 from cfsp.models.keeping import WHOLE
 from cfsp.precision import products_in, trained_products
+from cfsp.pruning.axes.spelling import BEGINNINGS, PREFIXES, RUN_TOKENS
 from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.moments import MOMENT_WINDOWS
-from cfsp.pruning.prune import GRADIENT_WINDOWS, PROBE_TOKENS, PROBE_WINDOWS, TOLD_WINDOWS
+from cfsp.pruning.prune import GRADIENT_WINDOWS, PROBE_TOKENS, PROBE_WINDOWS, SPELLING_WINDOWS, TOLD_WINDOWS
 from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import GramStore
 from cfsp.recovery.settings import (
@@ -48,6 +49,8 @@ _FEW_BITS = 1.2
 """How much faster a file's own runtime multiplies few bits than torch multiplies float32."""
 _TOKENIZER, _STRINGS = 3e4, 5e4
 """For each token of the vocabulary: of a tokenizer that is read, and of one that is written and held against it."""
+_PREFIX_TOKENS = 1.4
+"""Of what a removed token is spelled in, but for its end."""
 _STEP_S = 3e-3
 """Of a step in which texts grow by a token, for each block, beside its products."""
 _READ_FASTER = 4.0
@@ -249,7 +252,8 @@ def pruning(extents: Sequence[Extent], asked: Pruning) -> Work:
     told = settings.keeps_blocks and not asked.is_aimed
     read = text.most(TOLD_WINDOWS) if told else text
     seen = _passed(dense, read, _STATISTICS, held=read.tokens if settings.prune_ratio else None)
-    steps = [_loaded(dense), seen, *([] if asked.has_plan else _removals(dense, settings, text))]
+    steps = [_loaded(dense), *_spelled(dense, settings, text), seen]
+    steps += [] if asked.has_plan else _removals(dense, settings, text)
     steps += [_gathered(dense, read)] if asked.needs_gram else []
     if settings.needs_gradients and not asked.has_plan:
         some = text.most(GRADIENT_WINDOWS)
@@ -454,6 +458,17 @@ def _gathered(extent: Extent, text: Windows) -> Work:
     squares = [width**2 for width in extent.widths]
     n_bytes = sum(map(GramStore.n_bytes, extent.widths))
     return Work({text.seqlen: float(text.tokens) * sum(squares)}, scratch=n_bytes)
+
+
+def _spelled(extent: Extent, settings: PruneSettings, text: Windows) -> list[Work]:
+    """What is read for rows that learn to spell removed tokens: windows, and the beginnings of these tokens."""
+    gone = extent.vocab_size - settings.vocabulary
+    if settings.reconstruct == "none" or not settings.vocabulary or gone <= 0:
+        return []
+    tokens = _PREFIX_TOKENS * BEGINNINGS * min(PREFIXES, gone)
+    prefixes = Windows(math.ceil(tokens / RUN_TOKENS), RUN_TOKENS)
+    read = _passed(extent, prefixes).then(_headed(extent, prefixes))
+    return [_passed(extent, text.most(SPELLING_WINDOWS)), read]
 
 
 def _removals(extent: Extent, settings: PruneSettings, text: Windows) -> list[Work]:

@@ -324,6 +324,22 @@ def test_a_plan_that_is_given_takes_no_search_for_what_goes() -> None:
     assert operations(given) < operations(made)
 
 
+def test_rows_that_learn_to_spell_are_counted() -> None:
+    """More of them is read for more tokens that go, and nothing where rows stay as they are."""
+    plain, few, more, never = (
+        operations(STAGES["prune"].work([SMALL], Pruning(replace(PruneSettings(), **asked), TEXT)))
+        for asked in (
+            {},
+            {"vocabulary": 256},
+            {"vocabulary": 128},
+            {"vocabulary": 128, "reconstruct": "none"},
+        )
+    )
+    unsolved = operations(STAGES["prune"].work([SMALL], Pruning(PruneSettings(reconstruct="none"), TEXT)))
+    assert plain < few < more
+    assert never == unsolved
+
+
 _WATCHED: list[Callable[[], None]] = []
 """Called before anything is deleted or renamed; hooks of the interpreter stay, so there is one for all tests."""
 _DELETES = ("os.remove", "os.rename", "os.rmdir", "shutil.rmtree")

@@ -51,11 +51,11 @@ _RARE = 0.01
 """Times in the text up to which a removed token is not spelled: another language's, say."""
 _EVENTS = 512
 """Events of a row, the most frequent ones."""
-_PREFIXES = 16384
+PREFIXES = 16384
 """Beginnings of removed tokens that are tried, the most frequent ones."""
-_BEGINNINGS, _BEGINNING_TOKENS = 2, 16
+BEGINNINGS, _BEGINNING_TOKENS = 2, 16
 _STATE_TOKENS = 512
-_RUN_TOKENS = 512
+RUN_TOKENS = 512
 
 Prefix = tuple[int, ...]
 
@@ -221,7 +221,7 @@ def _prefixes(spellings: Spellings) -> list[Prefix]:
     for continued in spellings.continuations.values():
         for prefix, times in continued:
             often[prefix] += times
-    return sorted(sorted(often, key=lambda prefix: -often[prefix])[:_PREFIXES], key=lambda p: (len(p), p))
+    return sorted(sorted(often, key=lambda prefix: -often[prefix])[:PREFIXES], key=lambda p: (len(p), p))
 
 
 def _states(
@@ -239,7 +239,7 @@ def _states(
             total += h.sum(dim=0).to(total.device)
             square += (h.T @ h).to(square.device)
             tokens += len(h)
-        beginnings = windows[:: max(1, len(windows) // _BEGINNINGS)][:_BEGINNINGS, :_BEGINNING_TOKENS]
+        beginnings = windows[:: max(1, len(windows) // BEGINNINGS)][:BEGINNINGS, :_BEGINNING_TOKENS]
         for done, beginning in enumerate(beginnings.tolist(), 1):
             for run in _runs(prefixes):
                 h = last_states(decoder, beginning, run)
@@ -256,7 +256,7 @@ def _runs(prefixes: Sequence[Prefix]) -> Iterator[Sequence[Prefix]]:
     """Prefixes that are run together."""
     start = tokens = 0
     for end, prefix in enumerate(prefixes):
-        if tokens + len(prefix) > _RUN_TOKENS and end > start:
+        if tokens + len(prefix) > RUN_TOKENS and end > start:
             yield prefixes[start:end]
             start, tokens = end, 0
         tokens += len(prefix)
