@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from operator import methodcaller
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -123,13 +125,18 @@ class FileSettings(RoundingSettings, QuantizerSettings, ExportFormats):
         return replace(own, **others)
 
 
-READS: Reads = MappingProxyType(
+def read_by_formats(where: Mapping[str, str]) -> Reads:
+    """A row for each setting that formats read, of the words that say which do."""
+    return MappingProxyType({name: (methodcaller("reads", name), words) for name, words in where.items()})
+
+
+READS = read_by_formats(
     {
-        "tune_scales": (lambda asked: asked.reads("tune_scales"), "with GGUF files of up to 6 bits"),
-        "mixed_bytes": (lambda asked: asked.reads("mixed_bytes"), "with the ONNX variant int4-mixed"),
+        "tune_scales": "with GGUF files of up to 6 bits",
+        "mixed_bytes": "with the ONNX variant int4-mixed",
     }
 )
-"""Setting of files -> whether any of the formats reads it, and in words where it is read."""
+"""What is read of the settings of files."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from cfsp.text.settings import SELF
 from exporters.export_record import ExportFormat, ExportRecord
 from exporters.families import FAMILIES, find_format
 from exporters.job import has_dtype
-from exporters.settings import READS, ExportSettings
+from exporters.settings import READS, ExportSettings, read_by_formats
 from phoneready.text import load_calibration
 
 NO_TEXT = "none"
@@ -39,11 +39,9 @@ _OF_TEXT = (
     lambda asked: NO_TEXT not in asked.calibration and (bool(asked.calibration) or reads_text(asked)),
     "with --calibration REF, or what needs text",
 )
-_OF_ONNX = "with --onnx VARIANT,..."
+_OF_ONNX = dict.fromkeys(("opset", "ort"), "with --onnx VARIANT,...")
 _READS: Reads = {
-    "calibration": (lambda asked: asked.reads("calibration"), "with files of few bits"),
-    "opset": (lambda asked: asked.reads("opset"), _OF_ONNX),
-    "ort": (lambda asked: asked.reads("ort"), _OF_ONNX),
+    **read_by_formats({"calibration": "with files of few bits", **_OF_ONNX}),
     **READS,
     **dict.fromkeys(("nsamples", "seqlen", "rounding_windows", "dense"), _OF_TEXT),
 }
