@@ -48,6 +48,13 @@ def _named_reconstruction(fields: Fields) -> Fields:
     return fields | {"settings": settings | {"reconstruct": name, "dtype": "float32"}}
 
 
+def named_loss(training: Fields | None) -> Fields | None:
+    """A loss that was not said, `auto`, was distillation through a rounding and the next token without one."""
+    if training is None or training.get("loss") != "auto":
+        return training
+    return training | {"loss": "distill" if training["for_quant"] else "next-token"}
+
+
 UPGRADES: Mapping[tuple[str, int], Callable[[Fields], Fields]] = MappingProxyType(
     {
         ("pruning_plan", 1): _named_reconstruction,
@@ -57,6 +64,7 @@ UPGRADES: Mapping[tuple[str, int], Callable[[Fields], Fields]] = MappingProxyTyp
             "exports": [_shape_of_widths(dict(e)) for e in fields["exports"]]
         },
         ("release-manifest", 3): _shape_of_widths,
+        ("frontier", 1): lambda fields: {**fields, "recovery": named_loss(fields.get("recovery"))},
     }
 )
 """(kind, schema version) -> what makes that version's fields the next one's."""

@@ -33,14 +33,15 @@ from cfsp.reading import read_json
 
 DENSE = "smollm2-135m"
 TASKS = Path(__file__).resolve().parents[2] / "examples" / "tasks"
+_NEXT_TOKEN = ["--loss", "next-token"]
 _DISTILL = ["--loss", "distill", "--learning-rate", "2e-3"]
 VARIANTS = {
-    "ig-lora": ["--method", "ig-lora", "--rank", "32"],
-    "lora": ["--method", "lora", "--rank", "32"],
+    "ig-lora": ["--method", "ig-lora", "--rank", "32", *_NEXT_TOKEN],
+    "lora": ["--method", "lora", "--rank", "32", *_NEXT_TOKEN],
     "ig-lora-distill": ["--method", "ig-lora", "--rank", "32", *_DISTILL],
     "lora-distill": ["--method", "lora", "--rank", "32", *_DISTILL],
     "ig-lora-both": ["--method", "ig-lora", "--rank", "32", "--loss", "both"],
-    "full": ["--method", "full"],
+    "full": ["--method", "full", *_NEXT_TOKEN],
     "full-distill": ["--method", "full", "--loss", "distill"],
     "full-both": ["--method", "full", "--loss", "both"],
 }

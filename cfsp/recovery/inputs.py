@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,9 +21,16 @@ from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record
 from cfsp.recovery.adapter import importance_ranks
 from cfsp.recovery.rounding import RoundedModel
-from cfsp.recovery.settings import RecoverySettings, learns_from_teacher, method_of, reads_teacher
+from cfsp.recovery.settings import (
+    RecoverySettings,
+    distils_alone,
+    learns_from_teacher,
+    method_of,
+    reads_teacher,
+)
 from cfsp.text.calibration import check_seqlen
 from cfsp.text.respelling import Respelling, respelling
+from cfsp.text.self_sampling import model_fingerprint
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,7 @@ class RecoveryInputs:
         teacher: The dense model, where the loss or the data needs it.
         respelling: How the model spells the teacher's tokens, where it has fewer.
         ranks: Adapter rank of every block; empty where all weights are trained.
+        hashes: What of, to a hash of its weights: `checkpoint`, and `teacher` where there is one.
         rounded: The model as a file of few bits holds it, where training goes through its rounding.
     """
 
@@ -46,6 +54,7 @@ class RecoveryInputs:
     teacher: LoadedModel | None
     respelling: Respelling | None
     ranks: tuple[int, ...]
+    hashes: Mapping[str, str]
     rounded: RoundedModel | None = None
 
 
@@ -72,7 +81,8 @@ def load_inputs(
 
     Raises:
         InputError: A sequence longer than the model's context, ranks by importance without a plan, or a teacher that
-            is missing, lacks tokens of the checkpoint, or is not the model of the checkpoint any more.
+            is missing, lacks tokens of the checkpoint, is not the model of the checkpoint any more, or has nothing to
+            teach as it has the same weights.
     """
     read = partial(_read, trust_remote_code=trust_remote_code, in_files=in_files, progress=progress)
     loaded = read(checkpoint)
@@ -82,8 +92,9 @@ def load_inputs(
         loaded = replace(loaded, source=read_checkpoint_info(folder).source)
     check_seqlen(loaded, settings.seqlen)
     ranks = _ranks(settings, plan, loaded.model)
+    hashes = {"checkpoint": model_fingerprint(loaded.model)}
     if not reads_teacher(settings, data):
-        return RecoveryInputs(loaded, sha256, plan, None, None, ranks)
+        return RecoveryInputs(loaded, sha256, plan, None, None, ranks, hashes)
     with _of_teacher():
         dense = read(teacher or loaded.source.reference)
     spelled = _respelling(loaded, dense)
@@ -95,7 +106,15 @@ def load_inputs(
             value=now,
             allowed=f"the model of hash {then}; --teacher takes another one",
         )
-    return RecoveryInputs(loaded, sha256, plan, dense, spelled, ranks)
+    hashes["teacher"] = model_fingerprint(dense.model)
+    if hashes["teacher"] == hashes["checkpoint"] and distils_alone(settings) and settings.for_quant is None:
+        raise InputError(
+            "a model learns nothing from its own distribution",
+            field="loss",
+            value=settings.loss,
+            allowed="next-token or both, another teacher, or --for-quant",
+        )
+    return RecoveryInputs(loaded, sha256, plan, dense, spelled, ranks, hashes)
 
 
 def _read(reference: str, *, in_files: bool, **settings: Any) -> LoadedModel:

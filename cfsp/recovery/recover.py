@@ -281,12 +281,8 @@ def _n_sequences(settings: RecoverySettings, drawn: RecoveryData, tokens_per_ste
 def _run_inputs(
     settings: RecoverySettings, inputs: RecoveryInputs, drawn: RecoveryData, arguments: Any, *, sharded: bool
 ) -> RunInputs:
-    from cfsp.text.self_sampling import model_fingerprint
-
     plain = json.loads(json.dumps(dataclasses.asdict(replace(settings, report_to=()))))
-    hashes = {"checkpoint": model_fingerprint(inputs.loaded.model), "ranks": str(inputs.ranks)}
-    if inputs.teacher is not None:
-        hashes["teacher"] = model_fingerprint(inputs.teacher.model)
+    hashes = {**inputs.hashes, "ranks": str(inputs.ranks)}
     if inputs.rounded is not None:
         hashes["rounded"] = inputs.rounded.sha256
     for name, parts in (("data", drawn.training), ("validation data", drawn.validation)):

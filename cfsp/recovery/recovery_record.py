@@ -129,6 +129,16 @@ class RecoveryRecord:
     sharded: bool = False
     held_bytes: int | None = None
 
+    @property
+    def change(self) -> str:
+        """Validation loss and perplexity, untrained and of what was kept, in words."""
+        losses = {point.step: point.loss for point in self.validations}
+        before, after = losses.get(0, math.nan), losses.get(self.kept_step, math.nan)
+        return (
+            f"loss {before:.4f} before, {after:.4f} after; "
+            f"perplexity {self.perplexity_before:.2f} before, {self.perplexity_after:.2f} after"
+        )
+
 
 def data_record(sequences: Sequences) -> DataRecord:
     """The record of one source."""

@@ -43,11 +43,12 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 )
 AUTO = "auto"
 
+NEXT_TOKEN, DISTILL, BOTH = "next-token", "distill", "both"
 LOSSES: Mapping[str, Callable[[float], tuple[float, float]]] = MappingProxyType(
     {
-        "next-token": lambda weight: (1.0, 0.0),
-        "distill": lambda weight: (0.0, 1.0),
-        "both": lambda weight: (1.0 - weight, weight),
+        NEXT_TOKEN: lambda weight: (1.0, 0.0),
+        DISTILL: lambda weight: (0.0, 1.0),
+        BOTH: lambda weight: (1.0 - weight, weight),
     }
 )
 """Name to the weights (next-token, distillation), given `distill_weight`."""
@@ -93,10 +94,9 @@ class Training(Settings):
     rank: int = setting(16, "Mean rank of the adapters.", ge=1, le=65536)
     alpha: float = setting(2.0, "LoRA's alpha, as a multiple of the rank; the same in every block.", gt=0)
     loss: str = setting(
-        AUTO,
+        DISTILL,
         "next-token, distill (from the teacher), or both.",
-        choices=(AUTO, *LOSSES),
-        shown="next-token; distill with --for-quant",
+        choices=tuple(LOSSES),
     )
     temperature: float = setting(1.0, "Of distillation: softens both distributions.", gt=0)
     distill_weight: float = setting(
@@ -119,7 +119,7 @@ class Training(Settings):
         None,
         "Peak; with Muon that of the matrices.",
         gt=0,
-        shown="1e-3 for adapters, 5e-4 for scales; for full 2e-4, distilled 5e-5, with Muon four times that",
+        shown="1e-3 for adapters, 5e-4 for scales; for full 5e-5, 2e-4 with the next token, with Muon four times that",
         example=1e-3,
     )
     max_tokens: int | None = setting(
@@ -179,8 +179,8 @@ class RecoveryReferences(Settings):
 
     data: tuple[str, ...] = setting(
         ("self",),
-        "Training data, mixed in equal shares. Chats (`messages`) are learnt from in their "
-        "answers. `self` (sampled from the teacher), `student` (from the checkpoint, for the teacher to judge), "
+        "Training data, mixed in equal shares. "
+        "`self` (sampled from the teacher), `student` (from the checkpoint, for the teacher to judge), "
         f"{TEXT_FORMS}.",
         least=1,
         metavar="REF",
@@ -213,7 +213,7 @@ def check_settings(settings: RecoverySettings, references: Collection[str]) -> N
 
 
 def settled(settings: _Training) -> _Training:
-    """Settings whose method and loss are said.
+    """Settings whose method is said.
 
     Raises:
         InputError: A method that does not train what `for_quant` asks for, or that asks for it.
@@ -227,8 +227,7 @@ def settled(settings: _Training) -> _Training:
         raise InputError("does not go with for_quant", field="method", value=method, allowed=allowed)
     if settings.optimizer == MUON and METHODS[method] != METHODS["full"]:
         raise InputError("moves whole matrices", field="optimizer", value=MUON, allowed="with --method full")
-    loss = settings.loss if settings.loss != AUTO else ("distill" if through else "next-token")
-    return replace(settings, method=method, loss=loss)
+    return replace(settings, method=method)
 
 
 _READS: Reads = MappingProxyType(
@@ -237,7 +236,7 @@ _READS: Reads = MappingProxyType(
             ("rank", "alpha"), (lambda asked, _: method_of(asked).adapter, "with --method ig-lora or lora")
         ),
         "temperature": (lambda asked, _: learns_from_teacher(asked), "with --loss distill or both"),
-        "distill_weight": (lambda asked, _: settled(asked).loss == "both", "with --loss both"),
+        "distill_weight": (lambda asked, _: asked.loss == BOTH, "with --loss both"),
         "self_tokens": (
             lambda _, references: not {SELF, STUDENT}.isdisjoint(references),
             "with the reference self or student",
@@ -295,12 +294,17 @@ def held_out(count: int, most: int) -> int:
 
 def loss_weights(settings: Training) -> tuple[float, float]:
     """Weights of the next-token loss and of distillation."""
-    return LOSSES[settled(settings).loss](settings.distill_weight)
+    return LOSSES[settings.loss](settings.distill_weight)
 
 
 def learns_from_teacher(settings: Training) -> bool:
     """Whether the loss reads the dense model's distribution."""
     return loss_weights(settings)[1] > 0
+
+
+def distils_alone(settings: Training) -> bool:
+    """Whether the loss reads nothing but the dense model's distribution."""
+    return not loss_weights(settings)[0]
 
 
 def reads_teacher(settings: Training, references: Collection[str]) -> bool:
@@ -311,7 +315,7 @@ def reads_teacher(settings: Training, references: Collection[str]) -> bool:
 def labels_whole_chats(settings: RecoverySettings) -> bool:
     """Whether every token of a chat is labelled, not the answers' alone."""
     if settings.chat_labels == "auto":
-        return not loss_weights(settings)[0]
+        return distils_alone(settings)
     return settings.chat_labels == "all"
 
 
@@ -325,8 +329,7 @@ def learning_rate(settings: RecoverySettings) -> float:
 def plain_rate(settings: RecoverySettings) -> float:
     """The method's own peak learning rate for the loss, with AdamW."""
     method = method_of(settings)
-    distilled = not loss_weights(settings)[0]
-    return method.distill_rate if distilled and method.distill_rate else method.learning_rate
+    return (distils_alone(settings) and method.distill_rate) or method.learning_rate
 
 
 def learning_rate_share(warmup_ratio: float, steps: int, step: int) -> float:

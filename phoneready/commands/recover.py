@@ -111,9 +111,8 @@ def format_recovery(record: RecoveryRecord, output: Path) -> str:
         f", with {format_bytes(record.held_bytes or 0)} of weights and moments each" if record.sharded else ""
     )
     lines = [
-        f"Validation perplexity {record.perplexity_before:.2f} before, {record.perplexity_after:.2f} after "
-        f"(step {record.kept_step} of {len(record.losses)}, {sum(v.n_learnt for v in record.validation)} "
-        f"tokens, {origin}).",
+        f"Validation {record.change} (step {record.kept_step} of {len(record.losses)}, "
+        f"{sum(v.n_learnt for v in record.validation)} tokens, {origin}).",
         f"Trained {record.n_trainable} weights ({settings.method}{ranks}; {settings.loss}) on "
         f"{record.tokens_seen} tokens of {', '.join(part.reference for part in record.training)} "
         f"in {record.seconds:.0f} s, {record.dtype} on {record.device}, processes: {record.processes}"

@@ -27,7 +27,7 @@ from phoneready.console import note, prepare_torch, show_progress, write_result
 from phoneready.settings.schema import COUNTED, CountedText, RecoverConfig
 from phoneready.shrink.settings import ShrinkSettings
 
-_NAMED = {"calibration": "calibration_calibration", "data": "training_data"}
+_NAMED = {"calibration": "calibration_calibration", "data": "training_data", "loss": "training_loss"}
 """Field that a task stands in for -> its parameter."""
 
 

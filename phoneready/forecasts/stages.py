@@ -378,7 +378,11 @@ STAGES: Mapping[str, Stage] = MappingProxyType(
             exporting, "less text (--nsamples, --rounding-windows, --seqlen), or a smaller model"
         ),
         "eval": Stage(judging, "shorter windows (--seqlen), or a smaller model"),
-        "recover": Stage(recovering, "an adapter (--method lora), or a smaller model", trained_products),
+        "recover": Stage(
+            recovering,
+            "an adapter (--method lora), the loss next-token (no teacher), or a smaller model",
+            trained_products,
+        ),
         "frontier": Stage(surveying, "less text (--nsamples, --calibration-seqlen), or a smaller model"),
     }
 )

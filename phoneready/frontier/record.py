@@ -142,7 +142,7 @@ class Frontier:
     """
 
     KIND: ClassVar[str] = "frontier"
-    SCHEMA_VERSION: ClassVar[int] = 1
+    SCHEMA_VERSION: ClassVar[int] = 2
 
     source: str
     source_sha256: str | None

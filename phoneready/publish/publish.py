@@ -15,7 +15,7 @@ from cfsp.files import write_json, write_text
 from cfsp.models.checkpoint import read_checkpoint_info
 from cfsp.models.folder_format import NOTICE_PATTERNS
 from cfsp.models.reference import load_tokenizer
-from cfsp.records import read_record, write_record
+from cfsp.records import named_loss, read_record, write_record
 from cfsp.validation import describe_problems
 from phoneready.evaluation.sweep import Sweep
 from phoneready.figures.figure_set import FIGURES_FILE, PRUNED
@@ -147,7 +147,8 @@ def rewrite_reports(folder: Path, *, sweep: Sweep | None = None) -> ReleaseManif
     if not (folder / "stages").is_dir():
         raise InputError(f"{folder} has no folder stages; reports are made from the records in it")
     try:
-        config = ReleaseConfig.model_validate(manifest.config)
+        trained = {"recover": named_loss(manifest.config.get("recover"))}
+        config = ReleaseConfig.model_validate(manifest.config | trained)
     except pydantic.ValidationError as error:
         where = folder / MANIFEST_FILE
         raise InputError(f"{where}, config: {describe_problems(error)}") from error

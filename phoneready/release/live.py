@@ -75,8 +75,7 @@ def _pruned(output: Path) -> str:
 def _recovered(output: Path) -> str:
     record = read_record(RecoveryRecord, output / "model" / RECOVERY_FILE)
     kept = "" if record.kept_step else "; nothing was gained, the untrained weights are kept"
-    change = f"{record.perplexity_before:.2f} before, {record.perplexity_after:.2f} after"
-    return f"validation perplexity {change}{kept}"
+    return f"validation {record.change}{kept}"
 
 
 def _evaluated(output: Path) -> str:

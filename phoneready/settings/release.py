@@ -224,6 +224,9 @@ def _unknown_files(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
 def _training(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
     if (training := config.recover) is not None:
         yield from _complaint("recover", training, lambda: _check_training(training, config.export.names))
+        if config.learns_nothing and config.tune is None:
+            message = "nothing is removed, and a model learns nothing from its own distribution"
+            yield ("recover", "loss"), f"{message}; allowed: next-token or both, or something to prune"
 
 
 def _check_training(training: RecoverConfig, exported: Sequence[str]) -> None:

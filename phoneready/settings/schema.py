@@ -11,7 +11,13 @@ from typing import Annotated, Self
 import pydantic
 
 from cfsp.pruning.settings import ALIGN, PruneSettings
-from cfsp.recovery.settings import RecoveryReferences, RecoverySettings, Training, check_settings
+from cfsp.recovery.settings import (
+    RecoveryReferences,
+    RecoverySettings,
+    Training,
+    check_settings,
+    distils_alone,
+)
 from cfsp.settings import DEVICE, DTYPE, SEED, Reads, Settings, pick, setting
 from cfsp.text.settings import BUILTIN_TEXT, SELF, CalibrationSettings
 from cfsp.units import parse_bytes
@@ -95,6 +101,11 @@ class PruneConfig(TargetSettings, CountedText, CalibrationSettings, PruneSetting
     def may_trim(self) -> bool:
         """Whether the pruned model may have another vocabulary than the dense one."""
         return bool(self.vocabulary) or self.frees("vocabulary")
+
+    @property
+    def removes_nothing(self) -> bool:
+        """Whether the pruned model is the dense one."""
+        return self.keeps_blocks and not self.vocabulary and not self.target
 
 
 @dataclass(frozen=True)
@@ -313,3 +324,9 @@ class ReleaseConfig(Section):
     def prune_settings(self) -> PruneSettings:
         """For cfsp; widths fit the formats unless an alignment is set."""
         return self.prune.settings(required_multiple((*self.export.names, *self.prune.for_quant)))
+
+    @property
+    def learns_nothing(self) -> bool:
+        """Whether what is trained is the dense model, and all that it learns its own distribution."""
+        how = self.recover
+        return how is not None and self.prune.removes_nothing and distils_alone(how) and how.for_quant is None

@@ -14,11 +14,12 @@ from cfsp.files import write_text
 from cfsp.models.checkpoint import read_checkpoint_info
 from cfsp.progress import Progress
 from cfsp.records import read_record, write_record
-from cfsp.recovery.settings import token_budget
+from cfsp.recovery.settings import NEXT_TOKEN, token_budget
+from cfsp.settings import Settings
 from cfsp.text.settings import BUILTIN_TEXT
 from phoneready.publish.placing import place
 from phoneready.release.stages import RUNNING, claim_folder, run_stages, stage_folder
-from phoneready.settings.schema import PruneConfig, RecoverConfig, ReleaseConfig
+from phoneready.settings.schema import RecoverConfig, ReleaseConfig
 from phoneready.shrink.checks import check_before_work
 from phoneready.shrink.foretold import foretell_stage
 from phoneready.shrink.record import START, Shrunk, ShrunkStep
@@ -126,24 +127,32 @@ def _with_text(settings: ShrinkSettings) -> ShrinkSettings:
 
 
 def for_task(config: ReleaseConfig, settings: ShrinkSettings, named: Collection[str]) -> ReleaseConfig:
-    """The configuration, with the task's chats for calibration, counting and training where nothing else is named.
+    """The configuration, with the task's chats for calibration, counting and training, and their next tokens for the
+    loss, where nothing else is named.
 
     Args:
         config: As it was asked for.
         settings: Which task, if any.
-        named: `calibration` and `data` where the user has named them, be it what they are without that.
+        named: `calibration`, `data` and `loss` where the user has named them, be it what they are without that.
     """
     if not settings.task:
         return config
     task, prune, recover = (settings.task,), config.prune, config.recover or RecoverConfig()
-    calibrated = "calibration" in named or prune.calibration != PruneConfig.calibration
-    trained = "data" in named or recover.data != RecoverConfig.data
+
+    def is_named(settings: Settings, field: str) -> bool:
+        return field in named or getattr(settings, field) != getattr(type(settings), field)
+
     prune = replace(
         prune,
-        calibration=prune.calibration if calibrated else task,
+        calibration=prune.calibration if is_named(prune, "calibration") else task,
         vocabulary_text=prune.vocabulary_text or task,
     )
-    recover = replace(recover, data=recover.data if trained else task)
+    recover = replace(
+        recover,
+        data=recover.data if is_named(recover, "data") else task,
+        # What the task's answers are is in its chats, not in the dense model.
+        loss=recover.loss if is_named(recover, "loss") else NEXT_TOKEN,
+    )
     return config.model_copy(update={"prune": prune, "recover": recover})
 
 

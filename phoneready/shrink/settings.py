@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from cfsp.evaluation.settings import TaskSettings
-from cfsp.recovery.settings import as_read, settled
+from cfsp.recovery.settings import NEXT_TOKEN, as_read, settled
 from cfsp.settings import setting
 from phoneready.evaluation.settings import WindowSettings
 from phoneready.settings.schema import RecoverConfig
@@ -24,7 +24,7 @@ class ShrinkSettings(TaskSettings, WindowSettings):
     task: str | None = setting(
         None,
         "Chats of the one task that the model is for: it learns the task first, and is calibrated, counted and trained "
-        "on it. What is judged is --tasks.",
+        "on it, by the next token unless --loss says otherwise. What is judged is --tasks.",
         metavar="FILE.jsonl",
     )
     max_accuracy_drop: float = setting(
@@ -61,7 +61,5 @@ class ShrinkSettings(TaskSettings, WindowSettings):
 def learning(training: RecoverConfig, task: str) -> RecoverConfig:
     """How a task is learnt: as steps are trained, but from its chats alone, with no teacher, and no plan to go by."""
     method = settled(training).method
-    alone = replace(
-        training, data=(task,), method="lora" if method == "ig-lora" else method, loss="next-token"
-    )
+    alone = replace(training, data=(task,), method="lora" if method == "ig-lora" else method, loss=NEXT_TOKEN)
     return as_read(alone, alone.texts)

@@ -95,7 +95,10 @@ def recipes_of(config: ReleaseConfig) -> tuple[Recipe, ...]:
 
 
 def config_of(config: ReleaseConfig, point: Point) -> ReleaseConfig:
-    """The configuration of the release that a point is; budgets of files that it does not make are left out."""
+    """The configuration of the release that a point is, without what it does not do.
+
+    Budgets of files that it does not make are left out, and training where nothing is removed that it would bring back.
+    """
     recipe, export = point.recipe, config.export
     formats: dict[str, Any] = {family.setting: () for family in FAMILIES.values() if family is not BASE}
     exported = replace(export, **(formats | {recipe.family.setting: (recipe.item,)}))
@@ -115,6 +118,8 @@ def config_of(config: ReleaseConfig, point: Point) -> ReleaseConfig:
         "tune": None,
     }
     release = config.model_copy(update=changed)
+    if release.learns_nothing:
+        release = release.model_copy(update={"recover": None})
     return release.model_copy(update={"budgets": tuple(_budgets(release, recipe))})
 
 

@@ -219,7 +219,7 @@ class TrialRunner:
         recipe = point.recipe
         key = f"{recipe.allocation}-{recipe.align}-{point.prune_ratio!r}{recipe.in_names}"
         pruned = self._once(f"pruned-{key}", lambda path: self._prune(point, path))
-        if not recipe.recover:
+        if config_of(self.config, point).recover is None:
             return pruned
         return self._once(f"recovered-{key}", lambda path: self._recover(pruned, path))
 

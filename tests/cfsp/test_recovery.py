@@ -145,7 +145,7 @@ def chat_of(index: int) -> list[dict[str, str]]:
 
 def test_packed_chats_keep_every_answer_whole(tmp_path: Path, tiny_tokenizer: Any) -> None:
     chats = [chat_of(i) for i in range(30)]
-    settings = RecoverySettings(seqlen=128, max_tokens=None, epochs=1.0)
+    settings = RecoverySettings(seqlen=128, max_tokens=None, epochs=1.0, loss="next-token")
     data = load_recovery_data([write_chats(tmp_path / "c.jsonl", chats)], [], tiny_tokenizer, settings)
     parts = (*data.training, *data.validation)
     assert data.held_out
@@ -530,7 +530,8 @@ def points(*losses: float) -> list[ValidationPoint]:
     ("settings", "rate"),
     [
         ({}, 1e-3),
-        ({"method": "full"}, 2e-4),
+        ({"method": "full"}, 5e-5),
+        ({"method": "full", "loss": "next-token"}, 2e-4),
         ({"method": "full", "loss": "both"}, 2e-4),
         ({"method": "full", "loss": "distill"}, 5e-5),
         ({"method": "lora", "loss": "distill"}, 1e-3),

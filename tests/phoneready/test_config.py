@@ -305,9 +305,15 @@ def test_patience_is_off_unless_it_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("asked", "wrong"),
     [
-        ("[recover]\ntemperature = 2.0", "line 4: recover.temperature: has no effect here (got 2.0)"),
+        (
+            '[recover]\nloss = "next-token"\ntemperature = 2.0',
+            "line 5: recover.temperature: has no effect here (got 2.0)",
+        ),
         ('[recover]\nmethod = "full"\nrank = 4', "line 5: recover.rank: has no effect here (got 4)"),
-        ('[recover]\ndata = ["student"]', "recover.data: what a checkpoint writes itself teaches it nothing"),
+        (
+            '[recover]\nloss = "next-token"\ndata = ["student"]',
+            "recover.data: what a checkpoint writes itself teaches it nothing",
+        ),
         ('[recover]\nfor_quant = "Q8_0"', "recover.for_quant: "),
         (
             '[recover]\nfor_quant = "Q4_K_M"',
@@ -327,6 +333,10 @@ def test_patience_is_off_unless_it_is_asked_for() -> None:
         ('[prune]\nreconstruct = "mean"\nridge = 0.1', "prune.ridge: has no effect here (got 0.1)"),
         ('[prune]\nreconstruct = "one-pass"\ncorrection = 0.1', "prune.correction: has no effect here"),
         ("[evaluate]\nlimit = 8", "evaluate.limit: has no effect here (got 8); allowed: with tasks"),
+        (
+            '[prune]\nprune_ratio = 0.0\n[recover]\nloss = "distill"',
+            "line 6: recover.loss: nothing is removed, and a model learns nothing from its own distribution",
+        ),
     ],
 )
 def test_what_nothing_reads_is_refused_where_it_is_written(asked: str, wrong: str) -> None:
@@ -340,6 +350,9 @@ def test_what_is_read_is_taken() -> None:
         '[prune]\nreconstruct = "one-pass"\nridge = 0.1',
         "[prune]\ncorrection = 0.1",
         '[evaluate]\ntasks = ["chats.jsonl"]\nlimit = 8',
+        '[prune]\nprune_ratio = 0.0\n[recover]\nloss = "both"',
+        "[prune]\nprune_ratio = 0.0\nvocabulary = 300\n[recover]",
+        "[prune]\nprune_ratio = 0.0\n[recover]\n[tune]",
         '[export]\nquants = ["Q4_0"]\n[recover]\nfor_quant = "q4_0"',
         "[export]\nonnx = ['int4-mixed']\nmixed_bytes = 90000000\ntune_scales = true",
         '[prune]\nvocabulary_text = ["a.txt"]\nvocabulary = 300',

@@ -54,7 +54,7 @@ ASKED = {
     "prune": PRUNING,
     "export": EXPORTING,
     "eval": Judging(TEXT, 4, 16, (False,)),
-    "recover": Recovering(Training(max_tokens=4096, seqlen=64)),
+    "recover": Recovering(Training(max_tokens=4096, seqlen=64, loss="next-token")),
     "frontier": Surveying(PRUNING, EXPORTING, TEXT, 2),
 }
 
@@ -88,10 +88,13 @@ def test_a_larger_model_takes_more_of_everything(stage: str) -> None:
         ("export", replace(EXPORTING, tune_scales=True)),
         ("export", replace(EXPORTING, is_saved=True)),
         ("eval", Judging(TEXT, 4, 32, (False,))),
-        ("recover", Recovering(Training(max_tokens=8192, seqlen=64))),
+        ("recover", Recovering(Training(max_tokens=8192, seqlen=64, loss="next-token"))),
         ("recover", Recovering(Training(max_tokens=4096, seqlen=64, loss="distill"))),
-        ("recover", Recovering(Training(max_tokens=4096, seqlen=64, eval_every=1))),
-        ("recover", Recovering(Training(max_tokens=4096, seqlen=64, validation_windows=128))),
+        ("recover", Recovering(Training(max_tokens=4096, seqlen=64, loss="next-token", eval_every=1))),
+        (
+            "recover",
+            Recovering(Training(max_tokens=4096, seqlen=64, loss="next-token", validation_windows=128)),
+        ),
         ("frontier", replace(ASKED["frontier"], checkpoints=3)),
     ],
 )

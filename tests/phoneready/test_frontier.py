@@ -182,7 +182,9 @@ def test_pruned_models_are_measured_trained_too(model: Path, measured: Path, tmp
     shutil.copytree(measured, folder)
     before = point_files(folder)
     asked = "--quants Q8_0 --prune-ratios 0,0.25 --vocabularies 0,300 --no-speed --max-size 1GB --recover"
-    training = "--data builtin:python-docs --method full --max-tokens 4096 --learning-rate 5e-3"
+    training = (
+        "--data builtin:python-docs --method full --loss next-token --max-tokens 4096 --learning-rate 5e-3"
+    )
     more = (*asked.split(), *training.split(), "--training-seqlen", "64")
     assert main(command(model, folder, *more)) == 0
     found = read_record(Frontier, folder / RESULT_FILE)
@@ -412,7 +414,10 @@ def test_speed_is_added_to_what_is_known(model: Path, tmp_path: Path) -> None:
         ),
         (["--recover", "--method", "magic"], "--method"),
         (["--recover"], "the dense model is not trained"),
-        (["--recover", "--prune-ratios", "0.1", "--data", "student"], "teaches it nothing"),
+        (
+            ["--recover", "--prune-ratios", "0.1", "--loss", "next-token", "--data", "student"],
+            "teaches it nothing",
+        ),
         (
             ["--recover", "--prune-ratios", "0.1", "--for-quant", "Q8_0"],
             "nothing that training could win back",

@@ -14,10 +14,22 @@ from cfsp.models.shape import ModelShape
 from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record, record_from_json, write_record
 from exporters.export_record import ExportManifest
+from phoneready.frontier.record import Frontier
 from phoneready.publish.manifest import ReleaseManifest
 
 OLD = Path(__file__).parent / "old_records"
 WIDTHS = (128, 96, 96, 64)
+LISTS = (
+    "calibration",
+    "vocabulary_text",
+    "points",
+    "standings",
+    "choices",
+    "left_out",
+    "failed",
+    "open",
+    "kept",
+)
 FILES = {
     "phoneready.json": CheckpointInfo,
     "pruning_plan.json": PruningPlan,
@@ -50,6 +62,24 @@ def test_the_first_plans_named_no_reconstruction() -> None:
     for stated, name in ((True, "one-pass"), (False, "none")):
         old = plan | {"settings": settings | {"reconstruct": stated}}
         assert record_from_json(PruningPlan, old, where="x").settings.reconstruct == name
+
+
+@pytest.mark.parametrize(
+    ("recover", "loss"),
+    [
+        ({"loss": "auto", "for_quant": None}, "next-token"),
+        ({"loss": "auto", "for_quant": "Q4_0"}, "distill"),
+        ({"loss": "both", "for_quant": None}, "both"),
+    ],
+)
+def test_the_loss_that_was_not_said_is_the_one_that_was_trained_with(
+    recover: dict[str, Any], loss: str
+) -> None:
+    frontier = {"kind": "frontier", "schema_version": 1, "recovery": recover | {"data": ["self"]}}
+    frontier |= dict.fromkeys(LISTS, ()) | {"source": "m", "source_sha256": None, "seed": 0}
+    found = record_from_json(Frontier, frontier, where="x").recovery
+    assert found is not None
+    assert found.loss == loss
 
 
 @pytest.mark.parametrize("version", [0, 99, None, "1", True, [1]])

@@ -152,7 +152,7 @@ def test_a_few_steps_help_and_the_result_is_a_checkpoint(
 def test_the_kept_weights_have_the_recorded_perplexity(pruned: Path, chats: Path, tmp_path: Path) -> None:
     """Recovering the result again starts where the first run ended: same data, same held-out share."""
     for name, source in (("first", pruned), ("second", tmp_path / "first")):
-        options = ["--max-tokens", "1280", "--patience", "0", "--learning-rate", "3e-3"]
+        options = ["--max-tokens", "1280", "--loss", "next-token", "--learning-rate", "3e-3"]
         assert main(command(source, tmp_path / name, chats, *options)) in (0, 1)
     first, second = record_of(tmp_path / "first"), record_of(tmp_path / "second")
     assert second.validation == first.validation
@@ -167,7 +167,7 @@ def test_a_single_step_learns(pruned: Path, chats: Path, tmp_path: Path) -> None
 
 
 def test_a_dense_model_is_trained_alike(dense: Path, chats: Path, tmp_path: Path) -> None:
-    options = ["--max-tokens", "640", "--method", "lora"]
+    options = ["--max-tokens", "640", "--method", "lora", "--loss", "next-token"]
     assert main(command(dense, tmp_path / "out", chats, *options)) == 0
     assert read_checkpoint_info(tmp_path / "out").plan_sha256 is None
 
@@ -268,7 +268,7 @@ def test_training_that_diverges_keeps_the_best_and_says_so(
 ) -> None:
     capsys.readouterr()
     options = ["--max-tokens", "5120", "--learning-rate", "3", "--method", "full", "--eval-every", "1"]
-    options += ["--warmup-ratio", "0.9", "--max-grad-norm", "1e6"]
+    options += ["--warmup-ratio", "0.9", "--max-grad-norm", "1e6", "--loss", "next-token"]
     assert main(command(pruned, tmp_path / "out", chats, *options)) == 1
     captured = capsys.readouterr()
     record = record_of(tmp_path / "out")
@@ -285,7 +285,8 @@ def test_training_that_diverges_keeps_the_best_and_says_so(
 def test_muon_moves_the_matrices_of_blocks_and_adamw_the_rest(
     pruned: Path, chats: Path, tmp_path: Path
 ) -> None:
-    options = ["--method", "full", "--max-tokens", "128", "--warmup-ratio", "0", "--learning-rate", "2e-3"]
+    options = ["--method", "full", "--loss", "next-token", "--max-tokens", "128"]
+    options += ["--warmup-ratio", "0", "--learning-rate", "2e-3"]
     name, spread = "model.layers.0.mlp.down_proj.weight", {}
     start = load_model(pruned).model.state_dict()
     for optimizer in ("muon", "adamw"):
@@ -411,7 +412,7 @@ def same_training(first: Path, second: Path, within: float, rel: float = 1e-4) -
 @pytest.mark.parametrize(
     ("shard", "options", "stream"),
     [
-        ("never", ("--method", "ig-lora"), "auto"),
+        ("never", ("--method", "ig-lora", "--loss", "next-token"), "auto"),
         ("always", ("--method", "ig-lora"), "never"),
         ("always", ("--method", "full", "--loss", "both"), "auto"),
         ("always", ("--method", "full", "--loss", "distill", "--dtype", "bfloat16"), "auto"),
@@ -436,7 +437,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(
     assert main(one) == 0
     result = in_processes(2, "-m", "phoneready", *two)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("Validation perplexity") == 1
+    assert result.stdout.count("Validation loss") == 1
     # Rounding to few bits makes of the last digit of a sum much more in a few steps.
     tolerances = (2e-2, 1e-2) if "bfloat16" in options else (1e-4, 1e-4)
     same_training(tmp_path / "one", tmp_path / "two", *tolerances)
@@ -518,10 +519,10 @@ def bad(tmp_path: Path, tiny_folder: TinyPath) -> dict[str, str]:
         ),
         (["--for-quant", "Q4_0", "--alpha", "1"], "alpha: has no effect here"),
         (
-            ["--temperature", "2"],
+            ["--loss", "next-token", "--temperature", "2"],
             "temperature: has no effect here (got 2.0); allowed: with --loss distill or both",
         ),
-        (["--loss", "distill", "--distill-weight", "0.7"], "distill_weight: has no effect here"),
+        (["--distill-weight", "0.7"], "distill_weight: has no effect here"),
         (
             ["--self-tokens", "64"],
             "self_tokens: has no effect here (got 64); allowed: with the reference self or student",
@@ -531,7 +532,7 @@ def bad(tmp_path: Path, tiny_folder: TinyPath) -> dict[str, str]:
         (["--for-quant", "Q4_0", "--method", "lora"], "allowed: scales, where for_quant is set"),
         (["--for-quant", "Q8_0"], "loses nothing that training could win back"),
         (["--for-quant", "int4-mixed"], "cannot be trained through"),
-        (["--loss", "mse"], "allowed: auto, next-token, distill, both"),
+        (["--loss", "mse"], "allowed: next-token, distill, both"),
         (
             ["--max-tokens", "100", "--epochs", "1"],
             "max_tokens: says how long, and so does epochs; allowed: one of them",
@@ -607,6 +608,25 @@ def test_ranks_by_importance_need_a_plan(
     capsys.readouterr()
     assert main(command(Path(bad["plain"]), tmp_path / "out", chats)) == 2
     assert "pruning_plan.json" in capsys.readouterr().err
+
+
+def test_a_model_is_not_taught_by_itself(
+    dense: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--method", "lora", "--max-tokens", "640"]
+    for teacher in ([], ["--teacher", str(dense)]):
+        capsys.readouterr()
+        assert main(command(dense, tmp_path / "out", chats, *few, *teacher)) == 2
+        error = capsys.readouterr().err
+        assert (
+            "loss: a model learns nothing from its own distribution (got 'distill'); allowed: next" in error
+        )
+    assert not list(tmp_path.iterdir())
+    trained = tmp_path / "trained"
+    assert main(command(dense, trained, chats, *few, "--loss", "next-token")) == 0
+    # Its teacher is the model that it was.
+    assert main(command(trained, tmp_path / "back", chats, *few)) in (0, 1)
+    assert record_of(tmp_path / "back").validations[0].loss > 0
 
 
 def test_a_full_disk_leaves_the_last_complete_checkpoint(

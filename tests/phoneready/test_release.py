@@ -117,7 +117,7 @@ def released(
         f"{n} of {len(STAGES)}" for n in range(1, len(STAGES) + 1)
     ]
     assert "25.0% of the FFN channels removed" in told[1]
-    assert "validation perplexity" in told[2]
+    assert "validation loss" in told[2]
     assert "x dense, KL " in told[3]
     assert "Q8_0 " in told[5]
     assert "tg2 " in told[-1]
@@ -233,6 +233,19 @@ def test_report_makes_both_reports_again_without_a_model(released: tuple[Path, P
         "budgets met",
     ):
         assert part in page, part
+
+
+@pytest.mark.slow
+def test_reports_of_a_release_that_named_no_loss_are_made_again(
+    released: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(released[1], folder)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest["config"]["recover"]["loss"] = "auto"
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.md").read_bytes() == (released[1] / "report.md").read_bytes()
 
 
 @pytest.mark.slow

@@ -186,16 +186,27 @@ def test_a_task_is_learnt_first_and_its_accuracy_is_the_limit(dense: Path, tmp_p
     for stage in ("learn", "recover-1"):
         record = read_record(RecoveryRecord, stage_folder(folder, stage) / "model" / RECOVERY_FILE)
         assert [part.reference for part in record.training] == [str(trained)]
+        assert record.settings.loss == "next-token"
 
 
-@pytest.mark.parametrize("named", [(), ("calibration",), ("data",), ("calibration", "data")])
+@pytest.mark.parametrize(
+    "named", [(), ("calibration",), ("data",), ("loss",), ("calibration", "data", "loss")]
+)
 def test_a_task_stands_in_for_what_is_not_named(named: tuple[str, ...]) -> None:
     config = ReleaseConfig(model=ModelConfig(reference="m"), recover=RecoverConfig())
     asked = for_task(config, ShrinkSettings(task="calls.jsonl", tasks=("held.jsonl",)), named)
     assert asked.recover is not None
     assert asked.prune.calibration == (("self",) if "calibration" in named else ("calls.jsonl",))
     assert asked.recover.data == (("self",) if "data" in named else ("calls.jsonl",))
+    assert asked.recover.loss == ("distill" if "loss" in named else "next-token")
     assert asked.prune.vocabulary_text == ("calls.jsonl",)
+
+
+def test_a_task_leaves_another_loss_as_it_is() -> None:
+    config = ReleaseConfig(model=ModelConfig(reference="m"), recover=RecoverConfig(loss="both"))
+    asked = for_task(config, ShrinkSettings(task="calls.jsonl", tasks=("held.jsonl",)), ())
+    assert asked.recover is not None
+    assert asked.recover.loss == "both"
 
 
 def test_steps_are_not_trained_through_a_rounding(tmp_path: Path) -> None:
@@ -241,12 +252,13 @@ def test_shares_of_the_steps() -> None:
         (("--max-tokens", "100", "--epochs", "1"), "max_tokens"),
         (("--data", "none.txt"), "none.txt does not exist"),
         (("--calibration", "none.txt"), "none.txt does not exist"),
-        (("--data", "student"), "teaches it nothing"),
+        (("--loss", "next-token", "--data", "student"), "teaches it nothing"),
         (
             ("--task", "CALLS", "--tasks", "HELD", "--loss", "distill", "--validation", "student"),
             "teaches it nothing",
         ),
-        (("--temperature", "2"), "temperature: has no effect here"),
+        (("--loss", "next-token", "--temperature", "2"), "temperature: has no effect here"),
+        (("--task", "CALLS", "--tasks", "HELD", "--temperature", "2"), "temperature: has no effect here"),
         (("--task", "CALLS", "--tasks", "HELD", "--self-tokens", "64"), "self_tokens: has no effect here"),
         (
             (

@@ -391,6 +391,17 @@ def test_everything_that_may_vary_is_combined(model: Path, tmp_path: Path) -> No
     assert len(found) == 8
 
 
+@pytest.mark.parametrize(
+    ("loss", "ratio", "trains"), [("distill", 0.0, 0), ("distill", 0.1, 1), ("both", 0.0, 1)]
+)
+def test_nothing_is_trained_that_learns_nothing(
+    model: Path, tmp_path: Path, loss: str, ratio: float, trains: int
+) -> None:
+    config = load_config(write(tmp_path, model, f'[recover]\nmax_tokens = 64\nloss = "{loss}"\n[tune]\n'))
+    (recipe,) = recipes_of(config)
+    assert (config_of(config, Point(recipe, ratio)).recover is not None) == bool(trains)
+
+
 def test_formats_and_recovery_are_tried_for_real(tiny_folder: TinyPath, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
     pytest.importorskip("peft", reason="the recover extra is not installed")
