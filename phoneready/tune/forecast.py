@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from phoneready.figures.metrics import METRICS, metric_of
+from phoneready.figures.metrics import CHECKPOINT, METRICS, metric_of
 from phoneready.settings.structures import STRUCTURES
 from phoneready.tune.limits import BudgetCheck, Judged
 from phoneready.tune.predict import Observation, Prediction, Predictor, Prior
@@ -91,6 +91,25 @@ class _Curve:
         return Prediction(value, min(ends), max(ends))
 
 
+@dataclass(frozen=True)
+class _Limited:
+    """A figure that a budget limits.
+
+    Attributes:
+        check: At the first trial that has the figure.
+        files: What trials' budgets name: each only files that its trial makes, or none of them, which is all.
+        curve: The figure over all points.
+    """
+
+    check: BudgetCheck
+    files: frozenset[tuple[str, ...]]
+    curve: _Curve
+
+    def concerns(self, item: str) -> bool:
+        """Whether files of a format are limited, as far as trials tell."""
+        return any(not names or item in names or CHECKPOINT in names for names in self.files)
+
+
 class Forecast:
     """Predictions from trials.
 
@@ -103,14 +122,21 @@ class Forecast:
         self._divergence = _Curve(divergence, [(one, one.row.divergence) for one in tried]) if tried else None
         ratios = [(one, one.row.bits_ratio) for one in tried if one.row.bits_ratio is not None]
         self._bits_ratio = _Curve(_Scale(METRICS["bits_per_byte"].slope), ratios) if ratios else None
-        checks: dict[str, BudgetCheck] = {}
+        checks: dict[str, list[BudgetCheck]] = {}
         measured: dict[str, list[tuple[MeasuredPoint, float]]] = {}
         for one in tried:
             for check in one.judged.held:
                 if check.verdict.value is not None:
-                    checks.setdefault(check.name, check)
+                    checks.setdefault(check.name, []).append(check)
                     measured.setdefault(check.name, []).append((one, check.verdict.value))
-        self._limited = [(check, _Curve(_scale(check), measured[name])) for name, check in checks.items()]
+        self._limited = [
+            _Limited(
+                same[0],
+                frozenset(check.budget.files for check in same),
+                _Curve(_scale(same[0]), measured[name]),
+            )
+            for name, same in checks.items()
+        ]
 
     def divergence(self, point: Point) -> Prediction | None:
         """The goal's KL divergence at a point, in nats."""
@@ -131,7 +157,7 @@ class Forecast:
     @property
     def knows_quality(self) -> bool:
         """Whether any quality that a budget limits was measured."""
-        return any(check.is_quality for check, _ in self._limited)
+        return any(limited.check.is_quality for limited in self._limited)
 
     def meets(self, point: Point, *, quality: bool) -> bool:
         """Whether a point is expected to be within all budgets of qualities, or of costs, as far as trials tell.
@@ -147,7 +173,6 @@ class Forecast:
 
     def _concerning(self, point: Point) -> Iterator[tuple[BudgetCheck, _Curve]]:
         """The figures whose budgets limit files of the point's kind."""
-        for check, curve in self._limited:
-            files = check.budget.files
-            if not files or point.recipe.item in files or "checkpoint" in files:
-                yield check, curve
+        for limited in self._limited:
+            if limited.concerns(point.recipe.item):
+                yield limited.check, limited.curve

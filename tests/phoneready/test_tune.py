@@ -17,10 +17,12 @@ from cfsp.errors import InputError, LimitError
 from cfsp.records import read_record, write_record
 from phoneready.figures.figure_set import PRUNED, Figure, FigureSet
 from phoneready.figures.metrics import FigureKey
+from phoneready.figures.verdict import PASS, BudgetVerdict
 from phoneready.main import main
 from phoneready.settings.release import load_config
-from phoneready.tune.limits import Limits
-from phoneready.tune.result import TuneResult, format_result, release_toml
+from phoneready.tune.forecast import Forecast, MeasuredPoint
+from phoneready.tune.limits import BudgetCheck, Judged, Limits
+from phoneready.tune.result import TrialRow, TuneResult, format_result, release_toml
 from phoneready.tune.run import RELEASE_FILE, RESULT_FILE, STUDY_FILE, TABLE_FILE, study_key, tune
 from phoneready.tune.search import Searcher
 from phoneready.tune.space import Point, Recipe, config_of, recipes_of
@@ -400,6 +402,26 @@ def test_nothing_is_trained_that_learns_nothing(
     config = load_config(write(tmp_path, model, f'[recover]\nmax_tokens = 64\nloss = "{loss}"\n[tune]\n'))
     (recipe,) = recipes_of(config)
     assert (config_of(config, Point(recipe, ratio)).recover is not None) == bool(trains)
+
+
+@pytest.mark.parametrize("order", [("int8", "Q8_0"), ("Q8_0", "int8")])
+def test_figures_of_every_format_are_foretold_whichever_was_tried_first(
+    model: Path, tmp_path: Path, order: tuple[str, ...]
+) -> None:
+    more = '[tune]\nfiles = ["int8", "Q8_0"]\n[[budgets]]\nmetric = "tg2"\nat_least = 0.1\n'
+    path = write(tmp_path, model, more)
+    text = path.read_text(encoding="utf-8").replace('quants = ["Q8_0"]', 'quants = ["Q8_0"]\nonnx = ["int8"]')
+    path.write_text(text, encoding="utf-8")
+    config, tried = load_config(path), []
+    for number, item in enumerate(order):
+        point = Point(Recipe(item, "cfsp", 32, False), 0.2)
+        (budget,) = config_of(config, point).budgets
+        verdict = BudgetVerdict("tg2", "file", "local", "", 5.0, None, None, PASS, "", "t/s")
+        row = TrialRow(number, 0.2, 0.2, item, "cfsp", 32, False, 1000, 0.1, None, {}, True, False, "", 1.0)
+        tried.append(MeasuredPoint(row, Judged((BudgetCheck(budget, verdict),))))
+    forecast = Forecast(tried)
+    for one in tried:
+        assert list(forecast.figures(one.point)) == ["tg2 on local"]
 
 
 def test_formats_and_recovery_are_tried_for_real(tiny_folder: TinyPath, tmp_path: Path) -> None:
