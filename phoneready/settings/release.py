@@ -218,7 +218,7 @@ def _unknown_files(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
     for section in ("bench", "evaluate"):
         for name in getattr(config, section).files:
             if name not in known:
-                yield (section, "files"), f"not exported (got {name!r}); allowed: {', '.join(known)}"
+                yield (section, "files"), _not_exported("files", name, known).problem
 
 
 def _training(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
@@ -233,7 +233,11 @@ def _check_training(training: RecoverConfig, exported: Sequence[str]) -> None:
     """Raise InputError where a model cannot be trained so, or as a file that is not exported."""
     training.check()
     if (name := training.for_quant) is not None and find_format(name).name not in exported:
-        raise InputError("not exported", field="for_quant", value=name, allowed=", ".join(exported))
+        raise _not_exported("for_quant", name, exported)
+
+
+def _not_exported(field: str, name: str, exported: Sequence[str]) -> InputError:
+    return InputError("not exported", field=field, value=name, allowed=", ".join(exported))
 
 
 def _no_places(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
