@@ -118,6 +118,7 @@ def released(
     ]
     assert "25.0% of the FFN channels removed" in told[1]
     assert "validation loss" in told[2]
+    assert "; perplexity" in told[2]
     assert "x dense, KL " in told[3]
     assert "Q8_0 " in told[5]
     assert "tg2 " in told[-1]
