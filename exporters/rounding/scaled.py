@@ -25,7 +25,13 @@ class ScaledBlocks(nn.Module):
     def __init__(self, rows: int, columns: int, block_size: int) -> None:
         super().__init__()
         self.block_size = block_size
-        self.factors = nn.Parameter(torch.ones(rows, -(-columns // block_size)))
+        # By how much factors differ from 1: what weight decay draws to zero.
+        self.changes = nn.Parameter(torch.zeros(rows, -(-columns // block_size)))
+
+    @property
+    def factors(self) -> torch.Tensor:
+        """Of every block, (rows, blocks)."""
+        return 1 + self.changes
 
     def forward(self, stored: torch.Tensor) -> torch.Tensor:
         """The weight as it is then."""
