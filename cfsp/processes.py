@@ -21,7 +21,7 @@ from torch import distributed
 
 from cfsp.errors import InputError, PhonereadyError
 
-_PATIENCE = timedelta(days=1)
+PATIENCE = timedelta(days=1)
 """How long processes wait for each other: one of them may write the text while the others do nothing."""
 _JOINED = ContextVar("joined", default=False)
 """Whether passes are shared: the group of processes that a trainer makes is its own."""
@@ -44,7 +44,7 @@ def joined(device: str = "auto") -> Iterator[bool]:
         raise InputError("several processes cannot share it", field="device", value=device, allowed="cpu")
     if device != "cpu" and torch.cuda.is_available():
         _take_gpu(device)
-    distributed.init_process_group(timeout=_PATIENCE)
+    distributed.init_process_group(timeout=PATIENCE)
     before = _JOINED.set(True)
     try:
         yield number() == 0

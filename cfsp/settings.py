@@ -148,8 +148,9 @@ def setting(default: T, help: str | Setting, **attributes: Any) -> T:
 
 
 _DECLARED = "setting"
-SEED = Setting("Seed of everything that is drawn at random.", ge=0, le=2**32 - 2, metavar="N")
-"""NumPy takes 32 bits, and a release judges with the seed after its own."""
+SEED = Setting("Seed of everything that is drawn at random.", ge=0, le=2**32 - 4, metavar="N")
+"""NumPy takes 32 bits, llama.cpp means any seed by the last of them, a release judges with the seed after its own, and
+training is validated with the one after that."""
 
 
 def _device_name(name: str) -> str:

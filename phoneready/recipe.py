@@ -35,7 +35,6 @@ from cfsp.memory import usable_memory
 from cfsp.models.checkpoint import read_checkpoint_info
 from cfsp.progress import Progress
 from cfsp.records import tool_version
-from cfsp.recovery.optimizer import check_optimizer
 from exporters.families import FAMILIES, family_of, makes_gguf
 from phoneready.evaluation.metrics import check_directions, metric_sha256
 from phoneready.figures.budgets import select
@@ -46,6 +45,7 @@ from phoneready.history.entry import HistoryEntry, append_entry, entry_of
 from phoneready.publish.manifest import ReleaseManifest
 from phoneready.publish.publish import publish
 from phoneready.publish.tiers import choose_tiers
+from phoneready.release.before_work import check_inputs
 from phoneready.release.beside import StageProcesses
 from phoneready.release.collect import collect_figures
 from phoneready.release.dependencies import made_with
@@ -154,9 +154,7 @@ def _check_before_work(config: ReleaseConfig, folder: Path) -> None:
     check_place(config, folder)
     check_extras(config)
     check_directions(config.budgets)
-    if config.recover is not None:
-        config.recover.check()
-        check_optimizer(config.recover)
+    check_inputs(config)
     if config.stores is not None:
         choose_tiers(config.stores, config.tiers)
 
@@ -217,8 +215,6 @@ def check_extras(config: ReleaseConfig) -> None:
         FAMILIES[family].require()
     if config.tracking is not None:
         require_extra("mlflow", "track")
-    if config.recover is not None:
-        require_extra("accelerate", "recover")
     if any(map(needs_harness, config.evaluate.tasks)):
         require_extra("lm_eval", "eval")
 

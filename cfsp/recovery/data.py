@@ -37,6 +37,9 @@ IGNORED = -100
 INSIDE = -1
 """Place in the teacher's text of a position that is inside one of the teacher's tokens."""
 
+_VALIDATION_SEED = 2
+"""Added to the seed, so that `self` is neither what is trained on nor what a release judges with, the seed after."""
+
 MOST_LOOPS = 0.5
 """Share of the texts of a model above which it is not one to learn from."""
 
@@ -173,8 +176,9 @@ def load_recovery_data(
     reader = _Reader(tokenizer, settings, authors, respelling, writers, progress)
     loaded = [reader.read(reference, wanted, settings.seed) for reference in references]
     if validation:
-        # A seed of its own: `self` as validation must not be the sequences that are trained on.
-        held = [reader.read(reference, share, settings.seed + 1, share) for reference in validation]
+        held = [
+            reader.read(reference, share, settings.seed + _VALIDATION_SEED, share) for reference in validation
+        ]
     else:
         parts = [_hold_out(sequences, share) for sequences in loaded]
         loaded, held = [t for t, _ in parts], [v for _, v in parts]
@@ -326,7 +330,11 @@ def _sequences(ids: torch.Tensor, targets: torch.Tensor, source: str, *, n_loops
 
 
 def respelled(sequences: Sequences, respelling: Respelling) -> Sequences:
-    """The same text in the model's tokens, the teacher's beside it; what is too long for a sequence loses its end."""
+    """The same text in the model's tokens, the teacher's beside it; what is too long for a sequence loses its end.
+
+    Raises:
+        InputError: Nothing that is to be learnt is left.
+    """
     size = sequences.input_ids.shape[1]
     ids, learnt, places = [], [], []
     for window, is_learnt in zip(sequences.input_ids, sequences.learnt, strict=True):
@@ -335,8 +343,20 @@ def respelled(sequences: Sequences, respelling: Respelling) -> Sequences:
         learnt.append(is_learnt[text.owners[:size]])
         places.append(text.owners.where(text.ends, INSIDE)[:size])
     targets = _targets(torch.stack(ids), torch.stack(learnt))
-    spelled = _sequences(torch.stack(ids), targets, sequences.source, n_loops=sequences.n_loops)
-    return replace(spelled, teacher_ids=sequences.input_ids, teacher_places=torch.stack(places))
+    useful = (targets != IGNORED).any(dim=1)
+    if not useful.any():
+        raise InputError(
+            f"in sequences of {size} tokens of this vocabulary no answer of {sequences.source} has room",
+            field="seqlen",
+            value=size,
+            allowed="longer ones",
+        )
+    spelled = _sequences(
+        torch.stack(ids)[useful], targets[useful], sequences.source, n_loops=sequences.n_loops
+    )
+    return replace(
+        spelled, teacher_ids=sequences.input_ids[useful], teacher_places=torch.stack(places)[useful]
+    )
 
 
 def _hold_out(sequences: Sequences, share: int) -> tuple[Sequences, Sequences]:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,31 +17,29 @@ import safetensors
 import torch
 
 from cfsp.devices import find_device
-from cfsp.errors import InputError, LimitError, require_extra
+from cfsp.errors import InputError, LimitError
 from cfsp.files import claim_output, no_space_as_input_error, refuse_existing
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.paging import emptied
 from cfsp.models.reference import load_model
+from cfsp.models.source import ModelSource
 from cfsp.models.weights import cast_weights
 from cfsp.precision import product_dtype, products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.moments import collect_input_moments, moment_windows
 from cfsp.reading import as_input_error
 from cfsp.recovery.adapter import add_adapter, give_trained, merge_adapter
+from cfsp.recovery.checks import usable
 from cfsp.recovery.data import RecoveryData, TrainingMix, load_recovery_data
 from cfsp.recovery.inputs import RecoveryInputs, load_inputs, read_extents
 from cfsp.recovery.language import check_vocabulary
-from cfsp.recovery.optimizer import check_optimizer
 from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord, data_record
 from cfsp.recovery.rounding import RoundedModel, Rounding
 from cfsp.recovery.settings import (
     MUON,
     RecoverySettings,
-    check_settings,
     learning_rate,
     learns_from_teacher,
-    method_of,
-    settled,
     token_budget,
 )
 from cfsp.recovery.sharding import is_sharded, shard_out
@@ -113,7 +110,7 @@ def recover(
         trust_remote_code: Let transformers run code that a folder or hub model brings along.
         writers: What may have the dense model write, for `self`; the first that can does.
         rounding: What knows the formats of `for_quant`.
-        before: Called once everything is read, in the process that writes, with the number of processes that share
+        before: Called once the models are read, in the process that writes, with the number of processes that share
             out the weights, or 1; it may raise.
         progress: Told about every step.
 
@@ -121,14 +118,14 @@ def recover(
         InputError: Something that cannot be used, a teacher without some of the tokens, or a full disk.
         MissingExtraError: Without the `recover` extra.
     """
-    settings = _usable(settings, (*data, *validation), rounding)
+    references = (*data, *validation)
+    settings = usable(settings, references, rounding)
     refuse_existing(output, force=force, inputs=[Path(checkpoint)])
     folder = WorkFolder(work or output.with_name(output.name + ".work"))
     _check_apart(folder.path, output)
     where = find_device(device)
-    from cfsp.recovery.trainer import check_trackers, train, training_arguments
+    from cfsp.recovery.trainer import train, training_arguments
 
-    check_trackers(settings.report_to)
     arguments = training_arguments(settings, folder.path, device=where)
     is_main = arguments.process_index == 0
     progress = progress if is_main else no_progress
@@ -136,28 +133,34 @@ def recover(
         for path in (output, folder.path) if is_main else ():
             claims.enter_context(claim_output(path))
         sharded = _is_sharded(shard, settings, checkpoint, teacher, arguments)
+        plain = _plain_settings(settings, arguments, sharded=sharded)
+        folder.check_settings(plain, arguments.world_size, force=force)
         inputs = load_inputs(
             checkpoint,
             teacher,
             settings,
-            data=(*data, *validation),
+            data=references,
             trust_remote_code=trust_remote_code,
             in_files=sharded,
             progress=progress,
         )
-        with arguments.main_process_first(local=False):
-            drawn = _read(data, validation, settings, inputs, writers, progress)
         if is_main:
             before(arguments.world_size if sharded else 1)
+        with arguments.main_process_first(local=False):
+            drawn = _read(data, validation, settings, inputs, writers, progress)
+        dense = None if inputs.teacher is None else inputs.teacher.source
+        if not learns_from_teacher(settings):
+            # It has written the text, and is not held beside what is trained.
+            inputs = replace(inputs, teacher=None)
         tokens_per_step = _tokens_per_process(settings) * arguments.world_size
         mix = TrainingMix(drawn.training, _n_sequences(settings, drawn, tokens_per_step), settings.seed)
         inputs = replace(inputs, rounded=_rounded(settings, inputs, mix, rounding, arguments, progress))
         with arguments.main_process_first(local=False):
-            folder.open(_run_inputs(settings, inputs, drawn, arguments, sharded=sharded), force=force)
+            folder.open(_run_inputs(plain, inputs, drawn, arguments), force=force)
         student = _student(inputs, settings, arguments.device, sharded=sharded)
         run = Run(student, mix, drawn.validation, settings, folder, tokens_per_step, progress)
         train(run, arguments)
-        record = _record(checkpoint, run, inputs, drawn, arguments)
+        record = _record(checkpoint, run, inputs, dense, drawn, arguments)
         if is_main:
             model = _trained(run, inputs, checkpoint, trust_remote_code=trust_remote_code)
             _write(output, run, inputs, model, record, force=force, progress=progress)
@@ -167,18 +170,9 @@ def recover(
 
 def check_outcome(record: RecoveryRecord, output: Path) -> None:
     """Raise LimitError where a run diverged or gained nothing; what was kept is in `output` all the same."""
-    kept = (
-        f"the weights of step {record.kept_step} are kept"
-        if record.kept_step
-        else "no step was better than the untrained weights, which are kept"
-    )
-    if record.stopped_by == "diverged":
-        step = record.losses[-1].step if record.losses else 0
-        raise LimitError(
-            f"training diverged after step {step}; {kept} in {output}; try a lower learning rate"
-        )
-    if not record.kept_step:
-        raise LimitError(f"training gained nothing on the validation data; {kept} in {output}")
+    if record.shortcoming is not None:
+        remedy = "; try a lower learning rate" if record.stopped_by == "diverged" else ""
+        raise LimitError(f"{record.shortcoming} in {output}{remedy}")
 
 
 def _is_sharded(
@@ -198,16 +192,6 @@ def _is_sharded(
     return sharded
 
 
-def _usable(
-    settings: RecoverySettings, references: Sequence[str], rounding: Rounding | None
-) -> RecoverySettings:
-    """Settings with everything said; refuses those that cannot be used with this data and these packages."""
-    check_settings(settings, references)
-    settings = settled(settings)
-    _check_means(settings, rounding)
-    return settings
-
-
 def _check_apart(work: Path, output: Path) -> None:
     """The work folder is removed at the end, and the output is written in one piece."""
     first, second = work.resolve(), output.resolve()
@@ -215,20 +199,6 @@ def _check_apart(work: Path, output: Path) -> None:
         raise InputError(
             "the output and the work folder may not hold each other", field="work", value=str(work)
         )
-
-
-def _check_means(settings: RecoverySettings, rounding: Rounding | None) -> None:
-    """Refuse a format, or a package that is not there."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
-        raise InputError("accelerate's own settings of FSDP are not read", allowed="--shard")
-    check_optimizer(settings)
-    for package in ("accelerate", "peft") if method_of(settings).adapter else ("accelerate",):
-        require_extra(package, "recover")
-    if settings.for_quant is None:
-        return
-    if rounding is None:
-        raise InputError("no formats are known here", field="for_quant", value=settings.for_quant)
-    rounding.check(settings.for_quant)
 
 
 def _read(
@@ -278,17 +248,22 @@ def _n_sequences(settings: RecoverySettings, drawn: RecoveryData, tokens_per_ste
     return steps * tokens_per_step // settings.seqlen
 
 
+def _plain_settings(settings: RecoverySettings, arguments: Any, *, sharded: bool) -> dict[str, Any]:
+    """What the result depends on, as JSON."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(replace(settings, report_to=()))))
+    plain |= {"dtype": str(product_dtype(settings.dtype, arguments.device.type))}
+    return plain | ({"sharded": True} if sharded else {})
+
+
 def _run_inputs(
-    settings: RecoverySettings, inputs: RecoveryInputs, drawn: RecoveryData, arguments: Any, *, sharded: bool
+    settings: dict[str, Any], inputs: RecoveryInputs, drawn: RecoveryData, arguments: Any
 ) -> RunInputs:
-    plain = json.loads(json.dumps(dataclasses.asdict(replace(settings, report_to=()))))
     hashes = {**inputs.hashes, "ranks": str(inputs.ranks)}
     if inputs.rounded is not None:
         hashes["rounded"] = inputs.rounded.sha256
     for name, parts in (("data", drawn.training), ("validation data", drawn.validation)):
         hashes[name] = " ".join(part.sha256 for part in parts)
-    plain |= {"dtype": str(product_dtype(settings.dtype, arguments.device.type))}
-    return RunInputs(plain | ({"sharded": True} if sharded else {}), hashes, arguments.world_size)
+    return RunInputs(settings, hashes, arguments.world_size)
 
 
 def _rounded(
@@ -342,7 +317,7 @@ def _teacher(
         return None
     model = inputs.teacher.model.requires_grad_(False)
     bring = emptied(model) if sharded else None
-    teacher = Teacher(model, inputs.respelling).eval()
+    teacher = Teacher(model, inputs.respelling, settings.temperature).eval()
     if bring is None:
         cast_weights(model, dtype)
     else:
@@ -351,15 +326,19 @@ def _teacher(
 
 
 def _record(
-    checkpoint: str, run: Run, inputs: RecoveryInputs, drawn: RecoveryData, arguments: Any
+    checkpoint: str,
+    run: Run,
+    inputs: RecoveryInputs,
+    dense: ModelSource | None,
+    drawn: RecoveryData,
+    arguments: Any,
 ) -> RecoveryRecord:
     state, settings = run.state, run.settings
-    teacher = inputs.teacher
     return RecoveryRecord(
         checkpoint=checkpoint,
         checkpoint_sha256=inputs.sha256,
-        teacher=teacher.source.reference if teacher else None,
-        teacher_sha256=teacher.source.sha256 if teacher else None,
+        teacher=dense.reference if dense else None,
+        teacher_sha256=dense.sha256 if dense else None,
         settings=settings,
         learning_rate=learning_rate(settings),
         dtype=str(run.student.dtype).removeprefix("torch."),

@@ -139,6 +139,18 @@ class RecoveryRecord:
             f"perplexity {self.perplexity_before:.2f} before, {self.perplexity_after:.2f} after"
         )
 
+    @property
+    def shortcoming(self) -> str | None:
+        """In words, where training diverged or gained nothing; None where it went well."""
+        kept = (
+            f"the weights of step {self.kept_step} are kept"
+            if self.kept_step
+            else "no step was better than the untrained weights, which are kept"
+        )
+        if self.stopped_by == "diverged":
+            return f"training diverged after step {self.losses[-1].step if self.losses else 0}; {kept}"
+        return None if self.kept_step else f"training gained nothing on the validation data; {kept}"
+
 
 def data_record(sequences: Sequences) -> DataRecord:
     """The record of one source."""

@@ -90,6 +90,7 @@ class Training(Settings):
         None,
         "Train what a file of this format leaves open, through its rounding: export writes its numbers.",
         metavar="FORMAT",
+        example="Q4_0",
     )
     rank: int = setting(16, "Mean rank of the adapters.", ge=1, le=65536)
     alpha: float = setting(2.0, "LoRA's alpha, as a multiple of the rank; the same in every block.", gt=0)
@@ -241,6 +242,10 @@ _READS: Reads = MappingProxyType(
             lambda _, references: not {SELF, STUDENT}.isdisjoint(references),
             "with the reference self or student",
         ),
+        "chat_labels": (
+            lambda _, references: not {SELF, STUDENT}.issuperset(references),
+            "with references that have chats",
+        ),
     }
 )
 """Used with the references that are trained and validated on."""
@@ -290,6 +295,11 @@ def validation_interval(settings: Training, steps: int, per_step: int, held: int
 def held_out(count: int, most: int) -> int:
     """Sequences of so many that are held out: at most a share of them, and at least one."""
     return max(1, min(most, int(count * HELD_OUT_SHARE)))
+
+
+def trackers(settings: Training) -> tuple[str, ...]:
+    """Trackers to report to; `none`, which is what transformers calls it, is none."""
+    return tuple(name for name in settings.report_to if name != "none")
 
 
 def loss_weights(settings: Training) -> tuple[float, float]:

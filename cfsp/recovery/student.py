@@ -28,7 +28,7 @@ from cfsp.recovery.sharding import put_back
 from cfsp.text.respelling import Respelling
 
 _IMPOSSIBLE = -80.0
-"""Logit of what is not the label, where that is certain: exp of it is still a float32."""
+"""Logit of what is not the label, where that is certain, after the temperature: exp of it is still a float32."""
 
 
 Batch = dict[str, torch.Tensor]
@@ -42,11 +42,13 @@ class Teacher(nn.Module):
     Args:
         model: A causal LM.
         respelling: How the student spells its tokens, where it has fewer.
+        temperature: What its logits will be divided by.
     """
 
-    def __init__(self, model: Any, respelling: Respelling | None = None) -> None:
+    def __init__(self, model: Any, respelling: Respelling | None = None, temperature: float = 1.0) -> None:
         super().__init__()
         self.model, self.respelling = model, respelling
+        self.impossible = _IMPOSSIBLE * temperature
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> Callable[[slice | torch.Tensor], torch.Tensor]:
@@ -75,7 +77,7 @@ class Teacher(nn.Module):
     ) -> torch.Tensor:
         log_probabilities = respelling.log_probabilities(self._logits(hidden[positions]))
         rows = inside[positions].nonzero()[:, 0]
-        log_probabilities[rows] = _IMPOSSIBLE
+        log_probabilities[rows] = self.impossible
         log_probabilities[rows, targets[positions][rows]] = 0.0
         return log_probabilities
 
@@ -172,7 +174,9 @@ class Student(nn.Module):
                 expected = predictions(positions)
                 # What no token has is not said.
                 beyond = logits.shape[-1] - expected.shape[-1]
-                expected = F.pad(expected, (0, beyond), value=_IMPOSSIBLE) if beyond else expected
+                expected = (
+                    F.pad(expected, (0, beyond), value=_IMPOSSIBLE * temperature) if beyond else expected
+                )
                 terms.append((distill_weight, distillation_loss(logits, expected, temperature)))
             return _weighted(terms)
 

@@ -19,6 +19,7 @@ from typing import Any
 import safetensors
 import torch
 import transformers
+from torch import distributed
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -29,6 +30,7 @@ from cfsp.evaluation.perplexity import bounded_exp
 from cfsp.files import atomic_file, no_space_as_input_error
 from cfsp.models.architectures import decoder_layers
 from cfsp.models.weights import quiet_transformers, save_in_turn
+from cfsp.processes import PATIENCE
 from cfsp.reading import as_input_error, one_line
 from cfsp.recovery.optimizer import MuonAndAdamW
 from cfsp.recovery.recovery_record import LossPoint, ValidationPoint
@@ -38,6 +40,7 @@ from cfsp.recovery.settings import (
     learning_rate,
     learning_rate_share,
     plain_rate,
+    trackers,
     validation_interval,
 )
 from cfsp.recovery.sharding import (
@@ -73,6 +76,7 @@ class _Arguments(TrainingArguments):  # type: ignore[misc]
 
 def training_arguments(settings: RecoverySettings, work: Path, *, device: torch.device) -> Any:
     """TrainingArguments of a run, steps and intervals still open; joins the other processes, if any."""
+    _join_on_cpu(device)
     arguments = _Arguments(
         output_dir=str(work),
         use_cpu=device.type == "cpu",
@@ -91,15 +95,26 @@ def training_arguments(settings: RecoverySettings, work: Path, *, device: torch.
         disable_tqdm=True,
         eval_strategy="no",
         save_strategy="no",
-        report_to=list(settings.report_to) or "none",
+        report_to=list(trackers(settings)) or "none",
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False,
+        ddp_timeout=int(PATIENCE.total_seconds()),
     )
     if device.index and arguments.world_size == 1:
         torch.cuda.set_device(device)
     return arguments
+
+
+def _join_on_cpu(device: torch.device) -> None:
+    """Join the other processes: on CPUs transformers does so with torch's half an hour, whatever its arguments say.
+
+    One process may write the text for longer than that while the others wait.
+    """
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if device.type == "cpu" and not alone and not distributed.is_initialized():
+        distributed.init_process_group("gloo", timeout=PATIENCE)
 
 
 def train(run: Run, arguments: Any) -> None:

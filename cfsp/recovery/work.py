@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -57,32 +57,49 @@ class WorkFolder:
 
     path: Path
 
+    def check_settings(self, settings: dict[str, Any], processes: int, *, force: bool) -> None:
+        """Refuse, before anything is read, what `open` would refuse for that alone; raises as `open`."""
+        if (there := self._inputs()) is None or force:
+            return
+        if different := replace(there, settings=settings, processes=processes).differences(there):
+            raise self._of_another(different)
+
     def open(self, inputs: RunInputs, *, force: bool) -> None:
         """Make the folder this run's: anew, or as a killed run of the same inputs left it.
 
         Raises:
             InputError: It is another run's and `force` is not set, or no work folder at all.
         """
-        file = self.path / "inputs.json"
-        if self.path.exists() and any(self.path.iterdir()):
-            if not file.is_file():
-                raise InputError(
-                    f"{self.path} is no work folder of recovery; name another one with --work, or remove it"
-                )
-            different = inputs.differences(read_record(RunInputs, file))
-            if different and not force:
-                raise InputError(
-                    f"{self.path} belongs to a run with other inputs (different: {', '.join(different)}); "
-                    "--force starts over, --work names another folder"
-                )
-            if different:
-                self.remove()
-        if not file.is_file():
+        if (there := self._inputs()) is not None and (different := inputs.differences(there)):
+            if not force:
+                raise self._of_another(different)
+            self.remove()
+        if not self._inputs_file.is_file():
             self.path.mkdir(parents=True, exist_ok=True)
-            write_record(file, inputs)
+            write_record(self._inputs_file, inputs)
         remove_stale_temporaries(self.path)
         for checkpoint in self._checkpoints().values():
             self.discard(checkpoint)
+
+    def _inputs(self) -> RunInputs | None:
+        """The run that it is of; None of no folder or an empty one."""
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return None
+        if not self._inputs_file.is_file():
+            raise InputError(
+                f"{self.path} is no work folder of recovery; name another one with --work, or remove it"
+            )
+        return read_record(RunInputs, self._inputs_file)
+
+    @property
+    def _inputs_file(self) -> Path:
+        return self.path / "inputs.json"
+
+    def _of_another(self, different: Sequence[str]) -> InputError:
+        return InputError(
+            f"{self.path} belongs to a run with other inputs (different: {', '.join(different)}); "
+            "--force starts over, --work names another folder"
+        )
 
     def last_checkpoint(self) -> Path | None:
         """The latest complete checkpoint."""

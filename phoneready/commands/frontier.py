@@ -102,10 +102,9 @@ def _trained(training: RecoverConfig, settings: FrontierSettings) -> RecoverConf
             why = "options of recovery say how to train, and nothing is trained"
             raise InputError(why, allowed="with --recover")
         return None
-    from cfsp.recovery.optimizer import check_optimizer
+    from phoneready.release.before_work import check_training
 
-    training.check()
-    check_optimizer(training)
+    check_training(training)
     return training
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -71,7 +70,7 @@ def recover(
             result = run_recovery(
                 checkpoint,
                 output,
-                replace(settings, report_to=tuple(name for name in settings.report_to if name != "none")),
+                settings,
                 data=references.data,
                 validation=references.validation,
                 teacher=teacher,

@@ -24,8 +24,8 @@ from phoneready.commands.options import (
     was_given,
 )
 from phoneready.console import note, prepare_torch, show_progress, write_result
-from phoneready.settings.schema import COUNTED, CountedText, RecoverConfig
-from phoneready.shrink.settings import ShrinkSettings
+from phoneready.settings.schema import COUNTED, CountedText
+from phoneready.shrink.settings import ShrinkSettings, StepTraining
 
 _NAMED = {"calibration": "calibration_calibration", "data": "training_data", "loss": "training_loss"}
 """Field that a task stands in for -> its parameter."""
@@ -37,7 +37,7 @@ def shrink(
     settings: ShrinkSettings,
     counted: CountedText,
     calibration: Annotated[CalibrationSettings, Renamed("Pruning: ", {"seqlen": "--calibration-seqlen"})],
-    training: Annotated[RecoverConfig, replace(TRAINING, options={**TRAINING.options, "for_quant": None})],
+    training: Annotated[StepTraining, replace(TRAINING, options={**TRAINING.options, "for_quant": None})],
     output: Path = setting(
         Path("shrunk"), "Folder to make; continued when a run was stopped in it.", option="-o --output"
     ),

@@ -28,10 +28,10 @@ def tune(
 ) -> None:
     """Find the best quality, or the smallest file, that meets the budgets.
 
-    Varies what [tune] lists: ratio, vocabulary, alignment, allocation, recovery, quantization, format. Each
-    vocabulary is calibrated once; sizes are computed, and only points that may be the best are made and
-    measured. Leaves tune.md, tune.json and the release.toml of the chosen point. A search that was interrupted
-    goes on where it was.
+    Varies what [tune] lists: ratio, vocabulary, blocks, attentions, key-value groups, alignment, allocation,
+    recovery, quantization, format. Each vocabulary is calibrated once; sizes are computed, and only points that may
+    be the best are made and measured. Leaves tune.md, tune.json and the release.toml of the chosen point. A search
+    that was interrupted goes on where it was.
     """
     prepare_torch(threads)
     from cfsp.records import record_to_json

@@ -74,8 +74,7 @@ def _pruned(output: Path) -> str:
 
 def _recovered(output: Path) -> str:
     record = read_record(RecoveryRecord, output / "model" / RECOVERY_FILE)
-    kept = "" if record.kept_step else "; nothing was gained, the untrained weights are kept"
-    return f"validation {record.change}{kept}"
+    return "; ".join(filter(None, (f"validation {record.change}", record.shortcoming)))
 
 
 def _evaluated(output: Path) -> str:

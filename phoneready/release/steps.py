@@ -25,8 +25,9 @@ from cfsp.progress import Progress
 from cfsp.pruning.moments import collect_input_moments, moment_windows, spread_windows
 from cfsp.pruning.prune import prune_model
 from cfsp.records import read_record, write_record
+from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord
 from cfsp.scratch import LargeScratch
-from cfsp.text.calibration import Calibration
+from cfsp.text.calibration import Calibration, check_seqlen
 from cfsp.text.tokens import tokens_sha256
 from exporters.families import FAMILIES, ROUNDING, family_of, find_format
 from exporters.provenance import file_stem
@@ -156,6 +157,8 @@ class Steps:
         # What nobody says how to sample, and chats that cannot be asked, must not be found after hours of recovery.
         sampling_for([TorchLanguageModel(loaded)], self._judged_on)
         check_chat_tasks(TorchLanguageModel(loaded), load_chat_tasks(self._judged_on))
+        if self.config.recover is not None:
+            check_seqlen(loaded, self.config.recover.seqlen)
         ids = load_calibration(
             prune.calibration,
             loaded,
@@ -408,6 +411,12 @@ def run_recovery(
         rounding=ROUNDING,
         progress=progress,
     )
+
+
+def shortcoming_of(checkpoint: Path) -> str | None:
+    """What is wrong with how a checkpoint was trained, in words; None where that gained something, or it was not."""
+    file = checkpoint / RECOVERY_FILE
+    return read_record(RecoveryRecord, file).shortcoming if file.is_file() else None
 
 
 def _save_windows(input_ids: torch.Tensor, output: Path) -> None:

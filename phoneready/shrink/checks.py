@@ -10,19 +10,16 @@ from cfsp.errors import InputError, require_extra
 from cfsp.evaluation.chat_tasks import is_chat_file, load_chat_task
 from cfsp.evaluation.settings import READS
 from cfsp.evaluation.tasks import load_tasks, needs_harness
-from cfsp.recovery.optimizer import check_optimizer
-from cfsp.recovery.settings import STUDENT
+from cfsp.recovery.checks import check_readable
 from cfsp.settings import refuse_unread
-from cfsp.text.settings import SELF
 from cfsp.text.tokens import load_documents
 from phoneready.evaluation.run import check_texts
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.recipe import check_place
+from phoneready.release.before_work import check_training
 from phoneready.release.stages import LOCK_FILE
 from phoneready.settings.schema import RecoverConfig, ReleaseConfig
 from phoneready.shrink.settings import ShrinkSettings, learning
-
-_HUB = "hub:"
 
 
 def check_before_work(
@@ -61,10 +58,7 @@ def check_before_work(
         with load_tasks(settings):
             pass
     prune = config.prune
-    texts = (*prune.calibration, *prune.vocabulary_text, *training.data, *training.validation)
-    for reference in dict.fromkeys((*texts, *settings.text, *settings.chats)):
-        if reference not in (SELF, STUDENT) and not reference.startswith(_HUB):
-            load_documents(reference)
+    check_readable((*prune.calibration, *prune.vocabulary_text, *settings.text, *settings.chats))
     learnt = (settings.task,) if settings.task else ()
     _check_held_out(dict.fromkeys((*learnt, *training.data)), settings)
 
@@ -87,13 +81,7 @@ def _check_training(training: RecoverConfig, task: str | None) -> None:
             allowed="none",
         )
     for asked in (training, *([learning(training, task)] if task is not None else [])):
-        asked.check()
-    check_optimizer(training)
-    require_extra("accelerate", "recover")
-    if training.report_to:
-        from cfsp.recovery.trainer import check_trackers
-
-        check_trackers(training.report_to)
+        check_training(asked)
 
 
 def _check_held_out(trained: Iterable[str], settings: ShrinkSettings) -> None:

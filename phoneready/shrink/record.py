@@ -28,6 +28,7 @@ class ShrunkStep:
         file_bytes: Size that its GGUF file in `BASE_QUANT` will have; None where there is none.
         texts: The figures on each text, beside the start's.
         tasks: What it does of the tasks.
+        shortcoming: Of its training, in words; None where it gained something, or where nothing was trained.
     """
 
     KIND: ClassVar[str] = "shrunk-step"
@@ -41,6 +42,7 @@ class ShrunkStep:
     file_bytes: int | None
     texts: tuple[TextResult, ...]
     tasks: tuple[TaskResult, ...]
+    shortcoming: str | None = None
 
     @property
     def accuracy(self) -> float | None:

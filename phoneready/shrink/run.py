@@ -178,4 +178,5 @@ def _line(step: ShrunkStep) -> str:
         f"{text.bits_per_byte:.4f} bits a byte of {text.source}" for text in step.texts if text.bits_per_byte
     ]
     figures += [f"{one.task} {one.accuracy.value:.3f}" for one in step.tasks if one.accuracy is not None]
-    return f"{step.removed:.1%} of the channels removed, {step.parameters / 1e6:.1f} M parameters; {', '.join(figures)}"
+    line = f"{step.removed:.1%} of the channels removed, {step.parameters / 1e6:.1f} M parameters; {', '.join(figures)}"
+    return line if step.shortcoming is None else f"{line}; {step.shortcoming}"

@@ -6,10 +6,22 @@ import math
 from dataclasses import dataclass, replace
 
 from cfsp.evaluation.settings import TaskSettings
-from cfsp.recovery.settings import NEXT_TOKEN, as_read, settled
+from cfsp.recovery.settings import AUTO, METHODS, NEXT_TOKEN, as_read, settled
 from cfsp.settings import setting
 from phoneready.evaluation.settings import WindowSettings
 from phoneready.settings.schema import RecoverConfig
+
+
+@dataclass(frozen=True)
+class StepTraining(RecoverConfig):
+    """How steps are trained: a step's file is not what the next one prunes, so never through its rounding."""
+
+    method: str = setting(
+        AUTO,
+        "ig-lora (ranks by importance), lora, or full (all weights).",
+        choices=(AUTO, *(name for name, method in METHODS.items() if not method.through_rounding)),
+        shown="ig-lora",
+    )
 
 
 @dataclass(frozen=True)

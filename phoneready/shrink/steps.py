@@ -30,7 +30,7 @@ from cfsp.pruning.settings import PruneSettings
 from cfsp.records import write_record
 from cfsp.scratch import LargeScratch
 from cfsp.settings import pick
-from cfsp.text.calibration import Calibration
+from cfsp.text.calibration import Calibration, check_seqlen
 from cfsp.text.settings import SELF
 from exporters.checkpoint_reader import read_config
 from exporters.families import DEFAULT_FORMAT, required_multiple
@@ -41,7 +41,7 @@ from phoneready.release.dependencies import made_with
 from phoneready.release.identities import identities
 from phoneready.release.pruning_budget import fitting_settings
 from phoneready.release.stages import Stage, stage_folder
-from phoneready.release.steps import load_stage, run_recovery
+from phoneready.release.steps import load_stage, run_recovery, shortcoming_of
 from phoneready.settings.schema import RecoverConfig, ReleaseConfig
 from phoneready.shrink.record import BASE_QUANT, START, ShrunkStep
 from phoneready.shrink.settings import ShrinkSettings, learning
@@ -138,6 +138,8 @@ class ShrinkSteps:
         """What the model cannot be asked, and text that is too short, must not be found after hours of training."""
         model = TorchLanguageModel(loaded)
         check_chat_tasks(model, load_chat_tasks(self.settings))
+        if self.config.recover is not None:
+            check_seqlen(loaded, self.config.recover.seqlen)
         if SELF not in self.config.prune.calibration:
             self._drawn(loaded, progress)
         for _, source in self._judged_on.sources:
@@ -213,6 +215,7 @@ class ShrinkSteps:
             self._file_bytes(loaded),
             texts,
             done,
+            shortcoming_of(self.checkpoint(stage)),
         )
         write_record(output / STEP_FILE, step)
 

@@ -45,12 +45,19 @@ def sentences(found: Shrunk) -> Iterator[str]:
     best, last = found.best, found.steps[-1]
     if found.missed is not None:
         yield f"Stopped after step {last.number}: {found.missed}."
+    for step in found.steps:
+        if step.shortcoming is not None:
+            yield f"{_name(step).capitalize()}: {step.shortcoming}."
     what = f"step {best.number}, {best.removed:.1%} of the channels removed" if best.number else "the start"
     yield f"Kept: {what}, {best.vocabulary} tokens, {best.parameters / 1e6:.1f} M parameters, in {best.checkpoint}."
     counts = [f"{text.n_tokens} tokens of {text.source}" for text in best.texts]
     counts += [f"{task.n_items} items of {task.source}" for task in best.tasks]
     trained = f" Each step was trained on {found.tokens} tokens at most." if found.tokens else ""
     yield f"Measured on {', '.join(counts)}; KL is from the start's model.{trained}"
+
+
+def _name(step: ShrunkStep) -> str:
+    return "the start" if step.number == START else f"step {step.number}"
 
 
 def _file(step: ShrunkStep) -> str | None:

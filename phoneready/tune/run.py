@@ -13,12 +13,14 @@ from cfsp.errors import InputError, LimitError, require_extra
 from cfsp.files import write_text
 from cfsp.progress import Progress, no_progress
 from cfsp.records import write_record
+from cfsp.text.calibration import check_seqlen
 from exporters.families import FAMILIES
 from phoneready.evaluation.metrics import check_directions
 from phoneready.figures.budgets import BudgetConfig
 from phoneready.figures.figure_set import DENSE, PRUNED, check_same_model, same_figure
 from phoneready.figures.metrics import metric_of
 from phoneready.recipe import load_baseline, release_stages
+from phoneready.release.before_work import check_inputs
 from phoneready.release.dependencies import made_with
 from phoneready.release.stages import claim_folder
 from phoneready.settings.release import check_sections
@@ -81,6 +83,7 @@ def tune(
         least = Point(recipe, limits.tune.min_prune_ratio)
         check_sections(config_of(config, least), f"{recipe.describe()}: ")
     check_directions(config.budgets)
+    check_inputs(config)
     _check_goal(limits, recipes)
     with claim_folder(folder):
         key = study_key(config, folder)
@@ -88,6 +91,8 @@ def tune(
         if limits.baseline is not None and config.baseline is not None:
             source = runner.loaded.source
             check_same_model(limits.baseline, source.reference, source.sha256, config.baseline.file)
+        if config.recover is not None:
+            check_seqlen(runner.loaded, config.recover.seqlen)
         for recipe in recipes:
             runner.check(recipe)
         for size in {recipe.vocabulary for recipe in recipes} - {0}:
@@ -222,7 +227,8 @@ class _Search:
         self.study.add(trial, self._divergence(trial) or 0.0)
         if self._judged(0, trial) is None:
             self.failed[candidate.point] = "a budget wants what it has no figure of"
-        show(f"  {measured.file_bytes / 1e6:.2f} MB in {measured.seconds:.0f} s")
+        made = f"{measured.file_bytes / 1e6:.2f} MB in {measured.seconds:.0f} s"
+        show("  " + "; ".join(filter(None, (made, measured.shortcoming))))
 
     def _failures(self) -> tuple[str, ...]:
         failed = (f"{point.describe()}: {why}" for point, why in self.failed.items())

@@ -29,7 +29,7 @@ from phoneready.figures.metrics import (
 )
 from phoneready.release.artifact import Artifact
 from phoneready.release.collect import benchmark_figures, projected_figures, size_figure
-from phoneready.release.steps import bench_named
+from phoneready.release.steps import bench_named, shortcoming_of
 from phoneready.text import WRITERS
 from phoneready.tune.limits import Limits
 from phoneready.tune.space import Point, config_of
@@ -49,6 +49,7 @@ class Measured:
         file_bytes: Size of the file.
         figures: What budgets limit and the goal is.
         seconds: Time it took.
+        shortcoming: Of its training, in words; None where it gained something, or where nothing was trained.
     """
 
     removed: float
@@ -56,6 +57,7 @@ class Measured:
     file_bytes: int
     figures: FigureSet
     seconds: float
+    shortcoming: str | None = None
 
 
 @dataclass
@@ -89,7 +91,7 @@ class Bench:
 
         Raises:
             InputError: It cannot be made.
-            LimitError: Its recovery diverged, or an ONNX graph is not what the checkpoint computes.
+            LimitError: An ONNX graph is not what the checkpoint computes.
         """
         began = time.monotonic()
         plan = self.runner.plan(point)
@@ -106,7 +108,8 @@ class Bench:
         source = self.runner.loaded.source
         figures = FigureSet(source.reference, source.sha256, self.limits.config.seed, tuple(measured))
         seconds = round(time.monotonic() - began, 2)
-        return Measured(1 - plan.keep_ratio, plan.shape, size_of(file.path), figures, seconds)
+        size, shortcoming = size_of(file.path), shortcoming_of(checkpoint)
+        return Measured(1 - plan.keep_ratio, plan.shape, size, figures, seconds, shortcoming)
 
     def _sizes(self, point: Point, files: Sequence[Artifact]) -> Iterator[Figure]:
         config = config_of(self.limits.config, point)

@@ -321,7 +321,7 @@ class TrialRunner:
             how,
             self.config.seed,
             teacher=self.dense_checkpoint,
-            work=path.with_name(f"{path.name}.work"),
+            work=_work_folder(path),
             device=self.config.model.device,
             progress=self.progress,
         )
@@ -332,7 +332,9 @@ class TrialRunner:
         if not path.is_dir():
             kind = name.partition("-")[0]
             for old in self._work.glob(f"{kind}-*"):
-                shutil.rmtree(old, ignore_errors=True)
+                # Where it was killed while it was trained, it goes on.
+                if old != _work_folder(path):
+                    shutil.rmtree(old, ignore_errors=True)
             make(path)
         return path
 
@@ -348,3 +350,8 @@ class TrialRunner:
     @property
     def _n_threads(self) -> int:
         return self.threads or torch.get_num_threads()
+
+
+def _work_folder(recovered: Path) -> Path:
+    """Where training keeps its own checkpoints until a recovered one is whole."""
+    return recovered.with_name(f"{recovered.name}.work")

@@ -242,6 +242,27 @@ def test_what_the_dense_model_wrote_in_loops_is_not_learnt(
         read(good + loop * 2)
 
 
+def test_own_text_to_validate_with_is_neither_trained_nor_judged_on(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny_model("llama")
+    loaded = LoadedModel(model, tokenizer, ModelSource(reference="tiny", kind="folder", name="tiny"))
+    monkeypatch.setattr(written, "FOLDER", tmp_path)
+    for seed in range(4):
+        said = encode(tokenizer, f"Of seed {seed} it wrote that {seed} is {seed * seed}. ")
+        text = torch.tensor([*said, tokenizer.eos_token_id] * 60)
+        written.write_written(text_origin(loaded, seed), text, {"model": "tiny"})
+    settings = RecoverySettings(seqlen=32, self_tokens=256, max_tokens=128, seed=0)
+    found = load_recovery_data(["self"], ["self"], tokenizer, settings, dense=loaded)
+    trained, held = (
+        tokenizer.decode(part[0].input_ids.flatten()) for part in (found.training, found.validation)
+    )
+    # A release judges with the seed after its own, and so does `phoneready eval` unless another is named.
+    assert ("Of seed 0" in trained, "Of seed 2" in held) == (True, True)
+    assert "Of seed 0" not in held
+    assert "Of seed 1" not in held
+
+
 def test_losses_are_their_equations() -> None:
     torch.manual_seed(0)
     logits, teacher = torch.randn(5, 11), torch.randn(5, 11)
@@ -421,15 +442,20 @@ def test_ends_of_turns_count_as_often_as_is_asked(loss: str, tiny_model: TinyMod
     torch.testing.assert_close(gradients[1], gradients[0] + 2 * gradients[2], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("rows", [300, 320])
-def test_a_teacher_of_more_tokens_teaches_what_the_student_can_say(tiny_model: TinyModel, rows: int) -> None:
+def trimmed_pair(tiny_model: TinyModel) -> tuple[LoadedModel, LoadedModel, Respelling]:
+    """A dense model, one that lost all but 300 of its tokens, and how that spells."""
     dense, student = (LoadedModel(*tiny_model(), ModelSource("tiny", "folder", "tiny")) for _ in range(2))
     counts = count_tokens([dense.tokenizer("The quick brown fox.")["input_ids"]], len(dense.tokenizer))
-    plan = plan_vocabulary(student, counts, 300, sources=())
-    student = cut_vocabulary(student, plan)
-    student.model.resize_token_embeddings(rows, mean_resizing=False)
+    student = cut_vocabulary(student, plan_vocabulary(student, counts, 300, sources=()))
     spelling = _respelling(student, dense)
     assert spelling is not None
+    return dense, student, spelling
+
+
+@pytest.mark.parametrize("rows", [300, 320])
+def test_a_teacher_of_more_tokens_teaches_what_the_student_can_say(tiny_model: TinyModel, rows: int) -> None:
+    dense, student, spelling = trimmed_pair(tiny_model)
+    student.model.resize_token_embeddings(rows, mean_resizing=False)
     text = "The quick brown fox jumps over the lazy dog; it was never seen again."
     sequences = load_sequences(text, dense, spelling)
     found = Student(
@@ -456,6 +482,37 @@ def test_a_teacher_of_more_tokens_teaches_what_the_student_can_say(tiny_model: T
     assert inside > 5
     assert count == len(sequences.targets[0]) - 1
     assert objective == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 20.0])
+def test_what_is_certain_stays_so_at_any_temperature(tiny_model: TinyModel, temperature: float) -> None:
+    """Inside a token of the teacher's all probability is on the next part, also of logits that are divided."""
+    dense, _, spelling = trimmed_pair(tiny_model)
+    text = "The quick brown fox jumps over the lazy dog; it was never seen again."
+    sequences = load_sequences(text, dense, spelling)
+    batch = {name: ids[None] for name, ids in sequences[0].items()}
+    logits = Teacher(dense.model, spelling, temperature)(batch)(slice(None))
+    labelled = sequences.targets[0] != IGNORED
+    inside = sequences.teacher_places[0][labelled] == INSIDE
+    labels = sequences.targets[0][labelled][inside]
+    assert len(labels) > 5
+    shares = (logits / temperature).softmax(-1)[inside]
+    assert bool((shares[torch.arange(len(labels)), labels] > 0.999).all())
+
+
+def test_rows_whose_answer_a_longer_spelling_cuts_off_are_left_out(tiny_model: TinyModel) -> None:
+    dense, _, spelling = trimmed_pair(tiny_model)
+    ids = torch.tensor([dense.tokenizer("The quick brown fox jumps over the lazy dog.")["input_ids"]] * 2)
+    targets = torch.full_like(ids, IGNORED)
+    targets[0, :-1] = ids[0, 1:]
+    targets[1, -2] = ids[1, -1]  # its end alone, which has no room any more
+    found = respelled(Sequences(ids, targets, "text", ""), spelling)
+    assert len(found.input_ids) == len(found.targets) == 1
+    assert found.teacher_ids is not None
+    assert found.teacher_places is not None
+    assert (len(found.teacher_ids), len(found.teacher_places)) == (1, 1)
+    with pytest.raises(InputError, match=r"no answer of text has room .*allowed: longer ones"):
+        respelled(Sequences(ids[1:], targets[1:], "text", ""), spelling)
 
 
 def load_sequences(text: str, dense: LoadedModel, spelling: Respelling) -> Sequences:
@@ -594,6 +651,10 @@ def test_a_work_folder_belongs_to_one_run(tmp_path: Path) -> None:
     work.complete(folder, RunState())
     with pytest.raises(InputError, match=r"different: rank.*--force.*--work"):
         work.open(inputs(rank=8), force=False)
+    with pytest.raises(InputError, match=r"different: rank.*--force.*--work"):
+        work.check_settings({"rank": 8}, 1, force=False)
+    work.check_settings({"rank": 4}, 1, force=False)
+    work.check_settings({"rank": 8}, 1, force=True)
     work.open(inputs(), force=True)
     assert work.last_checkpoint() is not None
     work.open(inputs(rank=8), force=True)

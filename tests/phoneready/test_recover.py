@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
@@ -22,6 +24,7 @@ pytest.importorskip("peft", reason="the recover extra is not installed")
 pytest.importorskip("accelerate", reason="the recover extra is not installed")
 
 from cfsp import load_model
+from cfsp.errors import InputError
 from cfsp.models.architectures import model_shape
 from cfsp.models.checkpoint import load_input_moments, read_checkpoint_info
 from cfsp.models.gguf_file import read_gguf
@@ -29,8 +32,10 @@ from cfsp.models.reference import load_tokenizer
 from cfsp.records import read_record
 from cfsp.recovery.data import load_recovery_data
 from cfsp.recovery.optimizer import MuonAndAdamW
+from cfsp.recovery.recover import recover
 from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord
 from cfsp.recovery.settings import RecoverySettings
+from cfsp.recovery.work import RunInputs, WorkFolder
 from cfsp.text.respelling import respelling
 from cfsp.text.self_sampling import sample_windows
 from exporters.export_record import ExportManifest
@@ -168,7 +173,7 @@ def test_a_single_step_learns(pruned: Path, chats: Path, tmp_path: Path) -> None
 
 
 def test_a_dense_model_is_trained_alike(dense: Path, chats: Path, tmp_path: Path) -> None:
-    options = ["--max-tokens", "640", "--method", "lora", "--loss", "next-token"]
+    options = ["--max-tokens", "640", "--method", "lora", "--loss", "next-token", "--report-to", "none"]
     assert main(command(dense, tmp_path / "out", chats, *options)) == 0
     assert read_checkpoint_info(tmp_path / "out").plan_sha256 is None
 
@@ -192,6 +197,52 @@ def test_without_data_the_teacher_writes_it(
     record = record_of(tmp_path / "out")
     assert [part.reference for part in record.training] == ["self"]
     assert record.teacher is not None
+
+
+def test_a_teacher_that_has_written_its_text_is_not_kept(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What learns the next token alone has no use for its weights, which are as large as its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before, training = models_held(), []
+
+    def progress(description: str, done: int, total: int) -> None:
+        if description.startswith("training"):
+            training.append(models_held() - before)
+
+    settings = RecoverySettings(
+        seqlen=32, batch_size=2, max_tokens=256, self_tokens=256, validation_windows=2, loss="next-token"
+    )
+    found = recover(str(pruned), tmp_path / "out", settings, device="cpu", progress=progress)
+    assert found.record.teacher is not None
+    assert set(training) == {1}
+
+
+def models_held() -> int:
+    gc.collect()
+    return sum(type(one).__name__.endswith("LlamaForCausalLM") for one in gc.get_objects())
+
+
+@pytest.mark.parametrize("why", ["no such file", "another run's work folder"])
+def test_what_can_be_known_at_once_is_said_before_a_model_is_read(
+    pruned: Path, chats: Path, tmp_path: Path, why: str
+) -> None:
+    settings, asked = RecoverySettings(rank=4), list[str]()
+    data = ("self", str(tmp_path / "none.jsonl") if why == "no such file" else str(chats))
+    if why != "no such file":
+        plain = json.loads(json.dumps(asdict(settings)))
+        WorkFolder(tmp_path / "out.work").open(RunInputs(plain, {}, 1), force=False)
+    message = "none.jsonl does not exist" if why == "no such file" else r"other inputs \(different: .*rank"
+    with pytest.raises(InputError, match=message):
+        recover(
+            str(pruned),
+            tmp_path / "out",
+            replace(settings, rank=8),
+            data=data,
+            device="cpu",
+            progress=lambda description, done, total: asked.append(description),
+        )
+    assert not asked
 
 
 def test_the_dense_model_teaches_one_that_lost_tokens(dense: Path, chats: Path, tmp_path: Path) -> None:
@@ -528,6 +579,10 @@ def bad(tmp_path: Path, tiny_folder: TinyPath) -> dict[str, str]:
             ["--self-tokens", "64"],
             "self_tokens: has no effect here (got 64); allowed: with the reference self or student",
         ),
+        (
+            ["--data", "self", "--chat-labels", "answers"],
+            "chat_labels: has no effect here (got 'answers'); allowed: with references that have chats",
+        ),
         (["--method", "magic"], "allowed: auto, ig-lora, lora, full, scales"),
         (["--method", "scales"], "allowed: ig-lora, lora, full; scales with for_quant"),
         (["--for-quant", "Q4_0", "--method", "lora"], "allowed: scales, where for_quant is set"),
@@ -569,8 +624,10 @@ def test_what_cannot_be_used_is_one_line_and_leaves_nothing(
     assert main([*line, *(option.format(**bad) for option in options)]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert message in captured.err
-    assert captured.err.count("\n") == 1
+    *foretold, error = captured.err.splitlines()
+    assert message in error
+    # What is wrong with chats is found once the models are read, and it is known how long training them takes.
+    assert len(foretold) == ("no chat in" in message)
     assert not list(tmp_path.glob("out*"))
 
 

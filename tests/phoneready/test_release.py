@@ -356,6 +356,29 @@ def test_an_anchor_takes_turns_and_is_in_the_figures_alone(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ('recover.data=["calls.jsonl"]', "calls.jsonl does not exist"),
+        ('recover.validation=["calls.jsonl"]', "calls.jsonl does not exist"),
+        ('recover.report_to=["abacus"]', "report_to"),
+        ('evaluate.text=["book.txt"]', "book.txt does not exist"),
+        ('prune.vocabulary_text=["book.txt"]', "book.txt does not exist"),
+    ],
+)
+def test_what_would_end_it_after_hours_is_said_at_once(
+    tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, reason: str
+) -> None:
+    config = write_config(tmp_path, tiny_folder())
+    fewer = ["--set", "prune.vocabulary=300"] if "vocabulary" in change else []
+    capsys.readouterr()
+    assert main(["release", str(config), "-o", str(tmp_path / "out"), *fewer, "--set", change]) == 2
+    said = capsys.readouterr().err
+    assert reason in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_budgets_make_the_exit_status(
     copied: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

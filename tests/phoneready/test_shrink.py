@@ -155,6 +155,22 @@ def test_a_step_that_is_too_bad_ends_it_and_the_one_before_is_kept(
     assert weights(folder / MODEL_FOLDER) == weights(stage_folder(folder, "dense") / "model")
 
 
+def test_training_that_gained_nothing_is_told(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    few = ("--step", "0.1", "--until", "0.1", "--learning-rate", "100", "--loss", "next-token")
+    capsys.readouterr()
+    assert main(command(dense, folder, *TEXT, *few)) == 0
+    said = capsys.readouterr()
+    start, step = found_in(folder).steps
+    assert start.shortcoming is None
+    assert step.shortcoming is not None
+    assert "the untrained weights, which are kept" in step.shortcoming
+    assert step.shortcoming in said.err
+    assert f"Step 1: {step.shortcoming}" in said.out
+
+
 def chats(path: Path, first: int, count: int) -> Path:
     rows = [
         {
@@ -246,6 +262,7 @@ def test_shares_of_the_steps() -> None:
         (("--task", "notes.txt", "--tasks", "CALLS"), "not a file of chats"),
         (("--task", "none.jsonl", "--tasks", "CALLS"), "none.jsonl does not exist"),
         (("--for-quant", "Q4_0"), "No such option: --for-quant"),
+        (("--method", "scales"), "allowed: auto, ig-lora, lora, full"),
         (("--vocabulary-text", "CALLS"), "--vocabulary-text: has no effect here"),
         (("--step", "0"), "--step"),
         (("--tasks", "none.jsonl"), "none.jsonl does not exist"),
@@ -305,6 +322,7 @@ def test_what_cannot_be_is_said_in_a_line(
     [
         (("--calibration", "CALLS"), "too few"),
         (("--chats", "CALLS", "--windows", "2"), "too few for window"),
+        (("--text", "builtin:python-docs", "--training-seqlen", "4096"), "allowed: 2 to 512"),
         (("--text", "builtin:python-docs", "--tasks", "LONG"), "tokens"),
     ],
 )

@@ -452,6 +452,28 @@ def test_formats_and_recovery_are_tried_for_real(tiny_folder: TinyPath, tmp_path
     assert best.file in chosen.export.names
 
 
+def test_a_killed_training_goes_on_where_it_was(tiny_folder: TinyPath, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="the recover extra is not installed")
+    more = '[recover]\ndata = ["builtin:python-docs"]\nmax_tokens = 1024\nseqlen = 64\nbatch_size = 2\n'
+    path = write(tmp_path, tiny_folder(intermediate_size=256), f"{more}save_every = 2\n[tune]\n")
+    point, steps = Point(Recipe("Q8_0", "cfsp", 32, True), 0.25), list[int]()
+
+    def progress(description: str, done: int, total: int) -> None:
+        if description.startswith("training"):
+            steps.append(done)
+            if steps == [1, 2, 3, 4, 5]:
+                raise KeyboardInterrupt
+
+    def make() -> Path:
+        return TrialRunner(load_config(path), tmp_path / "state", threads=1, progress=progress).make(point)
+
+    with pytest.raises(KeyboardInterrupt):
+        make()
+    checkpoint = make()
+    assert steps == [1, 2, 3, 4, 5, 5, 6, 7, 8]
+    assert not checkpoint.with_name(f"{checkpoint.name}.work").exists()
+
+
 def test_a_baseline_of_another_model_is_refused_before_any_trial(model: Path, tmp_path: Path) -> None:
     key = FigureKey("file_bytes", "Q8_0")
     figure = Figure(key, PRUNED, "other.gguf", "bytes", 100_000)

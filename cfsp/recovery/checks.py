@@ -1,0 +1,60 @@
+"""What would end a training after hours, found before a model is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+from cfsp.errors import InputError, require_extra
+from cfsp.recovery.optimizer import check_optimizer
+from cfsp.recovery.rounding import Rounding
+from cfsp.recovery.settings import STUDENT, RecoverySettings, check_settings, method_of, settled, trackers
+from cfsp.text.settings import SELF
+from cfsp.text.tokens import load_documents
+
+_HUB = "hub:"
+
+
+def usable(
+    settings: RecoverySettings, references: Sequence[str], rounding: Rounding | None
+) -> RecoverySettings:
+    """Settings with everything said.
+
+    Args:
+        settings: How to train.
+        references: What is trained and validated on.
+        rounding: What knows the formats of `for_quant`.
+
+    Raises:
+        InputError: Settings that cannot be used, with this data or these packages; or as `check_readable`.
+        MissingExtraError: Without the `recover` extra.
+    """
+    check_settings(settings, references)
+    settings = settled(settings)
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        raise InputError("accelerate's own settings of FSDP are not read", allowed="--shard")
+    check_optimizer(settings)
+    for package in ("accelerate", "peft") if method_of(settings).adapter else ("accelerate",):
+        require_extra(package, "recover")
+    if named := trackers(settings):
+        from cfsp.recovery.trainer import check_trackers
+
+        check_trackers(named)
+    if settings.for_quant is not None:
+        if rounding is None:
+            raise InputError("no formats are known here", field="for_quant", value=settings.for_quant)
+        rounding.check(settings.for_quant)
+    check_readable(references)
+    return settings
+
+
+def check_readable(references: Iterable[str]) -> None:
+    """Read the files of text references, each once; not what models write or what is to be downloaded.
+
+    Raises:
+        InputError: One cannot be read, or has nothing usable in it.
+        MissingExtraError: parquet without the `data` extra.
+    """
+    for reference in dict.fromkeys(references):
+        if reference not in (SELF, STUDENT) and not reference.startswith(_HUB):
+            load_documents(reference)

@@ -1,0 +1,25 @@
+"""What would end a run after hours, found before anything is done."""
+
+from __future__ import annotations
+
+from cfsp.recovery.checks import check_readable, usable
+from exporters.families import ROUNDING
+from phoneready.settings.schema import RecoverConfig, ReleaseConfig
+
+
+def check_inputs(config: ReleaseConfig) -> None:
+    """Refuse training that cannot be done, and text that cannot be read.
+
+    Raises:
+        InputError: One of them.
+        MissingExtraError: An extra that they need.
+    """
+    prune, evaluate = config.prune, config.evaluate
+    if config.recover is not None:
+        check_training(config.recover)
+    check_readable((*prune.calibration, *prune.vocabulary_text, *evaluate.text, *evaluate.chats))
+
+
+def check_training(training: RecoverConfig) -> None:
+    """As `check_inputs`, of training and its data alone."""
+    usable(training.settings(0), training.texts, ROUNDING)
