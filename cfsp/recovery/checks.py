@@ -26,7 +26,7 @@ def usable(
         rounding: What knows the formats of `for_quant`.
 
     Raises:
-        InputError: Settings that cannot be used, with this data or these packages; or as `check_readable`.
+        InputError: Settings that cannot be used, with this data or these packages.
         MissingExtraError: Without the `recover` extra.
     """
     check_settings(settings, references)
@@ -44,7 +44,6 @@ def usable(
         if rounding is None:
             raise InputError("no formats are known here", field="for_quant", value=settings.for_quant)
         rounding.check(settings.for_quant)
-    check_readable(references)
     return settings
 
 

@@ -29,7 +29,7 @@ from cfsp.progress import Progress, no_progress
 from cfsp.pruning.moments import collect_input_moments, moment_windows
 from cfsp.reading import as_input_error
 from cfsp.recovery.adapter import add_adapter, give_trained, merge_adapter
-from cfsp.recovery.checks import usable
+from cfsp.recovery.checks import check_readable, usable
 from cfsp.recovery.data import RecoveryData, TrainingMix, load_recovery_data
 from cfsp.recovery.inputs import RecoveryInputs, load_inputs, read_extents
 from cfsp.recovery.language import check_vocabulary
@@ -129,6 +129,8 @@ def recover(
     arguments = training_arguments(settings, folder.path, device=where)
     is_main = arguments.process_index == 0
     progress = progress if is_main else no_progress
+    if is_main:
+        check_readable(references)
     with ExitStack() as claims:
         for path in (output, folder.path) if is_main else ():
             claims.enter_context(claim_output(path))

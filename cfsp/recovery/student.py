@@ -28,7 +28,7 @@ from cfsp.recovery.sharding import put_back
 from cfsp.text.respelling import Respelling
 
 _IMPOSSIBLE = -80.0
-"""Logit of what is not the label, where that is certain, after the temperature: exp of it is still a float32."""
+"""Logit of what is not the label, where that is certain: exp of it is still a float32."""
 
 
 Batch = dict[str, torch.Tensor]
@@ -48,7 +48,7 @@ class Teacher(nn.Module):
     def __init__(self, model: Any, respelling: Respelling | None = None, temperature: float = 1.0) -> None:
         super().__init__()
         self.model, self.respelling = model, respelling
-        self.impossible = _IMPOSSIBLE * temperature
+        self.impossible = _impossible(temperature)
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> Callable[[slice | torch.Tensor], torch.Tensor]:
@@ -175,7 +175,7 @@ class Student(nn.Module):
                 # What no token has is not said.
                 beyond = logits.shape[-1] - expected.shape[-1]
                 expected = (
-                    F.pad(expected, (0, beyond), value=_IMPOSSIBLE * temperature) if beyond else expected
+                    F.pad(expected, (0, beyond), value=_impossible(temperature)) if beyond else expected
                 )
                 terms.append((distill_weight, distillation_loss(logits, expected, temperature)))
             return _weighted(terms)
@@ -187,6 +187,11 @@ class Student(nn.Module):
             yield with_repeats(loss, ends, self.settings.end_weight)
         if self.teacher is not None:
             put_back(self.teacher)
+
+
+def _impossible(temperature: float) -> float:
+    """Logit of what is not said, so far below all others that it is not said either once a temperature divides them."""
+    return _IMPOSSIBLE * max(1.0, temperature)
 
 
 def _weighted(terms: Sequence[tuple[float, LossAndGradient]]) -> LossAndGradient:

@@ -102,9 +102,11 @@ def _trained(training: RecoverConfig, settings: FrontierSettings) -> RecoverConf
             why = "options of recovery say how to train, and nothing is trained"
             raise InputError(why, allowed="with --recover")
         return None
+    from cfsp.recovery.checks import check_readable
     from phoneready.release.before_work import check_training
 
     check_training(training)
+    check_readable(training.texts)
     return training
 
 

@@ -81,4 +81,4 @@ class JudgementSettings(TaskSettings, TextSettings):
 class EvaluationSettings(JudgementSettings):
     """What to judge on. Only `prompts` are asked; the seed, of `self`, should be another than the calibration's."""
 
-    seed: int = setting(1, "Seed of `--chats self` and `--sampled`.", ge=SEED.ge, le=2**32 - 1)
+    seed: int = setting(1, "Seed of `--chats self` and `--sampled`.", ge=SEED.ge, le=2**32 - 2)

@@ -21,6 +21,7 @@ from cfsp.evaluation.torch_model import RememberedModel
 from cfsp.files import fsync_file, write_text
 from cfsp.progress import Progress, no_progress
 from cfsp.records import read_record, write_record
+from cfsp.text.calibration import check_seqlen
 from cfsp.text.settings import BUILTIN_TEXT
 from cfsp.text.tokens import TokenWindows
 from cfsp.units import megabytes
@@ -122,6 +123,8 @@ def measure_frontier(
     # What cannot be used is found before anything is written; texts that a run has begun with can be.
     for gone in settings.combined(Structures()):
         runner.check(gone)
+    if config.recover is not None:
+        check_seqlen(runner.loaded, config.recover.seqlen)
     windows = None if (state / WINDOWS_FILE).is_file() else _windows(runner, settings)
     with ExitStack() as stack:
         tasks = stack.enter_context(load_tasks(settings)) if settings.tasks else None

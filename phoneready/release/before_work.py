@@ -14,12 +14,13 @@ def check_inputs(config: ReleaseConfig) -> None:
         InputError: One of them.
         MissingExtraError: An extra that they need.
     """
-    prune, evaluate = config.prune, config.evaluate
-    if config.recover is not None:
-        check_training(config.recover)
-    check_readable((*prune.calibration, *prune.vocabulary_text, *evaluate.text, *evaluate.chats))
+    prune, training, evaluate = config.prune, config.recover, config.evaluate
+    if training is not None:
+        check_training(training)
+    learnt = () if training is None else training.texts
+    check_readable((*learnt, *prune.calibration, *prune.vocabulary_text, *evaluate.text, *evaluate.chats))
 
 
 def check_training(training: RecoverConfig) -> None:
-    """As `check_inputs`, of training and its data alone."""
+    """As `check_inputs`, of training alone, and not of its text."""
     usable(training.settings(0), training.texts, ROUNDING)

@@ -57,9 +57,9 @@ def check_before_work(
     if settings.tasks:
         with load_tasks(settings):
             pass
-    prune = config.prune
-    check_readable((*prune.calibration, *prune.vocabulary_text, *settings.text, *settings.chats))
-    learnt = (settings.task,) if settings.task else ()
+    prune, learnt = config.prune, ((settings.task,) if settings.task else ())
+    texts = (*learnt, *training.texts, *prune.calibration, *prune.vocabulary_text)
+    check_readable((*texts, *settings.text, *settings.chats))
     _check_held_out(dict.fromkeys((*learnt, *training.data)), settings)
 
 

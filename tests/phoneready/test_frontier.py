@@ -414,6 +414,8 @@ def test_speed_is_added_to_what_is_known(model: Path, tmp_path: Path) -> None:
         ),
         (["--recover", "--method", "magic"], "--method"),
         (["--recover"], "the dense model is not trained"),
+        (["--recover", "--prune-ratios", "0.1", "--data", "none.txt"], "none.txt does not exist"),
+        (["--recover", "--prune-ratios", "0.1", "--training-seqlen", "4096"], "allowed: 2 to 512"),
         (
             ["--recover", "--prune-ratios", "0.1", "--loss", "next-token", "--data", "student"],
             "teaches it nothing",

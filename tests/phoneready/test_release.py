@@ -355,7 +355,6 @@ def test_an_anchor_takes_turns_and_is_in_the_figures_alone(
     assert {figure.unit for figure in followed if figure.key.metric.startswith("tg")} <= {"x anchor"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -379,6 +378,7 @@ def test_what_would_end_it_after_hours_is_said_at_once(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_budgets_make_the_exit_status(
     copied: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
