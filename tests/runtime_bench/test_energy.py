@@ -25,7 +25,7 @@ from runtime_bench.conditions import watcher
 from runtime_bench.conditions.looks import conditions_of
 from runtime_bench.conditions.meters.energy import energy_of
 from runtime_bench.conditions.meters.joules import changes, joules_in
-from runtime_bench.conditions.meters.meter import Counter, Reading, counting, showing
+from runtime_bench.conditions.meters.meter import Counter, Meter, Reading, counting, showing
 from runtime_bench.conditions.meters.readings import readings_of
 from runtime_bench.conditions.meters.windows import Windows
 from runtime_bench.conditions.script import IDLE, LOOK_BEGINS, WATCH
@@ -655,6 +655,20 @@ def test_the_truth_lies_within_what_is_told(
     assert found.low <= truth + 1e-6
     assert truth <= found.high + 1e-6
     assert found.low <= found.value + 1e-9 <= found.high + 2e-9
+
+
+@pytest.mark.parametrize("begin_s", [1000 + 0.29 * phase for phase in range(10)])
+@pytest.mark.parametrize("gap_s", [0.0, 0.5, 1.2])
+def test_a_sensor_that_nobody_reads_for_a_while_is_held_to_less(gap_s: float, begin_s: float) -> None:
+    """Whatever the curve does meanwhile: past a peak it may be at the end where it was at the beginning."""
+    curve = Curve(3.0)
+    times = at_times([0.11] * 50 + [0.11 + gap_s] + [0.11] * 50, begin_s)
+    track = tuple(Reading(at, at + 0.01, curve.watts(at)) for at in times)
+    meter = Meter("m", "d", track, counts=False)
+    span = (begin_s + 1.0, begin_s + 9.0)
+    found = joules_in(meter, changes(meter), Windows([span]))
+    assert found.low <= curve.joules(*span) <= found.high
+    assert found.error < (0.02 + 0.05 * gap_s) * found.value
 
 
 def test_samples_close_together_share_their_ends() -> None:
