@@ -65,17 +65,25 @@ def _difference(tokenizer: Any, text: str, read: Callable[[], Sequence[int]]) ->
         return None
     place = next((n for n, pair in enumerate(zip(ours, theirs, strict=False)) if len(set(pair)) > 1), None)
     place = min(len(ours), len(theirs)) if place is None else place
-    parts = [tokenizer.convert_ids_to_tokens(list(ids[place : place + _SHOWN])) for ids in (ours, theirs)]
+    parts = [[_name(tokenizer, token) for token in ids[place : place + _SHOWN]] for ids in (ours, theirs)]
     return f"from token {place} on the checkpoint has {parts[0]}, and it {parts[1]}"
 
 
 def _ends(runtime: str, tokenizer: Any, stops: Collection[int], ends: Callable[[int], bool]) -> Iterator[str]:
     missed = sorted(token for token in stops if not ends(token))
     if missed:
-        names = ", ".join(tokenizer.convert_ids_to_tokens(token) or f"token {token}" for token in missed)
+        names = ", ".join(_name(tokenizer, token) for token in missed)
         yield f"{runtime} does not stop at {names}, where the checkpoint's texts end"
     end = turn_end(tokenizer)
     if end is not None and end not in stops:
-        name = tokenizer.convert_ids_to_tokens(end)
         also = "" if ends(end) else f", nor does {runtime}"
-        yield f"the chat template ends an answer with {name}, at which generation does not stop{also}"
+        yield f"the chat template ends an answer with {_name(tokenizer, end)}, at which generation does not stop{also}"
+
+
+def _name(tokenizer: Any, token: int) -> str:
+    """A token's text, or its number where the vocabulary has no such token, as of a runtime that cannot split."""
+    try:
+        name = tokenizer.convert_ids_to_tokens(token)
+    except (IndexError, OverflowError):
+        name = None
+    return name or f"token {token}"
