@@ -99,24 +99,28 @@ def _shown(meter: Meter, moments: Sequence[Change], windows: Windows) -> Joules:
     """Of a sensor of power: between two changes the mean of both.
 
     A new reading may be as old as the look before, and the guess is half as old. To that come half a step, and what
-    power did between two changes, by how fast it moved there and in the intervals beside, and no further than it ever
-    did: their errors are independent.
+    power did between two changes: their errors are independent.
     """
     age_s = median(one.seen_s - one.earliest_s for one in moments)
     new, old = (_mean_between(moments, windows, age) for age in (0.0, age_s))
     value, edges = (new + old) / 2, abs(new - old) / 2
-    between = list(pairwise(moments))
-    speeds = [abs(after.value - before.value) / _between(before, after) for before, after in between]
-    span = max(one.value for one in moments) - min(one.value for one in moments)
-    moved = [
-        min(span, _between(*ends) * max(speeds[max(0, i - 1) : i + 2])) for i, ends in enumerate(between)
-    ]
     variance = sum(
         (windows.within(before.seen_s, after.seen_s) * watts) ** 2 / 12
-        for (before, after), watts in zip(between, moved, strict=True)
+        for (before, after), watts in zip(pairwise(moments), _moved(moments), strict=True)
     )
     error = edges + NORMAL_95 * math.sqrt(variance) + windows.seconds * meter.step / 2
     return Joules(max(0.0, value - error), value, value + error)
+
+
+def _moved(moments: Sequence[Change]) -> Iterator[float]:
+    """Watts by which power moved between two changes, by how fast it moved there and in the intervals beside, and no
+    further than it ever did."""
+    seconds = [_between(before, after) for before, after in pairwise(moments)]
+    changes = [abs(after.value - before.value) for before, after in pairwise(moments)]
+    speeds = [watts / length for watts, length in zip(changes, seconds, strict=True)]
+    span = max(one.value for one in moments) - min(one.value for one in moments)
+    for i, length in enumerate(seconds):
+        yield min(span, length * max(speeds[max(0, i - 1) : i + 2]))
 
 
 def _mean_between(moments: Sequence[Change], windows: Windows, age_s: float) -> float:
