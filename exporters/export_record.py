@@ -12,8 +12,8 @@ from cfsp.models.shape import ModelShape
 class ParityLimits:
     """Bounds on a ParityReport's metrics; None is not checked. That to the difference of logits is for ones up to 10.
 
-    What a graph computes is proven on its float32 file, in the logits. The bounds of the quantized files therefore
-    have to catch a bad quantization alone.
+    What a graph computes is proven on its float32 file, in the logits, and a quantized file's numbers row by row
+    (`exporters.matrices`). The bounds of quantized files catch a runtime that computes something else with them.
     """
 
     max_logit_diff: float | None = None
@@ -177,6 +177,9 @@ class ExportRecord:
         gptq_tensors: Matrices of a GGUF file whose numbers were chosen for it by GPTQ.
         tuned_tensors: Tensors of it that training on that text changed: matrices in their scales, and norms.
         trained_tensors: Matrices that hold what training through this format's rounding has left in the checkpoint.
+        plain_kl: Mean divergence on the proof's text, in nats, with the plain quantizer's numbers; None if none were
+            chosen for a text.
+        rounded_kl: The same with the numbers chosen for a text. The file has those that lose less.
         budget_bytes: Most that a mixture of bits was allowed to take; None where it is not chosen for a size.
         eight_bit_layers: What of a 4-bit variant is in eight bits, by module name, where text chose it.
         chosen_types: Tensor of a GGUF file -> its type, where types were chosen for a size.
@@ -222,6 +225,8 @@ class ExportRecord:
     tuned_tensors: int = 0
     trained_tensors: int = 0
     blocks: BlockProof | None = None
+    plain_kl: float | None = None
+    rounded_kl: float | None = None
 
 
 @dataclass(frozen=True)

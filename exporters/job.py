@@ -173,6 +173,15 @@ def open_job(
         )
 
 
+def kept_plain(plain_kl: float | None, rounded_kl: float | None) -> Iterator[str]:
+    """A warning, if the numbers that were chosen for a text lose more than the plain quantizer's, which stay."""
+    if plain_kl is not None and rounded_kl is not None and plain_kl < rounded_kl:
+        yield (
+            "its numbers are the plain quantizer's: those chosen for the text lose more "
+            f"(KL {rounded_kl:.4g} against {plain_kl:.4g})"
+        )
+
+
 def write_manifest(job: Job, records: Sequence[ExportRecord]) -> tuple[ExportRecord, ...]:
     """Write export.json; returns what is in it."""
     manifest = ExportManifest(tuple(records))

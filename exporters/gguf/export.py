@@ -7,10 +7,13 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cfsp.errors import InputError
+import numpy as np
+
+from cfsp.errors import InputError, LimitError
 from cfsp.models.gguf_file import GGUFTensor, read_gguf
 from cfsp.text.conversations import Conversation
 from cfsp.text.tokens import tokens_sha256
@@ -18,20 +21,30 @@ from exporters.chats import ReadChats, read_chats
 from exporters.export_record import BlockProof, ExportRecord, TensorFallback
 from exporters.gguf import llama_library, runtime
 from exporters.gguf.architecture import ChosenLayout, read_layout
-from exporters.gguf.cache_types import PARITY_CACHE
 from exporters.gguf.fallbacks import find_fallbacks
-from exporters.gguf.files import WrittenFile, find_rows, imatrix_for, write_files
+from exporters.gguf.files import WrittenFile, find_rows, imatrix_for, measured, write_files
 from exporters.gguf.imatrix import stored_moments
+from exporters.gguf.llama_library import rounded
+from exporters.gguf.mixed import GUIDED_TYPES
 from exporters.gguf.quants import QUANT_NAMES, Quant, limits_of_bits
 from exporters.gguf.slices import prove_blocks
 from exporters.gguf.tokenizer_metadata import check_tokenizer, normalizes_to_nfc
-from exporters.job import UNTRAINED, Job, check_input, load_checkpoint, open_job, settled, write_manifest
+from exporters.job import (
+    UNTRAINED,
+    Job,
+    check_input,
+    kept_plain,
+    load_checkpoint,
+    open_job,
+    settled,
+    write_manifest,
+)
+from exporters.matrices import check_matrix
 from exporters.options import DEFAULT_OPTIONS, ExportOptions
 from exporters.parity import check_limits
 
 _log = logging.getLogger(__name__)
 
-_LOGITS_CHUNK = 128
 _TRAINED = "its numbers are those that training through this rounding has left, whatever the calibration text"
 """A warning."""
 
@@ -79,7 +92,7 @@ def export_gguf(
         settings,
         chosen.context_length,
     ) as job:
-        strings, records, chats, blocks = 0, {}, ReadChats(), None
+        strings, records, chats, blocks, base = 0, {}, ReadChats(), None, None
         for file in write_files(
             checkpoint,
             job.folder,
@@ -87,13 +100,17 @@ def export_gguf(
             job.tokenizer,
             job.provenance,
             imatrix=imatrix,
+            judge=lambda quant, path: measured(quant, path, job.reference, job.n_threads, settings),
             n_threads=job.n_threads,
             settings=settings,
         ):
-            if not strings:
+            if base is None:
+                base = file.path
                 strings = check_tokenizer(file.path, job.tokenizer)
                 chats = _read_chats(job, file.path)
                 blocks = None if paged is None else _prove_blocks(job, paged, chosen)
+            else:
+                check_numbers(base, file)
             if file.quant in rows or not settings.by_blocks:
                 records[file.quant] = replace(_prove(job, file, chosen, strings, chats), blocks=blocks)
         return write_manifest(job, [records[row] for row in rows])
@@ -130,15 +147,11 @@ def _prove(job: Job, file: WrittenFile, chosen: ChosenLayout, strings: int, chat
     path, quant = file.path, file.quant
     tensors = read_gguf(path).tensors
     row = _with_limits(file, chosen, tensors)
-    with runtime.open_model(
-        path,
-        n_ctx=job.reference.windows.ids.shape[1],
-        n_threads=job.n_threads,
-        n_batch=_LOGITS_CHUNK,
-        n_ubatch=_LOGITS_CHUNK,
-        cache_type=PARITY_CACHE,
-    ) as model:
-        parity = job.compare(row, model.iter_logits)
+    parity = file.parity or measured(row, path, job.reference, job.n_threads, job.settings)
+    if file.plain_kl is not None:
+        limits = (job.settings.limits or {}).get(row.name, row.limits).as_dict()
+        limits["kl_mean"] = min(file.plain_kl, limits.get("kl_mean", math.inf))
+        parity = replace(parity, limits=limits)
     check_limits(parity, path.name)
     fallbacks = find_fallbacks(tensors, quant) if file.mixture is None else ()
     warnings = (*_warnings(job, file, chosen, fallbacks), *chats.warnings)
@@ -154,15 +167,52 @@ def _prove(job: Job, file: WrittenFile, chosen: ChosenLayout, strings: int, chat
         n_params=sum(math.prod(tensor.shape) for tensor in tensors),
         tensor_types=dict(Counter(sorted(tensor.kind.name for tensor in tensors)).most_common()),
         fallbacks=fallbacks,
-        imatrix_tensors=file.imatrix_tensors,
+        imatrix_tensors=len(file.imatrix),
         trained_tensors=file.trained_tensors,
         padded_width=chosen.padded_width,
         tokenizer_strings=strings,
         chats=chats.equal,
         warnings=warnings,
+        plain_kl=file.plain_kl,
+        rounded_kl=file.rounded_kl,
         runtime=llama_library.runtime_version(),
         **_choice(job, file),
     )
+
+
+def check_numbers(base: Path, file: WrittenFile) -> None:
+    """Hold every tensor of a file against the one that it was quantized from.
+
+    Raises:
+        LimitError: One is missing, or is not the other's (`exporters.matrices`).
+    """
+    exact = {tensor.name: tensor for tensor in read_gguf(base).tensors}
+    stored = {tensor.name: tensor for tensor in read_gguf(file.path).tensors}
+    if exact.keys() != stored.keys():
+        names = ", ".join(sorted(exact.keys() ^ stored.keys()))
+        raise LimitError(f"{file.path.name} has not the tensors of {base.name}: {names}")
+    for name, tensor in stored.items():
+        kind, from_ = tensor.kind.name, exact[name]
+        if kind == from_.kind.name:
+            # Training of scales changes norms.
+            if not (file.tuned_tensors and len(tensor.shape) == 1) and not np.array_equal(
+                tensor.data, from_.data
+            ):
+                raise LimitError(f"{name} in {file.path.name} is not that of {base.name}")
+            continue
+        importance = file.imatrix.get(name)
+        if importance is None and kind in GUIDED_TYPES:
+            importance = np.ones(tensor.shape[-1], np.float32)
+        check_matrix(
+            f"{name} in {file.path.name}",
+            tensor.shape[0],
+            from_.rows,
+            tensor.rows,
+            partial(rounded, kind=kind, importance=importance),
+            file.slopes.get(name),
+        )
+        tensor.let_go()
+        from_.let_go()
 
 
 def _with_limits(file: WrittenFile, chosen: ChosenLayout, tensors: Sequence[GGUFTensor]) -> Quant:
@@ -195,8 +245,8 @@ def _mixture(file: WrittenFile) -> dict[str, Any]:
 def _text(job: Job, file: WrittenFile) -> dict[str, Any]:
     ids = job.settings.calibration
     by_text = file.gptq_tensors or file.tuned_tensors or (file.mixture and not file.trained_tensors)
-    measured = file.imatrix_tensors and not stored_moments(job.checkpoint)
-    if ids is None or not (by_text or measured):
+    is_measured = file.imatrix and not stored_moments(job.checkpoint)
+    if ids is None or not (by_text or is_measured):
         return {}
     return {
         "calibration_sha256": tokens_sha256(ids),
@@ -235,5 +285,6 @@ def _warnings(
         yield "the tokenizer composes characters (NFC) and llama.cpp does not: give it composed text"
     if file.mixture and file.quant.budget_bytes and file.mixture.file_bytes > file.quant.budget_bytes:
         yield f"the smallest types take {file.mixture.file_bytes} bytes, not {file.quant.budget_bytes}"
-    if file.quant.uses_imatrix and not file.imatrix_tensors:
+    yield from kept_plain(file.plain_kl, file.rounded_kl)
+    if file.quant.uses_imatrix and not file.imatrix:
         yield f"{file.quant.name} is quantized without an importance matrix"

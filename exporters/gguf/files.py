@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,10 @@ from cfsp.errors import InputError
 from cfsp.models.reference import load_tokenizer
 from cfsp.models.rounded_numbers import RoundedNumbers, read_rounded, read_rounded_format
 from cfsp.models.weights import safetensors_files, uniform_dtype
+from exporters.export_record import ParityReport
+from exporters.gguf import runtime
+from exporters.gguf.architecture import read_layout
+from exporters.gguf.cache_types import PARITY_CACHE
 from exporters.gguf.imatrix import Imatrix, read_imatrix
 from exporters.gguf.llama_library import quantize
 from exporters.gguf.mixed import Mixture, TypeCosts, measure_types
@@ -21,12 +27,16 @@ from exporters.gguf.quants import QUANTS, Quant, find_quant
 from exporters.gguf.rounding import round_for_text
 from exporters.gguf.tuning import tune_file
 from exporters.gguf.writer import write_gguf
-from exporters.job import settled
+from exporters.job import load_checkpoint, settled
 from exporters.options import DEFAULT_OPTIONS, ExportOptions
+from exporters.parity import Reference, choose_windows, compare, reference_of
 from exporters.provenance import Provenance, read_provenance
 
 _EXACT = {torch.bfloat16: QUANTS["bf16"], torch.float16: QUANTS["f16"]}
 """Of weights in a dtype, a file that holds the same numbers in as many bytes."""
+_LOGITS_CHUNK = 128
+Judge = Callable[[Quant, Path], ParityReport]
+"""How far a file is from the checkpoint, on the proof's text."""
 
 
 @dataclass(frozen=True)
@@ -36,22 +46,30 @@ class WrittenFile:
     Attributes:
         path: Where it is.
         quant: What it is.
-        imatrix_tensors: Tensors that were quantized with the importance matrix.
+        imatrix: The importance matrix that it was quantized with, of the tensors that have one.
         mixture: Where types were chosen for a size.
         gptq_tensors: Matrices whose numbers were chosen for a text.
         tuned_tensors: Tensors that training on it changed: matrices in their scales, and norms.
         untrained: Whether that was asked for and not done: it takes all of the model in memory.
         trained_tensors: Matrices that hold what training through this format's rounding has left.
+        slopes: Of matrices whose numbers were chosen, when they were (`exporters.matrices`).
+        parity: What it loses, if that is known already.
+        plain_kl: What the file lost with the plain quantizer's numbers, if others were chosen for a text.
+        rounded_kl: What it lost with those; the numbers that lose less are in the file.
     """
 
     path: Path
     quant: Quant
-    imatrix_tensors: int
+    imatrix: Imatrix = field(default_factory=dict)
     mixture: Mixture | None = None
     gptq_tensors: int = 0
     tuned_tensors: int = 0
     untrained: bool = False
     trained_tensors: int = 0
+    slopes: Mapping[str, float] = field(default_factory=dict)
+    parity: ParityReport | None = None
+    plain_kl: float | None = None
+    rounded_kl: float | None = None
 
 
 def find_rows(checkpoint: Path, quants: Sequence[str], settings: ExportOptions) -> list[Quant]:
@@ -96,6 +114,7 @@ def write_files(
     provenance: Provenance,
     *,
     imatrix: Imatrix,
+    judge: Judge,
     n_threads: int,
     settings: ExportOptions = DEFAULT_OPTIONS,
 ) -> Iterator[WrittenFile]:
@@ -110,6 +129,7 @@ def write_files(
         tokenizer: The checkpoint's PreTrainedTokenizerFast.
         provenance: The checkpoint's.
         imatrix: By `read_imatrix`.
+        judge: Says whether numbers that are chosen for a text are better than the plain quantizer's.
         n_threads: Threads of the quantizer.
         settings: The text that types are chosen by and numbers for, whether the types must fit, and who is told about
             every step.
@@ -120,7 +140,7 @@ def write_files(
     """
     base = base_of(checkpoint, by_blocks=settings.by_blocks)
     paths = {quant: folder / f"{provenance.name}-{quant.name}.gguf" for quant in (base, *quants)}
-    files = _Files(checkpoint, paths[base], tokenizer, provenance, imatrix, n_threads, settings)
+    files = _Files(checkpoint, paths[base], tokenizer, provenance, imatrix, judge, n_threads, settings)
     for quant, path in paths.items():
         yield files.write(quant, path)
     if base not in quants:
@@ -136,6 +156,7 @@ class _Files:
     tokenizer: Any
     provenance: Provenance
     imatrix: Imatrix
+    judge: Judge
     n_threads: int
     settings: ExportOptions
     costs: TypeCosts | None = None
@@ -147,7 +168,7 @@ class _Files:
             write_gguf(
                 self.checkpoint, path, self.tokenizer, self.provenance, quant=quant.name, progress=progress
             )
-            return WrittenFile(path, quant, 0)
+            return WrittenFile(path, quant)
         trained = read_rounded(self.checkpoint, quant.name)
         if trained is not None:
             return self._write_trained(quant, path, trained)
@@ -156,8 +177,7 @@ class _Files:
             costs = self._measured(self.settings.calibration)
             used, mixture = costs.imatrix, costs.choose(quant.budget_bytes, must_fit=self.settings.must_fit)
         self._quantize(quant, path, used, mixture.types if mixture else None)
-        file = WrittenFile(path, quant, len(used), mixture)
-        return _fit_to_text(self.checkpoint, self.base, file, self.settings)
+        return self._fit_to_text(WrittenFile(path, quant, used, mixture))
 
     def _write_trained(self, quant: Quant, path: Path, numbers: RoundedNumbers) -> WrittenFile:
         """A file whose matrices are those that training has left; the rest is the checkpoint's."""
@@ -167,7 +187,37 @@ class _Files:
         if quant.budget_bytes is not None:
             mixture = Mixture(dict(stored.types), stored.predicted_loss or 0.0, path.stat().st_size)
         count = put_numbers(self.base, path, numbers)
-        return WrittenFile(path, quant, len(self.imatrix), mixture, trained_tensors=count)
+        # The checkpoint's weights are what these numbers stand for.
+        slopes = dict.fromkeys(numbers.tensors, 1.0)
+        return WrittenFile(path, quant, self.imatrix, mixture, trained_tensors=count, slopes=slopes)
+
+    def _fit_to_text(self, file: WrittenFile) -> WrittenFile:
+        """Choose a file's codes and train its scales for the text, if that is asked for, and if it loses less then."""
+        text, reads, settings = self.settings.calibration, file.quant.reads, self.settings
+        codes = settings.gptq and "gptq" in reads
+        scales = settings.tune_scales and "tune_scales" in reads
+        if text is None or not (codes or scales):
+            return file
+        path, fitted = file.path, file
+        plain = path.with_suffix(".plain")
+        shutil.copyfile(path, plain)
+        where: dict[str, Any] = {"device": settings.device, "progress": settings.progress}
+        if codes:
+            chosen = round_for_text(self.checkpoint, self.base, path, text, keeping=settings.keeping, **where)
+            fitted = replace(fitted, gptq_tensors=len(chosen), slopes=chosen)
+        if scales and settings.by_blocks:
+            fitted = replace(fitted, untrained=True)
+        elif scales:
+            tuned = tune_file(self.checkpoint, self.base, path, text, **where)
+            fitted = replace(fitted, tuned_tensors=len(tuned), slopes={**fitted.slopes, **tuned})
+        before, after = self.judge(file.quant, plain), self.judge(file.quant, path)
+        if after.kl_mean <= before.kl_mean:
+            plain.unlink()
+            file = replace(fitted, parity=after)
+        else:
+            plain.replace(path)
+            file = replace(file, parity=before)
+        return replace(file, plain_kl=before.kl_mean, rounded_kl=after.kl_mean)
 
     def _quantize(self, quant: Quant, path: Path, used: Imatrix, types: Mapping[str, str] | None) -> None:
         self.settings.progress(f"quantizing {quant.name}", 0, 1)
@@ -187,30 +237,6 @@ class _Files:
                 progress=self.settings.progress,
             )
         return self.costs
-
-
-def _fit_to_text(checkpoint: Path, base: Path, file: WrittenFile, settings: ExportOptions) -> WrittenFile:
-    """Choose a file's codes and train its scales, where that is asked for."""
-    text, quant, progress = settings.calibration, file.quant, settings.progress
-    if text is None:
-        return file
-    if settings.gptq and "gptq" in quant.reads:
-        chosen = round_for_text(
-            checkpoint,
-            base,
-            file.path,
-            text,
-            device=settings.device,
-            keeping=settings.keeping,
-            progress=progress,
-        )
-        file = replace(file, gptq_tensors=chosen)
-    if not (settings.tune_scales and "tune_scales" in quant.reads):
-        return file
-    if settings.by_blocks:
-        return replace(file, untrained=True)
-    tuned = tune_file(checkpoint, file.path, text, device=settings.device, progress=progress)
-    return replace(file, tuned_tensors=tuned)
 
 
 def draft_gguf(
@@ -248,14 +274,49 @@ def _drafts(
 ) -> list[WrittenFile]:
     rows = find_rows(checkpoint, quants, settings)
     settings = settled(checkpoint, settings)
+    tokenizer, n_threads = (
+        load_tokenizer(checkpoint.resolve()),
+        settings.n_threads or 1,
+    )  # or a built-in alias
+
+    @cache
+    def reference() -> Reference:
+        chosen = read_layout(checkpoint)
+        windows = choose_windows(
+            tokenizer, chosen.context_length, chosen.config.narrowest, settings.parity_windows
+        )
+        model = load_checkpoint(checkpoint, by_blocks=settings.by_blocks)
+        return reference_of(model, windows, progress=settings.progress)
+
     written = write_files(
         checkpoint,
         folder,
         rows,
-        load_tokenizer(checkpoint.resolve()),  # a bare name could be a built-in alias
+        tokenizer,
         read_provenance(checkpoint, settings.name),
         imatrix=imatrix_for(checkpoint, rows, settings),
-        n_threads=settings.n_threads or 1,
+        judge=lambda quant, path: measured(quant, path, reference(), n_threads, settings),
+        n_threads=n_threads,
         settings=settings,
     )
     return [file for file in written if file.quant in rows]
+
+
+def measured(
+    quant: Quant, path: Path, reference: Reference, n_threads: int, settings: ExportOptions
+) -> ParityReport:
+    """Run a file in llama.cpp and hold it against the checkpoint; its limits are stored, not checked."""
+    with runtime.open_model(
+        path,
+        n_ctx=reference.windows.ids.shape[1],
+        n_threads=n_threads,
+        n_batch=_LOGITS_CHUNK,
+        n_ubatch=_LOGITS_CHUNK,
+        cache_type=PARITY_CACHE,
+    ) as model:
+        return compare(
+            reference,
+            model.iter_logits,
+            (settings.limits or {}).get(quant.name, quant.limits).as_dict(),
+            progress=lambda _, done, total: settings.progress(f"parity {quant.name}", done, total),
+        )

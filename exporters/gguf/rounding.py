@@ -9,7 +9,7 @@ for several, ggml rounds block after block, each to make up for what those befor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -30,6 +30,7 @@ from exporters.gguf.llama_library import dequantized
 from exporters.gguf.llama_library import stored as in_type
 from exporters.gguf.packing import PACKINGS, WHOLE_BLOCKS, StoredMatrix
 from exporters.gguf.tensors import TensorSpec, tensor_specs
+from exporters.matrices import slope_of
 from exporters.rounding.gptq import gptq_blocks, gptq_codes
 from exporters.rounding.refine import refine_codes
 from exporters.rounding.walk import Readings, alike, round_blocks
@@ -51,7 +52,7 @@ def round_for_text(
     device: str = "cpu",
     keeping: Keeping = WHOLE,
     progress: Progress = no_progress,
-) -> int:
+) -> dict[str, float]:
     """Choose the numbers of a file anew, in place.
 
     Args:
@@ -64,7 +65,7 @@ def round_for_text(
         progress: Told after each block.
 
     Returns:
-        Matrices whose numbers were chosen.
+        Matrix whose numbers were chosen -> their slope (`exporters.matrices`).
 
     Raises:
         InputError: What the layers read is not finite.
@@ -88,7 +89,7 @@ def round_for_text(
         )
         file.choose_output(_TABLE if tied else "lm_head", gram)
         progress(f"rounding {path.stem}", total, total)
-    return file.count
+    return file.slopes
 
 
 def _tensors(path: Path) -> dict[str, GGUFTensor]:
@@ -104,14 +105,14 @@ class _File:
         specs: Its matrices, by the first module that each is made of.
         exact: Tensors of the one that it was quantized from.
         stored: Its own, as they were.
-        count: Matrices that were changed.
+        slopes: Of the matrices that were changed.
     """
 
     stream: BinaryIO
     specs: Mapping[str, TensorSpec]
     exact: Mapping[str, GGUFTensor]
     stored: Mapping[str, GGUFTensor]
-    count: int = 0
+    slopes: dict[str, float] = field(default_factory=dict)
 
     def round(self, readings: Readings) -> dict[str, torch.Tensor]:
         """Choose numbers of the matrices that are about to read; module -> what its weight has become."""
@@ -125,6 +126,8 @@ class _File:
                 wanted = [specs[module].build(_Weights(readings)) for module in modules]
                 chosen = self._choose(tensors, partial(_rows, wanted), gram)
                 values = [dequantized(data, kind) for data in chosen]
+                for tensor, each in zip(tensors, values, strict=True):
+                    self.slopes[tensor.name] = slope_of(each, self.exact[tensor.name].dequantize())
             else:
                 values = [tensor.dequantize() for tensor in tensors]
             for tensor in tensors:
@@ -143,7 +146,8 @@ class _File:
         tensor = self.stored[spec.name]
         if tensor.kind.name in _CHOSEN:
             exact = self.exact[spec.name]
-            self._choose([tensor], exact.rows, _in_file(spec, gram))
+            (data,) = self._choose([tensor], exact.rows, _in_file(spec, gram))
+            self.slopes[spec.name] = slope_of(dequantized(data, tensor.kind.name), exact.dequantize())
             tensor.let_go()
             exact.let_go()
 
@@ -165,7 +169,6 @@ class _File:
         for tensor, part in zip(tensors, parts, strict=True):
             self.stream.seek(tensor.offset)
             self.stream.write(part.tobytes())
-            self.count += 1
         return parts
 
 

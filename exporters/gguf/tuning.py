@@ -20,8 +20,10 @@ from cfsp.models.gguf_file import GGUFTensor, read_gguf
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
 from exporters.gguf.architecture import read_layout
+from exporters.gguf.llama_library import dequantized
 from exporters.gguf.packing import SCALES, StoredMatrix
 from exporters.gguf.tensors import TensorSpec, tensor_specs
+from exporters.matrices import slope_of
 from exporters.rounding.scale_tuning import TunedScales, tune_scales
 
 _TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -31,23 +33,25 @@ _LEARNING_RATE = 2e-3
 
 def tune_file(
     checkpoint: Path,
+    base: Path,
     path: Path,
     input_ids: torch.Tensor,
     *,
     device: str = "cpu",
     progress: Progress = no_progress,
-) -> int:
+) -> dict[str, float]:
     """Train scales and norms of a file, in place.
 
     Args:
         checkpoint: Hugging Face folder, which the file is to compute what it computes.
-        path: A quantized file of it.
+        base: The unquantized file of it.
+        path: A file that was quantized from that one.
         input_ids: Text, (nsamples, seqlen).
         device: Where to compute.
         progress: Told after each window.
 
     Returns:
-        Tensors that were changed.
+        Tensor that was changed -> its slope (`exporters.matrices`).
     """
     model = placed(load_pruned(checkpoint, dtype=torch.float32), device)
     specs = tensor_specs(read_layout(checkpoint))
@@ -67,12 +71,17 @@ def tune_file(
     with products_in("auto", model.device.type):
         scales = tune_scales(model, weights, head, table, input_ids, _LEARNING_RATE, progress=progress)
     changed = [tuned_tensor(spec, tensors[spec.name], scales) for spec in specs]
+    slopes, exact = {}, {tensor.name: tensor for tensor in read_gguf(base).tensors}
     with path.open("r+b") as stream:
         for spec, data in zip(specs, changed, strict=True):
-            if data is not None:
-                stream.seek(tensors[spec.name].offset)
-                stream.write(data.tobytes())
-    return sum(data is not None for data in changed)
+            if data is None:
+                continue
+            tensor = tensors[spec.name]
+            values = dequantized(data, tensor.kind.name) if spec.is_matrix else data
+            slopes[spec.name] = slope_of(values, exact[spec.name].dequantize())
+            stream.seek(tensor.offset)
+            stream.write(data.tobytes())
+    return slopes
 
 
 def tuned_tensor(spec: TensorSpec, tensor: GGUFTensor, found: TunedScales) -> npt.NDArray[Any] | None:

@@ -38,6 +38,10 @@ class Int8Rows:
     data: torch.Tensor
     scales: torch.Tensor
 
+    def dequantized(self) -> torch.Tensor:
+        """The matrix that the runtime computes with, (rows, columns) float32."""
+        return (self.data.float() - _ZERO) * self.scales[:, None]
+
 
 def round_rows(weight: torch.Tensor) -> Int8Rows:
     """The nearest numbers; a row of zeros has the scale one."""

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from cfsp.errors import LimitError
-from cfsp.memory import give_back_memory
 from cfsp.models.paging import is_paged
 from exporters.chats import ReadChats
 from exporters.export_record import ExportRecord
-from exporters.job import UNTRAINED, Job
+from exporters.job import UNTRAINED, kept_plain
 from exporters.onnx.checks import check_graph
 from exporters.onnx.job import OnnxJob
-from exporters.onnx.runtime import PREFILL_TOKENS, OnnxModel, open_model, runtime_version
+from exporters.onnx.runtime import PREFILL_TOKENS, runtime_version
+from exporters.onnx.stored import check_numbers
 from exporters.onnx.variants import Variant
 from exporters.onnx.writer import WrittenGraphs
 from exporters.parity import check_limits
@@ -39,12 +40,17 @@ def prove(
     graphs = [path, *([written.last] if written.last else [])]
     for graph in graphs:
         check_graph(graph, common.config)
-    with _opened(common, path) as model:
-        parity = common.compare(variant, model.iter_logits)
+    if not variant.portable:  # optimum's own names; the graph is proven in its logits, as float32 is
+        check_numbers(path, job.model)
+    parity = written.parity or job.divergence(variant, path)
+    if written.plain_kl is not None:
+        limits = {**parity.limits, "kl_mean": min(written.plain_kl, parity.limits.get("kl_mean", math.inf))}
+        parity = replace(parity, limits=limits)
+    with job.opened(path) as model:
         window = common.reference.windows.ids[0, :PREFILL_TOKENS].numpy()
         every = next(iter(model.iter_logits(window)))[-1].copy()
     for other in [*graphs[1:], *([ort] if ort else [])]:
-        with _opened(common, other) as model:
+        with job.opened(other) as model:
             difference = float(np.abs(model.decode(window)[-1] - every).max())
         if not difference <= _SAME_LOGITS:
             raise LimitError(f"{other.name} differs from {path.name} by {difference:.4g} in a logit")
@@ -59,7 +65,11 @@ def prove(
         file_bytes=written.size_bytes,
         n_params=sum(parameter.numel() for parameter in job.model.parameters()),
         tensor_types=_tensor_types(path),
-        warnings=(*_warnings(job, variant), *chats.warnings),
+        warnings=(
+            *_warnings(job, variant),
+            *kept_plain(written.plain_kl, written.rounded_kl),
+            *chats.warnings,
+        ),
         chats=chats.equal,
         runtime=runtime_version(),
         ort_file=str(ort.relative_to(common.folder)) if ort else None,
@@ -67,6 +77,8 @@ def prove(
         calibration_tokens=0 if text is None else text.numel(),
         budget_bytes=job.budget_bytes(variant),
         eight_bit_layers=written.eight_bits,
+        plain_kl=written.plain_kl,
+        rounded_kl=written.rounded_kl,
     )
 
 
@@ -95,12 +107,6 @@ def _warnings(job: OnnxJob, variant: Variant) -> Iterator[str]:
     for is_there, what in unknown_to_optimum:
         if is_there:
             yield f"blocks {what}: it cannot run this graph; ONNX Runtime, GenAI and transformers.js can"
-
-
-def _opened(job: Job, path: Path) -> closing[OnnxModel]:
-    give_back_memory()  # of the layers that were written, or the graph before: a runtime has its weights once more
-    n_ctx = job.reference.windows.ids.shape[1]
-    return closing(open_model(path, n_ctx=n_ctx, n_threads=job.n_threads, n_batch=PREFILL_TOKENS))
 
 
 def _tensor_types(path: Path) -> dict[str, int]:

@@ -25,7 +25,7 @@ from exporters.onnx.layers import (
     StackedLinear,
 )
 from exporters.onnx.variants import HEAD, INT8, BlockFormat, FormatOf
-from exporters.onnx.weights import HEAD_PARTS, Weights, head_parts, is_tied, packed_names
+from exporters.onnx.weights import HEAD_PARTS, Weights, head_parts, is_tied, packed_names, read_weight
 from exporters.rounding.scale_tuning import tune_scales
 from exporters.rounding.walk import CORRECTION, Readings, alike, round_blocks
 
@@ -149,6 +149,15 @@ def tune(
     tuned = tune_scales(model, stored, head, table, input_ids, _LEARNING_RATE, progress=progress)
     scaled = {name: quantized.layers[name].scaled(rows[:, None]) for name, rows in tuned.rows.items()}
     return replace(quantized, layers={**quantized.layers, **scaled}, norms=tuned.norms)
+
+
+def with_nearest(model: Any, quantized: QuantizedModel) -> QuantizedModel:
+    """A model with the nearest numbers of its formats, and the norms of the model that it was made from."""
+    layers = {
+        name: _rounded(read_weight(model, name), layer.form, None, quantized.nearest)
+        for name, layer in quantized.layers.items()
+    }
+    return replace(quantized, layers=layers, norms={})
 
 
 def _rounded_layers(

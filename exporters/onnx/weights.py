@@ -68,6 +68,12 @@ def weight_of(model: Any, name: str) -> torch.Tensor:
     return head[head_parts(len(head))[name]]
 
 
+def read_weight(model: Any, name: str) -> torch.Tensor:
+    """`weight_of` as float32, wherever the model keeps it."""
+    with at_hand(model.get_output_embeddings() if name in HEAD_PARTS else model.get_submodule(name)):
+        return weight_of(model, name).float()
+
+
 def is_tied(model: Any) -> bool:
     """Whether the token embedding is the output matrix."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

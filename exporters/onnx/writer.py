@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,14 +13,15 @@ from cfsp.devices import moved
 from cfsp.errors import InputError
 from cfsp.models.architectures import spec_for
 from cfsp.models.paging import is_paged
-from cfsp.models.rounded_numbers import read_rounded
+from cfsp.models.rounded_numbers import read_rounded, read_rounded_format
+from exporters.export_record import ParityReport
 from exporters.job import load_checkpoint
 from exporters.onnx.graph_file import save_graph, size_of, stored_size
 from exporters.onnx.int8_rows import Int8Weights
 from exporters.onnx.job import OnnxJob
 from exporters.onnx.mixed import choose_few, choose_mixture, measured_model, rounded_model, without_numbers
 from exporters.onnx.portable import portable_graph
-from exporters.onnx.quantize import QuantizedModel, quantize_linears, tune
+from exporters.onnx.quantize import QuantizedModel, quantize_linears, tune, with_nearest
 from exporters.onnx.through import trained_layers
 from exporters.onnx.variants import INT8, BlockFormat, Variant, formats_without_text
 from exporters.onnx.weights import Weights, decoder_of
@@ -34,12 +36,18 @@ class WrittenGraphs:
         last: The one with the last position's alone; None where a variant has none.
         data: The weights of both.
         eight_bits: Layers to which text gave them.
+        parity: What it loses, if that is known already.
+        plain_kl: What it lost with the nearest numbers, if others were chosen for a text.
+        rounded_kl: What it lost with those; the numbers that lose less are in the graphs.
     """
 
     every: Path
     last: Path | None
     data: Path
     eight_bits: tuple[str, ...] = ()
+    parity: ParityReport | None = None
+    plain_kl: float | None = None
+    rounded_kl: float | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -49,6 +57,8 @@ class WrittenGraphs:
 
 def write_graphs(job: OnnxJob, variant: Variant, folder: Path) -> WrittenGraphs:
     """Write folder/<stem>.onnx, <stem>_last.onnx and <stem>.onnx_data.
+
+    If numbers are chosen for a text, the plain quantizer's are written, too; those that lose less stay.
 
     Raises:
         InputError: A model that the graph cannot compute, or a budget that it does not fit.
@@ -63,6 +73,33 @@ def write_graphs(job: OnnxJob, variant: Variant, folder: Path) -> WrittenGraphs:
         # One graph: who takes standard operators alone wants what optimum's users expect.
         return WrittenGraphs(path, None, save_graph(portable, path, metadata=labels.metadata))
     weights, eight_bits = _weights(job, variant)
+    written = _save(job, variant, weights, eight_bits, folder)
+    trained = read_rounded_format(common.checkpoint)
+    if job.text_for(variant) is None or (trained is not None and trained.format == variant.name):
+        return written
+    assert isinstance(weights, QuantizedModel)
+    nearest = with_nearest(job.model, weights)
+    del weights
+    with tempfile.TemporaryDirectory(dir=folder) as apart:
+        plain = _save(job, variant, nearest, eight_bits, Path(apart))
+        before, after = job.divergence(variant, plain.every), job.divergence(variant, written.every)
+        if before.kl_mean < after.kl_mean:
+            for file in Path(apart).iterdir():
+                file.replace(folder / file.name)
+    return replace(
+        written,
+        parity=before if before.kl_mean < after.kl_mean else after,
+        plain_kl=before.kl_mean,
+        rounded_kl=after.kl_mean,
+    )
+
+
+def _save(
+    job: OnnxJob, variant: Variant, weights: Weights, eight_bits: tuple[str, ...], folder: Path
+) -> WrittenGraphs:
+    """The graphs over weights that are known."""
+    common, labels = job.common, job.labels(variant)
+    path = folder / f"{labels.stem}.onnx"
     decoder = decoder_of(job.model, weights)
     common.progress(f"writing {variant.name}", 0, 1)
     every = labels.graph(decoder)

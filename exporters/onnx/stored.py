@@ -1,0 +1,105 @@
+"""The matrices of a graph on disk, as a runtime reads them, held against the model's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from cfsp.errors import LimitError
+from cfsp.models.architectures import spec_for
+from cfsp.models.paging import at_hand
+from exporters.matrices import FloatArray, check_matrix
+from exporters.onnx.block_quantize import round_to_nearest, values_of
+from exporters.onnx.int8_rows import Int8Rows, round_rows
+from exporters.onnx.layers import TABLE
+from exporters.onnx.variants import HEAD, BlockFormat
+from exporters.onnx.weights import head_parts, packed_names, read_weight
+
+_STORED = re.compile(r"(.+?)(?:\.(\d))?\.weight(\.q[48])?")
+"""(module, which part of it if its rows are of unlike formats, bits)."""
+
+
+def check_numbers(path: Path, model: Any) -> None:
+    """Hold every matrix of a graph against the model's.
+
+    Args:
+        path: One of the product's own graphs.
+        model: What it was made from, float32.
+
+    Raises:
+        LimitError: A matrix is not the model's (`exporters.matrices`), or there is none.
+    """
+    values = ir.load(path).graph.initializers
+    tensors = {name: value.const_value for name, value in values.items() if value.const_value is not None}
+    found = False
+    for name, tensor in tensors.items():
+        match = _STORED.fullmatch(name)
+        if match is None or len(tensor.shape) < 2:
+            continue
+        found, (module, part, bits) = True, match.groups()
+        data, exact = torch.from_numpy(np.array(tensor.numpy())), _exact(model, module, part)
+        if data.ndim == 2 and f"{module}.weight" != TABLE:
+            data = data.T
+        scale = tensors[f"{name.removesuffix(bits)}.scale"].numpy() if bits else np.ones(0)
+        stored, plain = _as_read(data, torch.from_numpy(np.array(scale)), int(bits[-1]) if bits else None)
+        check_matrix(
+            f"{name} in {path.name}",
+            len(exact),
+            _rows_of(exact),
+            _rows_of(stored[:, : exact.shape[1]]),
+            partial(_rounded, plain),
+        )
+    if not found:
+        raise LimitError(f"{path.name} has no matrix that is known")
+
+
+def _exact(model: Any, module: str, part: str | None) -> torch.Tensor:
+    """What a stored matrix was made from, (rows, columns) float32."""
+    if f"{module}.weight" == TABLE:
+        embedding = model.get_input_embeddings()
+        with at_hand(embedding):
+            table: torch.Tensor = embedding.weight.detach().float()
+        return table if part is None else table[list(head_parts(len(table)).values())[int(part)]]
+    names = packed_names(_in_model(model, module))
+    return torch.cat([read_weight(model, name) for name in (names if part is None else [names[int(part)]])])
+
+
+def _in_model(model: Any, module: str) -> str:
+    """The model's own name of a module of the graph, in which all architectures have the same."""
+    spec = spec_for(model.config)
+    if module == "logits":  # the output matrix is named as what it gives
+        return HEAD
+    names = {f"mlp.{part}_proj": f"{spec.mlp}.{getattr(spec, part)}" for part in ("gate", "up", "down")}
+    names["self_attn.o_proj"] = f"{spec.attention}.{spec.output}"
+    *_, block, part = module.split(".", 3)
+    part = names.get(part, part.replace("self_attn.", f"{spec.attention}."))
+    return f"{spec.layers}.{block}.{part}"
+
+
+def _as_read(
+    data: torch.Tensor, scales: torch.Tensor, bits: int | None
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """What stored numbers stand for, (rows, columns), and what rounds rows to the nearest of the kind."""
+    if not bits:
+        return data, lambda rows: rows
+    if data.ndim == 2:
+        return Int8Rows(data, scales).dequantized(), lambda rows: round_rows(rows).dequantized()
+    form = BlockFormat(bits, data.shape[-1] * 8 // bits)
+    q = data if bits == 8 else torch.stack([data & 15, data >> 4], -1).flatten(-2)
+    stored = values_of(q, scales.float(), form).flatten(1)
+    return stored, lambda rows: round_to_nearest(rows, form).dequantized()
+
+
+def _rounded(plain: Callable[[torch.Tensor], torch.Tensor], rows: FloatArray) -> FloatArray:
+    return np.asarray(plain(torch.from_numpy(rows)).numpy())
+
+
+def _rows_of(matrix: torch.Tensor) -> Callable[[int, int], FloatArray]:
+    return lambda start, stop: matrix[start:stop].float().numpy()
