@@ -317,6 +317,7 @@ _UNWRITABLE = (
 )
 # Libraries that write for us say so in words alone: safetensors' errors are no OSErrors, numpy's carry no errno,
 # and torch says no more than that its archive could not be written.
+_RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 _NO_SPACE = re.compile(
     r"No space left on device|Disk quota exceeded|File too large|\d+ requested and \d+ written"
     r"|PytorchStreamWriter failed writing|inline_container\.cc.*unexpected pos"
@@ -328,7 +329,10 @@ def large_temporary() -> Path:
     for folder in filter(None, (os.environ.get("TMPDIR"), "/var/tmp")):
         if os.access(folder, os.W_OK | os.X_OK):
             return Path(folder)
-    return Path(tempfile.gettempdir())
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError as error:
+        raise InputError(f"{error.strerror}", allowed="a folder that can be written (TMPDIR)") from error
 
 
 @contextmanager
@@ -339,7 +343,8 @@ def no_space_as_input_error(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        code = error.errno if isinstance(error, OSError) else None
+        stated = _RUST_ERRNO.search(str(error))
+        code = error.errno if isinstance(error, OSError) else int(stated[1]) if stated else None
         if code in (errno.ENOSPC, errno.EDQUOT) or _NO_SPACE.search(str(error)):
             raise InputError(f"no space left to write {path}") from error
         if code in _UNWRITABLE:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import tomllib
 from collections.abc import Iterator
@@ -47,6 +48,19 @@ def as_input_error(message: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise InputError(f"{message}: {one_line(error)}") from error
+
+
+@contextmanager
+def panicking_silently() -> Iterator[None]:
+    """Send what is written to descriptor 2 nowhere: Rust tells of a panic there before Python hears of it."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def read_bytes(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:

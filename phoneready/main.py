@@ -143,6 +143,8 @@ def main(arguments: Sequence[str]) -> int:
     except PhonereadyError as error:
         return _fail(str(error), error.exit_code, debug)
     except OSError as error:
+        if error.errno == errno.ENOENT and error.filename is None:  # tempfile's
+            return _fail(f"{error.strerror}; set TMPDIR to a folder that can be written", 2, debug)
         if error.errno not in _INPUT_ERRNOS:
             return _fail_unexpected(error, debug)
         if error.filename is None:

@@ -29,16 +29,17 @@ from cfsp.models.folds import fold_of, folded, is_folded
 from cfsp.models.keeping import AUTO, NARROW, WHOLE, Keeping, keeping_of_files
 from cfsp.models.paging import paged_model
 from cfsp.models.source import ModelSource
-from cfsp.models.text_part import is_text_part, load_text_part
+from cfsp.models.text_part import config_from_settings, is_text_part, load_text_part
 from cfsp.models.weights import (
     check_loading,
     check_memory,
+    check_size,
     quiet_transformers,
     safetensors_files,
     sha256_files,
     weight_count,
 )
-from cfsp.reading import as_input_error, read_json_object
+from cfsp.reading import as_input_error, panicking_silently, read_json_object
 
 _CARD_CHARACTERS = 2**16
 """Of README.md, in which its front matter must end."""
@@ -74,7 +75,9 @@ def load_folder(
         model = paged_model(config, files, where=str(folder))
         model.generation_config = read_generation_config(folder) or model.generation_config
         return model
-    check_memory(weight_count(files, tied=tied), dtype, str(folder))
+    n_stored = weight_count(files, tied=tied)
+    check_size(config_from_settings(settings, str(folder)), n_stored, str(folder))
+    check_memory(n_stored, dtype, str(folder))
     with quiet_transformers(), as_input_error(f"{folder} cannot be loaded"):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
@@ -83,6 +86,7 @@ def load_folder(
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, and told below by name
         )
     check_loading(report, str(folder))
     return folded(model, str(folder)) if fold_of(settings) else model.eval()
@@ -128,9 +132,11 @@ def load_folder_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> A
             allowed="--trust-remote-code, or a folder with tokenizer.json",
         )
     check_tokenizer_files(folder)
-    with quiet_transformers(), as_input_error(f"the tokenizer in {folder} cannot be loaded"):
+    damaged = as_input_error(f"the tokenizer in {folder} cannot be loaded")
+    with quiet_transformers(), damaged, panicking_silently():
         # Left to itself transformers asks on the terminal, and runs the code where anything there says yes.
         tokenizer = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        tokenizer("A text.", verbose=False)  # some parts are read, and panic, with the first text
     if not tokenizer.is_fast:
         raise InputError(
             f"the tokenizer in {folder} has no fast form", allowed="a folder with tokenizer.json"

@@ -87,6 +87,7 @@ def model_from_weights(
         InputError: Tensors are missing, unknown, or of the wrong shape.
     """
     builder = cls or model_class(config)
+    check_size(config, sum(tensor.numel() for tensor in weights.values()), where, cls=builder)
     with quiet_transformers(), as_input_error(f"{where}: the weights do not fit the configuration"):
         model, report = builder.from_pretrained(
             None,
@@ -98,6 +99,28 @@ def model_from_weights(
         )
     check_loading(report, where)
     return model.eval()
+
+
+def check_size(config: Any, n_stored: int, where: str, *, cls: Any = None) -> None:
+    """Refuse a configuration of a far larger model than is stored: transformers would make all that is missing.
+
+    Args:
+        config: transformers configuration; sizes that its file leaves out are those of the library's default model.
+        n_stored: Weights in the files.
+        where: File or folder named in errors.
+        cls: Model class; transformers' own for the configuration unless given.
+
+    Raises:
+        InputError: It states more than twice as many.
+    """
+    with quiet_transformers(), torch.device("meta"), as_input_error(f"{where} cannot be used"):
+        model = (cls or model_class(config))(config)
+    stated = sum(parameter.numel() for parameter in model.parameters())
+    if stated > 2 * n_stored:
+        raise InputError(
+            f"{where}: the configuration states a model of {stated:,} weights, and {n_stored:,} are stored",
+            allowed="the sizes of this model (hidden_size, intermediate_size, num_hidden_layers, vocab_size, ...)",
+        )
 
 
 def check_memory(n_weights: int, dtype: torch.dtype, where: str) -> None:

@@ -1,6 +1,6 @@
 """Chats as text: the model's own template, which is a program that the model's folder brings along.
 
-transformers runs it in Jinja's sandbox, which keeps it from everything but time and memory; the time is bounded here.
+transformers runs it in Jinja's sandbox, which keeps it from everything but time and memory; both are bounded here.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from cfsp.errors import InputError
@@ -17,6 +18,9 @@ from cfsp.reading import one_line
 _MOST_SECONDS = 5.0
 """Of processor time for one chat; templates take fractions of a millisecond."""
 _MOST_CHARACTERS = 2**28
+_MOST_BYTES = 2**30
+"""Of memory while a chat is rendered, beyond what the process has."""
+_SIZES = Path("/proc/self/statm")
 
 
 def render_chat(
@@ -30,8 +34,12 @@ def render_chat(
     if not tokenizer.chat_template:
         raise InputError(f"{what} cannot be rendered: the model has no chat template; use plain text")
     try:
-        with _bounded_time():
+        with _bounded():
             text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **options)
+    except MemoryError as error:
+        raise InputError(
+            f"the model's chat template takes more than {_MOST_BYTES >> 30} GiB of memory for {what}"
+        ) from error
     except Exception as error:  # templates raise whatever Jinja or they themselves define
         raise InputError(f"the model's chat template refuses {what}: {one_line(error)}") from error
     if len(text) > _MOST_CHARACTERS:
@@ -47,20 +55,32 @@ def render_prompt(tokenizer: Any, prompt: str) -> str:
 
 
 @contextmanager
-def _bounded_time() -> Iterator[None]:
-    """Raise TimeoutError inside after `_MOST_SECONDS`, where the system has such timers, and in the main thread."""
-    timed = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
-    if not timed:
+def _bounded() -> Iterator[None]:
+    """Let what runs inside fail beyond `_MOST_SECONDS` and `_MOST_BYTES`, in the main thread and where systems can.
+
+    Raises:
+        TimeoutError: It takes longer.
+        MemoryError: It takes more.
+    """
+    bounded = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    if not bounded:
         yield
         return
-    before = signal.signal(signal.SIGVTALRM, _give_up)
-    # Again and again: Jinja goes on after what is raised while it folds constants.
-    signal.setitimer(signal.ITIMER_VIRTUAL, _MOST_SECONDS, 0.5)
-    try:
+    with ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGVTALRM, signal.signal(signal.SIGVTALRM, _give_up))
+        # Again and again: Jinja goes on after what is raised while it folds constants.
+        signal.setitimer(signal.ITIMER_VIRTUAL, _MOST_SECONDS, 0.5)
+        stack.callback(signal.setitimer, signal.ITIMER_VIRTUAL, 0)
+        if _SIZES.is_file():
+            import resource
+
+            pages = int(_SIZES.read_text(encoding="ascii").split()[0])
+            most = pages * resource.getpagesize() + _MOST_BYTES
+            soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+            stack.callback(resource.setrlimit, resource.RLIMIT_AS, (soft, hard))
+            tighter = most if soft == resource.RLIM_INFINITY else min(most, soft)
+            resource.setrlimit(resource.RLIMIT_AS, (tighter, hard))
         yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
 
 
 def _give_up(*_: object) -> None:

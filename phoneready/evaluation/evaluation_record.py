@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar
 import pydantic
 from pydantic import PositiveFloat, PositiveInt
 
+from cfsp.errors import InputError
 from cfsp.evaluation.divergence import Divergence
 from cfsp.evaluation.language_model import LanguageModel
 from cfsp.evaluation.task_results import TaskResult
@@ -240,6 +241,14 @@ class Evaluation:
     vocabularies: Annotated[Vocabularies | None, WhereSet] = None
     place: Annotated[Place | None, WhereSet] = None
     sampled: Annotated[SampledAnswers | None, WhereSet] = None
+
+    def __post_init__(self) -> None:
+        for of in self.answer_sets.values():
+            why = of.degeneration
+            if why and tuple(map(len, (of.answers, of.against_answers))) != tuple(
+                map(len, (why.reasons, why.against_reasons))
+            ):
+                raise InputError("reasons are not one for each answer", field="degeneration")
 
     @property
     def answer_sets(self) -> Mapping[str, Evaluation | SampledAnswers]:

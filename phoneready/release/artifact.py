@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from cfsp.errors import InputError
 from exporters.families import family_of
 from phoneready.evaluation.measured_file import MeasuredFile
 from phoneready.figures.figure_set import DENSE
@@ -90,3 +91,9 @@ class Answers:
 
     prompts: tuple[str, ...]
     answers: dict[str, tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        for file, answers in self.answers.items():
+            if len(answers) != len(self.prompts):
+                told = f"{len(answers)} answers to {len(self.prompts)} prompts"
+                raise InputError(told, field=f"answers, {file}")

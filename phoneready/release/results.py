@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cfsp.errors import InputError
 from cfsp.models.checkpoint import PLAN_FILE, read_checkpoint_info
 from cfsp.models.source import ModelSource
 from cfsp.pruning.plan import PruningPlan
@@ -66,9 +67,13 @@ class ReleaseFigures:
 
 
 def read_figures(config: ReleaseConfig, folder: Path) -> ReleaseFigures:
-    """Everything that the stages of a finished release measured."""
+    """Everything that the stages of a finished release measured.
+
+    Raises:
+        InputError: A record is missing or malformed, or says nothing of a file that another one has.
+    """
     steps = Steps(config, folder, None)
-    return ReleaseFigures(
+    figures = ReleaseFigures(
         source=read_checkpoint_info(stage_folder(folder, "dense") / "model").source,
         plan=read_record(PruningPlan, stage_folder(folder, "prune") / "model" / PLAN_FILE),
         evaluation=read_record(Evaluation, stage_folder(folder, "evaluate") / EVALUATION_FILE),
@@ -83,6 +88,14 @@ def read_figures(config: ReleaseConfig, folder: Path) -> ReleaseFigures:
         ),
         losses=_losses(folder) if config.evaluate.text or config.evaluate.chats else (),
     )
+    files = {record.file for record in (*figures.dense, *figures.pruned)}
+    for what, lacking in (
+        ("export-dense has no", {r.quant for r in figures.pruned} - {r.quant for r in figures.dense}),
+        (f"{ANSWERS_FILE} has no answers of", files - figures.answers.answers.keys()),
+    ):
+        if lacking:
+            raise InputError(f"{folder / 'stages'}: {what} {', '.join(sorted(lacking))}")
+    return figures
 
 
 def _losses(folder: Path) -> tuple[FileLosses, ...]:

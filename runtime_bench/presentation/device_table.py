@@ -10,7 +10,7 @@ from runtime_bench.devices.calibration import Calibration
 from runtime_bench.devices.profile import FIGURES, Cluster, Figure, KnownProfile, TypeRates
 from runtime_bench.devices.projection import MIB, Band, ContextNeed, Projection
 from runtime_bench.devices.rates import Fitted, LeftOut
-from runtime_bench.presentation.markup import escape_markdown, visible
+from runtime_bench.presentation.markup import escape_markdown
 from runtime_bench.presentation.table import Column, Table, short_names, table_of
 from runtime_bench.records.bench_record import DOES_NOT_FIT, FITS, THRASHES
 
@@ -39,12 +39,12 @@ def format_profile(entry: KnownProfile) -> str:
     """Every figure with what it rests on, and who says so below it."""
     profile = entry.profile
     title = f"{profile.name}: {profile.tier} {profile.form}, {profile.os}"
-    lines = [escape_markdown(title), visible(str(entry.file))]
+    lines = [escape_markdown(title), escape_markdown(str(entry.file))]
     for name in FIGURES:
         figure: Figure[Any] = getattr(profile, name)
         known = figure.value is not None
         lines.append(f"\n{name}: {escape_markdown(_value(figure))}" + (f" ({figure.basis})" if known else ""))
-        lines += [f"    {visible(f'{figure.source}, {figure.date}')}"] if known else []
+        lines += [f"    {escape_markdown(f'{figure.source}, {figure.date}')}"] if known else []
     return "\n".join(lines) + "\n"
 
 

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from cfsp.errors import InputError
+from cfsp.files import write_json
 from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record, record_to_json
-from phoneready.evaluation.evaluation_record import Evaluation, ModelIdentity, TextResult
+from phoneready.evaluation.evaluation_record import Degeneration, Evaluation, ModelIdentity, TextResult
 from phoneready.figures.figure_set import Figure, FigureSet, read_baseline
 from phoneready.figures.metrics import FigureKey
 from phoneready.history.entry import HistoryEntry, read_entries
+from phoneready.release.artifact import Answers
 
 VALUES = ["Infinity", "-Infinity", "NaN", "1e400", "-1.0", '"12"', "true", "[1]"]
 KEY = FigureKey("perplexity", "checkpoint")
@@ -87,3 +89,28 @@ def test_a_seed_that_nothing_takes_is_refused(seed: Any, tmp_path: Path) -> None
 def test_a_plan_has_an_entry_for_each_block() -> None:
     with pytest.raises(InputError, match="blocks"):
         PruningPlan("llama", "m", None, ("self",), "0", 1, 0, None, (64, 64), ())  # type: ignore[arg-type]
+
+
+def test_answers_without_their_reasons_are_refused(tmp_path: Path) -> None:
+    why = Degeneration("0" * 64, 1, 8, 0.0, {}, (None,), 0.0, {}, (None,), 0.0)
+    record = dataclasses.replace(
+        _evaluation(), prompts=("q",), answers=("a",), against_answers=("b",), degeneration=why
+    )
+    path = tmp_path / "evaluation.json"
+    for name in ("reasons", "against_reasons", "answers", "against_answers"):
+        state = record_to_json(record)
+        write_json(path, state)
+        assert read_record(Evaluation, path) == record
+        (state["degeneration"] if "reasons" in name else state)[name] = []
+        write_json(path, state)
+        with pytest.raises(InputError, match=r"evaluation\.json: degeneration: reasons are not one for each"):
+            read_record(Evaluation, path)
+
+
+def test_every_prompt_has_an_answer(tmp_path: Path) -> None:
+    path = tmp_path / "answers.json"
+    write_json(path, record_to_json(Answers(("q",), {"a.gguf": ("a",)})))
+    assert read_record(Answers, path).answers == {"a.gguf": ("a",)}
+    write_json(path, record_to_json(Answers(("q",), {})) | {"answers": {"a.gguf": []}})
+    with pytest.raises(InputError, match=r"answers\.json: answers, a\.gguf: 0 answers to 1 prompts"):
+        read_record(Answers, path)
