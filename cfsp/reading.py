@@ -70,6 +70,8 @@ def read_bytes(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
         InputError: It cannot be read, or is longer than `limit`.
     """
     try:
+        if path.is_fifo() and not path.is_relative_to("/dev"):  # a shell's pipes are there, and have a writer
+            raise InputError(f"cannot read {path}: it is a pipe, to which nobody may ever write")
         with path.open("rb") as stream:
             content = stream.read(limit + 1)
     except OSError as error:

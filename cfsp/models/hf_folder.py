@@ -29,7 +29,7 @@ from cfsp.models.folds import fold_of, folded, is_folded
 from cfsp.models.keeping import AUTO, NARROW, WHOLE, Keeping, keeping_of_files
 from cfsp.models.paging import paged_model
 from cfsp.models.source import ModelSource
-from cfsp.models.text_part import config_from_settings, is_text_part, load_text_part
+from cfsp.models.text_part import is_text_part, load_text_part
 from cfsp.models.weights import (
     check_loading,
     check_memory,
@@ -69,14 +69,16 @@ def load_folder(
         return folded(model, str(folder)) if fold_of(settings) else model
     check_generation_config(folder)
     tied = settings.get("tie_word_embeddings") is True
+    with quiet_transformers(), as_input_error(f"{folder / 'config.json'} cannot be used"):
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     if by_blocks:
-        with as_input_error(f"{folder / 'config.json'} cannot be used"):
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         model = paged_model(config, files, where=str(folder))
         model.generation_config = read_generation_config(folder) or model.generation_config
         return model
     n_stored = weight_count(files, tied=tied)
-    check_size(config_from_settings(settings, str(folder)), n_stored, str(folder))
+    check_size(config, n_stored, str(folder))
     check_memory(n_stored, dtype, str(folder))
     with quiet_transformers(), as_input_error(f"{folder} cannot be loaded"):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(

@@ -114,7 +114,7 @@ def check_size(config: Any, n_stored: int, where: str, *, cls: Any = None) -> No
         InputError: It states more than twice as many.
     """
     with quiet_transformers(), torch.device("meta"), as_input_error(f"{where} cannot be used"):
-        model = (cls or model_class(config))(config)
+        model = (cls or transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])(config)
     stated = sum(parameter.numel() for parameter in model.parameters())
     if stated > 2 * n_stored:
         raise InputError(

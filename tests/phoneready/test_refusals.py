@@ -7,12 +7,14 @@ import os
 import resource
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cfsp.reading import read_json
 from cfsp.scratch import LargeScratch
 from phoneready.main import main
 
@@ -92,6 +94,22 @@ def test_sizes_that_are_not_the_files(
 ) -> None:
     edit(model / "config.json", change)
     assert says in refused(capfd, *COMMANDS[command])
+
+
+def test_a_pipe_in_place_of_a_file(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It is not waited for; a shell's own pipes are read."""
+    file = model / "config.json"
+    file.unlink()
+    os.mkfifo(file)
+    late = threading.Timer(10, lambda: os.close(os.open(file, os.O_WRONLY)))  # whoever waits goes on
+    late.start()
+    assert "config.json: it is a pipe" in refused(capfd, *COMMANDS["prune"])
+    late.cancel()
+    reader, writer = os.pipe()
+    os.write(writer, b"{}")
+    os.close(writer)
+    assert read_json(Path(f"/dev/fd/{reader}")) == {}
+    os.close(reader)
 
 
 @pytest.mark.parametrize(
