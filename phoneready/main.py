@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from types import MappingProxyType
 
 import typer
@@ -125,6 +126,9 @@ def main(arguments: Sequence[str]) -> int:
         arguments: Without the program's name.
     """
     debug = "--debug" in arguments
+    if any(option in ("-o", "--output") and not value for option, value in pairwise(arguments)):
+        # A variable of a shell that is not set; as a path it would be the working directory.
+        return _fail("-o: empty; name a folder", PhonereadyError.exit_code, debug)
     try:
         status = app(list(arguments), prog_name=app.info.name, standalone_mode=False)
         if status == EXIT_INTERRUPTED:

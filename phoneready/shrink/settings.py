@@ -28,7 +28,9 @@ class StepTraining(RecoverConfig):
 class ShrinkSettings(TaskSettings, WindowSettings):
     """Shares are of the dense model's FFN channels."""
 
-    step: float = setting(0.05, "Share of the dense model's FFN channels that each step removes.", gt=0, lt=1)
+    step: float = setting(
+        0.05, "Share of the dense model's FFN channels that each step removes.", ge=0.001, lt=1
+    )
     until: float = setting(0.3, "Share that all steps remove together; 0: none.", ge=0, lt=1)
     vocabulary: int = setting(
         0, "Tokens of the vocabulary to keep from the first step on; 0 keeps all.", ge=0

@@ -178,3 +178,11 @@ def test_no_folder_for_temporary_files(
     for line in told:
         assert "No usable temporary directory" in line
         assert "TMPDIR" in line
+
+
+@pytest.mark.parametrize("command", ["prune", "export", "recover", "release", "frontier", "shrink"])
+def test_an_output_that_is_empty_is_not_the_working_directory(
+    command: str, model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert "-o: empty" in refused(capfd, command, "m", "-o", "")
+    assert "-o: empty" in refused(capfd, command, "m", "--output", "")

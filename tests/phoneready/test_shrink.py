@@ -265,6 +265,7 @@ def test_shares_of_the_steps() -> None:
         (("--method", "scales"), "allowed: auto, ig-lora, lora, full"),
         (("--vocabulary-text", "CALLS"), "--vocabulary-text: has no effect here"),
         (("--step", "0"), "--step"),
+        (("--step", "1e-9"), "--step: out of range"),  # 300 million stages
         (("--tasks", "none.jsonl"), "none.jsonl does not exist"),
         (("--max-tokens", "100", "--epochs", "1"), "max_tokens"),
         (("--data", "none.txt"), "none.txt does not exist"),
