@@ -288,8 +288,9 @@ def _save_license(source: ModelSource, folder: Path) -> None:
     if beside is not None and source.kind != "gguf":
         copy_notices(beside, folder)
     if source.license and not any(folder.glob("LICENSE*")):
-        text = f"Derived from {source.base_model or source.name}, whose stated licence is: {source.license}\n"
-        (folder / "LICENSE").write_text(text, encoding="utf-8")
+        text = f"Derived from {source.base_model or source.name}, whose stated licence is: {source.license}"
+        shown = "".join(c if c.isprintable() else " " for c in text)  # as a terminal may show it
+        (folder / "LICENSE").write_text(f"{shown}\n", encoding="utf-8")
 
 
 def _versions() -> dict[str, str]:

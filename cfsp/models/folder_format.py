@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from cfsp.errors import InputError
 from cfsp.files import write_json
 from cfsp.reading import read_json
 
+_log = logging.getLogger(__name__)
 NOTICE_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 """Files that have to go where a model goes."""
 
@@ -65,11 +67,14 @@ def portable_config(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def copy_notices(source: Path, folder: Path) -> None:
-    """Copy a model's licence files."""
-    for pattern in NOTICE_PATTERNS:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+    """Copy a model's licence files, but for links that would publish what lies elsewhere."""
+    whole = source.resolve()
+    inside = (whole, whole.parent.parent / "blobs")  # to which the files of the hub's cache are links
+    for file in (file for pattern in NOTICE_PATTERNS for file in source.glob(pattern) if file.is_file()):
+        if any(file.resolve().is_relative_to(place) for place in inside):
+            shutil.copyfile(file, folder / file.name)
+        else:
+            _log.warning("%s leads out of its folder, and is not copied", file)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from cfsp.models.folder_format import copy_notices
 from cfsp.reading import read_json
 from cfsp.scratch import LargeScratch
 from phoneready.main import main
@@ -155,6 +156,31 @@ def test_a_profile_is_shown_without_its_markup(
     assert r"\<img src=x\>\[a\](javascript:b)" in shown
     assert r"\<b\>own" in shown
     assert "\x1b" not in shown
+
+
+def test_a_licence_is_written_without_control_characters(model: Path) -> None:
+    (model / "README.md").write_text("---\nlicense: \x1b[31mmine\x07\n---\n", encoding="utf-8")
+    assert main(COMMANDS["prune"]) == 0
+    assert Path("out/LICENSE").read_text(encoding="utf-8").endswith("licence is:  [31mmine \n")
+
+
+def test_a_licence_that_is_a_link_is_copied_from_the_model_and_the_hubs_cache_alone(tmp_path: Path) -> None:
+    folder, output = tmp_path / "models--a--b" / "snapshots" / "0", tmp_path / "out"
+    for place in (folder, output, folder.parent.parent / "blobs"):
+        place.mkdir(parents=True)
+    (tmp_path / "secret").write_text("secret", encoding="utf-8")
+    (folder.parent.parent / "blobs" / "1").write_text("theirs", encoding="utf-8")
+    for name, target in {
+        "LICENSE": "../../blobs/1",
+        "NOTICE": "LICENSE",
+        "NOTICE-2": "../../../secret",
+    }.items():
+        (folder / name).symlink_to(target)
+    copy_notices(folder, output)
+    assert {file.name: file.read_text(encoding="utf-8") for file in output.iterdir()} == {
+        "LICENSE": "theirs",
+        "NOTICE": "theirs",
+    }
 
 
 def test_a_folder_for_temporary_files_has_its_owners_rights_whatever_the_umask() -> None:
