@@ -30,6 +30,11 @@ PAGE = re.compile(rb"(?i)\A\s*<!doctype html")
 """How a page begins that a page may replace; for `refuse_existing`."""
 
 
+def short_name(name: str) -> str:
+    """The beginning of a name, so that files whose names go on after it can be written: systems take 255 bytes."""
+    return name.encode(errors="ignore")[:120].decode(errors="ignore")
+
+
 def refuse_existing(
     path: Path, *, force: bool = False, inputs: Iterable[Path] = (), like: re.Pattern[bytes] | None = None
 ) -> None:

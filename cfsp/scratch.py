@@ -82,7 +82,6 @@ def _made(place: Path, kind: str) -> tuple[Path, filelock.BaseFileLock | None]:
         else:
             locked = True
         folder.mkdir(mode=0o700)
-        folder.chmod(0o700)  # whatever the umask
         return folder, lock if locked else None
     raise InputError(f"{place}: no folder can be locked there")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cfsp.errors import InputError
+from cfsp.files import short_name
 from cfsp.models.checkpoint import is_pruned_checkpoint, read_checkpoint_info
 from cfsp.models.weights import safetensors_files, sha256_files
 
@@ -46,7 +47,7 @@ class Provenance:
 def read_provenance(checkpoint: Path, name: str | None = None) -> Provenance:
     """Provenance of a checkpoint, or of a plain Hugging Face folder, of which only the name is known."""
     if not is_pruned_checkpoint(checkpoint):
-        folder = checkpoint.resolve().name
+        folder = short_name(checkpoint.resolve().name)
         return Provenance(name=file_stem(name or folder), source_model=folder)
     info = read_checkpoint_info(checkpoint)
     return Provenance(
@@ -62,9 +63,15 @@ def read_provenance(checkpoint: Path, name: str | None = None) -> Provenance:
     )
 
 
+_LONGEST = 200
+"""Bytes of the beginning of a file's name; a format, a size and the mark of what is not finished follow."""
+
+
 def file_stem(name: str) -> str:
     """The last part of a name, where files can be called that; raises InputError where they cannot."""
     stem = name.rsplit("/", 1)[-1]
     if not stem or stem.startswith(".") or any(c in '\\:*?"<>|' or ord(c) < 32 for c in stem):
         raise InputError("not usable as a file name", field="name", value=name)
+    if len(stem.encode()) > _LONGEST:
+        raise InputError("too long a file name", field="name", value=name, allowed=f"up to {_LONGEST} bytes")
     return stem

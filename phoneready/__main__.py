@@ -71,6 +71,10 @@ def _problem() -> str | None:
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     if sys.stdout is None:
         return "standard output is closed; send it to a file, or to /dev/null"
+    mask = os.umask(0)
+    os.umask(mask)
+    if mask & 0o700:
+        return f"the umask {mask:04o} keeps you from your own files; set another, such as 022"
     try:
         os.getcwd()  # noqa: PTH109
     except OSError:

@@ -30,6 +30,7 @@ from cfsp.text.settings import SELF
 from exporters.export_record import ExportFormat, ExportRecord
 from exporters.families import FAMILIES, find_format
 from exporters.job import has_dtype
+from exporters.provenance import file_stem
 from exporters.settings import READS, ExportSettings, read_by_formats
 from phoneready.text import load_calibration
 
@@ -83,6 +84,8 @@ def export_model(
     if not formats:
         raise InputError("no format asked for", field="formats", allowed=", ".join(FAMILIES))
     rows = [find_format(name) for name in request.names]
+    if request.name:
+        file_stem(request.name)
     for family in formats:
         FAMILIES[family].require()
     _check(rows, request)

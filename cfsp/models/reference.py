@@ -20,7 +20,7 @@ import torch
 
 from cfsp.devices import CPU, OR_NARROW, placed
 from cfsp.errors import InputError
-from cfsp.files import sha256_file
+from cfsp.files import sha256_file, short_name
 from cfsp.models.builtin import BUILTIN_MODELS, fetch_builtin
 from cfsp.models.config_file import read_model_config
 from cfsp.models.folds import fold_of, is_folded
@@ -151,11 +151,11 @@ def _locate(
         file = fetch_builtin(text, progress=progress)
         return ModelSource(text, "builtin", row.name, str(file), sha256=row.sha256, base_model=row.base_model)
     if path.is_dir():
-        return ModelSource(text, "folder", path.resolve().name, str(path))
+        return ModelSource(text, "folder", short_name(path.resolve().name), str(path))
     if path.is_file():
         if path.suffix != ".gguf":
             raise InputError("not a model", field="model", value=text, allowed="a folder or a .gguf file")
-        return ModelSource(text, "gguf", path.stem, str(path))
+        return ModelSource(text, "gguf", short_name(path.stem), str(path))
     hub = hub_reference(text)
     if hub is None or path.suffix == ".gguf":
         known = ", ".join(BUILTIN_MODELS)

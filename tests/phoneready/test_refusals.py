@@ -16,7 +16,7 @@ import pytest
 
 from cfsp.models.folder_format import copy_notices
 from cfsp.reading import read_json
-from cfsp.scratch import LargeScratch
+from phoneready.__main__ import _problem
 from phoneready.main import main
 
 TinyPath = Callable[..., Path]
@@ -138,6 +138,23 @@ def test_a_tokenizer_that_panics_with_its_first_text(model: Path, capfd: pytest.
     assert "the tokenizer in m cannot be loaded" in refused(capfd, *COMMANDS["prune"])
 
 
+@pytest.mark.parametrize("name", ["n" * 201, "a/" + "\U0001f999" * 60, "..", "a\nb"])
+def test_a_name_that_no_file_can_have_is_told_before_the_work(
+    name: str, model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (model / "model.safetensors").unlink()  # with which the work would begin
+    assert "name: " in refused(capfd, *COMMANDS["export"], "--name", name)
+
+
+def test_files_of_a_model_with_a_long_name_have_a_short_one(model: Path) -> None:
+    long = model.rename("m" * 254)
+    assert main(["export", str(long), "-o", "out", "--gguf", "Q8_0"]) == 0
+    assert main(["prune", str(long), "-o", "pruned", *SMALL]) == 0
+    assert main(["export", "pruned", "-o", "again", "--gguf", "Q8_0"]) == 0
+    names = [[file.name for file in Path(folder).glob("*.gguf")] for folder in ("out", "again")]
+    assert names == [[f"{'m' * 120}-Q8_0.gguf"]] * 2
+
+
 def test_a_profile_is_shown_without_its_markup(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,13 +200,15 @@ def test_a_licence_that_is_a_link_is_copied_from_the_model_and_the_hubs_cache_al
     }
 
 
-def test_a_folder_for_temporary_files_has_its_owners_rights_whatever_the_umask() -> None:
-    mask = os.umask(0o777)
-    try:
-        with LargeScratch("umask") as scratch:
-            assert scratch.path.stat().st_mode & 0o777 == 0o700
-    finally:
-        os.umask(mask)
+def test_a_umask_that_takes_the_users_own_rights() -> None:
+    assert _problem() is None
+    for mask in (0o777, 0o200):
+        before = os.umask(mask)
+        try:
+            assert f"the umask {mask:04o}" in str(_problem())
+        finally:
+            os.umask(before)
+    assert _problem() is None
 
 
 def test_no_folder_for_temporary_files(
