@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Annotated
+
+import pydantic
 
 from cfsp import plugins
 from cfsp.errors import InputError
@@ -176,7 +179,7 @@ class FigureKey:
         on: Text (`text builtin:python-docs`) or task; None for all tasks, or where there is neither.
     """
 
-    metric: str
+    metric: Annotated[str, pydantic.Field(min_length=1, max_length=300)]
     item: str
     place: str | None = None
     n_threads: int | None = None

@@ -16,7 +16,7 @@ from cfsp.records import read_record, record_to_json
 from phoneready.evaluation.evaluation_record import Degeneration, Evaluation, ModelIdentity, TextResult
 from phoneready.figures.figure_set import Figure, FigureSet, read_baseline
 from phoneready.figures.metrics import FigureKey
-from phoneready.history.entry import HistoryEntry, read_entries
+from phoneready.history.entry import HistoryEntry, HistoryFigure, read_entries
 from phoneready.release.artifact import Answers
 
 VALUES = ["Infinity", "-Infinity", "NaN", "1e400", "-1.0", '"12"', "true", "[1]"]
@@ -68,13 +68,22 @@ def test_perplexities_that_no_model_has_are_no_baseline(value: str, tmp_path: Pa
 
 @pytest.mark.parametrize("value", ["Infinity", "NaN", "1e400", '"12"'])
 def test_a_history_names_file_and_line(value: str, tmp_path: Path) -> None:
-    from phoneready.history.entry import HistoryFigure
-
     figure = HistoryFigure(KEY, "pruned", "", 12.5, None, {})
     entry = HistoryEntry("0" * 64, "2026-01-01T00:00:00Z", None, "m", None, "pass", {}, {}, {}, (figure,))
     path = _with_value(entry, tmp_path / "history.jsonl", "value", value)
     path.write_text("\n" + path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"history\.jsonl, line 2"):
+        read_entries(path)
+
+
+@pytest.mark.parametrize("metric", ["", "pp" + "9" * 5000])
+def test_a_history_of_no_metric_is_refused(metric: str, tmp_path: Path) -> None:
+    """Any other name may be that of an own metric that is not installed any more."""
+    figure = HistoryFigure(FigureKey(metric, "checkpoint"), "pruned", "", 12.5, None, {})
+    entry = HistoryEntry("0" * 64, "2026-01-01T00:00:00Z", None, "m", None, "pass", {}, {}, {}, (figure,))
+    path = tmp_path / "history.jsonl"
+    path.write_text(json.dumps(record_to_json(entry)), encoding="utf-8")
+    with pytest.raises(InputError, match=r"history\.jsonl, line 1.*metric"):
         read_entries(path)
 
 
