@@ -6,6 +6,7 @@ A temporary name is `.<name>.tmp-<random>`; `remove_stale_temporaries` clears wh
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import glob
 import hashlib
@@ -26,6 +27,8 @@ import filelock
 from cfsp.errors import InputError
 
 _MARK = ".tmp-"
+_ASIDE = f"{_MARK}aside"
+"""What ends the name of a folder that is being replaced, where no system call swaps two folders."""
 PAGE = re.compile(rb"(?i)\A\s*<!doctype html")
 """How a page begins that a page may replace; for `refuse_existing`."""
 
@@ -55,6 +58,10 @@ def refuse_existing(
     """
     status = writable_place(path)
     if status is None:
+        if not force and _aside(path).exists():
+            raise InputError(
+                f"{path} exists, set aside by a run that was stopped; choose another path or pass --force"
+            )
         return
     if stat.S_ISDIR(status.st_mode) != (like is None):
         raise InputError(f"cannot write {path}: it is a {'directory' if like else 'file'}")
@@ -207,9 +214,8 @@ def atomic_directory(path: Path, *, force: bool = False, own: bool = False) -> I
             temporary.chmod(0o777 & ~_umask())
             _replace_directory(temporary, path)
         finally:
-            if temporary.exists():
-                temporary.chmod(0o700)
-                shutil.rmtree(temporary, ignore_errors=True)
+            _settle(path)
+            _remove(temporary)
 
 
 @contextmanager
@@ -234,8 +240,8 @@ def made_once(folder: Path, is_whole: Callable[[Path], bool], make: Callable[[Pa
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Only one process makes the same thing; a killed one's lock is gone with it.
     with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
+        remove_stale_temporaries(folder.parent, folder.name)
         if not is_whole(folder):  # else another process made it meanwhile
-            remove_stale_temporaries(folder.parent, folder.name)
             with atomic_directory(folder, own=True) as place:
                 make(place)
     return folder
@@ -259,13 +265,16 @@ def sha256_file(path: Path) -> str:
 
 
 def remove_stale_temporaries(directory: Path, name: str = "*") -> None:
-    """Remove what interrupted writes left directly inside `directory`: of the destination `name`, or of all."""
+    """Remove what interrupted writes left directly inside `directory`: of the destination `name`, or of all.
+
+    A folder that was set aside, and that nothing has replaced, gets its name back.
+    """
     pattern = name if name == "*" else glob.escape(name)
     for entry in directory.glob(f".{pattern}{_MARK}*"):
-        if entry.is_dir():
-            shutil.rmtree(entry, ignore_errors=True)
+        if entry.name.endswith(_ASIDE):
+            _settle(directory / entry.name[1 : -len(_ASIDE)])
         else:
-            entry.unlink(missing_ok=True)
+            _remove(entry)
 
 
 def remove_directory(path: Path) -> None:
@@ -293,20 +302,51 @@ def fsync_file(path: Path) -> None:
 
 
 def _replace_directory(temporary: Path, path: Path) -> None:
-    if path.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}{_MARK}", dir=path.parent))
-        try:
-            path.rename(old / path.name)
-            try:
-                temporary.rename(path)
-            except OSError:
-                (old / path.name).rename(path)
-                raise
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
-    else:
+    """Give a folder the name `path`; what had it is at `temporary` then, or aside, for the caller to remove."""
+    if not os.path.lexists(path):
+        temporary.rename(path)
+    elif not _swap(temporary, path):
+        _settle(path)
+        path.rename(_aside(path))
         temporary.rename(path)
     fsync_directory(path.parent)
+
+
+def _swap(one: Path, other: Path) -> bool:
+    """Exchange two names in one step, so that both are there at any time; False where that cannot be done."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, TypeError):  # another system than Linux
+        return False
+    return bool(rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0)
+
+
+_HERE, _EXCHANGE = -100, 2
+"""Linux's AT_FDCWD and RENAME_EXCHANGE."""
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_ASIDE}")
+
+
+def _settle(path: Path) -> None:
+    """Give a folder that was set aside its name back, or remove it where another one has that."""
+    aside = _aside(path)
+    if not os.path.lexists(path):
+        with suppress(FileNotFoundError):
+            aside.rename(path)
+    elif os.path.lexists(aside):
+        _remove(aside)
+
+
+def _remove(entry: Path) -> None:
+    """Remove a file, a link or a folder, whatever its rights."""
+    if entry.is_dir() and not entry.is_symlink():
+        with suppress(OSError):  # another user's
+            entry.chmod(0o700)
+        shutil.rmtree(entry, ignore_errors=True)
+    else:
+        entry.unlink(missing_ok=True)
 
 
 def _umask() -> int:

@@ -162,3 +162,118 @@ def test_no_umask_leaves_a_temporary(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(tmp_path / "out")], stderr=subprocess.DEVNULL, check=False
     )
     assert not list(tmp_path.iterdir())
+
+
+WALK = """
+import os, signal, sys, threading
+from pathlib import Path
+from cfsp import files
+from cfsp.files import atomic_directory, atomic_file, claim_output, remove_stale_temporaries
+
+TOUCHING = ("open", "os.", "shutil.", "tempfile.", "ctypes.dlsym")
+root, kind, stop, old = Path(sys.argv[1]), *sys.argv[2:]
+os.fsync = lambda handle: None  # what a kill leaves needs no disk
+if "aside" in kind:
+    files._swap = lambda one, other: False  # what it says where a file system swaps no names
+
+
+def write(text):
+    name = root / "out" if "own" not in kind else root / "out" / "stage"
+    if "file" in kind:
+        with claim_output(name), atomic_file(name) as file:
+            file.write_text(text)
+        return
+    name.parent.mkdir(exist_ok=True)
+    with atomic_directory(name, force=True, own="own" in kind) as folder:
+        (folder / "phoneready.json").write_text('{"kind": "checkpoint", "schema_version": 1}')
+        (folder / "inner").mkdir()
+        (folder / "inner" / "a").write_text(text)
+        (folder / "b").write_text(text)
+
+
+def sweep():
+    if "own" in kind:
+        (root / "out").mkdir(exist_ok=True)
+        remove_stale_temporaries(root / "out")
+    else:
+        with claim_output(root / "out"):
+            pass
+
+
+def stopped_at(place):
+    left = place
+
+    def hook(event, arguments):
+        nonlocal left
+        if event.startswith(TOUCHING):
+            left -= 1
+            if left == -1:
+                if stop == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise KeyboardInterrupt
+
+    sys.addaudithook(hook)
+    try:
+        write("new")
+    except KeyboardInterrupt:
+        return 1
+    return 0
+
+
+def in_process(work):
+    child = os.fork()
+    if child == 0:
+        os._exit(work() or 0)
+    return os.waitpid(child, 0)[1]
+
+
+for place in range(1000):
+    if old == "old":
+        in_process(lambda: write("old"))
+    status = in_process(lambda: stopped_at(place))
+    in_process(sweep)
+    there = {
+        str(path.relative_to(root)): path.read_text() if path.is_file() else "" for path in root.rglob("*")
+    }
+    print(place, status, sorted(there.items()), sep="\\t", flush=True)
+    if status == 0:
+        break
+    for path in sorted(root.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+"""
+
+
+@pytest.mark.parametrize("before", ["old", "nothing"])
+@pytest.mark.parametrize("stop", ["kill", "interrupt"])
+@pytest.mark.parametrize("kind", ["file", "folder", "folder aside", "own folder", "own folder aside"])
+def test_wherever_a_replacement_is_stopped_the_old_or_the_new_one_is_there(
+    tmp_path: Path, kind: str, stop: str, before: str
+) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", WALK, str(tmp_path), kind, stop, before],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    steps = [line.split("\t") for line in run.stdout.splitlines()]
+    *stopped, (_, status, last) = steps
+    assert status == "0"
+    assert len(stopped) >= 10
+    assert all(status != "0" for _, status, _ in stopped)
+    found = list(dict.fromkeys(there for *_, there in steps))
+    assert len(found) == 2  # before the one step, and after it
+    assert found[-1] == last
+    assert last.count("'new'") == (1 if kind == "file" else 2)
+    assert found[0] == (
+        last.replace("'new'", "'old'") if before == "old" else NOTHING[kind.startswith("own")]
+    )
+
+
+NOTHING = {False: "[]", True: "[('out', '')]"}
+
+
+def test_an_output_that_a_killed_run_set_aside_is_refused_as_if_it_had_its_name(tmp_path: Path) -> None:
+    ours(tmp_path / "out").rename(tmp_path / ".out.tmp-aside")
+    with pytest.raises(InputError, match="pass --force"):
+        refuse_existing(tmp_path / "out")
+    refuse_existing(tmp_path / "out", force=True)
