@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +77,24 @@ def _genai_chats(job: Job, folder: Path) -> ReadChats:
 def _ask(folder: Path) -> dict[str, Any]:
     """What `genai_worker` says."""
     request = json.dumps([[list(c.messages), list(c.tools) or None, c.to_be_answered] for c in CONVERSATIONS])
-    result = subprocess.run(
-        [*python_module("exporters.onnx.genai_worker"), str(folder)],
-        input=request,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=child_environment(),
-        timeout=_SECONDS,
-    )
+    try:
+        result = subprocess.run(
+            [*python_module("exporters.onnx.genai_worker"), str(folder)],
+            input=request,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            env=child_environment(),
+            timeout=_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"it has not answered within {_SECONDS:g} s"}
     lines = result.stdout.splitlines()
     if result.returncode or not lines:
         return {"error": f"it ended with status {result.returncode}"}
-    answer: dict[str, Any] = json.loads(lines[-1])
-    return answer
+    with suppress(ValueError):
+        answer = json.loads(lines[-1])
+        if isinstance(answer, dict):
+            return answer
+    return {"error": f"its answer cannot be read: {lines[-1]}"}

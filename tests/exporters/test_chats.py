@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from cfsp.text.encoding import encode
 from exporters.chats import read_chats
 from exporters.export_record import ExportRecord
 from exporters.gguf.export import export_gguf
+from exporters.onnx import genai_chats
 from exporters.onnx.chat_whitespace import explicit_whitespace
 from exporters.onnx.export import export_onnx
 
@@ -169,6 +171,31 @@ def test_what_genai_cannot_open_is_a_warning(
     (record,) = export_onnx(saved(model, tokenizer, tmp_path / "tiny"), tmp_path / "onnx", ["fp32"])
     assert record.chats == ()
     assert any(warning.startswith(said) for warning in record.warnings)
+
+
+@pytest.mark.parametrize(
+    ("worker", "said"),
+    [
+        ("import time; time.sleep(60)", "it has not answered within 3 s"),
+        ("print('{\"stops\": [')", 'its answer cannot be read: {"stops": ['),
+        ("print(4)", "its answer cannot be read: 4"),
+        (
+            "import sys; sys.stdout.buffer.write(bytes([255]))",
+            "its answer cannot be read: \N{REPLACEMENT CHARACTER}",
+        ),
+        ("raise SystemExit(7)", "it ended with status 7"),
+    ],
+    ids=["no end", "half an answer", "no answer", "no text", "an end"],
+)
+def test_a_worker_that_gives_no_answer_is_a_warning(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: str, said: str
+) -> None:
+    pytest.importorskip("onnxruntime_genai", reason="the onnx extra is not installed")
+    monkeypatch.setattr(genai_chats, "python_module", lambda _: [sys.executable, "-c", worker])
+    monkeypatch.setattr(genai_chats, "_SECONDS", 3.0)
+    (record,) = export_onnx(saved(*tiny_model(), tmp_path / "tiny"), tmp_path / "onnx", ["fp32"])
+    assert record.chats == ()
+    assert f"GenAI cannot read the folder's tokenizer: {said}" in record.warnings
 
 
 @pytest.mark.parametrize("token", [-1, 100_000, 2**40])
