@@ -18,7 +18,7 @@ from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.devices.projection import Band, project
 from runtime_bench.records.bench_record import DOES_NOT_FIT, EMULATED, BenchRecord
 from runtime_bench.records.energy_account import EnergyAccount, accounts, joules_of_processes
-from runtime_bench.records.fairness import noise
+from runtime_bench.records.fairness import CAP_LIMIT, capped_at, noise
 from runtime_bench.records.summary import median
 
 
@@ -102,6 +102,8 @@ def _unmeasured(
         conditions["key-value cache"] = record.quantized_cache
     if config.bench.backend is not None:
         conditions["backend"] = str(record.backends)
+    if metric != "peak_rss_bytes" and (cap := capped_at(record) or 1.0) < 1 - CAP_LIMIT:
+        conditions["clocks"] = f"capped at {cap:.0%}"
     return Figure(
         key=FigureKey(metric, item, place, threads),
         role=role,
@@ -135,7 +137,9 @@ def _timing(config: ReleaseConfig, place: str, record: BenchRecord, role: str, i
 
 def _anchored(figure: Figure, anchor: BenchRecord) -> Figure:
     """The figure with the anchor's samples: where it is compared with other sessions, they stand for the machine."""
-    conditions = {name: value for name, value in figure.conditions.items() if name != "processor"}
+    conditions = {
+        name: value for name, value in figure.conditions.items() if name not in ("processor", "clocks")
+    }
     found = replace(figure, conditions=conditions | {"anchor": str(anchor.anchor_sha256)})
     if figure.value is None:
         return found

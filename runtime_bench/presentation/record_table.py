@@ -16,7 +16,7 @@ from runtime_bench.records.bench_record import EMULATED, BenchRecord
 from runtime_bench.records.energy import Joules
 from runtime_bench.records.energy_account import EnergyAccount, energy
 from runtime_bench.records.engine_settings import EngineSettings
-from runtime_bench.records.fairness import fairness, has_speed
+from runtime_bench.records.fairness import capped_apart, capped_at, fairness, has_speed
 from runtime_bench.records.jsonl import record_to_json, record_to_line
 from runtime_bench.records.notes import note_of
 from runtime_bench.records.sustained import first_minute_ts, last_third_ts
@@ -208,8 +208,14 @@ def best_threads(records: Sequence[BenchRecord]) -> BenchRecord | None:
 
     Of rows that are equally fast the one with fewer threads is best.
     """
+    return min(_ranked(records), key=lambda r: (r.median_ns, r.n_threads), default=None)
+
+
+def _ranked(records: Sequence[BenchRecord]) -> list[BenchRecord]:
+    """Those with a speed, at the clocks of the one that was capped least."""
     measured = [record for record in records if has_speed(record)]
-    return min(measured, key=lambda r: (r.median_ns, r.n_threads), default=None)
+    freest = max(measured, key=lambda r: capped_at(r) or 0, default=None)
+    return [r for r in measured if freest is None or not capped_apart(r, freest)]
 
 
 def format_sweep(records: Sequence[BenchRecord]) -> str:
@@ -224,10 +230,12 @@ def format_sweep(records: Sequence[BenchRecord]) -> str:
     for (file, _, _, test), group in groups.items():
         if len(group) < 2:
             continue
-        best = best_threads(group)
+        best, ranked = best_threads(group), _ranked(group)
         row = {"file": names[file]} if len(names) > 1 else {}
         row |= {"test": test, "best threads": str(best.n_threads) if best else "-"}
-        row["speed at each, of the best"] = ", ".join(_point(record, best) for record in group)
+        row["speed at each, of the best"] = ", ".join(
+            _point(record, best if record in ranked else None) for record in group
+        )
         rows.append(row)
     return table_of(rows, right=("test",)).markdown()
 
@@ -256,6 +264,6 @@ def _at_depth(record: BenchRecord | None) -> str:
 
 
 def _point(record: BenchRecord, best: BenchRecord | None) -> str:
-    if not has_speed(record) or not record.median_ns or best is None or not best.median_ns:
+    if not record.median_ns or best is None or not best.median_ns:
         return f"{record.n_threads}: {'-' if record.ok else 'failed'}"
     return f"{record.n_threads}: {best.median_ns / record.median_ns:.0%}"

@@ -18,7 +18,7 @@ from runtime_bench.records import summary
 from runtime_bench.records.bench_record import EMULATED, BenchRecord
 from runtime_bench.records.crowding import judged_by_processor_time
 from runtime_bench.records.energy_comparison import EnergyRatio, energy_ratio
-from runtime_bench.records.fairness import noise
+from runtime_bench.records.fairness import capped_apart, noise
 from runtime_bench.records.summary import CONFIDENCE, RatioInterval, quotient_interval, ratio_interval
 
 MIN_SAMPLES = 5
@@ -308,6 +308,11 @@ def _noise(sides: Mapping[str, BenchRecord], basis: str, interval: RatioInterval
         why = noise(record, wall=basis == "wall")
         if why and record.ok:
             return f"{side}: {why}"
+    base, new, *anchors = sides.values()
+    beside = zip((base, new), anchors, strict=True) if anchors else [(base, new)]
+    apart = next(filter(None, (capped_apart(*pair) for pair in beside)), None)
+    if apart:
+        return apart
     if interval and interval.high > WIDEST * interval.low:
         width = interval.high / interval.low
         return f"the rounds differ too much: one end of the interval is {width:.1f} times the other"

@@ -18,7 +18,7 @@ from runtime_bench.records.crowding import crowding, stealing
 
 VERDICTS = FAIR, THROTTLED, DISTURBED, NOT_KNOWN = "fair", "throttled", "disturbed", "not known"
 CAP_LIMIT = 0.15
-"""A run is throttled when a core's clock was capped by more than this."""
+"""A run is throttled where a core's clock was capped by more than this meanwhile; a cap that stays favours no file."""
 QUOTA_LIMIT = 0.05
 """Share of the time between two looks in which a quota held the group."""
 HELD_LIMIT = 0.15
@@ -127,9 +127,21 @@ class _Threshold:
         return Fairness(self.verdict, self.reason(self.worst(values)), *first) if first else None
 
 
+def _capped(record: BenchRecord) -> Fairness | None:
+    """A cap that came or went while samples were timed."""
+    seen = [(process, at, cap) for process, one in _watched(record) for at, cap in one.told("caps")]
+    limit = (1 - CAP_LIMIT) * max((cap for *_, cap in seen), default=0.0)
+    low = [one for one in seen if one[2] < limit]
+    if not low:
+        return None
+    worst = min(cap for *_, cap in low)
+    return Fairness(THROTTLED, f"clocks were capped at {worst:.0%} of the highest", *low[0][:2])
+
+
 def _capped_around(record: BenchRecord) -> Fairness | None:
     """By looks before and after each process, where nobody looked during it or the cap was gone by then."""
-    low = [cap for cap in record.clock_caps if cap is not None and cap < 1 - CAP_LIMIT]
+    known = [cap for cap in record.clock_caps if cap is not None]
+    low = [cap for cap in known if cap < (1 - CAP_LIMIT) * max(known)]
     if not low:
         return None
     return Fairness(
@@ -137,6 +149,20 @@ def _capped_around(record: BenchRecord) -> Fairness | None:
         f"{len(low)} of {len(record.clock_caps)} processes ran with clocks capped by more than {CAP_LIMIT:.0%}, "
         f"down to {min(low):.0%} of the highest",
     )
+
+
+def capped_at(record: BenchRecord) -> float | None:
+    """The share of its highest clock that every core of a row was allowed at best; None where nothing tells."""
+    looks = [cap for _, one in _watched(record) for _, cap in one.told("caps")]
+    return max(looks or [cap for cap in record.clock_caps if cap is not None], default=None)
+
+
+def capped_apart(*records: BenchRecord) -> str | None:
+    """Why rows ran at clocks too different to be compared; None where they did not, or nothing tells."""
+    caps = [cap for record in records if (cap := capped_at(record)) is not None]
+    if not caps or min(caps) >= (1 - CAP_LIMIT) * max(caps):
+        return None
+    return f"one ran with clocks capped at {min(caps):.0%} of the highest, another at {max(caps):.0%}"
 
 
 def _held(record: BenchRecord) -> Fairness | None:
@@ -204,12 +230,7 @@ def _clock(record: BenchRecord) -> Fairness | None:
 
 
 _JUDGES: tuple[Callable[[BenchRecord], Fairness | None], ...] = (
-    _Threshold(
-        "caps",
-        lambda cap: cap < 1 - CAP_LIMIT,
-        min,
-        lambda cap: f"clocks were capped at {cap:.0%} of the highest",
-    ),
+    _capped,
     _capped_around,
     _Threshold(
         "thermal_status", lambda status: status > 0, max, lambda s: f"the system's thermal status was {s}"

@@ -6,7 +6,7 @@ from runtime_bench.records import summary
 from runtime_bench.records.bench_record import EMULATED, THRASHES, BenchRecord
 from runtime_bench.records.crowding import crowding, stealing
 from runtime_bench.records.energy_account import energy
-from runtime_bench.records.fairness import unfair
+from runtime_bench.records.fairness import CAP_LIMIT, capped_at, unfair
 
 
 def note_of(record: BenchRecord) -> str | None:
@@ -53,7 +53,13 @@ def _on_conditions(record: BenchRecord) -> tuple[str | None, ...]:
     found = unfair(record)
     if found is not None:
         return (f"{found.text}: {found.reason}",)
-    return stealing(record), crowding(record)
+    cap = capped_at(record)
+    held = (
+        f"clocks were capped at {cap:.0%} of the highest all the time"
+        if cap and cap < 1 - CAP_LIMIT
+        else None
+    )
+    return held, stealing(record), crowding(record)
 
 
 def _on_energy(record: BenchRecord) -> tuple[str | None, ...]:

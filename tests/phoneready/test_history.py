@@ -15,7 +15,7 @@ import pytest
 from cfsp.errors import InputError, LimitError
 from phoneready.figures.budgets import BudgetConfig
 from phoneready.figures.figure_set import DENSE, PRUNED, Figure, FigureSet
-from phoneready.figures.gate import judge
+from phoneready.figures.gate import differences, judge
 from phoneready.history.changes import DRIFT, MIN_RUNS, STEP, exact_changes, sampled_changes
 from phoneready.history.entry import HISTORY_FILE, HistoryEntry, append_entry, entry_of, read_entries
 from phoneready.history.history import History, check_history, find_entries, make_history
@@ -112,6 +112,21 @@ def test_an_emulators_clock_makes_no_figure() -> None:
     found = benchmark_figures(CONFIG, "qemu-aarch64", [record], {"pruned.gguf": (PRUNED, "Q4_0")})
     (speed,) = (figure for figure in found if figure.key.metric == "tg64")
     assert (speed.value, speed.samples, speed.failure) == (None, (), "emulated times say nothing")
+
+
+def test_speeds_at_pinned_clocks_are_figures_of_their_own() -> None:
+    free = bench_record("pruned.gguf", [10**9] * 5)
+    pinned = replace(free, clock_caps=(0.6,) * 5)
+    before, now = (
+        {
+            one.key.metric: one
+            for one in benchmark_figures(CONFIG, "local", [record], {"pruned.gguf": (PRUNED, "Q4_0")})
+        }
+        for record in (free, pinned)
+    )
+    assert now["tg64"].noise is None
+    assert differences(now["tg64"], before["tg64"]) == "clocks was not stated and is capped at 60%"
+    assert not differences(now["peak_rss_bytes"], before["peak_rss_bytes"])
 
 
 def test_energy_is_followed_with_what_its_meter_may_be_wrong() -> None:

@@ -87,7 +87,7 @@ def test_sessions_without_one_anchor_are_not_compared(session: Sessions, other: 
 def test_an_anchor_that_was_throttled_says_nothing(session: Sessions) -> None:
     old, beside_old = session("old", 1000, 500)
     new, beside_new = session("new", 900, 500)
-    hot = replace(beside_new, clock_caps=(0.5,) * 6)
+    hot = replace(beside_new, clock_caps=(1.0, *(0.5,) * 5))
     (found,) = compare([old], [new], anchors=[beside_old, hot])
     assert (found.verdict, found.ratio) == ("too noisy to tell", None)
     assert str(found.reason).startswith("new's anchor: throttled")

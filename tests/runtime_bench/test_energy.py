@@ -577,7 +577,9 @@ def test_only_the_same_meter_of_the_same_machine_is_compared(make_record: Any) -
     assert why(energy=(dram, dram)) == "different meters: RAPL counter, package and RAPL counter, dram"
     assert why(energy=()) == "new: energy was not asked for"
     assert why(energy=(ProcessEnergy(hidden="root alone may"),) * 2) == "new: root alone may"
-    assert why(clock_caps=(0.5, 0.5)).startswith("new: throttled")
+    assert why(clock_caps=(1.0, 0.5)).startswith("new: throttled")
+    base = replace(base, clock_caps=(1.0, 1.0))
+    assert why(clock_caps=(0.5, 0.5)) == "one ran with clocks capped at 50% of the highest, another at 100%"
     plain = replace(base, energy=())
     assert compare_records(plain, plain).energy is None
     assert "J/token" not in format_comparison([compare_records(plain, plain)])

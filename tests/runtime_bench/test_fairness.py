@@ -90,6 +90,42 @@ def test_a_state_that_changes_between_processes_disturbs(row: Callable[..., Benc
     assert (found.verdict, found.process) == (DISTURBED, 3)
 
 
+PINNED = replace(QUIET, caps=(0.6,) * 5)
+SHORT = replace(PINNED, samples_s=())
+
+
+def test_pinned_clocks_favour_nobody(row: Callable[..., BenchRecord]) -> None:
+    pinned = [row(base=PINNED), row(base=SHORT, clock_caps=(0.6,) * 5, samples_ns=(8 * 10**8,) * 5)]
+    for record in pinned:
+        assert fairness(record).verdict == FAIR
+        assert has_speed(record)
+        assert note_of(record) == "clocks were capped at 60% of the highest all the time"
+    found = compare_records(*pinned)
+    assert (found.verdict, found.ratio) == ("faster", 1.25)
+    (line,) = format_sweep([pinned[0], replace(pinned[1], n_threads=2)]).splitlines()[2:]
+    assert "80%" in line
+    assert note_of(row()) is None
+
+
+@pytest.mark.parametrize("caps", [(1.0,) * 5, (0.8,) * 5, (0.45,) * 5])
+def test_a_cap_that_changes_does(row: Callable[..., BenchRecord], caps: tuple[float, ...]) -> None:
+    assert fairness(row({"caps": caps}, base=PINNED)).verdict == THROTTLED
+    assert fairness(row(base=PINNED, clock_caps=(0.6, *caps[:4]))).verdict == THROTTLED
+
+
+def test_rows_of_different_caps_are_not_compared(row: Callable[..., BenchRecord]) -> None:
+    free, pinned = row(n_threads=2), row(base=SHORT, n_threads=2, samples_ns=(5 * 10**8,) * 5)
+    for pair in ((free, pinned), (pinned, free)):
+        found = compare_records(*pair)
+        assert (found.verdict, found.ratio) == ("too noisy to tell", None)
+        assert found.reason == "one ran with clocks capped at 60% of the highest, another at 100%"
+    assert best_threads([pinned, replace(free, n_threads=4)]) == replace(free, n_threads=4)
+    assert "2: -, 4: 100%" in format_sweep([pinned, replace(free, n_threads=4)])
+    beside = [replace(record, model_filename="anchor.gguf") for record in (free, pinned)]
+    assert compare_records(free, pinned, anchors=(beside[0], beside[1])).verdict == "no difference"
+    assert compare_records(free, pinned, anchors=(beside[0], beside[0])).ratio is None
+
+
 HIDDEN = replace(nothing_known("no file shows it"), at_s=AT, samples_s=SPANS)
 
 
