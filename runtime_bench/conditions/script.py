@@ -28,13 +28,11 @@ file that does not change, and its text; the uptime before and after a round of 
 says that the process begins."""
 
 _ONCE = (
-    "/sys/devices/system/cpu/cpu[0-9]*/cpufreq/cpuinfo_max_freq "
+    '"$base"/sys/devices/system/cpu/cpu[0-9]*/cpufreq/cpuinfo_max_freq '
     '"$base"/sys/class/power_supply/*/type "$base"/sys/class/power_supply/*/scope'
 )
 _EVERY_TIME = (
     "/proc/uptime /proc/stat "
-    "/sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_max_freq "
-    "/sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq "
     '"$base"/sys/class/power_supply/*/capacity "$base"/sys/class/power_supply/*/status '
     '"$base"/sys/class/power_supply/*/online '
     "/sys/firmware/acpi/platform_profile"
@@ -60,6 +58,36 @@ hottest() {{  # of the zones, those that are connected, which say something betw
         most=$milli where=$zone
     done
     test "$where" && printf '%s:%s\n' "$where" "$most"
+}}
+find_cores() {{  # those that the process may use, as number:highest clock
+    allowed= cores=
+    test "$1" && while read -r key rest; do
+        test "$key" = Cpus_allowed_list: && allowed=$rest, && break
+    done <"/proc/$1/status"
+    for file in "$base"/sys/devices/system/cpu/cpu[0-9]*/cpufreq/cpuinfo_max_freq; do
+        IFS= read -r most <"$file" || continue
+        case $most in *[!0-9]* | ??????????*) continue ;; ????*) ;; *) continue ;; esac
+        core=${{file%/cpufreq/*}} left=$allowed
+        core=${{core##*/cpu}}
+        while test "$left"; do
+            part=${{left%%,*}} left=${{left#*,}}
+            test "$core" -ge "${{part%-*}}" && test "$core" -le "${{part#*-}}" && break
+            part=
+        done
+        test "$allowed" && test -z "$part" || cores="$cores $core:$most"
+    done
+}}
+extreme_clock() {{  # of a file of each core, the line with the least (-lt) or most (-gt) of the core's highest clock
+    found= where=
+    for core in $cores; do
+        file=/sys/devices/system/cpu/cpu${{core%:*}}/cpufreq/$2
+        IFS= read -r khz <"$base$file" || continue
+        case $khz in '' | *[!0-9]* | ??????????*) continue ;; esac
+        share=$((khz / (${{core#*:}} / 1000)))  # Android's shell has 32 bits
+        test "$where" && ! test $share $1 "$found" && continue
+        found=$share where=$file:$khz
+    done
+    test "$where" && printf '%s\n' "$where"
 }}
 chosen_lines() {{  # of a file, those that begin with one of the words, none after the last word's
     file=$1
@@ -168,6 +196,8 @@ pause_between() {{  # until the next look, with glances
 look() {{
     echo {LOOK_BEGINS}
     first_lines {_EVERY_TIME}
+    extreme_clock -lt scaling_max_freq
+    extreme_clock -gt scaling_cur_freq
     hottest
     chosen_lines /proc/meminfo MemAvailable:
     if test "$1"; then
@@ -183,6 +213,7 @@ watch() {{
     trap 'over=1' TERM
     count=0 meters=
     first_lines {_ONCE}
+    find_cores "$1"
     if test "$2"; then
         find_meters
         tell_facts {_FACTS}

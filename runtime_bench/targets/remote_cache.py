@@ -12,8 +12,8 @@ from runtime_bench.targets.far_machine import ANSWER_S
 from runtime_bench.targets.far_scripts import CHECK, CLEAN, FORGET, MISMATCH, PUSH
 from runtime_bench.targets.transport import FarError, FarShell
 
-_HASHED_PER_S = 20 * 2**20
-"""Bytes that the slowest of boards hashes in a second."""
+_HASHED_PER_S = 4 * 2**20
+"""Bytes that the slowest of boards reads from its card and hashes in a second, beside other work."""
 _STALL_S = 60.0
 """A client that takes nothing more of a file for so long has lost its device."""
 _NO_SPACE = ("No space left", "quota exceeded")
@@ -86,8 +86,8 @@ class RemoteCache:
     def _lacking(self, bundle: Bundle) -> list[BundledFile]:
         """Files that are not there, or not as they should be."""
         words = [word for file in bundle for word in (self._path(file), file.sha256)]
-        patience_s = ANSWER_S + sum(file.size_bytes for file in bundle) / _HASHED_PER_S
-        reply = self.shell.run(CHECK, *words, timeout_s=patience_s)
+        hashing_s = sum(file.size_bytes for file in bundle) / _HASHED_PER_S
+        reply = self.shell.run(CHECK, *words, timeout_s=ANSWER_S + hashing_s)
         if reply.status:
             raise FarError("there is no sha256sum, without which nothing can be verified")
         answers = [word for word in reply.text.split() if word in ("same", "other")][-len(bundle) :]
@@ -105,7 +105,13 @@ class RemoteCache:
         report(0)
         try:
             reply = self.shell.run(
-                PUSH, self._path(file), file.sha256, timeout_s=_STALL_S, file=file.path, on_bytes=report
+                PUSH,
+                self._path(file),
+                file.sha256,
+                timeout_s=_STALL_S,
+                file=file.path,
+                after_s=size / _HASHED_PER_S,
+                on_bytes=report,
             )
         except OSError as error:
             raise FarError(f"cannot read {file.path}: {error.strerror}") from error

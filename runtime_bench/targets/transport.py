@@ -23,7 +23,8 @@ from cfsp.errors import PhonereadyError
 from runtime_bench.process import kill_tree, last_lines
 
 _STATUS = "phoneready-status:"
-_MOST_BYTES = 2**24
+_MOST_BYTES = 2**26
+"""Of an answer: four times what half a day of looks at a phone comes to, its meters among them."""
 _POLL_S = 0.2
 
 
@@ -109,6 +110,7 @@ class FarShell:
         timeout_s: float,
         line: str | None = None,
         file: Path | None = None,
+        after_s: float = 0.0,
         on_bytes: Callable[[int], None] = lambda count: None,
     ) -> Reply:
         """Run a script.
@@ -119,6 +121,7 @@ class FarShell:
             timeout_s: How long it may take; of a script that reads a file, how long it may take nothing of it.
             line: What it reads. Its stdin stays open after that until it has ended, or nobody waits any more.
             file: A file of this machine that it reads instead.
+            after_s: How much longer it may take once it has all of the file.
             on_bytes: Told how much of the file the client has taken.
 
         Raises:
@@ -141,9 +144,9 @@ class FarShell:
                     with contextlib.suppress(BrokenPipeError):
                         process.stdin.write(line.encode() + b"\n")
                         process.stdin.flush()
-                _wait(process, timeout_s, (output, errors), sent, on_bytes)
-            except subprocess.TimeoutExpired:
-                raise FarError(f"timeout: no answer within {timeout_s:g} s") from None
+                _wait(process, timeout_s, after_s, (output, errors), sent, on_bytes)
+            except subprocess.TimeoutExpired as error:
+                raise FarError(f"timeout: no answer within {round(error.timeout, 1):g} s") from None
             finally:
                 # Whatever runs there sees its stdin close, and ends.
                 _end(process)
@@ -202,6 +205,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _wait(
     process: subprocess.Popen[bytes],
     timeout_s: float,
+    after_s: float,
     said: Sequence[IO[bytes]],
     sent: IO[bytes] | None,
     on_bytes: Callable[[int], None],
@@ -221,8 +225,11 @@ def _wait(
             if sent is not None and sent.tell() != last:
                 last, since = sent.tell(), time.monotonic()
                 on_bytes(last)
-            elif time.monotonic() - since >= timeout_s:
-                raise
+            else:
+                all_of_it = sent is not None and last == os.fstat(sent.fileno()).st_size
+                allowed_s = timeout_s + after_s * all_of_it
+                if time.monotonic() - since >= allowed_s:
+                    raise subprocess.TimeoutExpired(process.args, allowed_s) from None
 
 
 def meaning_of(lines: Sequence[str], failures: Sequence[tuple[str, str]]) -> str | None:

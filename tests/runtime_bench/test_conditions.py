@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -153,6 +154,45 @@ def test_a_record_holds_no_more_looks_than_it_can() -> None:
     found = conditions_of("".join(look(float(i), "/proc/meminfo:MemAvailable: 1 kB") for i in range(20_000)))
     assert 5000 < len(found.at_s) == len(found.free_bytes) <= 9000
     assert found.at_s[1] == 3.0
+
+
+@linux
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_look_at_many_cores_is_no_longer_than_one_at_few(shell: str, tmp_path: Path) -> None:
+    (own,) = (
+        line for line in Path("/proc/self/status").read_text().splitlines() if "Cpus_allowed_list" in line
+    )
+    first = int(re.split("[-,]", own.split()[1])[0])
+    for core in range(512):
+        folder = tmp_path / f"sys/devices/system/cpu/cpu{core}/cpufreq"
+        folder.mkdir(parents=True)
+        cap, clock = (2_100_000, 1_500_000) if core == first else (900_000, 3_000_000)
+        for name, khz in (("cpuinfo_max", 3_000_000), ("scaling_max", cap), ("scaling_cur", clock)):
+            (folder / f"{name}_freq").write_text(f"{khz}\n")
+    (tmp_path / "sys/devices/system/cpu/cpu7/cpufreq/scaling_max_freq").write_text("<unknown>\n")
+    script = WATCH.replace("\nbase=  #", f"\nbase={tmp_path}  #", 1)
+    words = ["busybox", "sh"] if shell == "busybox" else [shell]
+
+    def looked(process: str = "", seconds: float = 0.0) -> str:
+        command = [*words, "-c", script, "phoneready", process]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watcher:
+            time.sleep(seconds)
+            if process:
+                watcher.terminate()
+            return watcher.communicate(timeout=60)[0]
+
+    everywhere = looked()
+    assert (conditions_of(everywhere).caps, conditions_of(everywhere).clocks) == ((0.3,), (1.0,))
+    assert len(everywhere.partition(LOOK_BEGINS)[2]) < 2000
+    usable = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {first})
+    try:
+        text = looked(str(os.getpid()), 1.5)
+    finally:
+        os.sched_setaffinity(0, usable)
+    found = conditions_of(text)
+    assert len(found.caps) > 1
+    assert (set(found.caps), set(found.clocks)) == ({0.7}, {0.5})
 
 
 @linux

@@ -11,9 +11,11 @@ import psutil
 import pytest
 
 from cfsp.errors import InputError
-from runtime_bench.targets import far_machine, remote
+from runtime_bench.targets import far_machine, remote, remote_cache
+from runtime_bench.targets.bundle import plain_bundle
 from runtime_bench.targets.places import check_place
 from runtime_bench.targets.remote import Remote
+from runtime_bench.targets.remote_cache import RemoteCache
 from runtime_bench.targets.transport import FarError, FarShell
 from runtime_bench.worker import SessionSettings, WorkerRequest
 from runtime_bench.workload import Workload
@@ -39,7 +41,7 @@ class Program:
 def test_a_machine_that_says_too_much_is_ended() -> None:
     word = uuid.uuid4().hex
     for stream in ("", " >&2"):
-        with pytest.raises(FarError, match="more than 16 MiB"):
+        with pytest.raises(FarError, match="more than 64 MiB"):
             FarShell(Program(f"yes {word}{stream}")).run("true", timeout_s=600)
     # What the client has started would fill the disk.
     going = [
@@ -49,6 +51,27 @@ def test_a_machine_that_says_too_much_is_ended() -> None:
     assert not alive
     reply = FarShell(Program("")).run("echo fine", timeout_s=60)
     assert (reply.status, reply.text) == (0, "fine\n")
+
+
+def test_a_large_file_may_be_hashed_there_for_longer_than_it_may_stall(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = tmp_path / "bin" / "sha256sum"
+    slow.parent.mkdir()
+    slow.write_text('#!/bin/sh\nsleep 2\nPATH=${PATH#*:}\nsha256sum "$@"\n')
+    slow.chmod(0o755)
+    model = tmp_path / "model.gguf"
+    model.write_bytes(bytes(2**20))
+    monkeypatch.setattr(remote_cache, "_STALL_S", 0.5)
+    shell = FarShell(Program(f"PATH={slow.parent}:$PATH; export PATH"))
+    for rate, arrives in ((2**20 / 60, True), (2**30, False)):
+        monkeypatch.setattr(remote_cache, "_HASHED_PER_S", rate)
+        cache = RemoteCache(shell, str(tmp_path / f"far {arrives}"))
+        if arrives:
+            assert Path(cache.have(model, plain_bundle)).read_bytes() == model.read_bytes()
+        else:
+            with pytest.raises(FarError, match=r"timeout: no answer within 0\.5 s"):
+                cache.have(model, plain_bundle)
 
 
 def test_a_machine_that_never_answers_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
