@@ -153,14 +153,14 @@ class SamplingSettings(Settings):
         shown="all cores that the target lets a process use",
     )
     repetitions: int = setting(
-        5, "Samples of each row; a verdict needs five.", ge=1, le=10**6, option="-r --repetitions"
+        5, "Samples of each row; a verdict needs five.", ge=1, le=10_000, option="-r --repetitions"
     )
     samples_per_process: int = setting(
         1,
         "Samples that one process takes. 1 is the most independent and costs a load and a warm-up a sample; "
         "raise it for files that load slowly.",
         ge=1,
-        le=10**6,
+        le=10_000,
     )
     warmup: bool = setting(
         True,

@@ -52,6 +52,7 @@ def run(folder: Path, *options: str, **variables: str) -> subprocess.CompletedPr
         ("no npm here", {}, 0),
         (GRADLE, {"CI": "1"}, 1),  # two of them, and one is expected
         (LIMIT, {"CI": "1"}, 0),
+        ("no network of its own for adbd: unshare failed", {"CI": "1"}, 1),
     ],
 )
 def test_more_skips_than_expected_fail_a_session_that_counts(

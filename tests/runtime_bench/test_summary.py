@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -100,8 +101,19 @@ def test_samples_of_one_process_count_as_one_round() -> None:
     assert uneven.low < uneven.ratio < uneven.high
 
 
-def test_many_samples_need_little_memory_and_change_nothing_else() -> None:
+def test_many_samples_need_little_memory_and_change_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     samples = [float(n % 97 + 1) for n in range(3000)]
-    found = summary.ratio_interval(samples, samples[::-1], paired=False, resamples=1500)
-    assert found.low < 1 < found.high
-    assert found == summary.ratio_interval(samples, samples[::-1], paired=False, resamples=1500)
+
+    def drawn(most: int) -> tuple[summary.RatioInterval, int]:
+        monkeypatch.setattr(summary, "_DRAWN_AT_ONCE", most)
+        tracemalloc.start()
+        try:
+            found = summary.ratio_interval(samples, samples[::-1], paired=True, resamples=1500)
+            return found, tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    (at_once, much), (in_portions, little) = drawn(2**40), drawn(2**18)
+    assert at_once.low < 1 < at_once.high
+    assert in_portions == at_once
+    assert little < much / 10

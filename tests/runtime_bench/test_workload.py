@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cfsp.errors import InputError
+from runtime_bench.records.jsonl import BOUNDS
 from runtime_bench.workload import BenchSettings, Workload, workloads_of
 
 
@@ -57,3 +58,10 @@ def test_threads_default_to_the_usable_cores_and_come_once() -> None:
 def test_an_unknown_workload_names_the_known_ones() -> None:
     with pytest.raises(InputError, match="pp, tg, ttft, start, load"):
         Workload("pg")
+
+
+def test_no_more_samples_are_taken_than_a_record_holds() -> None:
+    for name in ("repetitions", "samples_per_process"):
+        BenchSettings(**{name: BOUNDS.items})  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=name.replace("_", ".")):
+            BenchSettings(**{name: BOUNDS.items + 1})  # type: ignore[arg-type]
