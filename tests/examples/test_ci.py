@@ -132,6 +132,24 @@ def test_github_actions(project: Path, environment: dict[str, str]) -> None:
         assert list(project.glob(pattern)), pattern
 
 
+def test_what_a_red_run_has_made_is_kept_for_the_next_one() -> None:
+    """actions/cache saves at the end of green jobs alone; GitLab's cache unless `when` says more."""
+    names = [step.get("uses", step.get("name", "")) for step in workflow()]
+    assert not any(name.startswith("actions/cache@") for name in names)
+    (restore,), (save,) = (
+        [step for step in workflow() if step.get("uses", "").startswith(f"actions/cache/{what}@")]
+        for what in ("restore", "save")
+    )
+    assert save["if"] == "always()"
+    assert save["with"] == {name: restore["with"][name] for name in ("path", "key")}
+    assert (
+        "github.run_attempt" in save["with"]["key"]
+    )  # a key is written once, and a run may be started again
+    assert names.index("Release") < names.index(save["uses"])
+    job = yaml.safe_load((CI / "gitlab-ci.yml").read_text(encoding="utf-8"))["model"]
+    assert (job["cache"]["paths"], job["cache"]["when"]) == (["release"], "always")
+
+
 def test_gitlab(project: Path, environment: dict[str, str]) -> None:
     job = yaml.safe_load((CI / "gitlab-ci.yml").read_text(encoding="utf-8"))["model"]
     miss(project)
