@@ -334,7 +334,8 @@ def _bench(config: ReleaseConfig, steps: Steps, place: str, exports: tuple[str, 
         shared |= {"target": place, "details": place_details(place), "cpu": cpu_model()}
         return shared | made_with("bench", families=config.export.formats)
 
-    return Stage(bench_stage(place), settings, exports, functools.partial(steps.bench, place), bench_settled)
+    run = functools.partial(steps.bench, place)
+    return Stage(bench_stage(place), settings, exports, run, bench_settled, resumes=True)
 
 
 def _without(section: Any, *names: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import shutil
 import stat
 import threading
 import time
@@ -33,6 +34,7 @@ LOCK_FILE = ".phoneready.lock"
 RECORD_FILE = "stage.json"
 RUNNING = "running"
 """State of a stage that begins."""
+_TRIED_AGAIN = "some of it failed and is tried again"
 _TRIES = 10
 """At a lock whose folder comes and goes."""
 
@@ -49,6 +51,7 @@ class Stage:
         run: Writes the output into the folder it is given.
         settled: Says of a finished output whether another run would give the same; one that would not is done again.
         beside: Whether others may run beside it, which need not be so where times are what it measures.
+        resumes: Whether `run` is given what an output that is not settled has, to go on with it.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Stage:
     run: Callable[[Path, Progress], None]
     settled: Callable[[Path], bool] = lambda output: True
     beside: bool = False
+    resumes: bool = False
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
@@ -289,7 +293,7 @@ def _reason(stage: Stage, inputs: Mapping[str, str], folder: Path) -> str:
     damaged = [name for name, size in record.files.items() if _size(output / name) != size]
     if damaged:
         return f"files are missing or have another size: {', '.join(damaged)}"
-    return "" if stage.settled(output) else "some of it failed and is tried again"
+    return "" if stage.settled(output) else _TRIED_AGAIN
 
 
 def _differences(
@@ -329,7 +333,10 @@ def run_stage(
     """
     began = time.monotonic()
     key = _key(stage, inputs)  # before it runs: what is changed while it runs has changed the next time
-    with atomic_directory(stage_folder(folder, stage.name), own=True) as temporary:
+    output = stage_folder(folder, stage.name)
+    with atomic_directory(output, own=True) as temporary:
+        if stage.resumes and _reason(stage, inputs, folder) == _TRIED_AGAIN:
+            shutil.copytree(output, temporary, ignore=shutil.ignore_patterns(RECORD_FILE), dirs_exist_ok=True)
         stage.run(temporary, progress)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}

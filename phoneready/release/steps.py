@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -68,11 +68,13 @@ def bench_stage(place: str) -> str:
 
 
 def bench_settled(output: Path) -> bool:
-    """Whether measuring again would give nothing else: all rows were measured as was asked, or do not fit."""
-    records = read_jsonl(output / BENCH_FILE)
-    return all(
-        (record.ok and not record.fallback) or record.memory_verdict == DOES_NOT_FIT for record in records
-    )
+    """Whether measuring again would give nothing else."""
+    return all(map(_settled, read_jsonl(output / BENCH_FILE)))
+
+
+def _settled(record: BenchRecord) -> bool:
+    """Whether a row was measured as was asked, or does not fit."""
+    return (record.ok and not record.fallback) or record.memory_verdict == DOES_NOT_FIT
 
 
 def model_stem(config: ReleaseConfig, source: str, role: str) -> str:
@@ -304,8 +306,11 @@ class Steps:
     def bench(self, place: str, output: Path, progress: Progress) -> None:
         """All of them in turns at a place; records name them without folders, as the release may move.
 
-        A place that cannot be reached is no reason to lose all else: its rows are recorded as failed.
+        A place that cannot be reached is no reason to lose all else: its rows are recorded as failed, and the next run
+        measures those that are missing.
         """
+        file = output / BENCH_FILE
+        done = list(filter(_settled, read_jsonl(file))) if file.is_file() else []
         wanted = self.config.bench.measured(self.config.export.names)
         # Dense and pruned take turns.
         names = {str(a.path): a.name for a in self.artifacts() if a.item in wanted}
@@ -316,9 +321,9 @@ class Steps:
         except PhonereadyError as error:
             target = Unreachable(place, str(error))
         progress, tell = rows_so_far(progress)
-        append_jsonl(
-            output / BENCH_FILE, bench_named(names, self.config.bench, settings, target, progress, tell)
-        )
+        records = bench_named(names, self.config.bench, settings, target, progress, tell, done)
+        file.unlink(missing_ok=True)
+        append_jsonl(file, records)
 
     def bench_records(self, place: str) -> list[BenchRecord]:
         """What was measured at a place, the anchor's rows among it."""
@@ -340,6 +345,7 @@ def bench_named(
     target: Target,
     progress: Progress,
     on_record: Callable[[BenchRecord], None] = lambda record: None,
+    done: Sequence[BenchRecord] = (),
 ) -> list[BenchRecord]:
     """Measure files in turns with each other and the anchor, where there is one.
 
@@ -350,11 +356,19 @@ def bench_named(
         target: Where.
         progress: Told after each process.
         on_record: Called with each record as soon as it is complete.
+        done: As `run_bench`, of an earlier call.
     """
     anchor = Path(config.anchor) if config.anchor else None
     known = {**names, **({str(anchor): f"anchor {anchor.name}"} if anchor else {})}
+    paths = {name: path for path, name in known.items()}
     records = run_bench(
-        [Path(path) for path in names], settings, progress, target=target, anchor=anchor, on_record=on_record
+        [Path(path) for path in names],
+        settings,
+        progress,
+        target=target,
+        anchor=anchor,
+        on_record=on_record,
+        done=[dataclasses.replace(one, model_filename=paths[one.model_filename]) for one in done],
     )
     return [dataclasses.replace(r, model_filename=known[r.model_filename]) for r in records]
 

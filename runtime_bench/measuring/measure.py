@@ -43,6 +43,7 @@ def run_bench(
     anchor: Path | None = None,
     on_record: Callable[[BenchRecord], None] = lambda record: None,
     seen: Mapping[Path, SeenFile] | None = None,
+    done: Sequence[BenchRecord] = (),
 ) -> list[BenchRecord]:
     """Measure every workload on every file.
 
@@ -60,6 +61,8 @@ def run_bench(
         on_record: Called with each record as soon as it is complete, so that an interrupted session loses
             little.
         seen: What `look_at` saw of the files, where that was done before.
+        done: Rows that were measured before on this target. Where all files have theirs, they are not measured again;
+            where one fails now, the earlier one stands.
 
     Returns:
         One record for each thread count, workload and file, in this order, the anchor last. A row that could not be
@@ -81,13 +84,26 @@ def run_bench(
         for path, engine in zip(files, engines, strict=True)
     )
     session = Session(measured, settings, target, measured[-1] if anchor else None)
-    counts = settings.threads(target.environment().cpus_usable)
-    groups = [(threads, workload) for threads in counts for workload in workloads]
-    processes = sum(len(shares(settings, workload)) for _, workload in groups)
+    machine = target.environment()
+    known = {
+        (one.n_threads, one.timed, one.model_filename, one.file_sha256): one
+        for one in done
+        if machine.cpu_model in (None, one.cpu_info)  # a machine that is away may be the one that it was
+    }
+    cores = machine.cpus_usable or max((one.n_threads for one in done), default=None)
+    groups = [(threads, workload) for threads in settings.threads(cores) for workload in workloads]
+    before = {
+        group: [known.get((*group, str(file.path), file.sha256)) for file in measured] for group in groups
+    }
+    processes = sum(len(shares(settings, group[1])) for group in groups if None in before[group])
     counter = _Counter(progress, processes * len(files))
     records = []
     for threads, workload in groups:
-        for record in _measure_group(session, workload, threads, counter):
+        rows = before[threads, workload]
+        if None in rows:
+            now = _measure_group(session, workload, threads, counter)
+            rows = [old if old and not new.ok else new for old, new in zip(rows, now, strict=True)]
+        for record in filter(None, rows):
             records.append(record)
             on_record(record)
     return records
