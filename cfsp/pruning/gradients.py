@@ -11,9 +11,10 @@ intermediate_size) its weight, g_t (hidden_size,) the gradient at down_proj's ou
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,6 +30,7 @@ from cfsp.models.architectures import (
     decoder_layers,
     feed_forward,
     output_logits,
+    state_size,
     token_tables,
 )
 from cfsp.models.block_pass import StoredStates, enter_blocks, leave_blocks, run_layer, run_windows
@@ -289,34 +291,38 @@ def _backwards_by_windows(
     model: Any, input_ids: torch.Tensor, generator: torch.Generator, progress: Progress
 ) -> _Embedded:
     for done, window in enumerate(input_ids, 1):
-        embedded, hidden = _embedded_and_run(model, window[None])
-        gradients = _pulled_back(hidden, _head_gradient(model, hidden, generator), *embedded)
-        yield window, [gradient[0] for gradient in gradients]
+        with _embeddings_as_leaves(model) as embedded:
+            hidden = model.get_decoder()(input_ids=window[None], use_cache=False).last_hidden_state
+        torch.autograd.backward(hidden, _head_gradient(model, hidden, generator))
+        yield window, [_gradient(embedded[table])[0] for table in token_tables(model)]
         progress(_WHAT, done, len(input_ids))
 
 
-def _embedded_and_run(model: Any, window: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """What each of `token_tables` gives for a window, which wants a gradient, and what the output matrix reads."""
-    kept: dict[nn.Module, torch.Tensor] = {}
+@contextmanager
+def _embeddings_as_leaves(model: Any) -> Iterator[dict[nn.Module, torch.Tensor]]:
+    """Collect what each of `token_tables` gives while the context is open; a backward pass ends there."""
+    embedded: dict[nn.Module, torch.Tensor] = {}
 
     def keep(table: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
-        kept[table] = output.detach().requires_grad_()
-        return kept[table]
+        embedded[table] = output.detach().requires_grad_()
+        return embedded[table]
 
-    tables = token_tables(model)
     with ExitStack() as stack:
-        for table in tables:
+        for table in token_tables(model):
             stack.enter_context(table.register_forward_hook(keep))
-        hidden = model.get_decoder()(input_ids=window, use_cache=False).last_hidden_state
-    return [kept[table] for table in tables], hidden
+        yield embedded
 
 
 def _backwards_by_blocks(
     model: Any, input_ids: torch.Tensor, generator: torch.Generator, progress: Progress
 ) -> _Embedded:
-    """The same numbers with one block in memory: it is run again when its gradients are due."""
+    """The same with one block in memory: it is run again when its gradients are due.
+
+    Beside hidden states, gradients go back through what a block gets of each token, and through the keys and values
+    that it reads of an earlier block.
+    """
     layers = decoder_layers(model)
-    require_scratch(input_ids.numel() * model.config.hidden_size * torch.float32.itemsize * len(layers))
+    require_scratch(input_ids.numel() * state_size(model.config) * torch.float32.itemsize * len(layers))
     before = StoredStates()
     with torch.no_grad():
         states, calls = enter_blocks(model, layers, input_ids)
@@ -329,20 +335,51 @@ def _backwards_by_blocks(
     with at_hand(model.get_output_embeddings()):
         for state in states:
             normed = leave_blocks(model, state.requires_grad_())
-            gradients += _pulled_back(normed, _head_gradient(model, normed, generator), state)
+            torch.autograd.backward(normed, _head_gradient(model, normed, generator))
+            gradients.append(_gradient(state))
+    of_inputs: list[dict[tuple[int, str], torch.Tensor]] = [{} for _ in gradients]
+    of_keys: list[dict[Any, tuple[torch.Tensor, ...]]] = [{} for _ in gradients]
     for index, layer in reversed(list(enumerate(layers))):
         with at_hand(layer):
             for window, state in enumerate(before.take(index, model.device)):
-                output = run_layer(layer, state.requires_grad_(), calls.of(index, window))
-                (gradients[window],) = _pulled_back(output, gradients[window], state)
+                arguments = calls.of(index, window)
+                leaves: dict[str, torch.Tensor] = {}
+                for name, value in calls.own[window][index].items():
+                    if isinstance(value, torch.Tensor):
+                        arguments[name] = leaves[name] = value.detach().requires_grad_()
+                read: dict[Any, tuple[torch.Tensor, ...]] = {}
+                if calls.shared:
+                    left = arguments[calls.shared]
+                    read = {k: tuple(t.detach().requires_grad_() for t in pair) for k, pair in left.items()}
+                    arguments[calls.shared] = left = copy.copy(left)
+                    left.update(read)
+                outputs = [run_layer(layer, state.requires_grad_(), arguments)]
+                given = [gradients[window]]
+                for kind in [kind for kind in read if left[kind] is not read[kind]]:
+                    # The block has left its own there, which later ones may have read.
+                    del read[kind]
+                    if kind in of_keys[window]:
+                        outputs += left[kind]
+                        given += of_keys[window].pop(kind)
+                torch.autograd.backward(outputs, given)
+                gradients[window] = _gradient(state)
+                of_inputs[window] |= {(index, name): _gradient(leaf) for name, leaf in leaves.items()}
+                for kind, pair in read.items():
+                    known = of_keys[window].get(kind)
+                    new = tuple(map(_gradient, pair))
+                    of_keys[window][kind] = new if known is None else tuple(map(torch.add, known, new))
         progress(_WHAT, 2 * len(layers) - index, 2 * len(layers))
-    yield from zip(input_ids, ([gradient[0]] for gradient in gradients), strict=True)
+    with at_hand(model.get_input_embeddings()):
+        for window, gradient, inputs in zip(input_ids, gradients, of_inputs, strict=True):
+            with _embeddings_as_leaves(model) as embedded:
+                (entered,), calls = enter_blocks(model, layers, window[None])
+            outputs = [entered, *(calls.own[0][index][name] for index, name in inputs)]
+            torch.autograd.backward(outputs, [gradient, *inputs.values()])
+            yield window, [_gradient(embedded[table])[0] for table in token_tables(model)]
 
 
-def _pulled_back(output: torch.Tensor, gradient: torch.Tensor, *leaves: torch.Tensor) -> list[torch.Tensor]:
-    """The gradients at what an output was made from, from that at the output."""
-    torch.autograd.backward(output, gradient)
-    return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+def _gradient(leaf: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def _head_gradient(model: Any, hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

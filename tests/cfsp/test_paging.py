@@ -15,14 +15,14 @@ from cfsp.errors import InputError
 from cfsp.evaluation.divergence import divergence
 from cfsp.evaluation.perplexity import perplexity
 from cfsp.evaluation.torch_model import TorchLanguageModel
-from cfsp.models.architectures import ARCHITECTURES, decoder_layers
+from cfsp.models.architectures import ARCHITECTURES, decoder_layers, token_tables
 from cfsp.models.block_pass import last_hidden_states
 from cfsp.models.checkpoint import load_pruned, save_checkpoint
 from cfsp.models.keeping import NARROW, VARIABLE, stay_in_files
 from cfsp.models.paging import at_hand, copied, emptied, is_paged
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
-from cfsp.pruning.gradients import collect_gradients, collect_weight_moments
+from cfsp.pruning.gradients import LOOKUP, collect_gradients, collect_weight_moments
 from cfsp.pruning.prune import prune_model
 from cfsp.pruning.settings import PruneSettings
 from cfsp.text.calibration import load_calibration
@@ -274,6 +274,30 @@ def test_gradients_and_figures_are_those_of_a_model_in_memory(
     for here, *elsewhere in zip(*results, strict=True):
         for there in elsewhere:
             assert torch.equal(here, there) if isinstance(here, torch.Tensor) else here == there
+
+
+@pytest.mark.parametrize("how", PUT_AWAY)
+@pytest.mark.parametrize("model_type", ["llama", *WITH_INPUTS])
+def test_weight_moments_are_those_of_a_model_in_memory(
+    model_type: str, how: str, folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients reach the block whose keys others read, every table of tokens, and what stands before the blocks."""
+    shared = {"num_kv_shared_layers": 2} if model_type in WITH_INPUTS else {}
+    dense, ids = folder(model_type, tied=False, **shared), torch.randint(0, 300, (3, 30))
+    whole, paged = (load(dense, kept, monkeypatch).model for kept in ("never", how))
+    names = [name for name, module in whole.named_modules() if isinstance(module, nn.Linear)]
+    tables = [name for name, module in whole.named_modules() if module in token_tables(whole)[1:]]
+    expected, found = (
+        collect_weight_moments(model, [*names, LOOKUP, *tables], ids) for model in (whole, paged)
+    )
+    assert expected.keys() == found.keys()
+    read = [f"model.layers.{block}.self_attn.{part}_proj" for block in (0, 1) for part in "kv"]
+    assert {*read, "lm_head", LOOKUP, *tables} <= expected.keys()
+    for name, moments in expected.items():
+        for part in ("rows", "columns", "inputs"):
+            torch.testing.assert_close(
+                getattr(found[name], part), getattr(moments, part), rtol=1e-4, atol=1e-12
+            )
 
 
 def test_what_no_dtype_of_16_bits_holds_is_stored_as_it_is(
