@@ -10,7 +10,7 @@ import importlib.metadata
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -133,8 +133,10 @@ def save_checkpoint(
         if input_moments is not None:
             moments = {name: values.float().contiguous() for name, values in input_moments.items()}
             safetensors.torch.save_file(moments, folder / _MOMENTS_FILE)
+        origin = loaded.source.path
         info = CheckpointInfo(
-            source=loaded.source,
+            # Absolute, as whoever reads it may work elsewhere, and checkpoints are moved.
+            source=replace(loaded.source, path=origin and str(Path(origin).absolute())),
             shape=shape,
             plan_sha256=sha256_file(folder / PLAN_FILE) if plan is not None else None,
             weights_sha256=sha256_files(safetensors_files(folder)),

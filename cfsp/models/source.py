@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -18,7 +19,7 @@ class ModelSource:
         reference: As the user gave it.
         kind: "builtin", "hub", "folder" or "gguf".
         name: Short name for files and titles, such as "SmolLM2-135M-Instruct".
-        path: The GGUF file or the folder that was read.
+        path: The GGUF file or the folder that was read; absolute in a checkpoint's record.
         revision: Hub commit.
         sha256: Of the GGUF file, or of the folder's safetensors files in order of name.
         license: Identifier such as "apache-2.0", as the source states it.
@@ -39,6 +40,12 @@ class ModelSource:
     made_from: str | None = None
     tied: str | None = None
     rounded: Annotated[str | None, WhereSet] = None
+
+    @property
+    def again(self) -> str:
+        """What leads to the model from any working directory; `reference` where a file or folder is gone."""
+        is_local = self.kind in ("folder", "gguf")
+        return self.path if is_local and self.path and Path(self.path).exists() else self.reference
 
 
 @dataclass(frozen=True)

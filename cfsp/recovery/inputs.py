@@ -96,7 +96,7 @@ def load_inputs(
     if not reads_teacher(settings, data):
         return RecoveryInputs(loaded, sha256, plan, None, None, ranks, hashes)
     with _of_teacher():
-        dense = read(teacher or loaded.source.reference)
+        dense = read(teacher or loaded.source.again)
     spelled = _respelling(loaded, dense)
     then, now = loaded.source.sha256, dense.source.sha256
     if teacher is None and then and now and then != now:
@@ -134,10 +134,15 @@ def read_extents(
     path = Path(find_model(checkpoint).path or "")
     if not learns_from_teacher(settings):
         return read_extent(path), None
-    dense = read_checkpoint_info(path).source.reference if is_pruned_checkpoint(path) else checkpoint
     student = read_extent(path)
     with _of_teacher():
-        return student, read_extent(Path(find_model(teacher or dense).path or ""))
+        return student, read_extent(Path(find_model(teacher or dense_of(str(path))).path or ""))
+
+
+def dense_of(checkpoint: str) -> str:
+    """Reference of the model that a checkpoint was pruned from; of any other model the model itself."""
+    folder = Path(checkpoint)
+    return read_checkpoint_info(folder).source.again if is_pruned_checkpoint(folder) else checkpoint
 
 
 @contextmanager
@@ -146,7 +151,8 @@ def _of_teacher() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"the teacher cannot be loaded: {error}", field="teacher") from error
+        message = f"the teacher cannot be loaded (--teacher says where it is): {error}"
+        raise InputError(message, field="teacher") from error
 
 
 def _respelling(loaded: LoadedModel, dense: LoadedModel) -> Respelling | None:

@@ -78,7 +78,7 @@ def _dense_tokenizer(inputs: RecoveryInputs) -> Any | None:
     """None where nothing was taken from the vocabulary, or what it was is not on this machine."""
     if inputs.respelling is not None and inputs.teacher is not None:
         return inputs.teacher.tokenizer
-    reference = inputs.loaded.source.reference
+    reference = inputs.loaded.source.again
     is_here = reference in BUILTIN_MODELS or Path(reference).exists()
     if inputs.plan is None or inputs.plan.vocabulary is None or not is_here:
         return None

@@ -31,7 +31,7 @@ from cfsp.reading import as_input_error
 from cfsp.recovery.adapter import add_adapter, give_trained, merge_adapter
 from cfsp.recovery.checks import check_readable, usable
 from cfsp.recovery.data import RecoveryData, TrainingMix, load_recovery_data
-from cfsp.recovery.inputs import RecoveryInputs, load_inputs, read_extents
+from cfsp.recovery.inputs import RecoveryInputs, dense_of, load_inputs, read_extents
 from cfsp.recovery.language import check_vocabulary
 from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord, data_record
 from cfsp.recovery.rounding import RoundedModel, Rounding
@@ -120,7 +120,8 @@ def recover(
     """
     references = (*data, *validation)
     settings = usable(settings, references, rounding)
-    refuse_existing(output, force=force, inputs=[Path(checkpoint)])
+    read = (checkpoint, teacher or dense_of(checkpoint), *references)
+    refuse_existing(output, force=force, inputs=map(Path, read))
     folder = WorkFolder(work or output.with_name(output.name + ".work"))
     _check_apart(folder.path, output)
     where = find_device(device)

@@ -660,6 +660,43 @@ def test_a_teacher_that_has_changed_is_refused(
     assert main([*asked, "--teacher", str(dense)]) in (0, 1)
 
 
+def test_the_teacher_is_found_from_another_folder(
+    dense: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And from where an older version of phoneready pruned, as the path that it stored begins there."""
+    shutil.copytree(dense, tmp_path / "home" / "dense")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+    sizes = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32", "--align", "8"]
+    assert main(["prune", "dense", "-o", "checkpoint", *sizes]) == 0
+    shutil.move("checkpoint", tmp_path / "elsewhere" / "moved")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    few = ["--loss", "distill", "--max-tokens", "128"]
+    assert main(command(Path("moved"), tmp_path / "one", chats, *few)) in (0, 1)
+    assert read_checkpoint_info(tmp_path / "one").source == read_checkpoint_info(Path("moved")).source
+    info = json.loads(Path("moved/phoneready.json").read_text())
+    info["source"]["path"] = "dense"
+    Path("moved/phoneready.json").write_text(json.dumps(info))
+    monkeypatch.chdir(tmp_path / "home")
+    assert main(command(tmp_path / "elsewhere" / "moved", tmp_path / "two", chats, *few)) in (0, 1)
+    same_weights(tmp_path / "one", tmp_path / "two")
+
+
+def test_the_dense_model_is_not_replaced(
+    dense: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is read without an option that names it."""
+    sizes = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32", "--align", "8"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["prune", str(dense), "-o", str(first), *sizes]) == 0
+    assert main(["prune", str(first), "-o", str(second), *sizes]) == 0
+    before = {file: file.read_bytes() for file in first.iterdir()}
+    capsys.readouterr()
+    assert main(command(second, first, chats, "--force", "--max-tokens", "128")) == 2
+    assert f"{first} would replace {first}, which is read" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in first.iterdir()} == before
+
+
 def test_ranks_by_importance_need_a_plan(
     bad: dict[str, str], chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
