@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 from cfsp.errors import InputError
 from cfsp.models.config_file import read_model_config
 from cfsp.models.folder_format import NOTICE_PATTERNS
-from cfsp.models.weights import quiet_transformers
+from cfsp.models.weights import INDEX_FILE, SINGLE_FILE, quiet_transformers, shard_names
 from cfsp.progress import Progress, no_progress
 from cfsp.reading import one_line
 
 _REFERENCE = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 _TOKENIZER_PATTERNS = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "chat_template*")
-_MODEL_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
+_MODEL_PATTERNS = (INDEX_FILE, "generation_config.json")
 _NOTICE_PATTERNS = ("README.md", *NOTICE_PATTERNS)
 
 
@@ -54,9 +55,12 @@ def fetch_hub_model(
             config = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
             read_model_config(Path(config).parent)
             commit = Path(config).parent.name
-            folder = huggingface_hub.snapshot_download(
-                name, revision=commit, allow_patterns=["config.json", *patterns], ignore_patterns=["*/*"]
-            )
+            fetch = partial(huggingface_hub.snapshot_download, name, revision=commit, ignore_patterns=["*/*"])
+            folder = Path(fetch(allow_patterns=["config.json", *patterns]))
+            if not tokenizer_only:
+                # Weights lie in other forms beside these, as large again.
+                index = folder / INDEX_FILE
+                fetch(allow_patterns=[SINGLE_FILE, *(shard_names(index) if index.is_file() else ())])
     except InputError:
         raise
     except Exception as error:  # the client's errors, and those of what it sends requests with, share no base
@@ -65,4 +69,4 @@ def fetch_hub_model(
             allowed="a folder, a .gguf file, or a hub model that can be reached",
         ) from error
     progress(f"fetching {name}", 1, 1)
-    return Path(folder)
+    return folder

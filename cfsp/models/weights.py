@@ -278,15 +278,18 @@ def safetensors_files(folder: Path) -> list[Path]:
     raise InputError(f"{folder} has no weights", allowed=f"{SINGLE_FILE} or {INDEX_FILE} with its shards")
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The files that a folder's index names: all of them in the folder itself, and none a pickled one."""
-    file = folder / INDEX_FILE
+def shard_names(file: Path) -> list[str]:
+    """The files that an index names: all of them in its folder itself, and none a pickled one."""
     index = {"weight_map": None} | read_json_object(file)
     check_kinds(index, _INDEX, str(file))
-    files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+    return sorted(set(index["weight_map"].values()))
+
+
+def _shards(folder: Path) -> list[Path]:
+    files = [folder / name for name in shard_names(folder / INDEX_FILE)]
     missing = [one.name for one in files if not one.is_file()]
     if missing or not files:
-        raise InputError(f"{file} names weight files that are missing: {', '.join(missing)}")
+        raise InputError(f"{folder / INDEX_FILE} names weight files that are missing: {', '.join(missing)}")
     return files
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from cfsp.errors import InputError, require_extra
-from cfsp.reading import MAX_TEXT_BYTES, as_input_error, read_json_lines, read_text
+from cfsp.reading import MAX_TEXT_BYTES, as_input_error, one_line, read_json_lines, read_text
 from cfsp.text.encoding import encode_long, start_token
 from cfsp.text.settings import BUILTIN_TEXT
 from cfsp.text.templates import render_chat
@@ -226,7 +226,13 @@ def _read_hub(name: str) -> list[Document]:
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # the hub client's errors have no common base
-        raise InputError(f"data set {name} cannot be loaded from the hub: {error}") from error
+        raise InputError(f"data set {name} cannot be loaded from the hub: {one_line(error)}") from error
+    rows = rows.select_columns([column for column in rows.column_names if column in _COLUMNS])
+    if rows.data.nbytes > MAX_TEXT_BYTES:
+        raise InputError(
+            f"data set {name} is too large",
+            allowed=f"up to {MAX_TEXT_BYTES // 2**20} MiB of rows; a part: hub:{name}:{split or 'train'}[:1%]",
+        )
     return [_document_from_row(row, f"hub:{name}, row {n}") for n, row in enumerate(rows)]
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import gguf
+import huggingface_hub
 import numpy as np
 import psutil
 import pytest
@@ -286,6 +290,68 @@ def test_unknown_references() -> None:
 
 def test_hub_model_without_a_network() -> None:
     assert "cannot be fetched from the hub" in one_line_error("nobody/no-such-model@main")
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_of_a_hub_model_only_the_weights_that_are_read_are_fetched(
+    sharded: bool, tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny_model()
+    model.save_pretrained(tmp_path / "model", max_shard_size="200KB" if sharded else "1GB")
+    tokenizer.save_pretrained(tmp_path / "model")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    commit, weights = "1" * 40, {name for name in files if name.endswith(".safetensors")}
+    assert (len(weights) > 1) == sharded
+    files |= {"consolidated.safetensors": b"0" * 8, "adapter_model.safetensors": b"1" * 8}
+
+    class Hub(BaseHTTPRequestHandler):
+        """What the hub's client asks for: the list of files, and files."""
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            name = self.path.rpartition("/")[2]
+            body = files.get(name, b"")
+            if "/tree/" in self.path:
+                body = json.dumps(
+                    [
+                        {
+                            "type": "file",
+                            "path": one,
+                            "size": len(text),
+                            "oid": hashlib.sha1(text).hexdigest(),
+                        }
+                        for one, text in files.items()
+                    ]
+                ).encode()
+            elif self.path.startswith("/api/"):
+                siblings = [{"rfilename": one} for one in files]
+                body = json.dumps({"id": "me/it", "sha": commit, "siblings": siblings}).encode()
+            self.send_response(200 if self.path.startswith("/api/") or name in files else 404)
+            self.send_header("X-Repo-Commit", commit)
+            self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            """Be quiet."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = f"http://127.0.0.1:{server.server_port}"
+        constants = huggingface_hub.constants
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, place)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", place)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        loaded = load_model("me/it")
+        server.shutdown()
+    assert {file.name for file in Path(loaded.source.path or "").glob("*.safetensors")} == weights
+    assert torch.equal(loaded.model(IDS).logits, model(IDS).logits)
 
 
 def test_folder_without_tokenizer(tiny_folder: Any) -> None:

@@ -64,6 +64,23 @@ def test_parquet_is_read_no_further_than_text_may_be_long(
     assert [document.text for document in load_documents(str(tmp_path / "b.parquet"))] == ["a"]
 
 
+def test_a_data_set_is_read_no_further_than_text_may_be_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("cfsp.text.tokens.MAX_TEXT_BYTES", 2**20)
+    rows = [{"text": "a" * 2**12, "other": "b" * 2**13} for _ in range(2**9)]
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    write_rows(folder / "train.jsonl", rows)
+    with pytest.raises(InputError, match=r"texts is too large; allowed: up to 1 MiB.*texts:train\[:1%\]"):
+        load_documents(f"hub:{folder}")
+    # Other columns do not count.
+    documents = load_documents(f"hub:{folder}:train[:25%]")
+    assert [document.text for document in documents] == [row["text"] for row in rows[:128]]
+
+
 def test_chats_are_rendered_in_the_models_template(tiny_model: Any, tmp_path: Path) -> None:
     loaded = as_loaded(tiny_model)
     path = write_rows(tmp_path / "c.jsonl", [{"messages": CHAT}] * 3)
