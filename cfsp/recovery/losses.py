@@ -77,6 +77,9 @@ def head_loss(
     Returns:
         A float32 scalar; zero for no positions.
     """
+    if not torch.is_grad_enabled():
+        # Of a trained weight `needs_input_grad` is true even then.
+        hidden, weight = hidden.detach(), weight.detach()
     result: torch.Tensor = _HeadLoss.apply(hidden, weight, loss, dtype)  # type: ignore[no-untyped-call]
     return result
 

@@ -314,6 +314,15 @@ def test_the_head_in_chunks_is_the_head_in_one_piece(frozen: bool) -> None:
         torch.testing.assert_close(weight.grad, wanted[1])
 
 
+def test_without_gradients_the_head_multiplies_once() -> None:
+    """A gradient that no product takes would fail where it is multiplied."""
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(13, 8, requires_grad=True)
+    targets = torch.arange(5)
+    with torch.no_grad():
+        value = head_loss(hidden, weight, lambda z, chunk: (next_token_loss(z, targets)[0], torch.zeros(())))
+    assert float(value) == pytest.approx(float(F.cross_entropy(hidden @ weight.T, targets, reduction="sum")))
+
+
 def different_widths(tiny_model: TinyModel) -> tuple[Any, Any]:
     model, tokenizer = tiny_model()
     for index, layer in enumerate(decoder_layers(model)):
