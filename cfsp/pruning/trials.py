@@ -31,7 +31,9 @@ from cfsp.pruning.statistics import BlockStatistics
 from cfsp.text.calibration import Calibration
 
 FIT_WINDOWS, JUDGED_WINDOWS = 8, 4
-"""Calibration windows that a copy's repair reads, and others that it is judged on."""
+"""Calibration windows that a copy's repair reads at least, and others that it is judged on."""
+FIT_TOKENS = 4
+"""Tokens that it reads at least for each channel of an FFN: of fewer than one its equations have many solutions."""
 _MOST_REMOVED, _MOST_NATS = 1 / 3, 1.0
 """Share of an axis' parts of which removal is tried, and the loss beyond which no more are."""
 
@@ -114,11 +116,9 @@ class Trials:
 
     def __post_init__(self) -> None:
         ids = self.calibration.input_ids
-        count = min(len(ids), FIT_WINDOWS + JUDGED_WINDOWS)
-        spread = [place * len(ids) // count for place in range(count)]
-        judged = spread[1 :: 1 + FIT_WINDOWS // JUDGED_WINDOWS] or spread
+        fit, judged = tried_windows(*ids.shape, max(model_shape(self.loaded.model).ffn_widths))
         self._judged = ids[judged]
-        self._fit = replace(self.calibration, input_ids=ids[sorted(set(spread) - set(judged)) or spread])
+        self._fit = replace(self.calibration, input_ids=ids[fit])
         self._settings = replace(
             self.settings, prune_ratio=0.0, vocabulary=0, attentions=0, blocks=0, kv_groups=0.0
         )
@@ -196,6 +196,15 @@ class Trials:
                 )
                 total += float((expected.exp() * (expected - actual)).sum(-1).mean())
         return max(number_summed(total) / number_summed(len(windows)), 0.0)
+
+
+def tried_windows(n_windows: int, seqlen: int, width: int) -> tuple[list[int], list[int]]:
+    """Which of the calibration windows a copy of FFNs so wide is repaired on, and which it is judged on."""
+    wanted = max(FIT_WINDOWS, -(-FIT_TOKENS * width // seqlen))
+    count = min(n_windows, wanted + JUDGED_WINDOWS)
+    spread = [place * n_windows // count for place in range(count)]
+    judged = spread[1 :: max(3, count // JUDGED_WINDOWS)][:JUDGED_WINDOWS] or spread
+    return sorted(set(spread) - set(judged)) or spread, judged
 
 
 def _counts(most: int, parts: int) -> list[int]:

@@ -25,7 +25,7 @@ from cfsp.pruning.parameters import count_parameters
 from cfsp.pruning.plan import PruningPlan
 from cfsp.pruning.prune import PruneResult, prune_model, statistics_for
 from cfsp.pruning.settings import PruneSettings
-from cfsp.pruning.trials import Trials
+from cfsp.pruning.trials import Trials, tried_windows
 from cfsp.records import record_from_json, record_to_json
 from cfsp.text.calibration import Calibration
 
@@ -44,6 +44,31 @@ def prune(dense: LoadedModel, target: float, settings: PruneSettings = SETTINGS,
 
 def calibration() -> Calibration:
     return Calibration(IDS, ("random",), 0, "0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("n_windows", "seqlen", "width"), [(128, 1024, 1536), (128, 512, 14336), (128, 32, 128)]
+)
+def test_a_trial_is_repaired_on_more_tokens_than_an_ffn_has_channels(
+    n_windows: int, seqlen: int, width: int
+) -> None:
+    """And judged on others, all of them spread over the text."""
+    fit, judged = tried_windows(n_windows, seqlen, width)
+    assert 8 <= len(fit)
+    assert 4 * width <= len(fit) * seqlen <= max(8, 4 * width / seqlen + 1) * seqlen
+    assert len(judged) == 4
+    assert not set(fit) & set(judged)
+    assert min(fit) == 0
+    assert min(judged) < n_windows / 2 < max(judged)
+    assert max(fit) >= 0.9 * n_windows
+
+
+@pytest.mark.parametrize("n_windows", [1, 2, 6])
+def test_a_trial_makes_do_with_few_windows(n_windows: int) -> None:
+    fit, judged = tried_windows(n_windows, 32, 128)
+    assert fit
+    assert judged
+    assert {*fit, *judged} == set(range(n_windows))
 
 
 def test_a_curve_goes_through_what_was_measured() -> None:
