@@ -22,7 +22,7 @@ from runtime_bench.presentation.markup import printable
 from runtime_bench.presentation.record_table import format_depths, format_sweep, format_table, speed_text
 from runtime_bench.presentation.table import short_names
 from runtime_bench.records.bench_record import BenchRecord
-from runtime_bench.records.compare import Comparison, by_model, compare
+from runtime_bench.records.compare import Compared, by_model, compare
 from runtime_bench.records.jsonl import append_jsonl, check_appendable, record_to_line
 from runtime_bench.targets import Target
 from runtime_bench.targets.browser import BROWSER_ENGINES
@@ -161,7 +161,7 @@ def _check_measured(records: Sequence[BenchRecord], *, several: bool) -> None:
         raise LimitError(f"{len(failed)} of {len(records)} rows could not be measured{where}")
 
 
-def _against_the_first(records: list[BenchRecord]) -> list[Comparison]:
+def _against_the_first(records: list[BenchRecord]) -> list[Compared]:
     """Every file against the first one of its engine on its target."""
 
     rows = []

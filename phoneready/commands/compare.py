@@ -14,10 +14,17 @@ from cfsp.records import read_record
 from cfsp.settings import setting
 from phoneready.commands.options import JsonOption
 from phoneready.console import note, quiet_libraries, write_result
-from runtime_bench.presentation.comparison_table import format_comparison
+from runtime_bench.presentation.comparison_table import format_comparison, incomparable_text
 from runtime_bench.presentation.table import short_names
 from runtime_bench.records.bench_record import BenchRecord
-from runtime_bench.records.compare import INCONCLUSIVE, TOO_NOISY, Comparison, ComparisonSettings, by_model
+from runtime_bench.records.compare import (
+    INCONCLUSIVE,
+    TOO_NOISY,
+    Compared,
+    ComparisonSettings,
+    Incomparable,
+    by_model,
+)
 from runtime_bench.records.compare import compare as compare_models
 from runtime_bench.records.jsonl import read_jsonl
 
@@ -56,7 +63,8 @@ def compare(
     """Compare benchmark records: ratio of speeds with an interval, memory, size, and a verdict a row.
 
     Only what was measured alike is compared: numbers of one kind, on one target and processor, in one engine, with one
-    workload and thread count. A row without partner is an error.
+    workload and thread count. Rows that are not comparable are named with the reason; without any row that is, or with
+    --fail-on, they are an error.
     """
     quiet_libraries()
 
@@ -67,6 +75,10 @@ def compare(
     anchors = [record for records in files.values() for record in records if record.is_anchor]
     first, others = _sides(files, base, new or [], base_model)
     rows = [row for other in others for row in compare_models(first, other, settings, anchors)]
+    apart = [row for row in rows if isinstance(row, Incomparable)]
+    if len(apart) == len(rows):
+        telling = next((row for row in apart if row.base and row.new), apart[0])
+        raise InputError(f"nothing is comparable: {incomparable_text(telling)}")
     if plot is not None:
         refuse_existing(plot, force=True, like=PAGE)
         _write_plot(plot, [first, *others], quality)
@@ -132,19 +144,20 @@ def _write_plot(path: Path, models: list[list[BenchRecord]], quality: Sequence[P
     note(f"{path}: size against speed against quality")
 
 
-def _check(rows: list[Comparison], gate: tuple[str, ...]) -> None:
-    """Hold the verdicts against the gate.
+def _check(rows: list[Compared], gate: tuple[str, ...]) -> None:
+    """Hold the verdicts against the gate; what is not comparable was not held against anything.
 
     Raises:
-        LimitError: Names every row with a verdict of the gate.
+        LimitError: Names every row with a verdict of the gate, and with a gate every one that has none.
     """
 
     gate = (*gate, TOO_NOISY) if INCONCLUSIVE in gate else gate
-    names = short_names(row.new for row in rows)
-    caught = [
-        f"{names[row.new]} {row.test} with {row.n_threads} threads is {row.verdict}"
-        for row in rows
-        if row.verdict in gate
-    ]
+    names = short_names(row.new for row in rows if row.new)
+    caught = []
+    for row in rows if gate else ():
+        if isinstance(row, Incomparable):
+            caught.append(incomparable_text(row))
+        elif row.verdict in gate:
+            caught.append(f"{names[row.new]} {row.test} with {row.n_threads} threads is {row.verdict}")
     if caught:
         raise LimitError(f"{len(caught)} of {len(rows)} rows: {'; '.join(caught)}")

@@ -11,6 +11,8 @@ from cfsp.errors import InputError
 from cfsp.records import read_record
 from cfsp.validation import Seed
 from phoneready.figures.metrics import OWN_METRIC, FigureKey, means, recorded_metric
+from runtime_bench.records.judgement import Samples
+from runtime_bench.records.summary import RatioInterval
 
 FIGURES_FILE = "figures.json"
 PRUNED, DENSE = "pruned", "dense"
@@ -28,6 +30,7 @@ class Figure:
         value: None where it could not be found.
         kind: How it came about: `exact`, or as in benchmark records.
         target: Where, as in benchmark records; None for what depends on no machine.
+        backends: What computed, as in benchmark records; None where nothing says it.
         samples: What it is the median of, in its unit, in the order taken.
         rounds: For each sample, the process that it came from, counted from 0.
         paired: Figures of one name were sampled in turns: their samples may be compared pair by pair.
@@ -36,10 +39,15 @@ class Figure:
         high: Upper end.
         failure: Why there is no value.
         noise: Why its samples tell more of the machine than of the file; None where they do not.
+        cpu_samples: The same by the processor's clock; empty where that clock does not tell of the file.
+        cpu_noise: As `noise`, of those.
         conditions: What must be equal for two such figures to be comparable.
         higher_is_better: Direction, of own metrics that state it.
         anchor_samples: Of the file that was measured in turns with it, so that other sessions can be compared with it.
         anchor_rounds: For each of those, the process that it came from.
+        anchor_noise: As `noise`, of those; or why the anchor was not measured.
+        anchor_cpu_samples: As `cpu_samples`, of the anchor.
+        anchor_cpu_noise: As `cpu_noise`, of the anchor.
     """
 
     key: FigureKey
@@ -61,11 +69,54 @@ class Figure:
     higher_is_better: bool | None = None
     anchor_samples: tuple[float, ...] = ()
     anchor_rounds: tuple[int, ...] = ()
+    cpu_samples: tuple[float, ...] = ()
+    cpu_noise: str | None = None
+    anchor_noise: str | None = None
+    anchor_cpu_samples: tuple[float, ...] = ()
+    anchor_cpu_noise: str | None = None
+    backends: str | None = None
 
     @property
-    def n_independent(self) -> int:
-        """Independent samples: those of one process share what that process met."""
-        return len(set(self.rounds)) if len(self.rounds) == len(self.samples) else len(self.samples)
+    def timed(self) -> Samples:
+        """Its samples, as they are judged: less is better."""
+        return Samples(
+            self.subject,
+            self._times(self.samples),
+            self.rounds,
+            cpu_times=self._times(self.cpu_samples),
+            session=self.paired,
+            noise=self.noise,
+            cpu_noise=self.cpu_noise,
+        )
+
+    @property
+    def anchor(self) -> Samples | None:
+        """The anchor's samples; None where there is no anchor."""
+        if not (self.anchor_samples or self.anchor_noise):
+            return None
+        return Samples(
+            f"the anchor of {self.subject}",
+            self._times(self.anchor_samples),
+            self.anchor_rounds,
+            cpu_times=self._times(self.anchor_cpu_samples),
+            session=self.paired,
+            problem=None if self.anchor_samples else self.anchor_noise,
+            noise=self.anchor_noise,
+            cpu_noise=self.anchor_cpu_noise,
+        )
+
+    def in_unit(self, of_speeds: RatioInterval) -> RatioInterval:
+        """What was found of speeds, which are 1 / times, in the figure's own unit or as its ratio."""
+        if self._is_speed:
+            return of_speeds
+        return RatioInterval(1 / of_speeds.ratio, 1 / of_speeds.high, 1 / of_speeds.low)
+
+    @property
+    def _is_speed(self) -> bool:
+        return recorded_metric(self.key.metric).higher_is_better is True
+
+    def _times(self, samples: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(1 / value for value in samples) if self._is_speed else samples
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from phoneready.figures.figure_set import DENSE, PRUNED, Figure, FigureSet
 from phoneready.figures.metrics import own_reference, recorded_metric
 from phoneready.figures.verdict import INCONCLUSIVE, MISSED, PASS, BudgetVerdict, format_figure
 from runtime_bench.records.bench_record import DOES_NOT_FIT
-from runtime_bench.records.compare import MIN_SAMPLES, TOO_NOISY, WIDEST
-from runtime_bench.records.summary import NORMAL_95, RatioInterval, quotient_interval, ratio_interval
+from runtime_bench.records.compare import TOO_NOISY
+from runtime_bench.records.judgement import judge as judge_samples
+from runtime_bench.records.summary import NORMAL_95, ratio_interval
 
 _ROUNDING = 1e-9
 
@@ -96,8 +97,11 @@ def judge(budget: BudgetConfig, figure: Figure, reference: Figure | None) -> Bud
         estimate = _relative(budget, figure, reference)
     unit = "x" if budget.is_ratio else figure.unit
     outcome, reason = _outcome(budget, estimate, unit)
-    if figure.noise and outcome == MISSED:  # a busy machine only slows: what passes there, passes
-        outcome, reason = INCONCLUSIVE, _too_noisy(figure)
+    if figure.noise and outcome == MISSED and budget.relative_to is None:
+        outcome, reason = (
+            INCONCLUSIVE,
+            _too_noisy(figure),
+        )  # a busy machine only slows: what passes there, passes
     low, high = (None, None) if estimate.low == estimate.high else (estimate.low, estimate.high)
     return BudgetVerdict(
         metric=", ".join(filter(None, (figure.key.metric, figure.key.on, figure.key.threads))),
@@ -125,9 +129,11 @@ def _absolute(figure: Figure) -> _Estimate:
         return _around(figure.value, NORMAL_95 * figure.stderr)
     if not figure.samples:
         return _Estimate(figure.value, figure.value, figure.value)
-    if figure.n_independent < MIN_SAMPLES:
-        return _Estimate(figure.value, reason=_too_few(figure))
-    interval = ratio_interval(figure.samples, (1.0,), paired=False, numerator_rounds=figure.rounds)
+    timed = figure.timed
+    if timed.too_few:
+        return _Estimate(figure.value, reason=timed.too_few)
+    speed = ratio_interval((1.0,), timed.times, paired=False, denominator_rounds=timed.rounds)
+    interval = figure.in_unit(speed)
     least, most = _meter(figure)
     return _Estimate(interval.ratio, interval.low * least, interval.high * most)
 
@@ -140,6 +146,8 @@ def _relative(budget: BudgetConfig, figure: Figure, reference: Figure) -> _Estim
     if not math.isfinite(reference.value):
         return _Estimate(reason=f"{reference.subject}: {reference.value} is nothing to be compared with")
     differing = differences(figure, reference)
+    if not differing and figure.backends and reference.backends and figure.backends != reference.backends:
+        differing = f"backends was {reference.backends} and is {figure.backends}"
     if differing:
         if figure.target is None:
             raise InputError(f"the {budget.relative_to} was measured otherwise: {differing}")
@@ -150,12 +158,13 @@ def _relative(budget: BudgetConfig, figure: Figure, reference: Figure) -> _Estim
 
 
 def _ratio_of_samples(figure: Figure, reference: Figure) -> _Estimate:
-    for one in (figure, reference):
-        if one.n_independent < MIN_SAMPLES or one.noise:
-            return _Estimate(reason=_too_noisy(one) if one.noise else _too_few(one))
-    interval = _ratio(figure, reference)
-    if interval.high > WIDEST * interval.low:
-        return _Estimate(reason=f"{TOO_NOISY}: the rounds differ too much")
+    apart = figure.paired is None or figure.paired != reference.paired
+    before, now = reference.anchor, figure.anchor
+    anchors = (before, now) if apart and before and now else None
+    found = judge_samples(reference.timed, figure.timed, anchors)
+    if found.problem or found.shown is None:
+        return _Estimate(reason=found.problem or f"{TOO_NOISY}: {found.noise}")
+    interval = figure.in_unit(found.shown)
     least, most = _meter(figure)
     its_least, its_most = _meter(reference)
     return _Estimate(interval.ratio, interval.low * least / its_most, interval.high * most / its_least)
@@ -167,25 +176,6 @@ def _meter(figure: Figure) -> tuple[float, float]:
     if not metered or not figure.value or figure.low is None or figure.high is None:
         return 1.0, 1.0
     return figure.low / figure.value, figure.high / figure.value
-
-
-def _ratio(figure: Figure, reference: Figure) -> RatioInterval:
-    """Of samples of one session pair by pair, of other sessions by their ratios to the anchor where they had one."""
-    paired = figure.paired is not None and figure.paired == reference.paired
-    if not paired and figure.anchor_samples and reference.anchor_samples:
-        return quotient_interval(
-            (figure.samples, figure.anchor_samples),
-            (figure.rounds, figure.anchor_rounds),
-            (reference.samples, reference.anchor_samples),
-            (reference.rounds, reference.anchor_rounds),
-        )
-    return ratio_interval(
-        figure.samples,
-        reference.samples,
-        paired=paired and figure.n_independent == reference.n_independent,
-        numerator_rounds=figure.rounds,
-        denominator_rounds=reference.rounds,
-    )
 
 
 def _of_values(
@@ -209,11 +199,6 @@ def _around(value: float, half: float) -> _Estimate:
 def _failed(figure: Figure) -> _Estimate:
     why = figure.failure or "not measured"
     return _Estimate(reason=f"{figure.subject}: {why}", missed=why.startswith(DOES_NOT_FIT))
-
-
-def _too_few(figure: Figure) -> str:
-    independent = "samples" if figure.n_independent == len(figure.samples) else "processes"
-    return f"{figure.subject} has {figure.n_independent} {independent}, a verdict needs {MIN_SAMPLES}"
 
 
 def _too_noisy(figure: Figure) -> str:

@@ -8,7 +8,7 @@ from cfsp.progress import Progress
 from phoneready.frontier.record import Speed
 from phoneready.report.plot_style import speed_span
 from runtime_bench.measuring.measure import run_bench
-from runtime_bench.records.compare import compare_records
+from runtime_bench.records.compare import Comparison, compare_records
 from runtime_bench.records.fairness import has_speed
 from runtime_bench.workload import BenchSettings
 
@@ -25,7 +25,8 @@ def measure_speed(path: Path, base: Path, settings: BenchSettings, progress: Pro
     records = {r.model_filename: r for r in run_bench(list(dict.fromkeys((base, path))), settings, progress)}
     record, rival = records[str(path)], records[str(base)]
     middle, low, high = speed_span(record) if has_speed(record) else (None, None, None)
-    comparison = compare_records(rival, record) if record.ok and rival.ok else None
+    compared = compare_records(rival, record) if record.ok and rival.ok else None
+    comparison = compared if isinstance(compared, Comparison) else None
     return Speed(
         record.test,
         record.n_threads,

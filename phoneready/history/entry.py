@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,12 +16,12 @@ from cfsp.reading import read_json_lines
 from cfsp.records import record_from_json, record_to_json
 from phoneready.figures.figure_set import Figure, FigureSet
 from phoneready.figures.metrics import FigureKey
-from runtime_bench.records.summary import NORMAL_95, ratio_interval
+from runtime_bench.records.judgement import Samples, judge
+from runtime_bench.records.summary import NORMAL_95
 
 HISTORY_FILE = "history.jsonl"
 ANCHORED = "x anchor"
 """Unit of speeds that are followed as multiples of the anchor's."""
-_RESAMPLES = 1000
 _FEWEST = 3
 """Independent samples that say how far a median may be off."""
 
@@ -112,23 +111,28 @@ def entry_of(
         settings=dict(settings),
         versions=dict(versions),
         stages=dict(stages),
-        figures=tuple(_followed(f, f.value) for f in figures.figures if f.value is not None and not f.noise),
+        figures=tuple(
+            _followed(f, f.value)
+            for f in figures.figures
+            if f.value is not None and not (f.noise or f.anchor_noise)
+        ),
     )
 
 
 def _followed(figure: Figure, value: float) -> HistoryFigure:
     """What of a figure is followed; of one with an anchor, its multiple of the anchor's."""
-    unit, shown = figure.unit, value
-    if figure.anchor_samples:
-        unit, shown = ANCHORED, value / statistics.median(figure.anchor_samples)
+    unit, error = figure.unit, None
+    if figure.samples:
+        found = judge(figure.anchor or Samples("", (1.0,)), figure.timed).interval
+        if found and figure.timed.n_independent >= _FEWEST:
+            # Of a median the standard error that its bootstrap interval stands for.
+            error = math.log(found.high / found.low) / (2 * NORMAL_95)
+        if found and figure.anchor:
+            unit, value = ANCHORED, figure.in_unit(found).ratio
+    elif figure.stderr is not None and value > 0:
+        error = figure.stderr / value
     return HistoryFigure(
-        figure.key,
-        figure.role,
-        unit,
-        shown,
-        _relative_error(figure, value),
-        figure.conditions,
-        figure.higher_is_better,
+        figure.key, figure.role, unit, value, error, figure.conditions, figure.higher_is_better
     )
 
 
@@ -154,26 +158,3 @@ def read_entries(path: Path) -> list[HistoryEntry]:
         InputError: Unreadable, or a line that is no run of a known schema; the line is named.
     """
     return [record_from_json(HistoryEntry, row, where=where) for where, row in read_json_lines(path)]
-
-
-def _relative_error(figure: Figure, value: float) -> float | None:
-    """What its own samples say: of a median the standard error that its bootstrap interval stands for.
-
-    None of too few processes, and of figures without noise.
-    """
-    if value <= 0:
-        return None
-    if not figure.samples:
-        return None if figure.stderr is None else figure.stderr / value
-    if figure.n_independent < _FEWEST:
-        return None
-    beside = figure.anchor_samples or (1.0,)
-    interval = ratio_interval(
-        figure.samples,
-        beside,
-        paired=bool(figure.anchor_samples) and figure.rounds == figure.anchor_rounds,
-        numerator_rounds=figure.rounds,
-        denominator_rounds=figure.anchor_rounds or None,
-        resamples=_RESAMPLES,
-    )
-    return math.log(interval.high / interval.low) / (2 * NORMAL_95)

@@ -16,10 +16,10 @@ from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.devices.model_facts import ModelFacts
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.devices.projection import Band, project
-from runtime_bench.records.bench_record import DOES_NOT_FIT, EMULATED, BenchRecord
+from runtime_bench.records.bench_record import DOES_NOT_FIT, BenchRecord
 from runtime_bench.records.energy_account import EnergyAccount, accounts, joules_of_processes
-from runtime_bench.records.fairness import CAP_LIMIT, capped_at, noise
-from runtime_bench.records.summary import median
+from runtime_bench.records.fairness import CAP_LIMIT, capped_at
+from runtime_bench.records.judgement import samples_of
 
 
 def collect_figures(config: ReleaseConfig, folder: Path, release: ReleaseFigures) -> FigureSet:
@@ -112,6 +112,7 @@ def _unmeasured(
         value=None,
         kind=record.kind,
         target=record.target,
+        backends=record.backends,
         paired=f"{record.session} {metric} {record.n_threads}",
         failure=_unusable(record),
         conditions=conditions,
@@ -125,14 +126,24 @@ def _unusable(record: BenchRecord) -> str | None:
 
 def _timing(config: ReleaseConfig, place: str, record: BenchRecord, role: str, item: str) -> Figure:
     figure = _unmeasured(config, place, record, role, item, record.test)
-    if record.void:
-        return replace(figure, failure=f"it writes degenerate text ({record.degenerate}), its speed is void")
-    if record.kind == EMULATED:
-        return replace(figure, failure="emulated times say nothing")
-    if figure.failure:
-        return figure
-    samples = record.samples_ts or tuple(ns / 1e6 for ns in record.samples_ns)
-    return replace(figure, value=median(samples), samples=samples, rounds=record.rounds, noise=noise(record))
+    timed = samples_of(record, "it")
+    if figure.failure or timed.problem or record.median_ns is None:
+        return replace(figure, failure=figure.failure or timed.problem)
+    return replace(
+        figure,
+        value=_in_unit(record, [record.median_ns])[0],
+        samples=_in_unit(record, timed.times),
+        rounds=record.rounds,
+        noise=timed.noise,
+        cpu_samples=_in_unit(record, timed.cpu_times),
+        cpu_noise=timed.cpu_noise,
+    )
+
+
+def _in_unit(record: BenchRecord, times_ns: Sequence[float]) -> tuple[float, ...]:
+    """Times as tokens a second, of workloads that are no rate as milliseconds."""
+    n_tokens = record.n_tokens
+    return tuple(1e9 * n_tokens / ns if n_tokens else ns / 1e6 for ns in times_ns)
 
 
 def _anchored(figure: Figure, anchor: BenchRecord) -> Figure:
@@ -143,9 +154,15 @@ def _anchored(figure: Figure, anchor: BenchRecord) -> Figure:
     found = replace(figure, conditions=conditions | {"anchor": str(anchor.anchor_sha256)})
     if figure.value is None:
         return found
-    noisy = f"its anchor: {why}" if (why := _unusable(anchor) or noise(anchor)) else None
-    samples = anchor.samples_ts or tuple(ns / 1e6 for ns in anchor.samples_ns)
-    return replace(found, anchor_samples=samples, anchor_rounds=anchor.rounds, noise=figure.noise or noisy)
+    timed, failure = samples_of(anchor, "it"), _unusable(anchor)
+    return replace(
+        found,
+        anchor_samples=_in_unit(anchor, timed.times),
+        anchor_rounds=anchor.rounds,
+        anchor_noise=failure or timed.noise,
+        anchor_cpu_samples=_in_unit(anchor, timed.cpu_times),
+        anchor_cpu_noise=failure or timed.cpu_noise,
+    )
 
 
 def _energy(

@@ -28,7 +28,7 @@ from phoneready.report.tables import (
 from runtime_bench.devices.projection import Band, Projection, project
 from runtime_bench.presentation.comparison_table import speeds_text
 from runtime_bench.presentation.table import Table, table_of_cells
-from runtime_bench.records.compare import compare_records
+from runtime_bench.records.compare import Comparison, compare_records
 from runtime_bench.records.groups import BenchGroup, bench_groups
 
 _FITS = {True: Mark("fits", "good"), False: Mark("does not fit", "bad"), None: Mark("unknown", "even")}
@@ -86,7 +86,8 @@ def _tiles(figures: ReleaseFigures, group: BenchGroup | None) -> list[tuple[str,
     if group:
         for test, threads in group.main_tests()[:1]:
             a, b = (group.find(record.file, test, threads) for record in (dense, pruned))
-            if a and b and usable(a) and usable(b) and (comparison := compare_records(a, b)).ratio:
+            comparison = compare_records(a, b) if a and b and usable(a) and usable(b) else None
+            if isinstance(comparison, Comparison) and comparison.ratio:
                 speed = speeds_text(comparison)[1]
                 tiles.append((f"speed, {test}", speed, f"{comparison.ratio:.2f}", comparison.verdict))
         before, now = (group.peak_rss_bytes(record.file) for record in (dense, pruned))

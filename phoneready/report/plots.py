@@ -139,7 +139,7 @@ def _comparisons(pairs: Sequence[tuple[BenchRecord, BenchRecord]]) -> list[Compa
     comparisons = [
         compare_records(dense, pruned) for dense, pruned in pairs if usable(dense) and usable(pruned)
     ]
-    return [c for c in comparisons if c.ratio and c.low and c.high]
+    return [c for c in comparisons if isinstance(c, Comparison) and c.ratio and c.low and c.high]
 
 
 def usable(record: BenchRecord) -> bool:

@@ -18,11 +18,11 @@ from phoneready.figures.verdict import OUTCOMES, BudgetVerdict
 from phoneready.release.artifact import FileLosses
 from phoneready.release.results import ReleaseFigures
 from phoneready.report.block_parts import block_parts, loses_attention
-from runtime_bench.presentation.comparison_table import speeds_text
+from runtime_bench.presentation.comparison_table import NOT_COMPARABLE, speeds_text
 from runtime_bench.presentation.record_table import energy_text, net_energy_text, speed_text
 from runtime_bench.presentation.table import Column, Table, table_of_cells
 from runtime_bench.records.bench_record import BenchRecord
-from runtime_bench.records.compare import compare_records
+from runtime_bench.records.compare import Incomparable, compare_records
 from runtime_bench.records.energy_account import energy
 from runtime_bench.records.fairness import DISTURBED, THROTTLED, fairness, unfair
 from runtime_bench.records.groups import BenchGroup
@@ -299,6 +299,8 @@ def _speed_row(dense: BenchRecord, pruned: BenchRecord) -> Row:
     if dense.void or pruned.void:
         return (title, *speeds, Mark("void", "bad"))
     c = compare_records(dense, pruned)
+    if isinstance(c, Incomparable):
+        return (title, *speeds, Mark(NOT_COMPARABLE, "unsure", c.reason))
     why = c.reason or ""
     if c.ratio is not None:
         basis = ", by processor time" if c.basis == "cpu" else ""

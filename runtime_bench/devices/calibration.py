@@ -20,7 +20,7 @@ from runtime_bench.devices.profile import FIGURES, DeviceProfile, Figure, TypeRa
 from runtime_bench.devices.rates import KEYS_AND_VALUES, Amounts, Fitted, Timed, fit
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import BenchRecord
-from runtime_bench.records.crowding import crowding, judged_by_processor_time, stealing
+from runtime_bench.records.crowding import crowding, has_processor_time, stealing
 from runtime_bench.records.fairness import has_speed, unfair
 from runtime_bench.workload import REGIMES
 
@@ -136,7 +136,7 @@ def _facts_of(name: str, rows: Sequence[BenchRecord], models: Path | None) -> Mo
 
 def _timed(record: BenchRecord, facts: ModelFacts) -> Timed:
     """A row as rates see it: in processor time where others held its single thread up, as comparisons are."""
-    samples = record.cpu_samples_ns if judged_by_processor_time([record]) else record.samples_ns
+    samples = record.cpu_samples_ns if has_processor_time(record) and crowding(record) else record.samples_ns
     median_ns = summary.median(samples) or 0.0
     amounts = _AMOUNTS[record.workload](record, facts)
     return Timed(str(facts.path), record.test, amounts, median_ns / record.n_tokens / 1e9)

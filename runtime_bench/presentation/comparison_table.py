@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from types import MappingProxyType
+from typing import Any
 
 from cfsp.records import tool_version
 from runtime_bench.presentation.markup import escape_markdown
 from runtime_bench.presentation.record_table import format_speed
 from runtime_bench.presentation.table import NOTHING, Column, Table, indented_json, short_names, table_of
 from runtime_bench.records.bench_record import EMULATED
-from runtime_bench.records.compare import Comparison
+from runtime_bench.records.compare import Compared, Comparison, Incomparable
 from runtime_bench.records.crowding import CROWDED_SHARE
 
 SCHEMA_VERSION = 1
+NOT_COMPARABLE = "not comparable"
+"""What stands in place of a verdict, or of a ratio."""
 
 
-def format_comparison(comparisons: Sequence[Comparison], output: str = "md") -> str:
+def format_comparison(comparisons: Sequence[Compared], output: str = "md") -> str:
     """Comparisons in one of COMPARISON_FORMATS, with a final newline."""
     return COMPARISON_FORMATS[output](comparisons)
 
@@ -71,9 +74,19 @@ def _multiple(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.3f} x anchor"
 
 
-def _as_markdown(comparisons: Sequence[Comparison]) -> str:
+def incomparable_text(row: Incomparable) -> str:
+    """Which rows are not compared, and why, in one line."""
+    names = short_names(filter(None, (row.base, row.new)))
+    files = " and ".join(names[name] for name in (row.base, row.new) if name is not None)
+    threads = f"{row.n_threads} thread{'s' if row.n_threads > 1 else ''}"
+    return f"{row.test} with {threads} of {files}: {NOT_COMPARABLE}: {row.reason}"
+
+
+def _as_markdown(compared: Sequence[Compared]) -> str:
+    comparisons = [row for row in compared if isinstance(row, Comparison)]
+    apart = [escape_markdown(incomparable_text(row)) for row in compared if isinstance(row, Incomparable)]
     table = comparison_table(comparisons).markdown()
-    return table + "".join(f"\n{line}\n" for line in _remarks(comparisons))
+    return table + "".join(f"\n{line}\n" for line in (*_remarks(comparisons), *apart))
 
 
 def _remarks(comparisons: Sequence[Comparison]) -> list[str]:
@@ -120,15 +133,21 @@ def _number(value: float | None) -> str | None:
     return None if value is None else f"{value:.3f}"
 
 
-def _as_json(comparisons: Sequence[Comparison]) -> str:
+def _objects(compared: Sequence[Compared]) -> list[dict[str, Any]]:
+    """A row each; of what is not comparable all but test, threads, files and reason is null."""
+    unknown = dict.fromkeys(field.name for field in fields(Comparison)) | {"verdict": NOT_COMPARABLE}
+    return [(unknown if isinstance(row, Incomparable) else {}) | asdict(row) for row in compared]
+
+
+def _as_json(compared: Sequence[Compared]) -> str:
     head = {"kind": "comparison", "schema_version": SCHEMA_VERSION, "tool_version": tool_version()}
-    return indented_json(head | {"rows": [asdict(row) for row in comparisons]})
+    return indented_json(head | {"rows": _objects(compared)})
 
 
-COMPARISON_FORMATS: MappingProxyType[str, Callable[[Sequence[Comparison]], str]] = MappingProxyType(
+COMPARISON_FORMATS: MappingProxyType[str, Callable[[Sequence[Compared]], str]] = MappingProxyType(
     {
         "md": _as_markdown,
         "json": _as_json,
-        "csv": lambda comparisons: table_of([asdict(row) for row in comparisons]).csv(),
+        "csv": lambda compared: table_of(_objects(compared)).csv(),
     }
 )

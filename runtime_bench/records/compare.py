@@ -1,32 +1,23 @@
 """Compare two sets of records row by row: a ratio of speeds, its interval, and a verdict that the interval
 bears out.
 
-Speed is 1 / median time for every workload, so that a ratio above 1 is faster, for ttft and load too. The time is the
-clock's, or the processor's where other programs held a single thread up; medians and ratio of a comparison are always
-of the same one. Where the machine was so busy that neither tells of the files, there is no ratio. Only what was
-measured alike is compared: numbers of one kind, on one target and processor, in one engine, with one workload.
+Speed is 1 / median time for every workload, so that a ratio above 1 is faster, for ttft and load too. Only what was
+measured alike is compared: numbers of one kind, on one target and processor, in one engine, with one workload. What was
+not is an `Incomparable`, and no error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from cfsp.errors import InputError
 from cfsp.settings import SEED, Settings, check_settings, setting
-from runtime_bench.records import summary
-from runtime_bench.records.bench_record import EMULATED, BenchRecord
-from runtime_bench.records.crowding import judged_by_processor_time
+from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.energy_comparison import EnergyRatio, energy_ratio
-from runtime_bench.records.fairness import capped_apart, noise
-from runtime_bench.records.summary import CONFIDENCE, RatioInterval, quotient_interval, ratio_interval
-
-MIN_SAMPLES = 5
-"""Fewest samples of each side, from as many processes, for a verdict: the range of five covers the median with
-probability 1 - 2/2^5 = 0.94."""
-
-WIDEST = 1.5
-"""Upper end / lower end of an interval beyond which its ratio says nothing."""
+from runtime_bench.records.judgement import judge, samples_of
+from runtime_bench.records.summary import CONFIDENCE, RatioInterval
 
 INCONCLUSIVE, TOO_NOISY = "inconclusive", "too noisy to tell"
 VERDICTS = ("faster", "slower", "no difference", INCONCLUSIVE, TOO_NOISY)
@@ -131,8 +122,26 @@ class Comparison:
     energy: EnergyRatio | None = None
 
 
-Anchors = tuple[BenchRecord, BenchRecord]
-"""The anchor's rows of base's session and of new's."""
+@dataclass(frozen=True)
+class Incomparable:
+    """Two rows that are not compared, or one that has no partner.
+
+    Attributes:
+        test: The workload, e.g. tg128.
+        n_threads: Threads.
+        base: File of the base; None where the new file alone has the row.
+        new: File held against it; None where the base alone has the row.
+        reason: What keeps them apart.
+    """
+
+    test: str
+    n_threads: int
+    base: str | None
+    new: str | None
+    reason: str
+
+
+Compared: TypeAlias = Comparison | Incomparable
 
 
 def compare(
@@ -140,8 +149,8 @@ def compare(
     new: Sequence[BenchRecord],
     settings: ComparisonSettings = DEFAULTS,
     anchors: Sequence[BenchRecord] = (),
-) -> list[Comparison]:
-    """Compare row by row, in the order of `base`.
+) -> list[Compared]:
+    """Compare row by row, in the order of `base`; rows that only `new` has come last.
 
     Sessions that had an anchor are compared by their ratios to it alone, wherever each was measured.
 
@@ -152,19 +161,29 @@ def compare(
         anchors: The anchors' own records, of all sessions.
 
     Raises:
-        InputError: A row without partner or with several, rows that measure different things, or sessions of different
-            anchors.
+        InputError: No records of a side, or several of one row.
     """
     apart = {r.session for r in base}.isdisjoint(r.session for r in new)
     anchored = apart and any(r.anchor_sha256 for r in (*base, *new))
     left, right = _by_row(base, "base", anchored=anchored), _by_row(new, "new", anchored=anchored)
     if not left or not right:
         raise InputError("nothing to compare: no records of the base or of the new file")
-    _check_partners(left, right)
-    return [
-        compare_records(one, right[key], settings, _anchors_of(one, right[key], anchors))
-        for key, one in left.items()
-    ]
+    rows: list[Compared] = []
+    alone = {key: one for key, one in right.items() if key not in left}
+    for key, one in left.items():
+        # Where the other side has the same test, what keeps them apart is said.
+        near = key if key in right else next((row for row in alone if row[-2:] == key[-2:]), None)
+        if near is None:
+            rows.append(_alone(key, one, "base"))
+        else:
+            alone.pop(near, None)
+            rows.append(compare_records(one, right[near], settings, anchors))
+    return rows + [_alone(key, one, "new") for key, one in alone.items()]
+
+
+def _alone(key: _Row, record: BenchRecord, side: str) -> Incomparable:
+    base, new = (record.model_filename, None) if side == "base" else (None, record.model_filename)
+    return Incomparable(record.test, record.n_threads, base, new, f"row without partner: {_row_name(key)}")
 
 
 def by_model(records: Sequence[BenchRecord]) -> dict[str, list[BenchRecord]]:
@@ -175,21 +194,20 @@ def by_model(records: Sequence[BenchRecord]) -> dict[str, list[BenchRecord]]:
     return models
 
 
-def _anchors_of(base: BenchRecord, new: BenchRecord, anchors: Sequence[BenchRecord]) -> Anchors | None:
-    """The anchor's rows beside two records; None where they share a session, or neither session had an anchor."""
+def _anchors_of(
+    base: BenchRecord, new: BenchRecord, anchors: Sequence[BenchRecord]
+) -> tuple[BenchRecord, BenchRecord] | str | None:
+    """The anchor's rows of base's session and of new's, or why there are none; None where the two share a session, or
+    neither session had an anchor."""
     if base.session == new.session or not (base.anchor_sha256 or new.anchor_sha256):
         return None
     if base.anchor_sha256 != new.anchor_sha256:
-        names = [one.anchor_sha256 or "none" for one in (base, new)]
-        raise InputError(
-            f"{base.test}: the sessions had different anchors: {names[0][:12]} and {names[1][:12]}",
-            allowed="sessions with one anchor, which alone says how the machines compare",
-        )
-    found = [
-        next((r for r in anchors if r.is_anchor and _beside(r) == _beside(one)), None) for one in (base, new)
-    ]
+        names = [(one.anchor_sha256 or "none")[:12] for one in (base, new)]
+        return f"the sessions had different anchors: {names[0]} and {names[1]}"
+    rows = {_beside(record): record for record in anchors if record.is_anchor}
+    found = rows.get(_beside(base)), rows.get(_beside(new))
     if found[0] is None or found[1] is None:
-        raise InputError(f"{base.test}: the anchor's own row is not among the records")
+        return "the anchor's own row is not among the records"
     return found[0], found[1]
 
 
@@ -201,32 +219,43 @@ def compare_records(
     base: BenchRecord,
     new: BenchRecord,
     settings: ComparisonSettings = DEFAULTS,
-    anchors: Anchors | None = None,
-) -> Comparison:
-    """Compare two records of the same workload.
+    anchors: Sequence[BenchRecord] = (),
+) -> Compared:
+    """Compare two records.
 
     The verdict is `faster` or `slower` when the whole interval lies beyond the threshold, `no difference`
     when it lies within it on both sides, `too noisy to tell` when other programs or the differences between rounds hide
     what the files do, and otherwise `inconclusive`, as it is when a side failed or has fewer than MIN_SAMPLES.
 
-    With `anchors`, the speeds that are compared are those in multiples of the anchor's in the same session.
+    Args:
+        base: The base.
+        new: What is held against it.
+        settings: What counts; their seed is the bootstrap's.
+        anchors: The anchors' own records: sessions that had one are compared in multiples of its speed.
 
     Raises:
-        InputError: The records measure different things, or a setting is out of range.
+        InputError: A setting is out of range.
     """
     check_settings(settings)
-    _check_comparable(base, new, anchored=anchors is not None)
-    sides = dict(zip(_SIDES, (base, new, *(anchors or ())), strict=False))
-    basis = "cpu" if judged_by_processor_time(sides.values()) else "wall"
-    paired = base.session == new.session and base.rounds == new.rounds
-    times = [one.cpu_samples_ns if basis == "cpu" else one.samples_ns for one in sides.values()]
-    medians = [summary.median(samples) for samples in times]
-    interval = None
-    if all(times) and base.kind != EMULATED:
-        interval = _interval(times, [one.rounds for one in sides.values()], settings, paired=paired)
-    noisy = _noise(sides, basis, interval)
-    verdict, reason = _outcome(_reason(sides), noisy, interval, settings.threshold)
-    shown = None if noisy else interval
+    beside = _anchors_of(base, new, anchors)
+    anchored = beside if isinstance(beside, tuple) else None
+    apart = beside if isinstance(beside, str) else _difference(base, new, anchored=anchored is not None)
+    if apart is not None:
+        return Incomparable(base.test, base.n_threads, base.model_filename, new.model_filename, apart)
+    found = judge(
+        samples_of(base, "base"),
+        samples_of(new, "new"),
+        (samples_of(anchored[0], "base's anchor"), samples_of(anchored[1], "new's anchor"))
+        if anchored
+        else None,
+        confidence=settings.confidence,
+        seed=settings.seed,
+    )
+    verdict, reason = INCONCLUSIVE if found.problem else TOO_NOISY, found.problem or found.noise
+    if reason is None:
+        verdict = _verdict(found.interval, settings.threshold)
+        reason = "the interval crosses the threshold" if verdict == INCONCLUSIVE else None
+    medians, shown = found.medians, found.shown
     return Comparison(
         kind=base.kind,
         target=", ".join(dict.fromkeys((base.target, new.target))),
@@ -245,78 +274,21 @@ def compare_records(
         high=shown.high if shown else None,
         confidence=settings.confidence,
         threshold=settings.threshold,
-        paired=paired,
-        basis=basis,
+        paired=found.paired,
+        basis=found.basis,
         verdict=verdict,
         reason=reason,
-        peak_rss_ratio=_ratio(new.peak_rss_bytes, base.peak_rss_bytes),
-        file_size_ratio=_ratio(new.file_size_bytes, base.file_size_bytes),
-        anchor=anchors[0].model_filename if anchors else None,
-        base_to_anchor=_quotient(medians[2], medians[0]) if anchors else None,
-        new_to_anchor=_quotient(medians[3], medians[1]) if anchors else None,
+        peak_rss_ratio=_quotient(new.peak_rss_bytes, base.peak_rss_bytes),
+        file_size_ratio=_quotient(new.file_size_bytes, base.file_size_bytes),
+        anchor=anchored[0].model_filename if anchored else None,
+        base_to_anchor=_quotient(medians[2], medians[0]) if anchored else None,
+        new_to_anchor=_quotient(medians[3], medians[1]) if anchored else None,
         energy=energy_ratio(base, new),
-    )
-
-
-_SIDES = ("base", "new", "base's anchor", "new's anchor")
-
-
-def _interval(
-    times: Sequence[Sequence[int]],
-    rounds: Sequence[Sequence[int]],
-    settings: ComparisonSettings,
-    *,
-    paired: bool,
-) -> RatioInterval:
-    """Of the speed of new over base; of four times that in multiples of the anchors'."""
-    if len(times) == len(_SIDES):
-        return quotient_interval(
-            (times[3], times[1]),
-            (rounds[3], rounds[1]),
-            (times[2], times[0]),
-            (rounds[2], rounds[0]),
-            confidence=settings.confidence,
-            seed=settings.seed,
-        )
-    return ratio_interval(
-        *times,
-        paired=paired,
-        numerator_rounds=rounds[0],
-        denominator_rounds=rounds[1],
-        confidence=settings.confidence,
-        seed=settings.seed,
     )
 
 
 def _quotient(dividend: float | None, divisor: float | None) -> float | None:
     return dividend / divisor if dividend and divisor else None
-
-
-def _outcome(
-    reason: str | None, noisy: str | None, interval: RatioInterval | None, threshold: float
-) -> tuple[str, str | None]:
-    """Verdict and reason."""
-    if reason or noisy:
-        return (INCONCLUSIVE, reason) if reason else (TOO_NOISY, noisy)
-    verdict = _verdict(interval, threshold)
-    return verdict, "the interval crosses the threshold" if verdict == INCONCLUSIVE else None
-
-
-def _noise(sides: Mapping[str, BenchRecord], basis: str, interval: RatioInterval | None) -> str | None:
-    """Why the times say nothing of the files; None where they do."""
-    for side, record in sides.items():
-        why = noise(record, wall=basis == "wall")
-        if why and record.ok:
-            return f"{side}: {why}"
-    base, new, *anchors = sides.values()
-    beside = zip((base, new), anchors, strict=True) if anchors else [(base, new)]
-    apart = next(filter(None, (capped_apart(*pair) for pair in beside)), None)
-    if apart:
-        return apart
-    if interval and interval.high > WIDEST * interval.low:
-        width = interval.high / interval.low
-        return f"the rounds differ too much: one end of the interval is {width:.1f} times the other"
-    return None
 
 
 def _verdict(interval: RatioInterval | None, threshold: float) -> str:
@@ -330,57 +302,17 @@ def _verdict(interval: RatioInterval | None, threshold: float) -> str:
     return "no difference" if interval.low >= down and interval.high <= up else INCONCLUSIVE
 
 
-def _reason(sides: Mapping[str, BenchRecord]) -> str | None:
-    for side, record in sides.items():
-        if not record.ok:
-            return f"{side} failed: {record.failure}"
-        if record.kind == EMULATED:
-            return "emulated times say nothing"
-        if record.void:
-            return f"{side} writes degenerate text ({record.degenerate}), its speed is void"
-        if len(set(record.rounds)) < MIN_SAMPLES:
-            independent = "samples" if record.samples_per_process == 1 else "processes"
-            return f"{side} has {len(set(record.rounds))} {independent}, a verdict needs {MIN_SAMPLES}"
-    for side, record in sides.items():
-        wish, state = record.page_cache, record.page_cache_state
-        if wish in ("warm", "cold") and state not in (wish, "unknown"):
-            return f"{side} was to be loaded {wish}, and was {state}"
-    base, new, *_ = sides.values()
-    if base.timed.opens and base.page_cache_state != new.page_cache_state:
-        return f"base was loaded {base.page_cache_state}, new {new.page_cache_state}"
-    return None
-
-
-def _ratio(new: int | None, base: int | None) -> float | None:
-    return new / base if new and base else None
-
-
-def _check_comparable(base: BenchRecord, new: BenchRecord, *, anchored: bool = False) -> None:
+def _difference(base: BenchRecord, new: BenchRecord, *, anchored: bool) -> str | None:
+    """What the rows measured otherwise; None where they are comparable. An anchor stands for target and processor."""
     names = [name for name in _COMPARABLE if getattr(base, name) != getattr(new, name)]
-    said = ("backends",) if anchored else ("cpu_info", "backends")
-    if anchored:  # where they were measured is what the anchor stands for
-        names = [name for name in names if name != "target"]
-    sides = {name: (getattr(base, name), getattr(new, name)) for name in said}
+    sides = {name: (getattr(base, name), getattr(new, name)) for name in ("cpu_info", "backends")}
     names += [name for name, (left, right) in sides.items() if left and right and left != right]
-    different = [f"{name} {getattr(base, name)!r} and {getattr(new, name)!r}" for name in names]
-    if different:
-        raise InputError(
-            f"{base.test} and {new.test} measure different things and are never compared: {', '.join(different)}"
-        )
-
-
-def _check_partners(left: dict[_Row, BenchRecord], right: dict[_Row, BenchRecord]) -> None:
-    """Refuse rows that one side has alone; where the other has the same test, say what keeps them apart."""
-    for key, record in left.items():
-        near = [other for row, other in right.items() if row[-2:] == key[-2:]]
-        if key not in right and near:
-            _check_comparable(record, near[0])
-    alone = [_row_name(key) for key in [*left, *right] if (key in left) != (key in right)]
-    if alone:
-        raise InputError(
-            f"rows without partner: {', '.join(alone)}",
-            allowed="the same workloads, threads, targets and engines on both sides",
-        )
+    different = [
+        f"{name} {getattr(base, name)!r} and {getattr(new, name)!r}"
+        for name in names
+        if not (anchored and name in ("target", "cpu_info"))
+    ]
+    return f"they measure different things: {', '.join(different)}" if different else None
 
 
 def _by_row(records: Sequence[BenchRecord], side: str, *, anchored: bool) -> dict[_Row, BenchRecord]:

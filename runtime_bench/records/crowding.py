@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection
 
 from runtime_bench.records.bench_record import BenchRecord
 
@@ -27,17 +26,11 @@ def stealing(record: BenchRecord) -> str | None:
     return taken if share > CROWDED_SHARE else None
 
 
-def has_cpu_times(record: BenchRecord) -> bool:
-    """Whether every sample has its processor time."""
-    return len(record.cpu_samples_ns) == len(record.samples_ns) > 0
-
-
-def judged_by_processor_time(records: Collection[BenchRecord]) -> bool:
-    """Whether other programs held up one of several single threads, so that the clock on the wall tells more of them
-    than of the file. Several threads spend processor time in waiting for each other, too, and where another chip
-    computes it tells of next to nothing."""
-    usable = all(one.n_threads == 1 and one.on_processor and has_cpu_times(one) for one in records)
-    return usable and any(map(crowding, records))
+def has_processor_time(record: BenchRecord) -> bool:
+    """Whether its processor time tells of the file, too. Several threads spend it in waiting for each other, and where
+    another chip computes it tells of next to nothing."""
+    timed = len(record.cpu_samples_ns) == len(record.samples_ns) > 0
+    return timed and record.n_threads == 1 and record.on_processor
 
 
 def _waiting(record: BenchRecord) -> float | None:
@@ -59,8 +52,7 @@ def _taken(record: BenchRecord) -> float | None:
 def _held_up(record: BenchRecord) -> float:
     """Share of its time that a single thread did not compute. Of several nobody can tell: they wait for each other; nor
     of one that waits for another chip."""
-    waited_for_disk = None in record.held_samples_ns
-    if record.n_threads != 1 or not record.on_processor or not has_cpu_times(record) or waited_for_disk:
+    if not has_processor_time(record) or None in record.held_samples_ns:  # it waited for the disk
         return 0.0
     return 1 - sum(record.cpu_samples_ns) / sum(record.samples_ns)
 

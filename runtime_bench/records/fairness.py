@@ -157,9 +157,9 @@ def capped_at(record: BenchRecord) -> float | None:
     return max(looks or [cap for cap in record.clock_caps if cap is not None], default=None)
 
 
-def capped_apart(*records: BenchRecord) -> str | None:
+def capped_apart(*of_rows: float | None) -> str | None:
     """Why rows ran at clocks too different to be compared; None where they did not, or nothing tells."""
-    caps = [cap for record in records if (cap := capped_at(record)) is not None]
+    caps = [cap for cap in of_rows if cap is not None]
     if not caps or min(caps) >= (1 - CAP_LIMIT) * max(caps):
         return None
     return f"one ran with clocks capped at {min(caps):.0%} of the highest, another at {max(caps):.0%}"

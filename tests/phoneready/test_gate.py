@@ -303,9 +303,9 @@ def test_what_a_busy_machine_measured_passes_and_misses_nothing() -> None:
     assert (verdict.outcome, verdict.value) == ("inconclusive", None)
     wild = tuple(4.0 * 10 ** (i % 3) for i in range(10))
     verdict = judge(relative, speed(wild), speed(fast, "dense"))
-    assert (verdict.outcome, verdict.value, verdict.reason) == (
-        *("inconclusive", None),
-        "too noisy to tell: the rounds differ too much",
+    assert (verdict.outcome, verdict.value) == ("inconclusive", None)
+    assert verdict.reason.startswith(
+        "too noisy to tell: the rounds differ too much: one end of the interval is"
     )
 
 

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from cfsp.errors import InputError
 from runtime_bench.presentation.comparison_table import comparison_table, format_comparison
-from runtime_bench.records.compare import ComparisonSettings, compare, compare_records
+from runtime_bench.records.compare import (
+    Comparison,
+    ComparisonSettings,
+    Incomparable,
+    compare,
+    compare_records,
+)
 from runtime_bench.records.contention import Contention
 from runtime_bench.records.crowding import crowding
 from runtime_bench.workload import Workload
@@ -102,14 +108,25 @@ def test_drift_of_the_machine_cancels_in_pairs(make_record: Any) -> None:
     [{"kind": "emulated"}, {"target": "ssh:board"}, {"engine": "torch"}, {"n_threads": 8}, {"n_ubatch": 64}],
 )
 def test_different_things_are_not_compared(make_record: Any, change: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=next(iter(change))):
-        compare_records(make_record(), make_record(**change))
+    found = compare_records(make_record(), make_record(**change))
+    assert isinstance(found, Incomparable)
+    assert next(iter(change)) in found.reason
 
 
 def test_rows_need_one_partner_each(make_record: Any) -> None:
     tg, pp = make_record(), make_record(Workload("pp", n_prompt=512))
-    with pytest.raises(InputError, match="pp512 with 2 threads"):
-        compare([tg, pp], [tg])
+    found, alone = compare([tg, pp], [tg])
+    assert isinstance(found, Comparison)
+    assert isinstance(alone, Incomparable)
+    assert (alone.base, alone.new) == (pp.model_filename, None)
+    assert "row without partner: pp512 with 2 threads" in alone.reason
+    elsewhere = make_record(target="ssh:board", session="another")
+    rows = [(row.base, row.new) for row in compare([tg], [tg, pp, elsewhere])]
+    assert rows == [
+        (tg.model_filename, tg.model_filename),
+        (None, pp.model_filename),
+        (None, tg.model_filename),
+    ]
     with pytest.raises(InputError, match="several rows"):
         compare([tg, tg], [tg])
     with pytest.raises(InputError, match="nothing to compare"):

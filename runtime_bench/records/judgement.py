@@ -1,0 +1,202 @@
+"""The one judgement about two sets of samples, which comparisons, reports, budgets and histories ask.
+
+Speed is 1 / median time. The time is the clock's, or the processor's where other programs held a single thread up. If
+the machine was so busy that neither tells of the files, there is no ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from runtime_bench.records import summary
+from runtime_bench.records.bench_record import EMULATED, BenchRecord
+from runtime_bench.records.crowding import has_processor_time
+from runtime_bench.records.fairness import capped_apart, capped_at, noise
+from runtime_bench.records.summary import CONFIDENCE, RatioInterval, quotient_interval, ratio_interval
+
+MIN_SAMPLES = 5
+"""Fewest samples of each side, from as many processes, for a verdict: the range of five covers the median with
+probability 1 - 2/2^5 = 0.94."""
+
+WIDEST = 1.5
+"""Upper end / lower end of an interval beyond which its ratio says nothing."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of one row, as they are judged.
+
+    Attributes:
+        name: What reasons call it.
+        times: Less is better; in the order taken.
+        rounds: For each, the process that it came from; each is one of its own where empty.
+        cpu_times: The same by the processor's clock; empty where that clock does not tell of the file.
+        session: Rows of one session took turns; None where that is not known.
+        problem: Why nothing is said of it, whatever its times; None where nothing keeps it from being judged.
+        noise: Why its times tell more of the machine than of the file; None where they do not.
+        cpu_noise: The same of `cpu_times`.
+        loaded: State of the page cache, where the opening of the file is timed.
+        cap: Share of the highest clock that it was held to (`capped_at`); None where nothing tells.
+    """
+
+    name: str
+    times: Sequence[float]
+    rounds: Sequence[int] = ()
+    cpu_times: Sequence[float] = ()
+    session: str | None = None
+    problem: str | None = None
+    noise: str | None = None
+    cpu_noise: str | None = None
+    loaded: str | None = None
+    cap: float | None = None
+
+    @property
+    def n_independent(self) -> int:
+        """Independent samples: those of one process share what that process met."""
+        return len(set(self.rounds)) if len(self.rounds) == len(self.times) else len(self.times)
+
+    @property
+    def too_few(self) -> str | None:
+        """Why it has too few samples for a verdict; None where it has enough."""
+        if self.n_independent >= MIN_SAMPLES:
+            return None
+        independent = "samples" if self.n_independent == len(self.times) else "processes"
+        return f"{self.name} has {self.n_independent} {independent}, a verdict needs {MIN_SAMPLES}"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What two sets of samples say of each other.
+
+    Attributes:
+        basis: Whose time it is: `wall`, or `cpu` where other programs held a single thread up.
+        paired: Whether rounds of one interleaved session were compared pair by pair.
+        medians: Median time of base and new, then of their anchors, by the basis; None where a side has no samples.
+        interval: Speed of new / speed of base; None where a side has no samples. With `noise` it means nothing.
+        problem: Why there is no verdict, however steady the samples are; None where there may be one.
+        noise: Why the samples say nothing of the files; None where they do.
+    """
+
+    basis: str
+    paired: bool
+    medians: tuple[float | None, ...]
+    interval: RatioInterval | None
+    problem: str | None
+    noise: str | None
+
+    @property
+    def shown(self) -> RatioInterval | None:
+        """The interval, where it means something."""
+        return None if self.noise else self.interval
+
+
+def samples_of(record: BenchRecord, name: str) -> Samples:
+    """A row's samples; `name` is what reasons call it."""
+    return Samples(
+        name,
+        () if record.kind == EMULATED else record.samples_ns,
+        record.rounds,
+        cpu_times=record.cpu_samples_ns if has_processor_time(record) else (),
+        session=record.session,
+        problem=_problem(record, name),
+        noise=noise(record) if record.ok else None,
+        cpu_noise=noise(record, wall=False) if record.ok else None,
+        loaded=record.page_cache_state if record.timed.opens else None,
+        cap=capped_at(record),
+    )
+
+
+def _problem(record: BenchRecord, name: str) -> str | None:
+    if not record.ok:
+        return f"{name} failed: {record.failure}"
+    if record.kind == EMULATED:
+        return "emulated times say nothing"
+    if record.void:
+        return f"{name} writes degenerate text ({record.degenerate}), its speed is void"
+    wish, state = record.page_cache, record.page_cache_state
+    if wish in ("warm", "cold") and state not in (wish, "unknown"):
+        return f"{name} was to be loaded {wish}, and was {state}"
+    return None
+
+
+def judge(
+    base: Samples,
+    new: Samples,
+    anchors: tuple[Samples, Samples] | None = None,
+    *,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+) -> Judgement:
+    """How fast `new` is in multiples of `base`, and whether the samples can tell.
+
+    Args:
+        base: What is divided by.
+        new: What is judged.
+        anchors: Of base's session and of new's: speeds in multiples of theirs are compared.
+        confidence: Of the interval.
+        seed: Of the bootstrap.
+    """
+    sides = (base, new, *(anchors or ()))
+    # What noise only the clock on the wall has, the processor's clock sees through.
+    by_cpu = all(one.cpu_times for one in sides) and any(one.noise and not one.cpu_noise for one in sides)
+    times = [one.cpu_times if by_cpu else one.times for one in sides]
+    paired = base.session is not None and base.session == new.session and base.rounds == new.rounds
+    interval = None
+    if all(times):
+        interval = _interval(times, [one.rounds for one in sides], confidence, seed, paired=paired)
+    return Judgement(
+        basis="cpu" if by_cpu else "wall",
+        paired=paired,
+        medians=tuple(map(summary.median, times)),
+        interval=interval,
+        problem=_unjudged(sides),
+        noise=_noise(sides, interval, by_cpu=by_cpu),
+    )
+
+
+def _unjudged(sides: Sequence[Samples]) -> str | None:
+    """Why nothing can be said, however steady the samples are."""
+    found = next((why for one in sides if (why := one.problem or one.too_few)), None)
+    base, new, *_ = sides
+    if found is None and base.loaded != new.loaded:
+        return f"{base.name} was loaded {base.loaded}, {new.name} {new.loaded}"
+    return found
+
+
+def _noise(sides: Sequence[Samples], interval: RatioInterval | None, *, by_cpu: bool) -> str | None:
+    """Why the times say nothing of the files; None where they do."""
+    for one in sides:
+        if why := one.cpu_noise if by_cpu else one.noise:
+            return f"{one.name}: {why}"
+    base, new, *anchors = sides
+    beside = zip((base, new), anchors, strict=True) if anchors else [(base, new)]
+    if apart := next(filter(None, (capped_apart(*(one.cap for one in pair)) for pair in beside)), None):
+        return apart
+    if interval and interval.high > WIDEST * interval.low:
+        width = interval.high / interval.low
+        return f"the rounds differ too much: one end of the interval is {width:.1f} times the other"
+    return None
+
+
+def _interval(
+    times: Sequence[Sequence[float]],
+    rounds: Sequence[Sequence[int]],
+    confidence: float,
+    seed: int,
+    *,
+    paired: bool,
+) -> RatioInterval:
+    """Of the speed of new over base; of four times that in multiples of the anchors'."""
+    if len(times) > 2:
+        new, base = (times[3], times[1]), (times[2], times[0])
+        of_new, of_base = (rounds[3], rounds[1]), (rounds[2], rounds[0])
+        return quotient_interval(new, of_new, base, of_base, confidence=confidence, seed=seed)
+    return ratio_interval(
+        *times,
+        paired=paired,
+        numerator_rounds=rounds[0],
+        denominator_rounds=rounds[1],
+        confidence=confidence,
+        seed=seed,
+    )

@@ -1,0 +1,153 @@
+"""A release says one thing of a row: its report and its budgets ask the same judgement."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phoneready.commands.bench import _against_the_first
+from phoneready.figures.budgets import BudgetConfig
+from phoneready.figures.figure_set import DENSE, PRUNED, Figure
+from phoneready.figures.gate import judge
+from phoneready.main import main
+from phoneready.release.collect import benchmark_figures
+from phoneready.report.contents import ReportInput
+from phoneready.report.markdown import verdict_table
+from phoneready.report.page import render_page
+from phoneready.report.plots import ratio_plot
+from phoneready.settings.release import parse_config
+from runtime_bench.presentation.comparison_table import format_comparison
+from runtime_bench.records.bench_record import BenchRecord
+from runtime_bench.records.compare import Comparison, Incomparable, compare_records
+from runtime_bench.records.groups import bench_groups
+from runtime_bench.records.jsonl import append_jsonl
+from runtime_bench.workload import Workload
+
+CONFIG = parse_config('[model]\nreference = "m"\n[bench]\nn_threads = [1]\n', where="the test's")
+ITEMS = {"dense.gguf": (DENSE, "Q4_0"), "pruned.gguf": (PRUNED, "Q4_0")}
+TG, TTFT = Workload("tg", n_gen=64), Workload("ttft", n_prompt=128, n_gen=1)
+WALL = (300, 420, 290, 510, 310, 388)
+BUSY = (300, 2000, 700, 5000, 900, 1200)
+
+
+@pytest.fixture
+def pair(make_record: Any) -> Callable[..., tuple[BenchRecord, BenchRecord]]:
+    """`pair(workload, times, **fields)`: a dense file's row and a pruned one's, which is faster by a tenth."""
+
+    def make(workload: Workload, times: tuple[int, ...], **fields: Any) -> tuple[BenchRecord, BenchRecord]:
+        def row(name: str, factor: float, **more: Any) -> BenchRecord:
+            samples = tuple(int(10**6 * factor * ns) for ns in times)
+            cpu = tuple(int(10**6 * factor * (100 + ns / 1000)) for ns in times)
+            values = {"samples_ns": samples, "cpu_samples_ns": cpu, "n_threads": 1, "model_filename": name}
+            record: BenchRecord = make_record(workload, **(values | fields | more))
+            return record
+
+        return row("dense.gguf", 1.1), row("pruned.gguf", 1.0)
+
+    return make
+
+
+def figures_of(*records: BenchRecord) -> dict[str, Figure]:
+    found = benchmark_figures(CONFIG, "local", records, ITEMS)
+    return {figure.role: figure for figure in found if figure.key.metric == records[0].test}
+
+
+@pytest.mark.parametrize("workload", [TG, TTFT], ids=["tg", "ttft"])
+@pytest.mark.parametrize(
+    ("times", "fields", "basis"),
+    [
+        (WALL, {"cpu_samples_ns": ()}, "wall"),
+        (BUSY, {}, "cpu"),
+        (BUSY, {"n_threads": 2}, "wall"),
+        (WALL[:4], {"cpu_samples_ns": ()}, "wall"),
+    ],
+    ids=["idle", "crowded, one thread", "crowded, two threads", "too few"],
+)
+def test_a_budget_is_held_against_the_comparison_that_the_report_prints(
+    pair: Any, workload: Workload, times: tuple[int, ...], fields: dict[str, Any], basis: str
+) -> None:
+    dense, pruned = pair(workload, times, **fields)
+    found, figures = compare_records(dense, pruned), figures_of(dense, pruned)
+    assert isinstance(found, Comparison)
+    limit = {"at_least": 1.05} if workload is TG else {"at_most": 1 / 1.05}
+    budget = BudgetConfig(metric=workload.test, relative_to="dense", **limit)
+    verdict = judge(budget, figures[PRUNED], figures[DENSE])
+    assert found.basis == basis
+    if found.reason is not None:
+        assert (verdict.outcome, verdict.value) == ("inconclusive", None)
+        assert found.reason.removeprefix("base").removeprefix(":") in verdict.reason
+        return
+    ends = [found.ratio, found.low, found.high]
+    if workload is TTFT:
+        ends = [1 / found.ratio, 1 / found.high, 1 / found.low]  # type: ignore[operator]
+    assert [verdict.value, verdict.low, verdict.high] == pytest.approx(ends, rel=1e-12)
+    assert (found.verdict, verdict.outcome) == ("faster", "pass")
+
+
+def test_a_speed_of_an_even_number_of_samples_is_the_one_that_the_report_prints(pair: Any) -> None:
+    dense, pruned = pair(TG, WALL, cpu_samples_ns=())
+    figure = figures_of(dense, pruned)[PRUNED]
+    assert figure.value == pruned.median_ts
+    verdict = judge(BudgetConfig(metric=TG.test, at_least=1.0), figure, None)
+    assert verdict.value == pytest.approx(pruned.median_ts, rel=1e-12)
+
+
+def test_rows_that_other_chips_computed_are_held_apart_by_report_and_budget(pair: Any) -> None:
+    dense, pruned = pair(TG, WALL, cpu_samples_ns=())
+    pruned = replace(pruned, backends="CUDA0")
+    found, figures = compare_records(dense, pruned), figures_of(dense, pruned)
+    assert isinstance(found, Incomparable)
+    verdict = judge(
+        BudgetConfig(metric=TG.test, at_least=0.1, relative_to="dense"), figures[PRUNED], figures[DENSE]
+    )
+    assert verdict.outcome == "inconclusive"
+    assert "backends was CPU and is CUDA0" in verdict.reason
+
+
+def test_a_gpu_that_fell_back_ends_no_report(make_report_input: Callable[..., ReportInput]) -> None:
+    report = make_report_input("Tiny")
+    slow = {record.file for record in report.figures.pruned}
+    fell_back = tuple(
+        replace(r, backends="CPU (not gpu)" if r.model_filename in slow else "CUDA0")
+        for r in report.figures.bench
+    )
+    figures = replace(report.figures, bench=fell_back)
+    text = verdict_table(figures, *figures.pairs[0])
+    assert "backends 'CUDA0' and 'CPU (not gpu)'" in text
+    assert "times as fast" not in text
+    page = render_page(replace(report, figures=figures))
+    assert "not comparable" in page
+    assert ratio_plot(figures, bench_groups(figures.bench)[0], 0) is None
+    assert "not comparable" in format_comparison(_against_the_first(list(fell_back)))
+
+
+def test_a_command_shows_what_is_comparable_and_names_the_rest(
+    make_record: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [make_record(), make_record(Workload("pp", n_prompt=512))]
+    other = [replace(rows[0], model_filename="new.gguf"), replace(rows[1], model_filename="new.gguf")]
+    other[1] = replace(other[1], backends="CUDA0")
+    for name, records in (("base", rows), ("new", other), ("apart", other[1:])):
+        append_jsonl(tmp_path / f"{name}.jsonl", records)
+    base, new, apart = (str(tmp_path / f"{name}.jsonl") for name in ("base", "new", "apart"))
+    assert main(["compare", base, new]) == 0
+    out = capsys.readouterr().out
+    assert "| no difference" in out
+    assert "pp512 with 2 threads of dense.gguf and new.gguf: not comparable: they measure different" in out
+    assert main(["compare", base, new, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["test"], row["verdict"], row["ratio"]) for row in found] == [
+        ("tg128", "no difference", 1.0),
+        ("pp512", "not comparable", None),
+    ]
+    assert main(["compare", base, new, "--fail-on", "slower"]) == 1, "what was not compared is not good"
+    assert "1 of 2 rows: pp512 with 2 threads" in capsys.readouterr().err
+    assert main(["compare", base, apart]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert "nothing is comparable" in captured.err
