@@ -173,7 +173,7 @@ def _share(name: str, right: list[bool]) -> TaskMetric:
     """A share with its standard error, sqrt(p (1 - p) / (n - 1))."""
     share = sum(right) / len(right)
     error = math.sqrt(share * (1 - share) / (len(right) - 1)) if len(right) > 1 else None
-    return TaskMetric(name, share, error, higher_is_better=True)
+    return TaskMetric(name, share, error, higher_is_better=True, right="".join("01"[one] for one in right))
 
 
 def _number(text: str) -> tuple[str, Decimal]:

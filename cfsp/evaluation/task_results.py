@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+import pydantic
+
+from cfsp.validation import WhereSet
+
+Right = Annotated[str, pydantic.Field(pattern=r"^[01]*$")]
+"""A character an item, in the order of the task: 1 for a right answer, 0 for another one."""
 
 
 @dataclass(frozen=True)
@@ -14,12 +22,14 @@ class TaskMetric:
         value: Mean over items.
         stderr: Its standard error, where there is one.
         higher_is_better: Direction.
+        right: Which items were answered rightly; empty where the figure is no share of such, or in older records.
     """
 
     name: str
     value: float
     stderr: float | None
     higher_is_better: bool
+    right: Annotated[Right, WhereSet] = ""
 
 
 @dataclass(frozen=True)

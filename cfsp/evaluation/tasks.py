@@ -15,6 +15,7 @@ import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def _run_harness(model: LanguageModel, tasks: TaskSet, progress: Progress) -> tu
                 tasks.loaded,
                 limit=tasks.settings.limit,
                 bootstrap_iters=_BOOTSTRAP,
-                log_samples=False,
+                log_samples=True,
             )
         except (PhonereadyError, MemoryError):
             raise
@@ -311,7 +312,8 @@ def _result(name: str, found: Any, tasks: TaskSet) -> TaskResult:
         error = figures.get(f"{metric}_stderr,{kind}")
         error = float(error) if isinstance(error, int | float) else None
         label = metric if kind == "none" else f"{metric},{kind}"
-        metrics.append(TaskMetric(label, float(value), error, directions.get(metric) is not False))
+        right = _right(found["samples"][name], metric, kind, float(value))
+        metrics.append(TaskMetric(label, float(value), error, directions.get(metric) is not False, right))
     source, digest = tasks.origins.get(name, ("lm_eval", None))
     return TaskResult(
         task=name,
@@ -323,6 +325,14 @@ def _result(name: str, found: Any, tasks: TaskSet) -> TaskResult:
         num_fewshot=int(found["n-shot"].get(name) or 0),
         metrics=tuple(metrics),
     )
+
+
+def _right(samples: Any, metric: str, kind: str, mean: float) -> str:
+    """Which items were answered rightly; empty where the figure is no share of such."""
+    scores = [one[metric] for one in samples if one["filter"] == kind and metric in one]
+    if not scores or any(score not in (0, 1) for score in scores):
+        return ""
+    return "".join("01"[int(score)] for score in scores) if isclose(sum(scores) / len(scores), mean) else ""
 
 
 @contextlib.contextmanager

@@ -23,8 +23,8 @@ def evaluation_figures(item: str, subject: str, evaluation: Evaluation) -> Itera
     dense = evaluation.against.reference if evaluation.against else "dense"
     for text in evaluation.texts:
         yield from _text_figures(item, subject, dense, text)
-    yield from _task_figures(item, PRUNED, subject, evaluation.tasks)
-    yield from _task_figures(item, DENSE, dense, evaluation.against_tasks)
+    yield from task_figures(item, PRUNED, subject, evaluation.tasks)
+    yield from task_figures(item, DENSE, dense, evaluation.against_tasks)
     for metric, answers, conditions in _answers(evaluation):
         for role, name, share in ((PRUNED, subject, answers.share), (DENSE, dense, answers.against_share)):
             yield Figure(FigureKey(metric, item), role, name, "share", share, conditions=dict(conditions))
@@ -47,8 +47,14 @@ def score_figure(item: str, role: str, subject: str, task: TaskResult, score: Ta
     metric = "accuracy" if score.higher_is_better else "perplexity"
     return Figure(
         FigureKey(metric, item, on=task.task), role, subject, metric_of(metric).unit, score.value,
-        stderr=score.stderr, conditions=conditions,
+        stderr=score.stderr, conditions=conditions, right=_right(score),
     )  # fmt: skip
+
+
+def _right(score: TaskMetric) -> tuple[str, ...]:
+    """Which items were answered rightly, where that is what the figure says."""
+    share = score.right.count("1") / len(score.right) if score.right else math.nan
+    return (score.right,) if math.isclose(share, score.value, abs_tol=1e-9) else ()
 
 
 def _answers(evaluation: Evaluation) -> Iterator[tuple[str, Degeneration, dict[str, str]]]:
@@ -86,16 +92,19 @@ def _text_figures(item: str, subject: str, dense: str, text: TextResult) -> Iter
         yield Figure(FigureKey(metric, item, on=name), PRUNED, subject, unit, value, conditions=conditions)
 
 
-def _task_figures(item: str, role: str, subject: str, tasks: Sequence[TaskResult]) -> Iterator[Figure]:
+def task_figures(item: str, role: str, subject: str, tasks: Sequence[TaskResult]) -> Iterator[Figure]:
+    """The accuracy in each task, and their mean."""
     figures = []
     for task in tasks:
         if task.accuracy is not None:
             figures.append(score_figure(item, role, subject, task, task.accuracy))
     yield from figures
     if figures:
+        all_right = tuple(right for f in figures for right in f.right)
         yield Figure(
             FigureKey("mean_accuracy", item), role, subject, "share",
             sum(f.value or 0 for f in figures) / len(figures),
             stderr=math.sqrt(sum((f.stderr or 0) ** 2 for f in figures)) / len(figures),
             conditions={name: value for f in figures for name, value in f.conditions.items()},
+            right=all_right if len(all_right) == len(figures) else (),
         )  # fmt: skip

@@ -1,7 +1,6 @@
 """`eval --baseline`: an evaluation's figures held against an earlier one's, each with its metric's tolerance.
 
-The verdicts are the gate's of phoneready.figures; what a figure may lose is said beforehand, so its standard error is
-shown and does not count.
+The verdicts are the gate's of phoneready.figures: accuracies are compared with their noise, item by item.
 """
 
 from __future__ import annotations
@@ -11,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cfsp.errors import InputError, LimitError
+from cfsp.errors import InconclusiveError, InputError, LimitError
 from phoneready.evaluation.evaluation_record import Evaluation
 from phoneready.evaluation.figures import evaluation_figures, score_figure
 from phoneready.figures.budgets import BudgetConfig
 from phoneready.figures.figure_set import PRUNED, Figure
 from phoneready.figures.gate import differences, judge
 from phoneready.figures.metrics import TASK, recorded_metric
-from phoneready.figures.verdict import PASS
+from phoneready.figures.verdict import INCONCLUSIVE, MISSED, PASS
 from runtime_bench.presentation.table import Column, Table
 
 
@@ -34,7 +33,9 @@ class GateRow:
         change: Of the kind: the greater, the worse; None without a ratio, and for a figure that is only reported.
         allowed: Most that is allowed; None for a figure that is only reported.
         kind: `ratio` (now / baseline), `increase` (now - baseline) or `drop` (baseline - now).
-        ok: Whether the change is allowed.
+        ok: Whether the change is surely allowed.
+        outcome: One of OUTCOMES.
+        reason: Of the outcome, for people; None for a figure that is only reported.
     """
 
     metric: str
@@ -45,6 +46,8 @@ class GateRow:
     allowed: float | None = None
     kind: str | None = None
     ok: bool = True
+    outcome: str = PASS
+    reason: str | None = None
 
 
 def measures(evaluation: Evaluation) -> dict[str, Figure]:
@@ -101,14 +104,20 @@ def check_gate(rows: tuple[GateRow, ...]) -> None:
 
     Raises:
         LimitError: Names every figure beyond its tolerance, and by how much.
+        InconclusiveError: None is, and of some it cannot be told.
     """
-    failed = [
-        f"{row.metric} went from {row.baseline:.5g} to {row.now:.5g} ({_change(row, '.4g')}, allowed {row.allowed:g})"
-        for row in rows
-        if not row.ok
-    ]
-    if failed:
-        raise LimitError(f"worse than the baseline: {'; '.join(failed)}")
+    for outcome, error, what in (
+        (MISSED, LimitError, "worse than the baseline"),
+        (INCONCLUSIVE, InconclusiveError, "not decided whether it is worse than the baseline"),
+    ):
+        found = [
+            f"{row.metric} went from {row.baseline:.5g} to {row.now:.5g} ({_change(row, '.4g')}, "
+            f"allowed {row.allowed:g}): {row.reason}"
+            for row in rows
+            if row.outcome == outcome
+        ]
+        if found:
+            raise error(f"{what}: {'; '.join(found)}")
 
 
 def gate_table(rows: Sequence[GateRow]) -> Table[GateRow]:
@@ -116,6 +125,7 @@ def gate_table(rows: Sequence[GateRow]) -> Table[GateRow]:
     return Table(_COLUMNS, rows)
 
 
+_WORDS = {PASS: "ok", INCONCLUSIVE: "not decided", MISSED: "worse"}
 _COLUMNS: tuple[Column[GateRow], ...] = (
     Column("metric", lambda row: row.metric),
     Column("baseline", lambda row: f"{row.baseline:.4f}", right=True),
@@ -126,7 +136,7 @@ _COLUMNS: tuple[Column[GateRow], ...] = (
     ),
     Column("change", lambda row: _change(row, ".4f") if row.kind else None),
     Column("allowed", lambda row: None if row.allowed is None else f"{row.allowed:g}", right=True),
-    Column("verdict", lambda row: "not gated" if row.kind is None else "ok" if row.ok else "worse"),
+    Column("verdict", lambda row: "not gated" if row.kind is None else _WORDS[row.outcome]),
 )
 
 
@@ -152,9 +162,17 @@ def _row(name: str, before: Figure, now: Figure, limits: Mapping[str, float]) ->
         at_least=-allowed if higher else None,
         at_most=None if higher else allowed,
     )
-    verdict = judge(budget, replace(now, stderr=None), replace(before, stderr=None))
+    verdict = judge(budget, now, before)
     change = -verdict.value if higher and verdict.value is not None else verdict.value
-    return replace(row, change=change, allowed=allowed, kind=kind, ok=verdict.outcome == PASS)
+    return replace(
+        row,
+        change=change,
+        allowed=allowed,
+        kind=kind,
+        ok=verdict.outcome == PASS,
+        outcome=verdict.outcome,
+        reason=verdict.reason,
+    )
 
 
 def _comparable(evaluation: Evaluation, other: Evaluation) -> dict[str, Figure]:

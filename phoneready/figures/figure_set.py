@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from cfsp.errors import InputError
+from cfsp.evaluation.task_results import Right
 from cfsp.records import read_record
 from cfsp.validation import Seed
 from phoneready.figures.metrics import OWN_METRIC, FigureKey, means, recorded_metric
@@ -35,6 +36,7 @@ class Figure:
         rounds: For each sample, the process that it came from, counted from 0.
         paired: Figures of one name were sampled in turns: their samples may be compared pair by pair.
         stderr: Standard error, of accuracies.
+        right: For each task, which of its items were answered rightly; empty where that is not recorded.
         low: Lower end, of bands, of what is the most of several, and by what a meter may be wrong.
         high: Upper end.
         failure: Why there is no value.
@@ -75,6 +77,7 @@ class Figure:
     anchor_cpu_samples: tuple[float, ...] = ()
     anchor_cpu_noise: str | None = None
     backends: str | None = None
+    right: tuple[Right, ...] = ()
 
     @property
     def timed(self) -> Samples:

@@ -8,7 +8,7 @@ too little to say, the verdict is inconclusive. An interval is
                     to tell, none is missed, and no ratio passes
     of memory       the least and the most of all processes; relative: the bootstrap interval of the ratio
     of energy       that of timings, wider by what the meter may be wrong; of a busy machine nothing is said
-    of accuracies   1.96 standard errors to both sides, of both models where they are compared
+    of accuracies   1.96 standard errors to both sides; compared: the paired bootstrap of phoneready.figures.answers
     of projections  the band
     of sizes, and of figures on a fixed text, the figure itself
 """
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cfsp.errors import InputError
+from phoneready.figures.answers import paired_interval
 from phoneready.figures.budgets import BudgetConfig, select
 from phoneready.figures.figure_set import DENSE, PRUNED, Figure, FigureSet
 from phoneready.figures.metrics import own_reference, recorded_metric
@@ -34,13 +35,14 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class _Estimate:
-    """A figure, its interval, and why nothing can be said of it where nothing can."""
+    """A figure, its interval, why nothing can be said of it where nothing can, and what is to be said beside it."""
 
     value: float | None = None
     low: float | None = None
     high: float | None = None
     reason: str | None = None
     missed: bool = False
+    aside: str = ""
 
 
 def judge_all(
@@ -112,7 +114,7 @@ def judge(budget: BudgetConfig, figure: Figure, reference: Figure | None) -> Bud
         low=low,
         high=high,
         outcome=outcome,
-        reason=reason,
+        reason=reason + estimate.aside,
         unit=unit,
     )
 
@@ -181,15 +183,20 @@ def _meter(figure: Figure) -> tuple[float, float]:
 def _of_values(
     figure: Figure, now: float, reference: Figure, before: float, *, difference: bool
 ) -> _Estimate:
-    """Difference or ratio; the standard errors, of a ratio the relative ones (first order), are added as squares."""
-    errors = (figure.stderr or 0, reference.stderr or 0)
-    if difference:
-        return _around(now - before, NORMAL_95 * math.hypot(*errors))
-    if not before and now:
+    """Difference or ratio, of answers paired by item. If it is not recorded which were right, the standard errors are
+    added as squares, of a ratio the relative ones (first order)."""
+    if not difference and not before and now:
         return _Estimate(reason=f"no ratio to {reference.subject}, whose figure is 0")
-    ratio = 1.0 if now == before else now / before
-    relative = [error / value for error, value in zip(errors, (now, before), strict=True) if value]
-    return _around(ratio, abs(ratio) * NORMAL_95 * math.hypot(*relative))
+    value = now - before if difference else 1.0 if now == before else now / before
+    counts = [[len(task) for task in one.right] for one in (figure, reference)]
+    if counts[0] and counts[0] == counts[1] and (difference or before):
+        return _Estimate(value, *paired_interval(figure.right, reference.right, difference=difference))
+    errors = [figure.stderr or 0.0, reference.stderr or 0.0]
+    if not difference:
+        shares = zip(errors, (now, before), strict=True)
+        errors = [abs(value) * error / one if one else 0.0 for error, one in shares]
+    aside = "; taken as independent: which items were right is not recorded of both" if any(errors) else ""
+    return replace(_around(value, NORMAL_95 * math.hypot(*errors)), aside=aside)
 
 
 def _around(value: float, half: float) -> _Estimate:

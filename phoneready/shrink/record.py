@@ -7,6 +7,11 @@ from typing import ClassVar
 
 from cfsp.evaluation.task_results import TaskResult
 from phoneready.evaluation.evaluation_record import TextResult
+from phoneready.evaluation.figures import task_figures
+from phoneready.figures.budgets import BudgetConfig
+from phoneready.figures.figure_set import PRUNED
+from phoneready.figures.gate import judge
+from phoneready.figures.verdict import MISSED
 from phoneready.shrink.settings import ShrinkSettings
 
 START = 0
@@ -57,10 +62,20 @@ class ShrunkStep:
         return f"the start's accuracy in the tasks is {self.accuracy:.3f}: train it longer, or for the task (--task)"
 
     def worse_than(self, start: ShrunkStep, settings: ShrinkSettings) -> str | None:
-        """Which limit it misses, in words; None where it keeps all."""
-        ours, theirs = self.accuracy, start.accuracy
-        if ours is not None and theirs is not None and ours < theirs - settings.max_accuracy_drop - 1e-9:
-            return f"accuracy is {ours:.3f}, at the start {theirs:.3f}"
+        """Which limit it surely misses, in words; None where it keeps all, or the items are too few to tell."""
+        most_lost = BudgetConfig(
+            metric="mean_accuracy",
+            relative_to="baseline",
+            difference=True,
+            at_least=-settings.max_accuracy_drop,
+        )
+        ours, theirs = (
+            [f for f in task_figures("", PRUNED, "", one.tasks) if f.key.metric == most_lost.metric]
+            for one in (self, start)
+        )
+        for now, before in zip(ours, theirs, strict=True):
+            if judge(most_lost, now, before).outcome == MISSED:
+                return f"accuracy is {now.value:.3f}, at the start {before.value:.3f}"
         most = settings.max_bits_ratio
         for text in self.texts if most is not None else ():
             own, dense = text.bits_per_byte, text.against_bits_per_byte

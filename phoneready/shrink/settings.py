@@ -43,7 +43,7 @@ class ShrinkSettings(TaskSettings, WindowSettings):
     )
     max_accuracy_drop: float = setting(
         0.01,
-        "Stop after a step whose accuracy in the tasks is lower by more than this than at the start.",
+        "Stop after a step whose accuracy in the tasks is surely lower by more than this than at the start.",
         ge=0,
         le=1,
     )

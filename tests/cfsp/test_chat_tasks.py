@@ -68,6 +68,7 @@ def test_answers_that_are_the_known_ones_are_counted(
         assert (result.task, result.source, result.n_items, result.limit) == ("mine", "mine.jsonl", 2, None)
         assert figures(result) == {"exact_match": share}
         assert result.metrics[0].stderr == pytest.approx(share)
+        assert result.metrics[0].right == ("10" if share else "00")
 
 
 def item(asked: str, answer: str) -> ChatItem:

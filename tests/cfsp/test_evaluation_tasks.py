@@ -143,6 +143,9 @@ def test_a_task_file_with_data_elsewhere(language_model: TorchLanguageModel, dat
     assert 0 <= figures["acc"].value <= 1
     assert figures["acc"].stderr is not None
     assert figures["acc"].higher_is_better
+    for metric in result.metrics:
+        assert len(metric.right) == 8
+        assert metric.right.count("1") / 8 == metric.value
     (again,) = run(language_model, EXAMPLES / "piqa.yaml", task_data=data)
     assert again.sha256 == result.sha256
     with (data / "piqa_validation.jsonl").open("a", encoding="utf-8") as stream:

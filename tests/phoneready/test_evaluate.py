@@ -400,11 +400,32 @@ def test_task_figures_are_gated(
     saved = str(tmp_path / "tasks.json")
     asked = [model, "--no-text", "--no-prompts", "--tasks", str(task)]
     evaluate(capsys, *asked, "--save", saved)
+    assert all(row["ok"] for row in evaluate(capsys, *asked, "--baseline", saved)["gate"])
     record = json.loads(Path(saved).read_text(encoding="utf-8"))
-    record["tasks"][0]["metrics"][0]["value"] += 0.05
-    Path(saved).write_text(json.dumps(record), encoding="utf-8")
+    metric = record["tasks"][0]["metrics"][0]
+    wrong = metric["right"].index("0")
+
+    def rewrite(right: str) -> None:
+        metric.update(value=right.count("1") / 10, right=right)
+        Path(saved).write_text(json.dumps(record), encoding="utf-8")
+
+    assert metric["value"] == metric["right"].count("1") / 10
+    rewrite(metric["right"][:wrong] + "1" + metric["right"][wrong + 1 :])
+    refusal = refused(capsys, *asked, "--baseline", saved, status=3)
+    assert "not decided whether it is worse than the baseline: fruits acc went from" in refusal
+    assert main(["eval", *asked, "--baseline", saved, "--max-accuracy-drop", "0.4"]) == 0
+    capsys.readouterr()
+    rewrite("1" * 10)
     assert "fruits acc went from" in refused(capsys, *asked, "--baseline", saved, status=1)
-    assert main(["eval", *asked, "--baseline", saved, "--max-accuracy-drop", "0.06"]) == 0
+    del metric["right"]  # as an earlier version wrote it
+    metric["stderr"] = 0.01
+    Path(saved).write_text(json.dumps(record), encoding="utf-8")
+    assert "taken as independent" in refused(capsys, *asked, "--baseline", saved, status=1)
+    metric["right"] = "10x"
+    Path(saved).write_text(json.dumps(record), encoding="utf-8")
+    assert "tasks[0].metrics[0].right" in refused(capsys, *asked, "--baseline", saved)
+    del metric["right"]
+    Path(saved).write_text(json.dumps(record), encoding="utf-8")
     assert "limit of fruits was None and is 4" in refused(capsys, *asked, "--limit", "4", "--baseline", saved)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from cfsp.errors import InconclusiveError, InputError, LimitError
 from cfsp.records import read_record, write_record
+from phoneready.figures.answers import paired_interval
 from phoneready.figures.budgets import BudgetConfig
 from phoneready.figures.figure_set import Figure, FigureSet, check_same_model, read_baseline
 from phoneready.figures.gate import judge_all
@@ -129,6 +130,60 @@ def test_accuracies_have_standard_errors() -> None:
     assert judge(one, figure(ACCURACY, 0.60, stderr=0.005), dense).outcome == "missed"
     ratio = budget(metric="accuracy", at_least=0.95, relative_to="dense")
     assert judge(ratio, figure(ACCURACY, 0.70, stderr=0.005), dense).outcome == "pass"
+
+
+def answers(n: int, lost: int = 0, gained: int = 0) -> tuple[str, str]:
+    """A model's answers, of which a fifth are wrong, and another's of the same items."""
+    before = "1" * (n - n // 5) + "0" * (n // 5)
+    return before, "0" * lost + before[lost : n - gained] + "1" * gained
+
+
+def accuracy(right: str, role: str = "pruned", *, recorded: bool = True, key: FigureKey = ACCURACY) -> Figure:
+    share = right.count("1") / len(right)
+    error = (share * (1 - share) / (len(right) - 1)) ** 0.5
+    return figure(key, share, role, stderr=error, right=(right,) if recorded else ())
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "outcome"),
+    [(0, 0, "pass"), (6, 5, "pass"), (8, 0, "inconclusive"), (40, 4, "missed")],
+)
+def test_answers_to_the_same_items_are_compared_item_by_item(lost: int, gained: int, outcome: str) -> None:
+    before, now = answers(500, lost, gained)
+    limit = {"metric": "accuracy", "relative_to": "dense"}
+    for one in (budget(**limit, at_least=-0.02, difference=True), budget(**limit, at_least=0.975)):
+        verdict = judge(one, accuracy(now), accuracy(before, "dense"))
+        assert verdict.outcome == outcome
+        assert "independent" not in verdict.reason
+    # A record of an earlier version has no answers by item.
+    old = accuracy(before, "dense", recorded=False)
+    verdict = judge(budget(**limit, at_least=-0.02, difference=True), accuracy(now), old)
+    assert verdict.outcome == "inconclusive", "five hundred items cannot tell two points without pairs"
+    assert verdict.reason.endswith("; taken as independent: which items were right is not recorded of both")
+
+
+def test_a_mean_over_tasks_is_compared_item_by_item() -> None:
+    key = FigureKey("mean_accuracy", "checkpoint")
+    (before, now), (few_before, few_now) = answers(1000, 4, 6), answers(300, 2, 2)
+    ours = dataclasses.replace(accuracy(now, key=key), right=(now, few_now), value=0.8)
+    dense = dataclasses.replace(accuracy(before, "dense", key=key), right=(before, few_before), value=0.8)
+    one = budget(metric="mean_accuracy", relative_to="dense", difference=True, at_least=-0.02)
+    verdict = judge(one, ours, dense)
+    assert verdict.outcome == "pass"
+    assert verdict.low is not None
+    assert -0.02 < verdict.low < 0
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(0.05, 0.05), (0.08, 0.02)])
+def test_the_interval_of_paired_answers_covers_the_truth(lost: float, gained: float) -> None:
+    generator = random.Random(1)
+    covered = 0
+    for _ in range(100):
+        drawn = generator.choices(("11", "10", "01", "00"), (0.6, lost, gained, 0.4 - lost - gained), k=300)
+        before, now = ("".join(one[side] for one in drawn) for side in (0, 1))
+        low, high = paired_interval([now], [before], difference=True)
+        covered += low <= gained - lost <= high
+    assert 88 <= covered <= 100
 
 
 def test_a_mean_over_fewer_tasks_is_no_gain() -> None:

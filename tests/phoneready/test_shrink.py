@@ -18,6 +18,7 @@ pytest.importorskip("accelerate", reason="the recover extra is not installed")
 
 from cfsp import load_model
 from cfsp.errors import InputError
+from cfsp.evaluation.task_results import TaskMetric, TaskResult
 from cfsp.files import sha256_file
 from cfsp.models.architectures import model_shape
 from cfsp.models.checkpoint import read_checkpoint_info
@@ -28,7 +29,7 @@ from phoneready.main import main
 from phoneready.release.identities import identities, identity
 from phoneready.release.stages import claim_folder, stage_folder
 from phoneready.settings.schema import ModelConfig, RecoverConfig, ReleaseConfig
-from phoneready.shrink.record import Shrunk
+from phoneready.shrink.record import Shrunk, ShrunkStep
 from phoneready.shrink.run import MODEL_FOLDER, RESULT_FILE, TABLE_FILE, for_task, shrink
 from phoneready.shrink.settings import ShrinkSettings
 
@@ -243,6 +244,17 @@ def test_a_step_that_unlearns_the_task_is_not_kept(dense: Path, tmp_path: Path) 
     assert [step.accuracy for step in found.steps] == [1.0, 0.0]
     assert (found.kept, found.missed) == (0, "accuracy is 0.000, at the start 1.000")
     assert weights(folder / MODEL_FOLDER) == weights(stage_folder(folder, "learn") / "model")
+
+
+@pytest.mark.parametrize(("lost", "missed"), [(0, False), (1, False), (2, False), (12, True)])
+def test_a_step_is_worse_where_its_items_can_tell(lost: int, missed: bool) -> None:
+    def step(right: str) -> ShrunkStep:
+        metric = TaskMetric("acc", right.count("1") / len(right), 0.03, True, right)
+        task = TaskResult("held", "1", "held.jsonl", "ab", len(right), None, 0, (metric,))
+        return ShrunkStep(1, "model", 0.1, 300, 1000, None, (), (task,))
+
+    start, later = step("1" * 95 + "0" * 5), step("0" * lost + "1" * (95 - lost) + "0" * 5)
+    assert (later.worse_than(start, ShrinkSettings()) is not None) == missed
 
 
 def test_shares_of_the_steps() -> None:
