@@ -3,7 +3,7 @@
 0    done
 1    a limit was missed, or `doctor` found something required missing
 2    an input, a setting or an option that cannot be used
-3    with --strict: whether a limit is kept cannot be told from the samples
+3    whether a limit is kept cannot be told from the samples or answers
 70   an error that nobody expected: a bug
 130  interrupted
 """

@@ -8,6 +8,7 @@
     answers        what the exports themselves answer, each in its own runtime
     side-by-side   what all of them lose on the same windows of text
     bench-<target> all of them, in turns, for each target
+    decide-<target> more rounds where budgets on speeds are open there
 
 With [recover] a stage `recover` trains after `prune`, and with evaluate.files `evaluate-files` judges those exports.
 The two exports run beside each other in processes, each with half the threads.
@@ -48,13 +49,14 @@ from phoneready.publish.tiers import choose_tiers
 from phoneready.release.before_work import check_inputs
 from phoneready.release.beside import StageProcesses
 from phoneready.release.collect import collect_figures
+from phoneready.release.decide import measure_on
 from phoneready.release.dependencies import made_with
 from phoneready.release.foretold import foretell_stage
 from phoneready.release.identities import identities, identity
 from phoneready.release.live import last_times, rest_text, stage_figures
 from phoneready.release.results import read_figures
 from phoneready.release.stages import RUNNING, Stage, claim_folder, explain_stages, run_stages, stage_folder
-from phoneready.release.steps import RECOVERY_STAGE, Steps, bench_settled, bench_stage
+from phoneready.release.steps import RECOVERY_STAGE, Steps, bench_settled, bench_stage, decide_stage
 from phoneready.settings.planned import planned_figures
 from phoneready.settings.schema import RecoverConfig, ReleaseConfig
 from runtime_bench.environment import cpu_model
@@ -253,7 +255,9 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
     if c.evaluate.files:
         judged = functools.partial(_files_judged, c, steps)
         stages.append(Stage("evaluate-files", judged, ("dense", "export-pruned"), steps.evaluate_files))
-    stages += [_bench(c, steps, place, exports) for place in c.bench.targets]
+    for place in c.bench.targets:
+        stages.append(_bench(c, steps, place, exports))
+        stages += [_decide(c, steps, place, exports)] if c.speed_budgets(place) else []
     return stages
 
 
@@ -328,7 +332,7 @@ def _bench(config: ReleaseConfig, steps: Steps, place: str, exports: tuple[str, 
 
     def settings() -> dict[str, Any]:
         # Other places and devices change nothing here.
-        shared = _without(config.bench, "targets", "devices", "n_ctx", "anchor")
+        shared = _without(config.bench, "targets", "devices", "n_ctx", "anchor", "decide_s")
         if config.bench.anchor:
             shared["anchor"] = identity(config.bench.anchor)
         shared |= {"target": place, "details": place_details(place), "cpu": cpu_model()}
@@ -336,6 +340,24 @@ def _bench(config: ReleaseConfig, steps: Steps, place: str, exports: tuple[str, 
 
     run = functools.partial(steps.bench, place)
     return Stage(bench_stage(place), settings, exports, run, bench_settled, resumes=True)
+
+
+def _decide(config: ReleaseConfig, steps: Steps, place: str, exports: tuple[str, ...]) -> Stage:
+    budgets = config.speed_budgets(place)
+
+    def settings() -> dict[str, Any]:
+        against = any(one.relative_to == "baseline" for one in budgets)
+        known = {"baseline": identity(str(config.baseline.file))} if against and config.baseline else {}
+        limits = {
+            "budgets": [one.model_dump(mode="json") for one in budgets],
+            "decide_s": config.bench.decide_s,
+        }
+        return limits | known | made_with("decide")
+
+    def run(output: Path, progress: Progress) -> None:
+        measure_on(steps, place, load_baseline(config), output, progress)
+
+    return Stage(decide_stage(place), settings, (bench_stage(place), *exports), run, bench_settled)
 
 
 def _without(section: Any, *names: str) -> dict[str, Any]:

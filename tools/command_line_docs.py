@@ -44,7 +44,7 @@ HEAD = """# Command line
 
 Results go to stdout (`--json`: one JSON document), progress and messages to stderr.
 Exit status: 0 done, 1 a limit was missed, 2 an input or option that cannot be used,
-3 (`release --strict`) a budget that the samples cannot decide, 70 a bug, 130 interrupted.
+3 a limit that the samples or answers cannot decide, 70 a bug, 130 interrupted.
 
 This page is generated from the help pages by `tools/command_line_docs.py`.
 """

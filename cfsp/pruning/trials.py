@@ -116,7 +116,7 @@ class Trials:
 
     def __post_init__(self) -> None:
         ids = self.calibration.input_ids
-        fit, judged = tried_windows(*ids.shape, max(model_shape(self.loaded.model).ffn_widths))
+        fit, judged = tried_windows(len(ids), ids.shape[1], max(model_shape(self.loaded.model).ffn_widths))
         self._judged = ids[judged]
         self._fit = replace(self.calibration, input_ids=ids[fit])
         self._settings = replace(

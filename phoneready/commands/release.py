@@ -37,7 +37,6 @@ def release(
     ),
     settings: tuple[str, ...] = SET,
     explain: bool = setting(False, "Say why each stage would run, and run nothing."),
-    strict: bool = setting(False, "Exit with 3 where a budget is inconclusive and none is missed."),
     label: str | None = setting(None, "What `phoneready history` is to call this run, such as a version."),
     trust_remote_code: TrustOption = False,
     threads: ThreadsOption = None,
@@ -47,7 +46,7 @@ def release(
 
     Without CONFIG this is the demo: SmolLM2-135M-Instruct, fetched with pip, pruned with text sampled from itself.
     A run that was interrupted goes on where it was; a second run does only what has changed. Exit status: 0 all budgets
-    are met, 1 one is missed, 2 something cannot be used, 3 (with --strict) one is inconclusive.
+    are met, 1 one is missed, 2 something cannot be used, 3 one could not be decided and none is missed.
     """
     prepare_torch(threads)
     from phoneready.recipe import explain_release, run_release
@@ -76,7 +75,7 @@ def release(
     write_result(summary, record_to_json(manifest), as_json=json)
     if not_logged is not None:
         note(f"warning: {not_logged}")
-    check_verdicts(verdicts, strict=strict)
+    check_verdicts(verdicts)
     if not_logged is not None:
         raise not_logged
 

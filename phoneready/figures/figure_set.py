@@ -12,6 +12,7 @@ from cfsp.evaluation.task_results import Right
 from cfsp.records import read_record
 from cfsp.validation import Seed
 from phoneready.figures.metrics import OWN_METRIC, FigureKey, means, recorded_metric
+from runtime_bench.records.bench_record import MeasuredOn
 from runtime_bench.records.judgement import Samples
 from runtime_bench.records.summary import RatioInterval
 
@@ -36,6 +37,7 @@ class Figure:
         rounds: For each sample, the process that it came from, counted from 0.
         paired: Figures of one name were sampled in turns: their samples may be compared pair by pair.
         stderr: Standard error, of accuracies.
+        measured_on: Whether samples were added until budgets were decided, as in benchmark records.
         right: For each task, which of its items were answered rightly; empty where that is not recorded.
         low: Lower end, of bands, of what is the most of several, and by what a meter may be wrong.
         high: Upper end.
@@ -78,6 +80,7 @@ class Figure:
     anchor_cpu_noise: str | None = None
     backends: str | None = None
     right: tuple[Right, ...] = ()
+    measured_on: MeasuredOn | None = None
 
     @property
     def timed(self) -> Samples:
@@ -90,6 +93,7 @@ class Figure:
             session=self.paired,
             noise=self.noise,
             cpu_noise=self.cpu_noise,
+            looks=self.measured_on.looks if self.measured_on else 1,
         )
 
     @property

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cfsp.errors import InputError
+from cfsp.units import format_seconds
 from phoneready.figures.answers import paired_interval
 from phoneready.figures.budgets import BudgetConfig, select
 from phoneready.figures.figure_set import DENSE, PRUNED, Figure, FigureSet
@@ -28,7 +29,8 @@ from phoneready.figures.verdict import INCONCLUSIVE, MISSED, PASS, BudgetVerdict
 from runtime_bench.records.bench_record import DOES_NOT_FIT
 from runtime_bench.records.compare import TOO_NOISY
 from runtime_bench.records.judgement import judge as judge_samples
-from runtime_bench.records.summary import NORMAL_95, ratio_interval
+from runtime_bench.records.judgement import surer
+from runtime_bench.records.summary import CONFIDENCE, NORMAL_95, ratio_interval
 
 _ROUNDING = 1e-9
 
@@ -104,6 +106,10 @@ def judge(budget: BudgetConfig, figure: Figure, reference: Figure | None) -> Bud
             INCONCLUSIVE,
             _too_noisy(figure),
         )  # a busy machine only slows: what passes there, passes
+    if outcome == INCONCLUSIVE and figure.measured_on and figure.measured_on.seconds:
+        took, over = format_seconds(figure.measured_on.seconds), figure.measured_on.time_over
+        reason += f"; not decided in {figure.timed.n_independent} rounds, of which the last took {took}"
+        reason += ": the time of bench.decide_s is over" if over else ""
     low, high = (None, None) if estimate.low == estimate.high else (estimate.low, estimate.high)
     return BudgetVerdict(
         metric=", ".join(filter(None, (figure.key.metric, figure.key.on, figure.key.threads))),
@@ -132,9 +138,12 @@ def _absolute(figure: Figure) -> _Estimate:
     if not figure.samples:
         return _Estimate(figure.value, figure.value, figure.value)
     timed = figure.timed
-    if timed.too_few:
-        return _Estimate(figure.value, reason=timed.too_few)
-    speed = ratio_interval((1.0,), timed.times, paired=False, denominator_rounds=timed.rounds)
+    confidence = surer(CONFIDENCE, timed)
+    if few := timed.too_few(confidence):
+        return _Estimate(figure.value, reason=few)
+    speed = ratio_interval(
+        (1.0,), timed.times, paired=False, denominator_rounds=timed.rounds, confidence=confidence
+    )
     interval = figure.in_unit(speed)
     least, most = _meter(figure)
     return _Estimate(interval.ratio, interval.low * least, interval.high * most)
@@ -147,13 +156,10 @@ def _relative(budget: BudgetConfig, figure: Figure, reference: Figure) -> _Estim
         return replace(_failed(reference), missed=False)
     if not math.isfinite(reference.value):
         return _Estimate(reason=f"{reference.subject}: {reference.value} is nothing to be compared with")
-    differing = differences(figure, reference)
-    if not differing and figure.backends and reference.backends and figure.backends != reference.backends:
-        differing = f"backends was {reference.backends} and is {figure.backends}"
-    if differing:
+    if why := differing(figure, reference):
         if figure.target is None:
-            raise InputError(f"the {budget.relative_to} was measured otherwise: {differing}")
-        return _Estimate(reason=f"the {budget.relative_to} was measured otherwise: {differing}")
+            raise InputError(f"the {budget.relative_to} was measured otherwise: {why}")
+        return _Estimate(reason=f"the {budget.relative_to} was measured otherwise: {why}")
     if figure.samples and reference.samples:
         return _ratio_of_samples(figure, reference)
     return _of_values(figure, figure.value, reference, reference.value, difference=budget.difference)
@@ -218,6 +224,14 @@ def differences(figure: Figure, reference: Figure) -> str:
     names = [*now, *(name for name in before if name not in now)]
     pairs = ((name, before.get(name, "not stated"), now.get(name, "not stated")) for name in names)
     return ", ".join(f"{name} was {then} and is {today}" for name, then, today in pairs if then != today)
+
+
+def differing(figure: Figure, reference: Figure) -> str:
+    """As `differences`, and what computed them, where both say it."""
+    found = differences(figure, reference)
+    if not found and figure.backends and reference.backends and figure.backends != reference.backends:
+        return f"backends was {reference.backends} and is {figure.backends}"
+    return found
 
 
 def _outcome(budget: BudgetConfig, estimate: _Estimate, unit: str) -> tuple[str, str]:

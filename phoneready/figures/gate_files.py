@@ -68,23 +68,19 @@ def write_verdicts(
     return record
 
 
-def check_verdicts(found: Verdicts, *, strict: bool) -> None:
-    """Turn the outcome into an exit status.
-
-    Args:
-        found: All verdicts.
-        strict: Whether an inconclusive one counts.
+def check_verdicts(found: Verdicts) -> None:
+    """Turn the outcome into an exit status: a budget that nobody knows to be met is not met.
 
     Raises:
         LimitError: A budget is missed.
-        InconclusiveError: None is missed, one is inconclusive, and that counts.
+        InconclusiveError: None is missed, and one is inconclusive.
     """
-    if found.outcome == PASS or (found.outcome == INCONCLUSIVE and not strict):
+    if found.outcome == PASS:
         return
     told = [v for v in found.verdicts if v.outcome == found.outcome]
     names = "; ".join(f"{v.metric} of {v.subject} is {v.figure()}, {v.limit}: {v.reason}" for v in told)
-    kind = LimitError if found.outcome == MISSED else InconclusiveError
-    raise kind(f"{len(told)} of {len(found.verdicts)} budgets {found.outcome}: {names}")
+    kind, said = (LimitError, MISSED) if found.outcome == MISSED else (InconclusiveError, "not decided")
+    raise kind(f"{len(told)} of {len(found.verdicts)} budgets {said}: {names}")
 
 
 def badge(found: Verdicts) -> str:
@@ -115,10 +111,10 @@ def summary_markdown(found: Verdicts) -> str:
 
 
 def junit_xml(found: Verdicts) -> str:
-    """JUnit's XML: a missed budget is a failure, an inconclusive one is skipped."""
+    """JUnit's XML: a missed budget is a failure, one that could not be decided is an error."""
     counts = Counter(verdict.outcome for verdict in found.verdicts)
-    numbers = {"tests": len(found.verdicts), "failures": counts[MISSED], "skipped": counts[INCONCLUSIVE]}
-    attributes = {name: str(number) for name, number in numbers.items()} | {"errors": "0"}
+    numbers = {"tests": len(found.verdicts), "failures": counts[MISSED], "errors": counts[INCONCLUSIVE]}
+    attributes = {name: str(number) for name, number in numbers.items()}
     suites = ElementTree.Element("testsuites", {"name": "phoneready", **attributes})
     suite = ElementTree.SubElement(
         suites, "testsuite", {"name": _xml(f"budgets of {Path(found.source).name}"), **attributes}
@@ -131,7 +127,7 @@ def junit_xml(found: Verdicts) -> str:
         if verdict.outcome == MISSED:
             ElementTree.SubElement(case, "failure", {"message": said, "type": "budget"}).text = said
         elif verdict.outcome == INCONCLUSIVE:
-            ElementTree.SubElement(case, "skipped", {"message": said})
+            ElementTree.SubElement(case, "error", {"message": said, "type": "not decided"}).text = said
         else:
             ElementTree.SubElement(case, "system-out").text = said
     ElementTree.indent(suites)

@@ -83,6 +83,11 @@ class Metric:
         return self.source in (TEXT, TASK, ANSWERS, OWN)
 
     @property
+    def is_speed(self) -> bool:
+        """Whether it is measured in time."""
+        return self.source == BENCH and self.unit in ("ms", "t/s")
+
+    @property
     def is_exact(self) -> bool:
         """Whether widths alone settle it, of GGUF files."""
         return self.source in (FILE, PROJECTION)

@@ -18,7 +18,7 @@ from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.devices.projection import Band, project
 from runtime_bench.records.bench_record import DOES_NOT_FIT, BenchRecord
 from runtime_bench.records.energy_account import EnergyAccount, accounts, joules_of_processes
-from runtime_bench.records.fairness import CAP_LIMIT, capped_at
+from runtime_bench.records.fairness import CAP_LIMIT, capped_at, noise
 from runtime_bench.records.judgement import samples_of
 
 
@@ -137,6 +137,7 @@ def _timing(config: ReleaseConfig, place: str, record: BenchRecord, role: str, i
         noise=timed.noise,
         cpu_samples=_in_unit(record, timed.cpu_times),
         cpu_noise=timed.cpu_noise,
+        measured_on=record.measured_on,
     )
 
 

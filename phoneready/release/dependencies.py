@@ -93,6 +93,12 @@ STAGES: Mapping[str, Dependencies] = MappingProxyType(
         "answers": Dependencies(rooms=("cfsp/evaluation",), families=True),
         "side-by-side": Dependencies(rooms=_EVALUATION, families=True),
         "evaluate-files": Dependencies(rooms=_EVALUATION, families=True),
+        "decide": Dependencies(
+            rooms=(
+                *("phoneready/figures", "runtime_bench/records"),
+                *("phoneready/release/collect.py", "phoneready/release/decide.py"),
+            )
+        ),
         "bench": Dependencies(
             rooms=("cfsp/child_process.py", *(f"runtime_bench/{name}" for name in _BENCH)), families=True
         ),

@@ -130,6 +130,7 @@ _FIGURES: Mapping[str, Callable[[Path], str]] = MappingProxyType(
         "export-": _exported,
         "side-by-side": _side_by_side,
         "bench-": _measured,
+        "decide-": _measured,
     }
 )
 """Beginning of a stage's name -> what describes its output."""

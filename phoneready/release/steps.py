@@ -47,7 +47,7 @@ from phoneready.settings.schema import BenchConfig, ModelConfig, RecoverConfig, 
 from phoneready.settings.structures import Structures
 from phoneready.text import WRITERS, load_calibration
 from runtime_bench.files import size_of
-from runtime_bench.measuring.measure import run_bench
+from runtime_bench.measuring.measure import SeenFile, run_bench
 from runtime_bench.records.bench_record import DOES_NOT_FIT, BenchRecord
 from runtime_bench.records.jsonl import append_jsonl, read_jsonl
 from runtime_bench.targets import Target
@@ -65,6 +65,11 @@ _ANSWER_CONTEXT = 1024
 def bench_stage(place: str) -> str:
     """The stage that measures at a place."""
     return f"bench-{place_slug(place)}"
+
+
+def decide_stage(place: str) -> str:
+    """The stage that measures on there until budgets are decided."""
+    return f"decide-{place_slug(place)}"
 
 
 def bench_settled(output: Path) -> bool:
@@ -327,6 +332,11 @@ class Steps:
 
     def bench_records(self, place: str) -> list[BenchRecord]:
         """What was measured at a place, the anchor's rows among it."""
+        stage = decide_stage if self.config.speed_budgets(place) else bench_stage
+        return read_jsonl(stage_folder(self.folder, stage(place)) / BENCH_FILE)
+
+    def first_records(self, place: str) -> list[BenchRecord]:
+        """What was measured there before anybody looked at it."""
         return read_jsonl(stage_folder(self.folder, bench_stage(place)) / BENCH_FILE)
 
     def _load(self, stage: str, progress: Progress) -> LoadedModel:
@@ -346,6 +356,7 @@ def bench_named(
     progress: Progress,
     on_record: Callable[[BenchRecord], None] = lambda record: None,
     done: Sequence[BenchRecord] = (),
+    seen: Mapping[Path, SeenFile] | None = None,
 ) -> list[BenchRecord]:
     """Measure files in turns with each other and the anchor, where there is one.
 
@@ -357,6 +368,7 @@ def bench_named(
         progress: Told after each process.
         on_record: Called with each record as soon as it is complete.
         done: As `run_bench`, of an earlier call.
+        seen: As `run_bench`.
     """
     anchor = Path(config.anchor) if config.anchor else None
     known = {**names, **({str(anchor): f"anchor {anchor.name}"} if anchor else {})}
@@ -369,6 +381,7 @@ def bench_named(
         anchor=anchor,
         on_record=on_record,
         done=[dataclasses.replace(one, model_filename=paths[one.model_filename]) for one in done],
+        seen=seen,
     )
     return [dataclasses.replace(r, model_filename=known[r.model_filename]) for r in records]
 

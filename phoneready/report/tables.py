@@ -26,6 +26,7 @@ from runtime_bench.records.compare import Incomparable, compare_records
 from runtime_bench.records.energy_account import energy
 from runtime_bench.records.fairness import DISTURBED, THROTTLED, fairness, unfair
 from runtime_bench.records.groups import BenchGroup
+from runtime_bench.records.summary import CONFIDENCE
 
 NOTHING = "-"
 TONES = {
@@ -304,6 +305,7 @@ def _speed_row(dense: BenchRecord, pruned: BenchRecord) -> Row:
     why = c.reason or ""
     if c.ratio is not None:
         basis = ", by processor time" if c.basis == "cpu" else ""
+        basis += "" if c.confidence == CONFIDENCE else f", {c.confidence:.0%} interval"
         speeds, why = speeds_text(c), f"{c.ratio:.2f} times as fast ({c.low:.2f} to {c.high:.2f}){basis}"
     return (title, *speeds, Mark(c.verdict, TONES[c.verdict], why))
 

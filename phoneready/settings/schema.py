@@ -27,7 +27,7 @@ from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES
 from exporters.settings import FileSettings
 from phoneready.evaluation.settings import EvaluationSettings, JudgementSettings
 from phoneready.figures.budgets import BudgetConfig
-from phoneready.figures.metrics import ENERGY_OF
+from phoneready.figures.metrics import ENERGY_OF, metric_of
 from phoneready.settings.structures import SearchedStructures
 from phoneready.settings.target import AXIS_SETTINGS, TargetSettings
 from runtime_bench.devices.model_facts import FACTS
@@ -179,6 +179,12 @@ class BenchConfig(SamplingSettings):
         example="reference.gguf",
     )
     n_ctx: int = setting(DEFAULT_CONTEXT, replace(CONTEXT, help="Tokens of the context in projections."))
+    decide_s: float = setting(
+        600.0,
+        "Seconds at a target in which rows are measured on at most, where their samples leave a budget on speeds open.",
+        ge=0,
+        le=86_400,
+    )
 
     def settings(self, seed: int) -> BenchSettings:
         """For runtime_bench."""
@@ -324,6 +330,14 @@ class ReleaseConfig(Section):
     def prune_settings(self) -> PruneSettings:
         """For cfsp; widths fit the formats unless an alignment is set."""
         return self.prune.settings(required_multiple((*self.export.names, *self.prune.for_quant)))
+
+    def speed_budgets(self, place: str) -> tuple[BudgetConfig, ...]:
+        """Budgets on speeds at a target that more samples may decide, where there is time for that."""
+        return tuple(
+            one
+            for one in self.budgets
+            if self.bench.decide_s and metric_of(one.metric).is_speed and place in (one.targets or (place,))
+        )
 
     @property
     def learns_nothing(self) -> bool:

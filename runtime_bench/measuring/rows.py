@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from runtime_bench.engines import EngineFacts, SessionSettings
 from runtime_bench.environment import clock_cap, hottest_c
@@ -151,6 +151,36 @@ def record_of(session: Session, row: Row, first: Row, environment: Environment) 
         text_sample=check.texts[0] if check.texts else None,
         degenerate=check.degenerate,
     )
+
+
+def with_more(record: BenchRecord, more: BenchRecord, offset: int) -> BenchRecord:
+    """A row with samples of rounds that followed its own.
+
+    Args:
+        record: The row.
+        more: The same row, of which nothing failed.
+        offset: Number of the first process of `more` in the row.
+    """
+
+    def each(name: str, n: int, n_more: int) -> tuple[Any, ...]:
+        """What is known of each sample or process; empty unless it is of all."""
+        known, added = getattr(record, name), getattr(more, name)
+        return (*known, *added) if (len(known), len(added)) == (n, n_more) else ()
+
+    samples = (len(record.samples_ns), len(more.samples_ns))
+    processes = (len(set(record.rounds)), len(set(more.rounds)))
+    joined: dict[str, Any] = {name: each(name, *samples) for name in _OF_SAMPLES}
+    joined |= {name: each(name, *processes) for name in _OF_PROCESSES}
+    return replace(
+        record, sequence=(*record.sequence, *(number + offset for number in more.sequence)), **joined
+    )
+
+
+_OF_SAMPLES = ("samples_ns", "cpu_samples_ns", "waited_samples_ns", "held_samples_ns")
+_OF_PROCESSES = (
+    *("load_samples_ns", "page_cache_shares", "peak_rss_samples_bytes", "contention", "conditions", "energy"),
+    *("clock_caps", "hottest_c"),
+)
 
 
 def _with_memory(record: BenchRecord, results: Sequence[WorkerResult]) -> BenchRecord:

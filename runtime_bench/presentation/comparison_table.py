@@ -30,7 +30,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table[Comparison]:
     rows."""
     names = short_names(file for c in comparisons for file in (c.base, c.new))
     several = len({(c.kind, c.target, c.engine, c.quantized_cache) for c in comparisons}) > 1
-    confidence = f"{comparisons[0].confidence:.0%} interval" if comparisons else ""
+    confidence = f"{' or '.join(dict.fromkeys(f'{c.confidence:.0%}' for c in comparisons))} interval"
     columns: tuple[Column[Comparison], ...] = (
         Column("test", lambda c: c.test, right=True),
         Column("threads", lambda c: c.n_threads, right=True),

@@ -215,7 +215,7 @@ def _ranked(records: Sequence[BenchRecord]) -> list[BenchRecord]:
     """Those with a speed, at the clocks of the one that was capped least."""
     measured = [record for record in records if has_speed(record)]
     freest = max(measured, key=lambda r: capped_at(r) or 0, default=None)
-    return [r for r in measured if freest is None or not capped_apart(r, freest)]
+    return [r for r in measured if freest is None or not capped_apart(capped_at(r), capped_at(freest))]
 
 
 def format_sweep(records: Sequence[BenchRecord]) -> str:

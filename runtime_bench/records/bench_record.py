@@ -63,6 +63,21 @@ class Environment:
 
 
 @dataclass(frozen=True)
+class MeasuredOn:
+    """That a row's samples were looked at, and more taken where they decided nothing.
+
+    Attributes:
+        looks: Most looks; its intervals are surer in proportion.
+        seconds: How long it was measured on.
+        time_over: Whether that ended it, undecided.
+    """
+
+    looks: pydantic.PositiveInt
+    seconds: pydantic.NonNegativeFloat = 0.0
+    time_over: bool = False
+
+
+@dataclass(frozen=True)
 class BenchRecord:
     """One row: a file, a workload, a thread count.
 
@@ -129,6 +144,7 @@ class BenchRecord:
         energy: For each process, what meters of energy told of its samples; None where they could not be read, and
             empty where nobody asked for energy.
         engine_settings: How the engine computed.
+        measured_on: Whether samples were added until budgets were decided; None where nobody looked at them before.
     """
 
     kind: str
@@ -186,6 +202,7 @@ class BenchRecord:
     is_anchor: bool = False
     energy: tuple[ProcessEnergy | None, ...] = ()
     engine_settings: EngineSettings = dataclasses.field(default_factory=EngineSettings)
+    measured_on: MeasuredOn | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -272,7 +272,7 @@ def compare_records(
         ratio=shown.ratio if shown else None,
         low=shown.low if shown else None,
         high=shown.high if shown else None,
-        confidence=settings.confidence,
+        confidence=found.confidence,
         threshold=settings.threshold,
         paired=found.paired,
         basis=found.basis,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.energy import Joules
 from runtime_bench.records.energy_account import accounts
-from runtime_bench.records.fairness import capped_apart, unfair
+from runtime_bench.records.fairness import capped_apart, capped_at, unfair
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def energy_ratio(base: BenchRecord, new: BenchRecord) -> EnergyRatio | None:
             return EnergyRatio(reason=f"{side}: {found.text}: {found.reason}")
     if (base.target, base.cpu_info) != (new.target, new.cpu_info):
         return EnergyRatio(reason="they were metered on different machines")
-    if apart := capped_apart(base, new):
+    if apart := capped_apart(capped_at(base), capped_at(new)):
         return EnergyRatio(reason=apart)
     told = [{one.meter: one.joules for one in accounts(r) if one.joules} for r in sides.values()]
     shared = next((meter for meter in told[0] if meter in told[1]), None)

@@ -6,18 +6,26 @@ the machine was so busy that neither tells of the files, there is no ratio.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import EMULATED, BenchRecord
 from runtime_bench.records.crowding import has_processor_time
 from runtime_bench.records.fairness import capped_apart, capped_at, noise
-from runtime_bench.records.summary import CONFIDENCE, RatioInterval, quotient_interval, ratio_interval
+from runtime_bench.records.summary import (
+    CONFIDENCE,
+    RESAMPLES,
+    RatioInterval,
+    quotient_interval,
+    ratio_interval,
+)
 
 MIN_SAMPLES = 5
-"""Fewest samples of each side, from as many processes, for a verdict: the range of five covers the median with
-probability 1 - 2/2^5 = 0.94."""
+"""Fewest samples of each side, from as many processes, for a verdict: the range of n covers the median with
+probability 1 - 2/2^n, of five with 0.94; `fewest` of a surer one."""
 
 WIDEST = 1.5
 """Upper end / lower end of an interval beyond which its ratio says nothing."""
@@ -38,6 +46,7 @@ class Samples:
         cpu_noise: The same of `cpu_times`.
         loaded: State of the page cache, where the opening of the file is timed.
         cap: Share of the highest clock that it was held to (`capped_at`); None where nothing tells.
+        looks: How often they may have been looked at to decide whether to take more.
     """
 
     name: str
@@ -50,19 +59,40 @@ class Samples:
     cpu_noise: str | None = None
     loaded: str | None = None
     cap: float | None = None
+    looks: int = 1
 
     @property
     def n_independent(self) -> int:
         """Independent samples: those of one process share what that process met."""
         return len(set(self.rounds)) if len(self.rounds) == len(self.times) else len(self.times)
 
-    @property
-    def too_few(self) -> str | None:
-        """Why it has too few samples for a verdict; None where it has enough."""
-        if self.n_independent >= MIN_SAMPLES:
+    def too_few(self, confidence: float) -> str | None:
+        """Why it has too few samples for a verdict of such a confidence; None where it has enough."""
+        wanted = fewest(confidence)
+        if self.n_independent >= wanted:
             return None
         independent = "samples" if self.n_independent == len(self.times) else "processes"
-        return f"{self.name} has {self.n_independent} {independent}, a verdict needs {MIN_SAMPLES}"
+        return f"{self.name} has {self.n_independent} {independent}, a verdict needs {wanted}"
+
+
+def fewest(confidence: float) -> int:
+    """Fewest independent samples whose range covers the median about as surely."""
+    return max(MIN_SAMPLES, math.ceil(1 - math.log2(1.25 * (1 - confidence)) - 1e-9))
+
+
+def surer(confidence: float, *sides: Samples) -> float:
+    """The confidence of each of several looks, of which together one errs no more often than a single one would
+    (Bonferroni)."""
+    looks = max(one.looks for one in sides)
+    return confidence if looks == 1 else 1 - (1 - confidence) / looks
+
+
+class _How(TypedDict):
+    """How an interval is taken."""
+
+    confidence: float
+    seed: int
+    resamples: int
 
 
 @dataclass(frozen=True)
@@ -70,6 +100,7 @@ class Judgement:
     """What two sets of samples say of each other.
 
     Attributes:
+        confidence: Of the interval.
         basis: Whose time it is: `wall`, or `cpu` where other programs held a single thread up.
         paired: Whether rounds of one interleaved session were compared pair by pair.
         medians: Median time of base and new, then of their anchors, by the basis; None where a side has no samples.
@@ -78,6 +109,7 @@ class Judgement:
         noise: Why the samples say nothing of the files; None where they do.
     """
 
+    confidence: float
     basis: str
     paired: bool
     medians: tuple[float | None, ...]
@@ -104,6 +136,7 @@ def samples_of(record: BenchRecord, name: str) -> Samples:
         cpu_noise=noise(record, wall=False) if record.ok else None,
         loaded=record.page_cache_state if record.timed.opens else None,
         cap=capped_at(record),
+        looks=record.measured_on.looks if record.measured_on else 1,
     )
 
 
@@ -127,6 +160,7 @@ def judge(
     *,
     confidence: float = CONFIDENCE,
     seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> Judgement:
     """How fast `new` is in multiples of `base`, and whether the samples can tell.
 
@@ -134,30 +168,40 @@ def judge(
         base: What is divided by.
         new: What is judged.
         anchors: Of base's session and of new's: speeds in multiples of theirs are compared.
-        confidence: Of the interval.
+        confidence: Of the interval; surer of samples that are looked at several times.
         seed: Of the bootstrap.
+        resamples: Its draws.
     """
+    confidence = surer(confidence, base, new)
     sides = (base, new, *(anchors or ()))
     # What noise only the clock on the wall has, the processor's clock sees through.
     by_cpu = all(one.cpu_times for one in sides) and any(one.noise and not one.cpu_noise for one in sides)
     times = [one.cpu_times if by_cpu else one.times for one in sides]
     paired = base.session is not None and base.session == new.session and base.rounds == new.rounds
-    interval = None
-    if all(times):
-        interval = _interval(times, [one.rounds for one in sides], confidence, seed, paired=paired)
+    interval, rounds = None, [one.rounds for one in sides]
+    how: _How = {"confidence": confidence, "seed": seed, "resamples": resamples}
+    if all(times) and anchors:
+        interval = quotient_interval(
+            (times[3], times[1]), (rounds[3], rounds[1]), (times[2], times[0]), (rounds[2], rounds[0]), **how
+        )
+    elif all(times):
+        interval = ratio_interval(
+            *times, paired=paired, numerator_rounds=rounds[0], denominator_rounds=rounds[1], **how
+        )
     return Judgement(
+        confidence=confidence,
         basis="cpu" if by_cpu else "wall",
         paired=paired,
         medians=tuple(map(summary.median, times)),
         interval=interval,
-        problem=_unjudged(sides),
+        problem=_unjudged(sides, confidence),
         noise=_noise(sides, interval, by_cpu=by_cpu),
     )
 
 
-def _unjudged(sides: Sequence[Samples]) -> str | None:
+def _unjudged(sides: Sequence[Samples], confidence: float) -> str | None:
     """Why nothing can be said, however steady the samples are."""
-    found = next((why for one in sides if (why := one.problem or one.too_few)), None)
+    found = next((why for one in sides if (why := one.problem or one.too_few(confidence))), None)
     base, new, *_ = sides
     if found is None and base.loaded != new.loaded:
         return f"{base.name} was loaded {base.loaded}, {new.name} {new.loaded}"
@@ -177,26 +221,3 @@ def _noise(sides: Sequence[Samples], interval: RatioInterval | None, *, by_cpu: 
         width = interval.high / interval.low
         return f"the rounds differ too much: one end of the interval is {width:.1f} times the other"
     return None
-
-
-def _interval(
-    times: Sequence[Sequence[float]],
-    rounds: Sequence[Sequence[int]],
-    confidence: float,
-    seed: int,
-    *,
-    paired: bool,
-) -> RatioInterval:
-    """Of the speed of new over base; of four times that in multiples of the anchors'."""
-    if len(times) > 2:
-        new, base = (times[3], times[1]), (times[2], times[0])
-        of_new, of_base = (rounds[3], rounds[1]), (rounds[2], rounds[0])
-        return quotient_interval(new, of_new, base, of_base, confidence=confidence, seed=seed)
-    return ratio_interval(
-        *times,
-        paired=paired,
-        numerator_rounds=rounds[0],
-        denominator_rounds=rounds[1],
-        confidence=confidence,
-        seed=seed,
-    )

@@ -20,6 +20,8 @@ NORMAL_95 = 1.96
 """Standard errors to each side of a normal estimate that hold 95 %."""
 CONFIDENCE = 0.95
 """Of an interval, unless more or less is asked for."""
+RESAMPLES = 4000
+"""Draws of a bootstrap."""
 _DRAWN_AT_ONCE = 2**21
 
 
@@ -73,7 +75,7 @@ def ratio_interval(
     numerator_rounds: Sequence[int] | None = None,
     denominator_rounds: Sequence[int] | None = None,
     confidence: float = CONFIDENCE,
-    resamples: int = 4000,
+    resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> RatioInterval:
     """Percentile bootstrap (Efron 1979) of median(numerator) / median(denominator).
@@ -111,7 +113,7 @@ def quotient_interval(
     second_rounds: Sequence[Sequence[int]],
     *,
     confidence: float = CONFIDENCE,
-    resamples: int = 4000,
+    resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> RatioInterval:
     """The bootstrap of `ratio_interval` for (median / median) / (median / median), of two sessions.

@@ -54,7 +54,7 @@ def test_a_trial_is_repaired_on_more_tokens_than_an_ffn_has_channels(
 ) -> None:
     """And judged on others, all of them spread over the text."""
     fit, judged = tried_windows(n_windows, seqlen, width)
-    assert 8 <= len(fit)
+    assert len(fit) >= 8
     assert 4 * width <= len(fit) * seqlen <= max(8, 4 * width / seqlen + 1) * seqlen
     assert len(judged) == 4
     assert not set(fit) & set(judged)

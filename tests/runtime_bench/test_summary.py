@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import statistics
 import tracemalloc
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfsp.errors import InputError
 from runtime_bench.records import summary
+from runtime_bench.records.judgement import Samples, judge
 
 NO_CLOCK = settings(deadline=None)
 SAMPLES = st.lists(st.integers(10**5, 10**10), min_size=1, max_size=12)
@@ -117,3 +120,34 @@ def test_many_samples_need_little_memory_and_change_nothing_else(monkeypatch: py
     assert at_once.low < 1 < at_once.high
     assert in_portions == at_once
     assert little < much / 10
+
+
+def test_several_looks_err_no_more_often_than_one() -> None:
+    """Two files of one speed, measured on until they differ: every decision is an error. benchmarks/measuring_on.py
+    simulates more."""
+    generator, looks, trials = np.random.default_rng(3), 5, 120
+    wrong = {1: 0, looks: 0}
+    for _ in range(trials):
+        drift = np.exp(np.cumsum(generator.normal(0, 0.02, 8 * 2 ** (looks - 1))))
+        base, new = (drift * np.exp(generator.normal(0, 0.05, len(drift))) for _ in range(2))
+        for counted in wrong:
+            for look in range(looks):
+                n = range(8 * 2**look)
+                sides = [
+                    Samples("", tuple(one[: len(n)]), tuple(n), session="one", looks=counted)
+                    for one in (base, new)
+                ]
+                found = judge(*sides, resamples=400)
+                assert found.shown is not None
+                if found.shown.low > 1 or found.shown.high < 1:
+                    wrong[counted] += 1
+                    break
+    assert wrong[looks] <= 0.05 * trials
+    assert wrong[1] > 0.08 * trials, "looks that are not surer in proportion err too often"
+
+
+@pytest.mark.parametrize(("looks", "wanted"), [(1, 5), (5, 8)])
+def test_surer_verdicts_need_more_samples(looks: int, wanted: int) -> None:
+    sides = [Samples(name, (1.0,) * (wanted - 1), looks=looks) for name in ("base", "new")]
+    assert judge(*sides).problem == f"base has {wanted - 1} samples, a verdict needs {wanted}"
+    assert judge(*(replace(one, times=(1.0,) * wanted) for one in sides)).problem is None
