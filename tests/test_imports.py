@@ -28,7 +28,7 @@ ROOMS = {
         {"export_record", "outline", "provenance"},
         {"options"},
         {"family"},
-        {"checkpoint_reader", "parity", "chats"},
+        {"checkpoint_reader", "parity", "matrices", "chats"},
         {"job", "rounding", "slices"},
         {"gguf", "onnx"},
         {"families"},

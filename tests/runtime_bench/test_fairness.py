@@ -121,9 +121,11 @@ def test_rows_of_different_caps_are_not_compared(row: Callable[..., BenchRecord]
         assert found.reason == "one ran with clocks capped at 60% of the highest, another at 100%"
     assert best_threads([pinned, replace(free, n_threads=4)]) == replace(free, n_threads=4)
     assert "2: -, 4: 100%" in format_sweep([pinned, replace(free, n_threads=4)])
-    beside = [replace(record, model_filename="anchor.gguf") for record in (free, pinned)]
-    assert compare_records(free, pinned, anchors=(beside[0], beside[1])).verdict == "no difference"
-    assert compare_records(free, pinned, anchors=(beside[0], beside[0])).ratio is None
+    of_two = [replace(free, session="a", anchor_sha256="0"), replace(pinned, session="b", anchor_sha256="0")]
+    beside = [replace(record, model_filename="anchor.gguf", is_anchor=True) for record in of_two]
+    assert compare_records(*of_two, anchors=beside).verdict == "no difference"
+    fast = replace(beside[0], session="b")
+    assert compare_records(*of_two, anchors=[beside[0], fast]).ratio is None
 
 
 HIDDEN = replace(nothing_known("no file shows it"), at_s=AT, samples_s=SPANS)
