@@ -54,7 +54,7 @@ class HistoryEntry:
     """A run.
 
     Attributes:
-        id: Hash of what the run did: the same for a run that found everything done.
+        id: Hash of what was made, measured and decided: the same only for a run that found everything done.
         time: UTC time of its end, RFC 3339.
         label: What the user calls it, such as a version; None where nobody said.
         source: Reference of the dense model.
@@ -100,7 +100,7 @@ def entry_of(
 
     Figures of a machine that was too busy are left out: they would look like a change of the model.
     """
-    known = json.dumps([dict(stages), label], sort_keys=True)
+    known = json.dumps([dict(stages), label, outcome, record_to_json(figures)], sort_keys=True)
     return HistoryEntry(
         id=hashlib.sha256(known.encode()).hexdigest(),
         time=(time or datetime.now(UTC)).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),

@@ -313,6 +313,18 @@ def test_the_same_run_is_kept_once_and_folders_are_merged(tmp_path: Path) -> Non
     assert read_entries(tmp_path / "a" / HISTORY_FILE) == [entries[0], entries[2]]
 
 
+def test_what_was_measured_again_is_another_run(tmp_path: Path) -> None:
+    """After a target that failed, the same stages give other figures."""
+    first, again = (run(1, 7e8, np.random.default_rng(seed)) for seed in (10, 11))
+    assert first.stages == again.stages
+    assert append_entry(tmp_path, first)
+    assert not append_entry(tmp_path, run(1, 7e8, np.random.default_rng(10)))
+    assert append_entry(tmp_path, again)
+    assert [entry.figures for entry in find_entries([tmp_path])] == [
+        e.figures for e in sorted((first, again), key=lambda e: e.id)
+    ]
+
+
 def test_what_cannot_be_followed_is_refused(tmp_path: Path) -> None:
     rng = np.random.default_rng(10)
     with pytest.raises(InputError, match=f"has no {HISTORY_FILE}"):
