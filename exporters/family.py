@@ -52,7 +52,6 @@ class ExportFamily:
         claims: Whether a reference is a file or folder of this family.
         needs: Import name -> distribution, of what an export wants.
         extra: Extra of phoneready that brings them.
-        packages: Distributions whose version changes what an export makes or its runtime computes.
         draft: Writes the same files into a folder, not proven, where their size follows from the shape of the model
             alone; None where only an export shows it, or where `largest_size` does without files.
         largest_size: (outline of a model, format, origin) -> most bytes of its files, where they follow from its shape.
@@ -75,7 +74,6 @@ class ExportFamily:
     claims: Callable[[str], bool]
     needs: Mapping[str, str]
     extra: str
-    packages: tuple[str, ...]
     draft: Callable[[Path, Path, Sequence[str], ExportOptions], Mapping[str, Path]] | None = None
     largest_size: Callable[[Any, str, Provenance], int] | None = None
     for_size: str | None = None

@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,7 @@ from cfsp.files import writable_place
 from cfsp.memory import usable_memory
 from cfsp.models.checkpoint import read_checkpoint_info
 from cfsp.progress import Progress
-from cfsp.records import tool_version
-from exporters.families import FAMILIES, family_of, makes_gguf
+from exporters.families import FAMILIES, makes_gguf
 from phoneready.evaluation.metrics import check_directions, metric_sha256
 from phoneready.figures.budgets import select
 from phoneready.figures.figure_set import DENSE, PRUNED, FigureSet, check_same_model, read_baseline
@@ -224,7 +223,6 @@ def check_extras(config: ReleaseConfig) -> None:
 def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = None) -> list[Stage]:
     """The stages in order, with everything that their results depend on."""
     steps, c = Steps(config, folder, threads), config
-    families = tuple(c.export.formats)
     exports = ("export-dense", "export-pruned")
     stages = [
         Stage("dense", lambda: _dense(c, steps), (), steps.dense),
@@ -234,19 +232,15 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
         recovered = functools.partial(recovery_settings, c.recover, c.seed)
         stages.append(Stage(RECOVERY_STAGE, recovered, ("dense", "prune"), steps.recover))
 
-    def exported() -> dict[str, Any]:
-        return dataclasses.asdict(c.export) | made_with("export", families=families)
+    made = functools.partial(dataclasses.asdict, c.export)
 
     def asked() -> dict[str, Any]:
-        said = {"prompts": list(steps.prompts), "max_new_tokens": c.evaluate.max_new_tokens}
-        return said | made_with("answers", families=families)
+        return {"prompts": list(steps.prompts), "max_new_tokens": c.evaluate.max_new_tokens}
 
     stages += [
-        Stage("evaluate", lambda: _judged(c, steps, "evaluate"), ("dense", steps.final), steps.evaluate),
-        Stage("export-dense", exported, ("dense",), functools.partial(steps.export, DENSE), beside=True),
-        Stage(
-            "export-pruned", exported, (steps.final,), functools.partial(steps.export, PRUNED), beside=True
-        ),
+        Stage("evaluate", lambda: _judged(c, steps), ("dense", steps.final), steps.evaluate),
+        Stage("export-dense", made, ("dense",), functools.partial(steps.export, DENSE), beside=True),
+        Stage("export-pruned", made, (steps.final,), functools.partial(steps.export, PRUNED), beside=True),
         Stage("answers", asked, exports, steps.answers),
     ]
     if c.evaluate.text or c.evaluate.chats:
@@ -262,10 +256,10 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
 
 
 def model_settings(config: ReleaseConfig) -> dict[str, Any]:
-    """What the dense model depends on."""
+    """What the dense model depends on, and with it every stage: beside the model, code and packages."""
     stated = config.model.model_dump(mode="json", exclude={"device"})
     model = stated | {"identity": identity(config.model.reference)}
-    return {"tool": tool_version(), "seed": config.seed, "model": model}
+    return {"seed": config.seed, "model": model, **made_with()}
 
 
 def _dense(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
@@ -274,47 +268,39 @@ def _dense(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
         "calibration": identities(config.prune.calibration),
         "windows": [config.prune.nsamples, config.prune.seqlen],
         "moments": steps.needs_moments,
-        **made_with("dense"),
     }
 
 
 def _pruned(config: ReleaseConfig) -> dict[str, Any]:
     counted = {"vocabulary_text": identities(config.prune.vocabulary_text)}
     prune, target = config.prune, {}
-    made = made_with("prune")
     if prune.target:
         formats = prune.sized_formats(config.export.names) if prune.reads_files else ()
         asked = [prune.target_size, prune.target_parameters, prune.target_speed]
         target = {"target": [*asked, prune.target_axes, formats, config.export.imatrix]}
-        kinds = ("prune", "target", *(("export",) if formats else ()))
-        made = made_with(*kinds, families={family_of(name).name for name in formats})
     files = {"in_gguf": makes_gguf((*prune.for_quant, *config.export.names))}
-    return dataclasses.asdict(config.prune_settings()) | counted | target | files | made
+    return dataclasses.asdict(config.prune_settings()) | counted | target | files
 
 
 def recovery_settings(settings: RecoverConfig, seed: int) -> dict[str, Any]:
     """What a checkpoint that was trained depends on beside the one before."""
     training = dataclasses.asdict(settings.settings(seed)) | {"report_to": None}
     data = {"data": identities(settings.data), "validation": identities(settings.validation)}
-    if settings.for_quant is None:
-        return training | data | made_with("recover")
-    through = made_with("recover", "through", families=(family_of(settings.for_quant).name,))
-    return training | data | through
+    return training | data
 
 
 def _measured_on(config: ReleaseConfig) -> dict[str, Any]:
     evaluate = config.evaluate
     texts = {name: identities(getattr(evaluate, name)) for name in ("text", "chats")}
     windows = {"windows": [evaluate.seqlen, evaluate.max_windows]}
-    return windows | texts | made_with("side-by-side", families=config.export.formats)
+    return windows | texts
 
 
 def _files_judged(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
-    judged = _judged(config, steps, "evaluate-files", families=config.export.formats)
-    return judged | {"files": list(config.evaluate.files)}
+    return _judged(config, steps) | {"files": list(config.evaluate.files)}
 
 
-def _judged(config: ReleaseConfig, steps: Steps, stage: str, families: Iterable[str] = ()) -> dict[str, Any]:
+def _judged(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
     evaluate = config.evaluate
     settings = _without(evaluate, "files", "task_data")
     settings |= {name: identities(getattr(evaluate, name)) for name in ("text", "chats")}
@@ -322,8 +308,7 @@ def _judged(config: ReleaseConfig, steps: Steps, stage: str, families: Iterable[
     if evaluate.task_data is not None:
         settings["task_data"] = identity(str(evaluate.task_data))
     settings["metrics"] = [[name, metric_sha256(name)] for name in evaluate.metrics]
-    tasks = ("tasks",) if evaluate.tasks else ()
-    return settings | {"prompts": list(steps.prompts)} | made_with(stage, *tasks, families=families)
+    return settings | {"prompts": list(steps.prompts)}
 
 
 def _bench(config: ReleaseConfig, steps: Steps, place: str, exports: tuple[str, ...]) -> Stage:
@@ -335,8 +320,7 @@ def _bench(config: ReleaseConfig, steps: Steps, place: str, exports: tuple[str, 
         shared = _without(config.bench, "targets", "devices", "n_ctx", "anchor", "decide_s")
         if config.bench.anchor:
             shared["anchor"] = identity(config.bench.anchor)
-        shared |= {"target": place, "details": place_details(place), "cpu": cpu_model()}
-        return shared | made_with("bench", families=config.export.formats)
+        return shared | {"target": place, "details": place_details(place), "cpu": cpu_model()}
 
     run = functools.partial(steps.bench, place)
     return Stage(bench_stage(place), settings, exports, run, bench_settled, resumes=True)

@@ -46,5 +46,4 @@ ONNX = ExportFamily(
     largest_size=lambda *request: onnx.largest_size(*request),
     cache_types=(INT8_CACHE,),
     through=lambda: onnx.OnnxRounding(),
-    packages=("onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "optimum-onnx"),
 )

@@ -37,7 +37,6 @@ from exporters.families import DEFAULT_FORMAT, required_multiple
 from phoneready.evaluation.run import evaluate, text_windows
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.recipe import model_settings, recovery_settings
-from phoneready.release.dependencies import made_with
 from phoneready.release.identities import identities
 from phoneready.release.pruning_budget import fitting_settings
 from phoneready.release.stages import Stage, stage_folder
@@ -246,7 +245,7 @@ class ShrinkSteps:
         return load_stage(self.checkpoint(stage), self.config.model, progress)
 
     def _of_dense(self) -> Mapping[str, Any]:
-        return model_settings(self.config) | made_with("dense")
+        return model_settings(self.config)
 
     def _of_training(self, stage: str) -> Mapping[str, Any]:
         how = self.how_trained(stage)
@@ -257,12 +256,11 @@ class ShrinkSteps:
         prune = self.config.prune
         texts = {name: identities(getattr(prune, name)) for name in ("calibration", "vocabulary_text")}
         windows = {"windows": [prune.nsamples, prune.seqlen], "removed": share}
-        return asdict(self.pruning(number)) | texts | windows | made_with("prune")
+        return asdict(self.pruning(number)) | texts | windows
 
     def _of_judging(self) -> Mapping[str, Any]:
         settings = self.settings
         texts = {name: identities(getattr(settings, name)) for name in ("text", "chats")}
         tasks = [[name, tasks_sha256(name, settings.task_data)] for name in settings.tasks]
         much = [settings.seqlen, settings.max_windows, settings.limit, settings.num_fewshot]
-        made = made_with("evaluate", "target", *(("tasks",) if settings.tasks else ()))
-        return texts | {"tasks": tasks, "much": much} | made
+        return texts | {"tasks": tasks, "much": much}

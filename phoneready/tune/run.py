@@ -21,7 +21,6 @@ from phoneready.figures.figure_set import DENSE, PRUNED, check_same_model, same_
 from phoneready.figures.metrics import metric_of
 from phoneready.recipe import load_baseline, release_stages
 from phoneready.release.before_work import check_inputs
-from phoneready.release.dependencies import made_with
 from phoneready.release.stages import claim_folder
 from phoneready.settings.release import check_sections
 from phoneready.settings.schema import SIZE, ReleaseConfig
@@ -314,8 +313,7 @@ def study_key(config: ReleaseConfig, folder: Path) -> str:
     projected = [config.bench.n_ctx, devices]
     formats = {family.setting for family in FAMILIES.values()}
     export = {name: value for name, value in asdict(config.export).items() if name not in formats}
-    made = made_with("export", families=config.export.formats)
-    text = json.dumps([kept, export, *projected, made], sort_keys=True)
+    text = json.dumps([kept, export, *projected], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
