@@ -6,9 +6,10 @@ Libraries raise, they never print or exit; the command line turns `exit_code` in
 from __future__ import annotations
 
 import importlib.util
+import re
 import reprlib
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Row = TypeVar("Row")
 
@@ -17,6 +18,20 @@ _SHOWN = reprlib.Repr()
 _SHOWN.maxlevel = 3
 _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 200
 _SHOWN.maxlist = _SHOWN.maxtuple = _SHOWN.maxdict = 12
+
+
+_LOGIN = re.compile(r"(?<=://)(?:[^\s/?#\"']*@|[^\s/:@]+:(?!\d+/)\S*@)")
+_SECRET = re.compile(r"(?<=[?&])((?:password|passwd|pwd|token|secret|api_?key)=)[^&#\s\"']*", re.IGNORECASE)
+"""What a URL tells of a login: before its host, where a password may have a slash, and among its parameters."""
+
+
+def without_credentials(value: Any) -> Any:
+    """A text, or JSON with texts in it, whose URLs tell no user, password or token: for all that others may read."""
+    if isinstance(value, dict):
+        return {key: without_credentials(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [without_credentials(one) for one in value]
+    return _SECRET.sub(r"\1***", _LOGIN.sub("", value)) if isinstance(value, str) else value
 
 
 def shown(value: object) -> str:
@@ -49,7 +64,7 @@ class InputError(PhonereadyError):
         head = f"{field}: " if field else ""
         got = f" (got {shown(value)})" if value is not None else ""
         tail = f"; allowed: {allowed}" if allowed else ""
-        self.problem = f"{message}{got}{tail}"
+        self.problem = without_credentials(f"{message}{got}{tail}")
         super().__init__(head + self.problem)
 
 

@@ -21,7 +21,7 @@ from types import MappingProxyType
 
 import typer
 
-from cfsp.errors import PhonereadyError
+from cfsp.errors import PhonereadyError, without_credentials
 from cfsp.records import tool_version
 from phoneready.commands import (
     bench,
@@ -172,8 +172,8 @@ def _drop_output() -> None:
 
 def _fail(message: str, status: int, debug: bool) -> int:
     if debug:
-        traceback.print_exc()
-    line = visible(" ".join(message.split()))
+        print(without_credentials(traceback.format_exc()), file=sys.stderr)
+    line = visible(without_credentials(" ".join(message.split())))
     if len(line) > _LONGEST:
         line = f"{line[: _LONGEST - 500]} ... {line[-480:]}"
     with suppress(OSError):  # a full disk behind stderr

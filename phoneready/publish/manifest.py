@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from cfsp.errors import without_credentials
 from cfsp.models.checkpoint import CheckpointInfo
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import ModelSource
@@ -59,7 +60,7 @@ class ReleaseManifest:
         contents: Every file of the release but this one and SHA256SUMS, with its hash.
         kinds: How each group of figures came about.
         versions: Packages and runtime.
-        config: The configuration.
+        config: The configuration, without the credentials of URLs in it.
         commands: Single commands that make the pruned files.
         stages: Name to key of each stage.
         seconds: Name to duration of each stage.
@@ -120,7 +121,7 @@ def make_manifest(
         contents=(),
         kinds={"evaluation": "measured", "parity": "measured", "bench": "measured"},
         versions=dict(sorted(versions.items())),
-        config=config.model_dump(mode="json"),
+        config=without_credentials(config.model_dump(mode="json")),
         commands=single_commands(config, figures, {stage.name: stage.threads for stage in stages}),
         stages={stage.name: stage.key for stage in stages},
         seconds={stage.name: stage.seconds for stage in stages},

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from cfsp.errors import without_credentials
 from cfsp.units import format_bytes
 from phoneready.settings.release import beside
 from phoneready.settings.schema import SIZE, ReleaseConfig
@@ -143,7 +144,7 @@ def pareto(rows: Sequence[TrialRow]) -> tuple[int, ...]:
 
 
 def release_toml(config: ReleaseConfig, point: Point) -> str:
-    """The configuration of a point's release; references to files are absolute."""
+    """The configuration of a point's release; references to files are absolute, and URLs have no credentials."""
     import tomli_w
 
     chosen = beside(config_of(config, point), Path.cwd()).model_dump(
@@ -154,7 +155,7 @@ def release_toml(config: ReleaseConfig, point: Point) -> str:
         exclude_defaults=True,
     )
     head = f"# Chosen by `phoneready tune`: {point.describe()}.\n\n"
-    return head + tomli_w.dumps(chosen)
+    return head + tomli_w.dumps(without_credentials(chosen))
 
 
 def format_result(result: TuneResult) -> str:

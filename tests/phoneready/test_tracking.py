@@ -43,6 +43,9 @@ experiment = "phones"
 """
 
 
+KEPT = {".json", ".jsonl", ".md", ".html", ".xml", ".toml", ""}
+
+
 def test_a_release_is_logged_once_and_a_missing_server_loses_nothing(
     tiny_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,6 +65,19 @@ def test_a_release_is_logged_once_and_a_missing_server_loses_nothing(
     assert "is complete, but could not be logged" in lines[-1]
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     assert (folder / manifest["files"][0]["file"]).is_file()
+
+    # A login in the URL is for the server alone.
+    assert release("http://me:p%40ss@127.0.0.1:9", "--debug", "--json") == 2
+    said = capsys.readouterr()
+    assert "could not be logged in http://127.0.0.1:9" in said.err
+    published = [
+        file.read_text("utf-8", "replace")
+        for file in folder.rglob("*")
+        if file.is_file() and file.suffix in KEPT
+    ]
+    lines = [line for text in (said.out, said.err, *published) for line in text.splitlines()]
+    assert not [line for line in lines if "p%40ss" in line]
+    assert json.loads(said.out)["config"]["tracking"]["mlflow"] == "http://127.0.0.1:9"
 
     # A missed budget is what the exit status tells, not the tracker's absence.
     assert release("http://127.0.0.1:9", "--set", 'budgets=[{metric="kl_mean", at_most=0.0}]') == 1
