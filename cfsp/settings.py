@@ -244,28 +244,30 @@ def _checked(kind: type, values: Mapping[str, Any], named: Mapping[str, str]) ->
 
 
 Reads = Mapping[str, tuple[Callable[..., bool], str]]
-"""Field -> whether it is read, of the settings and what they are used with; and in words where it is."""
+"""Field -> whether it is read, of the settings and what they are used with; and `without ...`, where it is not."""
 
 
-def unread(settings: Settings, reads: Reads, *beside: Any) -> tuple[str, ...]:
-    """Fields of a table that nothing reads, whatever their values; beside: what the settings are used with."""
-    return tuple(name for name, (is_read, _) in reads.items() if not is_read(settings, *beside))
-
-
-def refuse_unread(settings: Settings, reads: Reads, *beside: Any, as_options: bool = False) -> None:
-    """Raise InputError for a field of a table that is set to other than its default, and that nothing reads.
+def as_read(settings: S, reads: Reads, *beside: Any, section: str = "") -> tuple[S, tuple[str, ...]]:
+    """Settings in which what nothing reads has its default, so that it has no effect; and a warning for each of these.
 
     Args:
         settings: What was asked for.
-        reads: The table.
+        reads: The table; a row is asked of settings in which the rows before it are as they are read.
         beside: What the settings are used with.
-        as_options: Whether errors name the fields' options.
+        section: Of release.toml, whose keys warnings name; options of the command line where empty.
     """
-    named = {row.name: row.options[-1] for row in declared(type(settings))} if as_options else {}
-    for name in unread(settings, reads, *beside):
-        if (value := getattr(settings, name)) != getattr(type(settings), name):
-            field, allowed = named.get(name, name), reads[name][1]
-            raise InputError("has no effect here", field=field, value=value, allowed=allowed)
+    rows, warnings = {row.name: row for row in declared(type(settings))}, []
+    for name, (is_read, where) in reads.items():
+        row = rows[name]
+        if getattr(settings, name) != row.default and not is_read(settings, *beside):
+            settings = dataclasses.replace(settings, **{name: row.default})  # type: ignore[type-var]
+            warnings.append(no_effect(f"{section}.{name}" if section else row.options[-1], where))
+    return settings, tuple(warnings)
+
+
+def no_effect(name: str, where: str) -> str:
+    """The warning of an option or key that nothing reads; where: `without ...`."""
+    return f"{name} has no effect {where}"
 
 
 def pick(kind: type[S], source: Any, **changes: Any) -> S:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from cfsp.models.shape import ModelShape
+from cfsp.validation import WhereSet
 
 
 @dataclass(frozen=True)
@@ -231,9 +232,10 @@ class ExportRecord:
 
 @dataclass(frozen=True)
 class ExportManifest:
-    """All files of one export: `export.json` in the output folder."""
+    """All files of one export: `export.json` in the output folder; `warnings`: what was asked for without effect."""
 
     KIND: ClassVar[str] = "export-manifest"
     SCHEMA_VERSION: ClassVar[int] = 2
 
     exports: tuple[ExportRecord, ...]
+    warnings: Annotated[tuple[str, ...], WhereSet] = ()

@@ -184,6 +184,6 @@ def kept_plain(plain_kl: float | None, rounded_kl: float | None) -> Iterator[str
 
 def write_manifest(job: Job, records: Sequence[ExportRecord]) -> tuple[ExportRecord, ...]:
     """Write export.json; returns what is in it."""
-    manifest = ExportManifest(tuple(records))
+    manifest = ExportManifest(tuple(records), job.settings.warnings)
     write_record(job.folder / MANIFEST_FILE, manifest)
     return manifest.exports

@@ -36,6 +36,7 @@ class ExportOptions:
         dtype: That weights are kept in while numbers are chosen, a name in `cfsp.precision.DTYPES`.
         by_blocks: Whether the model's weights stay in their files; decided by each export, once, as the dtype is.
         n_threads: Threads of quantizers and of the parity run; torch's number by default.
+        warnings: What was asked for and has no effect, for the record.
         force: Replace an existing output folder.
         progress: Told about every step.
     """
@@ -55,6 +56,7 @@ class ExportOptions:
     dtype: str = "auto"
     by_blocks: bool = False
     n_threads: int | None = None
+    warnings: tuple[str, ...] = ()
     force: bool = False
     progress: Progress = no_progress
 

@@ -126,14 +126,14 @@ class FileSettings(RoundingSettings, QuantizerSettings, ExportFormats):
 
 
 def read_by_formats(where: Mapping[str, str]) -> Reads:
-    """A row for each setting that formats read, of the words that say which do."""
+    """A row for each setting that formats read, of the words that say that none does."""
     return MappingProxyType({name: (methodcaller("reads", name), words) for name, words in where.items()})
 
 
 READS = read_by_formats(
     {
-        "tune_scales": "with GGUF files of up to 6 bits",
-        "mixed_bytes": "with the ONNX variant int4-mixed",
+        "tune_scales": "without GGUF files of up to 6 bits",
+        "mixed_bytes": "without the ONNX variant int4-mixed",
     }
 )
 """What is read of the settings of files."""

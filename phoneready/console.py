@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -32,6 +32,12 @@ def write_result(text: str, payload: Any, *, as_json: bool) -> None:
 def note(message: str) -> None:
     """Tell the user something on stderr."""
     print(printable(message), file=sys.stderr, flush=True)
+
+
+def warn(warnings: Iterable[str], tell: Callable[[str], None] = note) -> None:
+    """Tell the user, a line each, what was asked for and has no effect."""
+    for warning in dict.fromkeys(warnings):
+        tell(f"warning: {warning}")
 
 
 @contextmanager

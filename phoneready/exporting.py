@@ -24,7 +24,7 @@ from cfsp.progress import Progress, no_progress
 from cfsp.pruning.moments import spread_windows
 from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record
-from cfsp.settings import Reads, refuse_unread
+from cfsp.settings import Reads
 from cfsp.text.respelling import respelling
 from cfsp.text.settings import SELF
 from exporters.export_record import ExportFormat, ExportRecord
@@ -38,11 +38,11 @@ NO_TEXT = "none"
 _Load = Callable[[str | Path], LoadedModel]
 _OF_TEXT = (
     lambda asked: NO_TEXT not in asked.calibration and (bool(asked.calibration) or reads_text(asked)),
-    "with --calibration REF, or what needs text",
+    "without --calibration REF, or what needs text",
 )
-_OF_ONNX = dict.fromkeys(("opset", "ort"), "with --onnx VARIANT,...")
-_READS: Reads = {
-    **read_by_formats({"calibration": "with files of few bits", **_OF_ONNX}),
+_OF_ONNX = dict.fromkeys(("opset", "ort"), "without --onnx VARIANT,...")
+EXPORT_READS: Reads = {
+    **read_by_formats({"calibration": "without files of few bits", **_OF_ONNX}),
     **READS,
     **dict.fromkeys(("nsamples", "seqlen", "rounding_windows", "dense"), _OF_TEXT),
 }
@@ -58,6 +58,7 @@ def export_model(
     dtype: str = "auto",
     n_threads: int | None = None,
     force: bool = False,
+    warnings: tuple[str, ...] = (),
     before: Callable[[ExportSettings], None] = lambda request: None,
     progress: Progress = no_progress,
 ) -> tuple[ExportRecord, ...]:
@@ -72,6 +73,7 @@ def export_model(
         dtype: What weights are kept in, a name in `cfsp.precision.DTYPES`; those of a folder have no others.
         n_threads: Threads of quantizers and of the parity run; torch's number by default.
         force: Replace an existing output folder.
+        warnings: What was asked for and has no effect, for the record.
         before: Called with what is made, before a model is read.
         progress: Told about every step.
 
@@ -112,6 +114,7 @@ def export_model(
             dtype=dtype,
             n_threads=n_threads,
             force=force,
+            warnings=warnings,
             progress=progress,
         )
 
@@ -152,6 +155,7 @@ def _export(
     dtype: str,
     n_threads: int | None,
     force: bool,
+    warnings: tuple[str, ...],
     progress: Progress,
 ) -> tuple[ExportRecord, ...]:
     formats = request.formats
@@ -164,6 +168,7 @@ def _export(
         device=device,
         dtype=dtype,
         n_threads=n_threads,
+        warnings=warnings,
         force=force,
         progress=progress,
     )
@@ -200,7 +205,6 @@ def _within(folder: str, record: ExportRecord) -> ExportRecord:
 
 def _check(rows: Sequence[ExportFormat], request: ExportSettings) -> None:
     """Refuse what cannot be made before anything is."""
-    refuse_unread(request, _READS, as_options=True)
     mixed = [row.name for row in rows if row.needs_text and not row.is_sized]
     if mixed and NO_TEXT in request.calibration:
         raise InputError(f"{mixed[0]} wants text to choose layers by", field="calibration", value=NO_TEXT)

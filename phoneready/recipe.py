@@ -336,7 +336,7 @@ def _decide(config: ReleaseConfig, steps: Steps, place: str, exports: tuple[str,
             "budgets": [one.model_dump(mode="json") for one in budgets],
             "decide_s": config.bench.decide_s,
         }
-        return limits | known | made_with("decide")
+        return limits | known
 
     def run(output: Path, progress: Progress) -> None:
         measure_on(steps, place, load_baseline(config), output, progress)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from cfsp.errors import InputError
-from cfsp.settings import SEED, Settings, check_settings, setting
+from cfsp.settings import SEED, Reads, Settings, check_settings, setting
 from cfsp.units import parse_seconds
 from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES
 from exporters.onnx.ready import INT8_CACHE
@@ -285,22 +285,20 @@ def workloads_of(settings: BenchSettings) -> tuple[Workload, ...]:
     """The workloads of a session, each once, regime by regime in the order of the table: load, pp, tg, ttft, start.
 
     Raises:
-        InputError: The settings leave nothing to measure, or one of them would have no effect.
+        InputError: The settings leave nothing to measure, or contradict each other.
     """
     regimes = settings.regimes + ((SUSTAINED,) if settings.sustained_s else ())
-    _check_effects(settings)
+    _check_regimes(settings)
     rows = [row for regime in regimes for row in _in_regime(settings, regime)]
     if not rows:
         raise InputError("nothing to measure", allowed="a size in n_prompt, n_gen, ttft or start, or load")
     return tuple(dict.fromkeys(rows))
 
 
-def _check_effects(settings: BenchSettings) -> None:
-    """Refuse settings that have no effect without another one."""
+def _check_regimes(settings: BenchSettings) -> None:
+    """Refuse what cannot be measured as it is asked for."""
     warm = [name for name in settings.regimes if REGIMES[name].least_samples > 1]
-    opening = [REGIMES[name] for name in settings.regimes if not REGIMES[name].opened_before]
-    cached = any(regime.page_cache is None for regime in opening) and (settings.load or any(settings.start))
-    no_time = "nothing is waited for without a time"
+    opening = any(not REGIMES[name].opened_before for name in settings.regimes)
     without = (
         (SUSTAINED in settings.regimes and not settings.sustained_s, "no time is given", "--regime", SUSTAINED,
          "--sustained TIME"),
@@ -310,17 +308,29 @@ def _check_effects(settings: BenchSettings) -> None:
          "without --no-warmup"),
         (any(settings.start) and not opening, "the file is open already", "--start", settings.start,
          "with --regime fresh, first or cold"),
-        (settings.cold_load and not cached, "nothing else would load from the page cache",
-         "--cold", True, "where something opens the file with --regime fresh"),
-        (settings.unplugged and not settings.wait_nominal_s, no_time, "--unplugged", True, "--wait-nominal SECONDS"),
-        (settings.idle_s != BenchSettings.idle_s and not settings.energy, "nothing is metered", "--idle",
-         settings.idle_s, "--energy"),
-        (settings.nominal_c != BenchSettings.nominal_c and not settings.wait_nominal_s, no_time, "--nominal-c",
-         settings.nominal_c, "--wait-nominal SECONDS"),
     )  # fmt: skip
     for found, problem, option, value, allowed in without:
         if found:
             raise InputError(problem, field=option, value=value, allowed=allowed)
+
+
+def _loads_from_cache(settings: BenchSettings) -> bool:
+    """Whether anything opens its file, and would find it in the page cache."""
+    opening = [REGIMES[name] for name in settings.regimes if not REGIMES[name].opened_before]
+    return any(one.page_cache is None for one in opening) and (settings.load or any(settings.start))
+
+
+_WAITS = (lambda asked: asked.wait_nominal_s > 0, "without a time for --wait-nominal")
+SAMPLING_READS: Reads = MappingProxyType(
+    {
+        "unplugged": _WAITS,
+        "nominal_c": _WAITS,
+        "idle_s": (lambda asked: asked.energy, "without --energy"),
+    }
+)
+READS: Reads = MappingProxyType(
+    {**SAMPLING_READS, "cold_load": (_loads_from_cache, "where nothing opens the file with --regime fresh")}
+)
 
 
 def _in_regime(settings: BenchSettings, regime: str) -> Iterator[Workload]:

@@ -28,5 +28,5 @@ class TaskSettings(Settings):
     )
 
 
-_OF_TASKS = (lambda asked: bool(asked.tasks), "with tasks")
+_OF_TASKS = (lambda asked: bool(asked.tasks), "without tasks")
 READS: Reads = MappingProxyType(dict.fromkeys(("task_data", "limit", "num_fewshot"), _OF_TASKS))

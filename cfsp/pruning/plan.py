@@ -98,6 +98,7 @@ class PruningPlan:
         silent_before: Blocks of the model it was made for that did not attend.
         whole: Blocks of which all channels stay, as what one gives depends on which others are there.
         device: Kind of device that computed it; None for the CPU.
+        warnings: What was asked for and has had no effect.
     """
 
     KIND: ClassVar[str] = "pruning_plan"
@@ -121,6 +122,7 @@ class PruningPlan:
     silent_before: Annotated[tuple[int, ...], WhereSet] = ()
     whole: Annotated[tuple[int, ...], WhereSet] = ()
     device: Annotated[str | None, WhereSet] = None
+    warnings: Annotated[tuple[str, ...], WhereSet] = ()
 
     def __post_init__(self) -> None:
         if not self.blocks or len(self.blocks) != len(self.dense_widths):

@@ -159,12 +159,12 @@ READS: Reads = MappingProxyType(
     {
         "strength": (
             lambda asked: asked.reads_strength,
-            "with the allocation cfsp or mixed, and widths of their own",
+            "without the allocation cfsp or mixed, and widths of their own",
         ),
         "ridge": (
             lambda asked: asked.solves,
-            "with the reconstruction block-by-block or one-pass",
+            "without the reconstruction block-by-block or one-pass",
         ),
-        "correction": (lambda asked: asked.reads_stream, "with the reconstruction block-by-block"),
+        "correction": (lambda asked: asked.reads_stream, "without the reconstruction block-by-block"),
     }
 )

@@ -8,7 +8,15 @@ from collections.abc import Iterable, Sequence
 from cfsp.errors import InputError, require_extra
 from cfsp.recovery.optimizer import check_optimizer
 from cfsp.recovery.rounding import Rounding
-from cfsp.recovery.settings import STUDENT, RecoverySettings, check_settings, method_of, settled, trackers
+from cfsp.recovery.settings import (
+    STUDENT,
+    RecoverySettings,
+    check_settings,
+    method_of,
+    settled,
+    trackers,
+    training_as_read,
+)
 from cfsp.text.settings import SELF
 from cfsp.text.tokens import load_documents
 
@@ -18,7 +26,7 @@ _HUB = "hub:"
 def usable(
     settings: RecoverySettings, references: Sequence[str], rounding: Rounding | None
 ) -> RecoverySettings:
-    """Settings with everything said.
+    """Settings with everything said, and defaults for what nothing reads.
 
     Args:
         settings: How to train.
@@ -30,7 +38,7 @@ def usable(
         MissingExtraError: Without the `recover` extra.
     """
     check_settings(settings, references)
-    settings = settled(settings)
+    settings = settled(training_as_read(settings, references)[0])
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
         raise InputError("accelerate's own settings of FSDP are not read", allowed="--shard")
     check_optimizer(settings)

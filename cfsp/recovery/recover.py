@@ -41,6 +41,7 @@ from cfsp.recovery.settings import (
     learning_rate,
     learns_from_teacher,
     token_budget,
+    training_as_read,
 )
 from cfsp.recovery.sharding import is_sharded, shard_out
 from cfsp.recovery.shares import AUTO, is_to_be_sharded
@@ -119,6 +120,7 @@ def recover(
         MissingExtraError: Without the `recover` extra.
     """
     references = (*data, *validation)
+    warnings = training_as_read(settings, references)[1]
     settings = usable(settings, references, rounding)
     read = (checkpoint, teacher or dense_of(checkpoint), *references)
     refuse_existing(output, force=force, inputs=map(Path, read))
@@ -164,6 +166,7 @@ def recover(
         run = Run(student, mix, drawn.validation, settings, folder, tokens_per_step, progress)
         train(run, arguments)
         record = _record(checkpoint, run, inputs, dense, drawn, arguments)
+        record = replace(record, warnings=warnings)
         if is_main:
             model = _trained(run, inputs, checkpoint, trust_remote_code=trust_remote_code)
             _write(output, run, inputs, model, record, force=force, progress=progress)

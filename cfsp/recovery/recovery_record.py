@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from cfsp.recovery.data import Sequences
 from cfsp.recovery.settings import RecoverySettings
+from cfsp.validation import WhereSet
 
 RECOVERY_FILE = "recovery.json"
 DIVERGENCE_FACTOR = 2.0
@@ -98,6 +99,7 @@ class RecoveryRecord:
         seconds: Spent in training and validation.
         stopped_by: "budget", "patience" or "diverged".
         sharded: Whether the processes shared out the weights.
+        warnings: What was asked for and has had no effect.
         held_bytes: Of weights, teacher and optimizer state, that the first process held; None of an old record.
     """
 
@@ -128,6 +130,7 @@ class RecoveryRecord:
     stopped_by: str
     sharded: bool = False
     held_bytes: int | None = None
+    warnings: Annotated[tuple[str, ...], WhereSet] = ()
 
     @property
     def change(self) -> str:

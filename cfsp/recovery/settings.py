@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from cfsp.errors import InputError
-from cfsp.settings import SEED, Reads, Settings, refuse_unread, setting, unread
+from cfsp.settings import SEED, Reads, Settings, as_read, setting
 from cfsp.settings import check_settings as check_fields
 from cfsp.text.settings import SELF, TEXT_FORMS
 
@@ -203,14 +203,14 @@ def check_settings(settings: RecoverySettings, references: Collection[str]) -> N
     """Check settings by themselves, and against what is trained and validated on.
 
     Raises:
-        InputError: Values that cannot be used, alone or beside each other; what is set is read nowhere; or the
-            checkpoint's own text is to be learnt, and no teacher says better.
+        InputError: Values that cannot be used, alone or beside each other; or the checkpoint's own text is to be
+            learnt, and no teacher says better.
     """
     check_fields(settings)
     settled(settings)
     if settings.max_tokens is not None and settings.epochs is not None:
         raise InputError("says how long, and so does epochs", field="max_tokens", allowed="one of them")
-    _check_effects(settings, references)
+    _check_student(settings, references)
 
 
 def settled(settings: _Training) -> _Training:
@@ -234,31 +234,35 @@ def settled(settings: _Training) -> _Training:
 _READS: Reads = MappingProxyType(
     {
         **dict.fromkeys(
-            ("rank", "alpha"), (lambda asked, _: method_of(asked).adapter, "with --method ig-lora or lora")
+            ("rank", "alpha"), (lambda asked, _: method_of(asked).adapter, "without --method ig-lora or lora")
         ),
-        "temperature": (lambda asked, _: learns_from_teacher(asked), "with --loss distill or both"),
-        "distill_weight": (lambda asked, _: asked.loss == BOTH, "with --loss both"),
+        "temperature": (lambda asked, _: learns_from_teacher(asked), "without --loss distill or both"),
+        "distill_weight": (lambda asked, _: asked.loss == BOTH, "without --loss both"),
         "self_tokens": (
             lambda _, references: not {SELF, STUDENT}.isdisjoint(references),
-            "with the reference self or student",
+            "without the reference self or student",
         ),
         "chat_labels": (
             lambda _, references: not {SELF, STUDENT}.issuperset(references),
-            "with references that have chats",
+            "without references that have chats",
         ),
     }
 )
 """Used with the references that are trained and validated on."""
 
 
-def as_read(settings: _Training, references: Collection[str]) -> _Training:
-    """Settings in which what is not read has its default."""
-    defaults = {name: getattr(type(settings), name) for name in unread(settings, _READS, references)}
-    return replace(settings, **defaults)
+def training_as_read(
+    settings: _Training, references: Collection[str], section: str = ""
+) -> tuple[_Training, tuple[str, ...]]:
+    """`as_read`, of settings of training.
+
+    Raises:
+        InputError: As `settled`.
+    """
+    return as_read(settings, _READS, references, section=section)
 
 
-def _check_effects(settings: Training, references: Collection[str]) -> None:
-    refuse_unread(settings, _READS, references)
+def _check_student(settings: Training, references: Collection[str]) -> None:
     if STUDENT in references and not learns_from_teacher(settings):
         raise InputError(
             "what a checkpoint writes itself teaches it nothing without the teacher's distribution",

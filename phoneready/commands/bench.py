@@ -11,10 +11,10 @@ from typing import Annotated
 import typer
 
 from cfsp.errors import InputError, LimitError, PhonereadyError
-from cfsp.settings import setting
+from cfsp.settings import as_read, no_effect, setting
 from exporters.onnx.folder import find_graph, is_onnx
-from phoneready.commands.options import JsonOption, refuse_given
-from phoneready.console import note, quiet_libraries, show_progress, write_result
+from phoneready.commands.options import JsonOption, given_options
+from phoneready.console import note, quiet_libraries, show_progress, warn, write_result
 from runtime_bench.engines import ENGINES
 from runtime_bench.measuring.matrix import run_matrix
 from runtime_bench.presentation.comparison_table import format_comparison
@@ -28,8 +28,9 @@ from runtime_bench.targets import Target
 from runtime_bench.targets.browser import BROWSER_ENGINES
 from runtime_bench.targets.names import ALL_DEVICES, every_target
 from runtime_bench.targets.remote import Remote
+from runtime_bench.targets.table import READS as TARGET_READS
 from runtime_bench.targets.table import TARGETS, TargetOptions, find_row, open_targets
-from runtime_bench.workload import BenchSettings
+from runtime_bench.workload import READS, BenchSettings
 
 _AS_THEY_COME = "jsonl"
 """The format whose lines are written one by one."""
@@ -87,10 +88,13 @@ def bench(
     if record is not None:
         check_appendable(record)
     _check_places(on, [*files, *([anchor_file] if anchor_file else [])])
+    settings, unread = as_read(settings, READS)
+    options, untaken = as_read(options, TARGET_READS, on)
     with show_progress() as progress:
         targets = open_targets(on, options, progress)
-    if not any(isinstance(target, Remote) for target in targets):
-        refuse_given(context, ("at_once", "clean"), "with --on and another machine")
+    far = any(isinstance(target, Remote) for target in targets)
+    alone = () if far else given_options(context, ("at_once", "clean"))
+    warn((*unread, *untaken, *(no_effect(name, "without --on and another machine") for name in alone)))
     names = short_names(map(str, filter(None, [*files, anchor_file])))
     with show_progress() as progress, _cleaned(targets if clean else []):
         records = run_matrix(

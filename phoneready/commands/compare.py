@@ -11,9 +11,9 @@ import typer
 from cfsp.errors import InputError, LimitError
 from cfsp.files import PAGE, refuse_existing, write_text
 from cfsp.records import read_record
-from cfsp.settings import setting
+from cfsp.settings import no_effect, setting
 from phoneready.commands.options import JsonOption
-from phoneready.console import note, quiet_libraries, write_result
+from phoneready.console import note, quiet_libraries, warn, write_result
 from runtime_bench.presentation.comparison_table import format_comparison, incomparable_text
 from runtime_bench.presentation.table import short_names
 from runtime_bench.records.bench_record import BenchRecord
@@ -70,7 +70,7 @@ def compare(
 
     output = "json" if json else output
     if quality and plot is None:
-        raise InputError("is for the plot", field="--quality", allowed="with --plot FILE.html")
+        warn((no_effect("--quality", "without --plot FILE.html"),))
     files = {path: _read(path) for path in (base, *(new or ()))}
     anchors = [record for records in files.values() for record in records if record.is_anchor]
     first, others = _sides(files, base, new or [], base_model)

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cfsp.errors import InputError
-from cfsp.evaluation.settings import READS
 from cfsp.files import record_head, refuse_existing, write_text
 from cfsp.progress import Progress
 from cfsp.pruning.settings import ALIGN, DEFAULT_ALIGN, PruneSettings
 from cfsp.records import read_record, record_to_json, write_record
-from cfsp.settings import SEED, Settings, declared, refuse_unread, setting
+from cfsp.settings import SEED, Settings, as_read, declared, no_effect, setting
 from cfsp.text.settings import BUILTIN_TEXT, CalibrationSettings
 from exporters.families import FAMILIES
 from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES, PARITY_CACHE
@@ -30,11 +29,12 @@ from phoneready.commands.options import (
     Renamed,
     ThreadsOption,
     TrustOption,
-    refuse_given,
+    given_options,
 )
-from phoneready.console import prepare_torch, show_progress, write_result
+from phoneready.console import prepare_torch, show_progress, warn, write_result
+from phoneready.evaluation.places import READS as PLACE_READS
 from phoneready.evaluation.places import PlaceSettings, check_place, open_elsewhere
-from phoneready.evaluation.settings import EvaluationSettings
+from phoneready.evaluation.settings import READS, EvaluationSettings
 from phoneready.figures.metrics import TOLERANCES
 
 if TYPE_CHECKING:
@@ -112,7 +112,6 @@ class SweepOptions(Settings):
 
 
 _OF_SWEEPS = (
-    "csv",
     "calibration_seed",
     "align",
     *(f"calibration_{row.name}" for row in declared(CalibrationSettings)),
@@ -156,9 +155,11 @@ def evaluate(
     elsewhere = None if place.is_here else place.on
     subject = {"--against": against, "--runtime": runtime, "--cache-type": cache_type, "--on": elsewhere}
     _check(settings, questions, gate, tolerances, sweep, subject)
-    refuse_unread(settings, READS, as_options=True)
-    if not sweep.ratios:
-        refuse_given(context, _OF_SWEEPS, "with --ratios")
+    settings, unread = as_read(settings, READS)
+    place, untaken = as_read(place, PLACE_READS, (place.on,))
+    unswept = () if sweep.ratios else given_options(context, _OF_SWEEPS)
+    warnings = (*unread, *untaken, *(no_effect(name, "without --ratios") for name in unswept))
+    warn(warnings)
     for path, like in ((gate.save, _RECORD), (sweep.csv, _TABLE)):
         if path is not None:
             refuse_existing(path, force=True, like=like)
@@ -171,9 +172,29 @@ def evaluate(
     longest = settings.seqlen if settings.text or settings.chats else 1
     opening = OpenSettings(longest, trust_remote_code, threads, find_device(device), cache_type, dtype)
     if sweep.ratios:
-        _sweep(model, sweep, calibration, settings, opening, save=gate.save, as_json=json)
+        _sweep(
+            model,
+            sweep,
+            calibration,
+            settings,
+            opening,
+            save=gate.save,
+            warnings=warnings,
+            as_json=json,
+        )
     else:
-        _evaluate(model, against, runtime, settings, opening, place, gate, tolerances.limits, as_json=json)
+        _evaluate(
+            model,
+            against,
+            runtime,
+            settings,
+            opening,
+            place,
+            gate,
+            tolerances.limits,
+            warnings=warnings,
+            as_json=json,
+        )
 
 
 def _check(
@@ -184,7 +205,7 @@ def _check(
     sweep: SweepOptions,
     subject: dict[str, str | None],
 ) -> None:
-    """Refuse options that say nothing, or contradict each other, together."""
+    """Refuse options that contradict each other, and what could not be done or held."""
     asked = {
         "--prompts": questions.prompts_file is not None,
         "--prompt": bool(settings.prompts),
@@ -193,7 +214,6 @@ def _check(
     together = [name for name, given in asked.items() if given]
     others = [name for name, given in (subject | {"--baseline": gate.baseline}).items() if given is not None]
     texts = settings.text or settings.chats
-    option = min(settings.asked_sampling, default="").replace("_", "-")
     limit = min(tolerances.limits, default="").replace("_", "-")
     replaced = gate.save and gate.baseline and gate.save.resolve() == gate.baseline.resolve()
     wrong = (
@@ -201,9 +221,9 @@ def _check(
             sweep.ratios and others,
             f"--ratios judges MODEL's pruned copies against MODEL: leave out {' and '.join(others)}",
         ),
+        (sweep.csv and not sweep.ratios, "--csv is of a sweep's table: give --ratios too"),
         (limit and gate.baseline is None, f"--{limit} is of the gate: give --baseline too"),
         (replaced, "--save would overwrite the --baseline that is compared with: name another file"),
-        (option and not settings.sampled, f"--{option} is of sampled answers: give --sampled too"),
         (settings.sampled and questions.no_prompts, "--sampled is of answers: leave out --no-prompts"),
         (len(together) > 1, f"{' and '.join(together)}: give one of them"),
         (questions.no_text and texts, "--no-text with --text or --chats: give one of the two"),
@@ -237,6 +257,7 @@ def _evaluate(
     gate: GateOptions,
     limits: Mapping[str, float],
     *,
+    warnings: tuple[str, ...],
     as_json: bool,
 ) -> None:
 
@@ -269,6 +290,7 @@ def _evaluate(
         result = judge(judged, dense, settings, writers=WRITERS, progress=progress)
         if isinstance(judged, HeldModel):
             result = replace(result, place=judged.place())
+    result = replace(result, warnings=warnings)
     if gate.save:
         write_record(gate.save, result)
     rows: tuple[GateRow, ...] = ()
@@ -339,6 +361,7 @@ def _sweep(
     opening: OpenSettings,
     *,
     save: Path | None,
+    warnings: tuple[str, ...],
     as_json: bool,
 ) -> None:
     from cfsp.models.reference import load_model
@@ -365,6 +388,7 @@ def _sweep(
             progress=progress,
         )
         result = sweep(loaded, drawn, ratios, prune, settings, writers=WRITERS, progress=progress)
+    result = replace(result, warnings=warnings)
     if save:
         write_record(save, result)
     if options.csv:

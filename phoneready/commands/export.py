@@ -12,6 +12,7 @@ import typer
 
 from cfsp.files import claim_output
 from cfsp.records import record_to_json
+from cfsp.settings import as_read
 from cfsp.text.settings import SELF
 from exporters.export_record import ExportManifest, ExportRecord
 from exporters.settings import ExportSettings
@@ -24,7 +25,7 @@ from phoneready.commands.options import (
     TrustOption,
     was_given,
 )
-from phoneready.console import prepare_torch, show_progress, write_result
+from phoneready.console import prepare_torch, show_progress, warn, write_result
 
 if TYPE_CHECKING:
     from cfsp.progress import Progress
@@ -56,11 +57,13 @@ def export(
     """
     prepare_torch(threads)
     from cfsp.devices import find_device
-    from phoneready.exporting import export_model
+    from phoneready.exporting import EXPORT_READS, export_model
     from phoneready.forecasts.said import Machine
 
     if settings.onnx and not was_given(context, "quants"):
         settings = replace(settings, quants=())
+    settings, warnings = as_read(settings, EXPORT_READS)
+    warn(warnings)
     machine = Machine(device=find_device(device))  # the proof has float32, whatever is asked for
     with claim_output(output), show_progress() as progress:
         records = export_model(
@@ -72,10 +75,12 @@ def export(
             dtype=dtype,
             n_threads=threads,
             force=force,
+            warnings=warnings,
             before=partial(_foretell, model, output, machine, progress),
             progress=progress,
         )
-    write_result(format_exports(records, output), record_to_json(ExportManifest(records)), as_json=json)
+    record = ExportManifest(records, warnings)
+    write_result(format_exports(records, output), record_to_json(record), as_json=json)
 
 
 def _foretell(

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cfsp.errors import InputError, MissingExtraError
-from cfsp.evaluation.settings import READS
-from cfsp.settings import pick, refuse_unread, setting
+from cfsp.errors import MissingExtraError
+from cfsp.recovery.settings import training_as_read
+from cfsp.settings import as_read, declared, no_effect, pick, setting
 from cfsp.text.settings import BUILTIN_TEXT, CalibrationSettings
 from exporters.settings import RoundingSettings
 from phoneready.commands.options import (
@@ -22,8 +22,8 @@ from phoneready.commands.options import (
     ThreadsOption,
     TrustOption,
 )
-from phoneready.console import note, prepare_torch, show_progress, write_result
-from phoneready.frontier.settings import FrontierSettings
+from phoneready.console import note, prepare_torch, show_progress, warn, write_result
+from phoneready.frontier.settings import READS, FrontierSettings
 from phoneready.settings.schema import COUNTED, CountedText, RecoverConfig
 
 if TYPE_CHECKING:
@@ -65,13 +65,12 @@ def frontier(
     from phoneready.frontier.tables import format_frontier
     from phoneready.settings.schema import ExportConfig, ModelConfig, PruneConfig, ReleaseConfig
 
-    prune = pick(PruneConfig, calibration, vocabulary_text=counted.vocabulary_text)
     asked = ModelConfig(reference=model, trust_remote_code=trust_remote_code, device=device, dtype=dtype)
-    recover = _trained(training, settings)
-    if problem := settings.problem:
-        raise InputError(problem)
-    refuse_unread(settings, READS, as_options=True)
-    refuse_unread(counted, COUNTED, any(settings.vocabularies), as_options=True)
+    settings, unread = as_read(settings, READS)
+    counted, uncounted = as_read(counted, COUNTED, any(settings.vocabularies))
+    recover, untrained = _trained(training, settings)
+    warn((*unread, *uncounted, *untrained))
+    prune = pick(PruneConfig, calibration, vocabulary_text=counted.vocabulary_text)
     export = pick(ExportConfig, rounding)
     config = ReleaseConfig(model=asked, seed=seed, prune=prune, recover=recover, export=export)
     with show_progress() as progress:
@@ -91,23 +90,25 @@ def frontier(
     write_result(format_frontier(record) + kept, record_to_json(record), as_json=json)
 
 
-def _trained(training: RecoverConfig, settings: FrontierSettings) -> RecoverConfig | None:
-    """How pruned models are trained; None where they are not.
+def _trained(
+    training: RecoverConfig, settings: FrontierSettings
+) -> tuple[RecoverConfig | None, tuple[str, ...]]:
+    """How pruned models are trained, None where they are not; and a warning for what nothing reads.
 
     Raises:
         InputError: It cannot be done so.
     """
     if not settings.recover:
-        if training != RecoverConfig():
-            why = "options of recovery say how to train, and nothing is trained"
-            raise InputError(why, allowed="with --recover")
-        return None
+        given = (row for row in declared(RecoverConfig) if getattr(training, row.name) != row.default)
+        names = (TRAINING.options.get(row.name) or row.options[-1] for row in given)
+        return None, tuple(no_effect(name, "without --recover") for name in names)
     from cfsp.recovery.checks import check_readable
     from phoneready.release.before_work import check_training
 
+    training, warnings = training_as_read(training, training.texts)
     check_training(training)
     check_readable(training.texts)
-    return training
+    return training, warnings
 
 
 def _asked(config: ReleaseConfig, settings: FrontierSettings) -> Surveying:

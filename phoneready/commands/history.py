@@ -9,9 +9,9 @@ import typer
 
 from cfsp.files import PAGE, refuse_existing, write_text
 from cfsp.records import record_to_json
-from cfsp.settings import setting
-from phoneready.commands.options import JsonOption, refuse_given
-from phoneready.console import write_result
+from cfsp.settings import no_effect, setting
+from phoneready.commands.options import JsonOption, given_options
+from phoneready.console import warn, write_result
 from phoneready.history.settings import HistorySettings
 
 
@@ -37,8 +37,7 @@ def history(
     Every release adds a line to history.jsonl in its folder. A step or a drift is reported where it is larger than the
     noise of the figure's own samples and the scatter of its runs explain.
     """
-    if not gate:
-        refuse_given(context, ("recent",), "with --gate")
+    warn(no_effect(name, "without --gate") for name in given_options(context, ("recent",)) if not gate)
     from phoneready.history.history import check_history, find_entries, make_history
     from phoneready.history.tables import format_history
 

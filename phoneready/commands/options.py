@@ -142,11 +142,10 @@ def was_given(context: typer.Context, name: str) -> bool:
     return source.name == "COMMANDLINE"
 
 
-def refuse_given(context: typer.Context, names: Collection[str], where: str) -> None:
-    """Raise InputError for one of these parameters that comes from the command line; where: what would read it."""
-    given = [one for one in context.command.params if one.name in names and was_given(context, one.name)]
-    if given:
-        raise InputError("has no effect here", field=given[0].opts[-1], allowed=where)
+def given_options(context: typer.Context, names: Collection[str]) -> tuple[str, ...]:
+    """Options of these parameters that are on the command line."""
+    given = (one for one in context.command.params if one.name in names and was_given(context, one.name))
+    return tuple(one.opts[-1] for one in given)
 
 
 def _group(parameter: inspect.Parameter, hint: Any) -> _Group | None:

@@ -15,7 +15,7 @@ from cfsp.files import record_head, refuse_existing
 from cfsp.pruning.settings import READS
 from cfsp.records import read_record, record_to_json, write_record
 from cfsp.scratch import LargeScratch
-from cfsp.settings import declared, refuse_unread, setting
+from cfsp.settings import as_read, declared, no_effect, setting
 from cfsp.text.settings import CalibrationSettings
 from exporters.families import DEFAULT_FORMAT, required_multiple
 from exporters.settings import QuantizerSettings
@@ -27,13 +27,13 @@ from phoneready.commands.options import (
     SeedOption,
     ThreadsOption,
     TrustOption,
-    refuse_given,
+    given_options,
     was_given,
 )
 from phoneready.commands.processes import note_once, shared_passes
-from phoneready.console import prepare_torch, write_result
+from phoneready.console import prepare_torch, warn, write_result
 from phoneready.settings.schema import COUNTED, PruneConfig
-from phoneready.settings.target import AXIS_SETTINGS
+from phoneready.settings.target import AIMED, AXIS_SETTINGS
 
 if TYPE_CHECKING:
     from cfsp.models.source import LoadedModel
@@ -120,8 +120,10 @@ def prune(
     from phoneready.forecasts.said import Machine
     from phoneready.release.pruning_budget import budget_of, fitting_settings, shape_check
 
-    settings = _with_target(context, settings, quantizer)
-    chosen = _chosen(context, settings, plan)
+    settings, chosen, warnings = _chosen(context, settings, plan)
+    if not (quantizer.imatrix or settings.reads_files):
+        warnings += (no_effect("--no-imatrix", "without --target-size or --target-speed"),)
+    warn(warnings, note_once)
     ready, references = _given_plan(context, plan, settings)
     with shared_passes(wanted, device) as (writes, progress), LargeScratch("sizes") as scratch:
         where, how = find_device(device), ready.settings if ready else chosen
@@ -148,8 +150,9 @@ def prune(
             else prune_model(loaded, drawn, chosen, plan=ready, **asked)
         )
         if writes:
-            _keep(made, wanted, seed=seed, force=force, progress=progress)
-            write_result(format_plan(made.plan, wanted), _summary(made.plan), as_json=json)
+            decided = replace(made.plan, warnings=(*made.plan.warnings, *warnings))
+            _keep(made, decided, wanted, seed=seed, force=force, progress=progress)
+            write_result(format_plan(decided, wanted), _summary(decided), as_json=json)
 
 
 def _drawn(
@@ -206,18 +209,26 @@ def _foretell(
     )
 
 
-def _keep(made: PruneResult | Planned, output: Path, *, seed: int, force: bool, progress: Progress) -> None:
+def _keep(
+    made: PruneResult | Planned,
+    plan: PruningPlan,
+    output: Path,
+    *,
+    seed: int,
+    force: bool,
+    progress: Progress,
+) -> None:
     """Write the checkpoint, or the plan where there is no more."""
     from cfsp.models.checkpoint import save_checkpoint
     from cfsp.pruning.prune import Planned
 
     if isinstance(made, Planned):
-        write_record(output, made.plan)
+        write_record(output, plan)
         return
     save_checkpoint(
         made.loaded,
         output,
-        plan=made.plan,
+        plan=plan,
         input_moments=made.input_moments,
         seed=seed,
         force=force,
@@ -309,28 +320,26 @@ def _output(output: Path | None, plan: Path | None, plan_only: Path | None, sett
     return wanted
 
 
-def _chosen(context: typer.Context, settings: PruneOptions, plan: Path | None) -> PruneSettings:
-    """How to prune without a plan; refuses what nothing reads, beside a plan all that it has decided."""
-    if plan is not None:
-        decided = {row.name for row in declared(PruneOptions)} - _BESIDE_PLAN
-        refuse_given(context, decided, "without --plan")
-    refuse_unread(settings, COUNTED, settings.may_trim, as_options=True)
-    chosen = settings.settings(required_multiple(settings.for_quant or (DEFAULT_FORMAT,)))
-    refuse_unread(chosen, READS, as_options=True)
-    return chosen
+def _chosen(
+    context: typer.Context, settings: PruneOptions, plan: Path | None
+) -> tuple[PruneOptions, PruneSettings, tuple[str, ...]]:
+    """What is asked for, and how to prune without a plan, both as they are read; and a warning for what is not.
 
-
-def _with_target(
-    context: typer.Context, settings: PruneOptions, quantizer: QuantizerSettings
-) -> PruneOptions:
-    given = [name for name in AXIS_SETTINGS.values() if was_given(context, name)]
-    settings = settings.aimed(given)
+    Raises:
+        InputError: What a plan has decided is asked for beside one, or a target that cannot be.
+    """
+    decided = {row.name for row in declared(PruneOptions)} - _BESIDE_PLAN
+    if plan is not None and (given := given_options(context, decided)):
+        raise InputError("decided by the plan", field=given[0], allowed="without --plan")
+    settings, warnings = as_read(settings, AIMED)
+    settings = settings.aimed([name for name in AXIS_SETTINGS.values() if was_given(context, name)])
     if problem := settings.target_problem:
         raise InputError(problem)
-    if not (quantizer.imatrix or settings.reads_files):
-        raise InputError("the size of no file is asked for", field="--no-imatrix")
     settings.sized_formats(())
-    return settings
+    settings, uncounted = as_read(settings, COUNTED, settings.may_trim)
+    chosen = settings.settings(required_multiple(settings.for_quant or (DEFAULT_FORMAT,)))
+    chosen, unread = as_read(chosen, READS)
+    return settings, chosen, (*warnings, *uncounted, *unread)
 
 
 def _given_plan(

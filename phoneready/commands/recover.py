@@ -10,12 +10,18 @@ import typer
 
 from cfsp.files import refuse_existing
 from cfsp.records import record_to_json
-from cfsp.recovery.settings import RecoveryReferences, RecoverySettings, reads_teacher, token_budget
-from cfsp.settings import setting
+from cfsp.recovery.settings import (
+    RecoveryReferences,
+    RecoverySettings,
+    reads_teacher,
+    token_budget,
+    training_as_read,
+)
+from cfsp.settings import no_effect, setting
 from cfsp.units import format_bytes
 from phoneready.commands.options import DeviceOption, ForceOption, JsonOption, ThreadsOption, TrustOption
-from phoneready.commands.processes import one_voice
-from phoneready.console import note, prepare_torch, show_progress, write_result
+from phoneready.commands.processes import note_once, one_voice
+from phoneready.console import prepare_torch, show_progress, warn, write_result
 
 if TYPE_CHECKING:
     from cfsp.recovery.recovery_record import RecoveryRecord
@@ -55,8 +61,10 @@ def recover(
     A killed run goes on when the same command is given again. `accelerate launch -m phoneready recover ...` trains
     on several processes or GPUs. What is kept is the best validation's weights.
     """
+    warnings = training_as_read(settings, references.texts)[1]
     if teacher is not None and not reads_teacher(settings, references.texts):
-        note(f"--teacher {teacher} is not read: nothing is distilled, and no text of self is learnt")
+        warnings += (no_effect("--teacher", "without --loss distill or both, or the reference self"),)
+    warn(warnings, note_once)
     inputs = [Path(name) for name in (checkpoint, teacher, *references.texts) if name]
     refuse_existing(output, force=force, inputs=inputs)
     with one_voice():

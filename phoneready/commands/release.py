@@ -12,7 +12,7 @@ from cfsp.records import record_to_json
 from cfsp.settings import setting
 from exporters.onnx import VARIANTS
 from phoneready.commands.options import SET, JsonOption, ThreadsOption, TrustOption
-from phoneready.console import note, prepare_torch, show_progress, write_result
+from phoneready.console import note, prepare_torch, show_progress, warn, write_result
 from phoneready.figures.gate_files import badge, check_verdicts, verdict_rows
 from phoneready.figures.verdict import Verdicts
 from phoneready.settings.schema import ReleaseConfig
@@ -56,6 +56,7 @@ def release(
     chosen = load_config(config, settings, trust_remote_code=trust_remote_code)
     if onnx:
         chosen = with_variants(chosen, onnx)
+    warn(chosen.warnings)
     if explain:
         reasons = explain_release(chosen, output, threads)
         lines = [f"{name:<14} {why or 'done before'}" for name, why in reasons.items()]

@@ -8,8 +8,10 @@ from typing import Annotated
 
 import typer
 
+from cfsp.evaluation.settings import READS
 from cfsp.records import record_to_json
-from cfsp.settings import pick, refuse_unread, setting
+from cfsp.recovery.settings import training_as_read
+from cfsp.settings import as_read, pick, setting
 from cfsp.text.settings import CalibrationSettings
 from phoneready.commands.options import (
     TRAINING,
@@ -23,7 +25,7 @@ from phoneready.commands.options import (
     TrustOption,
     was_given,
 )
-from phoneready.console import note, prepare_torch, show_progress, write_result
+from phoneready.console import note, prepare_torch, show_progress, warn, write_result
 from phoneready.settings.schema import COUNTED, CountedText
 from phoneready.shrink.settings import ShrinkSettings, StepTraining
 
@@ -54,15 +56,24 @@ def shrink(
     fall. A run that was stopped goes on with the same command. Leaves the curve (shrunk.md, shrunk.json) and the
     checkpoint that is kept (model/), which `phoneready export` takes.
     """
-    refuse_unread(counted, COUNTED, bool(settings.vocabulary), as_options=True)
+    counted, uncounted = as_read(counted, COUNTED, bool(settings.vocabulary))
+    settings, unread = as_read(settings, READS)
+    warn((*uncounted, *unread))
     prepare_torch(threads)
     from phoneready.settings.schema import ModelConfig, PruneConfig, ReleaseConfig
+    from phoneready.shrink.run import for_task
     from phoneready.shrink.run import shrink as run_shrink
     from phoneready.shrink.tables import format_shrunk
 
     asked = ModelConfig(reference=model, trust_remote_code=trust_remote_code, device=device, dtype=dtype)
     prune = pick(PruneConfig, calibration, vocabulary_text=counted.vocabulary_text)
     config = ReleaseConfig(model=asked, seed=seed, prune=prune, recover=training)
+    named = [field for field, name in _NAMED.items() if was_given(context, name)]
+    config = for_task(config, settings, named)
+    learnt = config.recover or training
+    learnt, untrained = training_as_read(learnt, learnt.texts)
+    warn(untrained)
+    config = config.model_copy(update={"recover": learnt})
     found = run_shrink(
         config,
         settings,
@@ -71,6 +82,6 @@ def shrink(
         progress=show_progress,
         threads=threads,
         tell=lambda line: note(f"{'':<14} {line}"),
-        named=[field for field, name in _NAMED.items() if was_given(context, name)],
+        named=named,
     )
     write_result(format_shrunk(found), record_to_json(found), as_json=json)

@@ -10,7 +10,7 @@ import typer
 from cfsp.errors import InputError
 from cfsp.settings import setting
 from phoneready.commands.options import SET, JsonOption, ThreadsOption, TrustOption
-from phoneready.console import note, prepare_torch, show_progress, write_result
+from phoneready.console import note, prepare_torch, show_progress, warn, write_result
 
 
 def tune(
@@ -45,6 +45,7 @@ def tune(
             "the search would overwrite its configuration; name another folder", field="--output"
         )
     chosen = load_config(config, settings, trust_remote_code=trust_remote_code)
+    warn(chosen.warnings)
     with show_progress() as progress:
         result = search(chosen, output, show=note, progress=progress, threads=threads)
     text = format_result(result) + f"\nNow: phoneready release {output / RELEASE_FILE}\n"

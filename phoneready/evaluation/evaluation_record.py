@@ -222,6 +222,7 @@ class Evaluation:
         vocabularies: Of both, where they differ.
         place: Where the model ran, when not on this machine.
         sampled: Sampled answers, where they were asked for.
+        warnings: What was asked for and has had no effect.
     """
 
     KIND: ClassVar[str] = "evaluation"
@@ -241,6 +242,7 @@ class Evaluation:
     vocabularies: Annotated[Vocabularies | None, WhereSet] = None
     place: Annotated[Place | None, WhereSet] = None
     sampled: Annotated[SampledAnswers | None, WhereSet] = None
+    warnings: Annotated[tuple[str, ...], WhereSet] = ()
 
     def __post_init__(self) -> None:
         for of in self.answer_sets.values():

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
 from cfsp.errors import InputError
 from cfsp.progress import Progress, no_progress
-from cfsp.settings import Settings, declared, setting
+from cfsp.settings import Reads, Settings, declared, setting
 from runtime_bench.engines import SessionSettings
+from runtime_bench.targets.table import READS as TARGET_READS
 from runtime_bench.targets.table import TARGETS, TargetOptions, find_row, open_targets
 from runtime_bench.workload import BenchSettings
 
@@ -59,6 +61,17 @@ class PlaceSettings(Settings):
         return TargetOptions(**{name: getattr(self, name) for name in names})
 
 
+READS: Reads = MappingProxyType(
+    {
+        **dict.fromkeys(
+            ("against_host", "timeout_s"), (lambda asked, names: not asked.is_here, "without --on TARGET")
+        ),
+        **TARGET_READS,
+    }
+)
+"""Used with the names of the targets, which here are one."""
+
+
 def check_place(place: PlaceSettings, settings: EvaluationSettings) -> None:
     """Refuse what a place has no use for, or cannot do, before anything is opened.
 
@@ -68,10 +81,8 @@ def check_place(place: PlaceSettings, settings: EvaluationSettings) -> None:
     """
     if place.is_here:
         open_targets([HERE], place.target_options)
-        for name in ("backend", "against_host", "timeout_s"):
-            if getattr(place, name) != getattr(PlaceSettings, name):
-                option = f"--{name.removesuffix('_s').replace('_', '-')}"
-                raise InputError(f"{option} is for another place: give --on TARGET, too")
+        if place.backend is not None:
+            raise InputError("--backend is for another place: give --on TARGET, too")
         return
     if not find_row(place.on)[0].answers:
         raise InputError("cannot be asked about texts", field="--on", value=place.on, allowed=_PLACES)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
+from cfsp.evaluation.settings import READS as OF_TASKS
 from cfsp.evaluation.settings import TaskSettings
-from cfsp.settings import SEED, Setting, Settings, setting
+from cfsp.settings import SEED, Reads, Setting, Settings, setting
 from cfsp.text.choosing import TEMPERATURE, TOP_K, TOP_P
 from cfsp.text.settings import TEXT_FORMS
 
@@ -75,6 +77,16 @@ class TextSettings(WindowSettings):
 @dataclass(frozen=True)
 class JudgementSettings(TaskSettings, TextSettings):
     """What to judge on, as a release and the command line ask for it; without prompts a built-in set is asked."""
+
+
+READS: Reads = MappingProxyType(
+    {
+        **OF_TASKS,
+        **dict.fromkeys(
+            ("temperature", "top_p", "top_k"), (lambda asked: asked.sampled, "without sampled answers")
+        ),
+    }
+)
 
 
 @dataclass(frozen=True)

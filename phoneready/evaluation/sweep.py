@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from cfsp.errors import InputError
 from cfsp.evaluation.torch_model import TorchLanguageModel
@@ -17,6 +17,7 @@ from cfsp.pruning.settings import PruneSettings
 from cfsp.settings import check_settings
 from cfsp.text.calibration import Calibration
 from cfsp.text.writers import TRANSFORMERS, Writer
+from cfsp.validation import WhereSet
 from phoneready.evaluation.evaluation_record import Evaluation, ModelIdentity, identity_of
 from phoneready.evaluation.gate import measures
 from phoneready.evaluation.run import evaluate
@@ -50,6 +51,7 @@ class Sweep:
         calibration_tokens: Their number.
         seed: Calibration's seed.
         points: By ascending ratio.
+        warnings: What was asked for and has had no effect.
     """
 
     KIND: ClassVar[str] = "evaluation_sweep"
@@ -61,6 +63,7 @@ class Sweep:
     calibration_tokens: int
     seed: int
     points: tuple[SweepPoint, ...]
+    warnings: Annotated[tuple[str, ...], WhereSet] = ()
 
 
 def check_ratios(ratios: Sequence[float], settings: PruneSettings) -> tuple[float, ...]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from cfsp.errors import InputError
+from cfsp.evaluation.settings import READS as OF_TASKS
 from cfsp.evaluation.settings import TaskSettings
 from cfsp.pruning.settings import ALIGN
-from cfsp.settings import setting
+from cfsp.settings import Reads, setting
 from cfsp.units import parse_bytes
 from exporters.gguf.family import GGUF
 from phoneready.evaluation.settings import WindowSettings
@@ -91,18 +93,23 @@ class FrontierSettings(SearchedStructures, TaskSettings, WindowSettings):
     )
 
     @property
-    def problem(self) -> str | None:
-        """What is wrong between fields."""
-        if (
-            self.recover
-            and not any(self.prune_ratios)
-            and all(one.is_whole for one in self.combined(Structures()))
-        ):
-            return "the dense model is not trained; allowed with --recover: something that goes, as --prune-ratios 0.1"
-        return None
+    def removes_something(self) -> bool:
+        """Whether any model is made but the dense one."""
+        return any(self.prune_ratios) or not all(one.is_whole for one in self.combined(Structures()))
 
     @property
     def chosen_quants(self) -> tuple[str, ...]:
         """The quantizations; where none is named, all that round."""
         rounded = (name for name, row in GGUF.formats.items() if row.width_multiple > 1)
         return self.quants or tuple(rounded)
+
+
+READS: Reads = MappingProxyType(
+    {
+        **OF_TASKS,
+        "recover": (
+            lambda asked: asked.removes_something,
+            "without something that goes, such as --prune-ratios 0.1: the dense model is not trained",
+        ),
+    }
+)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from cfsp.errors import without_credentials
 from cfsp.models.checkpoint import CheckpointInfo
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import ModelSource
 from cfsp.records import tool_version
+from cfsp.validation import WhereSet
 from phoneready.publish.contents import Content
 from phoneready.publish.single_commands import single_commands
 from phoneready.release.results import ReleaseFigures
@@ -64,6 +65,7 @@ class ReleaseManifest:
         commands: Single commands that make the pruned files.
         stages: Name to key of each stage.
         seconds: Name to duration of each stage.
+        warnings: What the configuration says and has had no effect.
     """
 
     KIND: ClassVar[str] = "release-manifest"
@@ -85,6 +87,7 @@ class ReleaseManifest:
     commands: tuple[str, ...]
     stages: dict[str, str]
     seconds: dict[str, float]
+    warnings: Annotated[tuple[str, ...], WhereSet] = ()
 
 
 def make_manifest(
@@ -125,4 +128,5 @@ def make_manifest(
         commands=single_commands(config, figures, {stage.name: stage.threads for stage in stages}),
         stages={stage.name: stage.key for stage in stages},
         seconds={stage.name: stage.seconds for stage in stages},
+        warnings=config.warnings,
     )

@@ -10,21 +10,24 @@ from typing import Any
 import pydantic
 
 from cfsp.errors import InputError
-from cfsp.evaluation.settings import READS as JUDGING
 from cfsp.pruning.settings import READS as PRUNING
 from cfsp.reading import parse_toml, read_text
-from cfsp.settings import refuse_unread
+from cfsp.recovery.settings import training_as_read
+from cfsp.settings import Reads, as_read, no_effect
 from cfsp.validation import Location, describe_problems, place_of
 from exporters.families import BASE, FAMILIES, family_of, find_format
 from exporters.gguf import find_quant
 from exporters.onnx import find_variant
 from exporters.settings import READS as FILES
 from phoneready.evaluation.evaluation_record import repeated_text
+from phoneready.evaluation.settings import READS as JUDGING
 from phoneready.settings.planned import budget_problems
 from phoneready.settings.schema import COUNTED, RecoverConfig, ReleaseConfig
+from phoneready.settings.target import AIMED
 from phoneready.settings.template import demo_config_text
 from phoneready.settings.toml_lines import key_lines, nearest
 from runtime_bench.targets.places import place_slug, row_of_place
+from runtime_bench.workload import SAMPLING_READS as SAMPLING
 
 
 def with_variants(config: ReleaseConfig, names: Sequence[str]) -> ReleaseConfig:
@@ -36,7 +39,7 @@ def with_variants(config: ReleaseConfig, names: Sequence[str]) -> ReleaseConfig:
     variants = tuple(dict.fromkeys(find_variant(name).name for name in names))
     changed = config.model_copy(update={"export": dataclasses.replace(config.export, onnx=variants)})
     check_sections(changed, f"with --onnx {','.join(names)}: ")
-    return changed
+    return _as_read(changed)
 
 
 def check_sections(config: ReleaseConfig, prefix: str = "") -> None:
@@ -59,7 +62,8 @@ def load_config(
         trust_remote_code: Let transformers run code that the model brings along; only a person may say so, no file.
 
     Raises:
-        InputError: Missing, no TOML, or with errors; the message names all of them.
+        InputError: Missing, no TOML, or with errors; the message names all of them. What nothing reads is no error: its
+            warning is in the configuration.
     """
     if path is None:
         config = parse_config(demo_config_text(), where="the demo's configuration", overrides=overrides)
@@ -96,9 +100,9 @@ def parse_config(text: str, *, where: str, overrides: Sequence[str] = ()) -> Rel
         places = [problem["loc"] for problem in error.errors()]
         problems = [describe_problems(error, name), *described(_problems_beside(values, places))]
         raise InputError(f"{where}: {'; '.join(problems)}") from error
-    if problems := described([*_problems_between(config), *_unread(config)]):
+    if problems := described(_problems_between(config)):
         raise InputError(f"{where}: {'; '.join(problems)}")
-    return config
+    return _as_read(config)
 
 
 def _read_target(config: ReleaseConfig, values: Mapping[str, Any]) -> ReleaseConfig:
@@ -110,13 +114,11 @@ def _problems_between(config: ReleaseConfig) -> list[tuple[Location, str]]:
     searched = config.tune.problem if config.tune else None
     return [
         *([(("tune",), searched)] if searched else []),
-        *_complaint("evaluate", config.evaluate, lambda: refuse_unread(config.evaluate, JUDGING)),
         *_training(config),
         *_target(config),
         *_vocabulary_alone(config),
         *_unknown_files(config),
         *_repeated_texts(config),
-        *_sampling_alone(config),
         *_no_places(config),
         *_no_cache(config),
         *_no_backend(config),
@@ -291,13 +293,28 @@ def _imatrix_needed(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
         yield ("export", "imatrix"), f"{', '.join(needed)} cannot be written without an importance matrix"
 
 
-def _unread(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
-    """What is set and decides nothing; a search prunes in other ways beside the one that is written."""
-    export, prune = config.export, config.prune
-    yield from _complaint("export", export, lambda: refuse_unread(export, FILES))
+def _as_read(config: ReleaseConfig) -> ReleaseConfig:
+    """With the default of what nothing reads, and a warning for each; a search prunes in other ways than is written."""
+    rows: list[tuple[str, Reads, tuple[Any, ...]]] = [
+        ("evaluate", JUDGING, ()),
+        ("export", FILES, ()),
+        ("bench", SAMPLING, ()),
+        ("prune", AIMED, ()),
+    ]
     if config.tune is None:
-        yield from _complaint("prune", prune, lambda: refuse_unread(config.prune_settings(), PRUNING))
-        yield from _complaint("prune", prune, lambda: refuse_unread(prune, COUNTED, prune.may_trim))
+        rows += [("prune", PRUNING, ()), ("prune", COUNTED, (config.prune.may_trim,))]
+    changed, warnings = dict[str, Any](), list[str]()
+    for name, reads, beside in rows:
+        section = changed.get(name, getattr(config, name))
+        changed[name], unread = as_read(section, reads, *beside, section=name)
+        warnings += unread
+    if config.recover is not None:
+        changed["recover"], unread = training_as_read(config.recover, config.recover.texts, "recover")
+        warnings += unread
+    if config.tiers and config.stores is None:
+        changed["tiers"] = ()
+        warnings.append(no_effect("tiers", "without [stores]"))
+    return config.model_copy(update=changed).with_warnings(warnings)
 
 
 def _complaint(name: str, section: object, check: Callable[[], object]) -> Iterator[tuple[Location, str]]:
@@ -310,19 +327,13 @@ def _complaint(name: str, section: object, check: Callable[[], object]) -> Itera
 
 
 def _tiers(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
-    """Tiers that cannot be told apart, and one of [stores] and [[tiers]] without the other."""
-    if (config.stores is None) != (not config.tiers):
-        yield ("stores",), "[stores] names the frontier, [[tiers]] the devices: one wants the other"
+    """Tiers that cannot be told apart, and stores without any."""
+    if config.stores is not None and not config.tiers:
+        yield ("stores",), "[stores] names the frontier, [[tiers]] the devices: name some"
     for field in ("name", "ram_bytes"):
         values = [getattr(tier, field) for tier in config.tiers]
         if len(set(values)) < len(values):
             yield ("tiers",), f"two have the same {field.partition('_')[0]}"
-
-
-def _sampling_alone(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
-    if not config.evaluate.sampled:
-        for name in config.evaluate.asked_sampling:
-            yield ("evaluate", name), "is of sampled answers: set sampled = true, too"
 
 
 def _repeated_texts(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:

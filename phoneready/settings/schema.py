@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -63,7 +63,7 @@ COUNTED: Reads = MappingProxyType(
     {
         "vocabulary_text": (
             lambda asked, may_trim: may_trim,
-            "with a number of tokens to keep, or a target that may take some away",
+            "without a number of tokens to keep, or a target that may take some away",
         )
     }
 )
@@ -326,6 +326,19 @@ class ReleaseConfig(Section):
     tracking: TrackingConfig | None = None
     stores: StoresConfig | None = None
     tiers: tuple[TierConfig, ...] = ()
+
+    _warnings: tuple[str, ...] = pydantic.PrivateAttr(default=())
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the file says and nothing reads, which has its default here."""
+        return self._warnings
+
+    def with_warnings(self, warnings: Iterable[str]) -> Self:
+        """The same, with further warnings."""
+        warned = self.model_copy()
+        warned._warnings = (*self._warnings, *warnings)
+        return warned
 
     def prune_settings(self) -> PruneSettings:
         """For cfsp; widths fit the formats unless an alignment is set."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from cfsp.errors import InputError
-from cfsp.settings import Settings, setting
+from cfsp.settings import Reads, Settings, setting
 from cfsp.units import parse_bytes, parse_count
 from exporters.families import BASE, DEFAULT_FORMAT, FAMILIES, find_format
 
@@ -23,6 +23,10 @@ AXIS_SETTINGS = MappingProxyType(
 """Axis -> the setting that says how much of it goes."""
 
 _TARGETS = ("target_size", "target_parameters", "target_speed")
+AIMED: Reads = MappingProxyType(
+    {"target_axes": (lambda asked: bool(asked.target), f"without one of {', '.join(_TARGETS)}")}
+)
+"""What is read of a target's settings."""
 
 
 def _size(text: str) -> str:
@@ -88,8 +92,6 @@ class TargetSettings(Settings):
         given = [name for name in _TARGETS if getattr(self, name)]
         if len(given) > 1:
             return f"{' and '.join(given)}: give one of them"
-        if not given and self.target_axes != tuple(AXIS_SETTINGS):
-            return f"target_axes without a target; give one of {', '.join(_TARGETS)}"
         return "nothing is left that the target may remove" if given and not self.target_axes else None
 
     @property

@@ -8,10 +8,8 @@ from pathlib import Path
 
 from cfsp.errors import InputError, require_extra
 from cfsp.evaluation.chat_tasks import is_chat_file, load_chat_task
-from cfsp.evaluation.settings import READS
 from cfsp.evaluation.tasks import load_tasks, needs_harness
 from cfsp.recovery.checks import check_readable
-from cfsp.settings import refuse_unread
 from cfsp.text.tokens import load_documents
 from phoneready.evaluation.run import check_texts
 from phoneready.evaluation.settings import EvaluationSettings
@@ -44,7 +42,6 @@ def check_before_work(
     """
     if problem := settings.problem:
         raise InputError(problem)
-    refuse_unread(settings, READS)
     if settings.task and not is_chat_file(settings.task):
         why, allowed = "not a file of chats", "FILE.jsonl, FILE.parquet"
         raise InputError(why, field="task", value=settings.task, allowed=allowed)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from cfsp.evaluation.settings import TaskSettings
-from cfsp.recovery.settings import AUTO, METHODS, NEXT_TOKEN, as_read, settled
+from cfsp.recovery.settings import AUTO, METHODS, NEXT_TOKEN, settled, training_as_read
 from cfsp.settings import setting
 from phoneready.evaluation.settings import WindowSettings
 from phoneready.settings.schema import RecoverConfig
@@ -76,4 +76,4 @@ def learning(training: RecoverConfig, task: str) -> RecoverConfig:
     """How a task is learnt: as steps are trained, but from its chats alone, with no teacher, and no plan to go by."""
     method = settled(training).method
     alone = replace(training, data=(task,), method="lora" if method == "ig-lora" else method, loss=NEXT_TOKEN)
-    return as_read(alone, alone.texts)
+    return training_as_read(alone, alone.texts)[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 from cfsp import plugins
 from cfsp.errors import InputError
 from cfsp.progress import Progress, no_progress
-from cfsp.settings import Settings, setting
+from cfsp.settings import Reads, Settings, setting
 from cfsp.units import parse_bytes
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.devices.projection import memory_limit
@@ -91,18 +92,15 @@ def open_targets(
     """Where to measure: each target once. Nothing is connected to yet.
 
     Raises:
-        InputError: Unknown, an option that is for none of the targets, or a target that cannot be used.
+        InputError: Unknown, an option that none of the targets can do, or a target that cannot be used.
     """
     rows = [find_row(name) for name in dict.fromkeys(names)]
     taken = frozenset[str]().union(*(row.takes for row, _ in rows))
     given = [option.name for option in fields(options) if getattr(options, option.name) != option.default]
     strange = [name for name in given if name not in taken]
     if strange:
-        users = [row.form for row in TARGETS.values() if strange[0] in row.takes]
         option = f"--{strange[0].replace('_', '-')}"
-        raise InputError(
-            "not for this target", field=option, allowed=", ".join(f"--on {form}" for form in users)
-        )
+        raise InputError("not for this target", field=option, allowed=_takers(strange[0]))
     if options.runner is not None and len(rows) > 1 and TARGETS["native"] in (row for row, _ in rows):
         raise InputError(
             "one program, for this machine or for others", field="--runner", allowed="one target"
@@ -215,3 +213,20 @@ TARGETS: MappingProxyType[str, TargetRow] = MappingProxyType(
         "qemu-aarch64": TargetRow("qemu-aarch64", _qemu, gguf_only=True, answers=True, has_runner=True),
     }
 )
+
+
+def _is_taken(option: str, _: object, names: Sequence[str]) -> bool:
+    return any(option in find_row(name)[0].takes for name in names)
+
+
+def _takers(option: str) -> str:
+    return ", ".join(f"--on {row.form}" for row in TARGETS.values() if option in row.takes)
+
+
+READS: Reads = MappingProxyType(
+    {
+        option: (partial(_is_taken, option), f"without {_takers(option)}")
+        for option in ("ndk", "remote_folder", "ssh_config", "retries")
+    }
+)
+"""Of options that say how another machine is reached, used with the names of the targets."""

@@ -49,6 +49,7 @@ from cfsp.recovery.settings import (
     check_settings,
     learning_rate,
     learning_rate_share,
+    training_as_read,
     validation_interval,
 )
 from cfsp.recovery.student import Student, Teacher
@@ -559,6 +560,27 @@ def load_sequences(text: str, dense: LoadedModel, spelling: Respelling) -> Seque
 def test_settings_name_the_field(change: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"^{next(iter(change))}: "):
         check_settings(replace(RecoverySettings(), **change), ())
+
+
+@pytest.mark.parametrize(
+    ("made", "idle", "references", "where"),
+    [
+        ({"method": "full"}, {"rank": 4}, (), "--method ig-lora or lora"),
+        ({"for_quant": "Q4_0"}, {"alpha": 1.0}, (), "--method ig-lora or lora"),
+        ({"loss": "next-token"}, {"temperature": 2.0}, (), "--loss distill or both"),
+        ({}, {"distill_weight": 0.7}, (), "--loss both"),
+        ({}, {"self_tokens": 64}, ("a.txt",), "the reference self or student"),
+        ({}, {"chat_labels": "answers"}, ("self",), "references that have chats"),
+    ],
+)
+def test_what_training_does_not_read_has_no_effect(
+    made: dict[str, Any], idle: dict[str, Any], references: tuple[str, ...], where: str
+) -> None:
+    settings = RecoverySettings(**made)
+    read, (warning,) = training_as_read(replace(settings, **idle), references)
+    assert read == settings
+    assert warning == f"--{next(iter(idle)).replace('_', '-')} has no effect without {where}"
+    assert training_as_read(settings, references) == (settings, ())
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pydantic
 import pytest
 
 from cfsp.errors import InputError
-from cfsp.settings import SEED, Settings, check_settings, declared, pick, setting
+from cfsp.settings import SEED, Reads, Settings, as_read, check_settings, declared, pick, setting
 
 
 @dataclass(frozen=True)
@@ -64,3 +64,20 @@ def test_what_cannot_be_used_is_named_in_python_and_by_pydantic(change: dict[str
 def test_pydantic_reads_what_is_in_range() -> None:
     read = pydantic.TypeAdapter(Larger).validate_python({"sizes": [3, 4], "limit": None, "more": True})
     assert read == Larger(sizes=(3, 4), more=True)
+
+
+READS: Reads = {
+    "name": (lambda asked, few: few, "without few"),
+    "rank": (lambda asked, few: asked.name == "b", "without --name b"),
+}
+
+
+def test_what_nothing_reads_has_its_default_and_a_warning() -> None:
+    read, warnings = as_read(Small(rank=8, name="b", ratio=0.1), READS, False)
+    assert read == Small(ratio=0.1)
+    assert warnings == ("--name has no effect without few", "--rank has no effect without --name b")
+    assert as_read(Small(rank=8), READS, False, section="small")[1] == (
+        "small.rank has no effect without --name b",
+    )
+    assert as_read(Small(rank=8, name="b"), READS, True) == (Small(rank=8, name="b"), ())
+    assert as_read(Small(rank=4), READS, False) == (Small(), ())

@@ -89,14 +89,9 @@ def test_all_axes_go_together(model: str, tmp_path: Path, capsys: pytest.Capture
         (["-o", "x", "--plan", "missing.json"], "missing.json"),
         (
             ["-o", "x", "--plan", "y", "--score", "cfsp"],
-            "--score: has no effect here; allowed: without --plan",
+            "--score: decided by the plan; allowed: without --plan",
         ),
-        (["-o", "x", "--plan", "y", "--vocabulary", "9"], "--vocabulary: has no effect here"),
-        (["-o", "x", "--vocabulary-text", "y"], "--vocabulary-text: has no effect here"),
-        (
-            ["-o", "x", "--uniform", "--coarse-strength", "2"],
-            "--coarse-strength: has no effect here (got 2.0)",
-        ),
+        (["-o", "x", "--plan", "y", "--vocabulary", "9"], "--vocabulary: decided by the plan"),
         (["-o", "x", "--blocks", "4", *SMALL], "at most 3"),
         (["-o", "x", "--blocks", "1", "--attentions", "3", *SMALL], "at most 2"),
         (
@@ -121,6 +116,52 @@ def test_prune_refuses_what_it_cannot_do(
     assert reason in captured.err
     assert captured.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def warned(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What a command has warned of, in order."""
+    lines = capsys.readouterr().err.splitlines()
+    return [line.removeprefix("warning: ") for line in lines if line.startswith("warning: ")]
+
+
+def test_prune_goes_on_without_what_nothing_reads(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    idle = ["--uniform", "--coarse-strength", "2", "--vocabulary-text", "missing.txt", "--no-imatrix"]
+    asked = ["prune", model, "--prune-ratio", "0.25", "--uniform", *SMALL]
+    assert main([*asked, "-o", str(tmp_path / "plain")]) == 0
+    assert not warned(capsys)
+    assert main([*asked, "-o", str(tmp_path / "out"), *idle, "--target-axes", "vocabulary"]) == 0
+    said = warned(capsys)
+    assert said == [
+        "--target-axes has no effect without one of target_size, target_parameters, target_speed",
+        "--vocabulary-text has no effect without a number of tokens to keep, or a target that may take some away",
+        "--coarse-strength has no effect without the allocation cfsp or mixed, and widths of their own",
+        "--no-imatrix has no effect without --target-size or --target-speed",
+    ]
+    plans = [
+        json.loads((tmp_path / name / "pruning_plan.json").read_text("utf-8")) for name in ("plain", "out")
+    ]
+    assert plans[1].pop("warnings") == said
+    assert plans[0] == plans[1]
+
+
+def test_eval_goes_on_without_what_nothing_reads(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "saved.json"
+    asked = ["eval", model, "--seqlen", "32", "--windows", "1", "--no-prompts", "--save", str(saved)]
+    idle = ["--limit", "8", "--temperature", "0.5", "--calibration-seqlen", "32", "--against-host", "3"]
+    assert main([*asked, *idle, "--retries", "3"]) == 0
+    said = warned(capsys)
+    assert said == [
+        "--limit has no effect without tasks",
+        "--temperature has no effect without sampled answers",
+        "--against-host has no effect without --on TARGET",
+        "--retries has no effect without --on ssh:HOST, --on adb:SERIAL",
+        "--calibration-seqlen has no effect without --ratios",
+    ]
+    assert json.loads(saved.read_text("utf-8"))["warnings"] == said
 
 
 def test_eval_against_the_dense_model(
@@ -204,6 +245,15 @@ def test_export_and_bench(checkpoint: Path, tmp_path: Path, capsys: pytest.Captu
     assert main(["bench", str(file), *sizes, "--output", "jsonl"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {row["test"] for row in rows} == {"load", "pp8"}
+    idle = ["--clean", "--retries", "3", "--unplugged", "--nominal-c", "30", "--idle", "9"]
+    assert main(["bench", str(file), *sizes[:-2], *idle]) == 0
+    assert warned(capsys) == [
+        "--unplugged has no effect without a time for --wait-nominal",
+        "--nominal-c has no effect without a time for --wait-nominal",
+        "--idle has no effect without --energy",
+        "--retries has no effect without --on ssh:HOST, --on adb:SERIAL",
+        "--clean has no effect without --on and another machine",
+    ]
     assert records.read_text(encoding="utf-8").count("\n") == len(rows)
 
     # What would be lost, or destroyed, after all is measured is refused before.
@@ -213,7 +263,6 @@ def test_export_and_bench(checkpoint: Path, tmp_path: Path, capsys: pytest.Captu
         "no file of records": [str(file), *sizes[:-1], str(file)],
         "is a directory": [str(file), *sizes[:-1], str(tmp_path)],
         "given twice": [str(file), str(file), *sizes],
-        "--clean: has no effect here; allowed: with --on and another machine": [str(file), *sizes, "--clean"],
         "native runs GGUF files alone": [str(file), str(onnx), *sizes, "--on", "local", "--on", "native"],
     }
     for reason, arguments in refused.items():
@@ -259,27 +308,9 @@ def test_both_kinds_of_export_share_a_folder(
         (["--onnx", "int3"], "int4-b128"),
         (["--onnx", "int4", "--calibration", "missing.txt"], "missing.txt"),
         (["--onnx", "int4", "--calibration", "none", "--calibration", "self"], "stands alone"),
-        (["--onnx", "int8", "--calibration", "self"], "allowed: with files of few bits"),
-        (["--gguf", "Q8_0", "--calibration", "self"], "allowed: with files of few bits"),
-        (
-            ["--gguf", "Q4_0", "--opset", "18"],
-            "--opset: has no effect here (got 18); allowed: with --onnx VARIANT",
-        ),
-        (["--gguf", "Q4_0", "--ort"], "--ort: has no effect here (got True); allowed: with --onnx VARIANT"),
         (["--gguf", "Q4_0", "--onnx", "int2"], "int2"),
         (["--onnx", "int4-mixed", "--calibration", "none"], "wants text"),
         (["--onnx", "int4-mixed", "--mixed-size", "large"], "--mixed-size"),
-        (["--onnx", "int4", "--mixed-size", "80M"], "allowed: with the ONNX variant int4-mixed"),
-        (["--gguf", "Q8_0", "--nsamples", "8"], "--nsamples: has no effect here (got 8)"),
-        (["--gguf", "Q4_0", "--rounding-windows", "8"], "--rounding-windows: has no effect here (got 8)"),
-        (
-            ["--onnx", "int4", "--calibration", "none", "--nsamples", "8"],
-            "--nsamples: has no effect here (got 8)",
-        ),
-        (
-            ["--onnx", "int4", "--tune-scales"],
-            "--tune-scales: has no effect here (got True); allowed: with GGUF files",
-        ),
         (["--gguf", "Q4_0", "--tune-scales", "--calibration", "none"], "scales are trained on text"),
     ],
 )
@@ -293,6 +324,30 @@ def test_export_refuses_what_it_cannot_do(
     assert reason in captured.err
     assert captured.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_export_goes_on_without_what_nothing_reads(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+    idle = ["--calibration", "missing.txt", "--opset", "18", "--ort", "--mixed-size", "80M", "--tune-scales"]
+    asked = ["export", str(checkpoint), "--gguf", "Q8_0", "--threads", "1", "--name", "m"]
+    assert main([*asked, "-o", str(tmp_path / "plain")]) == 0
+    assert not warned(capsys)
+    assert main([*asked, "-o", str(tmp_path / "out"), *idle, "--nsamples", "8"]) == 0
+    said = warned(capsys)
+    assert said == [
+        "--calibration has no effect without files of few bits",
+        "--opset has no effect without --onnx VARIANT,...",
+        "--ort has no effect without --onnx VARIANT,...",
+        "--tune-scales has no effect without GGUF files of up to 6 bits",
+        "--mixed-size has no effect without the ONNX variant int4-mixed",
+        "--nsamples has no effect without --calibration REF, or what needs text",
+    ]
+    assert json.loads((tmp_path / "out" / "export.json").read_text("utf-8"))["warnings"] == said
+    assert (tmp_path / "out" / "m-Q8_0.gguf").read_bytes() == (
+        tmp_path / "plain" / "m-Q8_0.gguf"
+    ).read_bytes()
 
 
 def test_export_wants_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -476,9 +476,7 @@ def good_result(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--ratios", "0.1,much"], "--ratios"),
         (["--ratios", "1.5"], "--ratios: out of range"),
         (["--ratios", "0.1", "--against", "x"], "--against"),
-        (["--csv", "x.csv"], "--csv: has no effect here; allowed: with --ratios"),
-        (["--calibration-seqlen", "32"], "--calibration-seqlen: has no effect here; allowed: with --ratios"),
-        (["--limit", "8"], "--limit: has no effect here (got 8); allowed: with tasks"),
+        (["--csv", "x.csv"], "--csv is of a sweep's table: give --ratios too"),
         (["--no-text", "--text", "builtin:python-docs"], "--no-text"),
     ],
 )

@@ -244,8 +244,7 @@ def test_a_connection_that_broke_is_tried_again(
         (["--on", "ssh:board", "--runtime", "torch"], "no exported file"),
         (["--on", "ssh:board", "--ratios", "0.1"], "leave out --on"),
         (["--backend", "gpu"], "--backend is for another place"),
-        (["--against-host", "3"], "--against-host is for another place"),
-        (["--retries", "3"], "--retries: not for this target"),
+        (["--runner", "program"], "--runner: not for this target"),
     ],
 )
 def test_what_cannot_be_is_refused_at_once(

@@ -404,16 +404,11 @@ def test_speed_is_added_to_what_is_known(model: Path, tmp_path: Path) -> None:
         (["--seqlen", "100000"], "seqlen"),
         (["--calibration", "/nowhere.jsonl"], "does not exist"),
         (["--tasks", "missing.yaml"], "missing.yaml"),
-        (["--limit", "8"], "--limit: has no effect here (got 8); allowed: with tasks"),
-        (["--vocabulary-text", "notes.txt"], "--vocabulary-text: has no effect here"),
-        (["--vocabularies", "0", "--vocabulary-text", "notes.txt"], "--vocabulary-text: has no effect here"),
-        (["--max-tokens", "1000"], "nothing is trained; allowed: with --recover"),
         (
-            ["--recover", "--max-tokens", "1000", "--epochs", "1"],
+            ["--recover", "--prune-ratios", "0.1", "--max-tokens", "1000", "--epochs", "1"],
             "max_tokens: says how long, and so does epochs",
         ),
         (["--recover", "--method", "magic"], "--method"),
-        (["--recover"], "the dense model is not trained"),
         (["--recover", "--prune-ratios", "0.1", "--data", "none.txt"], "none.txt does not exist"),
         (["--recover", "--prune-ratios", "0.1", "--training-seqlen", "4096"], "allowed: 2 to 512"),
         (
@@ -435,6 +430,18 @@ def test_bad_input_writes_nothing(
     assert len(errors) == 1
     assert said in errors[0]
     assert not folder.exists()
+
+
+def test_a_script_may_leave_the_vocabulary_whole(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    idle = ["--vocabulary-text", "missing.txt", "--limit", "8", "--recover", "--training-seqlen", "64"]
+    assert main(command(model, tmp_path / "out", "--quants", "Q8_0", "--vocabularies", "0", *idle)) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert [line.split(" without ")[0] for line in said] == [
+        f"warning: {name} has no effect"
+        for name in ("--limit", "--recover", "--vocabulary-text", "--training-seqlen")
+    ]
 
 
 def test_text_without_words(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

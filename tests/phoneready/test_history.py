@@ -366,7 +366,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["history", str(tmp_path), "--gate", "--recent", "1"]) == 0
     assert "12 runs" in capsys.readouterr().out
     assert main(["history", str(tmp_path), "--recent", "1"]) == 2
-    assert "--recent: has no effect here; allowed: with --gate" in capsys.readouterr().err
+    assert "warning: --recent has no effect without --gate" in capsys.readouterr().err
 
 
 def test_page_in_a_browser(tmp_path: Path) -> None:

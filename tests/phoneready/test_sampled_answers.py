@@ -169,7 +169,6 @@ def test_the_gate_has_a_row_of_sampled_answers(
         (["--sampled", "--top-p", "0"], "--top-p: out of range"),
         (["--sampled", "--top-p", "1.1"], "--top-p: out of range"),
         (["--sampled", "--top-k", "-1"], "--top-k: out of range"),
-        (["--temperature", "0.5"], "--temperature is of sampled answers: give --sampled too"),
         (["--sampled", "--temperature", "0.5", "--no-prompts"], "leave out --no-prompts"),
     ],
 )
@@ -198,8 +197,9 @@ def test_a_release_plans_the_figure_where_it_is_asked_for() -> None:
         "checkpoint"
     ]
     assert config.evaluate.settings(1, ("Once",)).asked_sampling == {"temperature": 0.3}
-    with pytest.raises(InputError, match=r"line 4: evaluate\.temperature: .*sampled = true"):
-        parse_config(head + "temperature = 0.3\n", where="x")
+    without = parse_config(head + "temperature = 0.3\n", where="x")
+    assert without.warnings == ("evaluate.temperature has no effect without sampled answers",)
+    assert without.evaluate.asked_sampling == {}
     with pytest.raises(InputError, match=r"evaluate\.top_p: .*out of range"):
         parse_config(head + "sampled = true\ntop_p = 1.5\n", where="x")
 

@@ -92,8 +92,7 @@ def test_what_a_store_cannot_be_is_told_with_its_line(lines: str, reason: str) -
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('[stores]\nfrontier = "f.json"\n', "one wants the other"),
-        ('[[tiers]]\nname = "a"\nram = "4 GB"\n', "one wants the other"),
+        ('[stores]\nfrontier = "f.json"\n', "[[tiers]] the devices: name some"),
         (
             '[stores]\nfrontier = "f.json"\n' + 2 * '[[tiers]]\nname = "a"\nram = "4 GB"\n',
             "tiers: two have the same name",
@@ -107,6 +106,12 @@ def test_tiers_that_cannot_be_are_told(text: str, reason: str) -> None:
     with pytest.raises(InputError) as caught:
         parse_config(MODEL + text, where="release.toml")
     assert reason in str(caught.value)
+
+
+def test_tiers_without_stores_are_warned_of() -> None:
+    config = parse_config(MODEL + '[[tiers]]\nname = "a"\nram = "4 GB"\n', where="release.toml")
+    assert config.warnings == ("tiers has no effect without [stores]",)
+    assert config.tiers == ()
 
 
 @pytest.fixture

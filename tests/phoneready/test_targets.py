@@ -395,13 +395,10 @@ def test_prune_says_what_each_axis_gives(
         ),
         (["--target-size", "1MB", "--for", "mixed:1MB"], "target_size: no file of a size that follows"),
         (["--target-size", "1MB", "--plan", "plan.json"], "--plan applies a plan"),
-        (["--no-imatrix"], "--no-imatrix: the size of no file is asked for"),
-        (["--target-parameters", "0.1M", "--no-imatrix"], "--no-imatrix: the size of no file is asked for"),
         (
             ["--target-size", "0.4MB", "--kv-groups", "0.9", *SMALL],
             "kv_groups: each of the 4 blocks that attend keeps one of its groups, 8 in all (got 0.9)",
         ),
-        (["--target-axes", "vocabulary"], "target_axes without a target; give one of target_size"),
         (
             ["--target-size", "0.4MB", "--vocabulary", "9", "--target-axes", "ffn", *SMALL],
             "vocabulary: smaller than what has to stay",

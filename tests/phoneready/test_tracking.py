@@ -28,6 +28,7 @@ seqlen = 64
 max_windows = 2
 prompts = ["List three fruits."]
 max_new_tokens = 2
+limit = 8
 [export]
 quants = ["Q8_0"]
 [bench]
@@ -65,6 +66,9 @@ def test_a_release_is_logged_once_and_a_missing_server_loses_nothing(
     assert "is complete, but could not be logged" in lines[-1]
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     assert (folder / manifest["files"][0]["file"]).is_file()
+    (warning,) = manifest["warnings"]
+    assert warning == "evaluate.limit has no effect without tasks"
+    assert lines.count(f"warning: {warning}") == 1
 
     # A login in the URL is for the server alone.
     assert release("http://me:p%40ss@127.0.0.1:9", "--debug", "--json") == 2

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cfsp.errors import InputError
+from cfsp.settings import as_read
 from runtime_bench.measuring.matrix import run_matrix
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.measuring.rows import shares
@@ -21,7 +22,7 @@ from runtime_bench.targets import LOCAL, Local
 from runtime_bench.targets.places import Unreachable
 from runtime_bench.targets.transport import StoppedError
 from runtime_bench.worker import WorkerRequest, WorkerResult
-from runtime_bench.workload import BenchSettings, Workload, workloads_of
+from runtime_bench.workload import READS, BenchSettings, Workload, workloads_of
 
 SETTINGS = BenchSettings(
     check_text=False, n_prompt=(), n_gen=(4,), ttft=(16,), start=(16,), repetitions=4, n_threads=(1,), spread_limit=1e9
@@ -99,19 +100,31 @@ def test_every_process_of_a_warm_row_takes_three_samples() -> None:
     [
         ({"regimes": ("warm",), "warmup": False}, "--regime: nothing is warmed up"),
         ({"n_gen": (0,), "sustained_s": 600.0}, "--sustained: nothing is generated"),
-        ({"unplugged": True}, "--unplugged: nothing is waited for"),
-        ({"nominal_c": 30.0}, "--nominal-c: nothing is waited for"),
         ({"regimes": ("warm",), "start": (8,)}, "--start: the file is open already"),
-        ({"regimes": ("cold",), "cold_load": True}, "--cold: nothing else would load from the page cache"),
-        (
-            {"load": False, "start": (), "cold_load": True},
-            "--cold: nothing else would load from the page cache",
-        ),
     ],
 )
-def test_settings_that_would_have_no_effect_are_refused(changes: dict[str, Any], match: str) -> None:
+def test_what_cannot_be_measured_is_refused(changes: dict[str, Any], match: str) -> None:
     with pytest.raises(InputError, match=match):
         workloads_of(replace(SETTINGS, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        ({"unplugged": True}, "--unplugged has no effect without a time for --wait-nominal"),
+        ({"nominal_c": 30.0}, "--nominal-c has no effect without a time for --wait-nominal"),
+        ({"idle_s": 9.0}, "--idle has no effect without --energy"),
+        ({"regimes": ("cold",), "cold_load": True}, "--cold has no effect where nothing opens"),
+        ({"load": False, "start": (), "cold_load": True}, "--cold has no effect where nothing opens"),
+    ],
+)
+def test_what_has_no_effect_is_warned_of(changes: dict[str, Any], warning: str) -> None:
+    read, warnings = as_read(replace(SETTINGS, **changes), READS)
+    (said,) = warnings
+    assert said.startswith(warning)
+    assert read == replace(SETTINGS, **{name: value for name, value in changes.items() if name not in READS})
+    assert as_read(replace(SETTINGS, unplugged=True, wait_nominal_s=5.0), READS)[1] == ()
+    assert as_read(replace(SETTINGS, cold_load=True), READS)[1] == ()
 
 
 class Elsewhere(Local):

@@ -22,6 +22,7 @@ from loopback import HOSTILE, ROOT, Device, files_in, running, script, until
 from simulated_meters import Curve, SimulatedFile, simulated
 
 from cfsp.errors import InputError
+from cfsp.settings import as_read
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
 from exporters.options import ExportOptions
@@ -35,7 +36,7 @@ from runtime_bench.targets import LOCAL, remote
 from runtime_bench.targets.adb import Adb
 from runtime_bench.targets.remote import Remote
 from runtime_bench.targets.ssh import Ssh
-from runtime_bench.targets.table import TargetOptions, open_remote, open_targets
+from runtime_bench.targets.table import READS, TargetOptions, open_remote, open_targets
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings
 
@@ -578,9 +579,13 @@ def test_options_that_nobody_uses() -> None:
     for names, options in (
         (["local"], TargetOptions(memory="1G")),
         (["constrained"], TargetOptions(runner=Path("runner"))),
-        (["adb:x"], TargetOptions(ssh_config=Path("config"))),
     ):
         with pytest.raises(InputError, match="not for this target"):
             open_targets(names, options)
+    for names in (["adb:x"], ["local", "constrained"]):
+        read, (warning,) = as_read(TargetOptions(ssh_config=Path("config")), READS, names)
+        assert read == TargetOptions()
+        assert warning == "--ssh-config has no effect without --on ssh:HOST"
+    assert as_read(TargetOptions(retries=3), READS, ["local", "ssh:x"])[1] == ()
     with pytest.raises(InputError, match="not another machine"):
         open_remote("local", TargetOptions())
