@@ -27,10 +27,7 @@ METERS, UNREADABLE, FACT, GLANCE, IDLE_OVER = "meters", "unreadable", "fact", "g
 file that does not change, and its text; the uptime before and after a round of readings, and these; and the line that
 says that the process begins."""
 
-_ONCE = (
-    '"$base"/sys/devices/system/cpu/cpu[0-9]*/cpufreq/cpuinfo_max_freq '
-    '"$base"/sys/class/power_supply/*/type "$base"/sys/class/power_supply/*/scope'
-)
+_ONCE = '"$base"/sys/class/power_supply/*/type "$base"/sys/class/power_supply/*/scope'
 _EVERY_TIME = (
     "/proc/uptime /proc/stat "
     '"$base"/sys/class/power_supply/*/capacity "$base"/sys/class/power_supply/*/status '
@@ -78,16 +75,18 @@ find_cores() {{  # those that the process may use, as number:highest clock
     done
 }}
 extreme_clock() {{  # of a file of each core, the line with the least (-lt) or most (-gt) of the core's highest clock
-    found= where=
+    found= where= folder=/sys/devices/system/cpu/cpu
     for core in $cores; do
-        file=/sys/devices/system/cpu/cpu${{core%:*}}/cpufreq/$2
-        IFS= read -r khz <"$base$file" || continue
+        IFS= read -r khz <"$base$folder${{core%:*}}/cpufreq/$2" || continue
         case $khz in '' | *[!0-9]* | ??????????*) continue ;; esac
         share=$((khz / (${{core#*:}} / 1000)))  # Android's shell has 32 bits
         test "$where" && ! test $share $1 "$found" && continue
-        found=$share where=$file:$khz
+        found=$share where=$core clock=$khz
     done
-    test "$where" && printf '%s\n' "$where"
+    test "$where" || return
+    printf '%s/cpufreq/%s:%s\n' "$folder${{where%:*}}" "$2" "$clock"
+    test "$where" = "$shown" || printf '%s/cpufreq/cpuinfo_max_freq:%s\n' "$folder${{where%:*}}" "${{where#*:}}"
+    shown=$where
 }}
 chosen_lines() {{  # of a file, those that begin with one of the words, none after the last word's
     file=$1
@@ -196,6 +195,7 @@ pause_between() {{  # until the next look, with glances
 look() {{
     echo {LOOK_BEGINS}
     first_lines {_EVERY_TIME}
+    shown=
     extreme_clock -lt scaling_max_freq
     extreme_clock -gt scaling_cur_freq
     hottest

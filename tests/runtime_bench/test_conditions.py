@@ -183,7 +183,7 @@ def test_a_look_at_many_cores_is_no_longer_than_one_at_few(shell: str, tmp_path:
 
     everywhere = looked()
     assert (conditions_of(everywhere).caps, conditions_of(everywhere).clocks) == ((0.3,), (1.0,))
-    assert len(everywhere.partition(LOOK_BEGINS)[2]) < 2000
+    assert len(everywhere) < 3000
     usable = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {first})
     try:
