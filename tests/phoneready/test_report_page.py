@@ -330,11 +330,12 @@ def test_nothing_of_a_hostile_text_is_markdown(name: str, make_report_input: Mak
 
 
 def test_remarks_on_samples_are_told_as_they_are(make_record: Any) -> None:
-    hot = make_record(clock_caps=(0.5,) * 5)
+    hot, pinned = make_record(clock_caps=(1.0, *(0.5,) * 4)), make_record(clock_caps=(0.5,) * 5)
     thrashing = make_record(memory_verdict="thrashes", memory_limit_bytes=400 * 2**20, reread_bytes=2**30)
-    notes = bench_notes([hot, thrashing])
-    assert notes[0].startswith("throttled: 5 of 5 processes ran with clocks capped")
+    notes = bench_notes([hot, thrashing, pinned])
+    assert notes[0].startswith("throttled: 4 of 5 processes ran with clocks capped")
     assert notes[1].startswith("thrashes: under the limit of 400 MiB")
+    assert notes[2].startswith("clocks were capped at 50% of the highest all the time")
 
 
 def test_a_file_that_writes_nonsense_has_no_speed(make_report_input: MakeReportInput) -> None:
