@@ -23,7 +23,7 @@ from phoneready.settings.schema import (
 from phoneready.settings.template import demo_config_text, template_text
 from runtime_bench.devices.profile import built_in_folder, user_folder
 from runtime_bench.measuring.rows import shares
-from runtime_bench.records.compare import MIN_SAMPLES
+from runtime_bench.records.judgement import MIN_SAMPLES
 from runtime_bench.targets.places import place_details
 from runtime_bench.workload import workloads_of
 
