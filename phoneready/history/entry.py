@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar
@@ -123,8 +123,9 @@ def _followed(figure: Figure, value: float) -> HistoryFigure:
     """What of a figure is followed; of one with an anchor, its multiple of the anchor's."""
     unit, error = figure.unit, None
     if figure.samples:
-        found = judge(figure.anchor or Samples("", (1.0,)), figure.timed).interval
-        if found and figure.timed.n_independent >= _FEWEST:
+        timed = replace(figure.timed, looks=1)
+        found = judge(figure.anchor or Samples("", (1.0,)), timed).interval
+        if found and timed.n_independent >= _FEWEST:
             # Of a median the standard error that its bootstrap interval stands for.
             error = math.log(found.high / found.low) / (2 * NORMAL_95)
         if found and figure.anchor:

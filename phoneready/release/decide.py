@@ -60,7 +60,7 @@ def measure_on(
         return limit - (time.monotonic() - began)
 
     def told(description: str, done: int, total: int) -> None:
-        progress("measuring on for open budgets, seconds", int(limit - max(left(), 0)), int(limit))
+        progress("measuring on for open budgets, seconds", int(limit - max(left(), 0)), max(int(limit), 1))
 
     def still_open() -> list[_Turns]:
         found = _limited(steps, place, baseline, records)

@@ -332,8 +332,10 @@ class Steps:
 
     def bench_records(self, place: str) -> list[BenchRecord]:
         """What was measured at a place, the anchor's rows among it."""
-        stage = decide_stage if self.config.speed_budgets(place) else bench_stage
-        return read_jsonl(stage_folder(self.folder, stage(place)) / BENCH_FILE)
+        decided = stage_folder(self.folder, decide_stage(place)) / BENCH_FILE
+        if self.config.speed_budgets(place) and decided.is_file():  # releases of earlier versions have none
+            return read_jsonl(decided)
+        return self.first_records(place)
 
     def first_records(self, place: str) -> list[BenchRecord]:
         """What was measured there before anybody looked at it."""
