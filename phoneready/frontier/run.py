@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from pydantic import NonNegativeInt
 
 from cfsp.errors import InputError, LimitError, require_extra
 from cfsp.evaluation.task_results import TaskResult
@@ -76,8 +77,14 @@ class JudgedWindows:
 
     kinds: tuple[str, ...]
     sources: tuple[str, ...]
-    ids: tuple[tuple[tuple[int, ...], ...], ...]
+    ids: tuple[tuple[tuple[NonNegativeInt, ...], ...], ...]
     sha256: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        rows = {len(self.kinds), len(self.sources), len(self.ids), len(self.sha256)}
+        lengths = [set(map(len, windows)) for windows in self.ids]
+        if len(rows) != 1 or not lengths or any(len(one) != 1 or min(one) < 2 for one in lengths):
+            raise InputError("every text has windows, of one length", field="ids")
 
     @property
     def texts(self) -> tuple[JudgedText, ...]:
@@ -132,7 +139,11 @@ def measure_frontier(
         runner.work = stack.enter_context(alone)
         if windows is not None:
             write_record(state / WINDOWS_FILE, windows)
-        run = _Run(runner, settings, folder, read_record(JudgedWindows, state / WINDOWS_FILE), tasks)
+        windows = read_record(JudgedWindows, state / WINDOWS_FILE)
+        largest = max(token for text in windows.ids for window in text for token in window)
+        if largest >= runner.loaded.model.get_input_embeddings().weight.shape[0]:
+            raise InputError(f"{state / WINDOWS_FILE}: the model has no token {largest}")
+        run = _Run(runner, settings, folder, windows, tasks)
         result = run.finish(show)
     if not result.points:
         raise LimitError(f"no file could be measured: {'; '.join((*result.failed, *result.left_out))}")

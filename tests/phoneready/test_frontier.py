@@ -37,6 +37,7 @@ from phoneready.evaluation.measured_file import MeasuredText
 from phoneready.frontier.folder import PLOT_FILE, RESULT_FILE, STATE, STUDY_FILE, TABLE_FILE
 from phoneready.frontier.plot import render_frontier
 from phoneready.frontier.record import Frontier, FrontierPoint, Speed, choose_by_speed
+from phoneready.frontier.run import WINDOWS_FILE
 from phoneready.frontier.settings import parse_sizes
 from phoneready.frontier.tables import format_frontier
 from phoneready.main import main
@@ -461,6 +462,37 @@ def test_a_folder_of_others_is_left_alone(
     assert main(command(model, tmp_path)) == 2
     assert name in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == [".phoneready.lock", name]
+
+
+@pytest.mark.parametrize(
+    ("windows", "said"),
+    [
+        ({"ids": [[[999999] * 64]]}, "the model has no token 999999"),
+        ({"ids": [[[-1] * 64]]}, "greater than or equal to 0"),
+        ({"ids": [[[1] * 64, [1] * 3]]}, "ids: every text has windows, of one length"),
+        ({"ids": [[]]}, "ids: every text has windows, of one length"),
+        ({"kinds": []}, "ids: every text has windows, of one length"),
+        ({"kinds": [], "sources": [], "ids": [], "sha256": []}, "ids: every text has windows, of one length"),
+    ],
+)
+def test_windows_that_no_run_has_kept(
+    model: Path,
+    measured: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    windows: dict[str, object],
+    said: str,
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(measured / STATE, folder / STATE)
+    (file,) = folder.glob(f"{STATE}/*/{WINDOWS_FILE}")
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | windows), encoding="utf-8")
+    before = point_files(folder)
+    assert main(command(model, folder, "--quants", "f16", "--no-speed")) == 2
+    error = capsys.readouterr().err
+    assert f"{WINDOWS_FILE}: " in error
+    assert said in error
+    assert point_files(folder) == before
 
 
 @pytest.mark.parametrize("name", ["../notes.gguf", "/etc/passwd", "notes.txt", ""])
