@@ -93,6 +93,8 @@ class Answers:
     answers: dict[str, tuple[str, ...]]
 
     def __post_init__(self) -> None:
+        if not self.prompts:
+            raise InputError("empty", field="prompts")
         for file, answers in self.answers.items():
             if len(answers) != len(self.prompts):
                 told = f"{len(answers)} answers to {len(self.prompts)} prompts"

@@ -123,3 +123,6 @@ def test_every_prompt_has_an_answer(tmp_path: Path) -> None:
     write_json(path, record_to_json(Answers(("q",), {})) | {"answers": {"a.gguf": []}})
     with pytest.raises(InputError, match=r"answers\.json: answers, a\.gguf: 0 answers to 1 prompts"):
         read_record(Answers, path)
+    write_json(path, record_to_json(Answers(("q",), {})) | {"prompts": []})
+    with pytest.raises(InputError, match=r"answers\.json: prompts: empty"):
+        read_record(Answers, path)
