@@ -54,8 +54,12 @@ GRADIENT_WINDOWS = 32
 """Windows behind the gradients of the loss."""
 TOLD_WINDOWS = 8
 """Windows behind what a plan tells of channels that all stay: nothing is decided by it."""
-PROBE_WINDOWS, PROBE_TOKENS = 4, 256
-"""Windows on which the model is tried without a block, an attention or a part of one, and how much of each."""
+PROBE_WINDOWS, PROBE_TOKENS = 16, 128
+"""Windows on which the model is tried without a block, an attention or a part of one, and how much of each.
+
+Of SmolLM2-135M, what one attention costs more than another differs by 0.02 nats from window to window, however many
+tokens or positions of a window are read: as much as the ten cheapest differ.
+"""
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,7 @@ def _trials(
 ) -> Trials:
     """To find out what meets a budget."""
     statistics_of = partial(statistics_for, progress=progress)
-    return Trials(loaded, calibration, settings, statistics_of, _probed(calibration)[::2], progress)
+    return Trials(loaded, calibration, settings, statistics_of, _probed(calibration), progress)
 
 
 def _order(
