@@ -21,8 +21,9 @@ from phoneready.report.markdown import verdict_table
 from phoneready.report.page import render_page
 from phoneready.report.plots import ratio_plot
 from phoneready.settings.release import parse_config
+from runtime_bench.measuring.rows import with_more
 from runtime_bench.presentation.comparison_table import format_comparison
-from runtime_bench.records.bench_record import BenchRecord
+from runtime_bench.records.bench_record import BenchRecord, MeasuredOn
 from runtime_bench.records.compare import Comparison, Incomparable, compare_records
 from runtime_bench.records.groups import bench_groups
 from runtime_bench.records.jsonl import append_jsonl
@@ -151,3 +152,39 @@ def test_a_command_shows_what_is_comparable_and_names_the_rest(
     captured = capsys.readouterr()
     assert (captured.out, captured.err.count("\n")) == ("", 1)
     assert "nothing is comparable" in captured.err
+
+
+def test_rounds_that_are_added_follow_their_own_and_stay_pairs(pair: Any) -> None:
+    first = [replace(r, sequence=tuple(range(n, 12, 2))) for n, r in enumerate(pair(TG, WALL))]
+    more = [replace(r, session="another", sequence=(n, n + 2)) for n, r in enumerate(pair(TG, WALL[:2]))]
+    peaks = {"peak_rss_samples_bytes": (5, 6)}
+    dense, pruned = (with_more(a, replace(b, **peaks), 12) for a, b in zip(first, more, strict=True))
+    assert dense.sequence == (0, 2, 4, 6, 8, 10, 12, 14)
+    assert pruned.sequence == (1, 3, 5, 7, 9, 11, 13, 15)
+    assert dense.rounds == pruned.rounds == tuple(range(8))
+    assert len(dense.cpu_samples_ns) == len(dense.samples_ns) == 8
+    assert dense.peak_rss_samples_bytes == (), "of the first processes there are fewer peaks"
+    found = compare_records(dense, pruned)
+    assert isinstance(found, Comparison)
+    assert (found.paired, found.ratio) == (True, pytest.approx(1.1))
+    unknown = with_more(first[0], replace(more[0], cpu_samples_ns=()), 12)
+    assert (len(unknown.samples_ns), unknown.cpu_samples_ns) == (8, ())
+
+
+def test_a_row_that_is_measured_on_is_judged_surer_by_report_and_budget(pair: Any) -> None:
+    sides = [replace(r, measured_on=MeasuredOn(5, 31.0, True)) for r in pair(TG, WALL * 2, cpu_samples_ns=())]
+    found, figures = compare_records(*sides), figures_of(*sides)
+    once = compare_records(*(replace(r, measured_on=None) for r in sides))
+    assert isinstance(found, Comparison)
+    assert isinstance(once, Comparison)
+    assert (once.confidence, found.confidence) == (0.95, pytest.approx(0.99))
+    budget = BudgetConfig(metric=TG.test, relative_to="dense", at_least=found.ratio)
+    verdict = judge(budget, figures[PRUNED], figures[DENSE])
+    assert [verdict.low, verdict.high] == pytest.approx([found.low, found.high], rel=1e-12)
+    absolute = BudgetConfig(metric=TG.test, at_least=figures[PRUNED].value)
+    verdict = judge(absolute, figures[PRUNED], None)
+    assert verdict.outcome == "inconclusive"
+    assert (
+        "not decided in 12 rounds, of which the last took 31 s: the time of bench.decide_s is over"
+        in verdict.reason
+    )
