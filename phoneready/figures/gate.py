@@ -6,7 +6,7 @@ too little to say, the verdict is inconclusive. An interval is
     of timings      the bootstrap interval of the median, or of the ratio of medians (runtime_bench.records.summary),
                     as in `phoneready compare`, with samples of at least five processes; where the machine was too busy
                     to tell, none is missed, and no ratio passes
-    of memory       the least and the most of all processes; relative: the bootstrap interval of the ratio
+    of memory       the least and the most of all processes; relative: of the most, from the least over the other's most
     of energy       that of timings, wider by what the meter may be wrong; of a busy machine nothing is said
     of accuracies   1.96 standard errors to both sides; compared: the paired bootstrap of phoneready.figures.answers
     of projections  the band
@@ -160,6 +160,10 @@ def _relative(budget: BudgetConfig, figure: Figure, reference: Figure) -> _Estim
         if figure.target is None:
             raise InputError(f"the {budget.relative_to} was measured otherwise: {why}")
         return _Estimate(reason=f"the {budget.relative_to} was measured otherwise: {why}")
+    if recorded_metric(figure.key.metric).name == "peak_rss_bytes" and reference.value:
+        least, most = figure.low or figure.value, figure.high or figure.value
+        its_least, its_most = reference.low or reference.value, reference.high or reference.value
+        return _Estimate(figure.value / reference.value, least / its_most, most / its_least)
     if figure.samples and reference.samples:
         return _ratio_of_samples(figure, reference)
     return _of_values(figure, figure.value, reference, reference.value, difference=budget.difference)

@@ -84,6 +84,22 @@ def test_a_speed_passes_only_with_its_whole_interval(limit: float, outcome: str)
     assert verdict.low < 100 < verdict.high
 
 
+def test_memory_is_compared_by_the_most_as_the_report_does() -> None:
+    key = FigureKey("peak_rss_bytes", "Q4_0", "local")
+
+    def peaks(*found: float, role: str = "pruned") -> Figure:
+        ends = {"low": min(found), "high": max(found), "samples": found, "target": "local"}
+        return Figure(key, role, f"{role}-Q4_0", "bytes", max(found), **ends)  # type: ignore[arg-type]
+
+    dense, ours = peaks(100.0, 104.0, 102.0, role="dense"), peaks(90.0, 91.0, 90.5)
+    outcomes = {}
+    for limit in (0.92, 0.88, 0.8):
+        verdict = judge(budget(metric="peak_rss_bytes", relative_to="dense", at_most=limit), ours, dense)
+        outcomes[limit] = verdict.outcome
+        assert (verdict.value, verdict.low, verdict.high) == (91 / 104, 90 / 104, 91 / 100)
+    assert outcomes == {0.92: "pass", 0.88: "inconclusive", 0.8: "missed"}
+
+
 def test_few_samples_and_failed_runs_say_nothing() -> None:
     one = budget(metric="tg128", at_least=1)
     few = judge(one, speed((100.0,) * 4))
