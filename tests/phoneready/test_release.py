@@ -83,6 +83,7 @@ STAGES = (
     *("dense", "prune", "recover", "evaluate", "export-dense", "export-pruned", "answers"),
     *("side-by-side", "evaluate-files", "bench-local", "decide-local"),
 )
+MEASURED = {"bench-local": "finished", "decide-local": "finished"}
 
 
 def write_config(folder: Path, model: Path, quants: str = "Q8_0") -> Path:
@@ -309,11 +310,12 @@ def test_a_change_of_the_benchmark_runs_the_benchmark_alone(
     reasons = json.loads(captured.out)
     assert tuple(reasons) == STAGES
     assert {name: why for name, why in reasons.items() if why} == {
-        "bench-local": "check_text was false and is true"
+        "bench-local": "check_text was false and is true",
+        "decide-local": "bench-local has changed",
     }
     assert states(captured.err) == {}
-    assert copied(*change) == 0
-    expected = dict.fromkeys(STAGES, "done before") | {"bench-local": "finished"}
+    assert copied(*change) == 3, "a void time does not meet its budget"
+    expected = dict.fromkeys(STAGES, "done before") | MEASURED
     shown = capsys.readouterr().err
     assert states(shown) == expected
     assert shown.count("the rest took ") == len(STAGES) - 1
@@ -340,7 +342,7 @@ def test_an_anchor_takes_turns_and_is_in_the_figures_alone(
     assert "bench.anchor: no such file" in capsys.readouterr().err
     words = (f'anchor="{anchor}"', 'files=["Q8_0"]', 'cache_type="q8_0"', "energy=true", "idle_s=0.1")
     assert copied(*(word for each in words for word in ("--set", f"bench.{each}"))) == 0
-    expected = dict.fromkeys(STAGES, "done before") | {"bench-local": "finished"}
+    expected = dict.fromkeys(STAGES, "done before") | MEASURED
     assert states(capsys.readouterr().err) == expected
     figures = read_record(FigureSet, tmp_path / "out" / "figures.json").figures
     speeds = [figure for figure in figures if figure.key.metric.startswith("tg")]
@@ -479,9 +481,9 @@ def test_a_target_that_is_gone_is_a_failed_run_and_tried_again(
     gone = "constrained:cores=4000"
     options = ("--set", f'bench.targets=["local", "{gone}"]', "--set",
                f'budgets=[{{metric="tg2", at_least=1, targets=["{gone}"]}}]')  # fmt: skip
-    assert copied(*options) == 0
-    expected = dict.fromkeys(STAGES, "done before")
-    stage = "bench-constrained-cores-4000"
+    assert copied(*options) == 3
+    expected = dict.fromkeys((name for name in STAGES if name != "decide-local"), "done before")
+    stage, decide = "bench-constrained-cores-4000", "decide-constrained-cores-4000"
     shown = capsys.readouterr().err
     assert states(shown) == expected
     assert f"{stage} finished" in shown
@@ -492,7 +494,8 @@ def test_a_target_that_is_gone_is_a_failed_run_and_tried_again(
     assert {row.status for row in rows} == {"failed"}
     assert copied("--explain", "--json", *options) == 0
     reasons = json.loads(capsys.readouterr().out)
-    assert {n: why for n, why in reasons.items() if why} == {stage: "some of it failed and is tried again"}
+    again = "some of it failed and is tried again"
+    assert {n: why for n, why in reasons.items() if why} == {stage: again, decide: again}
 
 
 @pytest.mark.slow
