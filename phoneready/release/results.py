@@ -47,6 +47,16 @@ class ReleaseFigures:
     bench: tuple[BenchRecord, ...]
     losses: tuple[FileLosses, ...] = ()
 
+    def __post_init__(self) -> None:
+        files = {record.file for record in (*self.dense, *self.pruned)}
+        for what, lacking in (
+            ("the record of the pruned model's exports has no", set() if self.pruned else {"exports"}),
+            ("the dense model has no", {r.quant for r in self.pruned} - {r.quant for r in self.dense}),
+            (f"{ANSWERS_FILE} has no answers of", files - self.answers.answers.keys()),
+        ):
+            if lacking:
+                raise InputError(f"the release's records do not fit: {what} {', '.join(sorted(lacking))}")
+
     @functools.cached_property
     def standings(self) -> Mapping[str, Standing]:
         """How every file stands to those of its family that are no larger, by its name."""
@@ -73,7 +83,7 @@ def read_figures(config: ReleaseConfig, folder: Path) -> ReleaseFigures:
         InputError: A record is missing or malformed, or says nothing of a file that another one has.
     """
     steps = Steps(config, folder, None)
-    figures = ReleaseFigures(
+    return ReleaseFigures(
         source=read_checkpoint_info(stage_folder(folder, "dense") / "model").source,
         plan=read_record(PruningPlan, stage_folder(folder, "prune") / "model" / PLAN_FILE),
         evaluation=read_record(Evaluation, stage_folder(folder, "evaluate") / EVALUATION_FILE),
@@ -88,14 +98,6 @@ def read_figures(config: ReleaseConfig, folder: Path) -> ReleaseFigures:
         ),
         losses=_losses(folder) if config.evaluate.text or config.evaluate.chats else (),
     )
-    files = {record.file for record in (*figures.dense, *figures.pruned)}
-    for what, lacking in (
-        ("export-dense has no", {r.quant for r in figures.pruned} - {r.quant for r in figures.dense}),
-        (f"{ANSWERS_FILE} has no answers of", files - figures.answers.answers.keys()),
-    ):
-        if lacking:
-            raise InputError(f"{folder / 'stages'}: {what} {', '.join(sorted(lacking))}")
-    return figures
 
 
 def _losses(folder: Path) -> tuple[FileLosses, ...]:

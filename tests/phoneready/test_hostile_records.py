@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +128,17 @@ def test_every_prompt_has_an_answer(tmp_path: Path) -> None:
     write_json(path, record_to_json(Answers(("q",), {})) | {"prompts": []})
     with pytest.raises(InputError, match=r"answers\.json: prompts: empty"):
         read_record(Answers, path)
+
+
+def test_records_of_a_release_say_something_of_every_file(make_report_input: Callable[..., Any]) -> None:
+    figures = make_report_input().figures
+    answers = dict(figures.answers.answers)
+    file = next(iter(answers))
+    del answers[file]
+    for changed, said in (
+        ({"answers": dataclasses.replace(figures.answers, answers=answers)}, f"no answers of {file}"),
+        ({"dense": ()}, "the dense model has no"),
+        ({"pruned": ()}, "exports has no exports"),
+    ):
+        with pytest.raises(InputError, match=re.escape(said)):
+            dataclasses.replace(figures, **changed)
