@@ -33,9 +33,9 @@ class MeasuredText:
 
     kind: str
     source: str
-    seqlen: int
+    seqlen: PositiveInt
     windows_sha256: str
-    n_tokens: int
+    n_tokens: PositiveInt
     n_bytes: tuple[PositiveInt, ...]
     nats: tuple[NonNegativeFloat, ...]
     dense_nats: tuple[NonNegativeFloat, ...]

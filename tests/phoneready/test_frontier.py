@@ -495,6 +495,14 @@ def test_windows_that_no_run_has_kept(
     assert point_files(folder) == before
 
 
+def test_a_point_that_was_measured_on_nothing_is_refused() -> None:
+    payload = record_to_json(point("p", 10, [1.0, 1.1]))
+    assert record_from_json(FrontierPoint, payload, where="point.json").texts[0].n_tokens
+    payload["texts"][0]["n_tokens"] = 0
+    with pytest.raises(InputError, match=r"point\.json: texts\[0\]\.n_tokens"):
+        record_from_json(FrontierPoint, payload, where="point.json")
+
+
 @pytest.mark.parametrize("name", ["../notes.gguf", "/etc/passwd", "notes.txt", ""])
 def test_a_record_names_no_file_elsewhere(name: str) -> None:
     payload = record_to_json(point("p", 10, [1.0, 1.1])) | {"file": name}
