@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import re
 import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -29,10 +30,13 @@ _SECTIONS: Mapping[str, tuple[type[Settings], str]] = {
     "tune": (TuneConfig, "What `phoneready tune` may vary to meet the budgets best. See docs/tune.md."),
 }
 _OF_ANY_MODEL: Mapping[str, Mapping[str, Any]] = {
-    "prune": {"prune_ratio": 0.1},
+    "prune": {"prune_ratio": 0.0, "calibration": ["self"]},
+    "evaluate": {"text": ["builtin:python-docs"], "chats": ["self"]},
     "export": {"quants": ["Q8_0", "Q4_0"]},
+    "bench": {"n_gen": [64]},
 }
-"""In place of what the demo says of its own model: how many tokens and bytes to keep."""
+"""In place of what the demo says: how little of its own model to keep, and few samples to be quick with."""
+_WHAT_PAYS = " Nothing goes yet: `phoneready frontier MODEL --vocabularies 0,32768` shows what pays."
 _WIDTH, _COLUMN = 118, 32
 
 
@@ -45,18 +49,22 @@ def template_text(model: str | None = None) -> str:
     """A commented release.toml to begin with.
 
     Args:
-        model: Reference to put into it; the demo's unless given.
+        model: Reference to put into it; the demo's unless given. Of another model nothing that is the demo's is kept:
+            what goes, few windows and samples, budgets in bytes and seconds.
     """
-    stated = tomllib.loads(demo_config_text())
+    stated, rows = tomllib.loads(demo_config_text()), dict(_SECTIONS)
+    text = _resource("template.toml")
     if model not in (None, stated["model"]["reference"]):
-        stated |= {name: stated[name] | values for name, values in _OF_ANY_MODEL.items()}
-        del stated["prune"]["vocabulary"]
+        stated |= _OF_ANY_MODEL
+        rows["prune"] = PruneConfig, rows["prune"][1] + _WHAT_PAYS
+        head, *budgets = re.split(r"(?m)^(?=\[\[budgets\]\])", text)
+        text = "".join([head, *(one for one in budgets if "relative_to" in one)])
     sections = "\n".join(
-        "\n".join(_section(name, stated.get(name), *row)) + "\n" for name, row in _SECTIONS.items()
+        "\n".join(_section(name, stated.get(name), *row)) + "\n" for name, row in rows.items()
     )
-    rows = (Declared("device", str, "auto", DEVICE), Declared("dtype", str, "auto", DTYPE))
-    how = "".join(f"{line}\n" for row in rows for line in _lines(row, {}))
-    text = _resource("template.toml").replace("[device]\n", how, 1)
+    opened = (Declared("device", str, "auto", DEVICE), Declared("dtype", str, "auto", DTYPE))
+    how = "".join(f"{line}\n" for row in opened for line in _lines(row, {}))
+    text = text.replace("[device]\n", how, 1)
     text = text.replace("[sections]\n", sections + "\n", 1)
     smallest = find_format(stated["export"]["quants"][-1]).name
     text = text.replace("[files]\n", f"files = {_toml([smallest])}\n")

@@ -281,6 +281,9 @@ def test_init_writes_a_configuration_whose_comments_are_the_defaults(
     text = file.read_text(encoding="utf-8")
     config = parse_config(text, where="x")
     assert config.model.reference == 'a "quoted" name'
+    assert config.prune.removes_nothing
+    assert (config.export.rounding_windows, config.prune.nsamples) == (32, PruneConfig().nsamples)
+    assert {budget.relative_to for budget in config.budgets} == {"dense"}
     examples = {row.name for row in _settings() if row.default is None} | {"file"}
     shown = re.sub(rf"(?m)^#(?=\[?\w+( = |\]$))(?!({'|'.join(examples)}) )(?!\[baseline)", "", text)
     assert shown.count("\n#") < text.count("\n#")
