@@ -365,7 +365,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Plotly.react" in text
     assert main(["history", str(tmp_path), "--gate", "--recent", "1"]) == 0
     assert "12 runs" in capsys.readouterr().out
-    assert main(["history", str(tmp_path), "--recent", "1"]) == 2
+    assert main(["history", str(tmp_path), "--recent", "1"]) == 0
     assert "warning: --recent has no effect without --gate" in capsys.readouterr().err
 
 
