@@ -386,11 +386,10 @@ def test_export_takes_a_model_that_is_no_folder_and_rounds_it_for_a_text(
     pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
     dense = str(tiny_folder(intermediate_size=256))
     assert main(["export", dense, "-o", str(tmp_path / "out"), "--gguf", "f32", "--name", "m"]) == 0
-    source, text = tmp_path / "out" / "m-f32.gguf", tmp_path / "text.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
+    source = tmp_path / "out" / "m-f32.gguf"
     capsys.readouterr()
     command = ["export", str(source), "--gguf", "Q6_K", "--json"]
-    sized = ["--calibration", str(text), "--nsamples", "4", "--seqlen", "32"]
+    sized = ["--calibration", "builtin:python-docs", "--nsamples", "16", "--seqlen", "64"]
     records = {}
     ways = {"text": sized, "off": [*sized, "--no-gptq"], "tuned": [*sized, "--tune-scales"], "none": []}
     for name, more in ways.items():
@@ -400,12 +399,12 @@ def test_export_takes_a_model_that_is_no_folder_and_rounds_it_for_a_text(
             records[name]["file"]
         ]
     assert records["text"]["gptq_tensors"] > 0
-    assert records["text"]["calibration_tokens"] == 4 * 32
+    assert records["text"]["calibration_tokens"] == 16 * 64
     assert records["off"]["gptq_tensors"] == records["none"]["gptq_tensors"] == 0
     # A model that nothing was measured of has the importance matrix of the text.
     assert records["text"]["imatrix_tensors"] == records["off"]["imatrix_tensors"] > 0
-    assert records["off"]["calibration_tokens"] == 4 * 32
+    assert records["off"]["calibration_tokens"] == 16 * 64
     assert (records["none"]["imatrix_tensors"], records["none"]["calibration_tokens"]) == (0, 0)
     assert [name for name, record in records.items() if record["tuned_tensors"]] == ["tuned"]
     assert len({record["sha256"] for record in records.values()}) == 4
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt", *records}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *records}

@@ -151,7 +151,6 @@ def test_the_page_opens_offline(
 def test_options_that_do_not_go_together(make_record: MakeRecord, tmp_path: Path) -> None:
     records = tmp_path / "records.jsonl"
     append_jsonl(records, [make_record(), make_record(model_filename="b.gguf")])
-    assert main(["compare", str(records), "--quality", str(records)]) == 2
     assert main(["compare", str(records), "--plot", str(tmp_path / "x.html"), "--quality", str(records)]) == 2
     assert not (tmp_path / "x.html").exists()
 
