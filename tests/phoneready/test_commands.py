@@ -381,14 +381,14 @@ def test_export_refuses_text_of_another_vocabulary(
 
 
 def test_export_takes_a_model_that_is_no_folder_and_rounds_it_for_a_text(
-    tiny_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sure_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
-    dense = str(tiny_folder(intermediate_size=256))
+    dense = str(sure_folder(intermediate_size=256))
     assert main(["export", dense, "-o", str(tmp_path / "out"), "--gguf", "f32", "--name", "m"]) == 0
     source = tmp_path / "out" / "m-f32.gguf"
     capsys.readouterr()
-    command = ["export", str(source), "--gguf", "Q6_K", "--json"]
+    command = ["export", str(source), "--gguf", "Q4_0", "--json"]
     sized = ["--calibration", "builtin:python-docs", "--nsamples", "16", "--seqlen", "64"]
     records = {}
     ways = {"text": sized, "off": [*sized, "--no-gptq"], "tuned": [*sized, "--tune-scales"], "none": []}
