@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 from cfsp.models.shape import ModelShape
-from cfsp.validation import WhereSet
 
 
 @dataclass(frozen=True)
@@ -238,4 +237,4 @@ class ExportManifest:
     SCHEMA_VERSION: ClassVar[int] = 2
 
     exports: tuple[ExportRecord, ...]
-    warnings: Annotated[tuple[str, ...], WhereSet] = ()
+    warnings: tuple[str, ...] = ()

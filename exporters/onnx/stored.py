@@ -74,7 +74,7 @@ def _exact(model: Any, module: str, part: str | None) -> torch.Tensor:
 def _in_model(model: Any, module: str) -> str:
     """The model's own name of a module of the graph, in which all architectures have the same."""
     spec = spec_for(model.config)
-    if module == "logits":  # the output matrix is named as what it gives
+    if module in ("logits", HEAD):  # it may be named as what it gives
         return HEAD
     names = {f"mlp.{part}_proj": f"{spec.mlp}.{getattr(spec, part)}" for part in ("gate", "up", "down")}
     names["self_attn.o_proj"] = f"{spec.attention}.{spec.output}"

@@ -52,6 +52,8 @@ class Figure:
         anchor_noise: As `noise`, of those; or why the anchor was not measured.
         anchor_cpu_samples: As `cpu_samples`, of the anchor.
         anchor_cpu_noise: As `cpu_noise`, of the anchor.
+        cap: Share of its highest clock that the machine was held to; None where nothing tells.
+        anchor_cap: The same while the anchor ran.
     """
 
     key: FigureKey
@@ -81,6 +83,8 @@ class Figure:
     backends: str | None = None
     right: tuple[Right, ...] = ()
     measured_on: MeasuredOn | None = None
+    cap: float | None = None
+    anchor_cap: float | None = None
 
     @property
     def timed(self) -> Samples:
@@ -94,6 +98,7 @@ class Figure:
             noise=self.noise,
             cpu_noise=self.cpu_noise,
             looks=self.measured_on.looks if self.measured_on else 1,
+            cap=self.cap,
         )
 
     @property
@@ -110,6 +115,7 @@ class Figure:
             problem=None if self.anchor_samples else self.anchor_noise,
             noise=self.anchor_noise,
             cpu_noise=self.anchor_cpu_noise,
+            cap=self.anchor_cap,
         )
 
     def in_unit(self, of_speeds: RatioInterval) -> RatioInterval:

