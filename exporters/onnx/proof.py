@@ -41,7 +41,7 @@ def prove(
     for graph in graphs:
         check_graph(graph, common.config)
     if not variant.portable:  # optimum's own names; the graph is proven in its logits, as float32 is
-        check_numbers(path, job.model)
+        check_numbers(path, job.model, written.slopes)
     parity = written.parity or job.divergence(variant, path)
     if written.plain_kl is not None:
         limits = {**parity.limits, "kl_mean": min(written.plain_kl, parity.limits.get("kl_mean", math.inf))}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,22 +17,25 @@ from cfsp.errors import LimitError
 from cfsp.models.architectures import spec_for
 from cfsp.models.paging import at_hand
 from exporters.matrices import FloatArray, check_matrix
-from exporters.onnx.block_quantize import round_to_nearest, values_of
+from exporters.onnx.block_quantize import Rounded, round_to_nearest, values_of
 from exporters.onnx.int8_rows import Int8Rows, round_rows
 from exporters.onnx.layers import TABLE
 from exporters.onnx.variants import HEAD, BlockFormat
-from exporters.onnx.weights import head_parts, packed_names, read_weight
+from exporters.onnx.weights import HEAD_PARTS, is_tied, packed_names, read_weight
 
 _STORED = re.compile(r"(.+?)(?:\.(\d))?\.weight(\.q[48])?")
 """(module, which part of it if its rows are of unlike formats, bits)."""
+Sums = tuple[float, float]
+"""Of a matrix q w and w w, whose quotient is its slope (`exporters.matrices`)."""
 
 
-def check_numbers(path: Path, model: Any) -> None:
+def check_numbers(path: Path, model: Any, chosen: Mapping[str, Sums] = MappingProxyType({})) -> None:
     """Hold every matrix of a graph against the model's.
 
     Args:
         path: One of the product's own graphs.
         model: What it was made from, float32.
+        chosen: By `slope_sums`, of layers whose numbers were chosen for a text.
 
     Raises:
         LimitError: A matrix is not the model's (`exporters.matrices`), or there is none.
@@ -44,7 +48,8 @@ def check_numbers(path: Path, model: Any) -> None:
         if match is None or len(tensor.shape) < 2:
             continue
         found, (module, part, bits) = True, match.groups()
-        data, exact = torch.from_numpy(np.array(tensor.numpy())), _exact(model, module, part)
+        names = _modules(model, module, part)
+        data, exact = torch.from_numpy(np.array(tensor.numpy())), _exact(model, names)
         if data.ndim == 2 and f"{module}.weight" != TABLE:
             data = data.T
         scale = tensors[f"{name.removesuffix(bits)}.scale"].numpy() if bits else np.ones(0)
@@ -55,20 +60,38 @@ def check_numbers(path: Path, model: Any) -> None:
             _rows_of(exact),
             _rows_of(stored[:, : exact.shape[1]]),
             partial(_rounded, plain),
+            _slope([chosen[name] for name in names if name in chosen]),
         )
     if not found:
         raise LimitError(f"{path.name} has no matrix that is known")
 
 
-def _exact(model: Any, module: str, part: str | None) -> torch.Tensor:
-    """What a stored matrix was made from, (rows, columns) float32."""
+def slope_sums(model: Any, layers: Mapping[str, Rounded]) -> dict[str, Sums]:
+    """Layer -> the sums of its slope, of numbers that were chosen for a text."""
+    found = {}
+    for name, layer in layers.items():
+        exact = read_weight(model, name)
+        found[name] = float((layer.dequantized() * exact).sum()), float(exact.square().sum())
+    return found
+
+
+def _modules(model: Any, module: str, part: str | None) -> Sequence[str]:
+    """The model's modules whose rows a stored matrix has; none for a token embedding that is no output matrix."""
     if f"{module}.weight" == TABLE:
-        embedding = model.get_input_embeddings()
-        with at_hand(embedding):
-            table: torch.Tensor = embedding.weight.detach().float()
-        return table if part is None else table[list(head_parts(len(table)).values())[int(part)]]
-    names = packed_names(_in_model(model, module))
-    return torch.cat([read_weight(model, name) for name in (names if part is None else [names[int(part)]])])
+        names: Sequence[str] = HEAD_PARTS if is_tied(model) else ()
+    else:
+        names = packed_names(_in_model(model, module))
+    return names if part is None else names[int(part) : int(part) + 1]
+
+
+def _exact(model: Any, names: Sequence[str]) -> torch.Tensor:
+    """What a stored matrix was made from, (rows, columns) float32."""
+    if names:
+        return torch.cat([read_weight(model, name) for name in names])
+    embedding = model.get_input_embeddings()
+    with at_hand(embedding):
+        table: torch.Tensor = embedding.weight.detach().float()
+    return table
 
 
 def _in_model(model: Any, module: str) -> str:
@@ -95,6 +118,11 @@ def _as_read(
     q = data if bits == 8 else torch.stack([data & 15, data >> 4], -1).flatten(-2)
     stored = values_of(q, scales.float(), form).flatten(1)
     return stored, lambda rows: round_to_nearest(rows, form).dequantized()
+
+
+def _slope(sums: Sequence[Sums]) -> float | None:
+    inner, squares = (sum(each) for each in zip(*sums, strict=True)) if sums else (0.0, 0.0)
+    return inner / squares if squares else None
 
 
 def _rounded(plain: Callable[[torch.Tensor], torch.Tensor], rows: FloatArray) -> FloatArray:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -22,6 +23,7 @@ from exporters.onnx.job import OnnxJob
 from exporters.onnx.mixed import choose_few, choose_mixture, measured_model, rounded_model, without_numbers
 from exporters.onnx.portable import portable_graph
 from exporters.onnx.quantize import QuantizedModel, quantize_linears, tune, with_nearest
+from exporters.onnx.stored import Sums, slope_sums
 from exporters.onnx.through import trained_layers
 from exporters.onnx.variants import INT8, BlockFormat, Variant, formats_without_text
 from exporters.onnx.weights import Weights, decoder_of
@@ -36,6 +38,7 @@ class WrittenGraphs:
         last: The one with the last position's alone; None where a variant has none.
         data: The weights of both.
         eight_bits: Layers to which text gave them.
+        slopes: By `slope_sums`, of layers whose numbers were chosen for a text.
         parity: What it loses, if that is known already.
         plain_kl: What it lost with the nearest numbers, if others were chosen for a text.
         rounded_kl: What it lost with those; the numbers that lose less are in the graphs.
@@ -45,6 +48,7 @@ class WrittenGraphs:
     last: Path | None
     data: Path
     eight_bits: tuple[str, ...] = ()
+    slopes: Mapping[str, Sums] = field(default_factory=dict)
     parity: ParityReport | None = None
     plain_kl: float | None = None
     rounded_kl: float | None = None
@@ -78,7 +82,7 @@ def write_graphs(job: OnnxJob, variant: Variant, folder: Path) -> WrittenGraphs:
     if job.text_for(variant) is None or (trained is not None and trained.format == variant.name):
         return written
     assert isinstance(weights, QuantizedModel)
-    nearest = with_nearest(job.model, weights)
+    nearest, slopes = with_nearest(job.model, weights), slope_sums(job.model, weights.layers)
     del weights
     with tempfile.TemporaryDirectory(dir=folder) as apart:
         plain = _save(job, variant, nearest, eight_bits, Path(apart))
@@ -86,9 +90,11 @@ def write_graphs(job: OnnxJob, variant: Variant, folder: Path) -> WrittenGraphs:
         if before.kl_mean < after.kl_mean:
             for file in Path(apart).iterdir():
                 file.replace(folder / file.name)
+    is_plain = before.kl_mean < after.kl_mean
     return replace(
         written,
-        parity=before if before.kl_mean < after.kl_mean else after,
+        slopes={} if is_plain else slopes,
+        parity=before if is_plain else after,
         plain_kl=before.kl_mean,
         rounded_kl=after.kl_mean,
     )
