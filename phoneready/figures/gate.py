@@ -101,11 +101,9 @@ def judge(budget: BudgetConfig, figure: Figure, reference: Figure | None) -> Bud
         estimate = _relative(budget, figure, reference)
     unit = "x" if budget.is_ratio else figure.unit
     outcome, reason = _outcome(budget, estimate, unit)
+    # A busy machine only slows: what passes there, passes.
     if figure.noise and outcome == MISSED and budget.relative_to is None:
-        outcome, reason = (
-            INCONCLUSIVE,
-            _too_noisy(figure),
-        )  # a busy machine only slows: what passes there, passes
+        outcome, reason = INCONCLUSIVE, _too_noisy(figure)
     if outcome == INCONCLUSIVE and figure.measured_on and figure.measured_on.seconds:
         took, over = format_seconds(figure.measured_on.seconds), figure.measured_on.time_over
         reason += f"; not decided in {figure.timed.n_independent} rounds; those added took {took}"
@@ -138,11 +136,14 @@ def _absolute(figure: Figure) -> _Estimate:
     if not figure.samples:
         return _Estimate(figure.value, figure.value, figure.value)
     timed = figure.timed
-    confidence = surer(CONFIDENCE, timed)
-    if few := timed.too_few(confidence):
+    if few := timed.too_few(CONFIDENCE):
         return _Estimate(figure.value, reason=few)
     speed = ratio_interval(
-        (1.0,), timed.times, paired=False, denominator_rounds=timed.rounds, confidence=confidence
+        (1.0,),
+        timed.times,
+        paired=False,
+        denominator_rounds=timed.rounds,
+        confidence=surer(CONFIDENCE, timed),
     )
     interval = figure.in_unit(speed)
     least, most = _meter(figure)

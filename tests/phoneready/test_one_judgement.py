@@ -215,3 +215,12 @@ def test_report_and_budget_alike_hold_rows_at_other_clocks_apart(
     budget = BudgetConfig(metric=TG.test, relative_to="dense", at_least=0.5)
     verdict = judge(budget, figures[PRUNED], figures[DENSE])
     assert (verdict.outcome == "inconclusive") == ("clocks capped" in verdict.reason) == is_apart
+
+
+def test_eight_rounds_decide_a_budget_without_a_reference(pair: Any) -> None:
+    times = (300, 305, 298, 302, 301, 299, 303, 300)
+    sides = [replace(r, measured_on=MeasuredOn(5)) for r in pair(TG, times, cpu_samples_ns=())]
+    figure = figures_of(*sides)[PRUNED]
+    assert figure.value is not None
+    budget = BudgetConfig(metric=TG.test, at_least=0.9 * figure.value)
+    assert judge(budget, figure, None).outcome == "pass"
