@@ -114,7 +114,10 @@ def verdict_rows(
     found: dict[str, list[Comparison]] = {"the same file": [], f"{slower:.0%} slower": []}
     for base, *others in sessions:
         for rows, other in zip(found.values(), others, strict=True):
-            rows.append(compare_records(base, other, ComparisonSettings(threshold=threshold)))
+            compared = compare_records(base, other, ComparisonSettings(threshold=threshold))
+            if not isinstance(compared, Comparison):
+                raise InputError(f"{base.test}: {compared.reason}")
+            rows.append(compared)
     return found
 
 

@@ -141,7 +141,8 @@ def _capped(record: BenchRecord) -> Fairness | None:
 def _capped_around(record: BenchRecord) -> Fairness | None:
     """By looks before and after each process, where nobody looked during it or the cap was gone by then."""
     known = [cap for cap in record.clock_caps if cap is not None]
-    low = [cap for cap in known if cap < (1 - CAP_LIMIT) * max(known)]
+    least = (1 - CAP_LIMIT) * max(known, default=0.0)
+    low = [cap for cap in known if cap < least]
     if not low:
         return None
     return Fairness(
