@@ -24,7 +24,7 @@ from cfsp.text.generation import stop_tokens
 from exporters.checkpoint_reader import ModelConfig, read_config
 from exporters.export_record import ExportFormat, ExportManifest, ExportRecord, ParityReport
 from exporters.options import ExportOptions
-from exporters.parity import Reference, choose_windows, compare, reference_of
+from exporters.parity import Choice, Reference, choose_windows, compare, reference_of
 from exporters.provenance import Provenance, read_provenance
 
 MANIFEST_FILE = "export.json"
@@ -78,19 +78,15 @@ class Job:
         self, row: ExportFormat, run: Callable[[npt.NDArray[np.int32]], Iterable[npt.NDArray[np.float32]]]
     ) -> ParityReport:
         """Hold a file against the checkpoint; its limits are stored in the report, not checked."""
-        return compare(
-            self.reference,
-            run,
-            (self.settings.limits or {}).get(row.name, row.limits).as_dict(),
-            progress=lambda _, done, total: self.progress(f"parity {row.name}", done, total),
-        )
+        return held(self.reference, row, run, self.settings)
 
-    def record(self, path: Path, row: ExportFormat, **own: Any) -> ExportRecord:
+    def record(self, path: Path, row: ExportFormat, choice: Choice | None = None, **own: Any) -> ExportRecord:
         """Describe a proven file.
 
         Args:
             path: The file.
             row: What it is.
+            choice: Whose numbers it has, if any were chosen for a text.
             own: Fields of ExportRecord that depend on the family.
         """
         return ExportRecord(
@@ -104,6 +100,8 @@ class Job:
             checkpoint_sha256=self.provenance.checkpoint_sha256,
             plan_sha256=self.provenance.plan_sha256,
             seed=self.provenance.seed,
+            plain_kl=choice.plain.kl_mean if choice else None,
+            rounded_kl=choice.rounded.kl_mean if choice else None,
             **own,
         )
 
@@ -143,6 +141,29 @@ def load_checkpoint(checkpoint: Path, *, by_blocks: bool = False) -> Any:
     return load_pruned(checkpoint, dtype=torch.float32, by_blocks=by_blocks)
 
 
+def reference_for(
+    model: Any, tokenizer: Any, context_length: int, config: ModelConfig, settings: ExportOptions
+) -> Reference:
+    """The checkpoint's logits on the text of the proof."""
+    windows = choose_windows(tokenizer, context_length, config.narrowest, settings.parity_windows)
+    return reference_of(model, windows, progress=settings.progress)
+
+
+def held(
+    reference: Reference,
+    row: ExportFormat,
+    run: Callable[[npt.NDArray[np.int32]], Iterable[npt.NDArray[np.float32]]],
+    settings: ExportOptions,
+) -> ParityReport:
+    """Hold a file against the checkpoint; its limits are stored in the report, not checked."""
+    return compare(
+        reference,
+        run,
+        settings.limits_of(row).as_dict(),
+        progress=lambda _, done, total: settings.progress(f"parity {row.name}", done, total),
+    )
+
+
 @contextmanager
 def open_job(
     checkpoint: Path, output: Path, model: Any, settings: ExportOptions, context_length: int | None = None
@@ -163,22 +184,12 @@ def open_job(
     context_length = context_length or config.max_position_embeddings
     provenance = read_provenance(checkpoint, settings.name)
     tokenizer = load_tokenizer(checkpoint.resolve())  # a bare name could be a built-in alias
-    windows = choose_windows(tokenizer, context_length, config.narrowest, settings.parity_windows)
     stops = frozenset(stop_tokens(model.generation_config, tokenizer))
-    reference = reference_of(model, windows, progress=settings.progress)
+    reference = reference_for(model, tokenizer, context_length, config, settings)
     del model
     with atomic_directory(output, force=settings.force) as folder:
         yield Job(
             checkpoint, folder, settings, config, context_length, provenance, tokenizer, stops, reference
-        )
-
-
-def kept_plain(plain_kl: float | None, rounded_kl: float | None) -> Iterator[str]:
-    """A warning, if the numbers that were chosen for a text lose more than the plain quantizer's, which stay."""
-    if plain_kl is not None and rounded_kl is not None and plain_kl < rounded_kl:
-        yield (
-            "its numbers are the plain quantizer's: those chosen for the text lose more "
-            f"(KL {rounded_kl:.4g} against {plain_kl:.4g})"
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cfsp.progress import Progress, no_progress
-from exporters.export_record import ParityLimits
+from exporters.export_record import ExportFormat, ParityLimits
 
 if TYPE_CHECKING:
     import torch  # not in the memory of a process that runs a file alone
@@ -59,6 +59,10 @@ class ExportOptions:
     warnings: tuple[str, ...] = ()
     force: bool = False
     progress: Progress = no_progress
+
+    def limits_of(self, row: ExportFormat) -> ParityLimits:
+        """Bounds of a format's files."""
+        return (self.limits or {}).get(row.name, row.limits)
 
     @property
     def keeping(self) -> Keeping:

@@ -6,8 +6,9 @@ Logits are made from them in pieces, so that memory does not grow with vocabular
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from cfsp.models.block_pass import last_hidden_states
 from cfsp.progress import Progress, no_progress
 from cfsp.text.settings import BUILTIN_TEXT
 from cfsp.text.tokens import TokenWindows, token_windows, tokens_sha256
-from exporters.export_record import ParityReport
+from exporters.export_record import ParityLimits, ParityReport
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -50,6 +51,40 @@ class Reference:
     hidden: torch.Tensor
     head: torch.Tensor
     cap: float | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Of a file's numbers: the plain quantizer's or those chosen for a text, whichever lose less on the proof's text.
+
+    Attributes:
+        plain: What the file loses with the plain quantizer's.
+        rounded: What it loses with the others.
+    """
+
+    plain: ParityReport
+    rounded: ParityReport
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the plain quantizer's are kept."""
+        return self.plain.kl_mean < self.rounded.kl_mean
+
+    def held_to(self, limits: ParityLimits) -> ParityReport:
+        """The report of what is kept, which may lose no more than the plain quantizer's numbers either."""
+        kept = self.plain if self.is_plain else self.rounded
+        bounds = limits.as_dict()
+        return replace(
+            kept, limits=bounds | {"kl_mean": min(self.plain.kl_mean, bounds.get("kl_mean", math.inf))}
+        )
+
+    def warnings(self) -> Iterator[str]:
+        """What the user should know of it."""
+        if self.is_plain:
+            yield (
+                "its numbers are the plain quantizer's: those chosen for the text lose more "
+                f"(KL {self.rounded.kl_mean:.4g} against {self.plain.kl_mean:.4g})"
+            )
 
 
 def choose_windows(

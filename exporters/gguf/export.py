@@ -33,7 +33,6 @@ from exporters.job import (
     UNTRAINED,
     Job,
     check_input,
-    kept_plain,
     load_checkpoint,
     open_job,
     settled,
@@ -147,11 +146,10 @@ def _prove(job: Job, file: WrittenFile, chosen: ChosenLayout, strings: int, chat
     path, quant = file.path, file.quant
     tensors = read_gguf(path).tensors
     row = _with_limits(file, chosen, tensors)
-    parity = file.parity or measured(row, path, job.reference, job.n_threads, job.settings)
-    if file.plain_kl is not None:
-        limits = (job.settings.limits or {}).get(row.name, row.limits).as_dict()
-        limits["kl_mean"] = min(file.plain_kl, limits.get("kl_mean", math.inf))
-        parity = replace(parity, limits=limits)
+    if file.choice is None:
+        parity = measured(row, path, job.reference, job.n_threads, job.settings)
+    else:
+        parity = file.choice.held_to(job.settings.limits_of(row))
     check_limits(parity, path.name)
     fallbacks = find_fallbacks(tensors, quant) if file.mixture is None else ()
     warnings = (*_warnings(job, file, chosen, fallbacks), *chats.warnings)
@@ -160,6 +158,7 @@ def _prove(job: Job, file: WrittenFile, chosen: ChosenLayout, strings: int, chat
     return job.record(
         path,
         quant,
+        file.choice,
         format="gguf",
         parity=parity,
         file_bytes=path.stat().st_size,
@@ -173,8 +172,6 @@ def _prove(job: Job, file: WrittenFile, chosen: ChosenLayout, strings: int, chat
         tokenizer_strings=strings,
         chats=chats.equal,
         warnings=warnings,
-        plain_kl=file.plain_kl,
-        rounded_kl=file.rounded_kl,
         runtime=llama_library.runtime_version(),
         **_choice(job, file),
     )
@@ -285,6 +282,6 @@ def _warnings(
         yield "the tokenizer composes characters (NFC) and llama.cpp does not: give it composed text"
     if file.mixture and file.quant.budget_bytes and file.mixture.file_bytes > file.quant.budget_bytes:
         yield f"the smallest types take {file.mixture.file_bytes} bytes, not {file.quant.budget_bytes}"
-    yield from kept_plain(file.plain_kl, file.rounded_kl)
+    yield from file.choice.warnings() if file.choice else ()
     if file.quant.uses_imatrix and not file.imatrix:
         yield f"{file.quant.name} is quantized without an importance matrix"

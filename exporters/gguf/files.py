@@ -27,9 +27,9 @@ from exporters.gguf.quants import QUANTS, Quant, find_quant
 from exporters.gguf.rounding import round_for_text
 from exporters.gguf.tuning import tune_file
 from exporters.gguf.writer import write_gguf
-from exporters.job import load_checkpoint, settled
+from exporters.job import held, load_checkpoint, reference_for, settled
 from exporters.options import DEFAULT_OPTIONS, ExportOptions
-from exporters.parity import Reference, choose_windows, compare, reference_of
+from exporters.parity import Choice, Reference
 from exporters.provenance import Provenance, read_provenance
 
 _EXACT = {torch.bfloat16: QUANTS["bf16"], torch.float16: QUANTS["f16"]}
@@ -53,9 +53,7 @@ class WrittenFile:
         untrained: Whether that was asked for and not done: it takes all of the model in memory.
         trained_tensors: Matrices that hold what training through this format's rounding has left.
         slopes: Of matrices whose numbers were chosen, when they were (`exporters.matrices`).
-        parity: What it loses, if that is known already.
-        plain_kl: What the file lost with the plain quantizer's numbers, if others were chosen for a text.
-        rounded_kl: What it lost with those; the numbers that lose less are in the file.
+        choice: Whose numbers it has, if any were chosen for a text.
     """
 
     path: Path
@@ -67,9 +65,7 @@ class WrittenFile:
     untrained: bool = False
     trained_tensors: int = 0
     slopes: Mapping[str, float] = field(default_factory=dict)
-    parity: ParityReport | None = None
-    plain_kl: float | None = None
-    rounded_kl: float | None = None
+    choice: Choice | None = None
 
 
 def find_rows(checkpoint: Path, quants: Sequence[str], settings: ExportOptions) -> list[Quant]:
@@ -210,14 +206,12 @@ class _Files:
         elif scales:
             tuned = tune_file(self.checkpoint, self.base, path, text, **where)
             fitted = replace(fitted, tuned_tensors=len(tuned), slopes={**fitted.slopes, **tuned})
-        before, after = self.judge(file.quant, plain), self.judge(file.quant, path)
-        if after.kl_mean <= before.kl_mean:
-            plain.unlink()
-            file = replace(fitted, parity=after)
-        else:
+        choice = Choice(self.judge(file.quant, plain), self.judge(file.quant, path))
+        if choice.is_plain:
             plain.replace(path)
-            file = replace(file, parity=before)
-        return replace(file, plain_kl=before.kl_mean, rounded_kl=after.kl_mean)
+        else:
+            plain.unlink()
+        return replace(file if choice.is_plain else fitted, choice=choice)
 
     def _quantize(self, quant: Quant, path: Path, used: Imatrix, types: Mapping[str, str] | None) -> None:
         self.settings.progress(f"quantizing {quant.name}", 0, 1)
@@ -274,19 +268,14 @@ def _drafts(
 ) -> list[WrittenFile]:
     rows = find_rows(checkpoint, quants, settings)
     settings = settled(checkpoint, settings)
-    tokenizer, n_threads = (
-        load_tokenizer(checkpoint.resolve()),
-        settings.n_threads or 1,
-    )  # or a built-in alias
+    tokenizer = load_tokenizer(checkpoint.resolve())  # a bare name could be a built-in alias
+    n_threads = settings.n_threads or 1
 
     @cache
     def reference() -> Reference:
         chosen = read_layout(checkpoint)
-        windows = choose_windows(
-            tokenizer, chosen.context_length, chosen.config.narrowest, settings.parity_windows
-        )
         model = load_checkpoint(checkpoint, by_blocks=settings.by_blocks)
-        return reference_of(model, windows, progress=settings.progress)
+        return reference_for(model, tokenizer, chosen.context_length, chosen.config, settings)
 
     written = write_files(
         checkpoint,
@@ -314,9 +303,4 @@ def measured(
         n_ubatch=_LOGITS_CHUNK,
         cache_type=PARITY_CACHE,
     ) as model:
-        return compare(
-            reference,
-            model.iter_logits,
-            (settings.limits or {}).get(quant.name, quant.limits).as_dict(),
-            progress=lambda _, done, total: settings.progress(f"parity {quant.name}", done, total),
-        )
+        return held(reference, quant, model.iter_logits, settings)

@@ -49,6 +49,12 @@ class Rounded:
         """q as MatMulNBits reads it, (rows, blocks, block_size * bits / 8); of two 4-bit numbers the first is low."""
         return self.q if self.form.bits == 8 else self.q[..., 0::2] | (self.q[..., 1::2] << 4)
 
+    @classmethod
+    def from_packed(cls, data: torch.Tensor, scales: torch.Tensor, columns: int, bits: int) -> Rounded:
+        """What `packed` has made of it."""
+        q = data if bits == 8 else torch.stack([data & 15, data >> 4], -1).flatten(-2)
+        return cls(q, scales, columns, BlockFormat(bits, q.shape[-1]))
+
     def codes(self) -> torch.Tensor:
         """Those of the grid, (columns, rows) float32."""
         return self.q.flatten(1)[:, : self.columns].T.float() - self.form.half

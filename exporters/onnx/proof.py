@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ from cfsp.errors import LimitError
 from cfsp.models.paging import is_paged
 from exporters.chats import ReadChats
 from exporters.export_record import ExportRecord
-from exporters.job import UNTRAINED, kept_plain
+from exporters.job import UNTRAINED
 from exporters.onnx.checks import check_graph
 from exporters.onnx.job import OnnxJob
 from exporters.onnx.runtime import PREFILL_TOKENS, runtime_version
@@ -42,10 +40,9 @@ def prove(
         check_graph(graph, common.config)
     if not variant.portable:  # optimum's own names; the graph is proven in its logits, as float32 is
         check_numbers(path, job.model, written.slopes)
-    parity = written.parity or job.divergence(variant, path)
-    if written.plain_kl is not None:
-        limits = {**parity.limits, "kl_mean": min(written.plain_kl, parity.limits.get("kl_mean", math.inf))}
-        parity = replace(parity, limits=limits)
+    choice = written.choice
+    limits = common.settings.limits_of(variant)
+    parity = job.divergence(variant, path) if choice is None else choice.held_to(limits)
     with job.opened(path) as model:
         window = common.reference.windows.ids[0, :PREFILL_TOKENS].numpy()
         every = next(iter(model.iter_logits(window)))[-1].copy()
@@ -59,6 +56,7 @@ def prove(
     return common.record(
         path,
         variant,
+        choice,
         format="onnx",
         parity=parity,
         architecture=common.config.model_type,
@@ -67,7 +65,7 @@ def prove(
         tensor_types=_tensor_types(path),
         warnings=(
             *_warnings(job, variant),
-            *kept_plain(written.plain_kl, written.rounded_kl),
+            *(choice.warnings() if choice else ()),
             *chats.warnings,
         ),
         chats=chats.equal,
@@ -77,8 +75,6 @@ def prove(
         calibration_tokens=0 if text is None else text.numel(),
         budget_bytes=job.budget_bytes(variant),
         eight_bit_layers=written.eight_bits,
-        plain_kl=written.plain_kl,
-        rounded_kl=written.rounded_kl,
     )
 
 

@@ -17,10 +17,10 @@ from cfsp.errors import LimitError
 from cfsp.models.architectures import spec_for
 from cfsp.models.paging import at_hand
 from exporters.matrices import FloatArray, check_matrix
-from exporters.onnx.block_quantize import Rounded, round_to_nearest, values_of
+from exporters.onnx.block_quantize import Rounded, round_to_nearest
 from exporters.onnx.int8_rows import Int8Rows, round_rows
 from exporters.onnx.layers import TABLE
-from exporters.onnx.variants import HEAD, BlockFormat
+from exporters.onnx.variants import HEAD
 from exporters.onnx.weights import HEAD_PARTS, is_tied, packed_names, read_weight
 
 _STORED = re.compile(r"(.+?)(?:\.(\d))?\.weight(\.q[48])?")
@@ -53,12 +53,13 @@ def check_numbers(path: Path, model: Any, chosen: Mapping[str, Sums] = MappingPr
         if data.ndim == 2 and f"{module}.weight" != TABLE:
             data = data.T
         scale = tensors[f"{name.removesuffix(bits)}.scale"].numpy() if bits else np.ones(0)
-        stored, plain = _as_read(data, torch.from_numpy(np.array(scale)), int(bits[-1]) if bits else None)
+        scales, n_bits = torch.from_numpy(np.array(scale)), int(bits[-1]) if bits else None
+        stored, plain = _as_read(data, scales, exact.shape[1], n_bits)
         check_matrix(
             f"{name} in {path.name}",
             len(exact),
             _rows_of(exact),
-            _rows_of(stored[:, : exact.shape[1]]),
+            _rows_of(stored),
             partial(_rounded, plain),
             _slope([chosen[name] for name in names if name in chosen]),
         )
@@ -107,17 +108,15 @@ def _in_model(model: Any, module: str) -> str:
 
 
 def _as_read(
-    data: torch.Tensor, scales: torch.Tensor, bits: int | None
+    data: torch.Tensor, scales: torch.Tensor, columns: int, bits: int | None
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
     """What stored numbers stand for, (rows, columns), and what rounds rows to the nearest of the kind."""
     if not bits:
         return data, lambda rows: rows
     if data.ndim == 2:
         return Int8Rows(data, scales).dequantized(), lambda rows: round_rows(rows).dequantized()
-    form = BlockFormat(bits, data.shape[-1] * 8 // bits)
-    q = data if bits == 8 else torch.stack([data & 15, data >> 4], -1).flatten(-2)
-    stored = values_of(q, scales.float(), form).flatten(1)
-    return stored, lambda rows: round_to_nearest(rows, form).dequantized()
+    stored = Rounded.from_packed(data, scales, columns, bits)
+    return stored.dequantized(), lambda rows: round_to_nearest(rows, stored.form).dequantized()
 
 
 def _slope(sums: Sequence[Sums]) -> float | None:

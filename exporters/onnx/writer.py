@@ -14,8 +14,7 @@ from cfsp.devices import moved
 from cfsp.errors import InputError
 from cfsp.models.architectures import spec_for
 from cfsp.models.paging import is_paged
-from cfsp.models.rounded_numbers import read_rounded, read_rounded_format
-from exporters.export_record import ParityReport
+from cfsp.models.rounded_numbers import RoundedNumbers, read_rounded
 from exporters.job import load_checkpoint
 from exporters.onnx.graph_file import save_graph, size_of, stored_size
 from exporters.onnx.int8_rows import Int8Weights
@@ -27,6 +26,7 @@ from exporters.onnx.stored import Sums, slope_sums
 from exporters.onnx.through import trained_layers
 from exporters.onnx.variants import INT8, BlockFormat, Variant, formats_without_text
 from exporters.onnx.weights import Weights, decoder_of
+from exporters.parity import Choice
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,7 @@ class WrittenGraphs:
         data: The weights of both.
         eight_bits: Layers to which text gave them.
         slopes: By `slope_sums`, of layers whose numbers were chosen for a text.
-        parity: What it loses, if that is known already.
-        plain_kl: What it lost with the nearest numbers, if others were chosen for a text.
-        rounded_kl: What it lost with those; the numbers that lose less are in the graphs.
+        choice: Whose numbers it has, if any were chosen for a text.
     """
 
     every: Path
@@ -49,9 +47,7 @@ class WrittenGraphs:
     data: Path
     eight_bits: tuple[str, ...] = ()
     slopes: Mapping[str, Sums] = field(default_factory=dict)
-    parity: ParityReport | None = None
-    plain_kl: float | None = None
-    rounded_kl: float | None = None
+    choice: Choice | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -76,28 +72,21 @@ def write_graphs(job: OnnxJob, variant: Variant, folder: Path) -> WrittenGraphs:
         portable = portable_graph(model, name=labels.name, opset=common.settings.opset)
         # One graph: who takes standard operators alone wants what optimum's users expect.
         return WrittenGraphs(path, None, save_graph(portable, path, metadata=labels.metadata))
-    weights, eight_bits = _weights(job, variant)
+    trained = read_rounded(common.checkpoint, variant.name)
+    weights, eight_bits = _weights(job, variant, trained)
     written = _save(job, variant, weights, eight_bits, folder)
-    trained = read_rounded_format(common.checkpoint)
-    if job.text_for(variant) is None or (trained is not None and trained.format == variant.name):
+    if job.text_for(variant) is None or trained is not None:
         return written
     assert isinstance(weights, QuantizedModel)
     nearest, slopes = with_nearest(job.model, weights), slope_sums(job.model, weights.layers)
     del weights
     with tempfile.TemporaryDirectory(dir=folder) as apart:
         plain = _save(job, variant, nearest, eight_bits, Path(apart))
-        before, after = job.divergence(variant, plain.every), job.divergence(variant, written.every)
-        if before.kl_mean < after.kl_mean:
+        choice = Choice(job.divergence(variant, plain.every), job.divergence(variant, written.every))
+        if choice.is_plain:
             for file in Path(apart).iterdir():
                 file.replace(folder / file.name)
-    is_plain = before.kl_mean < after.kl_mean
-    return replace(
-        written,
-        slopes={} if is_plain else slopes,
-        parity=before if is_plain else after,
-        plain_kl=before.kl_mean,
-        rounded_kl=after.kl_mean,
-    )
+    return replace(written, slopes={} if choice.is_plain else slopes, choice=choice)
 
 
 def _save(
@@ -118,7 +107,9 @@ def _save(
     return WrittenGraphs(path, last_path, data, eight_bits)
 
 
-def _weights(job: OnnxJob, variant: Variant) -> tuple[Weights, tuple[str, ...]]:
+def _weights(
+    job: OnnxJob, variant: Variant, trained: RoundedNumbers | None
+) -> tuple[Weights, tuple[str, ...]]:
     """How weights are stored, and which of few bits text gave eight.
 
     Raises:
@@ -127,7 +118,6 @@ def _weights(job: OnnxJob, variant: Variant) -> tuple[Weights, tuple[str, ...]]:
     form, text = variant.form, job.text_for(variant)
     if form is None:
         return weights_without_blocks(variant), ()
-    trained = read_rounded(job.common.checkpoint, variant.name)
     if trained is not None:
         eight_bits = tuple(name for name, bits in trained.format.types.items() if bits == str(INT8.bits))
         return QuantizedModel(trained_layers(job.model, variant, trained)), eight_bits
