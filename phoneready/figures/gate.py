@@ -4,8 +4,9 @@ A figure passes or misses its budget only where its whole interval does; where t
 too little to say, the verdict is inconclusive. An interval is
 
     of timings      the bootstrap interval of the median, or of the ratio of medians (runtime_bench.records.summary),
-                    as in `phoneready compare`, with samples of at least five processes; where the machine was too busy
-                    to tell, none is missed, and no ratio passes
+                    as in `phoneready compare`, with samples of at least five processes; if the machine was too busy
+                    to tell, none is missed, and no ratio passes; of fewer samples than a look among several needs,
+                    their range, 1.5 times wider at both ends
     of memory       the least and the most of all processes; relative: of the most, from the least over the other's most
     of energy       that of timings, wider by what the meter may be wrong; of a busy machine nothing is said
     of accuracies   1.96 standard errors to both sides; compared: the paired bootstrap of phoneready.figures.answers
@@ -28,8 +29,8 @@ from phoneready.figures.metrics import own_reference, recorded_metric
 from phoneready.figures.verdict import INCONCLUSIVE, MISSED, PASS, BudgetVerdict, format_figure
 from runtime_bench.records.bench_record import DOES_NOT_FIT
 from runtime_bench.records.compare import TOO_NOISY
+from runtime_bench.records.judgement import MIN_SAMPLES, WIDEST, surer
 from runtime_bench.records.judgement import judge as judge_samples
-from runtime_bench.records.judgement import surer
 from runtime_bench.records.summary import CONFIDENCE, NORMAL_95, ratio_interval
 
 _ROUNDING = 1e-9
@@ -101,6 +102,7 @@ def judge(budget: BudgetConfig, figure: Figure, reference: Figure | None) -> Bud
         estimate = _relative(budget, figure, reference)
     unit = "x" if budget.is_ratio else figure.unit
     outcome, reason = _outcome(budget, estimate, unit)
+    reason += estimate.aside if outcome != INCONCLUSIVE or not estimate.reason else ""
     # A busy machine only slows: what passes there, passes.
     if figure.noise and outcome == MISSED and budget.relative_to is None:
         outcome, reason = INCONCLUSIVE, _too_noisy(figure)
@@ -118,7 +120,7 @@ def judge(budget: BudgetConfig, figure: Figure, reference: Figure | None) -> Bud
         low=low,
         high=high,
         outcome=outcome,
-        reason=reason + estimate.aside,
+        reason=reason,
         unit=unit,
     )
 
@@ -136,7 +138,8 @@ def _absolute(figure: Figure) -> _Estimate:
     if not figure.samples:
         return _Estimate(figure.value, figure.value, figure.value)
     timed = figure.timed
-    if few := timed.too_few(CONFIDENCE):
+    few = timed.too_few(CONFIDENCE)
+    if few and timed.n_independent < MIN_SAMPLES:
         return _Estimate(figure.value, reason=few)
     speed = ratio_interval(
         (1.0,),
@@ -145,9 +148,12 @@ def _absolute(figure: Figure) -> _Estimate:
         denominator_rounds=timed.rounds,
         confidence=surer(CONFIDENCE, timed),
     )
+    if few:  # a limit that is far from every sample needs no more of them
+        speed = replace(speed, low=1 / (max(timed.times) * WIDEST), high=WIDEST / min(timed.times))
     interval = figure.in_unit(speed)
     least, most = _meter(figure)
-    return _Estimate(interval.ratio, interval.low * least, interval.high * most)
+    aside = f"; {few}, and each is far from the limit" if few else ""
+    return _Estimate(interval.ratio, interval.low * least, interval.high * most, few, aside=aside)
 
 
 def _relative(budget: BudgetConfig, figure: Figure, reference: Figure) -> _Estimate:
@@ -258,5 +264,7 @@ def _outcome(budget: BudgetConfig, estimate: _Estimate, unit: str) -> tuple[str,
         share = f" ({abs(value - limit) / abs(limit):.1%})" if limit else ""
         side = "over" if budget.is_upper else "short"
         return MISSED, f"{side} by {format_figure(abs(value - limit), unit)}{share}"
+    if estimate.reason:
+        return INCONCLUSIVE, estimate.reason
     ends = " to ".join(format_figure(end, unit) for end in (low, high))
     return INCONCLUSIVE, f"the interval, {ends}, crosses the limit; more samples narrow it"

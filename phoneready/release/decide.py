@@ -76,7 +76,8 @@ def measure_on(
             wanted = 2 * len(set(records[turns[0]].rounds))
             while len(set(records[turns[0]].rounds)) < wanted and left() > 0:
                 assert target is not None
-                if not _one_round(steps, target, records, turns, told):
+                if why := _one_round(steps, target, records, turns, told):
+                    logger.warning("%s %s: not measured on: %s", place, records[turns[0]].test, why)
                     failed.add(turns)
                     break
     for row in {row for turns in still_open() for row in turns} if left() <= 0 else ():
@@ -123,8 +124,8 @@ def _limited(
 
 def _one_round(
     steps: Steps, target: Target, records: list[BenchRecord], turns: _Turns, progress: Progress
-) -> bool:
-    """Add a round's samples to the rows, or none and say False where one of them failed."""
+) -> str | None:
+    """Add a round's samples to the rows, none if something slowed one of them; why, if one failed."""
     began, bench, rows = time.monotonic(), steps.config.bench, [records[row] for row in turns]
     timed, threads = rows[0].timed, rows[0].n_threads
     sizes: dict[str, Any] = {"n_prompt": (), "n_gen": (), "ttft": (), "load": timed.kind == "load"}
@@ -151,15 +152,14 @@ def _one_round(
     except PhonereadyError as error:
         more, why = [], str(error)
     if why is not None:
-        logger.warning("%s %s: not measured on: %s", target.name, timed.test, why)
-        return False
+        return why
     offset = 1 + max(number for one in rows for number in one.sequence)
     longer = [with_more(row, added, offset) for row, added in zip(rows, more, strict=True)]
     if not all(map(has_speed, longer)):
-        logger.warning("%s %s: not measured on: something slowed the last round", target.name, timed.test)
-        return False
+        logger.info("%s %s: something slowed a round, which does not count", target.name, timed.test)
+        return None
     for place, row in zip(turns, longer, strict=True):
         found = row.measured_on or MeasuredOn(LOOKS)
         seconds = round(found.seconds + time.monotonic() - began, 3)
         records[place] = replace(row, measured_on=replace(found, seconds=seconds))
-    return True
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -20,6 +21,7 @@ from phoneready.figures.gate_files import badge, check_verdicts, write_verdicts
 from phoneready.figures.metrics import FigureKey
 from phoneready.figures.verdict import BudgetVerdict, Verdicts
 from phoneready.settings.release import parse_config
+from runtime_bench.records.bench_record import MeasuredOn
 
 MODEL = '[model]\nreference = "some/model"\n'
 SIZE = FigureKey("file_bytes", "Q4_0")
@@ -117,6 +119,15 @@ def test_few_samples_and_failed_runs_say_nothing() -> None:
     dense = figure(SPEED, None, "dense", failure="does not fit: killed at the limit of 400 MiB")
     alone = judge(relative, speed(samples(100, 0.01)), dense)
     assert (alone.outcome, "dense-Q4_0: does not fit" in alone.reason) == ("inconclusive", True)
+
+
+def test_a_limit_far_from_every_sample_needs_no_more_of_them() -> None:
+    few = replace(speed((100.0, 101.0, 99.0, 100.0, 102.0)), measured_on=MeasuredOn(5))
+    assert few.timed.too_few(0.95) == "pruned-Q4_0 has 5 samples, a verdict needs 8"
+    outcomes = {limit: judge(budget(metric="tg128", at_least=limit), few) for limit in (65, 67, 152, 154)}
+    assert [one.outcome for one in outcomes.values()] == ["pass", "inconclusive", "inconclusive", "missed"]
+    assert outcomes[67].reason == "pruned-Q4_0 has 5 samples, a verdict needs 8"
+    assert "a verdict needs 8, and each is far from the limit" in outcomes[65].reason
 
 
 @pytest.mark.parametrize("metric", ["load", "ttft128", "pp512", "tg128", "peak_rss_bytes"])
