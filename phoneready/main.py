@@ -53,6 +53,14 @@ _INPUT_ERRNOS = (
 _LONGEST = 2000
 """Characters of an error's line."""
 
+GONE: MappingProxyType[str, str] = MappingProxyType(
+    {
+        "history --false-alarms": "a change is what exceeds --threshold and the noise",
+        "history --plot": "use --json, or MLflow: docs/history.md",
+    }
+)
+"""A command or option of earlier versions -> what to use instead."""
+
 app = typer.Typer(
     name="phoneready",
     help="Make a language model fit for a phone: prune it, export it to GGUF or ONNX, prove the export, measure it.",
@@ -204,7 +212,8 @@ def _fail_usage(error: Exception) -> int:
         print(context.get_help() if context else "", file=sys.stderr)
         return 2
     path = context.command_path if context else "phoneready"
-    message = error.format_message()  # type: ignore[attr-defined]
-    return _fail(
-        f"{message.rstrip('.')}; see {path} --help", int(getattr(error, "exit_code", 2)), debug=False
-    )
+    message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+    asked = getattr(error, "option_name", None) or message.removeprefix("No such command ").strip("'")
+    if instead := GONE.get(f"{path.removeprefix('phoneready').strip()} {asked}".strip()):
+        return _fail(f"{asked} is gone: {instead}", 2, debug=False)
+    return _fail(f"{message}; see {path} --help", int(getattr(error, "exit_code", 2)), debug=False)

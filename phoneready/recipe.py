@@ -41,10 +41,9 @@ from phoneready.figures.budgets import select
 from phoneready.figures.figure_set import DENSE, PRUNED, FigureSet, check_same_model, read_baseline
 from phoneready.figures.gate_files import write_verdicts
 from phoneready.figures.verdict import Verdicts
-from phoneready.history.entry import HistoryEntry, append_entry, entry_of
+from phoneready.history import HistoryEntry, append_entry, entry_of
 from phoneready.publish.manifest import ReleaseManifest
 from phoneready.publish.publish import publish
-from phoneready.publish.tiers import choose_tiers
 from phoneready.release.before_work import check_inputs
 from phoneready.release.beside import StageProcesses
 from phoneready.release.collect import collect_figures
@@ -156,8 +155,6 @@ def _check_before_work(config: ReleaseConfig, folder: Path) -> None:
     check_extras(config)
     check_directions(config.budgets)
     check_inputs(config)
-    if config.stores is not None:
-        choose_tiers(config.stores, config.tiers)
 
 
 def check_place(config: ReleaseConfig, folder: Path) -> None:

@@ -25,7 +25,6 @@ DATA_FILES = (
     "phoneready/report/templates/report.md.j2",
     "phoneready/report/templates/report.css",
     "phoneready/report/templates/report.html.j2",
-    "phoneready/report/templates/history.html.j2",
     "phoneready/report/templates/report.js",
     "runtime_bench/devices/README.md",
     "runtime_bench/native/CMakeLists.txt",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import pydantic
 
@@ -13,11 +13,8 @@ from cfsp.errors import InputError
 from cfsp.units import parse_bytes, parse_ms
 from cfsp.validation import Section, as_value_error
 from phoneready.figures.metrics import OWN, FigureKey, means, metric_of
-from phoneready.figures.stores import STORES
 from phoneready.figures.verdict import format_figure
 
-_STORED = "file_bytes"
-"""What a store's limit is on."""
 _PARSERS: Mapping[str, Callable[[str, str], float]] = MappingProxyType({"bytes": parse_bytes, "ms": parse_ms})
 
 
@@ -33,10 +30,8 @@ class BudgetConfig(Section):
         on: `text`, `chats`, a reference or a task.
         at_most: Upper limit: a number in the metric's unit, or with its unit, such as "80 MB".
         at_least: Lower limit.
-        relative_to: What the limit is a multiple of; the figure itself is limited where None.
+        relative_to: What the limit is a multiple of; the figure itself is limited if None.
         difference: The limit is on figure minus reference instead of figure over reference.
-        store: The limit is a store's, a key of STORES; the metric is the file's size then.
-        beside: What else counts to that store's limit, such as the rest of the app: bytes, or with its unit.
     """
 
     metric: str
@@ -49,16 +44,6 @@ class BudgetConfig(Section):
     at_least: float | str | None = None
     relative_to: Literal["dense", "baseline"] | None = None
     difference: bool = False
-    store: str | None = None
-    beside: float | str | None = None
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _size_in_store(cls, values: Any) -> Any:
-        """A store's limit is on the size: nobody has to say so."""
-        if isinstance(values, dict) and values.get("store") is not None:
-            return {"metric": _STORED} | values
-        return values
 
     @pydantic.field_validator("metric")
     @classmethod
@@ -66,14 +51,7 @@ class BudgetConfig(Section):
         as_value_error(lambda: metric_of(name))
         return name
 
-    @pydantic.field_validator("store")
-    @classmethod
-    def _known_store(cls, name: str | None) -> str | None:
-        if name is not None and name not in STORES:
-            raise ValueError(f"unknown store (got {name!r}); allowed: {', '.join(STORES)}")
-        return name
-
-    @pydantic.field_validator("at_most", "at_least", "beside")
+    @pydantic.field_validator("at_most", "at_least")
     @classmethod
     def _finite(cls, value: float | str | None) -> float | str | None:
         if isinstance(value, float) and not math.isfinite(value):
@@ -82,7 +60,6 @@ class BudgetConfig(Section):
 
     @pydantic.model_validator(mode="after")
     def _one_limit(self) -> Self:
-        self._check_store()
         metric = metric_of(self.metric)
         if metric.higher_is_better is not None:
             self.check_direction(metric.higher_is_better)
@@ -95,47 +72,25 @@ class BudgetConfig(Section):
             raise ValueError("difference: wants relative_to")
         if self.difference and metric.sampled:
             raise ValueError(f"difference: {self.metric} is measured; allowed: a ratio")
-        if isinstance(self._written, str) or self.beside is not None:
+        if isinstance(self._written, str):
             as_value_error(lambda: self.limit)
         return self
-
-    def _check_store(self) -> None:
-        """Raise ValueError for what does not go with a store's limit, or without one."""
-        if self.store is None:
-            if self.beside is not None:
-                raise ValueError("beside: counts to a store's limit; allowed: with store")
-            return
-        if self.metric != _STORED:
-            raise ValueError(f"store: limits {_STORED}, not {self.metric}")
-        if (self.at_most, self.at_least, self.relative_to) != (None, None, None):
-            raise ValueError("store: is the limit; leave out at_most, at_least and relative_to")
 
     def check_direction(self, higher_is_better: bool) -> None:
         """Raise ValueError for a limit to the good side of a metric."""
         wanted, other = ("at_least", "at_most") if higher_is_better else ("at_most", "at_least")
-        if self.store is not None:
-            return
         if getattr(self, wanted) is None or getattr(self, other) is not None:
             better = "higher" if higher_is_better else "lower"
-            raise ValueError(f"{self.metric} is better the {better} it is; allowed: {wanted} alone")
+            raise ValueError(f"{self.metric} is better the {better} it is; allowed: {wanted} only")
 
     @property
     def is_upper(self) -> bool:
         """Whether the limit is an upper one."""
-        return self.at_most is not None or self.store is not None
+        return self.at_most is not None
 
     @property
     def limit(self) -> float:
         """The limit, in the metric's unit or as a ratio."""
-        if self.store is not None:
-            rest = self.beside if self.beside is not None else 0.0
-            rest = parse_bytes(rest, "beside") if isinstance(rest, str) else rest
-            if rest < 0:
-                raise InputError("less than nothing", field="beside", value=self.beside)
-            left = STORES[self.store].bytes - rest
-            if not left > 0:
-                raise InputError("leaves nothing of the store's limit", field="beside", value=self.beside)
-            return left
         if not isinstance(self._written, str):
             return float(self._written)
         field, text = "at_most" if self.is_upper else "at_least", self._written
@@ -153,12 +108,6 @@ class BudgetConfig(Section):
 
     def describe(self) -> str:
         """The limit for people, such as `at most 1.05 x dense`."""
-        if self.store is not None:
-            written = (
-                self.beside if isinstance(self.beside, str | None) else format_figure(self.beside, "bytes")
-            )
-            beside = f", {written} beside it" if written is not None else ""
-            return f"at most {format_figure(self.limit, 'bytes')} ({self.store}{beside})"
         side = "at most" if self.is_upper else "at least"
         unit = "x" if self.is_ratio else metric_of(self.metric).unit
         written = self._written if isinstance(self._written, str) else format_figure(self.limit, unit)
@@ -181,9 +130,11 @@ def select(budget: BudgetConfig, keys: Iterable[FigureKey]) -> list[FigureKey]:
     ]
 
 
-def fits(
-    key: FigureKey, names: Callable[[FigureKey], tuple[str | int | None, ...]], wanted: Sequence[str | int]
-) -> bool:
+_Names = Callable[[FigureKey], tuple[str | int | None, ...]]
+
+
+def fits(key: FigureKey, names: _Names, wanted: Sequence[str | int]) -> bool:
+    """Whether a figure has one of the wanted names, or none are wanted."""
     return not wanted or ANY in names(key) or any(name in wanted for name in names(key))
 
 
@@ -197,7 +148,7 @@ def _names_on(key: FigureKey) -> tuple[str | int | None, ...]:
 ANY = "any task"
 """What is planned of tasks before they are read."""
 
-SELECTORS: Mapping[str, Callable[[FigureKey], tuple[str | int | None, ...]]] = MappingProxyType(
+SELECTORS: Mapping[str, _Names] = MappingProxyType(
     {
         "files": lambda key: (key.item,),
         "targets": lambda key: (key.place,),

@@ -27,7 +27,6 @@ from phoneready.publish.manifest import MANIFEST_FILE, ReleaseManifest, make_man
 from phoneready.publish.model_card import model_card_text
 from phoneready.publish.modelfile import modelfile_text
 from phoneready.publish.placing import place
-from phoneready.publish.tiers import STORES_FOLDER, choose_tiers, remove_tiers, write_tiers
 from phoneready.release.results import ReleaseFigures, read_figures
 from phoneready.release.stages import StageRecord, claim_folder
 from phoneready.release.steps import Steps
@@ -71,20 +70,11 @@ def publish(
     write_text(folder / MODELFILE, modelfile_text(figures.pruned, load_tokenizer(steps.checkpoint("dense"))))
     write_json(folder / BOM_FILE, make_bom(figures, manifest))
     write_reports(config, folder, figures, manifest)
-    _write_stores(config, folder)
-    stores = [STORES_FOLDER] if config.stores is not None else []
-    made = describe_files(folder, [*licenses, *_MADE, *stores], {})
+    made = describe_files(folder, [*licenses, *_MADE], {})
     sealed = seal_release(folder, replace(manifest, contents=(*models, *made)))
     for name in before - {*licenses, *(file.file for file in manifest.files)}:
         _remove(folder / name)
     return sealed
-
-
-def _write_stores(config: ReleaseConfig, folder: Path) -> None:
-    if config.stores is None:
-        remove_tiers(folder)
-    else:
-        write_tiers(config.stores, choose_tiers(config.stores, config.tiers), folder)
 
 
 def seal_release(folder: Path, manifest: ReleaseManifest) -> ReleaseManifest:

@@ -20,10 +20,8 @@ from cfsp.recovery.settings import (
 )
 from cfsp.settings import DEVICE, DTYPE, SEED, Reads, Settings, pick, setting
 from cfsp.text.settings import BUILTIN_TEXT, SELF, CalibrationSettings
-from cfsp.units import parse_bytes
-from cfsp.validation import Section, as_value_error
+from cfsp.validation import Section
 from exporters.families import ROUNDING, find_format, required_multiple
-from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES
 from exporters.settings import FileSettings
 from phoneready.evaluation.settings import EvaluationSettings, JudgementSettings
 from phoneready.figures.budgets import BudgetConfig
@@ -249,53 +247,6 @@ class TuneConfig(SearchedStructures):
         return "min_prune_ratio is not below max_prune_ratio"
 
 
-class StoresConfig(Section):
-    """What a frontier's files are published as, one for each class of devices in [[tiers]].
-
-    Attributes:
-        frontier: frontier.json, beside the files that its run kept.
-        pack: What the asset packs are called.
-        n_ctx: Tokens of the context that a device must hold.
-        cache_type: Of keys and values.
-    """
-
-    frontier: Path
-    pack: str = pydantic.Field(default="model", pattern=r"^[a-z][a-z0-9_]*$")
-    n_ctx: int = pydantic.Field(default=DEFAULT_CONTEXT, ge=1, le=2**24)
-    cache_type: str = DEFAULT_CACHE
-
-    @pydantic.field_validator("cache_type")
-    @classmethod
-    def _known_cache(cls, name: str) -> str:
-        if name not in MEASURED_CACHES:
-            raise ValueError(f"unknown cache (got {name!r}); allowed: {', '.join(MEASURED_CACHES)}")
-        return name
-
-
-class TierConfig(Section):
-    """A class of devices by their RAM.
-
-    Attributes:
-        name: Of the class.
-        ram: Least RAM that its devices have, as "4 GB" or bytes; the next tier's ends it.
-    """
-
-    name: str = pydantic.Field(pattern=r"^[a-z][a-z0-9_]*$")
-    ram: int | str
-
-    @pydantic.model_validator(mode="after")
-    def _some_ram(self) -> Self:
-        as_value_error(lambda: self.ram_bytes)
-        if self.ram_bytes <= 0:
-            raise ValueError("ram: wants more than 0")
-        return self
-
-    @property
-    def ram_bytes(self) -> int:
-        """Least RAM, bytes."""
-        return parse_bytes(self.ram, "ram") if isinstance(self.ram, str) else self.ram
-
-
 class TrackingConfig(Section):
     """Where releases are logged; the section's presence turns it on.
 
@@ -324,8 +275,6 @@ class ReleaseConfig(Section):
     budgets: tuple[BudgetConfig, ...] = ()
     tune: TuneConfig | None = None
     tracking: TrackingConfig | None = None
-    stores: StoresConfig | None = None
-    tiers: tuple[TierConfig, ...] = ()
 
     _warnings: tuple[str, ...] = pydantic.PrivateAttr(default=())
 

@@ -21,11 +21,6 @@ from phoneready.settings.schema import (
     TuneConfig,
 )
 from phoneready.settings.template import demo_config_text, template_text
-from runtime_bench.devices.profile import built_in_folder, user_folder
-from runtime_bench.measuring.rows import shares
-from runtime_bench.records.judgement import MIN_SAMPLES
-from runtime_bench.targets.places import place_details
-from runtime_bench.workload import workloads_of
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = '[model]\nreference = "smollm2-135m"\n'
@@ -39,11 +34,6 @@ def test_the_demo_and_the_example_are_valid_and_the_same() -> None:
     assert example.model_copy(update={"budgets": ()}) == demo
     assert example.budgets
     assert "reference" in demo_config_text()
-
-
-def test_the_demo_measures_in_as_many_processes_as_a_verdict_needs() -> None:
-    bench = load_config(None).bench.settings(0)
-    assert all(len(shares(bench, workload)) >= MIN_SAMPLES for workload in workloads_of(bench))
 
 
 def test_all_errors_are_reported_at_once() -> None:
@@ -152,7 +142,7 @@ def test_every_error_stands_at_its_line() -> None:
     }.items():
         assert f": {key}: " in found[line]
     assert "9 apples" in found[20]
-    assert "at_least alone" in found[26]
+    assert "at_least only" in found[26]
 
 
 @pytest.mark.parametrize(
@@ -174,82 +164,10 @@ def test_a_budget_on_what_is_not_produced_is_an_error(more: str, wrong: str) -> 
         parse_config(f"{MODEL}[[budgets]]\n{more}", where="release.toml")
 
 
-def test_files_that_are_not_exported_cannot_be_measured_or_judged() -> None:
-    with pytest.raises(
-        InputError, match=r"line 4: bench\.files: not exported .*line 6: evaluate\.files: not"
-    ):
-        parse_config(MODEL + '[bench]\nfiles = ["int8"]\n[evaluate]\nfiles = ["Q8_0"]', where="x")
-
-
-def test_what_needs_an_importance_matrix_is_refused_without_one() -> None:
-    export = '[export]\nquants = ["IQ2_M", "Q4_0"]\n'
-    assert parse_config(MODEL + export, where="x").export.imatrix
-    with pytest.raises(InputError, match=r"line 5: export\.imatrix: IQ2_M cannot be written without"):
-        parse_config(MODEL + export + "imatrix = false", where="x")
-
-
-def test_texts_of_one_name_could_not_be_told_apart() -> None:
-    with pytest.raises(InputError, match=r"line 5: evaluate\.text: two have the name 'text test\.txt'"):
-        parse_config(
-            MODEL + '[evaluate]\nchats = ["test.txt"]\ntext = ["a/test.txt", "b/test.txt"]', where="x"
-        )
-
-
-def test_a_cache_that_not_all_that_is_measured_can_have_is_refused() -> None:
-    files = MODEL + '[export]\nquants = ["Q4_0"]\nonnx = ["fp32"]\n[bench]\ncache_type = "q8_0"\n'
-    wrong = r"line 7: bench\.cache_type: onnxruntime cannot run fp32 with q8_0; allowed: int8, or other names"
-    with pytest.raises(InputError, match=wrong):
-        parse_config(files, where="x")
-    gguf = files + 'files = ["Q4_0"]\n'
-    assert parse_config(gguf, where="x").bench.settings(0).cache_type == "q8_0"
-    for more, reason in (
-        ('targets = ["browser"]', "the engines of browser cannot be told"),
-        ('anchor = "reference.onnx"', r"onnxruntime cannot run reference\.onnx with q8_0"),
-    ):
-        with pytest.raises(InputError, match=reason):
-            parse_config(gguf + more, where="x")
-
-
-def test_a_backend_that_a_releases_runner_has_not_is_refused() -> None:
-    asked = MODEL + '[bench]\nbackend = "vulkan"\n'
-    assert parse_config(asked, where="x").bench.settings(0).backend == "vulkan"
-    for place in ("native", "ssh:pi", "adb:R5"):
-        with pytest.raises(InputError, match=f"bench.backend: the runner that a release has for {place}"):
-            parse_config(asked + f'targets = ["{place}"]', where="x")
-
-
-@pytest.mark.parametrize(
-    ("bench", "wrong"),
-    [
-        ('targets = ["native"]', "native runs GGUF files alone, not int8"),
-        ('targets = ["ssh:a-b", "ssh:a_b"]', "two have one name on disk"),
-    ],
-)
-def test_targets_that_cannot_be_are_found_before_anything_runs(bench: str, wrong: str) -> None:
-    with pytest.raises(InputError, match=rf"bench\.targets: {wrong}"):
-        parse_config(MODEL + f'[export]\nonnx = ["int8"]\n[bench]\n{bench}\n', where="x")
-    parse_config(
-        MODEL + '[export]\nonnx = ["int8"]\n[bench]\ntargets = ["native"]\nfiles = ["Q4_0"]', where="x"
-    )
-
-
 def test_other_variants_must_fit_the_rest() -> None:
     config = parse_config(MODEL + '[export]\nonnx = ["int8"]\n[evaluate]\nfiles = ["int8"]', where="x")
     with pytest.raises(InputError, match=r"with --onnx fp32: evaluate\.files: not exported \(got 'int8'\)"):
         with_variants(config, ["fp32"])
-
-
-def test_a_benchmark_depends_on_the_profile_behind_a_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PHONEREADY_DEVICES", str(tmp_path / "devices"))
-    before = place_details("constrained:pixel-8a")
-    folder = user_folder()
-    folder.mkdir(parents=True)
-    text = (built_in_folder() / "pixel-8a.toml").read_text(encoding="utf-8")
-    (folder / "pixel-8a.toml").write_text(text.replace("Google Pixel 8a", "My own"), encoding="utf-8")
-    assert place_details("constrained:pixel-8a") != before
-    assert place_details("constrained:400M") == place_details("local") == {}
 
 
 def test_settings_can_be_overridden_with_toml_values() -> None:
@@ -305,24 +223,30 @@ def test_patience_is_off_unless_it_is_asked_for() -> None:
         parse_config(MODEL + "[recover]\nmax_tokens = 1\nepochs = 1.0", where="x")
 
 
+ONNX = '[export]\nquants = ["Q4_0"]\nonnx = ["fp32"]\n[bench]\n'
+
+
 @pytest.mark.parametrize(
     ("asked", "wrong"),
     [
-        (
-            '[recover]\nloss = "next-token"\ndata = ["student"]',
-            "recover.data: what a checkpoint writes itself teaches it nothing",
-        ),
+        ('[recover]\nloss = "next-token"\ndata = ["student"]', "recover.data: what a checkpoint writes itself"),
         ('[recover]\nfor_quant = "Q8_0"', "recover.for_quant: "),
-        (
-            '[recover]\nfor_quant = "Q4_K_M"',
-            "line 4: recover.for_quant: not exported (got 'Q4_K_M'); allowed: Q4_0",
-        ),
-        (
-            '[prune]\nprune_ratio = 0.0\n[recover]\nloss = "distill"',
-            "line 6: recover.loss: nothing is removed, and a model learns nothing from its own distribution",
-        ),
+        ('[recover]\nfor_quant = "Q4_K_M"', "line 4: recover.for_quant: not exported (got 'Q4_K_M'); allowed: Q4_0"),
+        ('[prune]\nprune_ratio = 0.0\n[recover]\nloss = "distill"', "line 6: recover.loss: nothing is removed"),
+        ('[bench]\nfiles = ["int8"]', "line 4: bench.files: not exported"),
+        ('[evaluate]\nfiles = ["Q8_0"]', "line 4: evaluate.files: not exported"),
+        ('[export]\nquants = ["IQ2_M"]\nimatrix = false', "line 5: export.imatrix: IQ2_M cannot be written without"),
+        ('[evaluate]\ntext = ["a/test.txt", "b/test.txt"]', "line 4: evaluate.text: two have the name 'text test.txt'"),
+        (ONNX + 'cache_type = "q8_0"', "bench.cache_type: onnxruntime cannot run fp32 with q8_0; allowed: int8"),
+        ('[bench]\ncache_type = "q8_0"\ntargets = ["browser"]', "the engines of browser cannot be told"),
+        ('[bench]\ncache_type = "q8_0"\nanchor = "ref.onnx"', "onnxruntime cannot run ref.onnx with q8_0"),
+        ('[bench]\nbackend = "vulkan"\ntargets = ["ssh:pi"]', "bench.backend: the runner that a release has"),
+        (ONNX + 'targets = ["native"]', "bench.targets: native runs GGUF files only, not fp32"),
+        ('[bench]\ntargets = ["ssh:a-b", "ssh:a_b"]', "bench.targets: two have one name on disk"),
+        ('[stores]\npack = "m"', "line 3: stores: is gone"),
+        ('[[budgets]]\nmetric = "file_bytes"\nstore = "play-app"\nat_most = 1', "budgets[0].store: is gone"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_done_is_refused_where_it_is_written(asked: str, wrong: str) -> None:
     with pytest.raises(InputError, match=re.escape(wrong)):
         parse_config(MODEL + asked, where="x")
@@ -355,6 +279,9 @@ def test_what_nothing_reads_is_warned_of_and_has_no_effect(asked: str, idle: str
 
 def test_what_is_read_is_taken() -> None:
     for asked in (
+        ONNX + 'cache_type = "q8_0"\nfiles = ["Q4_0"]',
+        ONNX + 'targets = ["native"]\nfiles = ["Q4_0"]',
+        '[bench]\nbackend = "vulkan"',
         '[prune]\nallocation = "mixed"\nstrength = 2.0',
         '[prune]\nreconstruct = "one-pass"\nridge = 0.1',
         "[prune]\ncorrection = 0.1",
@@ -370,28 +297,6 @@ def test_what_is_read_is_taken() -> None:
         '[prune]\nallocation = "loss"\nstrength = 2.0\n[tune]\nallocations = ["loss", "mixed"]',
     ):
         parse_config(MODEL + asked, where="x")
-
-
-@pytest.mark.parametrize(
-    ("section", "wrong"),
-    [
-        ('[prune]\nscore = "best"', "score: unknown"),
-        ('[prune]\nallocation = "fair"', "allocation"),
-        ("[prune]\nridge = 0", "prune.ridge"),
-        ("[export]\nquants = []", "export.quants"),
-        ("[bench]\nn_prompt = []\nn_gen = []\nttft = []\nload = true", "bench.load: unknown key"),
-    ],
-)
-def test_unusable_values_name_their_key(section: str, wrong: str) -> None:
-    with pytest.raises(InputError, match=wrong):
-        parse_config(MODEL + section, where="release.toml")
-
-
-def test_alignment_follows_the_quantizations_unless_it_is_set() -> None:
-    assert (
-        parse_config(MODEL + '[export]\nquants = ["q4_k_m", "Q8_0"]', where="x").prune_settings().align == 256
-    )
-    assert parse_config(MODEL + "[prune]\nalign = 64", where="x").prune_settings().align == 64
 
 
 def test_paths_start_at_the_configuration(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from cfsp.records import read_record, record_to_json
 from phoneready.evaluation.evaluation_record import Degeneration, Evaluation, ModelIdentity, TextResult
 from phoneready.figures.figure_set import Figure, FigureSet, read_baseline
 from phoneready.figures.metrics import FigureKey
-from phoneready.history.entry import HistoryEntry, HistoryFigure, read_entries
+from phoneready.history import HistoryEntry, HistoryFigure, read_entries
 from phoneready.release.artifact import Answers
 
 VALUES = ["Infinity", "-Infinity", "NaN", "1e400", "-1.0", '"12"', "true", "[1]"]

@@ -20,9 +20,7 @@ from phoneready.evaluation.run import evaluate
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.figure_set import FigureSet, read_baseline
 from phoneready.figures.gate import judge_all
-from phoneready.history.entry import entry_of
-from phoneready.history.history import check_history, make_history
-from phoneready.history.tables import format_history
+from phoneready.history import check_history, entry_of, format_history, make_history
 from phoneready.main import main
 from phoneready.settings.planned import planned_figures
 from phoneready.settings.release import parse_config

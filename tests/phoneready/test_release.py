@@ -19,7 +19,7 @@ from cfsp.records import read_record
 from phoneready.figures.figure_set import FigureSet
 from phoneready.figures.metrics import FigureKey
 from phoneready.figures.verdict import Verdicts
-from phoneready.history.entry import HISTORY_FILE, read_entries
+from phoneready.history import HISTORY_FILE, read_entries
 from phoneready.main import main
 from phoneready.publish.verify import verify_release
 from runtime_bench.records.bench_record import BenchRecord

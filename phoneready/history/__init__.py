@@ -1,1 +1,0 @@
-"""What past releases measured: series over runs, and where one changed by more than its noise."""
