@@ -98,7 +98,7 @@ def test_budgets_limit_own_metrics(module: str, tiny_folder: TinyPath) -> None:
 
 
 def test_a_limit_to_the_good_side_is_found_before_anything_runs(module: str) -> None:
-    with pytest.raises(InputError, match="plain is better the higher it is; allowed: at_least alone"):
+    with pytest.raises(InputError, match="plain is better the higher it is; allowed: at_least only"):
         check_directions(config(module, f"{module}:plain", "at_most = 7").budgets)
     with pytest.raises(InputError, match="one of at_most and at_least"):
         config(module, f"{module}:plain", "at_most = 7\nat_least = 6")
