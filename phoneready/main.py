@@ -55,8 +55,11 @@ _LONGEST = 2000
 
 GONE: MappingProxyType[str, str] = MappingProxyType(
     {
+        "compare --plot": "use --format csv",
+        "compare --quality": "use --format csv, and `eval --json`",
         "history --false-alarms": "a change is what exceeds --threshold and the noise",
         "history --plot": "use --json, or MLflow: docs/history.md",
+        "report --sweep": "there is no plot of quality over ratios any more",
     }
 )
 """A command or option of earlier versions -> what to use instead."""

@@ -9,11 +9,9 @@ from typing import Annotated
 import typer
 
 from cfsp.errors import InputError, LimitError
-from cfsp.files import PAGE, refuse_existing, write_text
-from cfsp.records import read_record
-from cfsp.settings import no_effect, setting
+from cfsp.settings import setting
 from phoneready.commands.options import JsonOption
-from phoneready.console import note, quiet_libraries, warn, write_result
+from phoneready.console import quiet_libraries, write_result
 from runtime_bench.presentation.comparison_table import format_comparison, incomparable_text
 from runtime_bench.presentation.table import short_names
 from runtime_bench.records.bench_record import BenchRecord
@@ -52,12 +50,6 @@ def compare(
         choices="runtime_bench.records.compare:VERDICTS",
         metavar="VERDICT,...",
     ),
-    plot: Path | None = setting(
-        None, "Write size against speed against quality, one point a model, to this HTML file."
-    ),
-    quality: tuple[Path, ...] = setting(
-        (), "Evaluation of a measured file, from `eval --save`.", metavar="FILE"
-    ),
     json: JsonOption = False,
 ) -> None:
     """Compare benchmark records: ratio of speeds with an interval, memory, size, and a verdict a row.
@@ -69,8 +61,6 @@ def compare(
     quiet_libraries()
 
     output = "json" if json else output
-    if quality and plot is None:
-        warn((no_effect("--quality", "without --plot FILE.html"),))
     files = {path: _read(path) for path in (base, *(new or ()))}
     anchors = [record for records in files.values() for record in records if record.is_anchor]
     first, others = _sides(files, base, new or [], base_model)
@@ -79,9 +69,6 @@ def compare(
     if len(apart) == len(rows):
         telling = next((row for row in apart if row.base and row.new), apart[0])
         raise InputError(f"nothing is comparable: {incomparable_text(telling)}")
-    if plot is not None:
-        refuse_existing(plot, force=True, like=PAGE)
-        _write_plot(plot, [first, *others], quality)
     write_result(format_comparison(rows, output), None, as_json=False)
     _check(rows, fail_on)
 
@@ -131,17 +118,6 @@ def _find(name: str, models: dict[str, list[BenchRecord]], path: Path) -> str:
             f"{path} has {what} of that name", field="--base-model", value=name, allowed=", ".join(models)
         )
     return files[0]
-
-
-def _write_plot(path: Path, models: list[list[BenchRecord]], quality: Sequence[Path]) -> None:
-    from phoneready.evaluation.evaluation_record import Evaluation
-    from phoneready.report.comparison_page import render_comparison
-    from phoneready.report.model_points import point_groups, quality_of
-
-    measured_quality = quality_of([read_record(Evaluation, file) for file in quality])
-    groups = point_groups([record for records in models for record in records], measured_quality)
-    write_text(path, render_comparison(groups, measured_quality))
-    note(f"{path}: size against speed against quality")
 
 
 def _check(rows: list[Compared], gate: tuple[str, ...]) -> None:

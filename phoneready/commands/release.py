@@ -84,8 +84,7 @@ def release(
 def _summary(figures: ReleaseFigures, verdicts: Verdicts, folder: Path) -> str:
     """The outcome in words and tables, an answer of the first file, and what the budgets say."""
     from phoneready.publish.publish import PAGE_FILE
-    from phoneready.report.contents import beaten, headline
-    from phoneready.report.markdown import quality_text, verdict_table
+    from phoneready.report.report import beaten, headline, quality_text, verdict_table
     from phoneready.report.tables import losses_table
 
     best = figures.pruned[0]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cfsp.progress import Progress
 from phoneready.frontier.record import Speed
-from phoneready.report.plot_style import speed_span
+from phoneready.report.plots import speed_span
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.records.compare import Comparison, compare_records
 from runtime_bench.records.fairness import has_speed

@@ -18,9 +18,8 @@ from phoneready.frontier.tables import (
     frontier_table,
     sentences,
 )
-from phoneready.report.assets import plots_page
-from phoneready.report.escape import plot_text
-from phoneready.report.loss_plot import BITS, Axis, loss_figure
+from phoneready.report.assets import plot_text, plotly_script, render_page
+from phoneready.report.plots import BITS, DARK, Axis, loss_figure
 
 
 def _peak_bytes(point: FrontierPoint, unit: int = 1) -> float | None:
@@ -39,7 +38,7 @@ def _whole_kl(point: FrontierPoint) -> float | None:
     return None if point.vocabulary else point.kl_mean
 
 
-_SIZE: Axis[FrontierPoint] = Axis("file size, MB", lambda point: point.file_bytes / 1e6)
+_SIZE: Axis = Axis("file size, MB", lambda point: point.file_bytes / 1e6)
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,8 @@ class _Row:
 
     id: str
     title: str
-    x: Axis[FrontierPoint]
-    y: Axis[FrontierPoint] = BITS
+    x: Axis
+    y: Axis = BITS
     caption: str = "Lower is better."
 
     def is_known(self, found: Frontier) -> bool:
@@ -95,16 +94,16 @@ def render_frontier(found: Frontier) -> str:
     """
     rows = [row for row in (*_ROWS, *_of_tasks(found)) if row.is_known(found)]
     table = frontier_table(found)
-    return plots_page(
-        "frontier.html.j2",
-        {row.id: _figure(found, row) for row in rows},
-        source=found.source,
-        lines=[line.strip().removeprefix("- ") for line in sentences(found)],
-        conditions=conditions(found),
-        titles=[column.title for column in table.columns],
-        rows=[["-" if cell is None else cell for cell in row] for row in table.cells()],
-        shown=rows,
-    )
+    shown = {
+        "source": found.source,
+        "lines": [line.strip().removeprefix("- ") for line in sentences(found)],
+        "conditions": conditions(found),
+        "titles": [column.title for column in table.columns],
+        "rows": [["-" if cell is None else cell for cell in row] for row in table.cells()],
+        "shown": rows,
+    }
+    plots = {row.id: _figure(found, row) for row in rows}
+    return render_page("frontier.html.j2", shown, plots, plotly_script(needed=True), DARK)
 
 
 def _of_tasks(found: Frontier) -> Iterator[_Row]:

@@ -16,7 +16,7 @@ from exporters.export_record import ExportRecord
 from phoneready.publish.manifest import ReleaseManifest
 from phoneready.release.results import ReleaseFigures
 from phoneready.report.assets import render_markdown
-from phoneready.report.markdown import quality_text
+from phoneready.report.report import quality_text
 from runtime_bench.presentation.markup import Markdown, escape_markdown, visible
 from runtime_bench.presentation.table import table_of_cells
 

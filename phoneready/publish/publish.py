@@ -17,7 +17,6 @@ from cfsp.models.folder_format import NOTICE_PATTERNS
 from cfsp.models.reference import load_tokenizer
 from cfsp.records import named_loss, read_record, write_record
 from cfsp.validation import describe_problems
-from phoneready.evaluation.sweep import Sweep
 from phoneready.figures.figure_set import FIGURES_FILE, PRUNED
 from phoneready.figures.gate_files import JUNIT_FILE, SUMMARY_FILE
 from phoneready.figures.verdict import VERDICTS_FILE
@@ -30,9 +29,7 @@ from phoneready.publish.placing import place
 from phoneready.release.results import ReleaseFigures, read_figures
 from phoneready.release.stages import StageRecord, claim_folder
 from phoneready.release.steps import Steps
-from phoneready.report.contents import ReportInput, read_verdicts
-from phoneready.report.markdown import render_report
-from phoneready.report.page import render_page
+from phoneready.report.report import ReportInput, read_verdicts, render_page, render_report
 from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.devices.profile import find_profile, load_profiles
 
@@ -98,8 +95,6 @@ def write_reports(
     folder: Path,
     figures: ReleaseFigures,
     manifest: ReleaseManifest,
-    *,
-    sweep: Sweep | None = None,
 ) -> None:
     """Write report.md and report.html from records.
 
@@ -108,7 +103,6 @@ def write_reports(
         folder: The release folder.
         figures: What the stages found.
         manifest: For versions and commands.
-        sweep: Quality over ratios, for the plot.
     """
     steps, profiles = Steps(config, folder, None), load_profiles()
     projected = [steps.artifact(PRUNED, name) for name in config.export.projected]
@@ -121,13 +115,12 @@ def write_reports(
         verdicts=read_verdicts(folder),
         projected={artifact.name: artifact.facts for artifact in projected},
         devices=tuple(find_profile(name, profiles).profile for name in config.bench.devices or profiles),
-        sweep=sweep,
     )
     write_text(folder / REPORT_FILE, render_report(report))
     write_text(folder / PAGE_FILE, render_page(report))
 
 
-def rewrite_reports(folder: Path, *, sweep: Sweep | None = None) -> ReleaseManifest:
+def rewrite_reports(folder: Path) -> ReleaseManifest:
     """Write the reports of a finished release again; no model is loaded.
 
     Raises:
@@ -143,7 +136,7 @@ def rewrite_reports(folder: Path, *, sweep: Sweep | None = None) -> ReleaseManif
         where = folder / MANIFEST_FILE
         raise InputError(f"{where}, config: {describe_problems(error)}") from error
     with claim_folder(folder):
-        write_reports(config, folder, read_figures(config, folder), manifest, sweep=sweep)
+        write_reports(config, folder, read_figures(config, folder), manifest)
         # The other files keep the hashes that they were released with.
         made = {content.path: content for content in describe_files(folder, [REPORT_FILE, PAGE_FILE], {})}
         kept = [content for content in manifest.contents if content.path not in made]

@@ -1,21 +1,25 @@
-"""What reports and pages are made with: templates that escape, plotly, a policy that lets nothing in."""
+"""What reports are made with: templates that escape, text made harmless, plotly, a policy that lets nothing in."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import importlib.resources
-from collections.abc import Callable, Mapping, Sequence
+import json
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from cfsp.errors import MissingExtraError
-from phoneready.report.escape import script_json, spelled_out
-from phoneready.report.plot_style import DARK
 from runtime_bench.presentation.markup import Markdown, escape_cell, finalize_markdown
 
+# Explicit directions can make a name read as another one; plain marks (U+200E, U+200F, U+061C) cannot, and Arabic
+# and Hebrew texts need them. Tabs and line breaks stay.
+_CONTROLS = re.compile("[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]")
 KINDS = {
     "measured": "Measured on the device that is named.",
     "constrained-host": "Measured on this machine under a device's limits of memory, cores and threads.",
@@ -25,21 +29,30 @@ KINDS = {
 """What a reader must know of numbers of each kind."""
 
 
-def render_page(template: str, context: Mapping[str, Any], plots: Mapping[str, Any], plotly: str) -> str:
+def render_page(
+    template: str, context: Mapping[str, Any], plots: Mapping[str, Any], plotly: str, dark: Mapping[str, str]
+) -> str:
     """A page that is complete in itself.
 
     Args:
         template: Its file.
         context: What it shows; everything is escaped.
-        plots: Id of an element to plotly's figure in it.
+        plots: Id of an element -> plotly's figure in it.
         plotly: plotly.js; without it the page has no scripts.
+        dark: Colours of the light page -> those of the dark one.
     """
     scripts = [Markup(text) for text in (plotly, _resource("report.js")) if plotly]
+    # Our own scripts by their hash and nothing else, no network at all.
+    digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts)
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
     own = {
-        "specs": Markup(script_json({"plots": plots, "dark": dict(DARK)})),
+        "specs": Markup(script_json({"plots": plots, "dark": dict(dark)})),
         "scripts": scripts,
         "style": Markup(_resource("report.css")),
-        "policy": _content_policy(scripts),
+        "policy": (
+            f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
+            "base-uri 'none'; form-action 'none'"
+        ),
     }
     # Controls of direction are spelled out before the text is escaped.
     made = _environment("phoneready.report", _spell, autoescape=True)
@@ -56,30 +69,31 @@ def render_markdown(package: str, template: str, context: Mapping[str, Any]) -> 
     return made.get_template(template).render(context) + "\n"
 
 
-def plotly_script() -> str:
-    """plotly.js as the Python package carries it; empty where it is not installed."""
+def plotly_script(*, needed: bool = False) -> str:
+    """plotly.js as the Python package carries it; if that is not installed, empty, or MissingExtraError if needed."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
+        if needed:
+            raise MissingExtraError("plotly", "report") from None
         return ""
     return str(get_plotlyjs())
 
 
-def plots_page(template: str, plots: Mapping[str, Any], **shown: Any) -> str:
-    """A page of plots, complete in itself.
+def spelled_out(text: str) -> str:
+    """The text with control characters and overrides of direction spelled out, as `⟨U+202E⟩`."""
+    return _CONTROLS.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
 
-    Args:
-        template: Name of its template.
-        plots: Id of an element -> plotly's figure in it.
-        shown: What else the template shows.
 
-    Raises:
-        MissingExtraError: plotly is not installed.
-    """
-    plotly = plotly_script()
-    if not plotly:
-        raise MissingExtraError("plotly", "report")
-    return render_page(template, shown, plots, plotly)
+def plot_text(text: str) -> str:
+    """The text for plotly, which reads a few tags and entities in labels, and `%{...}` in templates of them."""
+    return html.escape(spelled_out(text), quote=False).replace("%{", "%&#123;")
+
+
+def script_json(value: Any) -> str:
+    """JSON that can stand inside a script element: no character of it can end the element."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _spell(value: Any) -> Any:
@@ -99,13 +113,3 @@ def _environment(package: str, finalize: Callable[[Any], Any], *, autoescape: bo
 
 def _resource(name: str) -> str:
     return importlib.resources.files("phoneready.report").joinpath("templates", name).read_text("utf-8")
-
-
-def _content_policy(scripts: Sequence[str]) -> str:
-    """A Content-Security-Policy: our own scripts by their hash and nothing else, no network at all."""
-    digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts)
-    allowed = " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
-    return (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
-        "base-uri 'none'; form-action 'none'"
-    )

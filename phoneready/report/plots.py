@@ -1,82 +1,151 @@
-"""A page's plots, and those of what was measured: quality over ratio, speed over size, pruned over dense."""
+"""Plots of the page: size against loss, speed against size, speed of pruned over dense; how they look.
+
+Figures are plotly's plain JSON. Text that comes from models or files goes through `plot_text`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from cfsp.units import format_bytes
-from exporters.export_record import ExportRecord
-from phoneready.evaluation.evaluation_record import Evaluation
-from phoneready.evaluation.sweep import Sweep
+from phoneready.evaluation.dominance import DOMINATED
+from phoneready.figures import figure_set
 from phoneready.release.results import ReleaseFigures
-from phoneready.report.escape import plot_text
-from phoneready.report.loss_plot import losses_plot
-from phoneready.report.plot_style import (
-    BAND,
-    DENSE,
-    PRUNED,
-    SOFT,
-    Plot,
-    error_bars,
-    marker,
-    plot_layout,
-    scatter,
-    speed_span,
-)
-from phoneready.report.pruning_plots import allocation_plot, pattern_plot
-from phoneready.report.tables import text_name
+from phoneready.report.assets import plot_text
 from runtime_bench.presentation.record_table import speed_text
+from runtime_bench.records import summary
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import Comparison, compare_records
 from runtime_bench.records.fairness import has_speed
 from runtime_bench.records.groups import BenchGroup
 
+INK, SOFT, GRID, BAND = "#1d2733", "#5b6673", "#e3e0d8", "#eceae3"
+DENSE, PRUNED = "#8a8377", "#1f5f8b"
+SERIES = ("#1f5f8b", "#b3592b", "#4d7c4a", "#7b5a93", "#a08024", "#3f8289")
+DARK = MappingProxyType(
+    {
+        **{INK: "#e8e4da", SOFT: "#a7a79f", GRID: "#343b43", BAND: "#2a3037"},
+        **{DENSE: "#a39c8e", PRUNED: "#74b3da"},
+        **dict(zip(SERIES[1:], ("#e0935f", "#8fbf8a", "#b798d0", "#d2b45a", "#7cc0c6"), strict=True)),
+    }
+)
+"""A colour of the light page -> its counterpart on the dark one."""
+SYMBOLS = ("circle", "diamond", "square", "triangle-up", "star", "cross")
 
-def make_plots(figures: ReleaseFigures, groups: Sequence[BenchGroup], sweep: Sweep | None) -> list[Plot]:
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure for plotly, the id of its element, and where on the page it stands: `figures` or `losses`."""
+
+    id: str
+    title: str
+    caption: str
+    section: str
+    height: int
+    figure: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One side of a plot of files: title with unit, a file's place (None leaves it out), and its error bar."""
+
+    title: str
+    of: Callable[[Any], float | None]
+    error: Callable[[Any], float | None] = lambda one: None
+
+
+BITS = Axis("bits per byte", lambda one: float(one.bits_per_byte))
+
+
+def make_plots(figures: ReleaseFigures, groups: Sequence[BenchGroup]) -> list[Plot]:
     """The plots that there are figures for; each group of benchmark records has its own."""
-    plots: list[Plot | None] = []
+    plots = [losses_plot(figures)]
     for number, group in enumerate(groups):
         plots += [speed_plot(figures, group, number), ratio_plot(figures, group, number)]
-    plots += [losses_plot(figures), quality_plot(figures, sweep)]
-    plots += [] if figures.plan.keeps_blocks else [pattern_plot(figures.plan)]
-    plots += [allocation_plot(figures.plan)] if figures.plan.keep_ratio < 1 else []
     return [plot for plot in plots if plot is not None]
 
 
-def quality_plot(figures: ReleaseFigures, sweep: Sweep | None) -> Plot | None:
-    """Perplexity over the share of channels removed: the sweep where there is one, checkpoints, and files.
-
-    None where no channel went, or where the tokens are others than the dense model's, as their perplexities say
-    nothing together.
-    """
-    if figures.plan.vocabulary or figures.plan.keep_ratio == 1:
+def losses_plot(figures: ReleaseFigures) -> Plot | None:
+    """What every file of a release loses, against its size; None if that was not measured."""
+    if not figures.losses:
         return None
-    removed = 1 - figures.plan.keep_ratio
-    data: list[dict[str, Any]] = []
-    if sweep:
-        points = [(0.0, {}), *((p.removed, _ratios(p.evaluation)) for p in sweep.points)]
-        for name in points[-1][1]:
-            series = [(x, ratios.get(name, 1.0)) for x, ratios in points]
-            data.append(_line(f"sweep, {name}", series, len(data), dash="dot"))
-    for name, ratio in _ratios(figures.evaluation).items():
-        data.append(_line(f"checkpoint, {name}", [(0.0, 1.0), (removed, ratio)], len(data)))
-    for dense, pruned in figures.pairs:
-        base = dense.parity.ppl_checkpoint
-        series = [(0.0, dense.parity.ppl_export / base), (removed, pruned.parity.ppl_export / base)]
-        data.append(_line(f"{dense.quant}, file", series, len(data), dash="dash"))
-    layout = plot_layout(xaxis="share of FFN channels removed", yaxis="perplexity / dense checkpoint's")
-    layout["xaxis"] |= {"tickformat": ".0%", "rangemode": "tozero"}
-    caption = (
-        "1 is the dense checkpoint; lower is better. Files are measured on the text that proves them, checkpoints on "
-        "the evaluation's: follow a line, do not compare points of different texts."
+    roles = (figure_set.DENSE, figure_set.PRUNED)
+    figure = loss_figure(
+        {role: [one for one in figures.losses if one.role == role] for role in roles},
+        Axis("file size, MiB", lambda one: float(one.file_bytes / 2**20)),
+        BITS,
+        beaten={file for file, one in figures.standings.items() if one.verdict == DOMINATED},
+        name=lambda one: one.item,
+        lines=lambda one: [format_bytes(one.file_bytes)],
     )
-    figure = {"data": data, "layout": layout}
-    return Plot("plot-quality", "Quality against ratio", caption, "quality", 380, figure)
+    caption = (
+        "Down and left is best. Open marks are files that another one dominates: it is no larger and surely loses no "
+        "more on the same windows."
+    )
+    return Plot("plot-losses", "Size against loss", caption, "losses", 380, figure)
+
+
+def loss_figure(
+    series: Mapping[str, Sequence[Any]],
+    x: Axis,
+    y: Axis,
+    *,
+    beaten: Collection[str],
+    name: Callable[[Any], str],
+    lines: Callable[[Any], Sequence[str]],
+) -> dict[str, Any]:
+    """Measured files in one series a model, the dense one first.
+
+    Args:
+        series: Model -> its files (`MeasuredFile`).
+        x: To the right.
+        y: Upwards.
+        beaten: Names of files that others dominate; their marks are open.
+        name: What stands at a file's mark.
+        lines: What is shown over it, beside its loss.
+    """
+    data = []
+    for index, (model, files) in enumerate(series.items()):
+        places = ((x.of(one), y.of(one), one) for one in files)
+        placed = sorted(
+            [((right, up), one) for right, up, one in places if right is not None and up is not None],
+            key=lambda pair: pair[0],
+        )
+        symbol = SYMBOLS[index % len(SYMBOLS)]
+        colour = DENSE if not index else SERIES[(index - 1) % len(SERIES)]
+        hover = []
+        for _, one in placed:
+            over = one.bits_per_byte / one.dense_bits_per_byte - 1
+            loss = f"{one.bits_per_byte:.4f} bits a byte, {over:+.2%}"
+            told = [plot_text(one.label), *lines(one), loss, *(["dominated"] if one.file in beaten else [])]
+            hover.append("<br>".join(told))
+        trace = scatter(
+            model,
+            [place for place, _ in placed],
+            hover,
+            mode="markers+text",
+            text=[plot_text(name(one)) for _, one in placed],
+            textposition="top center",
+            textfont={"size": 10, "color": colour},
+            marker={
+                "size": 11,
+                "color": colour,
+                "symbol": [f"{symbol}-open" if one.file in beaten else symbol for _, one in placed],
+            },
+        )
+        errors = [y.error(one) for _, one in placed]
+        if any(errors):
+            bars = {"type": "data", "array": [error or 0 for error in errors], "thickness": 1.5, "width": 0}
+            trace["error_y"] = bars
+        data.append(trace)
+    return {"data": data, "layout": plot_layout(xaxis=plot_text(x.title), yaxis=plot_text(y.title))}
 
 
 def speed_plot(figures: ReleaseFigures, group: BenchGroup, number: int) -> Plot | None:
-    """Speed of generation over size, one point a file; None where no file generated."""
+    """Speed of generation over size, one point a file; None if no file generated."""
     tests = [key for key in group.main_tests() if key[0].startswith("tg")] or group.main_tests()
     if not tests:
         return None
@@ -85,10 +154,19 @@ def speed_plot(figures: ReleaseFigures, group: BenchGroup, number: int) -> Plot 
     for index, pair in enumerate(figures.pairs):
         for role, colour, export in zip(("dense", "pruned"), (DENSE, PRUNED), pair, strict=True):
             record = group.find(export.file, test, threads)
-            if record and has_speed(record):
-                rate = bool(record.samples_ts)
-                peak, shown = group.peak_rss_bytes(export.file), marker(index, 13, colour)
-                data.append(_point(f"{export.quant} {role}", export, record, peak) | {"marker": shown})
+            if not record or not has_speed(record):
+                continue
+            rate, span = bool(record.samples_ts), speed_span(record)
+            lines = [
+                plot_text(export.file),
+                f"{format_bytes(export.file_bytes)}, {speed_text(record)}",
+                f"perplexity {export.parity.ppl_export:.2f}",
+                f"peak memory {format_bytes(group.peak_rss_bytes(export.file))}",
+            ]
+            point, shown = (export.file_bytes / 2**20, span[0]), marker(index, 13, colour)
+            bars = error_bars([span])
+            name = f"{export.quant} {role}"
+            data.append(scatter(name, [point], ["<br>".join(lines)], error_y=bars, marker=shown))
     if not data:
         return None
     unit = "tokens a second" if rate else "milliseconds"
@@ -105,15 +183,17 @@ def speed_plot(figures: ReleaseFigures, group: BenchGroup, number: int) -> Plot 
 
 
 def ratio_plot(figures: ReleaseFigures, group: BenchGroup, number: int) -> Plot | None:
-    """Speed of pruned over dense with intervals, one row a workload; None where nothing compares."""
-    compared = [
-        (dense.quant, index, rows)
-        for index, (dense, pruned) in enumerate(figures.pairs)
-        if (rows := _comparisons(group.pairs(dense.file, pruned.file)))
-    ]
+    """Speed of pruned over dense with intervals, one row a workload; None if nothing compares."""
+    compared = []
+    for index, (dense, pruned) in enumerate(figures.pairs):
+        pairs = group.pairs(dense.file, pruned.file)
+        found = [compare_records(a, b) for a, b in pairs if usable(a) and usable(b)]
+        if rows := [c for c in found if isinstance(c, Comparison) and c.ratio and c.low and c.high]:
+            compared.append((dense.quant, index, rows))
     if not compared:
         return None
-    threshold = compared[0][2][0].threshold
+    first = compared[0][2][0]
+    threshold = first.threshold
     layout = plot_layout(xaxis="speed of pruned / dense", yaxis="")
     layout["yaxis"] |= {"type": "category", "autorange": "reversed", "automargin": True}
     layout["scattermode"] = "group"
@@ -125,21 +205,26 @@ def ratio_plot(figures: ReleaseFigures, group: BenchGroup, number: int) -> Plot 
     band = {"type": "rect", "x0": 1 / (1 + threshold), "x1": 1 + threshold, "layer": "below"}
     band |= {"fillcolor": BAND, "line": {"width": 0}}
     layout["shapes"] = [shape | {"y0": 0, "y1": 1, "yref": "paper"} for shape in (band, one)]
+    data = []
+    for quant, index, rows in compared:
+        spans = [(c.ratio or 0.0, c.low or 0.0, c.high or 0.0) for c in rows]
+        tests = [f"{c.test}, {c.n_threads} thr." for c in rows]
+        hover = [
+            f"{plot_text(quant)}, {test}<br>{ratio:.3f} times as fast ({low:.3f} to {high:.3f})<br>{c.verdict}"
+            for c, test, (ratio, low, high) in zip(rows, tests, spans, strict=True)
+        ]
+        points = [(ratio, test) for (ratio, _, _), test in zip(spans, tests, strict=True)]
+        # Horizontal, so that quantizations of one workload stand above each other.
+        shown = {"orientation": "h", "error_x": error_bars(spans), "marker": marker(index, 10)}
+        data.append(scatter(quant, points, hover, **shown))
     caption = (
-        f"{group.title}. Right of 1 is faster; lines are {compared[0][2][0].confidence:.0%} intervals "
+        f"{group.title}. Right of 1 is faster; lines are {first.confidence:.0%} intervals "
         f"of the ratio of medians. Inside the grey band, {threshold:.0%}, nothing is called a difference."
     )
     title = f"Speed, pruned over dense: {group.kind}, {group.target}"
     height = 130 + max(len(rows) for _, _, rows in compared) * (26 + 12 * len(compared))
-    figure = {"data": [_intervals(*series) for series in compared], "layout": layout}
+    figure = {"data": data, "layout": layout}
     return Plot(f"plot-ratio-{number}", title, caption, "figures", height, figure)
-
-
-def _comparisons(pairs: Sequence[tuple[BenchRecord, BenchRecord]]) -> list[Comparison]:
-    comparisons = [
-        compare_records(dense, pruned) for dense, pruned in pairs if usable(dense) and usable(pruned)
-    ]
-    return [c for c in comparisons if isinstance(c, Comparison) and c.ratio and c.low and c.high]
 
 
 def usable(record: BenchRecord) -> bool:
@@ -147,52 +232,64 @@ def usable(record: BenchRecord) -> bool:
     return record.ok and not record.void
 
 
-def _intervals(quant: str, index: int, rows: Sequence[Comparison]) -> dict[str, Any]:
-    spans = [(c.ratio or 0.0, c.low or 0.0, c.high or 0.0) for c in rows]
-    tests = [f"{c.test}, {c.n_threads} thr." for c in rows]
-    hover = [
-        f"{plot_text(quant)}, {test}<br>{ratio:.3f} times as fast ({low:.3f} to {high:.3f})<br>{c.verdict}"
-        for c, test, (ratio, low, high) in zip(rows, tests, spans, strict=True)
-    ]
-    return scatter(
-        quant,
-        [(ratio, test) for (ratio, _, _), test in zip(spans, tests, strict=True)],
-        hover,
-        orientation="h",  # so that quantizations of one workload stand above each other
-        error_x=error_bars(spans),
-        marker=marker(index, 10),
-    )
-
-
-def _ratios(evaluation: Evaluation) -> dict[str, float]:
-    return {
-        f"{text.kind} {text_name(text.source, evaluation.seed)}": text.divergence.perplexity_ratio
-        for text in evaluation.texts
-        if text.divergence
-    }
-
-
-def _line(
-    name: str, points: Sequence[tuple[float, float]], index: int, dash: str = "solid"
+def scatter(
+    name: str, points: Sequence[tuple[float, Any]], hover: Iterable[str], **more: Any
 ) -> dict[str, Any]:
-    shown = marker(index, 9)
-    return scatter(
-        name,
-        points,
-        [f"{plot_text(name)}<br>{x:.1%} removed<br>{y:.3f} times the perplexity" for x, y in points],
-        mode="lines+markers",
-        line={"color": shown["color"], "dash": dash, "width": 2},
-        marker=shown,
-    )
+    """plotly's trace of points (x, y), each with the text that is shown over it."""
+    trace = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": plot_text(name),
+        "x": [x for x, _ in points],
+        "y": [y for _, y in points],
+        "hovertext": list(hover),
+        "hoverinfo": "text",
+    }
+    return trace | more
 
 
-def _point(name: str, export: ExportRecord, record: BenchRecord, peak: int | None) -> dict[str, Any]:
-    span = speed_span(record)
-    lines = [
-        plot_text(export.file),
-        f"{format_bytes(export.file_bytes)}, {speed_text(record)}",
-        f"perplexity {export.parity.ppl_export:.2f}",
-        f"peak memory {format_bytes(peak)}",
-    ]
-    point = (export.file_bytes / 2**20, span[0])
-    return scatter(name, [point], ["<br>".join(lines)], error_y=error_bars([span]))
+def marker(index: int, size: int, colour: str | None = None) -> dict[str, Any]:
+    """The markers of the series of that number, unless in a colour of their own."""
+    chosen = colour or SERIES[index % len(SERIES)]
+    return {"color": chosen, "size": size, "symbol": SYMBOLS[index % len(SYMBOLS)]}
+
+
+def error_bars(spans: Iterable[tuple[float, float, float]]) -> dict[str, Any]:
+    """Bars of values (middle, low, high)."""
+    above, below = zip(*((high - middle, middle - low) for middle, low, high in spans), strict=True)
+    shown = {"type": "data", "symmetric": False, "thickness": 1.5, "width": 0}
+    return shown | {"array": list(above), "arrayminus": list(below)}
+
+
+def speed_span(record: BenchRecord) -> tuple[float, float, float]:
+    """The median of a record's samples, the slowest tenth and the fastest: tokens a second, else milliseconds."""
+    values = record.samples_ts or tuple(ns / 1e6 for ns in record.samples_ns)
+    middle, low, high = (summary.quantile(values, share) or 0.0 for share in (0.5, 0.1, 0.9))
+    return middle, low, high
+
+
+def plot_layout(*, xaxis: str, yaxis: str) -> dict[str, Any]:
+    """A plain layout with the titles of both axes."""
+
+    def axis(title: str) -> dict[str, Any]:
+        return {
+            "title": {"text": title, "font": {"size": 13, "color": SOFT}, "standoff": 8},
+            "gridcolor": GRID,
+            "linecolor": GRID,
+            "tickfont": {"color": SOFT},
+            "zeroline": False,
+            "automargin": True,
+            "fixedrange": True,
+        }
+
+    return {
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": "system-ui, sans-serif", "size": 13, "color": INK},
+        "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
+        "xaxis": axis(xaxis),
+        "yaxis": axis(yaxis),
+        "hovermode": "closest",
+        "dragmode": False,
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"color": INK}},
+    }

@@ -17,7 +17,6 @@ from phoneready.figures.metrics import METRICS
 from phoneready.figures.verdict import OUTCOMES, BudgetVerdict
 from phoneready.release.artifact import FileLosses
 from phoneready.release.results import ReleaseFigures
-from phoneready.report.block_parts import block_parts, loses_attention
 from runtime_bench.presentation.comparison_table import NOT_COMPARABLE, speeds_text
 from runtime_bench.presentation.record_table import energy_text, net_energy_text, speed_text
 from runtime_bench.presentation.table import Column, Table, table_of_cells
@@ -137,9 +136,6 @@ def quality_table(evaluation: Evaluation) -> Table[TextResult]:
 
 
 SIDES = ("dense", "pruned")
-MODELS = ("dense model", "pruned one")
-
-
 _PROOF: tuple[Column[ExportRecord], ...] = (
     Column("file", lambda r: r.file),
     Column("stored types", lambda r: ", ".join(f"{n} {kind}" for kind, n in sorted(r.tensor_types.items()))),
@@ -163,17 +159,28 @@ def proof_table(records: Sequence[ExportRecord]) -> Table[ExportRecord]:
 
 
 def width_table(plan: PruningPlan) -> Table[Row]:
-    """Every block's width and importance; what is left of its attention, or that it goes, where any does."""
-    parts = block_parts(plan)
+    """Every block's width and importance; what is left of its attention, or that it goes, if any does."""
+    widths, removal = plan.dense_shape.ffn_widths, plan.kv_groups
     columns = {
-        "block": [str(index) for index in range(len(parts))],
-        "dense": [str(part.dense_width) for part in parts],
-        "kept": [str(part.width) for part in parts],
-        "share": [f"{part.share:.3f}" for part in parts],
+        "block": [str(index) for index in range(len(widths))],
+        "dense": [str(width) for width in widths],
+        "kept": [str(block.width) for block in plan.blocks],
+        "share": [f"{block.width / dense:.3f}" for block, dense in zip(plan.blocks, widths, strict=True)],
         "importance": [f"{block.importance:.4f}" for block in plan.blocks],
     }
-    if plan.gone or loses_attention(plan):
-        columns["attention"] = [part.attention for part in parts]
+    if plan.gone or plan.silent or plan.narrowed:
+        attention = []
+        for index, dense in enumerate(plan.dense_shape.blocks):
+            if index in plan.gone:
+                attention.append("block removed")
+            elif not dense.has_attention or index in plan.silent:
+                attention.append("no attention")
+            elif removal:
+                kept, groups = len(removal.kept[index]), len(removal.losses[index])
+                attention.append(f"{kept} of {groups} KV groups")
+            else:
+                attention.append("whole")
+        columns["attention"] = attention
     return table_of_cells(tuple(columns), list(zip(*columns.values(), strict=True)), words=0)
 
 

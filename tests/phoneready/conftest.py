@@ -25,7 +25,7 @@ from phoneready.evaluation.measured_file import MeasuredText
 from phoneready.figures.verdict import BudgetVerdict, Verdicts
 from phoneready.release.artifact import Answers, FileLosses
 from phoneready.release.results import ReleaseFigures
-from phoneready.report.contents import ReportInput
+from phoneready.report.report import ReportInput
 from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.devices.model_facts import ModelFacts
 from runtime_bench.devices.profile import load_profiles

@@ -16,10 +16,8 @@ from phoneready.figures.figure_set import DENSE, PRUNED, Figure
 from phoneready.figures.gate import judge
 from phoneready.main import main
 from phoneready.release.collect import benchmark_figures
-from phoneready.report.contents import ReportInput
-from phoneready.report.markdown import verdict_table
-from phoneready.report.page import render_page
 from phoneready.report.plots import ratio_plot
+from phoneready.report.report import ReportInput, render_page, verdict_table
 from phoneready.settings.release import parse_config
 from runtime_bench.measuring.rows import with_more
 from runtime_bench.presentation.comparison_table import format_comparison

@@ -22,8 +22,6 @@ from cfsp.files import sha256_file
 from cfsp.models.checkpoint import CheckpointInfo
 from cfsp.models.shape import ModelShape
 from cfsp.pruning.axes.vocabulary import VocabularyPlan
-from phoneready.evaluation.evaluation_record import ModelIdentity
-from phoneready.evaluation.sweep import Sweep, SweepPoint
 from phoneready.main import app, main
 from phoneready.publish.bom import make_bom
 from phoneready.publish.contents import Content, describe_files, read_sums
@@ -35,10 +33,7 @@ from phoneready.publish.publish import seal_release
 from phoneready.publish.single_commands import single_commands
 from phoneready.publish.verify import verify_release
 from phoneready.release.steps import model_stem
-from phoneready.report.contents import ReportInput
-from phoneready.report.markdown import render_report
-from phoneready.report.page import render_page
-from phoneready.report.plots import make_plots
+from phoneready.report.report import ReportInput, render_page, render_report
 from phoneready.settings.schema import ReleaseConfig
 
 MakeReportInput = Callable[..., ReportInput]
@@ -319,16 +314,6 @@ def test_every_single_command_is_one_that_the_command_line_takes(make_report_inp
     )
 
 
-def test_a_sweep_is_in_the_plot_of_quality(make_report_input: MakeReportInput) -> None:
-    figures = make_report_input("Tiny").figures
-    points = tuple(SweepPoint(ratio, ratio, figures.evaluation) for ratio in (0.1, 0.3))
-    sweep = Sweep(ModelIdentity("Tiny"), ("self",), "0", 1, 0, points)
-    plots = {plot.id: plot for plot in make_plots(figures, [], sweep)}
-    trace = plots["plot-quality"].figure["data"][0]
-    assert trace["x"] == [0.0, 0.1, 0.3]
-    assert trace["y"] == [1.0, 15 / 13, 15 / 13]
-
-
 @pytest.mark.parametrize(
     ("prune", "name"),
     [
@@ -358,4 +343,3 @@ def test_nothing_is_said_of_channels_where_none_went(make_report_input: MakeRepo
     ):
         assert "300 of 384 tokens kept" in made
         assert "of the FFN channels" not in made
-    assert "plot-pattern" not in {plot.id for plot in make_plots(figures, [], None)}
