@@ -170,7 +170,7 @@ class ExportRecord:
         parity: The proof.
         warnings: What the user should know: fallbacks, padding, a shortened context.
         runtime: Name and version of the runtime that proved the file.
-        ort_file: The same as an .ort file, where it was asked for.
+        ort_file: Of earlier versions: the same as an .ort file.
         calibration_sha256: Hash of the token ids that it was rounded for, its types chosen by, or its importance matrix
             measured on; None without.
         calibration_tokens: Their number.

@@ -29,7 +29,6 @@ class ExportOptions:
         mixed_bytes: Most that a mixture of bits may take; by default 1.1 times what weights take in GGUF's Q4_0.
         must_fit: Refuse a GGUF file for a size that is too small; where not, the smallest is made.
         opset: Of ONNX's own operators, for runtimes that do not know new ones; 21 by default.
-        ort: Also write <variant>/ort/<stem>.ort, one file for minimal builds of ONNX Runtime.
         parity_windows: Token ids (n_windows, seqlen); by default windows of built-in English prose.
         limits: Bounds by format's name, in place of the table's.
         device: Where numbers of few bits are chosen, as torch writes it; files are proven on the CPU, where they run.
@@ -49,7 +48,6 @@ class ExportOptions:
     mixed_bytes: int | None = None
     must_fit: bool = True
     opset: int | None = None
-    ort: bool = False
     parity_windows: torch.Tensor | None = None
     limits: Mapping[str, ParityLimits] | None = None
     device: str = "cpu"

@@ -161,5 +161,4 @@ class ExportSettings(FileSettings):
     opset: int | None = setting(
         None, "ONNX opset of the graphs; older runtimes want an older one.", ge=1, metavar="N", shown="21"
     )
-    ort: bool = setting(False, "Write each ONNX variant as one .ort file, too.")
     seed: int = setting(0, SEED)

@@ -40,9 +40,8 @@ _OF_TEXT = (
     lambda asked: NO_TEXT not in asked.calibration and (bool(asked.calibration) or reads_text(asked)),
     "without --calibration REF, or what needs text",
 )
-_OF_ONNX = dict.fromkeys(("opset", "ort"), "without --onnx VARIANT,...")
 EXPORT_READS: Reads = {
-    **read_by_formats({"calibration": "without files of few bits", **_OF_ONNX}),
+    **read_by_formats({"calibration": "without files of few bits", "opset": "without --onnx VARIANT,..."}),
     **READS,
     **dict.fromkeys(("nsamples", "seqlen", "rounding_windows", "dense"), _OF_TEXT),
 }
@@ -164,7 +163,6 @@ def _export(
         _calibration(checkpoint, request, load, progress) if wants_text else None,
         name=request.name,
         opset=request.opset,
-        ort=request.ort,
         device=device,
         dtype=dtype,
         n_threads=n_threads,
@@ -199,8 +197,7 @@ def _reads_text(row: ExportFormat, request: ExportSettings) -> bool:
 
 def _within(folder: str, record: ExportRecord) -> ExportRecord:
     """The record as it is from the folder above."""
-    ort_file = f"{folder}/{record.ort_file}" if record.ort_file else None
-    return replace(record, file=f"{folder}/{record.file}", ort_file=ort_file)
+    return replace(record, file=f"{folder}/{record.file}")
 
 
 def _check(rows: Sequence[ExportFormat], request: ExportSettings) -> None:

@@ -11,7 +11,6 @@ from cfsp.errors import InputError
 from cfsp.settings import SEED, Reads, Settings, check_settings, setting
 from cfsp.units import parse_seconds
 from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES
-from exporters.onnx.ready import INT8_CACHE
 
 FRESH, SUSTAINED = "fresh", "sustained"
 """Regimes that are there without being named: of every row, and where a time is given."""
@@ -202,10 +201,10 @@ class SamplingSettings(Settings):
     )
     cache_type: str | None = setting(
         None,
-        f"Type of the key-value cache: of GGUF files {', '.join(MEASURED_CACHES)}, of ONNX graphs {INT8_CACHE}.",
-        choices=(*MEASURED_CACHES, INT8_CACHE),
+        "Type of the key-value cache of GGUF files.",
+        choices=MEASURED_CACHES,
         metavar="TYPE",
-        shown=f"{DEFAULT_CACHE}; an ONNX graph's own",
+        shown=DEFAULT_CACHE,
         example="q8_0",
     )
     backend: str | None = setting(

@@ -22,7 +22,7 @@ from cfsp.reading import read_json
 from exporters.chats import ReadChats
 from exporters.checkpoint_reader import ModelConfig
 from exporters.onnx.folder import GENAI_CONFIG, GRAPHS
-from exporters.onnx.genai_chats import settled_chats
+from exporters.onnx.genai_chats import genai_chats
 from exporters.onnx.job import OnnxJob
 from exporters.onnx.variants import Variant
 
@@ -59,7 +59,7 @@ def write_companions(job: OnnxJob, variant: Variant, folder: Path) -> ReadChats:
     }
     _add_kept(genai["model"], stored, job.common.config)
     write_json(folder / GENAI_CONFIG, genai)
-    return settled_chats(job.common, folder)
+    return genai_chats(job.common, folder)
 
 
 def _with_caches(stored: dict[str, Any], config: ModelConfig) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from exporters.onnx.companions import write_companions
 from exporters.onnx.folder import GRAPHS
 from exporters.onnx.job import OnnxJob
 from exporters.onnx.operators import OPSETS
-from exporters.onnx.ort_format import write_ort
 from exporters.onnx.portable import check_portable
 from exporters.onnx.proof import prove
 from exporters.onnx.runtime import runtime_version
@@ -101,6 +100,5 @@ def _export(job: OnnxJob, variant: Variant) -> ExportRecord:
     (folder / GRAPHS).mkdir(parents=True)
     written = write_graphs(job, variant, folder / GRAPHS)
     chats = write_companions(job, variant, folder)
-    ort = write_ort(written.last or written.every, folder / "ort") if common.settings.ort else None
     common.progress(f"writing {variant.name}", 1, 1)
-    return prove(job, variant, written, ort, chats)
+    return prove(job, variant, written, chats)

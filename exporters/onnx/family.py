@@ -8,7 +8,6 @@ from typing import Any
 from exporters import onnx
 from exporters.family import ExportedModel, ExportFamily
 from exporters.onnx.folder import find_graph, is_onnx
-from exporters.onnx.ready import INT8_CACHE
 from exporters.outline import FileOutline
 
 
@@ -17,10 +16,10 @@ def _locate(folder: Path, stem: str, variant: str) -> ExportedModel:
     return ExportedModel(f"{stem}-{variant}", root, find_graph(str(root), last_logits=True))
 
 
-def _open(reference: str, n_ctx: int, n_threads: int | None, cache_type: str | None) -> Any:
+def _open(reference: str, n_ctx: int, n_threads: int | None, _: str | None) -> Any:
     from exporters.onnx.language_model import OnnxLanguageModel
 
-    return OnnxLanguageModel(reference, n_ctx=n_ctx, n_threads=n_threads, cache_type=cache_type)
+    return OnnxLanguageModel(reference, n_ctx=n_ctx, n_threads=n_threads)
 
 
 def _outline(reference: str, n_ctx: int) -> FileOutline:
@@ -44,6 +43,5 @@ ONNX = ExportFamily(
     needs={"onnx": "onnx", "onnx_ir": "onnx-ir", "onnxruntime": "onnxruntime"},
     extra="onnx",
     largest_size=lambda *request: onnx.largest_size(*request),
-    cache_types=(INT8_CACHE,),
     through=lambda: onnx.OnnxRounding(),
 )

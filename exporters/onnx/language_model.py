@@ -24,7 +24,6 @@ from cfsp.text.choosing import Chooser, greedy
 from cfsp.text.generation import stated_sampling, stop_tokens
 from exporters.checkpoint_reader import read_config
 from exporters.onnx.folder import GRAPHS, find_graph, folder_of, told_context
-from exporters.onnx.int8_cache import make_ready
 from exporters.onnx.runtime import open_model
 from exporters.onnx.texts import continuation_rows, write
 from exporters.outline import FileOutline
@@ -61,7 +60,6 @@ class OnnxLanguageModel:
         reference: The .onnx file with the logits of every position, or the folder of its variant.
         n_ctx: Most tokens at once; cut to the model's context.
         n_threads: Threads; torch's number by default.
-        cache_type: Of keys and values, INT8_CACHE or None for the graph's own.
 
     Raises:
         InputError: As `open_model`, or no tokenizer beside it.
@@ -70,27 +68,17 @@ class OnnxLanguageModel:
 
     runtime = "onnxruntime"
     gives_logits = True
+    cache_type: str | None = None
 
-    def __init__(
-        self,
-        reference: str,
-        *,
-        n_ctx: int = 2048,
-        n_threads: int | None = None,
-        cache_type: str | None = None,
-    ) -> None:
+    def __init__(self, reference: str, *, n_ctx: int = 2048, n_threads: int | None = None) -> None:
         path = find_graph(reference)
         outline = outline_of(path, n_ctx)
-        self.name, self.cache_type = reference, cache_type
+        self.name = reference
         self.tokenizer, self.context_length = outline.tokenizer, outline.context_length
         self.sha256: str | None = outline.sha256
         self._ends, self.stated_sampling = frozenset(outline.ends), outline.stated_sampling
         threads = n_threads or torch.get_num_threads()
-        if cache_type is not None:
-            make_ready(path, threads)
-        self._model = open_model(
-            path, n_ctx=self.context_length, n_threads=threads, n_batch=outline.n_batch, cache_type=cache_type
-        )
+        self._model = open_model(path, n_ctx=self.context_length, n_threads=threads, n_batch=outline.n_batch)
         if self._model.last_logits:
             raise InputError(
                 f"{path} gives the last position's logits alone", allowed=f"the other graph in {GRAPHS}"

@@ -26,9 +26,7 @@ _SAME_LOGITS = 1e-2
 """Most that the two graphs of a variant may differ; their output matrix multiplies batches of other sizes."""
 
 
-def prove(
-    job: OnnxJob, variant: Variant, written: WrittenGraphs, ort: Path | None, chats: ReadChats
-) -> ExportRecord:
+def prove(job: OnnxJob, variant: Variant, written: WrittenGraphs, chats: ReadChats) -> ExportRecord:
     """Compare the graph with the checkpoint, others of its weights with it, and describe it.
 
     Raises:
@@ -46,7 +44,7 @@ def prove(
     with job.opened(path) as model:
         window = common.reference.windows.ids[0, :PREFILL_TOKENS].numpy()
         every = next(iter(model.iter_logits(window)))[-1].copy()
-    for other in [*graphs[1:], *([ort] if ort else [])]:
+    for other in graphs[1:]:
         with job.opened(other) as model:
             difference = float(np.abs(model.decode(window)[-1] - every).max())
         if not difference <= _SAME_LOGITS:
@@ -70,7 +68,6 @@ def prove(
         ),
         chats=chats.equal,
         runtime=runtime_version(),
-        ort_file=str(ort.relative_to(common.folder)) if ort else None,
         calibration_sha256=job.text_sha256(variant),
         calibration_tokens=0 if text is None else text.numel(),
         budget_bytes=job.budget_bytes(variant),

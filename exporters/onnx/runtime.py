@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from cfsp.errors import InputError, require_extra
-from exporters.onnx.ready import INT8_CACHE, ready_graph
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -37,13 +36,11 @@ _PRESENT = {
 """How the names of caches begin, as inputs and as outputs."""
 _RECORD_PROVIDERS = "session.record_ep_graph_assignment_info"
 _PROVIDER = "ExecutionProvider"
-_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _FEEDS = ("input_ids", "attention_mask", "position_ids")
 _TYPES: Mapping[str, tuple[str, type]] = MappingProxyType(
     {
         "tensor(float)": ("f32", np.float32),
         "tensor(float16)": ("f16", np.float16),
-        "tensor(int8)": (INT8_CACHE, np.int8),
     }
 )
 """ONNX Runtime's name of a cache's type, to ours and NumPy's."""
@@ -73,7 +70,7 @@ class OnnxModel:
         can_rewind: Whether all but the first of them can be forgotten.
         last_logits: Whether the graph gives the last position's logits alone.
         metadata: The file's own keys.
-        cache_type: Of keys and values: f32, f16 or int8; None without any.
+        cache_type: Of keys and values: f32 or f16; None without any.
         providers: Nodes of the graph by the execution provider that runs them, such as CPU; empty where ONNX Runtime
             does not say.
     """
@@ -115,11 +112,6 @@ class OnnxModel:
         self.n_past = n_past
         kept = {name: self._cache[name] for name in self._in_place if name in self._cache}
         self._cache = {name: kept.get(name) or self._empty(name) for name in self._caches}
-
-    def fixed_caches(self) -> dict[str, npt.NDArray[Any]]:
-        """Input of a cache of fixed length -> what it holds, (heads, n_past, numbers of a head), copied."""
-        held = ((name, self._cache[name].numpy()[0, :, : self.n_past]) for name in sorted(self._in_place))
-        return {name: values.copy() for name, values in held}
 
     def decode(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> FloatArray:
         """Append tokens, at most n_batch.
@@ -236,7 +228,6 @@ def open_model(
     n_ctx: int,
     n_threads: int,
     n_batch: int = PREFILL_TOKENS,
-    cache_type: str | None = None,
     provider: str | None = None,
 ) -> OnnxModel:
     """Open a file.
@@ -246,12 +237,11 @@ def open_model(
         n_ctx: Tokens that the cache holds.
         n_threads: Threads inside an operator.
         n_batch: Most tokens run at once; logits of all of them are held.
-        cache_type: INT8_CACHE for the graph that `make_ready` made of the file; None for its own.
         provider: Execution provider that is to run it, in any case and without the word, such as cuda; what it cannot
             take, or all where it is not there, runs on the CPU.
 
     Raises:
-        InputError: ONNX Runtime cannot load it, there is no such graph, or an unknown provider.
+        InputError: ONNX Runtime cannot load it, or an unknown provider.
         MissingExtraError: ONNX Runtime is not installed.
     """
     require_extra("onnxruntime", "onnx")
@@ -263,13 +253,9 @@ def open_model(
     options.intra_op_num_threads = n_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # what fails is raised; written by ONNX Runtime it would be in colours
-    graph: str | bytes = str(path)
-    if cache_type is not None:
-        graph = ready_graph(path).read_bytes()
-        options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.resolve().parent))
     options.add_session_config_entry(_RECORD_PROVIDERS, "1")
     try:
-        session = onnxruntime.InferenceSession(graph, options, providers=_providers(provider))
+        session = onnxruntime.InferenceSession(str(path), options, providers=_providers(provider))
     except Exception as error:  # its exceptions have no common base
         raise InputError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0][:200]}") from error
     return OnnxModel(path, session, n_ctx, n_batch)

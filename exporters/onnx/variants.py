@@ -87,7 +87,7 @@ class Variant(ExportFormat):
     def reads(self) -> frozenset[str]:
         """See ExportFormat."""
         own = {"calibration": self.calibrated, "mixed_bytes": self.mixed}
-        return frozenset({"opset", "ort", *(field for field, read in own.items() if read)})
+        return frozenset({"opset", *(field for field, read in own.items() if read)})
 
     @property
     def stem(self) -> str:

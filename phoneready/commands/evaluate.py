@@ -20,7 +20,6 @@ from cfsp.settings import SEED, Settings, as_read, declared, no_effect, setting
 from cfsp.text.settings import BUILTIN_TEXT, CalibrationSettings
 from exporters.families import FAMILIES
 from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES, PARITY_CACHE
-from exporters.onnx.ready import INT8_CACHE
 from phoneready.commands.options import (
     DeviceOption,
     DtypeOption,
@@ -136,11 +135,10 @@ def evaluate(
     ),
     cache_type: str | None = setting(
         None,
-        f"Type of MODEL's keys and values: of GGUF files {', '.join(MEASURED_CACHES)}, of ONNX graphs {INT8_CACHE}. "
-        f"Without --against the reference is MODEL with {DEFAULT_CACHE}, an ONNX graph's own.",
-        choices=(*MEASURED_CACHES, INT8_CACHE),
+        f"Type of keys and values of a GGUF file. Without --against the reference is the file with {DEFAULT_CACHE}.",
+        choices=MEASURED_CACHES,
         metavar="TYPE",
-        shown=f"{PARITY_CACHE}, an ONNX graph's own",
+        shown=PARITY_CACHE,
     ),
     trust_remote_code: TrustOption = False,
     device: DeviceOption = "auto",

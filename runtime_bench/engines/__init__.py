@@ -17,7 +17,6 @@ from typing import Protocol, cast
 from cfsp import plugins
 from cfsp.errors import InputError, require_extra
 from exporters.gguf.cache_types import MEASURED_CACHES
-from exporters.onnx.ready import INT8_CACHE
 from runtime_bench.files import size_of
 from runtime_bench.records.engine_settings import EngineSettings
 
@@ -154,7 +153,6 @@ class EngineSpec:
         extra: Extra of phoneready that brings it; empty where none does.
         far_packages: What its worker imports in the Python of another machine; empty where it runs on this one alone.
         cache_types: Types of the key-value cache that can be asked for.
-        companion: Module whose `make_ready(path)` makes what it needs beside a file for them; empty without need.
         answers: Whether its sessions are of `AnsweringSession`.
     """
 
@@ -165,7 +163,6 @@ class EngineSpec:
     extra: str = ""
     far_packages: tuple[str, ...] = ()
     cache_types: tuple[str, ...] = ()
-    companion: str = ""
     answers: bool = False
 
     def require(self) -> None:
@@ -195,7 +192,7 @@ ENGINES = MappingProxyType(
         "onnxruntime": EngineSpec(
             f"{_ENGINES}.onnxruntime", "onnxruntime", "onnxruntime", ".onnx", "onnx",
             ("onnxruntime", "numpy", "tokenizers"),
-            cache_types=(INT8_CACHE,), companion="exporters.onnx.int8_cache", answers=True,
+            answers=True,
         ),
         "onnxruntime-genai": EngineSpec(
             f"{_ENGINES}.onnxruntime_genai", "onnxruntime_genai", "onnxruntime-genai", ".onnx", "onnx",
@@ -235,17 +232,6 @@ def check_cache(engine: str, cache_type: str | None) -> None:
             value=cache_type,
             allowed=", ".join(types) or "without it",
         )
-
-
-def prepare_cache(engine: str, path: Path, cache_type: str | None) -> None:
-    """Make what an engine needs beside a file for a type of cache, so that it is in no measurement.
-
-    Raises:
-        PhonereadyError: It cannot be made.
-    """
-    companion = engine_spec(engine).companion if cache_type is not None else ""
-    if companion:
-        importlib.import_module(companion).make_ready(path)
 
 
 def check_engine(engine: str) -> EngineSpec:

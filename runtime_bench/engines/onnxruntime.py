@@ -91,7 +91,6 @@ def open_session(path: Path, settings: SessionSettings) -> Session:
         n_ctx=settings.n_ctx,
         n_threads=settings.n_threads,
         n_batch=piece,
-        cache_type=settings.cache_type,
         provider=settings.backend,
     )
     return OnnxRuntimeSession(model)

@@ -20,7 +20,7 @@ from pathlib import Path
 from cfsp.errors import InputError, PhonereadyError
 from cfsp.files import sha256_file
 from cfsp.progress import Progress, no_progress
-from runtime_bench.engines import check_cache, prepare_cache
+from runtime_bench.engines import check_cache
 from runtime_bench.measuring.nominal import wait_nominal
 from runtime_bench.measuring.rows import MeasuredFile, Row, Session, record_of, row_of, shares
 from runtime_bench.measuring.text_check import TextCheck, check_text
@@ -76,8 +76,6 @@ def run_bench(
     check_files(files, anchor)
     files = [*files, anchor] if anchor else files
     engines = engines_on(target, files, settings, engine)
-    for name, path in zip(engines, files, strict=True):
-        prepare_cache(name, path, settings.cache_type)
     seen = look_at(files, settings) if seen is None else seen
     measured = tuple(
         MeasuredFile(path, seen[path].sha256, engine, seen[path].check)

@@ -94,7 +94,7 @@ def _continue_gguf(path: Path, cache_type: str | None) -> list[str]:
         ]
 
 
-def _continue_onnx(path: Path, cache_type: str | None) -> list[str]:
+def _continue_onnx(path: Path, _: str | None) -> list[str]:
     from tokenizers import Tokenizer
 
     from exporters.onnx.folder import folder_of
@@ -103,8 +103,7 @@ def _continue_onnx(path: Path, cache_type: str | None) -> list[str]:
     folder = folder_of(path)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     stops = _stop_tokens(folder)
-    opened = open_model(path, n_ctx=_CONTEXT, n_threads=_THREADS, n_batch=_CONTEXT, cache_type=cache_type)
-    with closing(opened) as model:
+    with closing(open_model(path, n_ctx=_CONTEXT, n_threads=_THREADS, n_batch=_CONTEXT)) as model:
         return [
             tokenizer.decode(_greedy(model, tokenizer.encode(text).ids[: _CONTEXT - NEW_TOKENS], stops))
             for text in BEGINNINGS

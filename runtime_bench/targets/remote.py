@@ -21,7 +21,7 @@ from cfsp.records import tool_version
 from runtime_bench.conditions.looks import conditions_of
 from runtime_bench.conditions.meters.energy import energy_of
 from runtime_bench.conditions.script import WATCH, idle_glances
-from runtime_bench.engines import check_engine, engine_for, engine_spec
+from runtime_bench.engines import check_engine, engine_for
 from runtime_bench.process import ProcessFailed, exit_reason, read_answer, result_from_json
 from runtime_bench.questions import AnswerRequest, AnswerResult
 from runtime_bench.records.bench_record import EMULATED, Environment
@@ -163,7 +163,6 @@ class Remote:
             return replace(request, path=link.cache.have(Path(request.path), model_bundle))
 
         try:
-            _check_companion(request.engine, request.session.cache_type)
             reply = self._ask(request.engine, asked, timeout_s, request.idle_s)
             return _result_of(reply, metered=request.idle_s is not None)
         except StoppedError:
@@ -184,7 +183,6 @@ class Remote:
             return replace(request, path=model, questions=link.cache.have(questions, plain_bundle))
 
         try:
-            _check_companion(request.engine, request.session.cache_type)
             reply = self._ask(request.engine, asked, timeout_s)
             return read_answer(AnswerResult, _answer_of(reply)[0])
         except StoppedError:
@@ -301,13 +299,6 @@ class Remote:
         return native_program(
             link.machine, link.cache, runner=self.runner, ndk=self.ndk, progress=self.progress
         )
-
-
-def _check_companion(engine: str, cache_type: str | None) -> None:
-    """Raise FarError where a type of cache needs a file that is made on this machine alone."""
-    if cache_type is not None and engine_spec(engine).companion:
-        made = f"a cache of {cache_type} needs what is made of the file on this machine alone"
-        raise FarError(f"{made}; allowed: --on local")
 
 
 def _answer_of(reply: Reply) -> tuple[bytes, bytes]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pytest
 import tokenizers
 import transformers
@@ -22,7 +20,6 @@ from exporters.chats import read_chats
 from exporters.export_record import ExportRecord
 from exporters.gguf.export import export_gguf
 from exporters.onnx import genai_chats
-from exporters.onnx.chat_whitespace import explicit_whitespace
 from exporters.onnx.export import export_onnx
 
 TinyModel = Callable[..., tuple[Any, Any]]
@@ -39,19 +36,6 @@ FAMILIES = (
     "mistralai-Mistral-Nemo-Instruct-2407",
 )
 """Chat templates of families that are supported, which llama.cpp's source carries."""
-ON_LINES = """{# A comment
-   on lines of its own. #}
-{% set name = "Tiny" %}
-    {% for message in messages %}
-        {% if message.role == "user" %}
-{{ "<|im_start|>user " + message.content }}<|im_end|>
-        {%- else -%}
-<|im_start|>{{ message.role }} {{ message.content }}<|im_end|>
-        {% endif %}
-    {% endfor %}
-    {# Another. #}
-{% if add_generation_prompt %}<|im_start|>{{ name }}:{% endif %}"""
-"""Blocks and comments on lines of their own, as many templates have them."""
 
 
 @pytest.fixture(scope="module")
@@ -105,45 +89,6 @@ def test_llama_cpp_renders_what_transformers_renders(
         if conversation.name in texts:
             answer = render(templates[name], context_of(conversation, tiny_tokenizer))
             assert answer == {"text": texts[conversation.name]}, conversation.name
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_white_space_that_is_written_out_is_the_same(
-    templates: dict[str, str], tiny_tokenizer: Any, name: str
-) -> None:
-    explicit = explicit_whitespace(templates[name])
-    assert explicit is None or rendered(tiny_tokenizer, template=explicit) == rendered(
-        tiny_tokenizer, template=templates[name]
-    )
-
-
-@pytest.mark.parametrize(
-    ("template", "mended"),
-    [
-        (ON_LINES, True),
-        ("{% if x %}\nA{% endif %}", True),
-        ("  {% if x %}\n  A\n  {% endif %}\nB", True),
-        ("{%- if x %}\nA\n{%- endif -%}\nB", True),
-        ("A {# c #}\nB\n  {#- d -#}  \nC", True),
-        ("{%+ if x +%}\n A{% endif %}{{ '{%' }}", True),
-        ("{% if x %}\n\nA{% endif %}", True),
-        ("{% if x %}\n\n  {%- endif %}\n\n{# c #}\n\nB", True),
-        ("{% if x -%}\n\n  A\n\n  {%- endif %}\n\n B", True),
-        ("A\n{# c #}  {% if x %}B{% endif %}", False),
-        ("{% raw %}\n{% if %}\n{% endraw %}", False),
-    ],
-)
-def test_white_space_no_longer_depends_on_how_jinja_trims(template: str, mended: bool) -> None:
-    explicit = explicit_whitespace(template)
-    assert (explicit is not None) == mended
-    if explicit is not None:
-        messages = [{"role": "user", "content": " a\n"}, {"role": "assistant", "content": "b"}]
-        context = {"x": True, "messages": messages, "add_generation_prompt": True}
-        trimming = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
-        plain = jinja2.Environment(autoescape=False)
-        expected = trimming.from_string(template).render(context)
-        assert trimming.from_string(explicit).render(context) == expected
-        assert plain.from_string(explicit).render(context) == expected
 
 
 @pytest.mark.parametrize(
@@ -239,21 +184,6 @@ def exported(folder: Path, output: Path) -> Sequence[ExportRecord]:
         *export_gguf(folder, output / "gguf", ["f32"]),
         *export_onnx(folder, output / "onnx", ["fp32"]),
     )
-
-
-def test_a_template_of_lines_is_read_by_genai(tiny_model: TinyModel, tmp_path: Path) -> None:
-    genai = pytest.importorskip("onnxruntime_genai", reason="the onnx extra is not installed")
-    model, tokenizer = tiny_model()
-    tokenizer.chat_template = ON_LINES
-    (record,) = export_onnx(saved(model, tokenizer, tmp_path / "tiny"), tmp_path / "onnx", ["fp32"])
-    assert len(record.chats) == len(CONVERSATIONS)
-    reader = genai.Tokenizer(str(tmp_path / "onnx/fp32"))
-    messages = json.dumps([{"role": "user", "content": "List three fruits."}])
-    expected = rendered(tokenizer)["a question"]
-    assert reader.apply_chat_template(messages) == expected
-    assert (
-        reader.apply_chat_template(messages, template_str=ON_LINES) != expected
-    )  # else nothing was to be done
 
 
 def test_what_a_runtime_reads_otherwise_is_told(tiny_model: TinyModel, tmp_path: Path) -> None:

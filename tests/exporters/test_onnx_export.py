@@ -18,6 +18,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from exporters.onnx.ort_format import OPERATORS_FILE
 
 from cfsp.errors import InputError, LimitError, MissingExtraError
 from cfsp.evaluation.language_model import Branches
@@ -32,7 +33,6 @@ from exporters.onnx import VARIANTS, export_onnx
 from exporters.onnx.checks import check_graph
 from exporters.onnx.folder import is_onnx
 from exporters.onnx.language_model import OnnxLanguageModel
-from exporters.onnx.ort_format import OPERATORS_FILE
 from exporters.onnx.runtime import OnnxModel, open_model
 from exporters.options import ExportOptions
 

@@ -10,12 +10,12 @@ import onnx_ir as ir
 import onnxruntime
 import psutil
 import pytest
+from exporters.onnx.ort_format import write_ort
 
 from cfsp.errors import InputError
 from exporters.onnx.decoder_graph import Attention, Block, Decoder, Rope, build_decoder
 from exporters.onnx.graph_file import save_graph
 from exporters.onnx.layers import FloatEmbedding, FloatLinear
-from exporters.onnx.ort_format import write_ort
 
 HIDDEN, HEADS, HEAD_DIM, WIDTH, POSITIONS = 256, 4, 64, 48, 16
 ROWS = 64

@@ -330,7 +330,7 @@ def test_export_goes_on_without_what_nothing_reads(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
-    idle = ["--calibration", "missing.txt", "--opset", "18", "--ort", "--mixed-size", "80M", "--tune-scales"]
+    idle = ["--calibration", "missing.txt", "--opset", "18", "--mixed-size", "80M", "--tune-scales"]
     asked = ["export", str(checkpoint), "--gguf", "Q8_0", "--threads", "1", "--name", "m"]
     assert main([*asked, "-o", str(tmp_path / "plain")]) == 0
     assert not warned(capsys)
@@ -339,7 +339,6 @@ def test_export_goes_on_without_what_nothing_reads(
     assert said == [
         "--calibration has no effect without files of few bits",
         "--opset has no effect without --onnx VARIANT,...",
-        "--ort has no effect without --onnx VARIANT,...",
         "--tune-scales has no effect without GGUF files of up to 6 bits",
         "--mixed-size has no effect without the ONNX variant int4-mixed",
         "--nsamples has no effect without --calibration REF, or what needs text",

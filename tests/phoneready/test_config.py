@@ -237,7 +237,7 @@ ONNX = '[export]\nquants = ["Q4_0"]\nonnx = ["fp32"]\n[bench]\n'
         ('[evaluate]\nfiles = ["Q8_0"]', "line 4: evaluate.files: not exported"),
         ('[export]\nquants = ["IQ2_M"]\nimatrix = false', "line 5: export.imatrix: IQ2_M cannot be written without"),
         ('[evaluate]\ntext = ["a/test.txt", "b/test.txt"]', "line 4: evaluate.text: two have the name 'text test.txt'"),
-        (ONNX + 'cache_type = "q8_0"', "bench.cache_type: onnxruntime cannot run fp32 with q8_0; allowed: int8"),
+        (ONNX + 'cache_type = "q8_0"', "bench.cache_type: onnxruntime cannot run fp32 with q8_0; allowed: none"),
         ('[bench]\ncache_type = "q8_0"\ntargets = ["browser"]', "the engines of browser cannot be told"),
         ('[bench]\ncache_type = "q8_0"\nanchor = "ref.onnx"', "onnxruntime cannot run ref.onnx with q8_0"),
         ('[bench]\nbackend = "vulkan"\ntargets = ["ssh:pi"]', "bench.backend: the runner that a release has"),

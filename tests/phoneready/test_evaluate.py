@@ -133,17 +133,7 @@ def test_a_type_of_cache_that_a_runtime_does_not_have_is_refused(
 ) -> None:
     assert "torch keeps keys and values as it computes them" in refused(capsys, model, "--cache-type", "q8_0")
     assert "onnxruntime has no such cache (got 'q8_0')" in refused(capsys, onnx, "--cache-type", "q8_0")
-    assert "allowed: f16, q8_0, q4_0, int8" in refused(capsys, model, "--cache-type", "q2_K")
-
-
-def test_a_graph_with_a_cache_of_8_bits_is_held_against_itself(
-    onnx: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path))
-    result = evaluate(capsys, onnx, "--cache-type", "int8", *TEXT)
-    assert (result["model"]["cache_type"], result["against"]["reference"]) == ("int8", onnx)
-    assert "cache_type" not in result["against"]
-    assert 0 < result["texts"][0]["divergence"]["kl_mean"] < 0.01
+    assert "allowed: f16, q8_0, q4_0" in refused(capsys, model, "--cache-type", "q2_K")
 
 
 def test_a_file_against_the_checkpoint(model: str, gguf: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,10 +10,7 @@ from typing import Any
 import pytest
 
 from cfsp.errors import InputError
-from exporters.onnx import export_onnx
-from exporters.onnx.folder import find_graph
-from exporters.options import ExportOptions
-from runtime_bench.engines import EngineFacts, SessionSettings, check_cache
+from runtime_bench.engines import EngineFacts, check_cache
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.measuring.text_check import check_text
 from runtime_bench.presentation.comparison_table import format_comparison
@@ -23,9 +20,8 @@ from runtime_bench.records.engine_settings import EngineSettings
 from runtime_bench.records.groups import bench_groups
 from runtime_bench.records.jsonl import record_from_json, record_to_json
 from runtime_bench.targets import Local
-from runtime_bench.targets.table import TargetOptions, open_remote
 from runtime_bench.worker import WorkerRequest, WorkerResult
-from runtime_bench.workload import BenchSettings, Workload
+from runtime_bench.workload import BenchSettings
 
 pytest.importorskip("llama_cpp")
 
@@ -85,9 +81,8 @@ def test_an_engine_that_did_not_heed_the_type_has_no_speed(model: Path) -> None:
 @pytest.mark.parametrize(
     ("engine", "cache_type", "reason"),
     [
-        ("onnxruntime", "q8_0", "onnxruntime has no such cache .*allowed: int8"),
+        ("onnxruntime", "q8_0", "onnxruntime cannot be told the type of its cache"),
         ("llama.cpp", "int8", "llama.cpp has no such cache .*allowed: f16, q8_0, q4_0"),
-        ("onnxruntime-genai", "int8", "onnxruntime-genai cannot be told the type of its cache"),
         ("wllama", "q8_0", "wllama cannot be told the type of its cache"),
     ],
 )
@@ -97,37 +92,6 @@ def test_what_an_engine_cannot_have_is_refused_before_anything_is_measured(
     with pytest.raises(InputError, match=reason):
         check_cache(engine, cache_type)
     check_cache(engine, None)
-
-
-def test_a_cache_that_is_made_on_this_machine_is_refused_before_anything_is_pushed(tmp_path: Path) -> None:
-    session = SessionSettings(64, 1, 64, 64, cache_type="int8")
-    request = WorkerRequest(
-        path=str(tmp_path / "model.onnx"), engine="onnxruntime", workload=Workload("load"), session=session
-    )
-    result = open_remote("ssh:nowhere.invalid", TargetOptions()).run(request, 60)
-    assert result.error == (
-        "a cache of int8 needs what is made of the file on this machine alone; allowed: --on local"
-    )
-
-
-@pytest.fixture(scope="module")
-def variant(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
-    output = tmp_path_factory.mktemp("onnx") / "out"
-    export_onnx(tiny_folder(), output, ["fp32"], ExportOptions(n_threads=1))
-    return output / "fp32"
-
-
-def test_a_graph_is_measured_with_a_cache_of_8_bits(
-    variant: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path))
-    graph = find_graph(str(variant), last_logits=True)
-    (floats,), (few,) = (run_bench([graph], replace(QUICK, cache_type=kind)) for kind in (None, "int8"))
-    assert (floats.ok, few.ok) == (True, True), few.failure
-    assert (floats.engine_settings.cache_type, few.engine_settings.cache_type) == ("f32", "int8")
-    assert few.quantized_cache == "int8"
-    assert check_text(graph, 120, "int8").texts
 
 
 def test_the_text_that_is_checked_is_written_with_the_same_cache(
