@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -94,10 +94,6 @@ class ModelConfig:
         sharing_blocks: How many of the last blocks read another block's keys and values.
         block_inputs: Numbers of a token that every block gets beside its hidden state.
         logit_cap: c, where logits are c tanh(z / c) of the output matrix's products z; None where they are these.
-        streams: Hidden states of a token that run through the blocks beside each other.
-        bypass_rank: Numbers through which a way past attention leads; 0 without.
-        sparsity: Of each block, the share of its FFN's channels that a threshold leaves out.
-        settings: All keys, with defaults filled in, of which a format may take some for granted.
     """
 
     model_type: str
@@ -123,10 +119,6 @@ class ModelConfig:
     sharing_blocks: int = 0
     block_inputs: int = 0
     logit_cap: float | None = None
-    streams: int = 1
-    bypass_rank: int = 0
-    sparsity: tuple[float, ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def spec(self) -> ArchitectureSpec:
@@ -194,7 +186,6 @@ class ModelConfig:
             shape=ModelShape(shape.vocab_size or self.vocab_size, tuple(blocks)),
             rotated=tuple(self.rotated[block.origin] for block in shape.blocks),
             windows=tuple(self.windows[block.origin] for block in shape.blocks),
-            sparsity=tuple(self.sparsity[block.origin] for block in shape.blocks),
         )
 
 
@@ -241,20 +232,16 @@ def read_config(folder: Path) -> ModelConfig:
         rope_sections=tuple(rope.get("mrope_section") or _SECTIONS) if spec.partial_rope else (),
         full_head_dim=_full_head_dim(read, shape, head_dim) if spec.own_heads else None,
         logit_cap=logit_cap(read),
-        **_of_blocks(config, spec, len(shape.blocks)),
-        settings=config,
+        **_of_blocks(config, spec),
     )
 
 
-def _of_blocks(config: Mapping[str, Any], spec: ArchitectureSpec, count: int) -> dict[str, Any]:
+def _of_blocks(config: Mapping[str, Any], spec: ArchitectureSpec) -> dict[str, Any]:
     """What blocks get and share beside a hidden state of a token, and what they have in attention's place."""
     return {
         **(_MIXER_SIZES[spec.mixer.kind](config) if spec.mixer else {}),
         "sharing_blocks": config[spec.shared_keys.count_setting] if spec.shared_keys else 0,
         "block_inputs": config[spec.block_inputs.size_setting] if spec.block_inputs else 0,
-        "streams": config[spec.streams.count_setting] if spec.streams else 1,
-        "bypass_rank": config[spec.bypass.rank_setting] if spec.bypass else 0,
-        "sparsity": tuple(config[spec.sparsity_setting]) if spec.sparsity_setting else (0.0,) * count,
     }
 
 

@@ -166,14 +166,6 @@ def _changed(model: _Model, option: str, **own: Any) -> str:
 
 
 def _channels(model: _Model) -> str:
-    if stay := sum(share > 0 for share in model.config.sparsity):
-        others = (
-            "; in a folder others can go (--prune-ratio)" if stay < model.config.num_hidden_layers else ""
-        )
-        raise InputError(
-            f"channels of {stay} blocks stay, as a threshold that is computed from all of a block's leaves some out, "
-            f"and GGUF files have one width for all blocks{others}"
-        )
     width = max(1, model.config.shape.ffn_widths[-1] // 2)
     shape = ModelShape(model.config.vocab_size, _with_last(model, ffn_width=width))
     chosen = choose_layout(replace(model.config, shape=shape), model.stored)

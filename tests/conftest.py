@@ -94,7 +94,6 @@ _PRE_NAMES = {
     "ministral3": "tekken",
     "gemma3_text": "smollm",
     "gemma4_text": "smollm",
-    "gemma3n_text": "smollm",
     "olmo2": "dbrx",
     "olmo3": "dbrx",
     "exaone4": "gpt-2",
@@ -117,16 +116,6 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 2,
         "use_double_wide_mlp": True,
         "final_logit_softcapping": 30.0,
-    },
-    "gemma3n_text": {
-        "rope_parameters": {
-            WINDOWED: {"rope_type": "default", "rope_theta": 700.0},
-            FULL: {"rope_type": "default", "rope_theta": 50000.0},
-        },
-        "sliding_window": 24,
-        "hidden_size_per_layer_input": 256,
-        "num_kv_shared_layers": 0,
-        "laurel_rank": 64,
     },
     # transformers 5 takes no other base of blocks with a window from a configuration of transformers 4.
     "olmo3": {"sliding_window": 24, "rope_theta": 500000.0},
@@ -217,14 +206,12 @@ def make_tiny_model(
     }
     settings |= _OF_TYPE.get(model_type, {})
     blocks = overrides.get("num_hidden_layers", settings["num_hidden_layers"])
-    if model_type in ("gemma4_text", "gemma3n_text"):
+    if model_type == "gemma4_text":
         del settings["rope_theta"]
         settings |= {
             "vocab_size_per_layer_input": settings["vocab_size"],
             "layer_types": ([WINDOWED, FULL] * 20)[:blocks],
         }
-    if model_type == "gemma3n_text":
-        settings["activation_sparsity_pattern"] = ([0.95] * 10 + [0.0] * blocks)[:blocks]
     if model_type == "lfm2":
         settings |= {
             "block_auto_adjust_ff_dim": False,

@@ -89,56 +89,13 @@ class SharedKeys:
 
     Attributes:
         count_setting: Key of the configuration with how many they are.
-        wide_setting: Key that says whether their FFNs are twice as wide as it says of all; empty where they are not.
+        wide_setting: Key that says whether their FFNs are twice as wide as it says of all.
         argument: Under which name blocks are given what they leave keys and values in.
     """
 
     count_setting: str = "num_kv_shared_layers"
     wide_setting: str = "use_double_wide_mlp"
     argument: str = "shared_kv_states"
-
-
-@dataclass(frozen=True)
-class Streams:
-    """Several hidden states of a token, which run through the blocks beside each other: AltUp (arXiv 2301.13310).
-
-    Between blocks they are (n, batch, seqlen, hidden_size). The first is the embedding, the others products of it,
-    x_k = A_k x_0, made as large. With r(x) = tanh(R norm(x) / hidden_size) a block predicts
-    x'_k = x_k + sum_j P_kj x_j, P being n^2 products of r(x_a), computes y from x'_a alone, the active one, and
-    corrects: x''_k = x'_k + (1 + c_k) (y - x'_a), c being n products of r(y). What `BlockInputs` adds goes to all but
-    the first, and its gate reads x''_a times a weight for each number. Behind the blocks comes the mean of x_0 and
-    B_k x_k, made as large as x_0.
-
-    Attributes:
-        count_setting: Key of the configuration with n.
-        active_setting: Key with a.
-        entrances: Of the decoder, the list of A_k, (hidden_size, hidden_size).
-        exits: Of the decoder, the list of B_k, (hidden_size, hidden_size).
-        module: Of a block, what has the rest.
-        methods: Of that, what is called of it beside its forward pass.
-    """
-
-    count_setting: str = "altup_num_inputs"
-    active_setting: str = "altup_active_idx"
-    entrances: str = "altup_projections"
-    exits: str = "altup_unembed_projections"
-    module: str = "altup"
-    methods: tuple[str, ...] = ("predict", "correct", "scale_corrected_output")
-
-
-@dataclass(frozen=True)
-class Bypass:
-    """A way past attention through few numbers.
-
-    Of x, the residual sum, and z = norm(x) it makes (x + attention(z) + z + norm'(B A z)) / sqrt(2).
-
-    Attributes:
-        rank_setting: Key of the configuration with the rows of A.
-        module: Of a block, what has it.
-    """
-
-    rank_setting: str = "laurel_rank"
-    module: str = "laurel"
 
 
 @dataclass(frozen=True)
@@ -190,11 +147,6 @@ class ArchitectureSpec:
         scalar: Of a block, a number that its output is multiplied by; empty without.
         block_inputs: What every block gets of a token beside its hidden state; None for nothing.
         shared_keys: What says which blocks read another block's keys and values; None where every block has its own.
-        streams: What runs through the blocks, where that are several hidden states of a token; None for one.
-        bypass: What stands beside attention; None for nothing.
-        sparsity_setting: Key of the configuration with a share s for each block: where it is above 0, of all channels'
-            gates g those up to mean(g) + icdf(s) std(g) are 0, and the others so much less; empty where none is.
-        own_widths: Whether the configuration states an FFN width for each block.
         refused: Settings of the configuration -> what of such a model is not pruned or written here, where they are on.
         gguf_name: llama.cpp's architecture whose files are read as this model type; None where another's are.
         gguf_settings: Settings of the configuration that no model has otherwise -> where a GGUF file has them, behind
@@ -237,10 +189,6 @@ class ArchitectureSpec:
     scalar: str = ""
     block_inputs: BlockInputs | None = None
     shared_keys: SharedKeys | None = None
-    streams: Streams | None = None
-    bypass: Bypass | None = None
-    sparsity_setting: str = ""
-    own_widths: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
     gguf_name: str | None = None
     gguf_settings: Mapping[str, str | bool] = field(default_factory=dict)
@@ -425,29 +373,13 @@ _ROWS = (
             "global_head_dim": "attention.key_length",
         },
     ),
-    ArchitectureSpec(
-        "gemma3n_text",
-        release=5,
-        head_norms=HeadNorms(),
-        bias_settings=_ATTENTION_BIAS,
-        ffn_norm="pre_feedforward_layernorm",
-        added_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
-        scaled_embedding=True,
-        activation_setting="hidden_activation",
-        plain_window_rope=True,
-        plain_scores=True,
-        cap_setting="final_logit_softcapping",
-        block_inputs=BlockInputs(),
-        shared_keys=SharedKeys(wide_setting=""),
-        streams=Streams(),
-        bypass=Bypass(),
-        sparsity_setting="activation_sparsity_pattern",
-        own_widths=True,
-    ),
 )
 ARCHITECTURES: Mapping[str, ArchitectureSpec] = MappingProxyType({row.model_type: row for row in _ROWS})
-_NOT_READ = "files that are written here and not read: prune the folder that they were made of"
-LACKING: Mapping[str, str] = MappingProxyType({"gemma3n": _NOT_READ})
+LACKING: Mapping[str, str] = MappingProxyType(
+    dict.fromkeys(
+        ("gemma3n", "gemma3n_text"), "several hidden states of a token that run beside each other (AltUp)"
+    )
+)
 """Model types, and llama.cpp's architectures, that people ask for -> what of them is not pruned or written here."""
 
 
@@ -473,8 +405,7 @@ def state_size(config: Any) -> int:
     beside = (
         getattr(config, spec.block_inputs.size_setting) * config.num_hidden_layers if spec.block_inputs else 0
     )
-    streams = getattr(config, spec.streams.count_setting) if spec.streams else 1
-    return int(config.hidden_size * streams + beside)
+    return int(config.hidden_size + beside)
 
 
 def rotated_blocks(config: Any) -> tuple[bool, ...]:
@@ -551,24 +482,6 @@ def norm_epsilon(config: Any) -> float:
     return float(getattr(config, spec_for(config).epsilon_setting))
 
 
-def active_stream(config: Any, states: torch.Tensor) -> torch.Tensor:
-    """Of what runs through the blocks of a transformers config's model, the hidden states that a block computes with.
-
-    Args:
-        config: The configuration.
-        states: (batch, seqlen, hidden_size), which are returned, or (n, batch, seqlen, hidden_size).
-    """
-    streams = spec_for(config).streams
-    return states[getattr(config, streams.active_setting)] if streams else states
-
-
-def competing_blocks(config: Any) -> tuple[int, ...]:
-    """Blocks in which what a channel of the FFN gives depends on which others are there."""
-    key = spec_for(config).sparsity_setting
-    shares = getattr(config, key) if key else ()
-    return tuple(block for block, share in enumerate(shares) if share > 0)
-
-
 def keyless_blocks(settings: Mapping[str, Any]) -> frozenset[int]:
     """Blocks that mix tokens without keys of their own, of settings with defaults filled in.
 
@@ -583,8 +496,6 @@ def keyless_blocks(settings: Mapping[str, Any]) -> frozenset[int]:
 def stated_widths(settings: Mapping[str, Any]) -> tuple[int, ...]:
     """FFN widths of all blocks where none is stated of single ones, of settings with defaults filled in."""
     row, width = ARCHITECTURES.get(settings.get("model_type", "")), settings["intermediate_size"]
-    if isinstance(width, list):
-        return tuple(width)
     sharing: Collection[int] = ()
     if row and row.shared_keys and settings.get(row.shared_keys.wide_setting):
         sharing = _sharing_blocks(row, settings)
@@ -599,8 +510,6 @@ def width_settings(settings: Mapping[str, Any], widths: Sequence[int]) -> dict[s
         widths: FFN width of every block.
     """
     row = ARCHITECTURES[settings["model_type"]]
-    if row.own_widths:
-        return {"intermediate_size": list(widths)}
     one = {"intermediate_size": widths[0]}
     if stated_widths({**settings, **one}) == tuple(widths):
         return one

@@ -1,8 +1,4 @@
-"""Running a decoder block by block, so that memory holds one depth of hidden states instead of all, and one block.
-
-What runs through the blocks, (batch, seqlen, hidden_size), is handed on as it is. Where several hidden states of a
-token do, it is (n, batch, seqlen, hidden_size): windows are the third dimension from behind in both.
-"""
+"""Running a decoder block by block, so that memory holds one depth of hidden states instead of all, and one block."""
 
 from __future__ import annotations
 
@@ -171,23 +167,9 @@ def computing(modules: Iterable[Any], forward: Callable[..., Any]) -> Iterator[N
 
 
 def leave_blocks(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """What the output matrix reads, (batch, seqlen, hidden_size), of what comes out of the last block.
-
-    Where more than the last norm is behind the blocks, the decoder is run with these short-circuited.
-
-    Args:
-        model: A causal LM of the architecture table.
-        hidden: (..., batch, seqlen, hidden_size).
-    """
-    if spec_for(model.config).streams is None:
-        normed: torch.Tensor = last_norm(model)(hidden)
-        return normed
-    layers = decoder_layers(model)
-    ids = torch.zeros(hidden.shape[-3:-1], dtype=torch.int64, device=hidden.device)
-    output = (hidden,) if _returns_tuple(model, layers, ids) else hidden
-    with computing(layers, lambda *_, **__: output):
-        left: torch.Tensor = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    return left
+    """What the output matrix reads, of what comes out of the last block: both (..., hidden_size)."""
+    normed: torch.Tensor = last_norm(model)(hidden)
+    return normed
 
 
 def last_hidden_states(

@@ -35,11 +35,11 @@ _Number = Positive | None
 _Share = Annotated[float, Field(gt=0, le=1)]
 _Factor = Annotated[float, Field(gt=1e-6, lt=1e6)]
 
-PER_BLOCK_LISTS = ("layer_types", "no_rope_layers", "activation_sparsity_pattern")
+PER_BLOCK_LISTS = ("layer_types", "no_rope_layers")
 """Settings with an entry for each block."""
 _CONFIG = kinds(
     **dict.fromkeys(("vocab_size", "hidden_size", "num_attention_heads"), Size),
-    intermediate_size=Size | list[Size],
+    intermediate_size=Size,
     **dict.fromkeys(
         ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_bias", "use_sliding_window"),
         bool | None,
@@ -71,12 +71,6 @@ _CONFIG = kinds(
         ("hidden_size_per_layer_input", "num_kv_shared_layers"), Annotated[int, Field(ge=0)] | None
     ),
     vocab_size_per_layer_input=Size,
-    altup_num_inputs=Annotated[int, Field(ge=2, le=64)],
-    altup_active_idx=Annotated[int, Field(ge=0)],
-    laurel_rank=Size,
-    altup_coef_clip=_Number,
-    altup_correct_scale=bool,
-    activation_sparsity_pattern=list[Annotated[float, Field(ge=0, lt=1)]] | None,
     **dict.fromkeys(("use_double_wide_mlp", "enable_moe_block", "attention_k_eq_v"), bool | None),
     use_bidirectional_attention=Literal[False] | None,
     **dict.fromkeys(("rope_local_base_freq", "query_pre_attn_scalar"), _Number),
@@ -390,24 +384,6 @@ def _other_number_of_blocks(stated: _Stated) -> Iterator[str]:
             yield f"{key} has {count} entries for {layers} blocks"
 
 
-def _other_number_of_widths(stated: _Stated) -> Iterator[str]:
-    widths = stated.settings.get("intermediate_size")
-    if not isinstance(widths, list) or not stated.layers:
-        return
-    if not getattr(stated.row, "own_widths", False):
-        yield "intermediate_size is a list, and this model type has one width"
-    elif len(widths) != stated.layers:
-        yield f"intermediate_size has {len(widths)} entries for {stated.layers} blocks"
-
-
-def _no_active_stream(stated: _Stated) -> Iterator[str]:
-    if (streams := getattr(stated.row, "streams", None)) is None:
-        return
-    count, active = (stated.settings.get(key) for key in (streams.count_setting, streams.active_setting))
-    if count is not None and active is not None and active >= count:
-        yield f"{streams.active_setting} {active} is not below {streams.count_setting} {count}"
-
-
 def _misshapen_rope(stated: _Stated) -> Iterator[str]:
     heads, hidden = stated.heads, stated.hidden
     if not heads or not hidden:
@@ -443,11 +419,9 @@ def _ids_beyond(stated: _Stated) -> Iterator[str]:
 def _other_rows_of_inputs(stated: _Stated) -> Iterator[str]:
     if (inputs := getattr(stated.row, "block_inputs", None)) is None:
         return
-    from cfsp.models.folds import fold_of
-
     tokens, rows = (stated.settings.get(key) for key in ("vocab_size", inputs.rows_setting))
     unlike = stated.settings.get(inputs.size_setting) != 0 and None not in (tokens, rows) and tokens != rows
-    if unlike and not fold_of(stated.settings):
+    if unlike:
         yield f"{inputs.rows_setting} {rows} is not vocab_size {tokens}"
 
 
@@ -465,8 +439,6 @@ _CONTRADICTIONS: tuple[Callable[[_Stated], Iterator[str]], ...] = (
     _no_attention,
     _unequal_values,
     _other_number_of_blocks,
-    _other_number_of_widths,
-    _no_active_stream,
     _misshapen_rope,
     _ids_beyond,
     _other_rows_of_inputs,

@@ -10,8 +10,7 @@ same but for rounding. So it is pruned, exported and run as one. Granite 4's den
 other names. ERNIE 4.5 rotates rows 2i and 2i + 1 of a head together, where a Llama rotates i and i + head_dim / 2:
 another order of the rows of q and k. Phi-3 stores q, k and v in one matrix, gate and up in another; what it does to
 its rope is in `partial_rope`. Ministral 3 is a Mistral up to the context that its rope is made for, and loaded as one
-of that context: beyond it queries grow with their position, which a Mistral's do not. In a Gemma 3n the second table of
-tokens may lack the last of them, which then read its first row: it is loaded as one whose table has that row for each.
+of that context: beyond it queries grow with their position, which a Mistral's do not.
 """
 
 from __future__ import annotations
@@ -156,13 +155,6 @@ def _ministral3_settings(settings: Settings) -> Settings:
     }
 
 
-def _gemma3n_tensors(name: str, tensor: torch.Tensor, settings: Settings) -> Tensors:
-    if not name.endswith(".embed_tokens_per_layer.weight"):
-        return {name: tensor}
-    lacking = settings["vocab_size"] - len(tensor)
-    return {name: torch.cat([tensor, tensor[:1].expand(lacking, -1)])}
-
-
 def _lfm2_width(settings: Settings) -> int:
     """What transformers makes of a width that it adjusts."""
     width = int(2 * settings["intermediate_size"] / 3)
@@ -200,14 +192,6 @@ FOLDS: Mapping[str, Fold] = MappingProxyType(
         ),
         "phi3": Fold("mistral", settings=_phi3_settings, tensors=_phi3_tensors),
         "ministral3": Fold("mistral", settings=_ministral3_settings),
-        "gemma3n_text": Fold(
-            "gemma3n_text",
-            applies=lambda settings: (
-                settings.get("vocab_size_per_layer_input", 262144) < settings.get("vocab_size", 262400)
-            ),
-            settings=lambda settings: {"vocab_size_per_layer_input": settings["vocab_size"]},
-            tensors=_gemma3n_tensors,
-        ),
         "lfm2": Fold(
             "lfm2",
             applies=lambda settings: settings.get("block_auto_adjust_ff_dim", True),

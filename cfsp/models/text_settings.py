@@ -36,7 +36,6 @@ class TextPart:
 TEXT_PARTS: Mapping[str, TextPart] = MappingProxyType(
     {
         "gemma3": TextPart("gemma3_text"),
-        "gemma3n": TextPart("gemma3n_text"),
         "gemma4": TextPart("gemma4_text"),
         "mistral3": TextPart("mistral"),
         "qwen3_5": TextPart("qwen3_5_text"),

@@ -29,7 +29,6 @@ from torch import nn
 from cfsp.devices import exact, exact_zeros
 from cfsp.errors import InputError
 from cfsp.models.architectures import (
-    active_stream,
     added_norms,
     attention_of,
     decoder_layers,
@@ -171,8 +170,7 @@ def _prune_block(
             output = run_layer(layer, hidden, arguments)
         whole = after(output if whole is None else whole, window)
         lacks = (whole - output, correction * (target - whole))
-        active = (active_stream(cut.model.config, lack) for lack in lacks)
-        solver.observe(seen["x"], seen["given"], *active)
+        solver.observe(seen["x"], seen["given"], *lacks)
         if not spec.goes_on:
             rests.append((output - norm(seen["given"]), seen["ffn_input"]))
     cut_channels(ffn, kept, solver.solve(cut.ridge))

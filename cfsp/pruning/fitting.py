@@ -96,7 +96,7 @@ def _widest(plan: PruningPlan, budget: Budget, cost: Callable[[ModelShape], floa
     """
     align, fixed = plan.settings.align, "ffn" not in budget.axes
     first = plan if fixed else plan.at_ratio(0.0)
-    if cost(first.shape) <= budget.target or plan.whole:
+    if cost(first.shape) <= budget.target:
         return first
     dense = [plan.dense_widths[block.origin] for block in plan.shape.blocks]
     units, total = sum(width // align for width in dense), sum(dense)

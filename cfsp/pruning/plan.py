@@ -14,7 +14,7 @@ import torch
 
 from cfsp.devices import CPU
 from cfsp.errors import InputError
-from cfsp.models.architectures import competing_blocks, decoder_layers, feed_forward, model_shape, spec_for
+from cfsp.models.architectures import decoder_layers, feed_forward, model_shape, spec_for
 from cfsp.models.paging import at_hand
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
@@ -96,7 +96,6 @@ class PruningPlan:
         budget: What was to be met, and what each axis gives for it; None where the settings say how much goes.
         kv_groups: Which key-value groups are kept; None where all of an attention that stays are.
         silent_before: Blocks of the model it was made for that did not attend.
-        whole: Blocks of which all channels stay, as what one gives depends on which others are there.
         device: Kind of device that computed it; None for the CPU.
         warnings: What was asked for and has had no effect.
     """
@@ -120,7 +119,6 @@ class PruningPlan:
     budget: Annotated[BudgetShares | None, WhereSet] = None
     kv_groups: Annotated[GroupRemoval | None, WhereSet] = None
     silent_before: Annotated[tuple[int, ...], WhereSet] = ()
-    whole: Annotated[tuple[int, ...], WhereSet] = ()
     device: Annotated[str | None, WhereSet] = None
     warnings: Annotated[tuple[str, ...], WhereSet] = ()
 
@@ -202,7 +200,7 @@ class PruningPlan:
         check_settings(settings)
         importance = torch.tensor([block.importance for block in self.blocks], dtype=torch.float64)
         curves = [block.loss_curve for block in self.blocks]
-        widths = _all_widths(importance, self.dense_widths, curves, self.gone, settings, self.whole)
+        widths = _all_widths(importance, self.dense_widths, curves, self.gone, settings)
         blocks = tuple(replace(b, width=w) for b, w in zip(self.blocks, widths, strict=True))
         return replace(self, settings=settings, blocks=blocks, budget=None)
 
@@ -247,8 +245,7 @@ def make_plan(
         curves.append(tuple(losses.tolist()))
     rounding = rounding_dtype(settings.dtype, model.device.type)
     gone = frozenset(depth.removed if depth else ())
-    whole = competing_blocks(model.config)
-    widths = _all_widths(importance, dense_widths, curves, gone, settings, whole)
+    widths = _all_widths(importance, dense_widths, curves, gone, settings)
     blocks = [_block_plan(*block) for block in zip(scores, widths, importance.tolist(), curves, strict=True)]
     return PruningPlan(
         model_type=spec_for(model.config).model_type,
@@ -265,7 +262,6 @@ def make_plan(
         attention=attention,
         kv_groups=kv_groups,
         silent_before=model_shape(model).without_attention,
-        whole=whole,
         device=None if model.device == CPU else model.device.type,
     )
 
@@ -351,10 +347,6 @@ def check_plan_fits(model: Any, plan: PruningPlan) -> None:
     if plan.attention and not plan.silent <= set(removable_attentions(model, plan.gone)):
         removed = plan.attention.removed
         raise InputError("the plan removes attentions that cannot go", field="attention", value=removed)
-    for index in competing_blocks(model.config):
-        if plan.blocks[index].width < plan.dense_widths[index]:
-            width = plan.blocks[index].width
-            raise InputError("the plan removes channels that stay", field=f"block {index}", value=width)
     for index, kept in enumerate(plan.kv_groups.kept if plan.kv_groups else ()):
         if bool(kept) != (shape.blocks[index].has_attention and index not in plan.gone | plan.silent):
             raise InputError(f"the plan's block {index} keeps no group", field="kv_groups", value=kept)
@@ -370,48 +362,21 @@ def _all_widths(
     loss_curves: Sequence[Sequence[float]],
     gone: frozenset[int],
     settings: PruneSettings,
-    whole: Sequence[int],
 ) -> tuple[int, ...]:
-    """Widths of all blocks, 0 of those that go and dense ones of those that are whole; the others meet the ratio.
+    """Widths of all blocks, 0 of those that go; the others meet the ratio.
 
     Raises:
         InputError: They cannot.
     """
-    stay = [index for index in range(len(dense_widths)) if index not in (*gone, *whole)]
-    widths = {index: dense_widths[index] for index in whole}
-    if whole and settings.prune_ratio:
-        staying, removable = (sum(dense_widths[index] for index in some) for some in (whole, stay))
-        settings = _beside_whole(staying, removable, settings)
+    stay = [index for index in range(len(dense_widths)) if index not in gone]
+    widths: dict[int, int] = {}
     if stay:
         curves = (
             torch.tensor([loss_curves[i] for i in stay], dtype=torch.float64) if all(loss_curves) else None
         )
         evidence = BlockEvidence(importance[stay], [dense_widths[index] for index in stay], curves)
-        widths |= dict(zip(stay, allocate_widths(evidence, settings), strict=True))
+        widths = dict(zip(stay, allocate_widths(evidence, settings), strict=True))
     return tuple(widths.get(index, 0) for index in range(len(dense_widths)))
-
-
-def _beside_whole(staying: int, removable: int, settings: PruneSettings) -> PruneSettings:
-    """Settings for the blocks that are not whole, by which the ratio of all is met.
-
-    Args:
-        staying: Channels of those that are.
-        removable: Channels of the others.
-        settings: Of all blocks.
-
-    Raises:
-        InputError: So many channels cannot go.
-    """
-    most = 0.0 if settings.uniform_width else removable / (staying + removable)
-    if settings.prune_ratio >= most:
-        where = " where all blocks have one width" if settings.uniform_width else ""
-        raise InputError(
-            f"{staying} channels stay{where}: a threshold that is computed from all of a block's leaves some out",
-            field="prune_ratio",
-            value=settings.prune_ratio,
-            allowed=f"below {most:.4f}" if most else "0",
-        )
-    return replace(settings, prune_ratio=settings.prune_ratio / most)
 
 
 def _block_plan(

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from cfsp.models.architectures import decoder_layers, spec_for
+from cfsp.models.architectures import decoder_layers
 from cfsp.models.weights import cast_weights
 
 
@@ -44,26 +44,18 @@ def shard_out(
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     # Not inputs: what is added up between the blocks stays float32, as it does where every process has all weights.
     policy = MixedPrecisionPolicy(param_dtype=products, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    streams = spec_for(model.config).streams
     for layer in decoder_layers(model):
         bring(layer)
         cast_weights(layer, dtype)
         for module in _vector_modules(layer) if products != dtype else ():
             fully_shard(module, mesh=mesh)
-        if streams:
-            _bring_for(layer.get_submodule(streams.module), streams.methods)
         if not is_sharded(layer):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
     bring(root)
     cast_weights(root, dtype)
     fully_shard(root, mesh=mesh)
-    _bring_for(root, methods)
-
-
-def _bring_for(module: nn.Module, methods: Sequence[str]) -> None:
-    """Have a module whole, where it is sharded, while one of these methods runs, as it is in its forward pass."""
-    for name in methods:
-        register_fsdp_forward_method(module, name)
+    for name in methods:  # have it whole while they run, as it is in its forward pass
+        register_fsdp_forward_method(root, name)
 
 
 def _vector_modules(layer: nn.Module) -> Iterator[nn.Module]:

@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from cfsp.errors import InputError
 from cfsp.models.gguf_file import tensor_names
@@ -54,13 +53,9 @@ class Layout:
         own_heads: Reads a head_dim of blocks with a window, and one of the others.
         shares_keys: Lets the last blocks read keys and values of the last two before them: those with a window of the
             first, which has one, and the others of the second, which has none.
-        wants_keys: Does not load a file without keys and values of the blocks that read another block's.
         needs_window: Ends the process over a file in which no block has a window.
         takes_inputs: Gives every block more of a token than its hidden state.
         caps_logits: Caps logits z to c tanh(z / c).
-        granted: Settings of config.json that it does not read -> what it takes them to be.
-        first_sharing: From which block on they read another block's keys and values, whatever a file says; 0: it says.
-        sparsity: Shares of channels that a threshold leaves out, of the first blocks; in all others it leaves out none.
         exact_limits: What holds a float32 file, where llama.cpp computes something of it in fewer bits.
     """
 
@@ -83,13 +78,9 @@ class Layout:
     plain_scores: bool = False
     own_heads: bool = False
     shares_keys: bool = False
-    wants_keys: bool = False
     needs_window: bool = False
     takes_inputs: bool = False
     caps_logits: bool = False
-    granted: Mapping[str, Any] = field(default_factory=dict)
-    first_sharing: int = 0
-    sparsity: tuple[float, ...] = ()
     exact_limits: ParityLimits | None = None
 
     def rotated(self, windows: Sequence[int | None]) -> tuple[bool, ...]:
@@ -98,10 +89,6 @@ class Layout:
             return tuple(window is not None for window in windows)
         step = self.unrotated_step
         return tuple(not step or (block + 1) % step != 0 for block in range(len(windows)))
-
-    def left_out(self, blocks: int) -> tuple[float, ...]:
-        """Of so many blocks, the shares of channels that a threshold leaves out."""
-        return (*self.sparsity, *(0.0,) * blocks)[:blocks]
 
 
 _ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
@@ -143,29 +130,6 @@ _GEMMA4 = Layout(
     caps_logits=True,
     exact_limits=_GELU_TABLE,
 )
-_GEMMA3N = Layout(
-    "gemma3n",
-    activation="gelu_tanh",
-    window_base=True,
-    full_step=5,
-    plain_scores=True,
-    shares_keys=True,
-    wants_keys=True,
-    needs_window=True,
-    takes_inputs=True,
-    caps_logits=True,
-    granted={
-        "hidden_size_per_layer_input": 256,
-        "altup_num_inputs": 4,
-        "altup_active_idx": 0,
-        "altup_correct_scale": True,
-        "laurel_rank": 64,
-        "final_logit_softcapping": 30.0,
-    },
-    first_sharing=20,
-    sparsity=(0.95,) * 10,
-    exact_limits=_GELU_TABLE,
-)
 _HUNYUAN = Layout("hunyuan-dense", biases=_ATTENTION - {"o_proj"})
 
 LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
@@ -183,7 +147,6 @@ LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
         "lfm2": (_LFM2,),
         "qwen3_5_text": (_QWEN35,),
         "gemma4_text": (_GEMMA4,),
-        "gemma3n_text": (_GEMMA3N,),
     }
 )
 
@@ -265,8 +228,6 @@ def choose_layout(config: ModelConfig, stored: frozenset[str]) -> ChosenLayout:
             obstacles.append(f"{layout.architecture}: {obstacle}")
         elif config.shape.is_uniform or layout.per_layer_sizes:
             return ChosenLayout(config, stored, layout)
-        elif _counts_zeros(config):
-            obstacles.append(f"{layout.architecture}: {_ONE_WIDTH}")
         elif padded is None:
             padded = ChosenLayout(config, stored, layout, max(config.shape.ffn_widths))
     if padded is None:
@@ -294,7 +255,6 @@ def holds_fewer_blocks(model_type: str, *, windowed: bool) -> bool:
     )
 
 
-_ONE_WIDTH = "one width for all blocks, as zeros beside channels would move the threshold below which they are left out"
 _Obstacles = tuple[tuple[object, str], ...]
 """Whether something stands in the way, and what."""
 
@@ -303,7 +263,6 @@ def _obstacle(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> st
     """Why a layout cannot hold the model, its widths aside; of several reasons the first."""
     obstacles = (
         *_obstacles_of_blocks(layout, config, stored),
-        *_obstacles_of_what_is_granted(layout, config),
         *_obstacles_of_positions(layout, config),
         *_obstacles_of_numbers(layout, config),
     )
@@ -337,26 +296,6 @@ def _obstacles_of_blocks(layout: Layout, config: ModelConfig, stored: frozenset[
         (
             not (config.shape.has_equal_heads or layout.per_layer_sizes),
             f"as many heads in every block, {instead}",
-        ),
-    )
-
-
-def _obstacles_of_what_is_granted(layout: Layout, config: ModelConfig) -> _Obstacles:
-    """What it does not read of a file."""
-    granted = {key: value for key, value in layout.granted.items() if config.settings.get(key) != value}
-    count, first = config.num_hidden_layers, layout.first_sharing
-    return (
-        (granted, ", ".join(f"{key} {value}" for key, value in granted.items())),
-        (
-            first and config.sharing_blocks != max(0, count - first),
-            f"keys and values of their own in the first {first} blocks, and in no others",
-        ),
-        (
-            config.sparsity != layout.left_out(count),
-            f"a threshold that leaves out {layout.sparsity[0]:.0%} of the channels in the first {len(layout.sparsity)} "
-            "blocks, and none in others"
-            if layout.sparsity
-            else "no threshold below which channels are left out",
         ),
     )
 
@@ -430,12 +369,6 @@ def _shares_last_two(config: ModelConfig) -> bool:
     """Whether of the last two blocks with keys of their own the first has a window and the second none."""
     own = config.windows[: config.num_hidden_layers - config.sharing_blocks]
     return len(own) > 1 and own[-2] is not None and own[-1] is None
-
-
-def _counts_zeros(config: ModelConfig) -> bool:
-    """Whether a block that is narrower than others would not compute the same with channels of zeros beside its own."""
-    widths = config.shape.ffn_widths
-    return any(share and width < max(widths) for share, width in zip(config.sparsity, widths, strict=True))
 
 
 def _biased(stored: frozenset[str]) -> set[str]:

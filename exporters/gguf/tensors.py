@@ -15,7 +15,6 @@ from cfsp.models.shape import BlockShape
 from exporters.checkpoint_reader import ModelConfig
 from exporters.gguf.architecture import QKV, ChosenLayout
 from exporters.gguf.mixers import BlockTensor, mixer_tensors
-from exporters.gguf.streams import stream_tensors
 
 FloatArray = npt.NDArray[np.float32]
 _UNREAD = ("k_proj", "v_proj", "k_norm")
@@ -124,7 +123,7 @@ def tensor_specs(chosen: ChosenLayout) -> list[TensorSpec]:
     """
     config = chosen.config
     embedding = (config.vocab_size, config.hidden_size)
-    specs = [_plain("model.embed_tokens", embedding, chosen), *_stream_specs(chosen), *_input_specs(chosen)]
+    specs = [_plain("model.embed_tokens", embedding, chosen), *_input_specs(chosen)]
     for block in range(config.num_hidden_layers):
         specs += _block_specs(chosen, block)
     last_norm = f"model.{config.spec.last_norm}"
@@ -159,16 +158,6 @@ def _input_specs(chosen: ChosenLayout) -> Iterator[TensorSpec]:
     yield _plain(f"model.{inputs.norm}", (config.block_inputs,), chosen, config.spec.norm_offset)
 
 
-def _stream_specs(chosen: ChosenLayout) -> Iterator[TensorSpec]:
-    """What makes several hidden states of a token of one, and one of them, each as one tensor."""
-    config, streams = chosen.config, chosen.config.spec.streams
-    size, others = config.hidden_size, range(config.streams - 1)
-    for name in (streams.entrances, streams.exits) if streams else ():
-        sources = tuple((f"model.{name}.{index}.weight", (size, size)) for index in others)
-        stacked = (len(others), size, size)
-        yield TensorSpec(chosen.name(f"model.{name}"), stacked, sources, is_plain=True)
-
-
 def _plain(module: str, shape: tuple[int, ...], chosen: ChosenLayout, offset: float = 0.0) -> TensorSpec:
     return TensorSpec(chosen.name(module), shape, ((f"{module}.weight", shape),), offset=offset)
 
@@ -189,10 +178,6 @@ def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
         for tensor in mixer_tensors(config):
             shapes.pop(tensor.module, None)
             yield _block_spec(chosen, prefix, tensor)
-    for tensor in stream_tensors(config):
-        yield _block_spec(chosen, prefix, tensor)
-    if chosen.layout.wants_keys and config.shape.blocks[block].is_keyless:
-        yield from _unread_specs(chosen, block)
     for module, shape in shapes.items():
         source, stored = f"{prefix}.{module}", in_file[module]
         interleave = heads.get(module, 0) if chosen.layout.interleaved_rope else 0
@@ -205,15 +190,6 @@ def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
     if config.spec.scalar:
         scalar = f"{prefix}.{config.spec.scalar}"
         yield TensorSpec(chosen.name(scalar), (1,), ((scalar, (1,)),))
-
-
-def _unread_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
-    """Keys and values of a block that reads another block's: zeros."""
-    config = chosen.config
-    own = replace(config.shape.blocks[block], kv_groups=config.shape.most_kv_groups)
-    for module, shape in _block_shapes(config, own, config.head_dims[block]).items():
-        if module.endswith(_UNREAD):
-            yield TensorSpec(chosen.name(f"model.layers.{block}.{module}"), shape, (), is_plain=True)
 
 
 def _block_spec(chosen: ChosenLayout, block: str, tensor: BlockTensor) -> TensorSpec:

@@ -150,7 +150,7 @@ def _head_gram(model: Any, hidden: torch.Tensor) -> torch.Tensor:
 def _sums_of(model: Any, layer: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, nn.Module]:
     """Linears whose output is added to the residual sum as it is -> the norm that has read this sum before."""
     spec = spec_for(model.config)
-    if spec.streams or spec.added_norms or spec.goes_on:
+    if spec.added_norms or spec.goes_on:
         return {}
     attention = attention_of(model, layer)
     writers = {spec.ffn_norm: feed_forward(model, layer).down}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import competing_blocks, model_shape, windows_of_blocks
+from cfsp.models.architectures import model_shape, windows_of_blocks
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.pruning.budget import Budget
@@ -66,19 +66,11 @@ def budget_of(
     sizes = Sizes(loaded, folder, use_imatrix, seed, torch.get_num_threads(), drafted)
     if settings.target_speed is not None:
         target = 1 / settings.target_speed
-        return Budget(
-            "target_speed", target, DecodeTimes(sizes, items), "decode", _removable(settings, loaded)
-        )
+        return Budget("target_speed", target, DecodeTimes(sizes, items), "decode", settings.target_axes)
     target = parse_bytes(settings.target_size or "", "target_size")
     # Of the files that are drafted it shows what they can do without.
-    axes = _removable(settings, loaded) if drafted else _axes(settings, loaded, made)
+    axes = settings.target_axes if drafted else _axes(settings, loaded, made)
     return Budget("target_size", target, file_sizes(sizes, items), "bytes", axes)
-
-
-def _removable(settings: PruneConfig, loaded: LoadedModel) -> tuple[str, ...]:
-    """What the target names; no channels of a model in which those of some blocks stay."""
-    stay = competing_blocks(loaded.model.config)
-    return tuple(axis for axis in settings.target_axes if axis != "ffn" or not stay)
 
 
 def _axes(settings: PruneConfig, loaded: LoadedModel, made: Collection[str]) -> tuple[str, ...]:
@@ -90,7 +82,7 @@ def _axes(settings: PruneConfig, loaded: LoadedModel, made: Collection[str]) -> 
         "kv_groups": holds_unlike_blocks(config.model_type, tied=config.tie_word_embeddings),
     }
     in_gguf = makes_gguf((*settings.for_quant, *made))
-    return tuple(axis for axis in _removable(settings, loaded) if holds.get(axis, True) or not in_gguf)
+    return tuple(axis for axis in settings.target_axes if holds.get(axis, True) or not in_gguf)
 
 
 def fitting_settings(
@@ -149,11 +141,10 @@ def shape_check(
 def with_fitting_widths(settings: PruneSettings, model: Any, files: Collection[str]) -> PruneSettings:
     """The same width for every block, where some of the files are GGUF and llama.cpp would pad others.
 
-    Blocks that are unlike already stay so, and others become it where those in which channels compete stay whole; where
-    a GGUF file is named, no channels can go then.
+    Blocks that are unlike already stay so.
     """
     config, widths = model.config, set(model_shape(model).ffn_widths)
     held = holds_unlike_blocks(config.model_type, tied=config.tie_word_embeddings)
-    if held or len(widths) > 1 or not makes_gguf(files) or (not files and competing_blocks(config)):
+    if held or len(widths) > 1 or not makes_gguf(files):
         return settings
     return replace(settings, uniform_width=True)

@@ -99,9 +99,7 @@ def test_pruning_gives_the_same_bytes_where_blocks_are_given_more_than_hidden_st
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    setting = ARCHITECTURES[model_type].sparsity_setting
-    sparsity = {setting: [0.0] * 4} if setting else {}
-    check_pruning(folder(model_type, hidden_size=96, **sparsity), asked, tmp_path, monkeypatch)
+    check_pruning(folder(model_type, hidden_size=96), asked, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("how", PUT_AWAY)

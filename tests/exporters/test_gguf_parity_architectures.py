@@ -184,8 +184,6 @@ def test_logits_equal_the_models(
         ("gemma4_text", {"num_kv_shared_layers": 0, "head_dim": 32}, WIDTHS, "gemma4"),
         ("gemma4_text", {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}, None, "gemma4"),
         ("gemma4_text", {"final_logit_softcapping": 12.0, "sliding_window": 7}, None, "gemma4"),
-        ("gemma3n_text", {"intermediate_size": 1024}, None, "gemma3n"),
-        ("gemma3n_text", {"intermediate_size": 1024, "tied": False, "sliding_window": 7}, None, "gemma3n"),
         ("olmo2", {"tied": False, "num_key_value_heads": 1}, None, "olmo2"),
         ("olmo2", {"tied": False, "rope_parameters": YARN}, None, "olmo2"),
         ("olmo3", {"tied": False, "num_key_value_heads": 4, "num_hidden_layers": 9}, None, "olmo2"),
@@ -306,7 +304,6 @@ def test_a_gguf_file_with_windows_rotates_as_its_model_does(
         ("lfm2", {}, None),
         ("qwen3_5_text", {}, None),
         ("gemma4_text", {}, WIDTHS),
-        ("gemma3n_text", {"intermediate_size": 1024}, None),
     ],
 )
 def test_greedy_text_is_the_models(

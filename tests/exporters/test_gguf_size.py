@@ -34,8 +34,6 @@ def test_sizes_of_other_widths_are_exact(
     dense: dict[str, Any] = {"intermediate_size": 512, "tied": any(one.tied for one in LAYOUTS[model_type])}
     quants = [name for name, quant in QUANTS.items() if moments or not quant.needs_imatrix]
     first, others = (512, 256, 512, 512), [(256, 512, 256, 256), (96, 64, 128, 480), (33, 64, 40, 512)]
-    if ARCHITECTURES[model_type].sparsity_setting:  # which is written with one width alone
-        first, others = (512,) * 4, [(256,) * 4, (96,) * 4, (33,) * 4]
     template_of = make_checkpoint(model_type, widths=first, moments=moments, **dense)
     templates = {
         quant: size_template(path, quant)

@@ -71,19 +71,6 @@ def examined(model: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[
             },
         ),
         (
-            "gemma3n_text",
-            {
-                "model": ("ok", "FFNs of 128, 2 key-value heads, each read by 2"),
-                "remove: FFN channels": ("warning", "channels of 4 blocks stay"),
-                "remove: vocabulary": ("ok", "tokens can go"),
-                "remove: key-value groups": ("warning", "read keys and values of other blocks"),
-                "remove: attentions": ("warning", "read keys and values of other blocks"),
-                "remove: blocks": ("warning", "every block has a part of its own"),
-                "GGUF": ("ok", "gemma3n"),
-                "ONNX": ("warning", "no graph is written yet of blocks that read another block's keys"),
-            },
-        ),
-        (
             "olmo3",
             {
                 "model": ("ok", "a window of 24 in 3 blocks"),
