@@ -53,10 +53,24 @@ _INPUT_ERRNOS = (
 _LONGEST = 2000
 """Characters of an error's line."""
 
+_TOLERATED = (
+    *(
+        ("perplexity-ratio", "perplexity"),
+        ("bits-ratio", "bits_per_byte"),
+        ("tokens-ratio", "tokens_per_byte"),
+    ),
+    *(("kl-increase", "kl_mean"), ("top1-drop", "same_top1"), ("accuracy-drop", "accuracy")),
+    *(("degenerate-increase", "degenerate"), ("metric-change", "own")),
+)
 GONE: MappingProxyType[str, str] = MappingProxyType(
     {
         "compare --plot": "use --format csv",
         "compare --quality": "use --format csv, and `eval --json`",
+        "eval --ratios": "use phoneready search",
+        "eval --csv": "use phoneready search",
+        "eval --against-host": "run eval here, too, and compare with --save and --baseline",
+        "eval --timeout": "a process on a target has an hour",
+        **{f"eval --max-{name}": f"use --tolerance {key}=VALUE" for name, key in _TOLERATED},
         "history --false-alarms": "a change is what exceeds --threshold and the noise",
         "history --plot": "use --json, or MLflow: docs/history.md",
         "report --sweep": "there is no plot of quality over ratios any more",

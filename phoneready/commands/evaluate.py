@@ -1,53 +1,37 @@
-"""`phoneready eval`: judge a model, alone or against another one, a baseline, or its own pruned versions."""
+"""`phoneready eval`: judge a model, by itself, against another one, or against a baseline."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, make_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from cfsp.errors import InputError
-from cfsp.files import record_head, refuse_existing, write_text
-from cfsp.progress import Progress
-from cfsp.pruning.settings import ALIGN, DEFAULT_ALIGN, PruneSettings
+from cfsp.files import record_head, refuse_existing
 from cfsp.records import read_record, record_to_json, write_record
-from cfsp.settings import SEED, Settings, as_read, declared, no_effect, setting
-from cfsp.text.settings import BUILTIN_TEXT, CalibrationSettings
+from cfsp.settings import DEVICE, DTYPE, THREADS, Settings, as_read, setting
+from cfsp.text.settings import BUILTIN_TEXT
 from exporters.families import FAMILIES
 from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES, PARITY_CACHE
-from phoneready.commands.options import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    ModelArgument,
-    Renamed,
-    ThreadsOption,
-    TrustOption,
-    given_options,
-)
+from phoneready.commands.options import JsonOption, ModelArgument, TrustOption
 from phoneready.console import prepare_torch, show_progress, warn, write_result
-from phoneready.evaluation.places import READS as PLACE_READS
-from phoneready.evaluation.places import PlaceSettings, check_place, open_elsewhere
+from phoneready.evaluation.elsewhere import READS as PLACE_READS
+from phoneready.evaluation.elsewhere import PlaceSettings, check_place, open_elsewhere
 from phoneready.evaluation.settings import READS, EvaluationSettings
 from phoneready.figures.metrics import TOLERANCES
 
 if TYPE_CHECKING:
+    from cfsp.progress import Progress
     from phoneready.evaluation.evaluation_record import Evaluation
     from phoneready.evaluation.gate import GateRow
     from phoneready.evaluation.models import OpenSettings
 
-
-_RECORD, _TABLE = record_head("evaluation", "evaluation_sweep"), re.compile(rb"\Aprune ratio,")
-"""How a file begins that --save and --csv may replace: one that they made."""
-
-
+_RECORD = record_head("evaluation")
+"""How a file begins that --save may replace: one that it made."""
 _RUNTIMES = ", ".join(family.runtime for family in FAMILIES.values())
 _CLAIMS = ", ".join(f"{family.runtime} for {family.title}" for family in FAMILIES.values())
+_DEFAULTS = ", ".join(f"{name}={value:g}" for name, value in TOLERANCES.items())
 
 
 @dataclass(frozen=True)
@@ -66,161 +50,99 @@ class QuestionOptions(Settings):
 
 @dataclass(frozen=True)
 class GateOptions(Settings):
-    """What the judgement is held against."""
+    """What the judgement is compared with."""
 
     save: Path | None = setting(None, "Write the result to this file, as --baseline reads it.")
     baseline: Path | None = setting(
-        None, "Compare with this earlier result; exit 1 where a figure got worse."
+        None, "Compare with this earlier result; exit 1 if a figure got worse, 3 if that cannot be told."
     )
-
-
-_TOLERANCES = make_dataclass(
-    "_TOLERANCES",
-    [
-        (name, float | None, setting(None, f"Gate: {row.help}", ge=0, shown=f"{row.default:g}"))
-        for name, row in TOLERANCES.items()
-    ],
-    bases=(Settings,),
-    frozen=True,
-)
-
-
-class Tolerances(_TOLERANCES):  # type: ignore[misc, valid-type]  # its fields are the rows of TOLERANCES
-    """By how much each figure may be worse than the baseline's."""
-
-    @property
-    def limits(self) -> dict[str, float]:
-        """Those that were set."""
-        return {name: value for name in TOLERANCES if (value := getattr(self, name)) is not None}
+    tolerance: tuple[str, ...] = setting(
+        (), "With --baseline: how much worse a figure may be.", metavar="KEY=VALUE", shown=_DEFAULTS
+    )
 
 
 @dataclass(frozen=True)
-class SweepOptions(Settings):
-    """Pruned copies of the model to judge against it."""
+class RunOptions(Settings):
+    """What runs the models, and how."""
 
-    ratios: tuple[float, ...] = setting(
-        (),
-        "Sweep: prune a copy of MODEL at each ratio and judge it against MODEL.",
-        ge=0,
-        lt=1,
-        metavar="RATIO,...",
-    )
-    csv: Path | None = setting(None, "Sweep: also write the table as CSV.")
-    calibration_seed: int = setting(0, replace(SEED, help="Sweep: seed of calibration."))
-    align: int = setting(DEFAULT_ALIGN, replace(ALIGN, help="Sweep: widths are multiples of this."))
-
-
-_OF_SWEEPS = (
-    "calibration_seed",
-    "align",
-    *(f"calibration_{row.name}" for row in declared(CalibrationSettings)),
-)
-
-
-def evaluate(
-    context: typer.Context,
-    model: ModelArgument,
-    settings: EvaluationSettings,
-    questions: QuestionOptions,
-    gate: GateOptions,
-    tolerances: Tolerances,
-    sweep: SweepOptions,
-    place: PlaceSettings,
-    calibration: Annotated[CalibrationSettings, Renamed("Sweep: ", {"seqlen": "--calibration-seqlen"})],
-    against: str | None = setting(None, "Reference model, usually the dense one.", metavar="MODEL"),
     runtime: str | None = setting(
         None,
         f"What runs MODEL: torch (a .gguf file is dequantized), {_RUNTIMES}.",
         shown=f"{_CLAIMS}, else torch",
-    ),
+    )
     cache_type: str | None = setting(
         None,
         f"Type of keys and values of a GGUF file. Without --against the reference is the file with {DEFAULT_CACHE}.",
         choices=MEASURED_CACHES,
         metavar="TYPE",
         shown=PARITY_CACHE,
-    ),
-    trust_remote_code: TrustOption = False,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    threads: ThreadsOption = None,
-    json: JsonOption = False,
-) -> None:
-    """Measure perplexity, divergence (--against), tasks and answers; hold the result against a baseline.
-
-    Every figure is printed with its text and its number of tokens: without these it means nothing.
-    """
-    elsewhere = None if place.is_here else place.on
-    subject = {"--against": against, "--runtime": runtime, "--cache-type": cache_type, "--on": elsewhere}
-    _check(settings, questions, gate, tolerances, sweep, subject)
-    settings, unread = as_read(settings, READS)
-    place, untaken = as_read(place, PLACE_READS, (place.on,))
-    unswept = () if sweep.ratios else given_options(context, _OF_SWEEPS)
-    warnings = (*unread, *untaken, *(no_effect(name, "without --ratios") for name in unswept))
-    warn(warnings)
-    for path, like in ((gate.save, _RECORD), (sweep.csv, _TABLE)):
-        if path is not None:
-            refuse_existing(path, force=True, like=like)
-    prepare_torch(threads)
-    from cfsp.devices import find_device
-    from phoneready.evaluation.models import OpenSettings
-
-    settings = _settings(settings, replace(questions, no_text=True) if elsewhere else questions)
-    check_place(place, settings)
-    longest = settings.seqlen if settings.text or settings.chats else 1
-    opening = OpenSettings(longest, trust_remote_code, threads, find_device(device), cache_type, dtype)
-    if sweep.ratios:
-        _sweep(
-            model,
-            sweep,
-            calibration,
-            settings,
-            opening,
-            save=gate.save,
-            warnings=warnings,
-            as_json=json,
-        )
-    else:
-        _evaluate(
-            model,
-            against,
-            runtime,
-            settings,
-            opening,
-            place,
-            gate,
-            tolerances.limits,
-            warnings=warnings,
-            as_json=json,
-        )
+    )
+    device: Annotated[str, DEVICE] = "auto"
+    dtype: Annotated[str, DTYPE] = "auto"
+    threads: Annotated[int | None, THREADS] = None
 
 
-def _check(
+def evaluate(
+    model: ModelArgument,
     settings: EvaluationSettings,
     questions: QuestionOptions,
     gate: GateOptions,
-    tolerances: Tolerances,
-    sweep: SweepOptions,
-    subject: dict[str, str | None],
+    run: RunOptions,
+    place: PlaceSettings,
+    against: str | None = setting(None, "Reference model, usually the dense one.", metavar="MODEL"),
+    trust_remote_code: TrustOption = False,
+    json: JsonOption = False,
 ) -> None:
-    """Refuse options that contradict each other, and what could not be done or held."""
+    """Measure perplexity, divergence (--against), tasks and answers; compare the result with a baseline.
+
+    Every figure is printed with its text and its number of tokens: without these it means nothing.
+    """
+    from phoneready.evaluation.gate import check_gate, compare_with_baseline, read_tolerances
+
+    limits = read_tolerances(gate.tolerance)
+    _check(settings, questions, gate)
+    settings, unread = as_read(settings, READS)
+    place, untaken = as_read(place, PLACE_READS, (place.on,))
+    warnings = (*unread, *untaken)
+    warn(warnings)
+    if gate.save is not None:
+        refuse_existing(gate.save, force=True, like=_RECORD)
+    prepare_torch(run.threads)
+    from cfsp.devices import find_device
+    from phoneready.evaluation.evaluation_record import Evaluation
+    from phoneready.evaluation.models import OpenSettings
+
+    settings = _asked(settings, questions if place.is_here else replace(questions, no_text=True))
+    check_place(place, settings)
+    earlier = read_record(Evaluation, gate.baseline) if gate.baseline else None
+    longest = settings.seqlen if settings.text or settings.chats else 1
+    device = find_device(run.device)
+    opening = OpenSettings(longest, trust_remote_code, run.threads, device, run.cache_type, run.dtype)
+    with show_progress() as progress:
+        judged = _judge((model, run.runtime), against, settings, opening, place, progress)
+    result = replace(judged, warnings=warnings)
+    if gate.save:
+        write_record(gate.save, result)
+    rows: tuple[GateRow, ...] = ()
+    if earlier and gate.baseline:
+        rows = compare_with_baseline(result, earlier, limits, where=gate.baseline)
+    payload = record_to_json(result) | ({"gate": [asdict(row) for row in rows]} if earlier else {})
+    write_result(_report(result, settings, rows), payload, as_json=json)
+    check_gate(rows)
+
+
+def _check(settings: EvaluationSettings, questions: QuestionOptions, gate: GateOptions) -> None:
+    """Refuse options that contradict each other."""
     asked = {
         "--prompts": questions.prompts_file is not None,
         "--prompt": bool(settings.prompts),
         "--no-prompts": questions.no_prompts,
     }
     together = [name for name, given in asked.items() if given]
-    others = [name for name, given in (subject | {"--baseline": gate.baseline}).items() if given is not None]
     texts = settings.text or settings.chats
-    limit = min(tolerances.limits, default="").replace("_", "-")
     replaced = gate.save and gate.baseline and gate.save.resolve() == gate.baseline.resolve()
     wrong = (
-        (
-            sweep.ratios and others,
-            f"--ratios judges MODEL's pruned copies against MODEL: leave out {' and '.join(others)}",
-        ),
-        (sweep.csv and not sweep.ratios, "--csv is of a sweep's table: give --ratios too"),
-        (limit and gate.baseline is None, f"--{limit} is of the gate: give --baseline too"),
+        (gate.tolerance and gate.baseline is None, "--tolerance is of the gate: give --baseline too"),
         (replaced, "--save would overwrite the --baseline that is compared with: name another file"),
         (settings.sampled and questions.no_prompts, "--sampled is of answers: leave out --no-prompts"),
         (len(together) > 1, f"{' and '.join(together)}: give one of them"),
@@ -231,8 +153,8 @@ def _check(
             raise InputError(refusal)
 
 
-def _settings(settings: EvaluationSettings, questions: QuestionOptions) -> EvaluationSettings:
-    """With the built-in text and prompts where nothing else is asked for."""
+def _asked(settings: EvaluationSettings, questions: QuestionOptions) -> EvaluationSettings:
+    """With the built-in text and prompts if nothing else is asked for."""
     from cfsp.evaluation.answers import CHECK_PROMPTS
     from phoneready.evaluation.run import check_texts, read_prompts
 
@@ -245,92 +167,52 @@ def _settings(settings: EvaluationSettings, questions: QuestionOptions) -> Evalu
     return settings
 
 
-def _evaluate(
-    model: str,
+def _judge(
+    subject: tuple[str, str | None],
     against: str | None,
-    runtime: str | None,
     settings: EvaluationSettings,
     opening: OpenSettings,
     place: PlaceSettings,
-    gate: GateOptions,
-    limits: Mapping[str, float],
-    *,
-    warnings: tuple[str, ...],
-    as_json: bool,
-) -> None:
-
-    from phoneready.evaluation.evaluation_record import Evaluation
-    from phoneready.evaluation.far_model import HeldModel
-    from phoneready.evaluation.gate import check_gate, compare_with_baseline
+    progress: Progress,
+) -> Evaluation:
+    """Open the model, with the runtime that is asked for, and its reference, and judge."""
+    from phoneready.evaluation.elsewhere import FarLanguageModel
     from phoneready.evaluation.models import TORCH, open_language_model, own_cache, runtime_for
     from phoneready.evaluation.run import evaluate as judge
+    from phoneready.forecasts.said import Machine, foretell
+    from phoneready.forecasts.stages import Judging
+    from phoneready.forecasts.texts import judged_windows
     from phoneready.text import WRITERS
 
-    earlier = read_record(Evaluation, gate.baseline) if gate.baseline else None
-    chosen = runtime_for(model, runtime)
+    model, chosen = subject[0], runtime_for(*subject)
     own = own_cache(chosen)
     of_reference = replace(opening, cache_type=None)
     if against is None and place.is_here and opening.cache_type not in (None, own):
         against, of_reference = model, replace(opening, cache_type=own)
     # A model in torch is compared with one in torch: the file's own runtime would add its rounding.
     other = runtime_for(against, TORCH if chosen == TORCH else None) if against else None
-    with show_progress() as progress, ExitStack() as stack:
+    with ExitStack() as stack:
         if place.is_here:
             pairs = [(model, chosen), *([(against, other)] if against and other else [])]
-            _foretell(pairs, settings, opening, progress)
+            questions, few_bits = len(settings.prompts) * settings.n_sets, tuple(r != TORCH for _, r in pairs)
+            asked = Judging(judged_windows(settings), questions, settings.max_new_tokens, few_bits)
+            machine = Machine(device=opening.device, kept=opening.dtype)
+            foretell("eval", tuple(name for name, _ in pairs), asked, machine=machine, progress=progress)
             opened = open_language_model(model, chosen, opening, progress=progress)
+            judged = stack.enter_context(opened)
         else:
-            opened = open_elsewhere(model, chosen, place, opening, progress=progress)
-        judged = stack.enter_context(opened)
+            judged = stack.enter_context(open_elsewhere(model, chosen, place, opening, progress=progress))
         dense = None
         if against and other:
             dense = stack.enter_context(open_language_model(against, other, of_reference, progress=progress))
         result = judge(judged, dense, settings, writers=WRITERS, progress=progress)
-        if isinstance(judged, HeldModel):
-            result = replace(result, place=judged.place())
-    result = replace(result, warnings=warnings)
-    if gate.save:
-        write_record(gate.save, result)
-    rows: tuple[GateRow, ...] = ()
-    if earlier and gate.baseline:
-        rows = compare_with_baseline(result, earlier, limits, where=gate.baseline)
-    payload = record_to_json(result) | ({"gate": [asdict(row) for row in rows]} if earlier else {})
-    write_result(_report(result, settings, rows), payload, as_json=as_json)
-    check_gate(rows)
-
-
-def _foretell(
-    runtimes: Sequence[tuple[str, str]],
-    settings: EvaluationSettings,
-    opening: OpenSettings,
-    progress: Progress,
-) -> None:
-    """Say what the judgement will take of this machine, of models and what runs each."""
-    from phoneready.evaluation.models import TORCH
-    from phoneready.forecasts.said import Machine, foretell
-    from phoneready.forecasts.stages import Judging
-    from phoneready.forecasts.texts import judged_windows
-
-    few_bits = tuple(runtime != TORCH for _, runtime in runtimes)
-    questions = len(settings.prompts) * settings.n_sets
-    asked = Judging(judged_windows(settings), questions, settings.max_new_tokens, few_bits)
-    machine = Machine(device=opening.device, kept=opening.dtype)
-    foretell("eval", tuple(model for model, _ in runtimes), asked, machine=machine, progress=progress)
-
-
-def _cache_note(result: Evaluation) -> str | None:
-    if result.model.cache_type is None:
-        return None
-    note = f"Keys and values of {result.model.reference} are in {result.model.cache_type}"
-    if result.against is None:
-        return f"{note}."
-    cache = result.against.cache_type
-    return f"{note}, and those of {result.against.reference} {f'in {cache}' if cache else 'as in proofs'}."
+        return replace(result, place=judged.place()) if isinstance(judged, FarLanguageModel) else result
 
 
 def _report(result: Evaluation, settings: EvaluationSettings, rows: tuple[GateRow, ...]) -> str:
     from phoneready.evaluation.gate import gate_table
     from phoneready.evaluation.tables import (
+        cache_note,
         figure_tables,
         format_answers,
         place_notes,
@@ -342,53 +224,8 @@ def _report(result: Evaluation, settings: EvaluationSettings, rows: tuple[GateRo
     if result.texts:
         parts += [text_table(result).markdown()]
         parts += [f"Windows of {settings.seqlen} tokens, each without context before it.\n"]
-        notes = vocabulary_note(result), _cache_note(result)
-        parts += [f"{note}\n" for note in notes if note]
+        parts += [f"{note}\n" for note in (vocabulary_note(result), cache_note(result)) if note]
     parts += [table.markdown() for table in figure_tables(result)]
     parts += [f"{line}\n" for line in place_notes(result)]
-    parts += [format_answers(result)]
-    parts += [gate_table(rows).markdown()]
+    parts += [format_answers(result), gate_table(rows).markdown()]
     return "\n".join(part for part in parts if part)
-
-
-def _sweep(
-    model: str,
-    options: SweepOptions,
-    calibration: CalibrationSettings,
-    settings: EvaluationSettings,
-    opening: OpenSettings,
-    *,
-    save: Path | None,
-    warnings: tuple[str, ...],
-    as_json: bool,
-) -> None:
-    from cfsp.models.reference import load_model
-    from phoneready.evaluation.sweep import check_ratios, sweep, sweep_table
-    from phoneready.text import WRITERS, load_calibration
-
-    prune = PruneSettings(align=options.align)
-    ratios = check_ratios(options.ratios, prune)
-    with show_progress() as progress:
-        loaded = load_model(
-            model,
-            trust_remote_code=opening.trust_remote_code,
-            device=opening.device,
-            dtype=opening.dtype,
-            may_stream=True,
-            progress=progress,
-        )
-        drawn = load_calibration(
-            calibration.calibration,
-            loaded,
-            nsamples=calibration.nsamples,
-            seqlen=calibration.seqlen,
-            seed=options.calibration_seed,
-            progress=progress,
-        )
-        result = sweep(loaded, drawn, ratios, prune, settings, writers=WRITERS, progress=progress)
-    result = replace(result, warnings=warnings)
-    if save:
-        write_record(save, result)
-    if options.csv:
-        write_text(options.csv, sweep_table(result, float).csv())  # for plotting, in full precision
-    write_result(sweep_table(result).markdown(), record_to_json(result), as_json=as_json)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-import pydantic
 from pydantic import PositiveFloat, PositiveInt
 
 from cfsp.errors import InputError
@@ -155,28 +154,6 @@ class MetricResult:
 
 
 @dataclass(frozen=True)
-class HeldAgainstHere:
-    """Answers of a target's engine beside those of the same engine on this machine.
-
-    Attributes:
-        n_choices: Questions with choices that both were asked, the first ones.
-        n_other_choices: Those of which they put another choice first, or where there is one, of which one alone would
-            have written it.
-        max_difference: Largest difference of the log-likelihoods of a choice, nats; None without any.
-        mean_difference: Mean of the differences.
-        n_texts: Texts that both wrote.
-        n_other_texts: Those that are not the same tokens.
-    """
-
-    n_choices: pydantic.NonNegativeInt
-    n_other_choices: pydantic.NonNegativeInt
-    max_difference: pydantic.NonNegativeFloat | None
-    mean_difference: pydantic.NonNegativeFloat | None
-    n_texts: pydantic.NonNegativeInt
-    n_other_texts: pydantic.NonNegativeInt
-
-
-@dataclass(frozen=True)
 class Place:
     """Where a model was judged, when not on this machine; what its engine does not say is None.
 
@@ -189,7 +166,6 @@ class Place:
         system_info: The engine's own line about the machine.
         cache_type: Of keys and values there.
         same_tokens: Whether the tokenizer there cuts texts as the one here does, whose ids were used.
-        held: Its answers beside this machine's, where they were held against each other.
     """
 
     target: str
@@ -200,7 +176,6 @@ class Place:
     system_info: str | None
     cache_type: str | None
     same_tokens: bool | None
-    held: HeldAgainstHere | None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`eval --baseline`: an evaluation's figures held against an earlier one's, each with its metric's tolerance.
+"""`eval --baseline`: an evaluation's figures against an earlier one's, each with its metric's tolerance.
 
 The verdicts are the gate's of phoneready.figures: accuracies are compared with their noise, item by item.
 """
@@ -16,7 +16,7 @@ from phoneready.evaluation.figures import evaluation_figures, score_figure
 from phoneready.figures.budgets import BudgetConfig
 from phoneready.figures.figure_set import PRUNED, Figure
 from phoneready.figures.gate import differences, judge
-from phoneready.figures.metrics import TASK, recorded_metric
+from phoneready.figures.metrics import TASK, TOLERANCES, recorded_metric, tolerance_name
 from phoneready.figures.verdict import INCONCLUSIVE, MISSED, PASS
 from runtime_bench.presentation.table import Column, Table
 
@@ -50,26 +50,19 @@ class GateRow:
     reason: str | None = None
 
 
-def measures(evaluation: Evaluation) -> dict[str, Figure]:
-    """Every figure of an evaluation that has a tolerance, by the name that people read."""
-    subject, by_name = evaluation.model.reference, {}
-    for figure in evaluation_figures("", subject, evaluation):
-        row = recorded_metric(figure.key.metric)
-        if figure.role == PRUNED and row.tolerance is not None and row.source != TASK:
-            title = row.title if row.name == figure.key.metric else figure.key.metric
-            by_name[f"{title}, {figure.key.on}" if figure.key.on else title] = figure
-    for task in evaluation.tasks:
-        for score in task.metrics:
-            by_name[f"{task.task} {score.name}"] = score_figure("", PRUNED, subject, task, score)
-    return by_name
-
-
-def check_limits(limits: Mapping[str, float]) -> None:
-    """Raise InputError for a tolerance below 0, or not a number."""
-    for option, value in limits.items():
-        if not value >= 0:
-            field = "--" + option.replace("_", "-")
-            raise InputError("out of range", field=field, value=value, allowed="0 or more")
+def read_tolerances(stated: Sequence[str]) -> dict[str, float]:
+    """`KEY=VALUE` texts as metric -> tolerance; raises InputError for an unknown key, or no number of 0 or more."""
+    limits = {}
+    for text in stated:
+        name, _, value = text.partition("=")
+        try:
+            limits[name.strip()] = number = float(value)
+        except ValueError:
+            number = math.nan
+        if name.strip() not in TOLERANCES or not number >= 0:
+            allowed = "KEY=VALUE with a value of 0 or more and a key of " + ", ".join(TOLERANCES)
+            raise InputError("not understood", field="--tolerance", value=text, allowed=allowed)
+    return limits
 
 
 def compare_with_baseline(
@@ -80,14 +73,13 @@ def compare_with_baseline(
     Args:
         now: Today's.
         baseline: The earlier one.
-        limits: Option -> tolerance; each has a default.
+        limits: Metric -> tolerance; each has a default.
         where: Where the baseline came from, named in errors.
 
     Raises:
         InputError: The baseline was measured otherwise (reference model, text, tasks, prompts), or has a figure that
             is missing now; what differs is named.
     """
-    check_limits(limits)
     ours, theirs = _comparable(now, baseline), _comparable(baseline, now)
     for name, before in theirs.items():
         if name in ours and (differing := differences(ours[name], before)):
@@ -100,12 +92,7 @@ def compare_with_baseline(
 
 
 def check_gate(rows: tuple[GateRow, ...]) -> None:
-    """Hold the comparison against its tolerances.
-
-    Raises:
-        LimitError: Names every figure beyond its tolerance, and by how much.
-        InconclusiveError: None is, and of some it cannot be told.
-    """
+    """Raise LimitError naming every figure beyond its tolerance, else InconclusiveError for those not decided."""
     for outcome, error, what in (
         (MISSED, LimitError, "worse than the baseline"),
         (INCONCLUSIVE, InconclusiveError, "not decided whether it is worse than the baseline"),
@@ -122,22 +109,20 @@ def check_gate(rows: tuple[GateRow, ...]) -> None:
 
 def gate_table(rows: Sequence[GateRow]) -> Table[GateRow]:
     """The comparison as a table."""
-    return Table(_COLUMNS, rows)
-
-
-_WORDS = {PASS: "ok", INCONCLUSIVE: "not decided", MISSED: "worse"}
-_COLUMNS: tuple[Column[GateRow], ...] = (
-    Column("metric", lambda row: row.metric),
-    Column("baseline", lambda row: f"{row.baseline:.4f}", right=True),
-    Column(
-        "now",
-        lambda row: f"{row.now:.4f}" + ("" if row.stderr is None else f" ± {row.stderr:.3f}"),
-        right=True,
-    ),
-    Column("change", lambda row: _change(row, ".4f") if row.kind else None),
-    Column("allowed", lambda row: None if row.allowed is None else f"{row.allowed:g}", right=True),
-    Column("verdict", lambda row: "not gated" if row.kind is None else _WORDS[row.outcome]),
-)
+    words = {PASS: "ok", INCONCLUSIVE: "not decided", MISSED: "worse"}
+    columns: tuple[Column[GateRow], ...] = (
+        Column("metric", lambda row: row.metric),
+        Column("baseline", lambda row: f"{row.baseline:.4f}", right=True),
+        Column(
+            "now",
+            lambda row: f"{row.now:.4f}" + ("" if row.stderr is None else f" ± {row.stderr:.3f}"),
+            right=True,
+        ),
+        Column("change", lambda row: _change(row, ".4f") if row.kind else None),
+        Column("allowed", lambda row: None if row.allowed is None else f"{row.allowed:g}", right=True),
+        Column("verdict", lambda row: "not gated" if row.kind is None else words[row.outcome]),
+    )
+    return Table(columns, rows)
 
 
 def _change(row: GateRow, form: str) -> str:
@@ -150,25 +135,22 @@ def _row(name: str, before: Figure, now: Figure, limits: Mapping[str, float]) ->
     row = GateRow(name, before.value, now.value, now.stderr)
     metric = recorded_metric(now.key.metric)
     higher = now.higher_is_better if metric.higher_is_better is None else metric.higher_is_better
-    tolerance = metric.tolerance
-    allowed = limits.get(tolerance.option, tolerance.default) if tolerance else math.inf
-    if tolerance is None or higher is None or math.isinf(allowed):
+    allowed = math.inf if metric.tolerance is None else limits.get(tolerance_name(metric), metric.tolerance)
+    if higher is None or math.isinf(allowed):
         return row
-    kind = "ratio" if tolerance.is_ratio else "drop" if higher else "increase"
     budget = BudgetConfig(
         metric=now.key.metric,
         relative_to="baseline",
-        difference=not tolerance.is_ratio,
+        difference=not metric.tolerates_ratio,
         at_least=-allowed if higher else None,
         at_most=None if higher else allowed,
     )
     verdict = judge(budget, now, before)
-    change = -verdict.value if higher and verdict.value is not None else verdict.value
     return replace(
         row,
-        change=change,
+        change=-verdict.value if higher and verdict.value is not None else verdict.value,
         allowed=allowed,
-        kind=kind,
+        kind="ratio" if metric.tolerates_ratio else "drop" if higher else "increase",
         ok=verdict.outcome == PASS,
         outcome=verdict.outcome,
         reason=verdict.reason,
@@ -176,20 +158,28 @@ def _row(name: str, before: Figure, now: Figure, limits: Mapping[str, float]) ->
 
 
 def _comparable(evaluation: Evaluation, other: Evaluation) -> dict[str, Figure]:
-    """The figures, with all that must be equal for them to be comparable."""
-    conditions: dict[str, str] = {}
+    """Every figure that has a tolerance, by its name for people, with all that must be equal for a comparison."""
+    subject, figures = evaluation.model.reference, {}
+    for figure in evaluation_figures("", subject, evaluation):
+        metric = recorded_metric(figure.key.metric)
+        if figure.role == PRUNED and metric.tolerance is not None and metric.source != TASK:
+            title = metric.title if metric.name == figure.key.metric else figure.key.metric
+            figures[f"{title}, {figure.key.on}" if figure.key.on else title] = figure
+    for task in evaluation.tasks:
+        for score in task.metrics:
+            figures[f"{task.task} {score.name}"] = score_figure("", PRUNED, subject, task, score)
+    shared: dict[str, str] = {}
     if against := evaluation.against:
         known = against.sha256 if other.against and other.against.sha256 else None
-        conditions["reference model"] = known or against.reference
-        conditions["cache of the reference model"] = str(against.cache_type)
+        shared["reference model"] = known or against.reference
+        shared["cache of the reference model"] = str(against.cache_type)
     if evaluation.model.source_sha256 and other.model.source_sha256:
-        conditions["hash of the dense model"] = evaluation.model.source_sha256
-    figures = {}
-    for name, figure in measures(evaluation).items():
+        shared["hash of the dense model"] = evaluation.model.source_sha256
+    for name, figure in figures.items():
         own = {}
         if figure.key.metric == "degenerate" and evaluation.degeneration is not None:
             own["max_new_tokens"] = str(evaluation.degeneration.max_new_tokens)
         if figure.higher_is_better is not None:
             own[f"higher_is_better of {name}"] = str(figure.higher_is_better)
-        figures[name] = replace(figure, conditions=figure.conditions | conditions | own)
+        figures[name] = replace(figure, conditions=figure.conditions | shared | own)
     return figures

@@ -1,4 +1,4 @@
-"""What files of one model lose on the same windows of text, so that each can be held against all others."""
+"""What files of one model lose on the same windows of text, so that each can be compared with all others."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class MeasuredText:
         n_bytes: Bytes that they spell, of each window.
         nats: -ln p of each window.
         dense_nats: The dense model's.
-        kl_mean: Mean KL divergence from the dense model, nats; of fewer tokens, in these, where a dense one ends. None
-            in records of versions that did not measure it there.
+        kl_mean: Mean KL divergence from the dense model, nats; with fewer tokens, over these, where a dense one ends.
+            None in records of versions that did not measure it there.
         same_top1: Share of the same positions where both put the same token first.
     """
 
@@ -49,19 +49,13 @@ class MeasuredText:
 
     @property
     def bits_per_byte(self) -> float:
-        """Of this text alone."""
-        return _bits((self,))
+        """Of this text only."""
+        return sum(self.nats) / (math.log(2) * sum(self.n_bytes))
 
 
 @dataclass(frozen=True)
 class MeasuredFile:
-    """A file and what it loses.
-
-    Attributes:
-        file: Its name.
-        file_bytes: Its size.
-        texts: What it loses; all files have the same windows.
-    """
+    """A file, its size, and what it loses; all files have the same windows."""
 
     file: str
     file_bytes: PositiveInt
@@ -78,37 +72,34 @@ class MeasuredFile:
         raise NotImplementedError
 
     @property
+    def n_bytes(self) -> int:
+        """Of all texts together."""
+        return sum(sum(text.n_bytes) for text in self.texts)
+
+    @property
     def bits_per_byte(self) -> float:
         """Of all texts together."""
-        return _bits(self.texts)
+        return sum(sum(text.nats) for text in self.texts) / (math.log(2) * self.n_bytes)
 
     @property
     def tokens_per_byte(self) -> float:
         """Tokens that the file needs for a byte of all texts together."""
-        return tokens_per_byte(sum(text.n_tokens for text in self.texts), _n_bytes(self.texts))
+        return tokens_per_byte(sum(text.n_tokens for text in self.texts), self.n_bytes)
 
     @property
     def dense_bits_per_byte(self) -> float:
         """The dense model's in float32, of all texts together."""
-        return sum(map(sum, (t.dense_nats for t in self.texts))) / (math.log(2) * _n_bytes(self.texts))
+        return sum(sum(text.dense_nats) for text in self.texts) / (math.log(2) * self.n_bytes)
 
     @property
     def kl_mean(self) -> float | None:
-        """Mean KL divergence over the texts' tokens; None where no text has one."""
+        """Mean KL divergence over the texts' tokens; None if no text has one."""
         return _mean((t.kl_mean, t.n_tokens) for t in self.texts)
 
     @property
     def same_top1(self) -> float | None:
-        """Share of tokens where the dense model puts the same one first; None where no text has it."""
+        """Share of tokens where the dense model puts the same one first; None if no text has it."""
         return _mean((t.same_top1, t.n_tokens) for t in self.texts)
-
-
-def _n_bytes(texts: Iterable[MeasuredText]) -> int:
-    return sum(sum(text.n_bytes) for text in texts)
-
-
-def _bits(texts: tuple[MeasuredText, ...]) -> float:
-    return sum(sum(text.nats) for text in texts) / (math.log(2) * _n_bytes(texts))
 
 
 def _mean(weighted: Iterable[tuple[float | None, int]]) -> float | None:

@@ -1,33 +1,40 @@
-"""Judge a model, alone or against another one."""
+"""Judge a model, by itself or against another one: texts, tasks, answers, own metrics."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cfsp.errors import InputError
+from cfsp.evaluation.answers import answer
 from cfsp.evaluation.bits import bits_per_byte, losses_on_shared_text, predicted_bytes, tokens_per_byte
+from cfsp.evaluation.degeneration import degenerate, system_text
 from cfsp.evaluation.divergence import divergence, respelled_divergence
 from cfsp.evaluation.language_model import LanguageModel, vocabulary_difference
 from cfsp.evaluation.perplexity import perplexity
 from cfsp.evaluation.tasks import check_chat_tasks, load_tasks, run_tasks
 from cfsp.evaluation.torch_model import TorchLanguageModel
+from cfsp.models.builtin import BUILTIN_MODELS
 from cfsp.progress import Progress, no_progress
 from cfsp.reading import read_json_lines, read_text
 from cfsp.settings import check_settings
+from cfsp.text.choosing import Sampling
 from cfsp.text.respelling import Respelling, respelling
 from cfsp.text.self_sampling import sample_windows
 from cfsp.text.settings import SELF
 from cfsp.text.tokens import TokenWindows, started, token_windows, tokens_sha256
 from cfsp.text.writers import TRANSFORMERS, Writer
-from phoneready.evaluation.answered import answers_of, degeneration, sampled_answers, sampling_for
 from phoneready.evaluation.evaluation_record import (
+    Degeneration,
     Evaluation,
+    SampledAnswers,
     TextResult,
     Vocabularies,
     identity_of,
@@ -35,8 +42,6 @@ from phoneready.evaluation.evaluation_record import (
 )
 from phoneready.evaluation.metrics import find_metric, measure
 from phoneready.evaluation.settings import EvaluationSettings
-
-_Judge = Callable[[str, LanguageModel, LanguageModel | None, TokenWindows, Progress], TextResult]
 
 
 def evaluate(
@@ -47,9 +52,9 @@ def evaluate(
     writers: Sequence[Writer] = (TRANSFORMERS,),
     progress: Progress = no_progress,
 ) -> Evaluation:
-    """Judge a model, against a reference model where one is given; token ids come from the reference's tokenizer.
+    """Judge a model, against a reference model if one is given; token ids come from the reference's tokenizer.
 
-    `writers` are what may have the reference model write, where that is a text; the first that can does.
+    `writers` are what may have the reference model write, if that is a text; the first that can does.
 
     Raises:
         InputError: A text that cannot be read or is too short, two of one name, tasks or metrics that cannot be used,
@@ -58,107 +63,69 @@ def evaluate(
     """
     check_settings(settings)
     check_texts(settings)
-    pair = _Pair.of(model, against, settings)
+    models = [model, *([against] if against else [])]
+    different = vocabulary_difference(model, against) if against else None
+    if different and settings.metrics:
+        raise InputError(f"{different}; own metrics read the ids of one: leave out the metrics, or --against")
+    spelling = None
+    if against and different:
+        try:
+            spelling = respelling(against.tokenizer, model.tokenizer)
+        except InputError:
+            spelling = None  # the model's tokens are no part of the reference's
     metrics = {name: find_metric(name) for name in settings.metrics}
-    sampling = sampling_for(pair.models, settings)
+    sampling = sampling_for(models, settings)
     with ExitStack() as stack:
         # Tasks are loaded first: a wrong name must not be found after an hour of measuring.
         tasks = stack.enter_context(load_tasks(settings)) if settings.tasks else None
-        for one in pair.models:
+        for one in models:
             check_chat_tasks(one, tasks.chats if tasks else ())
         windows = [
             text_windows(source, against or model, settings, progress, writers)
             for _, source in settings.sources
         ]
-        texts = tuple(
-            pair.judged(kind, of_source, progress)
-            for (kind, _), of_source in zip(settings.sources, windows, strict=True)
-        )
-        done = [run_tasks(one, tasks, progress=progress) if tasks else () for one in pair.models]
+        texts = []
+        for (kind, _), text in zip(settings.sources, windows, strict=True):
+            apart = against and (not model.gives_logits or (different and spelling is None))
+            if against and apart:
+                texts.append(_judge_apart(kind, model, against, text, progress))
+            else:
+                texts.append(_judge(kind, model, against, text, spelling, progress))
+        done = [run_tasks(one, tasks, progress=progress) if tasks else () for one in models]
     measured = [row for name, metric in metrics.items() for row in measure(name, metric, model, windows)]
-    said = answers_of(pair.models, settings, progress)
+    said = _answers_of(models, settings, None, progress)
+    sampled = _answers_of(models, settings, sampling, progress) if sampling else []
+    vocabularies = None
+    if against and different:
+        own, theirs = (len(one.tokenizer.get_vocab()) for one in models)
+        vocabularies = Vocabularies(own, theirs, spelling is not None)
     return Evaluation(
         model=identity_of(model),
         against=identity_of(against) if against else None,
         seed=settings.seed,
-        texts=texts,
+        texts=tuple(texts),
         prompts=settings.prompts,
         answers=next((one.texts for one in said), ()),
         against_answers=next((one.texts for one in said[1:]), ()),
-        degeneration=degeneration(settings, said) if said else None,
-        sampled=sampled_answers(pair.models, settings, sampling, progress),
+        degeneration=_degeneration(settings, said) if said else None,
+        sampled=SampledAnswers(
+            sampling,
+            settings.seed,
+            _degeneration(settings, sampled),
+            sampled[0].texts,
+            next((one.texts for one in sampled[1:]), ()),
+        )
+        if sampling
+        else None,
         tasks=done[0],
         against_tasks=next(iter(done[1:]), ()),
         metrics=tuple(measured),
-        vocabularies=pair.vocabularies,
+        vocabularies=vocabularies,
     )
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """What is judged, and what it is held against.
-
-    Attributes:
-        model: It.
-        against: The reference; None where there is none.
-        has_other_tokens: Whether the reference has another vocabulary.
-        spelling: From the reference's vocabulary to the model's, where that is another one and a part of it.
-    """
-
-    model: LanguageModel
-    against: LanguageModel | None
-    has_other_tokens: bool
-    spelling: Respelling | None
-
-    @classmethod
-    def of(cls, model: LanguageModel, against: LanguageModel | None, settings: EvaluationSettings) -> _Pair:
-        """Raises InputError where own metrics are asked for beside a reference with other tokens."""
-        other = against if _has_other_vocabulary(model, against, settings) else None
-        return cls(model, against, other is not None, _spelling(model, other) if other else None)
-
-    @property
-    def models(self) -> list[LanguageModel]:
-        """Both, or the one that there is."""
-        return [self.model, *([self.against] if self.against else [])]
-
-    @property
-    def vocabularies(self) -> Vocabularies | None:
-        """Of both, where they are not the same."""
-        if self.against is None or not self.has_other_tokens:
-            return None
-        return Vocabularies(_size(self.model), _size(self.against), self.spelling is not None)
-
-    def judged(self, kind: str, windows: TokenWindows, progress: Progress) -> TextResult:
-        """What they make of a text."""
-        apart = self.against is not None and not self.model.gives_logits
-        apart = apart or (self.has_other_tokens and self.spelling is None)
-        judge: _Judge = _judge_apart if apart else partial(_judge, spelling=self.spelling)
-        return judge(kind, self.model, self.against, windows, progress)
-
-
-def _has_other_vocabulary(
-    model: LanguageModel, against: LanguageModel | None, settings: EvaluationSettings
-) -> bool:
-    different = vocabulary_difference(model, against) if against else None
-    if different and settings.metrics:
-        raise InputError(f"{different}; own metrics read the ids of one: leave out the metrics, or --against")
-    return different is not None
-
-
-def _spelling(model: LanguageModel, other: LanguageModel) -> Respelling | None:
-    """From the vocabulary of a reference to the model's; None where the model's is no part of it."""
-    try:
-        return respelling(other.tokenizer, model.tokenizer)
-    except InputError:
-        return None
-
-
-def _size(model: LanguageModel) -> int:
-    return len(model.tokenizer.get_vocab())
-
-
 def check_texts(settings: EvaluationSettings) -> None:
-    """Raise InputError where two texts have one name."""
+    """Raise InputError if two texts have one name."""
     name = repeated_text(settings.text, settings.chats)
     if name is not None:
         raise InputError("two texts have this name; rename one of the files", field="text", value=name)
@@ -222,16 +189,44 @@ def text_windows(
     return TokenWindows(ids, SELF, tokens_sha256(ids))
 
 
+def sampling_for(models: Sequence[LanguageModel], settings: EvaluationSettings) -> Sampling | None:
+    """How answers are sampled: as asked for, else as the reference model recommends, else the model; or None.
+
+    Args:
+        models: The model, and the reference model if there is one.
+        settings: What is asked for.
+
+    Raises:
+        InputError: Neither says how, or settings out of range.
+    """
+    if not (settings.sampled and settings.prompts):
+        return None
+    recommended: Mapping[str, Any] = {}
+    for model in reversed(models):
+        # What a model comes with, or what the card says of the built-in one that it is, or was made from.
+        hashes = {model.sha256, model.source_sha256}
+        cards = (row.sampling for row in BUILTIN_MODELS.values() if row.sha256 in hashes)
+        recommended = recommended or model.stated_sampling or next(cards, {})
+    chosen = {**recommended, **settings.asked_sampling}
+    if "temperature" not in chosen and not recommended:
+        names = " and ".join(model.name for model in models)
+        raise InputError(
+            f"no settings to sample at come with {names}", allowed="--temperature T, or evaluate.temperature"
+        )
+    sampling = Sampling(**chosen)
+    check_settings(sampling)
+    return sampling
+
+
 def _judge(
     kind: str,
     model: LanguageModel,
     against: LanguageModel | None,
     windows: TokenWindows,
-    progress: Progress,
-    *,
     spelling: Respelling | None,
+    progress: Progress,
 ) -> TextResult:
-    """Alone, or against a model of the same tokens, or of more where there is a spelling."""
+    """By itself, or against a model of the same tokens, or of more if there is a spelling."""
     if spelling is not None:
         windows = spelling.shortened(windows)
     text = (kind, windows.source, windows.ids.shape[1])
@@ -271,14 +266,9 @@ def _judge(
 
 
 def _judge_apart(
-    kind: str,
-    model: LanguageModel,
-    against: LanguageModel | None,
-    windows: TokenWindows,
-    progress: Progress,
+    kind: str, model: LanguageModel, against: LanguageModel, windows: TokenWindows, progress: Progress
 ) -> TextResult:
     """Beside a model of other tokens, or that gives no logits: only bits and tokens per byte can be compared."""
-    assert against is not None
     theirs, ours = losses_on_shared_text(against, model, windows, progress=progress)
     return TextResult(
         kind,
@@ -293,3 +283,65 @@ def _judge_apart(
         tokens_per_byte=ours.tokens_per_byte,
         against_tokens_per_byte=theirs.tokens_per_byte,
     )
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """One text a prompt, and why each is degenerate; None of a good one."""
+
+    texts: tuple[str, ...]
+    reasons: tuple[str | None, ...]
+
+    @property
+    def share(self) -> float:
+        return sum(reason is not None for reason in self.reasons) / len(self.reasons)
+
+    @property
+    def by_reason(self) -> dict[str, float]:
+        counts = Counter(reason for reason in self.reasons if reason)
+        return {reason: count / len(self.reasons) for reason, count in sorted(counts.items())}
+
+
+def _answers_of(
+    models: Sequence[LanguageModel],
+    settings: EvaluationSettings,
+    sampling: Sampling | None,
+    progress: Progress,
+) -> list[_Answered]:
+    """What each model answers to the prompts; sampled by the same numbers, or greedily without settings."""
+    said = []
+    for model in models if settings.prompts else ():
+        texts = answer(
+            model,
+            settings.prompts,
+            max_new_tokens=settings.max_new_tokens,
+            sampling=sampling,
+            seed=settings.seed,
+            progress=progress,
+        )
+        pairs = zip(texts, settings.prompts, strict=True)
+        reasons = (degenerate(text, prompt, system_text(model.tokenizer, prompt)) for text, prompt in pairs)
+        said.append(_Answered(tuple(texts), tuple(reasons)))
+    return said
+
+
+def _degeneration(settings: EvaluationSettings, said: Sequence[_Answered]) -> Degeneration:
+    """How many answers of the model, and of the reference model after it, are degenerate."""
+    text = json.dumps(settings.prompts, ensure_ascii=False)
+    own = Degeneration(
+        prompts_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        n_prompts=len(settings.prompts),
+        max_new_tokens=settings.max_new_tokens,
+        share=said[0].share,
+        by_reason=said[0].by_reason,
+        reasons=said[0].reasons,
+    )
+    for dense in said[1:]:
+        own = replace(
+            own,
+            against_share=dense.share,
+            against_by_reason=dense.by_reason,
+            against_reasons=dense.reasons,
+            difference_points=100 * (own.share - dense.share),
+        )
+    return own

@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
-
 from cfsp.evaluation.bits import predicted_bytes, respelled
-from cfsp.evaluation.divergence import Divergence, divergence, respelled_divergence
+from cfsp.evaluation.divergence import divergence, respelled_divergence
 from cfsp.evaluation.language_model import LanguageModel
 from cfsp.evaluation.perplexity import text_loss
 from cfsp.progress import Progress
@@ -25,15 +22,15 @@ from phoneready.evaluation.models import OpenSettings, open_language_model, runt
 
 @dataclass(frozen=True)
 class JudgedText:
-    """A text as all files are measured on it; the ids are the dense model's.
-
-    Attributes:
-        kind: `text` or `chats`.
-        windows: (n_windows, seqlen).
-    """
+    """A text, `text` or `chats`, in windows of the dense model's ids, (n_windows, seqlen)."""
 
     kind: str
     windows: TokenWindows
+
+
+def shortened(text: JudgedText, tokenizer: Any, other: Any) -> JudgedText:
+    """The text, as cut for a tokenizer, in windows that `other`, too, spells in no more tokens than they had."""
+    return replace(text, windows=respelling(tokenizer, other).shortened(text.windows))
 
 
 def measure_file(
@@ -68,17 +65,6 @@ def measure_file(
         return tuple(_measured(text, model, dense, spelling, progress) for text in texts)
 
 
-def shortened(text: JudgedText, tokenizer: Any, other: Any) -> JudgedText:
-    """The text in windows that a tokenizer without some of the tokens, too, spells in no more tokens than they had.
-
-    Args:
-        text: As cut for a tokenizer.
-        tokenizer: That one.
-        other: The other.
-    """
-    return replace(text, windows=respelling(tokenizer, other).shortened(text.windows))
-
-
 def _measured(
     text: JudgedText,
     model: LanguageModel,
@@ -86,52 +72,33 @@ def _measured(
     spelling: Respelling | None,
     progress: Progress,
 ) -> MeasuredText:
-    windows, ids = text.windows, text.windows.ids
-    compare = partial(_other_tokens, spelling) if spelling else _same_tokens
-    losses = []
+    ids = text.windows.ids
+    n_tokens, nats, found = 0, [], []
     for number, window in enumerate(ids, 1):
-        losses.append(compare(window, model, dense))
+        alone = TokenWindows(window[None], "", "")
+        if spelling is None:
+            one = divergence(dense, model, alone)
+            n_tokens += one.n_tokens
+            loss = math.log(one.perplexity) * one.n_tokens
+        else:
+            # All of the window's text, however many tokens that takes, as the file's own tokenizer cuts it.
+            one = respelled_divergence(dense, model, alone, spelling)
+            own = respelled(window, dense.tokenizer, model.tokenizer)
+            n_tokens += len(own.ids) - own.n_context
+            same_cut = own.ids.equal(spelling.spell(window.tolist()).ids)
+            loss = math.log(one.perplexity) * one.n_tokens if same_cut else text_loss(model, [own])
+        nats.append(loss)
+        found.append(one)
         progress("measuring", number, len(ids))
-    n_tokens = sum(loss.n_tokens for loss in losses)
     return MeasuredText(
         text.kind,
-        windows.source,
+        text.windows.source,
         ids.shape[1],
-        windows.sha256,
+        text.windows.sha256,
         n_tokens,
         n_bytes=tuple(max(1, predicted_bytes(window[None], dense.tokenizer)) for window in ids),
-        nats=tuple(loss.nats for loss in losses),
-        dense_nats=tuple(loss.dense_nats for loss in losses),
-        kl_mean=fmean(loss.kl_mean for loss in losses),
-        same_top1=fmean(loss.same_top1 for loss in losses),
+        nats=tuple(nats),
+        dense_nats=tuple(math.log(one.reference_perplexity) * one.n_tokens for one in found),
+        kl_mean=fmean(one.kl_mean for one in found),
+        same_top1=fmean(one.same_top1 for one in found),
     )
-
-
-@dataclass(frozen=True)
-class _WindowLoss:
-    n_tokens: int
-    nats: float
-    dense_nats: float
-    kl_mean: float
-    same_top1: float
-
-
-def _other_tokens(
-    spelling: Respelling, window: torch.Tensor, model: LanguageModel, dense: LanguageModel
-) -> _WindowLoss:
-    """All of the window's text, however many tokens that takes, as the file's own tokenizer cuts it."""
-    loss = _loss(respelled_divergence(dense, model, TokenWindows(window[None], "", ""), spelling))
-    text = respelled(window, dense.tokenizer, model.tokenizer)
-    loss = replace(loss, n_tokens=len(text.ids) - text.n_context)
-    if text.ids.equal(spelling.spell(window.tolist()).ids):
-        return loss
-    return replace(loss, nats=text_loss(model, [text]))
-
-
-def _same_tokens(window: torch.Tensor, model: LanguageModel, dense: LanguageModel) -> _WindowLoss:
-    return _loss(divergence(dense, model, TokenWindows(window[None], "", "")))
-
-
-def _loss(found: Divergence) -> _WindowLoss:
-    nats, dense_nats = (math.log(p) * found.n_tokens for p in (found.perplexity, found.reference_perplexity))
-    return _WindowLoss(found.n_tokens, nats, dense_nats, found.kl_mean, found.same_top1)

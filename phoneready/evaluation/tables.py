@@ -11,7 +11,6 @@ from phoneready.evaluation.dominance import DOMINATED, UNDECIDED, Standing
 from phoneready.evaluation.evaluation_record import (
     Degeneration,
     Evaluation,
-    HeldAgainstHere,
     TextResult,
 )
 from phoneready.evaluation.measured_file import MeasuredFile, MeasuredText
@@ -186,8 +185,19 @@ def _columns(evaluation: Evaluation) -> Iterator[tuple[str, Sequence[str], Seque
             yield from ((name + how, said, reason) for name, said, reason in rows if said)
 
 
+def cache_note(result: Evaluation) -> str:
+    """Types of keys and values, if one was asked for."""
+    if result.model.cache_type is None:
+        return ""
+    note = f"Keys and values of {result.model.reference} are in {result.model.cache_type}"
+    if result.against is None:
+        return f"{note}."
+    cache = result.against.cache_type
+    return f"{note}, and those of {result.against.reference} {f'in {cache}' if cache else 'as in proofs'}."
+
+
 def place_notes(evaluation: Evaluation) -> list[str]:
-    """Where the model ran, when not on this machine, and how its answers compare with this machine's."""
+    """Where the model ran, when not on this machine."""
     place = evaluation.place
     if place is None:
         return []
@@ -198,20 +208,6 @@ def place_notes(evaluation: Evaluation) -> list[str]:
     notes = [f"Judged on {place.target} in {evaluation.model.runtime}: {computed}, {threads}{cache}."]
     if place.same_tokens is False:
         notes.append("Its own tokenizer cuts texts otherwise than the one here, whose tokens were used.")
-    return [*notes, *_held_notes(place.held)]
-
-
-def _held_notes(held: HeldAgainstHere | None) -> list[str]:
-    if held is None:
-        return []
-    notes = []
-    if held.n_choices:
-        notes.append(
-            f"The first {held.n_choices} questions, asked of the same engine here, too: {held.n_other_choices} with "
-            f"another choice; log-likelihoods differ by {held.max_difference:.2g} nats at most."
-        )
-    if held.n_texts:
-        notes.append(f"The first {held.n_texts} texts, written here, too: {held.n_other_texts} are others.")
     return notes
 
 

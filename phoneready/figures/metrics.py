@@ -25,23 +25,6 @@ ANY_MEMBER = ".*"
 
 
 @dataclass(frozen=True)
-class Tolerance:
-    """How much worse than its baseline `eval --baseline` lets a figure be.
-
-    Attributes:
-        option: The option that sets it.
-        help: What it is of, in the option's help.
-        default: The limit unless it is set.
-        is_ratio: It limits now / baseline; else the difference between them.
-    """
-
-    option: str
-    help: str
-    default: float
-    is_ratio: bool = False
-
-
-@dataclass(frozen=True)
 class Metric:
     """A kind of figure.
 
@@ -58,7 +41,8 @@ class Metric:
         against_dense: Whether it can be given relative to the dense model's; a divergence from that model cannot.
         best: The figure of a perfect model; pruning moves figures away from it. None of what pruning improves.
         slope: Expected d log(distance from best) / d log(share removed).
-        tolerance: In `eval --baseline`; None of what is not held against a baseline there.
+        tolerance: How much worse than its baseline `eval --baseline` lets it be; None of what is not compared there.
+        tolerates_ratio: The tolerance is of now / baseline; else of the difference between them.
         fixed: It is the tokenizer's: no channel, block or group that goes changes it.
     """
 
@@ -74,7 +58,8 @@ class Metric:
     against_dense: bool = True
     best: float | None = None
     slope: float = 0.0
-    tolerance: Tolerance | None = None
+    tolerance: float | None = None
+    tolerates_ratio: bool = False
     fixed: bool = False
 
     @property
@@ -93,7 +78,6 @@ class Metric:
         return self.source in (FILE, PROJECTION)
 
 
-_DEGENERATE = Tolerance("max_degenerate_increase", "share of degenerate answers.", 0.05)
 _ROWS = (
     Metric("file_bytes", "file size", "size of an exported file; of an ONNX folder, graph and weights", FILE, "bytes"),
     Metric("peak_rss_bytes", "peak memory (RSS)", "most resident memory of any process", BENCH, "bytes", sampled=True),
@@ -111,17 +95,17 @@ _ROWS = (
     ),
     Metric(
         "perplexity", "perplexity", "exp of the mean loss on a text", TEXT, best=0.0, slope=0.3,
-        tolerance=Tolerance("max_perplexity_ratio", "perplexity, times the baseline's.", 1.02, is_ratio=True),
+        tolerance=1.02, tolerates_ratio=True,
     ),
     Metric(
         "bits_per_byte", "bits per byte", "loss on a text over its bytes, whatever the vocabulary", TEXT, "bits",
         best=0.0, slope=0.3,
-        tolerance=Tolerance("max_bits_ratio", "bits per byte, times the baseline's.", 1.02, is_ratio=True),
+        tolerance=1.02, tolerates_ratio=True,
     ),
     Metric(
         "tokens_per_byte", "tokens per byte", "tokens of its tokenizer over a text's bytes: its time and context",
         TEXT, "tokens", fixed=True,
-        tolerance=Tolerance("max_tokens_ratio", "tokens per byte, times the baseline's.", 1.02, is_ratio=True),
+        tolerance=1.02, tolerates_ratio=True,
     ),
     Metric(
         "perplexity_ratio", "perplexity ratio", "perplexity over the dense model's on the same tokens", TEXT, "x",
@@ -130,7 +114,7 @@ _ROWS = (
     Metric(
         "kl_mean", "KL mean", "mean KL(dense || model) over tokens", TEXT, "nats",
         against_dense=False, best=0.0, slope=1.2,
-        tolerance=Tolerance("max_kl_increase", "mean KL divergence, in nats.", 0.01),
+        tolerance=0.01,
     ),
     Metric(
         "kl_p99_9", "KL p99.9", "99.9th percentile of KL(dense || model)", TEXT, "nats",
@@ -138,20 +122,20 @@ _ROWS = (
     ),
     Metric(
         "same_top1", "same top-1", "tokens for which both put the same one first", TEXT, "share", True,
-        against_dense=False, best=1.0, slope=0.7, tolerance=Tolerance("max_top1_drop", "same-top-1 share.", 0.01),
+        against_dense=False, best=1.0, slope=0.7, tolerance=0.01,
     ),
     Metric(
         "accuracy", "accuracy", "share of right answers of a task", TASK, "share", True, best=1.0, slope=0.2,
-        tolerance=Tolerance("max_accuracy_drop", "each figure of a task.", 0.02),
+        tolerance=0.02,
     ),
     Metric("mean_accuracy", "mean accuracy", "mean over all tasks", TASK, "share", True, best=1.0, slope=0.2),
     Metric(
         "degenerate", "degenerate answers", "answers that are empty, loop, echo or are no language", ANSWERS, "share",
-        best=0.0, slope=0.5, tolerance=_DEGENERATE,
+        best=0.0, slope=0.5, tolerance=0.05,
     ),
     Metric(
         "degenerate_sampled", "degenerate answers, sampled", "the same of sampled answers, where they are asked for",
-        ANSWERS, "share", best=0.0, slope=0.5, tolerance=_DEGENERATE,
+        ANSWERS, "share", best=0.0, slope=0.5, tolerance=0.05,
     ),
     Metric("projected_memory_bytes", "projected memory", "what a GGUF file would need there", PROJECTION, "bytes"),
     Metric("projected_pp", "projected prompt processing", "speed there, a band", PROJECTION, "t/s", True),
@@ -163,13 +147,19 @@ METRICS: Mapping[str, Metric] = MappingProxyType({row.name: row for row in _ROWS
 OWN_METRIC = Metric(
     "MODULE:FUNCTION", "own metric", "what evaluate.metrics names; it says its unit and direction itself", OWN,
     higher_is_better=None, against_dense=False, slope=0.2,
-    tolerance=Tolerance("max_metric_change", "own metrics that state a direction.", 0.02),
+    tolerance=0.02,
 )  # fmt: skip
 
-TOLERANCES: Mapping[str, Tolerance] = MappingProxyType(
-    {row.tolerance.option: row.tolerance for row in (*_ROWS, OWN_METRIC) if row.tolerance}
+
+def tolerance_name(metric: Metric) -> str:
+    """What `eval --tolerance` calls a metric; one name means greedy and sampled answers, one all own metrics."""
+    return "own" if metric is OWN_METRIC else metric.name.removesuffix("_sampled")
+
+
+TOLERANCES: Mapping[str, float] = MappingProxyType(
+    {tolerance_name(row): row.tolerance for row in (*_ROWS, OWN_METRIC) if row.tolerance is not None}
 )
-"""Option of `eval --baseline` -> its tolerance."""
+"""Key of `eval --tolerance` -> its default."""
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,9 @@ from cfsp.text.calibration import Calibration, check_seqlen
 from cfsp.text.tokens import tokens_sha256
 from exporters.families import FAMILIES, ROUNDING, family_of, find_format
 from exporters.provenance import file_stem
-from phoneready.evaluation.answered import sampling_for
 from phoneready.evaluation.evaluation_record import Evaluation, ModelIdentity
 from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
-from phoneready.evaluation.run import evaluate, text_windows
+from phoneready.evaluation.run import evaluate, sampling_for, text_windows
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.evaluation.side_by_side import JudgedText, measure_file, shortened
 from phoneready.figures.figure_set import DENSE, PRUNED

@@ -17,7 +17,7 @@ from cfsp.errors import InputError
 from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.builtin import BUILTIN_MODELS
 from cfsp.models.source import LoadedModel
-from phoneready.evaluation.answered import sampling_for
+from phoneready.evaluation.run import sampling_for
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.main import main
 from phoneready.release.stages import stage_folder

@@ -1,0 +1,261 @@
+"""Where `eval` runs a model: here, or in the engine of a target that can be asked about texts.
+
+Requests are made here, of token ids, and run there, in the engine that `bench` measures. Distributions over the
+vocabulary do not travel: of a text comes back how likely it is.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Protocol, cast
+
+from cfsp.errors import InputError, PhonereadyError
+from cfsp.progress import Progress, no_progress
+from cfsp.settings import Reads, Settings, declared, setting
+from phoneready.evaluation.evaluation_record import Place
+from runtime_bench.engines import EngineFacts, SessionSettings
+from runtime_bench.questions import Answer, AnswerRequest, Question, Scoring, Spelling, Writing
+from runtime_bench.questions import write_questions as write_to
+from runtime_bench.targets import Answering
+from runtime_bench.targets.table import READS as TARGET_READS
+from runtime_bench.targets.table import TARGETS, TargetOptions, find_row, open_targets
+from runtime_bench.workload import BenchSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from cfsp.evaluation.language_model import Branches, Score
+    from cfsp.text.choosing import Chooser
+    from exporters.outline import FileOutline
+    from phoneready.evaluation.models import OpenSettings
+    from phoneready.evaluation.settings import EvaluationSettings
+
+HERE = "local"
+TIMEOUT_S = 3600.0
+"""For one process there."""
+SPELLED = (
+    "The lighthouse stood on a rock above the sea.",
+    "  two spaces,\n\ta tab; 12,345.67 and x != y",
+    "Ce n'est pas là-bas, sagte er; 東京 и Москва 🙂",
+)
+"""Texts that both tokenizers cut."""
+_JUDGED = "--text, --chats, --tasks, --prompt, --prompts"
+_PLACES = ", ".join(row.form for name, row in TARGETS.items() if row.answers or name == HERE)
+_TARGET = {row.name: row.setting for row in declared(TargetOptions)}
+_BENCH = {row.name: row.setting for row in declared(BenchSettings)}
+
+
+@dataclass(frozen=True)
+class PlaceSettings(Settings):
+    """Where the model runs, and what is needed for it there."""
+
+    on: str = setting(
+        HERE, f"Where MODEL reads texts, does its tasks and writes its answers: {_PLACES}.", metavar="TARGET"
+    )
+    backend: str | None = setting(None, _BENCH["backend"])
+    runner: Path | None = setting(None, _TARGET["runner"])
+    ndk: Path | None = setting(None, _TARGET["ndk"])
+    remote_folder: str | None = setting(None, _TARGET["remote_folder"])
+    ssh_config: Path | None = setting(None, _TARGET["ssh_config"])
+    retries: int = setting(TargetOptions.retries, _TARGET["retries"])
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the model runs on this machine."""
+        return self.on == HERE
+
+    @property
+    def target_options(self) -> TargetOptions:
+        """What the target is opened with."""
+        names = {option.name for option in fields(self)} & {option.name for option in fields(TargetOptions)}
+        return TargetOptions(**{name: getattr(self, name) for name in names})
+
+
+READS: Reads = MappingProxyType(dict(TARGET_READS))
+"""Used with the names of the targets, which here are one."""
+
+
+def check_place(place: PlaceSettings, settings: EvaluationSettings) -> None:
+    """Raise InputError for what a place has no use for, or cannot do, before anything is opened."""
+    if place.is_here:
+        open_targets([HERE], place.target_options)
+        if place.backend is not None:
+            raise InputError("--backend is for another place: give --on TARGET, too")
+        return
+    if not find_row(place.on)[0].answers:
+        raise InputError("cannot be asked about texts", field="--on", value=place.on, allowed=_PLACES)
+    needs: dict[str, object] = {"--metric": settings.metrics, "--sampled": settings.sampled}
+    for option in (option for option, asked in needs.items() if asked):
+        why = f"{option} needs the probability of every token, which do not travel"
+        raise InputError(why, field="--on", value=place.on, allowed=_JUDGED)
+    if not (settings.tasks or settings.prompts or settings.sources):
+        raise InputError("nothing to judge", field="--on", value=place.on, allowed=_JUDGED)
+
+
+class _AnsweringTarget(Answering, Protocol):
+    """A target that can be asked."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class FarLanguageModel:
+    """An exported file, run by its engine on a target: a `cfsp.evaluation.LanguageModel`.
+
+    Args:
+        reference: The file as it was given.
+        runtime: What runs it.
+        outline: What it says without being run.
+        target: Where.
+        session: How it is opened there.
+        cache_type: Of keys and values, if one was asked for.
+    """
+
+    gives_logits = False
+
+    def __init__(
+        self,
+        reference: str,
+        runtime: str,
+        outline: FileOutline,
+        target: _AnsweringTarget,
+        session: SessionSettings,
+        cache_type: str | None,
+    ) -> None:
+        self.name, self.runtime, self.cache_type = reference, runtime, cache_type
+        self.sha256: str | None = outline.sha256
+        self.source_sha256, self.tokenizer = outline.source_sha256, outline.tokenizer
+        self.vocab_size, self.context_length = outline.vocab_size, outline.context_length
+        self.target, self.session = target, session
+        self.stated_sampling = outline.stated_sampling
+        self.facts: EngineFacts | None = None
+        self.same_tokens: bool | None = None
+        self._outline = outline
+
+    def close(self) -> None:
+        """Nothing is open there between questions."""
+
+    def next_token_logits(self, window: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Raise InputError: these do not travel."""
+        raise InputError(
+            f"{self.target.name} does not give the logits of texts", allowed="tasks, answers, bits per byte"
+        )
+
+    def score(self, items: Sequence[Branches]) -> list[list[Score]]:
+        """See `LanguageModel`; all items in one process there."""
+        from cfsp.evaluation.language_model import Score, check_length
+
+        for item in items:
+            longest = len(item.context) + max(map(len, item.continuations), default=1) - 1
+            check_length(self, longest, "a context with its continuation")
+        answers = self._ask([Scoring(item.context, item.continuations) for item in items])
+        scores = [list(map(Score, one.log_likelihoods, one.greedy)) for one in answers]
+        if [len(one) for one in scores] != [len(item.continuations) for item in items]:
+            raise PhonereadyError(f"{self.target.name}: some continuations were not scored")
+        return scores
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        stop_strings: Sequence[str] = (),
+        choosers: Sequence[Chooser] = (),
+    ) -> list[list[int]]:
+        """See `LanguageModel`; all prompts in one process there. Raises InputError for choosers, which need logits."""
+        from cfsp.evaluation.language_model import check_length
+
+        if choosers:
+            raise InputError(
+                f"{self.target.name} does not give the logits of texts", allowed="greedy answers"
+            )
+        check_length(self, max(map(len, prompts), default=0) + max_new_tokens, "a prompt with its answer")
+        ids, ends = tuple(map(tuple, prompts)), self._outline.ends
+        (answer,) = self._ask([Writing(ids, max_new_tokens, tuple(stop_strings), ends)])
+        if len(answer.written) != len(ids):
+            raise PhonereadyError(f"{self.target.name}: some prompts were not answered")
+        return [list(tokens) for tokens in answer.written]
+
+    def place(self) -> Place | None:
+        """Where the answers came from; None before there was any."""
+        if self.facts is None:
+            return None
+        return Place(
+            target=self.target.name,
+            n_threads=self.session.n_threads,
+            backends=self.facts.backends,
+            asked_backend=self.session.backend,
+            versions=self.facts.versions,
+            system_info=self.facts.system_info,
+            cache_type=self.facts.settings.cache_type,
+            same_tokens=self.same_tokens,
+        )
+
+    def _ask(self, questions: Sequence[Question]) -> list[Answer]:
+        """Answers to questions; the first time the tokenizer there is looked at, too."""
+        from cfsp.text.encoding import encode
+
+        name, spelled = self.target.name, SPELLED if self.same_tokens is None else ()
+        with tempfile.TemporaryDirectory(prefix="phoneready-questions-") as folder:
+            file = Path(folder) / "questions.jsonl"
+            write_to(file, [*map(Spelling, spelled), *questions])
+            request = AnswerRequest(str(self._outline.path), self.runtime, self.session, str(file))
+            result = self.target.answer(request, TIMEOUT_S)
+        if result.error is not None:
+            raise PhonereadyError(f"{name}: {result.error.removeprefix(f'{name}: ')}")
+        spellings, answers = result.answers[: len(spelled)], result.answers[len(spelled) :]
+        if len(answers) != len(questions):
+            raise PhonereadyError(f"{name}: some questions were not answered")
+        asked, had = self.session.cache_type, result.facts.settings.cache_type if result.facts else None
+        if asked not in (None, had):
+            raise PhonereadyError(f"{name}: a cache of {asked} was asked for, and there was {had}")
+        self.facts = result.facts
+        if spelled:
+            ours = [tuple(encode(self.tokenizer, text, add_special_tokens=True)) for text in spelled]
+            self.same_tokens = ours == [one.ids for one in spellings]
+        return list(answers)
+
+
+@contextmanager
+def open_elsewhere(
+    reference: str,
+    runtime: str,
+    place: PlaceSettings,
+    opening: OpenSettings,
+    *,
+    progress: Progress = no_progress,
+) -> Iterator[FarLanguageModel]:
+    """Open a model on a target for the time of a `with` block; nothing runs there between questions.
+
+    Raises:
+        InputError: No exported file, or the target cannot run it.
+        PhonereadyError: The target's program cannot be built.
+    """
+    from cfsp.evaluation.harness import MAX_CONTEXT
+    from phoneready.evaluation.models import BY_RUNTIME, check_cache
+
+    family = BY_RUNTIME.get(runtime)
+    if family is None:
+        kinds = ", ".join(one.title for one in BY_RUNTIME.values())
+        raise InputError("no exported file", field="model", value=reference, allowed=kinds)
+    family.check_claim(reference)
+    check_cache(runtime, opening.cache_type)
+    (target,) = open_targets([place.on], place.target_options, progress)
+    target.require(runtime)
+    outline = family.outline(reference, MAX_CONTEXT)
+    session = SessionSettings(
+        n_ctx=outline.context_length,
+        n_threads=opening.threads or target.environment().cpus_usable or 1,
+        n_batch=outline.n_batch,
+        n_ubatch=outline.n_batch,
+        cache_type=opening.cache_type or outline.cache_type,
+        backend=place.backend,
+        n_seq=outline.n_seq,
+    )
+    asked = cast("_AnsweringTarget", target)
+    yield FarLanguageModel(reference, runtime, outline, asked, session, opening.cache_type)
