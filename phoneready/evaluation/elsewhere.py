@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Protocol, cast
 from cfsp.errors import InputError, PhonereadyError
 from cfsp.progress import Progress, no_progress
 from cfsp.settings import Reads, Settings, declared, setting
-from phoneready.evaluation.evaluation_record import Place
 from runtime_bench.engines import EngineFacts, SessionSettings
 from runtime_bench.questions import Answer, AnswerRequest, Question, Scoring, Spelling, Writing
 from runtime_bench.questions import write_questions as write_to
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from cfsp.evaluation.language_model import Branches, Score
     from cfsp.text.choosing import Chooser
     from exporters.outline import FileOutline
+    from phoneready.evaluation.evaluation_record import Place
     from phoneready.evaluation.models import OpenSettings
     from phoneready.evaluation.settings import EvaluationSettings
 
@@ -183,6 +183,8 @@ class FarLanguageModel:
 
     def place(self) -> Place | None:
         """Where the answers came from; None before there was any."""
+        from phoneready.evaluation.evaluation_record import Place
+
         if self.facts is None:
             return None
         return Place(
