@@ -1,7 +1,7 @@
 """What calibration and pruning cost beside a plain forward pass over the same tokens, in time and memory.
 
-Each measurement is a fresh process: one runs the model over all windows, the others collect statistics and prune, in
-one pass and block by block. They take turns. The ratio is that of CPU times (user + system, all threads), which other
+Each measurement is a fresh process: one runs the model over all windows, the other collects statistics and prunes,
+block by block. They take turns. The ratio is that of CPU times (user + system, all threads), which other
 load on the machine disturbs less than wall time; wall times are printed too. Peak memory is the process's own while it
 works, after the model has been loaded (loading dequantizes, which needs more for a moment).
 
@@ -23,10 +23,10 @@ import torch
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
-from cfsp.pruning.plan import PruningPlan, apply_plan, make_plan
+from cfsp.pruning.block_by_block import apply_plan
+from cfsp.pruning.plan import make_plan
 from cfsp.pruning.prune import statistics_for
 from cfsp.pruning.settings import PruneSettings
-from cfsp.pruning.statistics import BlockStatistics
 from cfsp.text.calibration import Calibration
 from runtime_bench.memory import current_rss_bytes, peak_rss_bytes
 from runtime_bench.records.summary import ratio_interval
@@ -65,34 +65,18 @@ def forward(loaded: LoadedModel, ids: torch.Tensor) -> dict[str, float]:
     return {}
 
 
-def one_pass(loaded: LoadedModel, ids: torch.Tensor) -> dict[str, float]:
-    """Statistics with Gram matrices, then plan, solves and surgery, timed apart."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    statistics, plan = decide(loaded, ids, "one-pass")
-    times = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
-    cpu = time.process_time()
-    apply_plan(loaded.model, plan, statistics=statistics)
-    return {**times, "solve_cpu_s": time.process_time() - cpu}
-
-
 def block_by_block(loaded: LoadedModel, ids: torch.Tensor) -> dict[str, float]:
     """Statistics, plan, and the two streams with their solves."""
     wall, cpu = time.perf_counter(), time.process_time()
-    statistics, plan = decide(loaded, ids, "block-by-block")
+    settings = PruneSettings()
+    calibration = Calibration(ids, ("random tokens",), seed=0, sha256="")
+    statistics = statistics_for(loaded.model, calibration, settings)
+    plan = make_plan(loaded, statistics, calibration, settings)
     apply_plan(loaded.model, plan, statistics=statistics, input_ids=ids)
     return {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
 
 
-def decide(loaded: LoadedModel, ids: torch.Tensor, reconstruct: str) -> tuple[BlockStatistics, PruningPlan]:
-    """Collect what the default settings read, and plan."""
-    settings = PruneSettings(reconstruct=reconstruct)
-    calibration = Calibration(ids, ("random tokens",), seed=0, sha256="")
-    statistics = statistics_for(loaded.model, calibration, settings)
-    plan = make_plan(loaded, statistics, calibration, settings)
-    return statistics, plan
-
-
-SIDES = {"forward": forward, "one-pass": one_pass, "block-by-block": block_by_block}
+SIDES = {"forward": forward, "block-by-block": block_by_block}
 
 
 def main() -> None:
@@ -128,13 +112,12 @@ def report(samples: dict[str, list[dict[str, float]]]) -> None:
         extra = (columns["peak_rss_bytes"] - columns["model_bytes"]) / mib
         print(
             f"{side}: cpu {columns['cpu_s']:.1f} s, wall {columns['wall_s']:.1f} s, "
-            f"solves {columns.get('solve_cpu_s', 0):.1f} cpu s, peak RSS {columns['peak_rss_bytes'] / mib:.0f} MiB, "
+            f"peak RSS {columns['peak_rss_bytes'] / mib:.0f} MiB, "
             f"that is model + {extra:.0f} MiB (loaded process: {columns['rss_before_bytes'] / mib:.0f} MiB)"
         )
-    for side in ("one-pass", "block-by-block"):
-        for key in ("cpu_s", "wall_s"):
-            base, new = ([row[key] for row in samples[name]] for name in ("forward", side))
-            print(f"{key} ratio {side} / forward: {ratio_interval(new, base, paired=True)}")
+    for key in ("cpu_s", "wall_s"):
+        base, new = ([row[key] for row in samples[name]] for name in SIDES)
+        print(f"{key} ratio block-by-block / forward: {ratio_interval(new, base, paired=True)}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from kill_release import Run, begun, tiny_model, tree
 
 _TEXT = ("builtin:python-docs", "--nsamples", "4", "--seqlen", "64")
 COMMANDS: Mapping[str, tuple[str, ...]] = {
-    "prune": ("prune", "--score", "obs_loss", "--allocation", "loss", "--calibration", *_TEXT),
+    "prune": ("prune", "--calibration", *_TEXT),
     "gguf": ("export", "--gguf", "Q4_0", "--calibration", *_TEXT),
     "onnx": ("export", "--onnx", "int4", "--calibration", *_TEXT),
 }

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from cfsp.models.checkpoint import load_pruned, save_checkpoint
     from cfsp.models.reference import load_model
     from cfsp.models.source import LoadedModel, ModelSource
-    from cfsp.pruning.plan import PruningPlan, apply_plan, make_plan
+    from cfsp.pruning.block_by_block import apply_plan
+    from cfsp.pruning.plan import PruningPlan, make_plan
     from cfsp.pruning.prune import PruneResult, prune_model
     from cfsp.pruning.settings import PruneSettings
     from cfsp.pruning.statistics import BlockStatistics, collect_statistics
@@ -40,7 +41,8 @@ _HOMES = {
     "cfsp.text.calibration": ("Calibration", "load_calibration"),
     "cfsp.models.checkpoint": ("load_pruned", "save_checkpoint"),
     "cfsp.models.reference": ("LoadedModel", "ModelSource", "load_model"),
-    "cfsp.pruning.plan": ("PruningPlan", "apply_plan", "make_plan"),
+    "cfsp.pruning.block_by_block": ("apply_plan",),
+    "cfsp.pruning.plan": ("PruningPlan", "make_plan"),
     "cfsp.pruning.prune": ("PruneResult", "prune_model"),
     "cfsp.pruning.settings": ("PruneSettings",),
     "cfsp.pruning.statistics": ("BlockStatistics", "collect_statistics"),

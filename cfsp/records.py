@@ -41,13 +41,6 @@ def _shape_of_widths(fields: Fields) -> Fields:
     return fields | {"shape": {"vocab_size": None, "blocks": blocks}}
 
 
-def _named_reconstruction(fields: Fields) -> Fields:
-    """Reconstruction was either from one pass of statistics or none."""
-    settings = fields["settings"]
-    name = "one-pass" if settings["reconstruct"] else "none"
-    return fields | {"settings": settings | {"reconstruct": name, "dtype": "float32"}}
-
-
 def named_loss(training: Fields | None) -> Fields | None:
     """A loss that was not said, `auto`, was distillation through a rounding and the next token without one."""
     if training is None or training.get("loss") != "auto":
@@ -57,7 +50,6 @@ def named_loss(training: Fields | None) -> Fields | None:
 
 UPGRADES: Mapping[tuple[str, int], Callable[[Fields], Fields]] = MappingProxyType(
     {
-        ("pruning_plan", 1): _named_reconstruction,
         ("checkpoint", 1): _shape_of_widths,
         ("export", 1): _shape_of_widths,
         ("export-manifest", 1): lambda fields: {

@@ -43,6 +43,7 @@ class Setting:
         le: Largest value.
         lt: Bound that the value must be below.
         choices: Allowed names, or where their table is, as `module:NAME`, so that help pages need not load it.
+        removed: Names of earlier versions -> what to use instead, for the error.
         look_up: Finds an entry in its table and gives the name as it is written there; raises InputError.
         least: Fewest entries of a tuple.
         parse: Reads the text that is given on the command line, where that is not what the type says; the second
@@ -60,6 +61,7 @@ class Setting:
     le: float | None = None
     lt: float | None = None
     choices: Iterable[str] = ()
+    removed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     look_up: Callable[[str], str] | None = None
     least: int = 0
     parse: Callable[[str, str], Any] | None = None
@@ -101,6 +103,8 @@ class Setting:
             return self.look_up(value)
         names = _table(self.choices)
         if names and value not in names:
+            if isinstance(value, str) and value in self.removed:
+                raise InputError("removed", field=field, value=value, allowed=self.removed[value])
             raise InputError("unknown", field=field, value=value, allowed=", ".join(names))
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if number and not self._within(value):

@@ -30,10 +30,10 @@ from cfsp.models.block_pass import Calls, enter_blocks, run_layer, run_windows
 from cfsp.models.checkpoint import PLAN_FILE, save_checkpoint
 from cfsp.models.reference import load_model
 from cfsp.precision import trained_products
-from cfsp.pruning.gradients import collect_gradients
 from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record
 from cfsp.text.calibration import load_calibration
+from exporters.rounding.gradients import collect_weight_moments
 
 States = list[torch.Tensor]
 """Each window's, (1, seqlen, hidden_size)."""
@@ -86,8 +86,9 @@ def train_blocks(dense: Any, student: Any, ids: torch.Tensor, asked: argparse.Na
     """
     weights: list[torch.Tensor | None] = [None] * len(decoder_layers(dense))
     if asked.error == "gradient":
-        found = collect_gradients(dense, ids[:: max(1, len(ids) // _GRADIENT_WINDOWS)], seed=asked.seed)
-        weights = [block.output.diagonal().float() for block in found]
+        names = [f"model.layers.{index}.mlp.down_proj" for index in range(len(weights))]
+        found = collect_weight_moments(dense, names, ids[:: max(1, len(ids) // _GRADIENT_WINDOWS)])
+        weights = [found[name].rows.float() for name in names]
     for model in (dense, student):
         model.requires_grad_(False)
     with torch.no_grad():

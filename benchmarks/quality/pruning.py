@@ -16,7 +16,7 @@ import itertools
 import json
 import random
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from cfsp.files import write_json
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel
 from cfsp.precision import rounding_dtype
-from cfsp.pruning.plan import apply_plan, make_plan
+from cfsp.pruning.block_by_block import apply_plan
+from cfsp.pruning.plan import make_plan
 from cfsp.pruning.prune import statistics_for
 from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import BlockStatistics
@@ -47,19 +48,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "score wanda_sp": {"score": "wanda_sp"},
     "score flap": {"score": "flap"},
     "score magnitude": {"score": "magnitude"},
-    "score taylor": {"score": "taylor"},
-    "score fisher": {"score": "fisher"},
-    "score obs": {"score": "obs"},
-    "score obs_loss": {"score": "obs_loss"},
     "allocation uniform": {"allocation": "uniform"},
-    "allocation loss": {"allocation": "loss"},
-    "allocation mixed": {"allocation": "mixed"},
     "strength 4": {"strength": 4.0},
-    "fisher, strength 4": {"score": "fisher", "strength": 4.0},
-    "obs_loss, mixed": {"score": "obs_loss", "allocation": "mixed"},
     "no reconstruction": {"reconstruct": "none"},
-    "mean reconstruction": {"reconstruct": "mean"},
-    "one-pass reconstruction": {"reconstruct": "one-pass", "ridge": 1e-3},
     "correction 0": {"correction": 0.0},
     "correction 1": {"correction": 1.0},
     "ridge 0.001": {"ridge": 1e-3},
@@ -178,16 +169,7 @@ def statistics_by_dtype(
     groups: dict[torch.dtype, list[PruneSettings]] = {}
     for settings in wanted:
         groups.setdefault(rounding_dtype(settings.dtype), []).append(settings)
-    return {dtype: statistics_for(loaded.model, drawn, union(group)) for dtype, group in groups.items()}
-
-
-def union(wanted: Sequence[PruneSettings]) -> PruneSettings:
-    """Settings that read what any of these, of one number format, reads."""
-    return PruneSettings(
-        score="obs_loss" if any(settings.needs_gradients for settings in wanted) else "magnitude",
-        reconstruct="one-pass" if any(settings.needs_gram for settings in wanted) else "none",
-        dtype=wanted[0].dtype,
-    )
+    return {dtype: statistics_for(loaded.model, drawn, group[0]) for dtype, group in groups.items()}
 
 
 def row(

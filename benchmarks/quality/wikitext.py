@@ -21,7 +21,8 @@ from typing import Any
 from cfsp.evaluation.perplexity import perplexity
 from cfsp.files import write_json
 from cfsp.models.reference import load_model
-from cfsp.pruning.plan import apply_plan, make_plan
+from cfsp.pruning.block_by_block import apply_plan
+from cfsp.pruning.plan import make_plan
 from cfsp.pruning.prune import statistics_for
 from cfsp.pruning.settings import PruneSettings
 from cfsp.text.calibration import load_calibration
@@ -30,10 +31,8 @@ from cfsp.text.tokens import token_windows
 PAPER = PruneSettings(score="activation_norm", align=1, reconstruct="none", dtype="float32")
 VARIANTS = {
     "CFSP, the paper's settings": PAPER,
-    "one-pass reconstruction": PruneSettings(reconstruct="one-pass", ridge=1e-3),
     "phoneready's defaults": PruneSettings(),
     "channels ranked by `activation_norm`": PruneSettings(score="activation_norm"),
-    "channels ranked by `obs_loss`": PruneSettings(score="obs_loss"),
 }
 
 

@@ -6,49 +6,32 @@ p is the pruned share of FFN channels over all blocks (not of all parameters).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 
 from cfsp.errors import InputError
-from cfsp.pruning.rows import Row
+from cfsp.pruning.settings import PruneSettings
 
 _PAPER_SCALE = 128 * 1024 / 1e4
 """The released code sums I_l over 128 x 1024 tokens and divides by 1e4; with the mean this factor remains."""
 
 
-@dataclass(frozen=True)
-class BlockEvidence:
-    """What an allocation may look at.
-
-    Attributes:
-        importance: (num_hidden_layers,) I_l, averaged over tokens.
-        dense_widths: intermediate_size of every block.
-        loss_curves: (num_hidden_layers, n_points) predicted loss in nats a token when the block keeps 0, ...,
-            all of its channels, at evenly spaced widths; None where it was not measured.
-    """
-
-    importance: torch.Tensor
-    dense_widths: Sequence[int]
-    loss_curves: torch.Tensor | None = None
-
-
-def cfsp_keep_ratios(evidence: BlockEvidence, prune_ratio: float, strength: float) -> torch.Tensor:
+def cfsp_keep_ratios(importance: torch.Tensor, prune_ratio: float, strength: float) -> torch.Tensor:
     """CFSP's coarse allocation (method 1 and 2).
 
     s_l = sigmoid(a (128 * 1024 / 1e4) (I_l - mean I)),  keep_l = (1 - p) s_l / mean s. Where a block would keep
     all of its channels or more, all deviations from the mean are shrunk by one factor, as the released code does.
 
     Args:
-        evidence: Importances.
+        importance: (num_hidden_layers,) I_l, averaged over tokens.
         prune_ratio: p in [0, 1).
         strength: a; 1 is the paper's setting, 0 is uniform.
 
     Returns:
         (num_hidden_layers,) float64 with mean 1 - p, each below 1 unless p is 0.
     """
-    centred = evidence.importance.double() - evidence.importance.double().mean()
+    centred = importance.double() - importance.double().mean()
     s = torch.sigmoid(strength * _PAPER_SCALE * centred)
     keep = 1 - prune_ratio
     relative = s / s.mean()
@@ -58,50 +41,50 @@ def cfsp_keep_ratios(evidence: BlockEvidence, prune_ratio: float, strength: floa
     return keep * relative
 
 
-def uniform_keep_ratios(evidence: BlockEvidence, prune_ratio: float, strength: float) -> torch.Tensor:
+def uniform_keep_ratios(importance: torch.Tensor, prune_ratio: float, strength: float) -> torch.Tensor:
     """The same share of every block."""
-    return torch.full((len(evidence.dense_widths),), 1 - prune_ratio, dtype=torch.float64)
+    return torch.full((len(importance),), 1 - prune_ratio, dtype=torch.float64)
 
 
-def loss_keep_ratios(evidence: BlockEvidence, prune_ratio: float, strength: float) -> torch.Tensor:
-    """The widths whose predicted losses have the least sum, as if blocks did not depend on each other.
+ALLOCATIONS: Mapping[str, Callable[[torch.Tensor, float, float], torch.Tensor]] = MappingProxyType(
+    {"cfsp": cfsp_keep_ratios, "uniform": uniform_keep_ratios}
+)
+"""From importances, prune ratio and strength to (num_hidden_layers,) shares of channels kept."""
 
-    A loss curve that bends the right way is minimized by removing the cheapest channels of all blocks first, until
-    the budget is met; where it does not, the cost of a channel counts as that of the dearest one that went before.
+
+def allocate_widths(
+    importance: torch.Tensor,
+    dense_widths: Sequence[int],
+    settings: PruneSettings,
+    gone: frozenset[int] = frozenset(),
+) -> tuple[int, ...]:
+    """Integer widths of all blocks, each a multiple of `align`; pruning nothing gives the dense widths.
+
+    Blocks that go whole have width 0, and the others meet the ratio among them.
 
     Raises:
-        InputError: No loss curves.
+        InputError: An alignment that cannot meet the ratio, or blocks that differ where all get one width.
     """
-    if evidence.loss_curves is None:
-        raise InputError("this allocation needs loss curves, which come from gradients", field="allocation")
-    curves = evidence.loss_curves.double()
-    n_blocks, n_segments = curves.shape[0], curves.shape[1] - 1
-    sizes = torch.tensor(evidence.dense_widths, dtype=torch.float64)[:, None] / n_segments
-    # Ordered from the first channel to go to the last, so that costs rise along the row.
-    costs = ((curves[:, :-1] - curves[:, 1:]) / sizes).flip(1).cummax(1).values
-    order = costs.flatten().argsort(stable=True)
-    removable = sizes.expand(n_blocks, n_segments).flatten()[order]
-    budget = prune_ratio * float(removable.sum())
-    taken = (budget - (removable.cumsum(0) - removable)).clamp(min=0).minimum(removable)
-    removed = torch.zeros(n_blocks, dtype=torch.float64).index_add_(0, order // n_segments, taken)
-    return 1 - removed / (sizes[:, 0] * n_segments)
-
-
-def mixed_keep_ratios(evidence: BlockEvidence, prune_ratio: float, strength: float) -> torch.Tensor:
-    """The mean of CFSP's keep ratios, which see how blocks act on the text, and of the predicted loss's."""
-    pair = (cfsp_keep_ratios, loss_keep_ratios)
-    return torch.stack([keep_ratios(evidence, prune_ratio, strength) for keep_ratios in pair]).mean(0)
-
-
-ALLOCATIONS: Mapping[str, Row[Callable[[BlockEvidence, float, float], torch.Tensor]]] = MappingProxyType(
-    {
-        "cfsp": Row(cfsp_keep_ratios, reads_strength=True),
-        "uniform": Row(uniform_keep_ratios),
-        "loss": Row(loss_keep_ratios, needs_loss=True),
-        "mixed": Row(mixed_keep_ratios, needs_loss=True, reads_strength=True),
-    }
-)
-"""From evidence, prune ratio and strength to (num_hidden_layers,) shares of channels kept."""
+    if gone:
+        stay = [index for index in range(len(dense_widths)) if index not in gone]
+        found = allocate_widths(importance[stay], [dense_widths[index] for index in stay], settings)
+        widths = dict(zip(stay, found, strict=True))
+        return tuple(widths.get(index, 0) for index in range(len(dense_widths)))
+    ratio, align = settings.prune_ratio, settings.align
+    if ratio == 0:
+        return tuple(dense_widths)
+    if settings.uniform_width:
+        if len(set(dense_widths)) != 1:
+            raise InputError("one width for all blocks needs a model whose blocks are equally wide")
+        width = round((1 - ratio) * dense_widths[0] / align) * align
+        if not 0 < width <= dense_widths[0]:
+            raise InputError(
+                "no uniform width meets the ratio with this alignment", field="align", value=align
+            )
+        return (width,) * len(dense_widths)
+    keep = ALLOCATIONS[settings.allocation](importance, ratio, settings.strength)
+    wanted = keep * torch.tensor(dense_widths, dtype=torch.float64)
+    return integer_widths(wanted.tolist(), dense_widths, total=(1 - ratio) * sum(dense_widths), align=align)
 
 
 def integer_widths(
@@ -133,18 +116,3 @@ def integer_widths(
         chosen = max(open_blocks, key=lambda i: (step * (shares[i] - counts[i]), -i))
         counts[chosen] += step
     return tuple(count * align for count in counts)
-
-
-def uniform_widths(dense_widths: Sequence[int], prune_ratio: float, align: int) -> tuple[int, ...]:
-    """One width for all blocks, rounded to the nearest multiple of `align`; for targets that know no other.
-
-    Raises:
-        InputError: Blocks that differ, or an alignment that no width meets the ratio with.
-    """
-    if len(set(dense_widths)) != 1:
-        raise InputError("one width for all blocks needs a model whose blocks are equally wide")
-    dense = dense_widths[0]
-    width = round((1 - prune_ratio) * dense / align) * align
-    if not 0 < width <= dense:
-        raise InputError("no uniform width meets the ratio with this alignment", field="align", value=align)
-    return (width,) * len(dense_widths)

@@ -1,4 +1,4 @@
-"""Reconstruction block after block: each down_proj is solved on what the already pruned blocks before it give.
+"""Applying a plan: blocks are cut and solved one after the other, each on what the pruned blocks before it give.
 
 Two streams of hidden states run side by side. The dense one says what every block should give, the pruned one what
 it gets. In block l, with the pruned stream as input, the dense FFN would give o (T x d) and the block h; the dense
@@ -36,129 +36,175 @@ from cfsp.models.architectures import (
     norm_epsilon,
     spec_for,
 )
-from cfsp.models.block_pass import Calls, enter_blocks, run_layer, run_windows
+from cfsp.models.block_pass import Calls, StoredStates, enter_blocks, run_layer, run_windows
 from cfsp.models.paging import at_hand
+from cfsp.precision import products_in
 from cfsp.processes import mine, number_summed, summed
+from cfsp.progress import Progress, no_progress
+from cfsp.pruning.axes.attention import remove_attention
+from cfsp.pruning.axes.blocks import remove_blocks
 from cfsp.pruning.axes.kv_groups import group_channels
 from cfsp.pruning.axes.removal import attention_left_out
+from cfsp.pruning.plan import PruningPlan, check_plan_fits
 from cfsp.pruning.reconstruction import solve_change
+from cfsp.pruning.statistics import BlockStatistics
 from cfsp.pruning.streaming import GramSum, input_hook, output_hook
-from cfsp.pruning.surgery import Cut, cut_channels, cut_groups
+from cfsp.pruning.surgery import cut_channels, cut_groups, set_config_shape
+from cfsp.settings import check_settings
 
 _DAMPING = 0.01
 """Share of the mean square of a norm's gains that is added to each."""
 
 
-def prune_block_by_block(cut: Cut) -> None:
-    """Cut and solve every block of a dense model, first to last, in place; one that keeps all is left as it is.
+def apply_plan(
+    model: Any,
+    plan: PruningPlan,
+    *,
+    statistics: BlockStatistics | None = None,
+    input_ids: torch.Tensor | None = None,
+    progress: Progress = no_progress,
+) -> None:
+    """Cut the model to the plan and make up for what is gone as the plan's settings say, in place.
 
-    Blocks that go are not taken out yet, and are what they were. What the dense blocks give is read where the
-    statistics have kept it, else they are run.
+    Blocks that keep all of their channels and their whole attention, and stand before no block that goes, are left
+    untouched, so a plan that removes nothing changes nothing.
 
-    Memory beyond the model: up to five times the hidden states of the windows, and one block's Gram matrix.
+    Args:
+        model: The dense model the plan was made for.
+        plan: What to keep.
+        statistics: Of the dense model; what its blocks gave is not computed again if these kept it.
+        input_ids: Calibration windows (nsamples, seqlen), which the repair needs.
+        progress: Told after each block.
 
     Raises:
-        InputError: No calibration windows, or a block cannot be solved.
+        InputError: The plan belongs to another model, the repair has no windows, or a block cannot be solved.
     """
-    if cut.input_ids is None:
-        raise InputError("reconstruction block by block needs the calibration windows")
-    layers = decoder_layers(cut.model)
-    changed = _blocks_to_solve(cut, layers)
-    last = max((*changed, *cut.groups), default=-1)
-    # Not inference mode: weights made in it could never be trained.
-    with torch.no_grad():
-        windows = mine(cut.input_ids)
-        kept = cut.statistics.stream_of(windows) if cut.statistics is not None else None
-        dense, calls = enter_blocks(cut.model, layers, windows)
-        pruned, pruned_calls = dense, calls
-        for index in (index for index in range(last + 1) if index not in cut.gone):
-            going = _blocks_going_after(layers, index, cut.gone)
-            with at_hand(layers[index], *going):
-                after, are_one = _blocks_after(layers, calls, index, cut.gone), pruned is dense
-                if kept is not None:
-                    wanted = kept.get(index + 1 + len(going), cut.model.device)
-                else:
-                    wanted = list(dense) if are_one else dense
-                    for window, hidden in enumerate(dense):
-                        output = run_layer(layers[index], hidden, calls.of(index, window))
-                        wanted[window] = after(output, window)
-                dense = wanted
-                if are_one and index in (*changed, *cut.groups):
-                    pruned_calls = calls.apart()
-                if index in cut.groups:
-                    _prune_attention(cut, index, pruned, pruned_calls)
-                if index in changed:
-                    pruned = _prune_block(cut, index, pruned, wanted, pruned_calls, after)
-                elif are_one and index not in cut.groups:
-                    pruned = wanted
-                else:
-                    pruned = run_windows(layers[index], index, pruned, pruned_calls)
-            cut.progress("pruning", index + 1, last + 1)
+    check_plan_fits(model, plan)
+    check_settings(plan.settings)
+    if plan.keeps_blocks:
+        return
+    layers = decoder_layers(model)
+    with torch.no_grad(), products_in(plan.settings.dtype, model.device.type):
+        if plan.settings.repairs:
+            if input_ids is None:
+                raise InputError("reconstruction block by block needs the calibration windows")
+            windows = mine(input_ids)
+            dense = statistics.stream_of(windows) if statistics is not None else None
+            _prune_block_by_block(model, plan, windows, dense, progress)
+        else:
+            for index, (layer, block) in enumerate(zip(layers, plan.blocks, strict=True)):
+                with at_hand(layer):
+                    if index in plan.narrowed:
+                        cut_groups(attention_of(model, layer), plan.narrowed[index])
+                    if index not in plan.gone and block.width < plan.dense_widths[index]:
+                        cut_channels(feed_forward(model, layer), torch.tensor(block.kept))
+                progress("pruning", index + 1, len(layers))
+    for index in plan.silent:
+        remove_attention(model, layers[index])
+    remove_blocks(model, plan.gone)
+    set_config_shape(model)
 
 
-def _blocks_to_solve(cut: Cut, layers: Sequence[nn.Module]) -> list[int]:
-    """Blocks that lose channels or their attention, or that stand before a block that goes."""
-    return [
+def _prune_block_by_block(
+    model: Any,
+    plan: PruningPlan,
+    windows: torch.Tensor,
+    kept: StoredStates | None,
+    progress: Progress,
+) -> None:
+    """Cut and solve every block, first to last, in place; one that keeps all is left as it is.
+
+    Blocks that go are not taken out yet, and are what they were. Memory beyond the model: up to five times the hidden
+    states of the windows, and one block's Gram matrix.
+
+    Args:
+        model: The dense model.
+        plan: What to keep.
+        windows: Calibration windows of this process.
+        kept: What the dense blocks give for them; None if they have to be run.
+        progress: Told after each block.
+    """
+    layers, groups = decoder_layers(model), plan.narrowed
+    changed = [
         index
-        for index, (layer, kept) in enumerate(zip(layers, cut.kept, strict=True))
-        if index not in cut.gone
-        and (len(kept) < feed_forward(cut.model, layer).width or index + 1 in cut.gone or index in cut.silent)
+        for index, block in enumerate(plan.blocks)
+        if index not in plan.gone
+        and (block.width < plan.dense_widths[index] or index + 1 in plan.gone or index in plan.silent)
     ]
+    last = max((*changed, *groups), default=-1)
+    dense, calls = enter_blocks(model, layers, windows)
+    pruned, pruned_calls = dense, calls
+    for index in (index for index in range(last + 1) if index not in plan.gone):
+        going = list(takewhile(plan.gone.__contains__, range(index + 1, len(layers))))
 
+        def after(hidden: torch.Tensor, window: int, going: Sequence[int] = going) -> torch.Tensor:
+            """What the blocks that go directly after this one make of its output."""
+            for later in going:
+                hidden = run_layer(layers[later], hidden, calls.of(later, window))
+            return hidden
 
-_Run = Callable[[torch.Tensor, int], torch.Tensor]
-"""From hidden states, and the number of their window, to what becomes of them."""
-
-
-def _blocks_going_after(layers: Sequence[nn.Module], index: int, gone: frozenset[int]) -> list[nn.Module]:
-    """The blocks directly after a block that go."""
-    return [layers[later] for later in takewhile(gone.__contains__, range(index + 1, len(layers)))]
-
-
-def _blocks_after(layers: Sequence[nn.Module], calls: Calls, index: int, gone: frozenset[int]) -> _Run:
-    """What the blocks that go directly after a block make of hidden states; the same states where none do."""
-    going = _blocks_going_after(layers, index, gone)
-
-    def run(hidden: torch.Tensor, window: int) -> torch.Tensor:
-        for number, later in enumerate(going, index + 1):
-            hidden = run_layer(later, hidden, calls.of(number, window))
-        return hidden
-
-    return run
+        with at_hand(layers[index], *(layers[later] for later in going)):
+            are_one = pruned is dense
+            if kept is not None:
+                wanted = kept.get(index + 1 + len(going), model.device)
+            else:
+                wanted = list(dense) if are_one else dense
+                for window, hidden in enumerate(dense):
+                    wanted[window] = after(run_layer(layers[index], hidden, calls.of(index, window)), window)
+            dense = wanted
+            if are_one and index in (*changed, *groups):
+                pruned_calls = calls.apart()
+            if index in groups:
+                attention = attention_of(model, layers[index])
+                inputs = group_channels(attention, attention.o_proj.in_features, groups[index])
+                solver = _Columns(
+                    attention.o_proj, inputs, _Norm.of(model, added_norms(model, layers[index])[0])
+                )
+                with output_hook(attention.o_proj, solver.observe):
+                    run_windows(layers[index], index, pruned, pruned_calls)
+                cut_groups(attention, groups[index], solver.solve(plan.settings.ridge))
+            if index in changed:
+                pruned = _prune_block(model, plan, index, pruned, wanted, pruned_calls, after)
+            elif are_one and index not in groups:
+                pruned = wanted
+            else:
+                pruned = run_windows(layers[index], index, pruned, pruned_calls)
+        progress("pruning", index + 1, last + 1)
 
 
 def _prune_block(
-    cut: Cut,
+    model: Any,
+    plan: PruningPlan,
     index: int,
     pruned: Sequence[torch.Tensor],
     wanted: Sequence[torch.Tensor],
     calls: Calls,
-    after: _Run,
+    after: Callable[[torch.Tensor, int], torch.Tensor],
 ) -> list[torch.Tensor]:
     """Cut a block's channels and solve its down_proj.
 
     Args:
-        cut: What to cut.
+        model: The dense model, pruned up to this block.
+        plan: What to keep.
         index: Of the block.
         pruned: Each window's pruned stream before the block, (..., 1, seqlen, hidden_size).
         wanted: The dense stream after it and the blocks after it that go, h*.
         calls: Of the pruned stream.
-        after: What the blocks that go after it do.
+        after: From the block's output and the number of its window to that of the blocks after it that go.
 
     Returns:
         The pruned stream after it.
     """
-    layer = decoder_layers(cut.model)[index]
-    ffn, kept, silent = feed_forward(cut.model, layer), cut.kept[index], index in cut.silent
-    norm = _Norm.of(cut.model, added_norms(cut.model, layer)[1])
+    layer, silent = decoder_layers(model)[index], index in plan.silent
+    ffn, kept = feed_forward(model, layer), torch.tensor(plan.blocks[index].kept)
+    norm = _Norm.of(model, added_norms(model, layer)[1])
     solver, rests = _Columns(ffn.down, kept, norm), []
     seen: dict[str, torch.Tensor] = {}
-    spec = spec_for(cut.model.config)
-    # What the block does with the sum behind its FFN is taken for the multiplication alone.
-    # A block that is multiplied by 0 has nothing to take back.
-    correction = (
-        cut.correction / (float(getattr(layer, spec.scalar)) or 1.0) if spec.scalar else cut.correction
-    )
+    spec, correction = spec_for(model.config), plan.settings.correction
+    if spec.scalar:
+        # What the block does with the sum behind its FFN is taken for the multiplication alone.
+        # A block that is multiplied by 0 has nothing to take back.
+        correction /= float(getattr(layer, spec.scalar)) or 1.0
     for window, (hidden, target) in enumerate(zip(pruned, wanted, strict=True)):
         arguments = calls.of(index, window)
         whole = run_layer(layer, hidden, arguments) if silent else None
@@ -173,22 +219,10 @@ def _prune_block(
         solver.observe(seen["x"], seen["given"], *lacks)
         if not spec.goes_on:
             rests.append((output - norm(seen["given"]), seen["ffn_input"]))
-    cut_channels(ffn, kept, solver.solve(cut.ridge))
+    cut_channels(ffn, kept, solver.solve(plan.settings.ridge))
     if spec.goes_on:
         return run_windows(layer, index, pruned, calls)
     return [rest + norm(ffn.module(ffn_input)) for rest, ffn_input in rests]
-
-
-def _prune_attention(cut: Cut, index: int, pruned: Sequence[torch.Tensor], calls: Calls) -> None:
-    """Cut a block's key-value groups and solve its o_proj, for the pruned stream before the block."""
-    layer = decoder_layers(cut.model)[index]
-    attention = attention_of(cut.model, layer)
-    o_proj = attention.o_proj
-    norm = _Norm.of(cut.model, added_norms(cut.model, layer)[0])
-    solver = _Columns(o_proj, group_channels(attention, o_proj.in_features, cut.groups[index]), norm)
-    with output_hook(o_proj, solver.observe):
-        run_windows(layer, index, pruned, calls)
-    cut_groups(attention, cut.groups[index], solver.solve(cut.ridge))
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,11 @@
 """What to prune, decided once and written down: the PruningPlan.
 
-`make_plan` decides, `apply_plan` changes the model. A plan ranks all channels of every block, so that it can be
-re-allocated to another ratio without another calibration (`at_ratio`).
+`make_plan` decides, `apply_plan` (block_by_block.py) changes the model. A plan ranks all channels of every block, so
+that it can be re-allocated to another ratio without another calibration (`at_ratio`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
@@ -18,26 +17,19 @@ from cfsp.models.architectures import decoder_layers, feed_forward, model_shape,
 from cfsp.models.paging import at_hand
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
-from cfsp.precision import products_in, rounding_dtype
-from cfsp.progress import Progress, no_progress
-from cfsp.pruning.allocation import ALLOCATIONS, BlockEvidence, integer_widths, uniform_widths
-from cfsp.pruning.axes.attention import removable_attentions, remove_attention
-from cfsp.pruning.axes.blocks import remove_blocks
+from cfsp.precision import rounding_dtype
+from cfsp.pruning.allocation import allocate_widths
+from cfsp.pruning.axes.attention import removable_attentions
 from cfsp.pruning.axes.kv_groups import GroupRemoval
 from cfsp.pruning.axes.removal import Removal
 from cfsp.pruning.axes.vocabulary import VocabularyPlan
 from cfsp.pruning.budget import BudgetShares
-from cfsp.pruning.cutting import RECONSTRUCTIONS
-from cfsp.pruning.scoring import ChannelEvidence, score_channels
+from cfsp.pruning.scoring import score_channels
 from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import BlockStatistics
-from cfsp.pruning.surgery import Cut, set_config_shape
 from cfsp.settings import check_settings
 from cfsp.text.calibration import Calibration
 from cfsp.validation import Seed, WhereSet
-
-_LOSS_SEGMENTS = 64
-"""Resolution of the predicted loss over a block's width."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +51,7 @@ class BlockPlan:
         importance: Coarse importance of the block.
         ranking: All channel indices, best first; the first `width` are kept.
         scores: Summary of the scores behind the ranking.
-        loss_curve: Predicted loss in nats a token at evenly spaced widths from 0 to all channels; empty where the
-            allocation does not read it.
+        loss_curve: Empty; a predicted loss in plans of earlier versions.
     """
 
     width: int
@@ -199,8 +190,7 @@ class PruningPlan:
         settings = replace(self.settings, prune_ratio=prune_ratio)
         check_settings(settings)
         importance = torch.tensor([block.importance for block in self.blocks], dtype=torch.float64)
-        curves = [block.loss_curve for block in self.blocks]
-        widths = _all_widths(importance, self.dense_widths, curves, self.gone, settings)
+        widths = allocate_widths(importance, self.dense_widths, settings, self.gone)
         blocks = tuple(replace(b, width=w) for b, w in zip(self.blocks, widths, strict=True))
         return replace(self, settings=settings, blocks=blocks, budget=None)
 
@@ -231,22 +221,18 @@ def make_plan(
     check_settings(settings)
     model = loaded.model
     importance = statistics.importance[settings.coarse_metric]
-    dense_widths = model_shape(model).ffn_widths
-    scores, curves = [], []
-    for index, layer in enumerate(decoder_layers(model)):
-        evidence = ChannelEvidence(feed_forward(model, layer), statistics, index)
+    dense_widths, gone = model_shape(model).ffn_widths, frozenset(depth.removed if depth else ())
+    widths = allocate_widths(importance, dense_widths, settings, gone)
+    blocks = []
+    for index, (layer, width) in enumerate(zip(decoder_layers(model), widths, strict=True)):
         with at_hand(layer):
-            scores.append(score_channels(settings.score, evidence))
-            losses = (
-                evidence.loss_elimination.error_curve(_LOSS_SEGMENTS)
-                if settings.needs_loss
-                else torch.empty(0)
-            )
-        curves.append(tuple(losses.tolist()))
+            scores = score_channels(settings.score, feed_forward(model, layer), statistics.channels[index])
+        order = torch.argsort(scores, descending=True, stable=True)
+        total = float(scores.sum())
+        share = float(scores[order[:width]].sum()) / total if total > 0 else 1.0
+        summary = ScoreSummary(float(scores.min()), float(scores.median()), float(scores.max()), share)
+        blocks.append(BlockPlan(width, float(importance[index]), tuple(order.tolist()), summary))
     rounding = rounding_dtype(settings.dtype, model.device.type)
-    gone = frozenset(depth.removed if depth else ())
-    widths = _all_widths(importance, dense_widths, curves, gone, settings)
-    blocks = [_block_plan(*block) for block in zip(scores, widths, importance.tolist(), curves, strict=True)]
     return PruningPlan(
         model_type=spec_for(model.config).model_type,
         source=loaded.source.reference,
@@ -264,73 +250,6 @@ def make_plan(
         silent_before=model_shape(model).without_attention,
         device=None if model.device == CPU else model.device.type,
     )
-
-
-def allocate_widths(evidence: BlockEvidence, settings: PruneSettings) -> tuple[int, ...]:
-    """Integer widths of all blocks, each a multiple of `align`; pruning nothing gives the dense widths.
-
-    Raises:
-        InputError: An alignment that cannot meet the ratio, or no loss curves for an allocation that reads them.
-    """
-    dense_widths, ratio = evidence.dense_widths, settings.prune_ratio
-    if ratio == 0:
-        return tuple(dense_widths)
-    if settings.uniform_width:
-        return uniform_widths(dense_widths, ratio, settings.align)
-    keep = ALLOCATIONS[settings.allocation].function(evidence, ratio, settings.strength)
-    wanted = keep * torch.tensor(dense_widths, dtype=torch.float64)
-    total = (1 - ratio) * sum(dense_widths)
-    return integer_widths(wanted.tolist(), dense_widths, total=total, align=settings.align)
-
-
-def apply_plan(
-    model: Any,
-    plan: PruningPlan,
-    *,
-    statistics: BlockStatistics | None = None,
-    input_ids: torch.Tensor | None = None,
-    progress: Progress = no_progress,
-) -> None:
-    """Cut the model to the plan and make up for what is gone as the plan's settings say, in place.
-
-    Blocks that keep all of their channels and their whole attention, and stand before no block that goes, are left
-    untouched, so a plan that removes nothing changes nothing.
-
-    Args:
-        model: The dense model the plan was made for.
-        plan: What to keep.
-        statistics: Of the dense model, where the reconstruction reads them.
-        input_ids: Calibration windows (nsamples, seqlen), where it runs them.
-        progress: Told after each block.
-
-    Raises:
-        InputError: The plan belongs to another model, or what its reconstruction reads is not there.
-    """
-    check_plan_fits(model, plan)
-    check_settings(plan.settings)
-    if plan.keeps_blocks:
-        return
-    cut = Cut(
-        model,
-        [
-            torch.arange(dense) if index in plan.gone else torch.tensor(block.kept)
-            for index, (block, dense) in enumerate(zip(plan.blocks, plan.dense_widths, strict=True))
-        ],
-        ridge=plan.settings.ridge,
-        correction=plan.settings.correction,
-        statistics=statistics,
-        input_ids=input_ids,
-        progress=progress,
-        gone=plan.gone,
-        silent=plan.silent,
-        groups=plan.narrowed,
-    )
-    with products_in(plan.settings.dtype, model.device.type):
-        RECONSTRUCTIONS[plan.settings.reconstruct].function(cut)
-    for index in plan.silent:
-        remove_attention(model, decoder_layers(model)[index])
-    remove_blocks(model, plan.gone)
-    set_config_shape(model)
 
 
 def check_plan_fits(model: Any, plan: PruningPlan) -> None:
@@ -354,36 +273,3 @@ def check_plan_fits(model: Any, plan: PruningPlan) -> None:
         sound = block.width == 0 if index in plan.gone else 0 < block.width <= dense
         if sorted(block.ranking) != list(range(dense)) or not sound:
             raise InputError(f"the plan's block {index} does not rank its {dense} channels once each")
-
-
-def _all_widths(
-    importance: torch.Tensor,
-    dense_widths: Sequence[int],
-    loss_curves: Sequence[Sequence[float]],
-    gone: frozenset[int],
-    settings: PruneSettings,
-) -> tuple[int, ...]:
-    """Widths of all blocks, 0 of those that go; the others meet the ratio.
-
-    Raises:
-        InputError: They cannot.
-    """
-    stay = [index for index in range(len(dense_widths)) if index not in gone]
-    widths: dict[int, int] = {}
-    if stay:
-        curves = (
-            torch.tensor([loss_curves[i] for i in stay], dtype=torch.float64) if all(loss_curves) else None
-        )
-        evidence = BlockEvidence(importance[stay], [dense_widths[index] for index in stay], curves)
-        widths = dict(zip(stay, allocate_widths(evidence, settings), strict=True))
-    return tuple(widths.get(index, 0) for index in range(len(dense_widths)))
-
-
-def _block_plan(
-    scores: torch.Tensor, width: int, importance: float, loss_curve: tuple[float, ...]
-) -> BlockPlan:
-    order = torch.argsort(scores, descending=True, stable=True)
-    total = float(scores.sum())
-    share = float(scores[order[:width]].sum()) / total if total > 0 else 1.0
-    summary = ScoreSummary(float(scores.min()), float(scores.median()), float(scores.max()), share)
-    return BlockPlan(width, importance, tuple(order.tolist()), summary, loss_curve)

@@ -34,12 +34,11 @@ from cfsp.pruning.axes.vocabulary import (
     plan_vocabulary,
     token_order,
 )
+from cfsp.pruning.block_by_block import apply_plan
 from cfsp.pruning.budget import Budget
-from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.fitting import decide
-from cfsp.pruning.gradients import collect_gradients
 from cfsp.pruning.moments import collect_input_moments, moment_windows, spread_windows
-from cfsp.pruning.plan import PruningPlan, apply_plan, check_plan_fits, make_plan
+from cfsp.pruning.plan import PruningPlan, check_plan_fits, make_plan
 from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import BlockStatistics, collect_statistics
 from cfsp.pruning.trials import Trials
@@ -50,8 +49,6 @@ from cfsp.text.tokens import document_ids, load_documents, tokens_sha256
 
 SPELLING_WINDOWS = 16
 """Windows on which the dense model is looked at before it loses tokens."""
-GRADIENT_WINDOWS = 32
-"""Windows behind the gradients of the loss."""
 TOLD_WINDOWS = 8
 """Windows behind what a plan tells of channels that all stay: nothing is decided by it."""
 PROBE_WINDOWS, PROBE_TOKENS = 16, 128
@@ -117,12 +114,6 @@ def prune_model(
         if check is not None:
             check(plan.shape)
         loaded, calibration = trim(loaded, calibration, plan.vocabulary, plan.settings, progress=progress)
-        row = RECONSTRUCTIONS[plan.settings.reconstruct]
-        if row.needs_statistics and not plan.keeps_blocks:
-            with products_in(plan.settings.dtype, loaded.model.device.type):
-                statistics = collect_statistics(
-                    loaded.model, calibration.input_ids, with_gram=row.needs_gram, progress=progress
-                )
     ids = calibration.input_ids
     apply_plan(loaded.model, plan, statistics=statistics, input_ids=ids, progress=progress)
     del statistics  # with its files
@@ -310,13 +301,13 @@ def trim(
 ) -> tuple[LoadedModel, Calibration]:
     """The model, changed in place, and the windows with the tokens that are kept; both as they are without a plan.
 
-    Unless `settings.reconstruct` is "none", rows that stay learn to spell what goes.
+    Rows that stay learn to spell what goes, unless nothing is repaired.
     """
     if vocabulary is None:
         return loaded, calibration
     model = loaded.model
     with at_hand(model.get_input_embeddings(), model.get_output_embeddings()):
-        if settings.reconstruct != "none":
+        if settings.repairs:
             with products_in(settings.dtype, model.device.type):
                 windows = spread_windows(calibration.input_ids, SPELLING_WINDOWS)
                 teach_spellings(loaded, vocabulary, windows, progress=progress)
@@ -339,18 +330,13 @@ def statistics_for(
         model: The dense model.
         calibration: Windows the statistics are taken from.
         settings: How it will be pruned.
-        only_plan: Leave out what only the reconstruction reads.
+        only_plan: Leave out what only the repair reads.
         progress: Told about each step.
     """
-    with_gram = settings.plan_needs_gram if only_plan else settings.needs_gram
-    with_stream = settings.reads_stream and not only_plan
-    ids = calibration.input_ids
     with products_in(settings.dtype, model.device.type):
-        statistics = collect_statistics(
-            model, ids, with_gram=with_gram, with_stream=with_stream, progress=progress
+        return collect_statistics(
+            model,
+            calibration.input_ids,
+            with_stream=settings.repairs and not only_plan,
+            progress=progress,
         )
-        if not settings.needs_gradients:
-            return statistics
-        windows = spread_windows(ids, GRADIENT_WINDOWS)
-        gradients = collect_gradients(model, windows, seed=calibration.seed, progress=progress)
-    return replace(statistics, gradients=gradients)

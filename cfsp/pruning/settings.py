@@ -1,4 +1,4 @@
-"""How to prune: settings that name rows of the tables of scores, allocations and reconstructions."""
+"""How to prune: settings that name rows of the tables of scores and allocations."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from cfsp.validation import WhereSet
 
 ALIGN = Setting("Widths are multiples of this.", ge=1)
 DEFAULT_ALIGN = 32
+RECONSTRUCTIONS = ("none", "block-by-block")
 
 
 def parse_amount(text: str, field: str) -> int | float:
@@ -61,19 +62,24 @@ class PruneSettings(Settings):
     )
     allocation: str = setting(
         "cfsp",
-        "Widths of the blocks: cfsp, loss, mixed or uniform.",
+        "Widths of the blocks: cfsp or uniform.",
         choices="cfsp.pruning.allocation:ALLOCATIONS",
+        removed=dict.fromkeys(("loss", "mixed"), "cfsp"),
     )
     strength: float = setting(1.0, "CFSP's a; 1 is the paper's.", ge=0, le=1e6, option="--coarse-strength")
     score: str = setting(
-        "cfsp", "Importance of a channel inside its block.", choices="cfsp.pruning.scoring:SCORES"
+        "cfsp",
+        "Importance of a channel inside its block.",
+        choices="cfsp.pruning.scoring:SCORES",
+        removed=dict.fromkeys(("taylor", "fisher", "obs", "obs_loss"), "cfsp"),
     )
     align: int = setting(DEFAULT_ALIGN, ALIGN)
     uniform_width: bool = setting(False, "Give every block the same width.", option="--uniform")
     reconstruct: str = setting(
         "block-by-block",
-        "How down_proj is solved anew: block-by-block, one-pass, mean or none.",
-        choices="cfsp.pruning.cutting:RECONSTRUCTIONS",
+        "How down_proj is solved anew: block-by-block or none.",
+        choices=RECONSTRUCTIONS,
+        removed=dict.fromkeys(("one-pass", "mean"), "block-by-block"),
     )
     ridge: float = setting(
         1e-2, "Ridge of that solution, relative to the mean of the Gram matrix's diagonal.", gt=0
@@ -105,66 +111,18 @@ class PruneSettings(Settings):
         return not (self.prune_ratio or self.blocks or self.attentions or self.kv_groups)
 
     @property
-    def plan_needs_gram(self) -> bool:
-        """Whether the plan reads Gram matrices of the dense model."""
-        from cfsp.pruning.scoring import SCORES
-
-        return SCORES[self.score].needs_gram or self.needs_loss
-
-    @property
-    def needs_gram(self) -> bool:
-        """Whether the plan or the reconstruction reads them."""
-        from cfsp.pruning.cutting import RECONSTRUCTIONS
-
-        return self.plan_needs_gram or RECONSTRUCTIONS[self.reconstruct].needs_gram
-
-    @property
-    def reads_stream(self) -> bool:
-        """Whether the reconstruction reads what the dense blocks give."""
-        from cfsp.pruning.cutting import RECONSTRUCTIONS
-
-        return RECONSTRUCTIONS[self.reconstruct].reads_stream
-
-    @property
-    def needs_gradients(self) -> bool:
-        """Whether the plan reads gradients of the loss."""
-        from cfsp.pruning.scoring import SCORES
-
-        return SCORES[self.score].needs_gradients or self.needs_loss
-
-    @property
-    def needs_loss(self) -> bool:
-        """Whether the loss at every width is predicted."""
-        from cfsp.pruning.allocation import ALLOCATIONS
-
-        return ALLOCATIONS[self.allocation].needs_loss
-
-    @property
-    def solves(self) -> bool:
-        """Whether the reconstruction solves for weights."""
-        from cfsp.pruning.cutting import RECONSTRUCTIONS
-
-        row = RECONSTRUCTIONS[self.reconstruct]
-        return row.needs_gram or row.reads_stream
-
-    @property
-    def reads_strength(self) -> bool:
-        """Whether CFSP's a decides any width."""
-        from cfsp.pruning.allocation import ALLOCATIONS
-
-        return ALLOCATIONS[self.allocation].reads_strength and not self.uniform_width
+    def repairs(self) -> bool:
+        """Whether what is left is solved anew for what goes."""
+        return self.reconstruct != "none"
 
 
 READS: Reads = MappingProxyType(
     {
         "strength": (
-            lambda asked: asked.reads_strength,
-            "without the allocation cfsp or mixed, and widths of their own",
+            lambda asked: asked.allocation == "cfsp" and not asked.uniform_width,
+            "without the allocation cfsp, and widths of their own",
         ),
-        "ridge": (
-            lambda asked: asked.solves,
-            "without the reconstruction block-by-block or one-pass",
-        ),
-        "correction": (lambda asked: asked.reads_stream, "without the reconstruction block-by-block"),
+        "ridge": (lambda asked: asked.repairs, "without the reconstruction block-by-block"),
+        "correction": (lambda asked: asked.repairs, "without the reconstruction block-by-block"),
     }
 )

@@ -13,27 +13,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from cfsp.devices import CPU, exact, exact_device, exact_sum, exact_zeros
+from cfsp.devices import CPU, exact_sum, exact_zeros
 from cfsp.errors import InputError
-from cfsp.files import no_space_as_input_error
 from cfsp.models.architectures import decoder_layers, feed_forward
 from cfsp.models.block_pass import Calls, StoredStates, enter_blocks, run_layer
 from cfsp.models.homes import may_keep_states
 from cfsp.models.paging import at_hand
 from cfsp.processes import mine, number_summed, summed
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.gradients import ChannelGradients
 from cfsp.pruning.moments import sums_of_squares
-from cfsp.pruning.streaming import GramSum, input_hook
-from cfsp.scratch import LargeScratch
+from cfsp.pruning.streaming import input_hook
 
 
 @dataclass(frozen=True)
@@ -59,30 +54,6 @@ class ChannelStatistics:
         return (self.mean_square - self.mean.square()).clamp_min(0)
 
 
-class GramStore:
-    """Gram matrices X^T X / T of each block, float32, kept in files so that memory holds one at a time."""
-
-    def __init__(self) -> None:
-        self._folder = LargeScratch("gram")
-
-    @staticmethod
-    def n_bytes(width: int) -> int:
-        """Of one block's matrix."""
-        return width**2 * torch.float32.itemsize
-
-    def put(self, layer: int, gram: torch.Tensor) -> None:
-        """Store one block's matrix (intermediate_size, intermediate_size)."""
-        with no_space_as_input_error(self._file(layer)):
-            safetensors.torch.save_file({"gram": gram.float().cpu()}, self._file(layer))
-
-    def get(self, layer: int, device: torch.device) -> torch.Tensor:
-        """One block's matrix as float64, for a device."""
-        return exact(safetensors.torch.load_file(self._file(layer))["gram"].to(exact_device(device)))
-
-    def _file(self, layer: int) -> Path:
-        return self._folder.path / f"{layer}.safetensors"
-
-
 @dataclass(frozen=True)
 class DenseStream:
     """What every block gives, kept for whoever would run the model over the same windows once more.
@@ -103,17 +74,13 @@ class BlockStatistics:
     Attributes:
         importance: Coarse metric name -> (num_hidden_layers,) float64, one value a block.
         channels: Moments of down_proj's input, one entry a block.
-        grams: Gram matrices, or None where they were not asked for.
         n_tokens: Number of tokens summed over.
-        gradients: What the loss says about every block, one entry a block, where it was asked.
         stream: What every block gives, where that was asked for and could be kept.
     """
 
     importance: dict[str, torch.Tensor]
     channels: tuple[ChannelStatistics, ...]
-    grams: GramStore | None
     n_tokens: int
-    gradients: tuple[ChannelGradients, ...] | None = None
     stream: DenseStream | None = None
 
     def stream_of(self, windows: torch.Tensor) -> StoredStates | None:
@@ -139,18 +106,15 @@ COARSE_METRICS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor
 class _BlockSums:
     """Running sums of one block over windows."""
 
-    def __init__(self, width: int, with_gram: bool, device: torch.device) -> None:
+    def __init__(self, width: int, device: torch.device) -> None:
         self.importance = dict.fromkeys(COARSE_METRICS, 0.0)
         self.x_sum, self.x_square = (exact_zeros(width, device=device) for _ in range(2))
-        self.gram = GramSum(width, device) if with_gram else None
 
     def add_channels(self, x: torch.Tensor) -> None:
         """Add X of one window; `x` is (..., intermediate_size)."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
         self.x_sum += exact_sum(x, 0)
         self.x_square += sums_of_squares(x)
-        if self.gram is not None:
-            self.gram.add(x)
 
     def add_block(self, h_in: torch.Tensor, h_out: torch.Tensor) -> None:
         """Add one window's coarse importances, of several hidden states their mean; (..., 1, seqlen, hidden_size)."""
@@ -159,7 +123,7 @@ class _BlockSums:
             self.importance[name] += float(exact_sum(of_tokens))
 
     def sum_up(self) -> None:
-        """Let sums over this process's windows become those over all processes', the Gram matrix's apart."""
+        """Let sums over this process's windows become those over all processes'."""
         self.importance = {name: number_summed(total) for name, total in self.importance.items()}
         for total in (self.x_sum, self.x_square):
             summed(total)
@@ -169,7 +133,6 @@ def collect_statistics(
     model: Any,
     input_ids: torch.Tensor,
     *,
-    with_gram: bool = True,
     with_stream: bool = False,
     progress: Progress = no_progress,
 ) -> BlockStatistics:
@@ -178,14 +141,12 @@ def collect_statistics(
     Args:
         model: A causal LM of the architecture table, in eval mode; unchanged.
         input_ids: (nsamples, seqlen) int64.
-        with_gram: Whether to accumulate Gram matrices (needed for reconstruction).
         with_stream: Whether to keep what every block gives, in files, where these leave room for others.
         progress: Told after each block.
 
     Raises:
         InputError: An activation is not finite.
     """
-    grams = GramStore() if with_gram else None
     importance: dict[str, list[float]] = {name: [] for name in COARSE_METRICS}
     channels = []
     windows = mine(input_ids)
@@ -193,10 +154,10 @@ def collect_statistics(
     layers = decoder_layers(model)
     with torch.inference_mode():
         hidden, calls = enter_blocks(model, layers, windows)
-        stream = _stream(model, windows, hidden, calls, with_gram) if with_stream else None
+        stream = _stream(model, windows, hidden, calls) if with_stream else None
         for index, layer in enumerate(layers):
             ffn = feed_forward(model, layer)
-            sums = _BlockSums(ffn.width, with_gram, model.device)
+            sums = _BlockSums(ffn.width, model.device)
             with at_hand(layer), input_hook(ffn.down, sums.add_channels):
                 for window, h_in in enumerate(hidden):
                     hidden[window] = run_layer(layer, h_in, calls.of(index, window))
@@ -209,26 +170,22 @@ def collect_statistics(
                     f"activations of block {index} are not finite; check the weights and their dtype"
                 )
             channels.append(ChannelStatistics(sums.x_sum / n_tokens, sums.x_square / n_tokens))
-            if grams is not None and sums.gram is not None:
-                grams.put(index, sums.gram.mean(n_tokens))
             stream = _put(stream, index + 1, hidden)
             progress("calibrating", index + 1, len(layers))
     values = {name: torch.tensor(v, dtype=torch.float64) for name, v in importance.items()}
-    return BlockStatistics(values, tuple(channels), grams, input_ids.numel(), stream=stream)
+    return BlockStatistics(values, tuple(channels), input_ids.numel(), stream=stream)
 
 
 def _stream(
-    model: Any, windows: torch.Tensor, hidden: Sequence[torch.Tensor], calls: Calls, with_gram: bool
+    model: Any, windows: torch.Tensor, hidden: Sequence[torch.Tensor], calls: Calls
 ) -> DenseStream | None:
-    """To keep what blocks give in, beside Gram matrices; None where computing it again is as good, or needed.
+    """To keep what blocks give in; None where computing it again is as good, or needed.
 
     A GPU computes it sooner than a disk holds it. What blocks leave for later ones is not in hidden states.
     """
-    layers = decoder_layers(model)
-    n_bytes = len(layers) * sum(state.nbytes for state in hidden)
-    beside = sum(GramStore.n_bytes(feed_forward(model, layer).width) for layer in layers) if with_gram else 0
+    n_bytes = len(decoder_layers(model)) * sum(state.nbytes for state in hidden)
     n_weights = sum(parameter.numel() for parameter in model.parameters())
-    if model.device == CPU and not calls.shared and may_keep_states(n_bytes, n_weights, beside):
+    if model.device == CPU and not calls.shared and may_keep_states(n_bytes, n_weights):
         with suppress(InputError):
             return DenseStream(windows, StoredStates())
     return None

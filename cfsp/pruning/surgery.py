@@ -2,46 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from cfsp.models.architectures import FeedForward, model_shape, stated_widths, width_settings
-from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.kv_groups import group_channels
-from cfsp.pruning.statistics import BlockStatistics
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What to cut, and what a reconstruction may draw on.
-
-    Attributes:
-        model: The dense model; changed in place.
-        kept: Per block the channels that stay, (n_kept,) int64, ascending; all of a block that goes.
-        ridge: Of the least-squares solutions.
-        correction: Share of earlier blocks' error that a block takes back.
-        statistics: Of the dense model on the calibration windows.
-        input_ids: The calibration windows, (nsamples, seqlen) int64.
-        progress: Told after each block.
-        gone: Blocks that will be removed whole.
-        silent: Blocks that will lose their attention.
-        groups: Blocks that lose some of their key-value groups -> those that stay, ascending.
-    """
-
-    model: Any
-    kept: Sequence[torch.Tensor]
-    ridge: float
-    correction: float
-    statistics: BlockStatistics | None = None
-    input_ids: torch.Tensor | None = None
-    progress: Progress = no_progress
-    gone: frozenset[int] = frozenset()
-    silent: frozenset[int] = frozenset()
-    groups: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 def cut_channels(ffn: FeedForward, kept: torch.Tensor, down_weight: torch.Tensor | None = None) -> None:

@@ -24,8 +24,9 @@ from cfsp.pruning.axes.attention import removable_attentions
 from cfsp.pruning.axes.blocks import candidate_blocks
 from cfsp.pruning.axes.kv_groups import group_left_out, groups_of_share, kept_groups, removable_groups
 from cfsp.pruning.axes.removal import Probe, Removal, attention_left_out, block_left_out
+from cfsp.pruning.block_by_block import apply_plan
 from cfsp.pruning.budget import ChannelCurve
-from cfsp.pruning.plan import PruningPlan, apply_plan, make_plan
+from cfsp.pruning.plan import PruningPlan, make_plan
 from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import BlockStatistics
 from cfsp.text.calibration import Calibration

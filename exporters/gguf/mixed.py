@@ -1,7 +1,7 @@
 """A type for each tensor, by what rounding it costs, so that the file has a size: `mixed:SIZE`.
 
 One backward pass over calibration text says what a change of each weight costs
-(`cfsp.pruning.gradients.collect_weight_moments`), and ggml's own rounding of some rows in every type says what changes.
+(`rounding.gradients.collect_weight_moments`), and ggml's own rounding of some rows in every type says what changes.
 Loss and bytes of all tensors are then a knapsack with one choice a tensor, which dynamic programming solves.
 """
 
@@ -23,13 +23,13 @@ from cfsp.models.checkpoint import open_pruned
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.keeping import WHOLE, Keeping
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.gradients import LOOKUP, WeightMoments, collect_weight_moments
 from exporters.gguf.architecture import read_layout
 from exporters.gguf.fallbacks import block_of
 from exporters.gguf.imatrix import Imatrix, floored
 from exporters.gguf.llama_library import FloatArray, rounded
 from exporters.gguf.size import padded
 from exporters.gguf.tensors import TensorSpec, tensor_specs
+from exporters.rounding.gradients import LOOKUP, WeightMoments, collect_weight_moments
 
 GUIDED_TYPES = ("IQ3_S", "IQ3_XXS", "IQ2_S")
 """Of no use without an importance matrix."""

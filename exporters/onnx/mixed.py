@@ -1,7 +1,7 @@
 """Four or eight bits for each Linear of the blocks and the output matrix, by what four cost, under a budget in bytes.
 
 Rounding a layer to the nearest of four bits costs a divergence that one backward pass over calibration text predicts
-(`cfsp.pruning.gradients.predict_divergence`); rounding it to eight costs 1/256 of that, as its steps are 1/16. So each
+(`predict_divergence`); rounding it to eight costs 1/256 of that, as its steps are 1/16. So each
 layer has a gain and a price, and those with the most gain for a byte get eight bits until the budget is spent: either
 the bytes of a file, or what may be lost of its speed. Then all are rounded for the text, each in its bits.
 """
@@ -19,11 +19,11 @@ from cfsp.devices import CPU, moved
 from cfsp.errors import InputError
 from cfsp.models.architectures import block_linears, spec_for
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.gradients import WeightChange, predict_divergence
 from exporters.onnx.block_quantize import Rounded, round_nowhere, round_to_nearest
 from exporters.onnx.quantize import QuantizedModel, quantize_linears
 from exporters.onnx.variants import HEAD, INT4, INT8, BlockFormat
 from exporters.onnx.weights import HEAD_PARTS, group_of, head_parts, is_tied, weight_of
+from exporters.rounding.gradients import WeightChange, predict_divergence
 
 GRADIENT_WINDOWS = 4
 """Windows of the calibration text to predict losses from: what counts is the layers' order."""

@@ -18,11 +18,9 @@ from cfsp.models.homes import may_keep_states, scratch_bytes
 from cfsp.models.keeping import WHOLE
 from cfsp.precision import products_in, trained_products
 from cfsp.pruning.axes.spelling import BEGINNINGS, PREFIXES, RUN_TOKENS
-from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.moments import MOMENT_WINDOWS
-from cfsp.pruning.prune import GRADIENT_WINDOWS, PROBE_TOKENS, PROBE_WINDOWS, SPELLING_WINDOWS, TOLD_WINDOWS
+from cfsp.pruning.prune import PROBE_TOKENS, PROBE_WINDOWS, SPELLING_WINDOWS, TOLD_WINDOWS
 from cfsp.pruning.settings import PruneSettings
-from cfsp.pruning.statistics import GramStore
 from cfsp.recovery.settings import (
     Training,
     held_out,
@@ -126,14 +124,6 @@ class Pruning:
     is_aimed: bool = False
     only_plan: bool = False
     has_plan: bool = False
-
-    @property
-    def needs_gram(self) -> bool:
-        """Whether Gram matrices are gathered."""
-        settings = self.settings
-        if self.has_plan:
-            return bool(settings.prune_ratio) and RECONSTRUCTIONS[settings.reconstruct].needs_gram
-        return settings.plan_needs_gram if self.only_plan else settings.needs_gram
 
     @property
     def cuts_ffn_alone(self) -> bool:
@@ -254,17 +244,13 @@ def pruning(extents: Sequence[Extent], asked: Pruning) -> Work:
     seen = _passed(dense, read, _STATISTICS, held=read.tokens if settings.prune_ratio else None)
     steps = [_loaded(dense), *_spelled(dense, settings, text), seen]
     steps += [] if asked.has_plan else _removals(dense, settings, text)
-    steps += [_gathered(dense, read)] if asked.needs_gram else []
-    if settings.needs_gradients and not asked.has_plan:
-        some = text.most(GRADIENT_WINDOWS)
-        steps += [_passed(dense, some, _BACKWARDS, passes=3), _headed(dense, some).times(2)]
     if asked.only_plan:
         return _all(steps)
     stream = 0
-    if settings.reads_stream and settings.prune_ratio:
+    if settings.repairs and settings.prune_ratio:
         held = dense.resident_bytes + 5 * dense.states_bytes(text.tokens)
         steps += [replace(_passed(dense, text, _RECONSTRUCTED), memory=held)]
-        steps += [replace(_gathered(kept, text), scratch=0)]
+        steps += [_gathered(kept, text)]
         stream = 0 if asked.has_plan else _kept_stream(dense, text, _all(steps).scratch)
         steps += [] if stream else [_passed(dense, text)]
     work = _all([*steps, replace(_measured(kept, text), least_memory=0), _saved(kept)])
@@ -460,8 +446,7 @@ def _saved(extent: Extent) -> Work:
 def _gathered(extent: Extent, text: Windows) -> Work:
     """Gram matrices of what down_proj reads."""
     squares = [width**2 for width in extent.widths]
-    n_bytes = sum(map(GramStore.n_bytes, extent.widths))
-    return Work({text.seqlen: float(text.tokens) * sum(squares)}, scratch=n_bytes)
+    return Work({text.seqlen: float(text.tokens) * sum(squares)})
 
 
 def _spelled(extent: Extent, settings: PruneSettings, text: Windows) -> list[Work]:

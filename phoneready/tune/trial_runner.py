@@ -21,9 +21,9 @@ from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.token_order import Counts, TokenOrder
 from cfsp.pruning.axes.vocabulary import VocabularyPlan, plan_vocabulary, token_order
-from cfsp.pruning.cutting import RECONSTRUCTIONS
+from cfsp.pruning.block_by_block import apply_plan
 from cfsp.pruning.moments import collect_input_moments, moment_windows, spread_windows
-from cfsp.pruning.plan import PruningPlan, apply_plan, make_plan
+from cfsp.pruning.plan import PruningPlan, make_plan
 from cfsp.pruning.prune import (
     Removals,
     check_removals,
@@ -279,25 +279,22 @@ class TrialRunner:
         return replace(plan, vocabulary=side.vocabulary)
 
     def _statistics(self, side: Side) -> BlockStatistics:
-        """Of one pass over the calibration text, of whatever any of the allocations that are searched over reads."""
+        """Of one pass over the calibration text."""
         if side.statistics is None:
             self.calibrations += 1
             settings = self.config.prune.settings(1)
-            each = [replace(settings, allocation=allocation) for allocation in self._allocations]
-            widest = next((one for one in each if one.needs_loss), each[0])
             side.statistics = statistics_for(
-                side.loaded.model, side.calibration, widest, progress=self.progress
+                side.loaded.model, side.calibration, settings, progress=self.progress
             )
         return side.statistics
 
     def _prune(self, point: Point, path: Path) -> None:
         plan, side = self.plan(point), self.side(point.recipe.vocabulary)
         model = copied(side.loaded.model)
-        needs = RECONSTRUCTIONS[plan.settings.reconstruct].needs_statistics
         apply_plan(
             model,
             plan,
-            statistics=self._statistics(side) if needs else side.statistics,
+            statistics=side.statistics,
             input_ids=side.calibration.input_ids,
             progress=self.progress,
         )
@@ -341,11 +338,6 @@ class TrialRunner:
     @property
     def _work(self) -> Path:
         return self.folder / self.work
-
-    @property
-    def _allocations(self) -> tuple[str, ...]:
-        tune = self.config.tune
-        return (tune.allocations if tune else ()) or (self.config.prune.allocation,)
 
     @property
     def _n_threads(self) -> int:

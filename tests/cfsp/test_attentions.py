@@ -16,7 +16,7 @@ from cfsp.models.architectures import ARCHITECTURES, decoder_layers, model_shape
 from cfsp.models.checkpoint import load_pruned, read_checkpoint_info, save_checkpoint
 from cfsp.models.source import LoadedModel
 from cfsp.pruning.axes.attention import attentions_stay, removable_attentions
-from cfsp.pruning.plan import apply_plan
+from cfsp.pruning.block_by_block import apply_plan
 from cfsp.pruning.prune import PruneResult, prune_model
 from cfsp.pruning.settings import PruneSettings
 from cfsp.text.calibration import Calibration

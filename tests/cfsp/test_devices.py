@@ -78,9 +78,7 @@ def figures(result: Any) -> dict[str, float]:
     "how",
     [
         {},
-        {"reconstruct": "one-pass"},
-        {"reconstruct": "mean"},
-        {"score": "obs_loss", "allocation": "loss"},
+        {"reconstruct": "none"},
         {"score": "flap", "coarse_metric": "mse"},
         {"kv_groups": 0.25, "attentions": 1, "blocks": 1, "vocabulary": 300},
         {"prune_ratio": 0, "align": 8, "share": 0.7},

@@ -16,7 +16,8 @@ from cfsp.models.architectures import ARCHITECTURES, decoder_layers, model_shape
 from cfsp.models.checkpoint import load_pruned, read_checkpoint_info, save_checkpoint
 from cfsp.models.source import LoadedModel
 from cfsp.pruning.axes.kv_groups import GroupRemoval, groups_stay
-from cfsp.pruning.plan import PruningPlan, apply_plan
+from cfsp.pruning.block_by_block import apply_plan
+from cfsp.pruning.plan import PruningPlan
 from cfsp.pruning.prune import PruneResult, prune_model
 from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.streaming import output_hook

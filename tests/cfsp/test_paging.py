@@ -22,12 +22,12 @@ from cfsp.models.keeping import NARROW, VARIABLE, stay_in_files
 from cfsp.models.paging import at_hand, copied, emptied, is_paged
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
-from cfsp.pruning.gradients import LOOKUP, collect_gradients, collect_weight_moments
 from cfsp.pruning.prune import prune_model
 from cfsp.pruning.settings import PruneSettings
 from cfsp.text.calibration import load_calibration
 from cfsp.text.self_sampling import sample_windows
 from cfsp.text.tokens import TokenWindows
+from exporters.rounding.gradients import LOOKUP, collect_weight_moments
 from phoneready.main import main
 
 PUT_AWAY = ("always", "bfloat16")
@@ -70,9 +70,6 @@ def in_memory(model: Any) -> int:
     "asked",
     [
         {},
-        {"score": "obs_loss", "allocation": "loss"},
-        {"reconstruct": "one-pass"},
-        {"reconstruct": "mean"},
         {"reconstruct": "none"},
         {"vocabulary": 300},
         {"blocks": 1, "kv_groups": 0.5},
@@ -259,11 +256,9 @@ def test_gradients_and_figures_are_those_of_a_model_in_memory(
         with at_hand(decoder_layers(pruned)[0]), torch.no_grad():
             decoder_layers(pruned)[0].mlp.up_proj.weight.mul_(0.5)
         judged = TorchLanguageModel(LoadedModel(pruned, loaded.tokenizer, loaded.source))
-        gradients = collect_gradients(model, ids)
         moments = collect_weight_moments(model, ["model.layers.1.self_attn.q_proj", "lookup"], ids)
         results.append(
             [
-                *(getattr(block, name) for block in gradients for name in ("output", "taylor", "fisher")),
                 *(one.columns for one in moments.values()),
                 divergence(loaded.model, judged, windows),
                 perplexity(judged, windows),
@@ -483,7 +478,7 @@ def test_gradients_leave_the_model_as_it_was(
     model = load(folder(), how, monkeypatch).model
     model.get_decoder().norm.weight.requires_grad_(False)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    collect_gradients(model, torch.arange(40).view(2, 20))
+    collect_weight_moments(model, ["lm_head"], torch.arange(40).view(2, 20))
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
     assert in_memory(model) == 0
 

@@ -5,15 +5,11 @@ from __future__ import annotations
 import errno
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from cfsp import scratch
-from cfsp.errors import InputError
-from cfsp.pruning.statistics import GramStore
 from cfsp.scratch import LargeScratch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,16 +100,3 @@ def test_a_place_without_locks_will_do(place: Path, monkeypatch: pytest.MonkeyPa
     with LargeScratch("weights") as made:
         assert made.path.is_dir()
     assert not made.path.exists()
-
-
-def test_a_disk_that_is_full_of_gram_matrices_is_told_in_a_line(
-    small_disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    disk = small_disk("64k")
-    monkeypatch.setenv("TMPDIR", str(disk))
-    store = GramStore()
-    store.put(0, torch.eye(100))
-    with pytest.raises(InputError, match="no space left to write"):
-        store.put(1, torch.eye(100))
-    del store
-    assert not list(disk.iterdir())

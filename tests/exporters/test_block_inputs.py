@@ -22,7 +22,6 @@ from cfsp.models.gguf_file import read_gguf
 from cfsp.models.keeping import VARIABLE
 from cfsp.models.reference import load_model
 from cfsp.pruning.axes.vocabulary import cut_rows
-from cfsp.pruning.gradients import LOOKUP, collect_weight_moments
 from cfsp.pruning.parameters import count_parameters
 from cfsp.text.tokens import TokenWindows
 from exporters.checkpoint_reader import read_config
@@ -33,6 +32,7 @@ from exporters.gguf.writer import write_gguf
 from exporters.onnx import export_onnx
 from exporters.parity import compare, reference_of
 from exporters.provenance import read_provenance
+from exporters.rounding.gradients import LOOKUP, collect_weight_moments
 from phoneready.main import main
 from runtime_bench.devices.model_facts import gguf_facts
 

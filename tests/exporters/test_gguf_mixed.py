@@ -18,7 +18,6 @@ from cfsp.errors import InputError
 from cfsp.evaluation.divergence import divergence_from_logits
 from cfsp.models.checkpoint import load_pruned
 from cfsp.models.gguf_file import read_gguf
-from cfsp.pruning.gradients import LOOKUP, collect_weight_moments
 from cfsp.text.tokens import TokenWindows
 from exporters.export_record import ParityLimits
 from exporters.families import family_of, find_format
@@ -29,6 +28,7 @@ from exporters.gguf.llama_library import rounded
 from exporters.gguf.mixed import Option, TypeCosts, drawn_rows, measure_types, solve
 from exporters.gguf.quants import limits_of_bits
 from exporters.options import ExportOptions
+from exporters.rounding.gradients import LOOKUP, collect_weight_moments
 
 MakeCheckpoint = Callable[..., Path]
 IDS = torch.randint(0, 384, (4, 96), generator=torch.Generator().manual_seed(3))

@@ -136,7 +136,7 @@ def test_prune_goes_on_without_what_nothing_reads(
     assert said == [
         "--target-axes has no effect without one of target_size, target_parameters, target_speed",
         "--vocabulary-text has no effect without a number of tokens to keep, or a target that may take some away",
-        "--coarse-strength has no effect without the allocation cfsp or mixed, and widths of their own",
+        "--coarse-strength has no effect without the allocation cfsp, and widths of their own",
         "--no-imatrix has no effect without --target-size or --target-speed",
     ]
     plans = [

@@ -260,10 +260,8 @@ def test_what_cannot_be_done_is_refused_where_it_is_written(asked: str, wrong: s
         ("[prune]", 'vocabulary_text = ["missing.txt"]', "a number of tokens to keep, or a target"),
         ("[export]\nquants = ['Q8_0']", "tune_scales = true", "GGUF files of up to 6 bits"),
         ("[export]", "mixed_bytes = 90000000", "the ONNX variant int4-mixed"),
-        ('[prune]\nallocation = "loss"', "strength = 2.0", "the allocation cfsp or mixed"),
-        ("[prune]\nuniform_width = true", "strength = 2.0", "the allocation cfsp or mixed"),
-        ('[prune]\nreconstruct = "mean"', "ridge = 0.1", "the reconstruction block-by-block or one-pass"),
-        ('[prune]\nreconstruct = "one-pass"', "correction = 0.1", "the reconstruction block-by-block"),
+        ('[prune]\nallocation = "uniform"', "strength = 2.0", "the allocation cfsp"),
+        ('[prune]\nreconstruct = "none"', "ridge = 0.1", "the reconstruction block-by-block"),
         ("[prune]", 'target_axes = ["ffn"]', "one of target_size"),
         ("[evaluate]", "limit = 8", "tasks"),
         ("[bench]", "idle_s = 9.0", "--energy"),
@@ -282,8 +280,6 @@ def test_what_is_read_is_taken() -> None:
         ONNX + 'cache_type = "q8_0"\nfiles = ["Q4_0"]',
         ONNX + 'targets = ["native"]\nfiles = ["Q4_0"]',
         '[bench]\nbackend = "vulkan"',
-        '[prune]\nallocation = "mixed"\nstrength = 2.0',
-        '[prune]\nreconstruct = "one-pass"\nridge = 0.1',
         "[prune]\ncorrection = 0.1",
         '[evaluate]\ntasks = ["chats.jsonl"]\nlimit = 8',
         '[prune]\nprune_ratio = 0.0\n[recover]\nloss = "both"',
@@ -294,7 +290,7 @@ def test_what_is_read_is_taken() -> None:
         '[prune]\nvocabulary_text = ["a.txt"]\nvocabulary = 300',
         '[prune]\nvocabulary_text = ["a.txt"]\ntarget_size = "60MB"',
         '[prune]\nvocabulary_text = ["a.txt"]\n[tune]\nvocabularies = [0, 300]',
-        '[prune]\nallocation = "loss"\nstrength = 2.0\n[tune]\nallocations = ["loss", "mixed"]',
+        '[prune]\nallocation = "uniform"\nstrength = 2.0\n[tune]\nallocations = ["uniform", "cfsp"]',
     ):
         parse_config(MODEL + asked, where="x")
 

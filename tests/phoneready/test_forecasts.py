@@ -299,18 +299,6 @@ def test_a_pruned_checkpoint_takes_no_less_than_what_is_asked_for(
     assert bool(work.least_disk) != options.startswith(others)
 
 
-def test_scratch_files_ask_for_room_where_they_are_written_alone(
-    asked_for: list[Work], tiny_folder: TinyPath, tmp_path: Path
-) -> None:
-    text = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32"]
-    model, plan = str(tiny_folder()), str(tmp_path / "plan.json")
-    assert main(["prune", model, "--plan-only", plan, *text, "--reconstruct", "one-pass"]) == 0
-    assert main(["prune", model, "--plan", plan, "-o", str(tmp_path / "kept"), *text]) == 0
-    assert main(["prune", model, "-o", str(tmp_path / "out"), *text]) == 0
-    # Nothing; a Gram matrix of each block; what each block gives.
-    assert [bool(work.scratch) for work in asked_for] == [False, True, True]
-
-
 @pytest.mark.parametrize("other", [{"on_cpu": False}, {"is_alone": False}])
 def test_what_dense_blocks_give_is_computed_again_where_it_is_not_kept(other: dict[str, bool]) -> None:
     kept, again = (STAGES["prune"].work([extent], PRUNING) for extent in (SMALL, replace(SMALL, **other)))
@@ -320,7 +308,7 @@ def test_what_dense_blocks_give_is_computed_again_where_it_is_not_kept(other: di
 
 
 def test_a_plan_that_is_given_takes_no_search_for_what_goes() -> None:
-    settings = PruneSettings(allocation="loss", blocks=1)
+    settings = PruneSettings(blocks=1)
     made, given = (
         STAGES["prune"].work([SMALL], Pruning(settings, TEXT, has_plan=has)) for has in (False, True)
     )

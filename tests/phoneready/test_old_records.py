@@ -56,14 +56,6 @@ def test_a_plan_of_channels_alone_keeps_its_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "plan.json").read_bytes() == (OLD / "pruning_plan.json").read_bytes()
 
 
-def test_the_first_plans_named_no_reconstruction() -> None:
-    plan = json.loads((OLD / "pruning_plan.json").read_text()) | {"schema_version": 1}
-    settings = {k: v for k, v in plan["settings"].items() if k not in ("correction", "dtype")}
-    for stated, name in ((True, "one-pass"), (False, "none")):
-        old = plan | {"settings": settings | {"reconstruct": stated}}
-        assert record_from_json(PruningPlan, old, where="x").settings.reconstruct == name
-
-
 @pytest.mark.parametrize(
     ("recover", "loss"),
     [

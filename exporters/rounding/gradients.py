@@ -5,8 +5,7 @@ moment of its gradient g is then the Fisher matrix F, and for a small change del
 KL(dense || changed) = E[delta^T F delta] / 2 to second order. No labels are needed, and the text's own next tokens
 (which would give the "empirical" Fisher) are not used.
 
-Notation as in cfsp.pruning.statistics: X (T x intermediate_size) is down_proj's input, D (hidden_size,
-intermediate_size) its weight, g_t (hidden_size,) the gradient at down_proj's output for token t.
+Notation: x_t is a Linear's input for token t, g_t the gradient at its output.
 """
 
 from __future__ import annotations
@@ -23,87 +22,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cfsp.devices import exact, exact_sum, exact_zeros
+from cfsp.devices import exact, exact_sum
 from cfsp.errors import InputError
-from cfsp.models.architectures import (
-    FeedForward,
-    decoder_layers,
-    feed_forward,
-    output_logits,
-    state_size,
-    token_tables,
-)
+from cfsp.models.architectures import decoder_layers, output_logits, state_size, token_tables
 from cfsp.models.block_pass import StoredStates, enter_blocks, leave_blocks, run_layer, run_windows
 from cfsp.models.homes import require_scratch
 from cfsp.models.paging import at_hand, is_paged
-from cfsp.processes import mine, number, number_summed, summed
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.streaming import gradient_hook
 
 _HEAD_CHUNK = 256
 LOOKUP = "lookup"
 """The token embedding as what looks a token up, apart from the output matrix that it may be, too."""
-
-
-@dataclass(frozen=True)
-class ChannelGradients:
-    """Gradient moments of one block.
-
-    Attributes:
-        output: (hidden_size, hidden_size) float64, mean over tokens of g_t g_t^T: K-FAC's output factor.
-        taylor: (intermediate_size,) mean of |X_ti (D^T g_t)_i|: first-order change of the loss without channel i.
-        fisher: (intermediate_size,) mean of (X_ti (D^T g_t)_i)^2: twice its second-order change.
-    """
-
-    output: torch.Tensor
-    taylor: torch.Tensor
-    fisher: torch.Tensor
-
-
-class _Sums:
-    """Running sums of one block."""
-
-    def __init__(self, ffn: FeedForward) -> None:
-        self.ffn = ffn
-        zeros = partial(exact_zeros, device=ffn.down.weight.device)
-        hidden_size = ffn.down.weight.shape[0]
-        self.output = zeros(hidden_size, hidden_size)
-        self.taylor, self.fisher = zeros(ffn.width), zeros(ffn.width)
-
-    def add(self, x: torch.Tensor, g: torch.Tensor) -> None:
-        """Add one window's X, and its gradients at down_proj's output."""
-        products = x * (g @ self.ffn.down.weight.float())
-        self.output += (g.T @ g).to(self.output.device)
-        self.taylor += exact_sum(products.abs(), 0)
-        self.fisher += exact_sum(products.square(), 0)
-
-
-def collect_gradients(
-    model: Any, input_ids: torch.Tensor, *, seed: int = 0, progress: Progress = no_progress
-) -> tuple[ChannelGradients, ...]:
-    """Run every window forwards and backwards once; about three times the time of a forward pass.
-
-    Args:
-        model: A causal LM of the architecture table, in eval mode; unchanged, and no parameter gets a gradient.
-        input_ids: (nsamples, seqlen) int64.
-        seed: Of the drawn labels; those of several processes are others.
-        progress: Told after each window, or block.
-
-    Raises:
-        InputError: A gradient is not finite.
-    """
-    sums = [_Sums(feed_forward(model, layer)) for layer in decoder_layers(model)]
-    windows, watched = mine(input_ids), [(block.ffn.down, block.add) for block in sums]
-    _run_backwards(model, watched, windows, seed + number(), progress)
-    n_tokens = number_summed(windows.numel())
-    result = tuple(
-        ChannelGradients(*(summed(total) / n_tokens for total in (block.output, block.taylor, block.fisher)))
-        for block in sums
-    )
-    for index, block in enumerate(result):
-        if not bool(torch.isfinite(block.fisher).all()):
-            raise InputError(f"gradients of block {index} are not finite; check the weights and their dtype")
-    return result
 
 
 _ROWS = 8192
@@ -164,7 +94,7 @@ def predict_divergence(
         totals[name] += float(changes[name].slopes(x, g).square().sum())
 
     watched = [(model.get_submodule(change.module), partial(add, name)) for name, change in changes.items()]
-    _run_backwards(model, watched, input_ids, 0, progress)
+    _run_backwards(model, watched, input_ids, progress)
     result = {name: total / input_ids.numel() / 2 for name, total in totals.items()}
     for name, value in result.items():
         if not math.isfinite(value):
@@ -241,7 +171,7 @@ def collect_weight_moments(
     tables |= {name: module for name, module in model.named_modules() if module in further}
     linears = [name for name in names if name not in tables]
     watched = [(model.get_submodule(name), partial(add, name)) for name in linears]
-    _run_backwards(model, watched, input_ids, 0, progress, add_lookups)
+    _run_backwards(model, watched, input_ids, progress, add_lookups)
     result: dict[str, WeightMoments] = {}
     for name, total in sums.items():
         strength, n_tokens = float(total.rows.sum()), input_ids.numel()
@@ -256,7 +186,6 @@ def _run_backwards(
     model: Any,
     watched: Iterable[tuple[nn.Linear, Callable[[torch.Tensor, torch.Tensor], None]]],
     input_ids: torch.Tensor,
-    seed: int,
     progress: Progress,
     receive_embedded: Callable[[torch.Tensor, list[torch.Tensor]], None] | None = None,
 ) -> None:
@@ -264,7 +193,7 @@ def _run_backwards(
 
     `receive_embedded` is given each window (seqlen,) and the gradients at what `token_tables` give for it.
     """
-    generator = torch.Generator(device=model.device).manual_seed(seed)
+    generator = torch.Generator(device=model.device).manual_seed(0)
     with torch.enable_grad(), ExitStack() as stack:
         # By name: a page that comes back has other parameters, and what was there is let go.
         stack.callback(_set_training, model, {n: p.requires_grad for n, p in model.named_parameters()})
