@@ -80,8 +80,6 @@ def test_a_larger_model_takes_more_of_everything(stage: str) -> None:
     ("stage", "more"),
     [
         ("prune", replace(PRUNING, text=Windows(16, 64))),
-        ("prune", Pruning(PruneSettings(allocation="loss"), TEXT)),
-        ("prune", Pruning(PruneSettings(reconstruct="block-by-block", score="obs_loss"), TEXT)),
         ("prune", Pruning(PruneSettings(blocks=1), TEXT)),
         ("export", replace(EXPORTING, names=("Q4_0", "Q8_0", "int4"))),
         ("export", replace(EXPORTING, text=Windows(16, 64))),
@@ -277,7 +275,6 @@ def asked_for(monkeypatch: pytest.MonkeyPatch) -> list[Work]:
         "--uniform --prune-ratio 0.4",
         "--align 8 --prune-ratio 0.35",
         "--for-quant Q4_K_M --prune-ratio 0.4",
-        "--allocation loss",
         "--blocks 2",
         "--blocks 0.5 --prune-ratio 0",
         "--attentions 2",
