@@ -21,6 +21,16 @@ PLAIN_INTERVAL_S = 15.0
 """Without a terminal, a step that goes on is mentioned this often."""
 
 
+@dataclass(frozen=True)
+class Check:
+    """A line of `doctor`; the state is `ok`, `warning`, `missing` (an optional part) or `failed` (nothing works)."""
+
+    name: str
+    state: str
+    found: str
+    hint: str = ""
+
+
 def write_result(text: str, payload: Any, *, as_json: bool) -> None:
     """Print a command's result: `text` for people, or `payload` as one JSON document."""
     output = (

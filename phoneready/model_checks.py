@@ -32,7 +32,7 @@ from exporters.gguf.architecture import ChosenLayout, choose_layout
 from exporters.gguf.rope import rope_metadata
 from exporters.onnx.portable import check_portable
 from exporters.onnx.weights import check_blocks, check_rope, unwritten
-from phoneready.checks import Check
+from phoneready.console import Check
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ ROOMS = {
         {"measuring", "presentation"},
     ),
     "phoneready": (
-        {"console", "checks", "text"},
+        {"console", "text"},
         {"figures", "model_checks"},
         {"evaluation", "exporting", "sizes"},
         {"settings", "forecasts"},

@@ -25,7 +25,7 @@ def verify(
     The exit status is 1 where something differs. `sha256sum -c SHA256SUMS` checks the same hashes without phoneready.
     """
     quiet_libraries()
-    from phoneready.publish.verify import verify_release
+    from phoneready.publish.manifest import verify_release
 
     count, problems = verify_release(folder)
     lines = [f"{visible(problem.path)} {problem.reason}" for problem in problems]

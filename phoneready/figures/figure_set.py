@@ -28,32 +28,20 @@ class Figure:
         key: Which one; the same in other releases of the same configuration.
         role: PRUNED, or DENSE for what the pruned one is compared with.
         subject: The file or checkpoint, by name.
-        unit: As in BudgetVerdict.
-        value: None where it could not be found.
-        kind: How it came about: `exact`, or as in benchmark records.
-        target: Where, as in benchmark records; None for what depends on no machine.
-        backends: What computed, as in benchmark records; None where nothing says it.
-        samples: What it is the median of, in its unit, in the order taken.
-        rounds: For each sample, the process that it came from, counted from 0.
+        value: None if it could not be found; `failure` says why.
+        kind: How it came about: `exact`, or as in benchmark records, as are target and backends.
+        samples: What it is the median of, in its unit, in the order taken; `rounds`: the process of each, from 0.
         paired: Figures of one name were sampled in turns: their samples may be compared pair by pair.
         stderr: Standard error, of accuracies.
-        measured_on: Whether samples were added until budgets were decided, as in benchmark records.
-        right: For each task, which of its items were answered rightly; empty where that is not recorded.
-        low: Lower end, of bands, of what is the most of several, and by what a meter may be wrong.
-        high: Upper end.
-        failure: Why there is no value.
-        noise: Why its samples tell more of the machine than of the file; None where they do not.
-        cpu_samples: The same by the processor's clock; empty where that clock does not tell of the file.
-        cpu_noise: As `noise`, of those.
+        low: Lower end, `high` upper end: of bands, of the most of several, and by what a meter may be wrong.
+        noise: Why its samples tell more of the machine than of the file.
         conditions: What must be equal for two such figures to be comparable.
         higher_is_better: Direction, of own metrics that state it.
         anchor_samples: Of the file that was measured in turns with it, so that other sessions can be compared with it.
-        anchor_rounds: For each of those, the process that it came from.
-        anchor_noise: As `noise`, of those; or why the anchor was not measured.
-        anchor_cpu_samples: As `cpu_samples`, of the anchor.
-        anchor_cpu_noise: As `cpu_noise`, of the anchor.
-        cap: Share of its highest clock that the machine was held to; None where nothing tells.
-        anchor_cap: The same while the anchor ran.
+        cpu_samples: The same by the processor's clock; empty if that clock does not tell of the file.
+        right: For each task, which of its items were answered rightly, if that is recorded.
+        measured_on: Whether samples were added until budgets were decided, as in benchmark records.
+        cap: Share of its highest clock that the machine was held to, if known.
     """
 
     key: FigureKey

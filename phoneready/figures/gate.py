@@ -9,7 +9,7 @@ too little to say, the verdict is inconclusive. An interval is
                     their range, 1.5 times wider at both ends
     of memory       the least and the most of all processes; relative: of the most, from the least over the other's most
     of energy       that of timings, wider by what the meter may be wrong; of a busy machine nothing is said
-    of accuracies   1.96 standard errors to both sides; compared: the paired bootstrap of phoneready.figures.answers
+    of accuracies   1.96 standard errors to both sides; compared: a paired bootstrap over items
     of projections  the band
     of sizes, and of figures on a fixed text, the figure itself
 """
@@ -17,12 +17,14 @@ too little to say, the verdict is inconclusive. An interval is
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from cfsp.errors import InputError
 from cfsp.units import format_seconds
-from phoneready.figures.answers import paired_interval
 from phoneready.figures.budgets import BudgetConfig, select
 from phoneready.figures.figure_set import DENSE, PRUNED, Figure, FigureSet
 from phoneready.figures.metrics import own_reference, recorded_metric
@@ -34,6 +36,9 @@ from runtime_bench.records.judgement import judge as judge_samples
 from runtime_bench.records.summary import CONFIDENCE, NORMAL_95, ratio_interval
 
 _ROUNDING = 1e-9
+_RESAMPLES = 10_000
+_CELLS = (("1", "1"), ("1", "0"), ("0", "1"), ("0", "0"))
+"""What both models made of an item."""
 
 
 @dataclass(frozen=True)
@@ -268,3 +273,29 @@ def _outcome(budget: BudgetConfig, estimate: _Estimate, unit: str) -> tuple[str,
         return INCONCLUSIVE, estimate.reason
     ends = " to ".join(format_figure(end, unit) for end in (low, high))
     return INCONCLUSIVE, f"the interval, {ends}, crosses the limit; more samples narrow it"
+
+
+def paired_interval(now: Sequence[str], before: Sequence[str], *, difference: bool) -> tuple[float, float]:
+    """The 95 % interval of accuracy `now` minus, or over, accuracy `before`, of the mean over tasks.
+
+    Items are drawn, each with what both models made of it (Koehn 2004, "Statistical significance tests for machine
+    translation evaluation"; Efron and Tibshirani 1993, chapter 8): that an item is hard cancels.
+
+    Args:
+        now: For each task a text of one character an item: 1 for a right answer, 0 for another one.
+        before: The same of the model that is compared with, of the same items.
+        difference: Whether the difference is wanted; else the ratio.
+    """
+    rng = np.random.default_rng(0)
+    ours, theirs = np.zeros(_RESAMPLES), np.zeros(_RESAMPLES)
+    for task, same_task in zip(now, before, strict=True):
+        counts = Counter(zip(task, same_task, strict=True))
+        shares = [counts[cell] / len(task) for cell in _CELLS]
+        both, gained, lost, _ = rng.multinomial(len(task), shares, _RESAMPLES).T / len(task)
+        ours, theirs = ours + both + gained, theirs + both + lost
+    tail = (1 - CONFIDENCE) / 2
+    # If no right answer of the other model is drawn, half of one stands for the ratio's sake.
+    least = 0.5 / sum(map(len, now))
+    drawn = (ours - theirs) / len(now) if difference else ours / np.maximum(theirs, least)
+    low, high = np.quantile(drawn, [tail, 1 - tail], method="closest_observation")
+    return float(low), float(high)

@@ -8,71 +8,55 @@ from __future__ import annotations
 
 import json
 import uuid
-from types import MappingProxyType
 from typing import Any
 
-from exporters.export_record import ExportRecord
 from phoneready.publish.manifest import ReleaseManifest
 from phoneready.release.results import ReleaseFigures
 
 BOM_FILE = "bom.cdx.json"
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://cyclonedx.org/phoneready")
-SPDX = MappingProxyType(
-    {
-        name.lower(): name
-        for name in (
-            *("Apache-2.0", "MIT", "GPL-3.0-only", "LGPL-3.0-only", "AGPL-3.0-only", "BSD-2-Clause"),
-            *("BSD-3-Clause", "CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0", "CC-BY-NC-4.0", "MPL-2.0", "Unlicense"),
-        )
-    }
-)
-"""Licences as models state them to SPDX's identifiers; any other is given by its name."""
+_SPDX = {
+    name.lower(): name
+    for name in (
+        *("Apache-2.0", "MIT", "GPL-3.0-only", "LGPL-3.0-only", "AGPL-3.0-only", "BSD-2-Clause"),
+        *("BSD-3-Clause", "CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0", "CC-BY-NC-4.0", "MPL-2.0", "Unlicense"),
+    )
+}
+"""Licences as models state them -> SPDX's identifiers; any other is given by its name."""
 
 
 def make_bom(figures: ReleaseFigures, manifest: ReleaseManifest) -> dict[str, Any]:
     """The bill of materials, as JSON."""
-    dense, files = _dense(figures), [_file(r, manifest) for r in figures.pruned]
-    libraries = [
-        {"type": "library", "bom-ref": f"library:{name}", "name": name, "version": version}
-        for name, version in sorted(manifest.versions.items())
+    source, plan = figures.source, figures.plan
+
+    def component(kind: str, ref: str, name: str, sha256: str | None, license_: str | None) -> dict[str, Any]:
+        row: dict[str, Any] = {"type": kind, "bom-ref": ref, "name": name}
+        if sha256:
+            row["hashes"] = [{"alg": "SHA-256", "content": sha256}]
+        if license_:
+            spdx = _SPDX.get(license_.lower())
+            row["licenses"] = [{"license": {"id": spdx} if spdx else {"name": license_}}]
+        return row
+
+    kind = "machine-learning-model"
+    dense = component(kind, "dense", source.base_model or source.name, source.sha256, source.license)
+    dense |= {"version": source.revision} if source.revision else {}
+    dense["properties"] = [{"name": "phoneready:kind", "value": source.kind}]
+    metrics = [
+        {
+            "type": name,
+            "value": f"{getattr(text.divergence, name):.6g}",
+            "slice": f"{text.kind}, {text.n_tokens} tokens, sha256 {text.windows_sha256[:16]}",
+        }
+        for text in figures.evaluation.texts
+        if text.divergence
+        for name in ("perplexity", "perplexity_ratio", "kl_mean", "same_top1")
     ]
-    model = _model(figures, manifest, dense)
-    document: dict[str, Any] = {
-        "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
-        "bomFormat": "CycloneDX",
-        "specVersion": "1.6",
-        "version": 1,
-        "metadata": {"component": model, "licenses": [{"license": {"id": "CC0-1.0"}}]},
-        "components": [dense, *files, *libraries],
-        "dependencies": [
-            {
-                "ref": model["bom-ref"],
-                "dependsOn": [dense["bom-ref"], *(one["bom-ref"] for one in libraries)],
-            },
-            *({"ref": file["bom-ref"], "dependsOn": [model["bom-ref"]]} for file in files),
-        ],
-    }
-    content = json.dumps(document, sort_keys=True, ensure_ascii=True)
-    return document | {"serialNumber": f"urn:uuid:{uuid.uuid5(_NAMESPACE, content)}"}
-
-
-def _model(figures: ReleaseFigures, manifest: ReleaseManifest, dense: dict[str, Any]) -> dict[str, Any]:
-    plan, ancestor = figures.plan, dense | {"bom-ref": "ancestor"}
-    notes = (
-        f"{plan.removed}: score {plan.settings.score}, allocation "
-        f"{plan.settings.allocation}, reconstruction {plan.settings.reconstruct}, seed {manifest.seed}"
-        + (f"; blocks removed: {', '.join(map(str, plan.depth.removed))}" if plan.depth else "")
-        + (f"; attentions removed: {', '.join(map(str, plan.attention.removed))}" if plan.attention else "")
-        + (f"; key-value groups kept: {plan.kv_groups}" if plan.kv_groups else "")
-        + ("; then trained" if manifest.config.get("recover") else "")
-    )
-    return {
-        "type": "machine-learning-model",
-        "bom-ref": "model",
-        "name": f"{figures.source.name}-pruned",
-        **_hashes(manifest.checkpoint_sha256),
-        **_licenses(manifest.license),
-        "pedigree": {"ancestors": [ancestor], "notes": notes},
+    notes = f"{plan.removed}, seed {manifest.seed}"
+    notes += "; then trained" if manifest.config.get("recover") else ""
+    model = component(kind, "model", f"{source.name}-pruned", manifest.checkpoint_sha256, manifest.license)
+    model |= {
+        "pedigree": {"ancestors": [dense | {"bom-ref": "ancestor"}], "notes": notes},
         "modelCard": {
             "modelParameters": {
                 "task": "text-generation",
@@ -83,63 +67,35 @@ def _model(figures: ReleaseFigures, manifest: ReleaseManifest, dense: dict[str, 
                     for reference in plan.calibration
                 ],
             },
-            "quantitativeAnalysis": {"performanceMetrics": _metrics(figures)},
-            "considerations": {
-                "technicalLimitations": ["A pruned model knows less than the dense one it was made from."]
-            },
+            "quantitativeAnalysis": {"performanceMetrics": metrics},
         },
-        "properties": [
-            {"name": "phoneready:widths", "value": ",".join(map(str, manifest.shape.ffn_widths))},
-            {"name": "phoneready:plan_sha256", "value": manifest.plan_sha256 or "unknown"},
+        "properties": [{"name": "phoneready:plan_sha256", "value": manifest.plan_sha256 or "unknown"}],
+    }
+    files = []
+    for r in figures.pruned:
+        parts = [
+            component("file", f"file:{c.path}", c.path, c.sha256, None)
+            for c in manifest.contents
+            if c.path.startswith(f"{r.file}/")
+        ]
+        row = component("file", f"file:{r.file}", r.file, None if parts else r.sha256, manifest.license)
+        row["description"] = f"{r.format} {r.quant}, {r.architecture}"
+        files.append(row | ({"components": parts} if parts else {}))
+    libraries = [
+        {"type": "library", "bom-ref": f"library:{name}", "name": name, "version": version}
+        for name, version in sorted(manifest.versions.items())
+    ]
+    document: dict[str, Any] = {
+        "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "version": 1,
+        "metadata": {"component": model, "licenses": [{"license": {"id": "CC0-1.0"}}]},
+        "components": [dense, *files, *libraries],
+        "dependencies": [
+            {"ref": "model", "dependsOn": ["dense", *(one["bom-ref"] for one in libraries)]},
+            *({"ref": file["bom-ref"], "dependsOn": ["model"]} for file in files),
         ],
     }
-
-
-def _metrics(figures: ReleaseFigures) -> list[dict[str, str]]:
-    metrics = []
-    for text in figures.evaluation.texts:
-        if d := text.divergence:
-            where = f"{text.kind}, {text.n_tokens} tokens, sha256 {text.windows_sha256[:16]}"
-            for name in ("perplexity", "perplexity_ratio", "kl_mean", "same_top1"):
-                metrics.append({"type": name, "value": f"{getattr(d, name):.6g}", "slice": where})
-    return metrics
-
-
-def _dense(figures: ReleaseFigures) -> dict[str, Any]:
-    source = figures.source
-    return {
-        "type": "machine-learning-model",
-        "bom-ref": "dense",
-        "name": source.base_model or source.name,
-        **({"version": source.revision} if source.revision else {}),
-        **_hashes(source.sha256),
-        **_licenses(source.license),
-        "properties": [{"name": "phoneready:kind", "value": source.kind}],
-    }
-
-
-def _file(record: ExportRecord, manifest: ReleaseManifest) -> dict[str, Any]:
-    parts = [
-        {"type": "file", "bom-ref": f"file:{c.path}", "name": c.path, **_hashes(c.sha256)}
-        for c in manifest.contents
-        if c.path.startswith(f"{record.file}/")
-    ]
-    return {
-        "type": "file",
-        "bom-ref": f"file:{record.file}",
-        "name": record.file,
-        "description": f"{record.format} {record.quant}, {record.architecture}",
-        **({"components": parts} if parts else _hashes(record.sha256)),
-        **_licenses(manifest.license),
-    }
-
-
-def _hashes(sha256: str | None) -> dict[str, Any]:
-    return {"hashes": [{"alg": "SHA-256", "content": sha256}]} if sha256 else {}
-
-
-def _licenses(license_: str | None) -> dict[str, Any]:
-    if not license_:
-        return {}
-    spdx = SPDX.get(license_.lower())
-    return {"licenses": [{"license": {"id": spdx} if spdx else {"name": license_}}]}
+    content = json.dumps(document, sort_keys=True, ensure_ascii=True)
+    return document | {"serialNumber": f"urn:uuid:{uuid.uuid5(_NAMESPACE, content)}"}

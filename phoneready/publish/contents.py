@@ -7,7 +7,7 @@ where phoneready is not. It is no signature: who can change a file can change it
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -22,13 +22,7 @@ _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 @dataclass(frozen=True)
 class Content:
-    """A file of a release.
-
-    Attributes:
-        path: From the release folder, with slashes.
-        bytes: Size.
-        sha256: Hash.
-    """
+    """A file of a release: its path from the release folder with slashes, size, and hash."""
 
     path: str
     bytes: int
@@ -37,12 +31,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Problem:
-    """A difference between a folder and its release.
-
-    Attributes:
-        path: The file.
-        reason: What is wrong with it.
-    """
+    """A difference between a folder and its release: the file, and what is wrong with it."""
 
     path: str
     reason: str
@@ -54,7 +43,7 @@ def describe_files(folder: Path, names: Iterable[str], known: Mapping[str, str])
     Args:
         folder: The release folder.
         names: Files and folders in it; what is not there is left out.
-        known: Path to hash, of files that were hashed when they were made.
+        known: Path -> hash, of files that were hashed when they were made.
     """
     paths: set[Path] = set()
     for name in names:
@@ -73,7 +62,7 @@ def write_sums(folder: Path, contents: Iterable[Content]) -> None:
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """SHA256SUMS as path to hash.
+    """SHA256SUMS as path -> hash.
 
     Raises:
         InputError: It is missing, or a line is no hash and path inside the folder.
@@ -100,44 +89,32 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 
 def find_problems(folder: Path, contents: Iterable[Content]) -> list[Problem]:
-    """Compare a folder with what it should hold; every byte is read.
-
-    Args:
-        folder: The release folder.
-        contents: All of its files.
-
-    Returns:
-        Changed, missing and further files, in order of their paths.
-    """
+    """Changed, missing and further files of a folder, in order of their paths; every byte is read."""
     expected = {content.path: content for content in contents}
-    problems = []
-    for path, content in expected.items():
-        reason = "is no path inside a release" if not is_inside(path) else _reason(folder / path, content)
-        if reason:
-            problems.append(Problem(path, reason))
-    further = sorted(_present(folder) - set(expected))
-    problems += [Problem(path, "is not of this release") for path in further]
+    present = {
+        path.relative_to(folder) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
+    }
+    further = {path.as_posix() for path in present if path.parts[0] not in _KEPT_APART} - set(expected)
+    problems = [
+        *(Problem(path, reason) for path, one in expected.items() for reason in _reasons(folder, one)),
+        *(Problem(path, "is not of this release") for path in further),
+    ]
     return sorted(problems, key=lambda problem: problem.path)
 
 
-def _reason(path: Path, content: Content) -> str | None:
-    if path.is_symlink() or not path.is_file():
-        return "is not a regular file" if path.is_symlink() or path.exists() else "is missing"
-    size = path.stat().st_size
-    if content.bytes >= 0 and size != content.bytes:
-        return f"has {size} bytes instead of {content.bytes}"
-    return None if sha256_file(path) == content.sha256 else "has changed: its SHA-256 is another"
-
-
-def _present(folder: Path) -> set[str]:
-    paths = set()
-    for path in folder.rglob("*"):
-        relative = path.relative_to(folder)
-        if relative.parts[0] not in _KEPT_APART and (path.is_symlink() or not path.is_dir()):
-            paths.add(relative.as_posix())
-    return paths
+def _reasons(folder: Path, content: Content) -> Iterator[str]:
+    path = folder / content.path
+    if not is_inside(content.path):
+        yield "is no path inside a release"
+    elif path.is_symlink() or not path.is_file():
+        yield "is not a regular file" if path.is_symlink() or path.exists() else "is missing"
+    elif content.bytes >= 0 and (size := path.stat().st_size) != content.bytes:
+        yield f"has {size} bytes instead of {content.bytes}"
+    elif sha256_file(path) != content.sha256:
+        yield "has changed: its SHA-256 is another"
 
 
 def is_inside(path: str) -> bool:
+    """Whether a path stays in the folder that it is read from."""
     parts = PurePosixPath(path)
     return bool(path) and "\\" not in path and not parts.is_absolute() and ".." not in parts.parts

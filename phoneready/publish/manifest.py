@@ -1,18 +1,20 @@
-"""manifest.json: what a release made, from what, how, and with what."""
+"""manifest.json: what a release made, from what, how, and with what; and whether a folder still is that."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from cfsp.errors import without_credentials
+from cfsp.errors import InputError, without_credentials
+from cfsp.files import sha256_file
 from cfsp.models.checkpoint import CheckpointInfo
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import ModelSource
-from cfsp.records import tool_version
+from cfsp.records import read_record, tool_version
 from cfsp.validation import WhereSet
-from phoneready.publish.contents import Content
+from phoneready.publish.contents import SUMS_FILE, Content, Problem, find_problems, read_sums
 from phoneready.publish.single_commands import single_commands
 from phoneready.release.results import ReleaseFigures
 from phoneready.release.stages import StageRecord
@@ -23,17 +25,8 @@ MANIFEST_FILE = "manifest.json"
 
 @dataclass(frozen=True)
 class ReleasedFile:
-    """A GGUF file, or the folder of an ONNX variant.
-
-    Attributes:
-        file: Its name in the release folder.
-        role: `pruned`, or `dense` for the one it is compared with.
-        format: `gguf` or `onnx`.
-        quant: Quantization or variant.
-        architecture: The runtime's name for it, which may differ from the source's.
-        bytes: Size; of a folder, of its graph and weights.
-        sha256: Hash; of a folder, of its graph, whose metadata has the hash of the weights.
-    """
+    """A GGUF file, or the folder of an ONNX variant: then bytes are of graph and weights, and the hash is the graph's,
+    whose metadata has the hash of the weights. `role` is `pruned` or `dense`, `architecture` the runtime's name."""
 
     file: str
     role: str
@@ -46,25 +39,17 @@ class ReleasedFile:
 
 @dataclass(frozen=True)
 class ReleaseManifest:
-    """manifest.json: what was made, from what, how, and with what.
+    """manifest.json.
 
     Attributes:
-        source: The dense model.
-        license: Its licence, which the files inherit; None where the source states none.
-        seed: Seed of the run.
-        prune_ratio: Share of FFN channels that was asked to be removed.
-        removed_ffn_share: Share that was removed.
+        source: The dense model, whose licence the files inherit.
         shape: Of the pruned model.
-        plan_sha256: Hash of the pruning plan.
-        checkpoint_sha256: Hash of the pruned checkpoint's weights.
-        files: The models.
         contents: Every file of the release but this one and SHA256SUMS, with its hash.
         kinds: How each group of figures came about.
-        versions: Packages and runtime.
         config: The configuration, without the credentials of URLs in it.
         commands: Single commands that make the pruned files.
-        stages: Name to key of each stage.
-        seconds: Name to duration of each stage.
+        stages: Stage -> its key.
+        seconds: Stage -> its duration.
         warnings: What the configuration says and has had no effect.
     """
 
@@ -96,14 +81,7 @@ def make_manifest(
     checkpoint: CheckpointInfo,
     stages: Sequence[StageRecord],
 ) -> ReleaseManifest:
-    """The manifest of a finished release, still without its contents.
-
-    Args:
-        config: What was asked for.
-        figures: What the stages found.
-        checkpoint: The pruned checkpoint.
-        stages: Records of all stages.
-    """
+    """The manifest of a finished release, still without its contents."""
     sides = (("pruned", figures.pruned), ("dense", figures.dense))
     runtimes = ", ".join(dict.fromkeys(record.runtime for record in figures.pruned))
     versions = checkpoint.versions | {"phoneready": tool_version(), "runtime": runtimes}
@@ -130,3 +108,40 @@ def make_manifest(
         seconds={stage.name: stage.seconds for stage in stages},
         warnings=config.warnings,
     )
+
+
+def verify_release(folder: Path) -> tuple[int, list[Problem]]:
+    """Check a release folder, with or without `stages`; every byte of it is read.
+
+    Returns:
+        The number of files that were checked, and what is wrong with them.
+
+    Raises:
+        InputError: There is no release, or nothing in it can be trusted enough to check the rest.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder")
+    sums = read_sums(folder)
+    if MANIFEST_FILE not in sums:
+        raise InputError(f"{folder / SUMS_FILE} does not list {MANIFEST_FILE}")
+    if not (folder / MANIFEST_FILE).is_file():
+        return len(sums) + 1, [Problem(MANIFEST_FILE, "is missing")]
+    manifest_sha256 = sha256_file(folder / MANIFEST_FILE)
+    if manifest_sha256 != sums[MANIFEST_FILE]:
+        # What it says of other files is worth nothing; the list of hashes still is checked.
+        contents = [Content(path, -1, sha256) for path, sha256 in sums.items()]
+        return len(sums) + 1, find_problems(folder, contents)
+    manifest = read_record(ReleaseManifest, folder / MANIFEST_FILE)
+    listed = {content.path: content.sha256 for content in manifest.contents}
+    problems = [
+        Problem(path, f"has other hashes in {MANIFEST_FILE} and {SUMS_FILE}")
+        for path in sorted({*listed, *sums} - {MANIFEST_FILE})
+        if listed.get(path) != sums.get(path)
+    ]
+    problems += [
+        Problem(file.file, f"has other hashes in two places of {MANIFEST_FILE}")
+        for file in manifest.files
+        if file.sha256 not in {h for path, h in listed.items() if f"{path}/".startswith(f"{file.file}/")}
+    ]
+    itself = Content(MANIFEST_FILE, (folder / MANIFEST_FILE).stat().st_size, manifest_sha256)
+    return len(sums) + 1, problems + find_problems(folder, [*manifest.contents, itself])

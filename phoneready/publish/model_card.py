@@ -12,7 +12,6 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from cfsp.units import format_bytes
-from exporters.export_record import ExportRecord
 from phoneready.publish.manifest import ReleaseManifest
 from phoneready.release.results import ReleaseFigures
 from phoneready.report.assets import render_markdown
@@ -32,13 +31,36 @@ HUB_LICENSES = frozenset(
 
 def model_card_text(figures: ReleaseFigures, manifest: ReleaseManifest) -> str:
     """The model card."""
-    files = list(figures.pruned)
+    source, files = figures.source, figures.pruned
+    base = source.base_model or (source.reference if source.kind == "hub" else source.name)
+    stated = manifest.license
+    known = (stated or "").lower() in HUB_LICENSES
+    data = ModelCardData(
+        base_model=base,
+        license=stated.lower() if stated and known else "other" if stated else None,
+        license_name=None if known else stated,
+        pipeline_tag="text-generation",
+        tags=["pruned", "cfsp", "phoneready", *dict.fromkeys(record.format for record in files)],
+    )
+    on_hub = (source.kind == "hub" or source.base_model) and re.fullmatch(r"[\w.-]+/[\w.-]+", base)
+    link = f"[{escape_markdown(base)}](https://huggingface.co/{base})" if on_hub else escape_markdown(base)
+    header = ["file", "size", "perplexity", "same first choice as the pruned checkpoint", "SHA-256"]
+    rows = [
+        [
+            r.file,
+            format_bytes(r.file_bytes),
+            f"{r.parity.ppl_export:.2f}",
+            f"{r.parity.same_top1:.1%}",
+            r.sha256[:16],
+        ]
+        for r in files
+    ]
     context: dict[str, Any] = {
-        "header": Markdown(_header(figures, manifest)),
-        "name": figures.source.name,
-        "base": Markdown(_base_link(figures)),
+        "header": Markdown(data.to_yaml()),
+        "name": source.name,
+        "base": Markdown(link),
         "figures": figures,
-        "files": Markdown(_files_table(files)),
+        "files": Markdown(table_of_cells(header, rows).markdown()),
         "quality": Markdown(quality_text(figures)),
         "gguf": next((Markdown(shlex.quote(visible(r.file))) for r in files if r.format == "gguf"), None),
         "onnx": next((r.file for r in files if r.format == "onnx"), None),
@@ -48,41 +70,3 @@ def model_card_text(figures: ReleaseFigures, manifest: ReleaseManifest) -> str:
         "version": manifest.versions.get("phoneready", ""),
     }
     return render_markdown("phoneready.publish", "model_card.md.j2", context)
-
-
-def _header(figures: ReleaseFigures, manifest: ReleaseManifest) -> str:
-    """The YAML between the rules; every value is quoted where YAML asks for it."""
-    formats = dict.fromkeys(record.format for record in figures.pruned)
-    license_ = (manifest.license or "").lower()
-    known = license_ in HUB_LICENSES
-    data = ModelCardData(
-        base_model=_base(figures),
-        license=license_ if known else "other" if manifest.license else None,
-        license_name=manifest.license if manifest.license and not known else None,
-        pipeline_tag="text-generation",
-        tags=["pruned", "cfsp", "phoneready", *formats],
-    )
-    return str(data.to_yaml())
-
-
-def _base(figures: ReleaseFigures) -> str:
-    source = figures.source
-    return source.base_model or (source.reference if source.kind == "hub" else source.name)
-
-
-def _base_link(figures: ReleaseFigures) -> str:
-    """The dense model, as a link where it is known to be on the hub."""
-    name, source = escape_markdown(_base(figures)), figures.source
-    on_hub = source.kind == "hub" or source.base_model
-    if not on_hub or re.fullmatch(r"[\w.-]+/[\w.-]+", _base(figures)) is None:
-        return name
-    return f"[{name}](https://huggingface.co/{_base(figures)})"
-
-
-def _files_table(files: list[ExportRecord]) -> str:
-    header = ["file", "size", "perplexity", "same first choice as the pruned checkpoint", "SHA-256"]
-    rows = []
-    for r in files:
-        close = [f"{r.parity.ppl_export:.2f}", f"{r.parity.same_top1:.1%}"]
-        rows.append([r.file, format_bytes(r.file_bytes), *close, r.sha256[:16]])
-    return table_of_cells(header, rows).markdown()

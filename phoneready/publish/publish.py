@@ -96,14 +96,7 @@ def write_reports(
     figures: ReleaseFigures,
     manifest: ReleaseManifest,
 ) -> None:
-    """Write report.md and report.html from records.
-
-    Args:
-        config: What was asked for.
-        folder: The release folder.
-        figures: What the stages found.
-        manifest: For versions and commands.
-    """
+    """Write report.md and report.html from records."""
     steps, profiles = Steps(config, folder, None), load_profiles()
     projected = [steps.artifact(PRUNED, name) for name in config.export.projected]
     report = ReportInput(

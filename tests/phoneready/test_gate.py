@@ -13,10 +13,9 @@ import pytest
 
 from cfsp.errors import InconclusiveError, InputError, LimitError
 from cfsp.records import read_record, write_record
-from phoneready.figures.answers import paired_interval
 from phoneready.figures.budgets import BudgetConfig
 from phoneready.figures.figure_set import Figure, FigureSet, check_same_model, read_baseline
-from phoneready.figures.gate import judge_all
+from phoneready.figures.gate import judge_all, paired_interval
 from phoneready.figures.gate_files import badge, check_verdicts, write_verdicts
 from phoneready.figures.metrics import FigureKey
 from phoneready.figures.verdict import BudgetVerdict, Verdicts

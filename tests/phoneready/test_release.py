@@ -21,7 +21,7 @@ from phoneready.figures.metrics import FigureKey
 from phoneready.figures.verdict import Verdicts
 from phoneready.history import HISTORY_FILE, read_entries
 from phoneready.main import main
-from phoneready.publish.verify import verify_release
+from phoneready.publish.manifest import verify_release
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import Comparison, compare_records
 from runtime_bench.records.jsonl import read_jsonl

@@ -25,13 +25,12 @@ from cfsp.pruning.axes.vocabulary import VocabularyPlan
 from phoneready.main import app, main
 from phoneready.publish.bom import make_bom
 from phoneready.publish.contents import Content, describe_files, read_sums
-from phoneready.publish.manifest import ReleaseManifest, make_manifest
+from phoneready.publish.manifest import ReleaseManifest, make_manifest, verify_release
 from phoneready.publish.model_card import model_card_text
 from phoneready.publish.modelfile import modelfile_text
 from phoneready.publish.placing import place
 from phoneready.publish.publish import seal_release
 from phoneready.publish.single_commands import single_commands
-from phoneready.publish.verify import verify_release
 from phoneready.release.steps import model_stem
 from phoneready.report.report import ReportInput, render_page, render_report
 from phoneready.settings.schema import ReleaseConfig
