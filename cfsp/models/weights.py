@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,7 +36,6 @@ _INDEX = kinds(weight_map=dict[str, _ShardName])
 OUTPUT_MATRIX = "lm_head.weight"
 """A file may have it beside the embedding that it is."""
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _PIECE = 2**24
 """Numbers that are looked at at once."""
 _SHARD_BYTES = 10**9
@@ -228,31 +226,6 @@ def cast_weights(module: torch.nn.Module, dtype: torch.dtype) -> None:
     for tensor in module.state_dict(keep_vars=True).values():
         if tensor.is_floating_point() and tensor.dtype != dtype:
             tensor.data = tensor.data.to(dtype)
-
-
-def save_in_turn(file: Path, like: Mapping[str, torch.Tensor], tensors: Iterable[torch.Tensor]) -> None:
-    """Write a safetensors file of floats that are not there all at once.
-
-    Args:
-        file: To be written.
-        like: Names, in order, and tensors of the shapes and types.
-        tensors: On the CPU, in that order; each is let go before the next one is asked for.
-    """
-    head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in like.items():
-        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
-        head[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(head).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _pieces(parameter: torch.Tensor) -> Iterable[torch.Tensor]:

@@ -9,14 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from cfsp.errors import InputError, require_extra
 from cfsp.models.architectures import block_linears
-from cfsp.models.paging import at_hand, parts
-
-_ADAPTED = "model.base_model.model.{}.lora_{}.default.weight"
-"""What PEFT calls the matrices beside a Linear, in a model that is called `model`."""
 
 
 def add_adapter(model: Any, ranks: Sequence[int], alpha: float) -> Any:
@@ -64,28 +58,6 @@ def merge_adapter(adapted: Any) -> Any:
     return model.eval()
 
 
-@torch.no_grad()
-def give_trained(model: Any, stored: Any, alpha: float) -> None:
-    """Give a model, as it was before training, what was trained: weights, or adapters that are merged.
-
-    Args:
-        model: A causal LM without adapters; one whose weights stay in files has a block in memory at a time.
-        stored: An open safetensors file of what `Student.trainable` names.
-        alpha: The scale of adapters.
-    """
-    names = set(stored.keys())
-    for part in parts(model):
-        with at_hand(part):
-            known = {id(parameter): name for name, parameter in model.named_parameters()}
-            for parameter in part.parameters():
-                name = known[id(parameter)]
-                a, b = (_ADAPTED.format(name.removesuffix(".weight"), which) for which in "AB")
-                if f"model.{name}" in names:
-                    parameter.copy_(stored.get_tensor(f"model.{name}"))
-                elif a in names:
-                    parameter.add_(stored.get_tensor(b) @ stored.get_tensor(a) * alpha)
-
-
 def importance_ranks(importance: Sequence[float], mean_rank: int) -> tuple[int, ...]:
     """Integer ranks r_l proportional to importances I_l, with exactly the given mean and none below 1.
 
@@ -108,20 +80,16 @@ def importance_ranks(importance: Sequence[float], mean_rank: int) -> tuple[int, 
             "importances must be finite and not negative", field="importance", value=tuple(importance)
         )
     count, total = len(importance), len(importance) * mean_rank
-    quotas = _quotas(importance if sum(importance) > 0 else [1.0] * count, total)
+    weights = importance if sum(importance) > 0 else [1.0] * count
+    free = list(range(count))
+    while True:  # blocks whose share is below one leave it, which makes the others' smaller
+        left, weight = total - (count - len(free)), sum(weights[i] for i in free)
+        quotas = {i: left * weights[i] / weight for i in free}
+        if min(quotas.values(), default=1) >= 1:
+            break
+        free = [i for i in free if quotas[i] >= 1]
     ranks = [int(quotas.get(i, 1)) for i in range(count)]
     by_remainder = sorted(quotas, key=lambda i: (-(quotas[i] - int(quotas[i])), i))
     for i in by_remainder[: total - sum(ranks)]:
         ranks[i] += 1
     return tuple(ranks)
-
-
-def _quotas(weights: Sequence[float], total: int) -> dict[int, float]:
-    """Shares of a total in proportion to weights, of those whose share is one or more; the others have one each."""
-    free: Sequence[int] = range(len(weights))
-    while True:
-        left, weight = total - (len(weights) - len(free)), sum(weights[i] for i in free)
-        quotas = {i: left * weights[i] / weight for i in free}
-        if min(quotas.values(), default=1) >= 1:
-            return quotas
-        free = [i for i in free if quotas[i] >= 1]

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Sequence
 
 from cfsp.errors import InputError, require_extra
-from cfsp.recovery.optimizer import check_optimizer
 from cfsp.recovery.rounding import Rounding
 from cfsp.recovery.settings import (
     STUDENT,
@@ -14,7 +13,6 @@ from cfsp.recovery.settings import (
     check_settings,
     method_of,
     settled,
-    trackers,
     training_as_read,
 )
 from cfsp.text.settings import SELF
@@ -39,12 +37,13 @@ def usable(
     """
     check_settings(settings, references)
     settings = settled(training_as_read(settings, references)[0])
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
-        raise InputError("accelerate's own settings of FSDP are not read", allowed="--shard")
-    check_optimizer(settings)
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(name, "").lower() in ("1", "true"):
+            why = "training with shared-out weights is not supported: each process holds the whole model"
+            raise InputError(why, field=name, allowed="accelerate launch --multi_gpu, or torchrun")
     for package in ("accelerate", "peft") if method_of(settings).adapter else ("accelerate",):
         require_extra(package, "recover")
-    if named := trackers(settings):
+    if named := [name for name in settings.report_to if name != "none"]:
         from cfsp.recovery.trainer import check_trackers
 
         check_trackers(named)

@@ -16,7 +16,6 @@ import torch
 from cfsp.errors import InputError
 from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress, no_progress
-from cfsp.recovery.chats import LabelledTokens, labelled_chat
 from cfsp.recovery.settings import (
     STUDENT,
     RecoverySettings,
@@ -24,15 +23,19 @@ from cfsp.recovery.settings import (
     labels_whole_chats,
     token_budget,
 )
+from cfsp.text.encoding import encode_in_place
 from cfsp.text.own_text import without_loops
 from cfsp.text.respelling import Respelling
 from cfsp.text.self_sampling import sample_windows
 from cfsp.text.settings import SELF
-from cfsp.text.tokens import document_ids, load_documents, shuffled, started, tokens_sha256
+from cfsp.text.templates import render_chat
+from cfsp.text.tokens import Document, document_ids, load_documents, shuffled, started, tokens_sha256
 from cfsp.text.writers import TRANSFORMERS, Writer
 
 IGNORED = -100
 """Target of a position where nothing is learnt, as torch and transformers have it."""
+
+_SENTINEL = "\N{SNOWMAN}answer\N{SNOWMAN}"
 
 INSIDE = -1
 """Place in the teacher's text of a position that is inside one of the teacher's tokens."""
@@ -56,8 +59,6 @@ class Sequences:
         teacher_ids: (n, seqlen) int64, the same text in the teacher's tokens where these are others.
         teacher_places: (n, seqlen) int64, which of these each position is the last part of, or INSIDE.
         n_loops: Texts of the source that a model wrote in loops, and that are left out.
-        growth: Its tokens to those that the dense model reads it in; None where the vocabulary is whole, or what it was
-            is not known.
     """
 
     input_ids: torch.Tensor
@@ -67,7 +68,6 @@ class Sequences:
     teacher_ids: torch.Tensor | None = None
     teacher_places: torch.Tensor | None = None
     n_loops: int = 0
-    growth: float | None = None
 
     def items(self) -> Iterator[dict[str, torch.Tensor]]:
         """Every sequence."""
@@ -154,11 +154,11 @@ def load_recovery_data(
     Args:
         references: `self`, `student`, or text references as in `cfsp.text.tokens`; they are mixed in equal shares.
         validation: The same; nothing holds out a share of the training data.
-        tokenizer: The model's; the teacher's where it has another one.
+        tokenizer: The model's; the teacher's if it has another one.
         settings: Sequence length, budget and seed.
-        dense: The dense model, where a reference is `self`.
-        student: The model that is trained, where a reference is `student`.
-        respelling: How the model spells the teacher's tokens, where it has fewer.
+        dense: The dense model, if a reference is `self`.
+        student: The model that is trained, if a reference is `student`.
+        respelling: How the model spells the teacher's tokens, if it has fewer.
         writers: What may have the dense model write; the first that can does.
         progress: Told about reading and sampling.
 
@@ -168,45 +168,49 @@ def load_recovery_data(
     """
     if not references:
         raise InputError("no training data given", allowed="self, or one or more text references")
-    share = math.ceil(settings.validation_windows / len(validation or references))
-    wanted = None
-    if (tokens := token_budget(settings)) is not None:
-        wanted = math.ceil(tokens / settings.seqlen / len(references)) + share
-    authors = {SELF: dense, STUDENT: student}
-    reader = _Reader(tokenizer, settings, authors, respelling, writers, progress)
-    loaded = [reader.read(reference, wanted, settings.seed) for reference in references]
-    if validation:
-        held = [
-            reader.read(reference, share, settings.seed + _VALIDATION_SEED, share) for reference in validation
-        ]
-    else:
-        parts = [_hold_out(sequences, share) for sequences in loaded]
-        loaded, held = [t for t, _ in parts], [v for _, v in parts]
-    if respelling:
-        loaded, held = ([respelled(part, respelling) for part in parts] for parts in (loaded, held))
-    return RecoveryData(tuple(loaded), tuple(held), held_out=not validation)
+    seqlen = settings.seqlen
 
+    def sample(reference: str, author: LoadedModel | None, wanted: int | None, seed: int) -> Sequences:
+        """Text that a model writes, in the teacher's tokens, all of which a student has that has fewer."""
+        if author is None:
+            raise InputError(f"`{reference}` needs the model that the text is sampled from", field="teacher")
+        count = max(2, settings.self_tokens // seqlen)
+        count = count if wanted is None else min(count, max(2, wanted))
+        ids = sample_windows(
+            author, nsamples=count, seqlen=seqlen, seed=seed, writers=writers, progress=progress
+        )
+        n_loops = 0
+        if reference == SELF:
+            winnowed = without_loops(ids, author)
+            n_loops = winnowed.n_loops
+            if n_loops > MOST_LOOPS * winnowed.n_texts or len(winnowed.windows) < 2:
+                raise InputError(
+                    f"{n_loops} of {winnowed.n_texts} texts that {author.source.name} wrote are loops, which is too "
+                    "many to learn from it",
+                    field="data",
+                    value=SELF,
+                    allowed="text that was written by others",
+                )
+            ids = winnowed.windows
+        elif respelling is not None:
+            # What a student writes is not learnt: in its loops, too, the teacher says what comes next.
+            ids = respelling.kept[
+                ids.clamp_max(len(respelling.kept) - 1)
+            ]  # rows beyond the tokens are padding
+        ids = started(ids, tokenizer)
+        targets = _targets(ids, torch.ones_like(ids, dtype=torch.bool))
+        return _sequences(ids, targets, reference, n_loops=n_loops)
 
-@dataclass(frozen=True)
-class _Reader:
-    tokenizer: Any
-    settings: RecoverySettings
-    authors: Mapping[str, LoadedModel | None]
-    respelling: Respelling | None
-    writers: Sequence[Writer]
-    progress: Progress
-
-    def read(self, reference: str, wanted: int | None, seed: int, most: int | None = None) -> Sequences:
+    def read(reference: str, wanted: int | None, seed: int, most: int | None = None) -> Sequences:
         """At most about `wanted` sequences (all: None), never more than `most`."""
-        seqlen = self.settings.seqlen
-        if reference in self.authors:
-            return self._sample(reference, wanted, seed)
+        if reference in (SELF, STUDENT):
+            return sample(reference, dense if reference == SELF else student, wanted, seed)
         limit = None if wanted is None else wanted * seqlen
-        chats, stream = self._tokens(reference, limit, seed)
-        ids, learnt = _pack_chats(chats, seqlen, self.tokenizer)
+        chats, stream = _read_documents(reference, tokenizer, settings, limit, seed, progress)
+        ids, learnt = _pack_chats(chats, seqlen, tokenizer)
         count = len(stream) // seqlen
         text = torch.tensor(stream[: count * seqlen], dtype=torch.int64).view(count, seqlen)
-        text = started(text, self.tokenizer)
+        text = started(text, tokenizer)
         ids = torch.cat([ids, text])
         targets = _targets(ids, torch.cat([learnt, torch.ones_like(text, dtype=torch.bool)]))
         useful = (targets != IGNORED).any(dim=1)
@@ -220,74 +224,125 @@ class _Reader:
         order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:most]
         return _sequences(ids[order], targets[order], reference)
 
-    def _sample(self, reference: str, wanted: int | None, seed: int) -> Sequences:
-        """Text that a model writes, in the teacher's tokens, all of which a student has that has fewer."""
-        author, seqlen = self.authors[reference], self.settings.seqlen
-        if author is None:
-            raise InputError(f"`{reference}` needs the model that the text is sampled from", field="teacher")
-        count = max(2, self.settings.self_tokens // seqlen)
-        count = count if wanted is None else min(count, max(2, wanted))
-        ids = sample_windows(
-            author,
-            nsamples=count,
-            seqlen=seqlen,
-            seed=seed,
-            writers=self.writers,
-            progress=self.progress,
-        )
-        n_loops = 0
-        # What a student writes is not learnt: in its loops, too, the teacher says what comes next.
-        if reference == SELF:
-            ids, n_loops = _worth_learning(ids, author)
-        if reference == STUDENT and self.respelling is not None:
-            kept = self.respelling.kept
-            ids = kept[ids.clamp_max(len(kept) - 1)]  # rows beyond the tokens stand for none
-        ids = started(ids, self.tokenizer)
-        targets = _targets(ids, torch.ones_like(ids, dtype=torch.bool))
-        return _sequences(ids, targets, reference, n_loops=n_loops)
-
-    def _tokens(self, reference: str, limit: int | None, seed: int) -> tuple[list[LabelledTokens], list[int]]:
-        """Labelled chats, and the plain texts as one stream, up to `limit` tokens in all."""
-        chats: list[LabelledTokens] = []
-        stream: list[int] = []
-        documents = load_documents(reference)
-        whole = labels_whole_chats(self.settings)
-        eos, used = self.tokenizer.eos_token_id, 0
-        for done, document in enumerate(shuffled(documents, seed), 1):
-            if limit is not None and used + len(stream) >= limit:
-                break
-            if document.messages is None:
-                if stream and eos is not None:
-                    stream.append(eos)
-                stream += document_ids(document, self.tokenizer)
-            else:
-                chat = labelled_chat(document, self.tokenizer)
-                if any(chat.learnt[1:]):
-                    chats.append(replace(chat, learnt=(True,) * len(chat.ids)) if whole else chat)
-                    used += min(len(chat.ids), self.settings.seqlen)
-            self.progress(f"reading {reference}", done, len(documents))
-        self.progress(f"reading {reference}", len(documents), len(documents))
-        if not chats and not stream and any(document.messages for document in documents):
-            raise InputError(
-                f"no chat in {reference} has an answer to learn from",
-                field="messages",
-                allowed='chats with a non-empty message of role "assistant"',
-            )
-        return chats, stream
+    share = math.ceil(settings.validation_windows / len(validation or references))
+    tokens = token_budget(settings)
+    wanted = None if tokens is None else math.ceil(tokens / seqlen / len(references)) + share
+    loaded = [read(reference, wanted, settings.seed) for reference in references]
+    if validation:
+        held = [read(reference, share, settings.seed + _VALIDATION_SEED, share) for reference in validation]
+    else:
+        whole, loaded, held = loaded, [], []
+        for part in whole:  # the last sequences are held out
+            count = len(part.input_ids)
+            if count < 2:
+                raise InputError(
+                    f"{part.source} fills one sequence only, which cannot be both trained on and validated with",
+                    allowed="more data, a smaller seqlen, or validation data of its own",
+                )
+            first = count - held_out(count, share)
+            ids, targets = part.input_ids, part.targets
+            loaded.append(_sequences(ids[:first], targets[:first], part.source, n_loops=part.n_loops))
+            held.append(_sequences(ids[first:], targets[first:], part.source))
+    if respelling:
+        loaded, held = ([respelled(part, respelling) for part in parts] for parts in (loaded, held))
+    return RecoveryData(tuple(loaded), tuple(held), held_out=not validation)
 
 
-def _worth_learning(windows: torch.Tensor, author: LoadedModel) -> tuple[torch.Tensor, int]:
-    """A model's own texts (n, seqlen) but for those that are loops, and how many these were."""
-    found = without_loops(windows, author)
-    if found.n_loops > MOST_LOOPS * found.n_texts or len(found.windows) < min(2, len(windows)):
+def _read_documents(
+    reference: str,
+    tokenizer: Any,
+    settings: RecoverySettings,
+    limit: int | None,
+    seed: int,
+    progress: Progress,
+) -> tuple[list[LabelledTokens], list[int]]:
+    """Labelled chats, and the plain texts as one stream, up to `limit` tokens in all."""
+    chats: list[LabelledTokens] = []
+    stream: list[int] = []
+    documents = load_documents(reference)
+    whole = labels_whole_chats(settings)
+    eos, used = tokenizer.eos_token_id, 0
+    for done, document in enumerate(shuffled(documents, seed), 1):
+        if limit is not None and used + len(stream) >= limit:
+            break
+        if document.messages is None:
+            if stream and eos is not None:
+                stream.append(eos)
+            stream += document_ids(document, tokenizer)
+        else:
+            chat = labelled_chat(document, tokenizer)
+            if any(chat.learnt[1:]):
+                chats.append(replace(chat, learnt=(True,) * len(chat.ids)) if whole else chat)
+                used += min(len(chat.ids), settings.seqlen)
+        progress(f"reading {reference}", done, len(documents))
+    progress(f"reading {reference}", len(documents), len(documents))
+    if not chats and not stream and any(document.messages for document in documents):
         raise InputError(
-            f"{found.n_loops} of {found.n_texts} texts that {author.source.name} wrote are loops, which is too many to "
-            "learn from it",
-            field="data",
-            value=SELF,
-            allowed="text that was written by others",
+            f"no chat in {reference} has an answer to learn from",
+            field="messages",
+            allowed='chats with a non-empty message of role "assistant"',
         )
-    return found.windows, found.n_loops
+    return chats, stream
+
+
+@dataclass(frozen=True)
+class LabelledTokens:
+    """Token ids, and for each whether it is to be learnt."""
+
+    ids: tuple[int, ...]
+    learnt: tuple[bool, ...]
+
+
+def labelled_chat(document: Document, tokenizer: Any) -> LabelledTokens:
+    """Tokens of a chat; learnt are those of the answers, the token that ends the turn included.
+
+    Raises:
+        InputError: As `answer_spans`.
+    """
+    text, spans = answer_spans(document.messages or (), tokenizer)
+    tokens = encode_in_place(tokenizer, text)
+    learnt = tuple(
+        any(start <= first < end and last > first for start, end in spans) for _, first, last in tokens
+    )
+    return LabelledTokens(tuple(token for token, *_ in tokens), learnt)
+
+
+def answer_spans(
+    messages: Sequence[Mapping[str, str]], tokenizer: Any
+) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """A chat's text in the model's template, and the (start, end) of every answer in it, end-of-turn token included.
+
+    An answer begins where the messages before it end when they are rendered with the generation prompt, which is what
+    the model sees when it has to answer.
+
+    Raises:
+        InputError: No chat template, or one that refuses the chat or cannot be split at an answer.
+    """
+    text = render_chat(tokenizer, messages)
+    probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SENTINEL}]
+    end_of_turn = (
+        render_chat(tokenizer, probe).rpartition(_SENTINEL)[2].strip()
+    )  # such as <|im_end|>, or nothing
+    spans: list[tuple[int, int]] = []
+    for index, message in enumerate(messages):
+        answer = message["content"].strip()
+        if message["role"] != "assistant" or not answer:
+            continue
+        before = render_chat(tokenizer, messages[:index], add_generation_prompt=True) if index else ""
+        start = len(before)
+        answer_start = text.find(answer, start) if text.startswith(before) else -1
+        if answer_start < 0:
+            raise InputError(
+                "the model's chat template cannot be split at an answer: "
+                "it renders a chat's beginning differently when more follows, or changes the answer",
+                field="messages",
+                value=answer[:60],
+            )
+        end = answer_start + len(answer)
+        if text[end:].lstrip().startswith(end_of_turn):
+            end = text.index(end_of_turn, end) + len(end_of_turn)
+        spans.append((start, end))
+    return text, tuple(spans)
 
 
 def _pack_chats(
@@ -356,20 +411,4 @@ def respelled(sequences: Sequences, respelling: Respelling) -> Sequences:
     )
     return replace(
         spelled, teacher_ids=sequences.input_ids[useful], teacher_places=torch.stack(places)[useful]
-    )
-
-
-def _hold_out(sequences: Sequences, share: int) -> tuple[Sequences, Sequences]:
-    """(training, validation): the last sequences are held out, at most a tenth and at least one."""
-    count = len(sequences.input_ids)
-    if count < 2:
-        raise InputError(
-            f"{sequences.source} fills one sequence only, which cannot be both trained on and validated with",
-            allowed="more data, a smaller seqlen, or validation data of its own",
-        )
-    held = held_out(count, share)
-    ids, targets = sequences.input_ids, sequences.targets
-    return (
-        _sequences(ids[:-held], targets[:-held], sequences.source, n_loops=sequences.n_loops),
-        _sequences(ids[-held:], targets[-held:], sequences.source),
     )

@@ -26,8 +26,6 @@ class DataRecord:
         n_tokens: Positions in them.
         n_learnt: Positions with a target.
         n_loops: Texts that the dense model wrote in loops, and that were left out.
-        growth: Its tokens to those that the dense model reads it in; None where the vocabulary is whole, or what it was
-            is not known.
     """
 
     reference: str
@@ -36,7 +34,6 @@ class DataRecord:
     n_tokens: int
     n_learnt: int
     n_loops: int = 0
-    growth: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,13 +95,11 @@ class RecoveryRecord:
         tokens_seen: Input tokens trained on.
         seconds: Spent in training and validation.
         stopped_by: "budget", "patience" or "diverged".
-        sharded: Whether the processes shared out the weights.
         warnings: What was asked for and has had no effect.
-        held_bytes: Of weights, teacher and optimizer state, that the first process held; None of an old record.
     """
 
     KIND: ClassVar[str] = "recovery"
-    SCHEMA_VERSION: ClassVar[int] = 1
+    SCHEMA_VERSION: ClassVar[int] = 2
 
     checkpoint: str
     checkpoint_sha256: str
@@ -128,8 +123,6 @@ class RecoveryRecord:
     tokens_seen: int
     seconds: float
     stopped_by: str
-    sharded: bool = False
-    held_bytes: int | None = None
     warnings: Annotated[tuple[str, ...], WhereSet] = ()
 
     @property
@@ -164,7 +157,6 @@ def data_record(sequences: Sequences) -> DataRecord:
         sequences.n_tokens,
         sequences.n_learnt,
         sequences.n_loops,
-        sequences.growth,
     )
 
 

@@ -6,12 +6,15 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from cfsp.errors import InputError
 from cfsp.settings import SEED, Reads, Settings, as_read, setting
 from cfsp.settings import check_settings as check_fields
 from cfsp.text.settings import SELF, TEXT_FORMS
+
+if TYPE_CHECKING:
+    from cfsp.forecast import Extent
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,6 @@ LOSSES: Mapping[str, Callable[[float], tuple[float, float]]] = MappingProxyType(
 )
 """Name to the weights (next-token, distillation), given `distill_weight`."""
 
-OPTIMIZERS = (ADAMW, MUON) = ("adamw", "muon")
-MUON_TIMES = 4
-"""Default peak learning rate of matrices that Muon moves, in multiples of AdamW's."""
-
 CHAT_LABELS = ("auto", "answers", "all")
 """What of a chat is labelled; "auto" is the answers, and all of it where the loss is distillation alone: the teacher's
 distribution is as good a target in the user's turn."""
@@ -70,7 +69,10 @@ VALIDATIONS = 10
 """Most validations while a model is trained whose settings do not say how often."""
 
 HELD_OUT_SHARE = 0.1
-"""Most of the data that is held out where no validation data is given."""
+"""Most of the data that is held out if no validation data is given."""
+
+_STATES = 8
+"""Tensors as large as the hidden states that a block keeps for the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -111,16 +113,11 @@ class Training(Settings):
     end_weight: float = setting(
         1.0, "How many times a token counts that ends a turn, so that answers end.", gt=0, le=1000
     )
-    optimizer: str = setting(
-        ADAMW,
-        "adamw, or muon for the matrices of the blocks (full alone).",
-        choices=OPTIMIZERS,
-    )
     learning_rate: float | None = setting(
         None,
-        "Peak; with Muon that of the matrices.",
+        "Peak.",
         gt=0,
-        shown="1e-3 for adapters, 5e-4 for scales; for full 5e-5, 2e-4 with the next token, with Muon four times that",
+        shown="1e-3 for adapters, 5e-4 for scales; for full 5e-5, 2e-4 with the next token",
         example=1e-3,
     )
     max_tokens: int | None = setting(
@@ -140,7 +137,7 @@ class Training(Settings):
         1, "Forward passes behind one step, on each process.", ge=1, le=2**20
     )
     warmup_ratio: float = setting(0.05, "Share of the steps in which the learning rate rises.", ge=0, lt=1)
-    weight_decay: float = setting(0.0, "Of either optimizer.", ge=0)
+    weight_decay: float = setting(0.0, "AdamW's.", ge=0)
     max_grad_norm: float = setting(1.0, "Gradients are clipped to it.", gt=0)
     dtype: str = setting(
         "auto", "Of matrix products: auto, float32 or bfloat16.", choices="cfsp.precision:PRODUCTS"
@@ -163,7 +160,10 @@ class Training(Settings):
         131_072, "Most tokens sampled for the reference `self`, and for `student`.", ge=1
     )
     report_to: tuple[str, ...] = setting(
-        (), "Trackers, as transformers names them: tensorboard, mlflow, ...", metavar="NAME,...", shown="none"
+        (),
+        "Trackers, as accelerate names them: tensorboard, mlflow, wandb, ...",
+        metavar="NAME,...",
+        shown="none",
     )
 
 
@@ -210,7 +210,13 @@ def check_settings(settings: RecoverySettings, references: Collection[str]) -> N
     settled(settings)
     if settings.max_tokens is not None and settings.epochs is not None:
         raise InputError("says how long, and so does epochs", field="max_tokens", allowed="one of them")
-    _check_student(settings, references)
+    if STUDENT in references and not learns_from_teacher(settings):
+        raise InputError(
+            "what a checkpoint writes itself teaches it nothing without the teacher's distribution",
+            field="data",
+            value=STUDENT,
+            allowed="with --loss distill or both",
+        )
 
 
 def settled(settings: _Training) -> _Training:
@@ -226,8 +232,6 @@ def settled(settings: _Training) -> _Training:
             "scales, where for_quant is set" if through else "ig-lora, lora, full; scales with for_quant"
         )
         raise InputError("does not go with for_quant", field="method", value=method, allowed=allowed)
-    if settings.optimizer == MUON and METHODS[method] != METHODS["full"]:
-        raise InputError("moves whole matrices", field="optimizer", value=MUON, allowed="with --method full")
     return replace(settings, method=method)
 
 
@@ -262,16 +266,6 @@ def training_as_read(
     return as_read(settings, _READS, references, section=section)
 
 
-def _check_student(settings: Training, references: Collection[str]) -> None:
-    if STUDENT in references and not learns_from_teacher(settings):
-        raise InputError(
-            "what a checkpoint writes itself teaches it nothing without the teacher's distribution",
-            field="data",
-            value=STUDENT,
-            allowed="with --loss distill or both",
-        )
-
-
 def method_of(settings: Training) -> Method:
     """The row of what is trained."""
     return METHODS[settled(settings).method]
@@ -285,25 +279,13 @@ def token_budget(settings: Training) -> int | None:
 
 
 def validation_interval(settings: Training, steps: int, per_step: int, held: int) -> int:
-    """Steps between validations: those set, or a tenth of all, and enough to learn as much as a validation reads.
-
-    Args:
-        settings: How to train.
-        steps: Of the whole run.
-        per_step: Sequences that a step learns from, over all processes.
-        held: Sequences of a validation.
-    """
+    """Steps between validations: those set, or a tenth of all, and enough to learn as much as a validation reads."""
     return settings.eval_every or max(math.ceil(steps / VALIDATIONS), math.ceil(held / per_step))
 
 
 def held_out(count: int, most: int) -> int:
     """Sequences of so many that are held out: at most a share of them, and at least one."""
     return max(1, min(most, int(count * HELD_OUT_SHARE)))
-
-
-def trackers(settings: Training) -> tuple[str, ...]:
-    """Trackers to report to; `none`, which is what transformers calls it, is none."""
-    return tuple(name for name in settings.report_to if name != "none")
 
 
 def loss_weights(settings: Training) -> tuple[float, float]:
@@ -335,28 +317,29 @@ def labels_whole_chats(settings: RecoverySettings) -> bool:
 
 def learning_rate(settings: RecoverySettings) -> float:
     """The peak learning rate: the one set, or the method's for the loss."""
-    if settings.learning_rate is not None:
-        return settings.learning_rate
-    return plain_rate(settings) * (MUON_TIMES if settings.optimizer == MUON else 1)
-
-
-def plain_rate(settings: RecoverySettings) -> float:
-    """The method's own peak learning rate for the loss, with AdamW."""
     method = method_of(settings)
-    return (distils_alone(settings) and method.distill_rate) or method.learning_rate
+    own = (distils_alone(settings) and method.distill_rate) or method.learning_rate
+    return own if settings.learning_rate is None else settings.learning_rate
 
 
 def learning_rate_share(warmup_ratio: float, steps: int, step: int) -> float:
-    """Share of the peak learning rate at a step: it rises linearly, peaks, and falls as a cosine; never zero.
+    """Share of the peak learning rate at step t of T; it rises linearly, then falls as a cosine, and is never zero.
 
-        (t + 1) / (w + 1)  for t < w = floor(warmup_ratio * T),    (1 + cos(pi (t - w) / (T - w))) / 2  from there
-
-    Args:
-        warmup_ratio: Share of the steps before the peak, below 1.
-        steps: T, of the whole run.
-        step: t, from 0.
+    (t + 1) / (w + 1)  for t < w = floor(warmup_ratio * T),    (1 + cos(pi (t - w) / (T - w))) / 2  from there
     """
     warmup = int(warmup_ratio * steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def training_bytes(
+    settings: Training, student: Extent, teacher: Extent | None, *, teacher_itemsize: int = 4
+) -> int:
+    """Bytes that training holds: float32 weights, gradients, AdamW's two moments, the teacher, hidden states."""
+    method = method_of(settings)
+    trained = not (method.adapter or method.through_rounding)
+    held = (16 if trained else 4) * student.n_weights
+    held += teacher_itemsize * teacher.n_weights if teacher else 0
+    states = student.states_bytes(settings.batch_size * settings.seqlen)
+    return held + _STATES * len(student.blocks) * states

@@ -1,10 +1,8 @@
-"""The model that is trained, with its loss: what a trainer calls, and what is wrapped for several processes."""
+"""The model that is trained, with its loss as its forward pass, and its teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -24,7 +22,6 @@ from cfsp.recovery.losses import (
     with_repeats,
 )
 from cfsp.recovery.settings import RecoverySettings, loss_weights
-from cfsp.recovery.sharding import put_back
 from cfsp.text.respelling import Respelling
 
 _IMPOSSIBLE = -80.0
@@ -63,23 +60,17 @@ class Teacher(nn.Module):
             hidden = states[labelled]
             return lambda positions: self._logits(hidden[positions])
         places, targets = batch["teacher_places"][labelled], batch["labels"][labelled]
-        hidden = states[labelled.nonzero()[:, 0], places.clamp_min(0)]
-        return partial(self._respelled_logits, self.respelling, hidden, places == INSIDE, targets)
+        hidden, inside = states[labelled.nonzero()[:, 0], places.clamp_min(0)], places == INSIDE
+        log_probabilities_of = self.respelling.log_probabilities
 
-    @torch.no_grad()
-    def _respelled_logits(
-        self,
-        respelling: Respelling,
-        hidden: torch.Tensor,
-        inside: torch.Tensor,
-        targets: torch.Tensor,
-        positions: slice | torch.Tensor,
-    ) -> torch.Tensor:
-        log_probabilities = respelling.log_probabilities(self._logits(hidden[positions]))
-        rows = inside[positions].nonzero()[:, 0]
-        log_probabilities[rows] = self.impossible
-        log_probabilities[rows, targets[positions][rows]] = 0.0
-        return log_probabilities
+        def respelled_logits(positions: slice | torch.Tensor) -> torch.Tensor:
+            found = log_probabilities_of(self._logits(hidden[positions]))
+            rows = inside[positions].nonzero()[:, 0]
+            found[rows] = self.impossible
+            found[rows, targets[positions][rows]] = 0.0
+            return found
+
+        return respelled_logits
 
     @torch.no_grad()
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -98,8 +89,6 @@ class Student(nn.Module):
         ends: Tokens that end a turn, which count `end_weight` times.
     """
 
-    # Tells transformers' Trainer to count the labels of all accumulated batches before the first of them.
-    accepts_loss_kwargs = True
     teacher: Teacher | None
 
     def __init__(
@@ -124,9 +113,8 @@ class Student(nn.Module):
     def forward(self, **batch: torch.Tensor) -> torch.Tensor:
         """The objective's sum over labelled positions of a `Batch`."""
         hidden, targets = self._labelled_hidden(batch)
-        with self._chunk_loss(batch, targets) as of_logits:
-            loss = of_capped(of_logits, logit_cap(self.causal_lm.config))
-            return head_loss(hidden, self.causal_lm.get_output_embeddings().weight, loss, self.dtype)
+        loss = of_capped(self._chunk_loss(batch, targets), logit_cap(self.causal_lm.config))
+        return head_loss(hidden, self.causal_lm.get_output_embeddings().weight, loss, self.dtype)
 
     @torch.no_grad()
     def sums(self, batch: Batch) -> torch.Tensor:
@@ -135,17 +123,16 @@ class Student(nn.Module):
         The sums of the objective and of the next-token loss, and how many positions.
         """
         hidden, targets = self._labelled_hidden(batch)
-        next_token = 0.0
-        with self._chunk_loss(batch, targets) as loss:
+        next_token, loss = 0.0, self._chunk_loss(batch, targets)
 
-            def with_next_token(logits: torch.Tensor, chunk: slice) -> LossAndGradient:
-                nonlocal next_token
-                next_token += float(next_token_loss(logits, targets[chunk])[0])
-                return loss(logits, chunk)
+        def with_next_token(logits: torch.Tensor, chunk: slice) -> LossAndGradient:
+            nonlocal next_token
+            next_token += float(next_token_loss(logits, targets[chunk])[0])
+            return loss(logits, chunk)
 
-            head = self.causal_lm.get_output_embeddings().weight
-            watched = of_capped(with_next_token, logit_cap(self.causal_lm.config))
-            objective = float(head_loss(hidden, head, watched, self.dtype))
+        head = self.causal_lm.get_output_embeddings().weight
+        watched = of_capped(with_next_token, logit_cap(self.causal_lm.config))
+        objective = float(head_loss(hidden, head, watched, self.dtype))
         return torch.tensor([objective, next_token, len(targets)], dtype=torch.float64)
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -160,8 +147,7 @@ class Student(nn.Module):
         mask = labels != IGNORED
         return states[mask], labels[mask]
 
-    @contextmanager
-    def _chunk_loss(self, batch: Batch, targets: torch.Tensor) -> Iterator[ChunkLoss]:
+    def _chunk_loss(self, batch: Batch, targets: torch.Tensor) -> ChunkLoss:
         next_weight, distill_weight = loss_weights(self.settings)
         temperature = self.settings.temperature
         predictions = None if self.teacher is None else self.teacher(batch)
@@ -178,26 +164,18 @@ class Student(nn.Module):
                     F.pad(expected, (0, beyond), value=_impossible(temperature)) if beyond else expected
                 )
                 terms.append((distill_weight, distillation_loss(logits, expected, temperature)))
-            return _weighted(terms)
+            if len(terms) == 1 and terms[0][0] == 1:
+                return terms[0][1]
+            losses = torch.stack([weight * value for weight, (value, _) in terms])
+            gradients = [weight * gradient for weight, (_, gradient) in terms]
+            return losses.sum(), sum(gradients[1:], gradients[0])
 
         if self.settings.end_weight == 1:
-            yield loss
-        else:
-            ends = torch.isin(targets, torch.tensor(self.ends, device=targets.device))
-            yield with_repeats(loss, ends, self.settings.end_weight)
-        if self.teacher is not None:
-            put_back(self.teacher)
+            return loss
+        ends = torch.isin(targets, torch.tensor(self.ends, device=targets.device))
+        return with_repeats(loss, ends, self.settings.end_weight)
 
 
 def _impossible(temperature: float) -> float:
     """Logit of what is not said, so far below all others that it is not said either once a temperature divides them."""
     return _IMPOSSIBLE * max(1.0, temperature)
-
-
-def _weighted(terms: Sequence[tuple[float, LossAndGradient]]) -> LossAndGradient:
-    if len(terms) == 1 and terms[0][0] == 1:
-        return terms[0][1]
-    losses, gradients = zip(
-        *((weight * loss, weight * gradient) for weight, (loss, gradient) in terms), strict=True
-    )
-    return torch.stack(losses).sum(), sum(gradients[1:], gradients[0])

@@ -18,7 +18,6 @@ from cfsp.recovery.settings import (
     training_as_read,
 )
 from cfsp.settings import no_effect, setting
-from cfsp.units import format_bytes
 from phoneready.commands.options import DeviceOption, ForceOption, JsonOption, ThreadsOption, TrustOption
 from phoneready.commands.processes import note_once, one_voice
 from phoneready.console import prepare_torch, show_progress, warn, write_result
@@ -46,11 +45,6 @@ def recover(
     ),
     work: Path | None = setting(None, "Folder for training's own checkpoints.", shown="DIR.work"),
     device: DeviceOption = "auto",
-    shard: str = setting(
-        "auto",
-        "Share out the weights among processes: always, never, or auto (where one has not the memory).",
-        choices="cfsp.recovery.shares:SHARDING",
-    ),
     force: ForceOption = False,
     trust_remote_code: TrustOption = False,
     threads: ThreadsOption = None,
@@ -84,7 +78,6 @@ def recover(
                 teacher=teacher,
                 work=work,
                 device=device,
-                shard=shard,
                 force=force,
                 trust_remote_code=trust_remote_code,
                 writers=WRITERS,
@@ -98,7 +91,7 @@ def recover(
         check_outcome(result.record, output)
 
 
-def _foretell(checkpoint: str, output: Path, settings: RecoverySettings, device: str, shares: int) -> None:
+def _foretell(checkpoint: str, output: Path, settings: RecoverySettings, device: str) -> None:
     """How long epochs are is known on the way alone."""
     from cfsp.devices import find_device
     from phoneready.forecasts.said import Machine, foretell
@@ -106,7 +99,7 @@ def _foretell(checkpoint: str, output: Path, settings: RecoverySettings, device:
 
     if token_budget(settings) is not None:
         machine = Machine(settings.dtype, find_device(device))
-        foretell("recover", (checkpoint,), Recovering(settings, shares), output, machine=machine)
+        foretell("recover", (checkpoint,), Recovering(settings), output, machine=machine)
 
 
 def format_recovery(record: RecoveryRecord, output: Path) -> str:
@@ -114,16 +107,13 @@ def format_recovery(record: RecoveryRecord, output: Path) -> str:
     settings = record.settings
     ranks = f", rank {min(record.ranks)} to {max(record.ranks)}" if record.ranks else ""
     origin = "held out of it" if record.held_out else ", ".join(part.reference for part in record.validation)
-    shared = (
-        f", with {format_bytes(record.held_bytes or 0)} of weights and moments each" if record.sharded else ""
-    )
     lines = [
         f"Validation {record.change} (step {record.kept_step} of {len(record.losses)}, "
         f"{sum(v.n_learnt for v in record.validation)} tokens, {origin}).",
         f"Trained {record.n_trainable} weights ({settings.method}{ranks}; {settings.loss}) on "
         f"{record.tokens_seen} tokens of {', '.join(part.reference for part in record.training)} "
-        f"in {record.seconds:.0f} s, {record.dtype} on {record.device}, processes: {record.processes}"
-        f"{shared}; stopped by {record.stopped_by}.",
+        f"in {record.seconds:.0f} s, {record.dtype} on {record.device}, processes: {record.processes}; "
+        f"stopped by {record.stopped_by}.",
         *(
             f"Left out of {part.reference}, because they are loops: {part.n_loops} of the texts that it wrote."
             for part in (*record.training, *record.validation)

@@ -27,9 +27,9 @@ from cfsp.recovery.settings import (
     loss_weights,
     method_of,
     token_budget,
+    training_bytes,
     validation_interval,
 )
-from cfsp.recovery.shares import training_bytes
 from exporters.export_record import ExportFormat
 from exporters.families import family_of, find_format
 from exporters.parity import PARITY_SEQLEN, PARITY_WINDOWS
@@ -202,11 +202,9 @@ class Recovering:
 
     Attributes:
         settings: How to train.
-        shares: Processes that have all weights between them.
     """
 
     settings: Training
-    shares: int = 1
 
 
 @dataclass(frozen=True)
@@ -309,12 +307,12 @@ def recovering(extents: Sequence[Extent], asked: Recovering) -> Work:
         (judged, (1 + bool(distilled)) * (1 + _validations(settings, text.count, judged.count))),
     ):
         steps += [_passed(extent, read, passes * _PASS, passes), _headed(extent, read).times(passes)]
-    held = training_bytes(settings, extent, extent if distilled else None, shares=asked.shares)
+    held = training_bytes(settings, extent, extent if distilled else None)
     kept = Work(
         disk=(_ROUNDED_DISK if method.through_rounding else 0 if method.adapter else 12) * extent.n_weights
     )
     # The models themselves are in memory already where this is asked once they are read.
-    least = 0 if few else 12 * extent.least_weights // asked.shares
+    least = 0 if few else 12 * extent.least_weights
     return replace(_all([*steps, kept]), memory=held, least_memory=least)
 
 

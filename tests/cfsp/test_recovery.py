@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 import json
 import math
@@ -13,36 +12,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors
 import torch
 import torch.nn.functional as F
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, feed_forward, model_shape
-from cfsp.models.keeping import VARIABLE
-from cfsp.models.paging import is_paged
-from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
-from cfsp.models.weights import cast_weights, save_in_turn
+from cfsp.models.weights import cast_weights
 from cfsp.pruning.axes.vocabulary import count_tokens, cut_vocabulary, plan_vocabulary
 from cfsp.pruning.surgery import cut_channels
-from cfsp.recovery.adapter import add_adapter, give_trained, importance_ranks, merge_adapter
-from cfsp.recovery.chats import answer_spans, labelled_chat
+from cfsp.records import read_record
+from cfsp.recovery.adapter import add_adapter, importance_ranks, merge_adapter
 from cfsp.recovery.data import (
     IGNORED,
     INSIDE,
     RecoveryData,
     Sequences,
     TrainingMix,
+    answer_spans,
+    labelled_chat,
     load_recovery_data,
     respelled,
 )
-from cfsp.recovery.inputs import _respelling
 from cfsp.recovery.losses import CHUNK_TOKENS, distillation_loss, head_loss, next_token_loss
+from cfsp.recovery.recover import respelling_of
 from cfsp.recovery.recovery_record import RunState, ValidationPoint, data_record
 from cfsp.recovery.settings import (
     RecoverySettings,
@@ -53,7 +48,7 @@ from cfsp.recovery.settings import (
     validation_interval,
 )
 from cfsp.recovery.student import Student, Teacher
-from cfsp.recovery.work import RunInputs, WorkFolder
+from cfsp.recovery.trainer import RunInputs, WorkFolder
 from cfsp.text import written
 from cfsp.text.encoding import encode
 from cfsp.text.respelling import Respelling
@@ -359,46 +354,6 @@ def test_a_merged_adapter_computes_the_same_with_unchanged_modules(tiny_model: T
     assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
 
 
-@pytest.mark.parametrize("stream", ["never", "always"])
-@pytest.mark.parametrize("ranks", [(), (1, 2, 3, 6)])
-def test_stored_weights_make_of_a_model_what_training_made(
-    ranks: tuple[int, ...],
-    stream: str,
-    tiny_folder: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    pytest.importorskip("peft", reason="the recover extra is not installed")
-    monkeypatch.setenv(VARIABLE, stream)
-    folder = tiny_folder()
-    trained = load_model(folder).model
-    student = Student(
-        add_adapter(trained, ranks, 2.0) if ranks else trained, RecoverySettings(), torch.float32
-    )
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for _, parameter in student.trainable():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    named = dict(student.trainable())
-    save_in_turn(tmp_path / "weights", named, (parameter.detach() for parameter in named.values()))
-    again = load_model(folder, may_stream=True).model
-    assert is_paged(again) == (stream == "always")
-    with safetensors.safe_open(tmp_path / "weights", "pt") as stored:
-        give_trained(again, stored, 2.0)
-    expected = merge_adapter(student.model) if ranks else student.model
-    ids = torch.arange(3, 60)[None]
-    torch.testing.assert_close(again(ids).logits, expected(ids).logits, atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tensors_that_are_written_in_turn_are_a_safetensors_file(tmp_path: Path, dtype: torch.dtype) -> None:
-    tensors = {"a": torch.randn(3, 5, dtype=dtype), "b.c": torch.randn(7), "none": torch.empty(0, 4)}
-    save_in_turn(tmp_path / "file", tensors, tensors.values())
-    found = load_file(tmp_path / "file")
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
-
-
 def test_weights_get_a_dtype_and_rotary_frequencies_keep_theirs(tiny_model: TinyModel) -> None:
     model, _ = tiny_model()
     before = model.model.rotary_emb.inv_freq.clone()
@@ -457,7 +412,7 @@ def trimmed_pair(tiny_model: TinyModel) -> tuple[LoadedModel, LoadedModel, Respe
     dense, student = (LoadedModel(*tiny_model(), ModelSource("tiny", "folder", "tiny")) for _ in range(2))
     counts = count_tokens([dense.tokenizer("The quick brown fox.")["input_ids"]], len(dense.tokenizer))
     student = cut_vocabulary(student, plan_vocabulary(student, counts, 300, sources=()))
-    spelling = _respelling(student, dense)
+    spelling = respelling_of(student, dense)
     assert spelling is not None
     return dense, student, spelling
 
@@ -669,7 +624,7 @@ def test_a_checkpoint_counts_once_it_is_complete(tmp_path: Path) -> None:
     last = work.last_checkpoint()
     assert last is not None
     assert last.name == "checkpoint-2"
-    assert work.read_state(last).best_step == 2
+    assert read_record(RunState, last / "recovery_state.json").best_step == 2
     assert not (work.path / "checkpoint-3").exists()
     assert work.best_file(2).read_text() == "2"
 
@@ -683,9 +638,9 @@ def test_a_work_folder_belongs_to_one_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"different: rank.*--force.*--work"):
         work.open(inputs(rank=8), force=False)
     with pytest.raises(InputError, match=r"different: rank.*--force.*--work"):
-        work.check_settings({"rank": 8}, 1, force=False)
-    work.check_settings({"rank": 4}, 1, force=False)
-    work.check_settings({"rank": 8}, 1, force=True)
+        work.refuse_other(replace(inputs(rank=8), hashes={}), force=False)
+    assert not work.refuse_other(replace(inputs(), hashes={}), force=False)
+    assert work.refuse_other(inputs(rank=8), force=True)
     work.open(inputs(), force=True)
     assert work.last_checkpoint() is not None
     work.open(inputs(rank=8), force=True)
@@ -703,20 +658,3 @@ def test_sequences_count_what_is_learnt() -> None:
     targets = torch.tensor([[1, 2, IGNORED, IGNORED], [IGNORED, 3, 4, IGNORED]])
     part = Sequences(ids, targets, "x", "y")
     assert (part.n_tokens, part.n_learnt) == (8, 4)
-
-
-@pytest.mark.parametrize(
-    ("method", "parameters"),
-    [
-        ("_save_checkpoint", ["self", "model", "trial"]),
-        ("_save_optimizer_and_scheduler", ["self", "output_dir"]),
-        ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
-        ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
-        ("_load_rng_state", ["self", "checkpoint"]),
-        ("_get_train_sampler", ["self", "train_dataset"]),
-    ],
-)
-def test_private_methods_that_the_trainer_overrides_are_there(method: str, parameters: list[str]) -> None:
-    """As in transformers 4.57 to 5.24; a release that renames one would go on without our checkpoints."""
-    found = list(inspect.signature(getattr(transformers.Trainer, method)).parameters)
-    assert found == parameters, f"transformers {transformers.__version__}"
