@@ -185,6 +185,83 @@ def check_trackers(names: Sequence[str]) -> None:
         raise InputError(why, field="report_to", value=list(names))
 
 
+class _Checkpoints:
+    """What a run keeps on the disk, and goes on from."""
+
+    def __init__(
+        self, student: Student, work: WorkFolder, accelerator: Any, optimizer: Any, schedule: Any
+    ) -> None:
+        self.trained, self.work, self.accelerator = dict(student.trainable()), work, accelerator
+        self.optimizer, self.schedule = optimizer, schedule
+        self.device = next(iter(self.trained.values())).device
+        self.random_file = f"random_{accelerator.process_index}.pt"
+
+    def save_weights(self, file: Path) -> None:
+        """Write the trainable weights, in the main process."""
+        if self.accelerator.is_main_process:
+            tensors = {name: p.detach().cpu().contiguous() for name, p in self.trained.items()}
+            with atomic_file(file) as temporary:
+                safetensors.torch.save_file(tensors, temporary)
+
+    def load_weights(self, file: Path) -> None:
+        """Read them; raises InputError for a damaged file."""
+        with (
+            as_input_error(f"{file} is damaged or cut short"),
+            torch.no_grad(),
+            safetensors.safe_open(file, "pt") as stored,
+        ):
+            for name, parameter in self.trained.items():
+                parameter.copy_(stored.get_tensor(name))
+
+    def save(self, step: int, state: RunState) -> None:
+        """Write a checkpoint, which counts once all of it is there; InputError for a full disk."""
+        folder = self.work.path / f"checkpoint-{step}"
+        try:
+            with no_space_as_input_error(folder):
+                folder.mkdir(exist_ok=True)
+                random = {"cpu": torch.get_rng_state()}
+                if self.device.type == "cuda":
+                    random["cuda"] = torch.cuda.get_rng_state()
+                torch.save(random, folder / self.random_file)
+                self.save_weights(folder / _WEIGHTS)
+                if self.accelerator.is_main_process:
+                    states = {
+                        "optimizer": self.optimizer.state_dict(),
+                        "schedule": self.schedule.state_dict(),
+                    }
+                    torch.save(states, folder / _OPTIMIZER)
+                self.accelerator.wait_for_everyone()
+                if self.accelerator.is_main_process:
+                    self.work.complete(folder, state)
+        except Exception as error:
+            if self.accelerator.is_main_process:
+                self.work.discard(folder)
+            if isinstance(error, InputError):
+                last = self.work.last_checkpoint()
+                kept = f"the last complete checkpoint is {last}" if last else "no checkpoint was complete yet"
+                raise InputError(f"{error}; {kept}") from error
+            raise
+
+    def resume(self) -> RunState | None:
+        """Take everything back from the last complete checkpoint; InputError if that is damaged."""
+        if (last := self.work.last_checkpoint()) is None:
+            return None
+        try:
+            state = read_record(RunState, last / _STATE)
+            self.load_weights(last / _WEIGHTS)
+            with as_input_error("its optimizer"):
+                stored = torch.load(last / _OPTIMIZER, map_location=self.device, weights_only=True)
+                self.optimizer.load_state_dict(stored["optimizer"])
+                self.schedule.load_state_dict(stored["schedule"])
+                random = torch.load(last / self.random_file, weights_only=True)
+                torch.set_rng_state(random["cpu"])
+                if self.device.type == "cuda":
+                    torch.cuda.set_rng_state(random["cuda"])
+        except InputError as error:
+            raise InputError(f"{last} is damaged; remove the work folder to start over: {error}") from error
+        return state
+
+
 def train(
     student: Student,
     mix: TrainingMix,
@@ -196,8 +273,8 @@ def train(
 ) -> RunState:
     """Train until the budget is used, patience ends or the loss diverges; resumes from the work folder.
 
-    Afterwards the student has the weights of the best validation. Of every step's sequences each process takes its own
-    batches; the loss is the mean over the labels of all of them.
+    Afterwards the main process's student has the weights of the best validation. Of every step's sequences each process
+    takes its own batches; the loss is the mean over the labels of all of them.
 
     Raises:
         InputError: The disk is full (the last complete checkpoint is kept), or a checkpoint is damaged.
@@ -214,32 +291,20 @@ def train(
     if student.teacher is not None:
         student.teacher.to(device)
     model = accelerator.prepare(student)
-    trained = dict(student.trainable())
+    trained = [parameter for _, parameter in student.trainable()]
     groups = [
-        {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained.values() if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    fused = device.type in ("cpu", "cuda")
-    peak = learning_rate(settings)
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=peak, fused=fused)
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=learning_rate(settings),
+        fused=device.type in ("cpu", "cuda"),
+    )
     schedule = LambdaLR(optimizer, partial(learning_rate_share, settings.warmup_ratio, n_steps))
+    checkpoints = _Checkpoints(student, work, accelerator, optimizer, schedule)
     if settings.report_to:
         accelerator.init_trackers("phoneready")
-
-    def save_weights(file: Path) -> None:
-        if accelerator.is_main_process:
-            tensors = {name: p.detach().cpu().contiguous() for name, p in trained.items()}
-            with atomic_file(file) as temporary:
-                safetensors.torch.save_file(tensors, temporary)
-
-    def load_weights(file: Path) -> None:
-        with (
-            as_input_error(f"{file} is damaged or cut short"),
-            torch.no_grad(),
-            safetensors.safe_open(file, "pt") as stored,
-        ):
-            for name, parameter in trained.items():
-                parameter.copy_(stored.get_tensor(name))
 
     def validate(step: int) -> None:
         """Mean losses on the validation sequences, shared among the processes; keeps the best weights."""
@@ -252,49 +317,15 @@ def train(
         loss, next_token, count = accelerator.reduce(sums.to(exact_device(device)), "sum").tolist()
         point = ValidationPoint(step, step * tokens_per_step, loss / count, bounded_exp(next_token / count))
         if state.add_validation(point, settings.patience):
-            save_weights(work.best_file(step))
+            checkpoints.save_weights(work.best_file(step))
         accelerator.log({"eval_loss": point.loss, "eval_perplexity": point.perplexity}, step)
 
-    def save(step: int) -> None:
-        nonlocal clock
-        folder = work.path / f"checkpoint-{step}"
-        try:
-            with no_space_as_input_error(folder):
-                folder.mkdir(exist_ok=True)
-                torch.save(_random_states(device), folder / f"random_{rank}.pt")
-                save_weights(folder / _WEIGHTS)
-                if accelerator.is_main_process:
-                    states = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-                    torch.save(states, folder / _OPTIMIZER)
-                state.seconds, clock = state.seconds + time.monotonic() - clock, time.monotonic()
-                accelerator.wait_for_everyone()
-                if accelerator.is_main_process:
-                    work.complete(folder, state)
-        except Exception as error:
-            if accelerator.is_main_process:
-                work.discard(folder)
-            if isinstance(error, InputError):
-                last = work.last_checkpoint()
-                kept = f"the last complete checkpoint is {last}" if last else "no checkpoint was complete yet"
-                raise InputError(f"{error}; {kept}") from error
-            raise
-
-    state, first = RunState(), 0
-    if (last := work.last_checkpoint()) is not None:
-        try:
-            state = read_record(RunState, last / _STATE)
-            load_weights(last / _WEIGHTS)
-            with as_input_error("its optimizer"):
-                stored = torch.load(last / _OPTIMIZER, map_location=device, weights_only=True)
-                optimizer.load_state_dict(stored["optimizer"])
-                schedule.load_state_dict(stored["schedule"])
-                _set_random_states(torch.load(last / f"random_{rank}.pt", weights_only=True), device)
-        except InputError as error:
-            raise InputError(f"{last} is damaged; remove the work folder to start over: {error}") from error
-        first = state.losses[-1].step if state.losses else 0
+    if (resumed := checkpoints.resume()) is not None:
+        state = resumed
     else:
+        state = RunState()
         validate(0)
-
+    first = state.losses[-1].step if state.losses else 0
     for step in range(first + 1, n_steps + 1) if state.stopped_by is None else ():
         student.train()
         batches = []
@@ -302,8 +333,8 @@ def train(
             start = (number * world + rank) * batch
             items = [mix[index] for index in range(start, start + batch)]
             batches.append({key: torch.stack([item[key] for item in items]).to(device) for key in items[0]})
-        n_labels = sum((one["labels"] != IGNORED).sum() for one in batches)
-        n_labels = accelerator.reduce(torch.as_tensor(n_labels, device=device), "sum").clamp_min(1)
+        n_labels = torch.stack([(one["labels"] != IGNORED).sum() for one in batches]).sum()
+        n_labels = accelerator.reduce(n_labels, "sum").clamp_min(1)
         total = torch.zeros((), device=device)
         for number, one in enumerate(batches, 1):
             with nullcontext() if number == passes else accelerator.no_sync(model):
@@ -312,7 +343,7 @@ def train(
                 accelerator.backward(loss * (world / n_labels))
                 total += loss.detach()
         mean = float(accelerator.reduce(total, "sum") / n_labels)
-        norm = accelerator.clip_grad_norm_(trained.values(), settings.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(trained, settings.max_grad_norm)
         rate = schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()
@@ -322,10 +353,12 @@ def train(
         progress(f"training: loss {mean:.3f}", step, n_steps)
         if state.stopped_by is None and (step % every == 0 or step == n_steps):
             validate(step)
-        ends = state.stopped_by is not None or step == n_steps
-        if state.stopped_by != "diverged" and (step % (settings.save_every or every) == 0 or ends):
-            save(step)
-        if ends:
+        if state.stopped_by == "diverged":
+            break
+        if step % (settings.save_every or every) == 0 or step == n_steps or state.stopped_by:
+            state.seconds, clock = state.seconds + time.monotonic() - clock, time.monotonic()
+            checkpoints.save(step, state)
+        if state.stopped_by:
             break
 
     if settings.report_to:
@@ -333,16 +366,5 @@ def train(
     state.seconds += time.monotonic() - clock
     state.stopped_by = state.stopped_by or "budget"
     if accelerator.is_main_process:
-        load_weights(work.best_file(state.best_step))
+        checkpoints.load_weights(work.best_file(state.best_step))
     return state
-
-
-def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    return states | ({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})
-
-
-def _set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"])

@@ -37,6 +37,7 @@ GONE: Mapping[str, str] = MappingProxyType(
         "tiers": "publish the file of each class of devices yourself",
         "budgets.store": 'at_most with the limit itself, such as "1.5 GB"',
         "budgets.beside": "at_most with what is left of the limit",
+        "recover.optimizer": "AdamW, which is the only one",
     }
 )
 """A key of earlier versions -> what to use instead."""

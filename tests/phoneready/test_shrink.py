@@ -302,7 +302,6 @@ def test_shares_of_the_steps() -> None:
             "no.txt does not exist",
         ),
         (("--max-accuracy-drop", "0.1"), "--max-accuracy-drop with --tasks"),
-        (("--optimizer", "muon", "--method", "lora"), "whole matrices"),
         (("--report-to", "nonsense"), "report_to"),
         (("--data", "CALLS", "--tasks", "CALLS"), "which is trained on"),
     ],
