@@ -3,8 +3,6 @@
 inputs.json              what the run is: another run's folder is refused
 checkpoint-<step>/       weights, optimizer, random states, curves, and last of all COMPLETE
 best-<step>.safetensors  trainable weights of the best validation
-
-Importing this module needs accelerate; `cfsp.recovery.recover` does so only when it trains.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from typing import Any, ClassVar
 
 import safetensors.torch
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch.optim.lr_scheduler import LambdaLR
 
 from cfsp.devices import exact_device
@@ -156,6 +153,8 @@ def start_accelerator(settings: RecoverySettings, work: Path, device: torch.devi
 
     The first of them may write text for hours, which is longer than torch waits by default.
     """
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
     if device.index and device.type == "cuda":
         torch.cuda.set_device(device)
     return Accelerator(
