@@ -9,7 +9,7 @@ from typing import Any
 
 from cfsp.reading import one_line
 from cfsp.text.conversations import CONVERSATIONS, Conversation, rendered, turn_end
-from cfsp.text.encoding import encode
+from cfsp.text.tokens import encode
 
 _SHOWN = 6
 

@@ -20,7 +20,7 @@ from cfsp.models.reference import load_tokenizer
 from cfsp.models.weights import safetensors_files, uniform_dtype
 from cfsp.progress import Progress
 from cfsp.records import write_record
-from cfsp.text.generation import stop_tokens
+from cfsp.text.self_sampling import stop_tokens
 from exporters.checkpoint_reader import ModelConfig, read_config
 from exporters.export_record import ExportFormat, ExportManifest, ExportRecord, ParityReport
 from exporters.options import ExportOptions

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from cfsp.text import calibration
-from cfsp.text.writers import TRANSFORMERS
+from cfsp.text.self_sampling import TRANSFORMERS
 from exporters.gguf.sampling import LLAMA_CPP
 
 WRITERS = (LLAMA_CPP, TRANSFORMERS)

@@ -8,7 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from cfsp.evaluation.chat_tasks import load_chat_task
+from cfsp.evaluation.tasks import load_chat_task
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "quality" / "function_calls.py"
 TABLES = tomllib.loads(SCRIPT.with_suffix(".toml").read_text(encoding="utf-8"))

@@ -9,8 +9,7 @@ from __future__ import annotations
 import argparse
 
 from cfsp.models.reference import load_model
-from cfsp.text.self_sampling import sample_windows, text_origin
-from cfsp.text.written import write_written
+from cfsp.text.self_sampling import sample_windows, text_origin, write_written
 
 SEQLEN = 1024
 WINDOWS = {0: 32, 1: 8}

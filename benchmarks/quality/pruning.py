@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from cfsp.evaluation.answers import PROMPTS, answer
 from cfsp.evaluation.divergence import divergence
+from cfsp.evaluation.language_model import PROMPTS, answer
 from cfsp.evaluation.perplexity import next_token_logits
 from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.files import write_json

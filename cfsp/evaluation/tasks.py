@@ -1,7 +1,8 @@
 """Tasks: lm-evaluation-harness's own by name, task files of its format, and chats whose last answer is known.
 
 A task file is lm-eval's YAML, read without a network. Relative `data_files` and `data_dir` in it start at the folder
-given for data, or at the file's own folder. Chats need nothing of lm-eval.
+given for data, or at the file's own folder. Chats need nothing of lm-eval. Requests with the same context (the choices
+of one question) are scored together, so the context is computed once.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import contextlib
 import hashlib
 import io
 import itertools
+import json
 import logging
+import math
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from math import isclose
 from pathlib import Path
 from typing import Any
@@ -22,23 +26,345 @@ from typing import Any
 import torch
 
 from cfsp.devices import gpu_count
-from cfsp.errors import InputError, PhonereadyError
-from cfsp.evaluation.chat_tasks import (
-    ChatTask,
-    check_chat_task,
-    is_chat_file,
-    load_chat_task,
-    run_chat_task,
-)
-from cfsp.evaluation.harness import harness_model, import_harness
-from cfsp.evaluation.language_model import LanguageModel
-from cfsp.evaluation.settings import TaskSettings
-from cfsp.evaluation.task_results import TaskMetric, TaskResult
+from cfsp.errors import InputError, MissingExtraError, PhonereadyError
+from cfsp.evaluation.language_model import Branches, LanguageModel, Score, check_length
+from cfsp.evaluation.task_results import TaskMetric, TaskResult, TaskSettings
 from cfsp.files import sha256_file
 from cfsp.progress import Progress, no_progress
 from cfsp.reading import read_bytes
 from cfsp.settings import check_settings
+from cfsp.text.tokens import Document, encode, load_documents, render_chat
 from cfsp.validation import check_kinds, kinds
+
+MAX_CONTEXT = 2048
+"""Most tokens of a request, in every runtime; what is longer loses its beginning."""
+_MAX_NEW_TOKENS = 256
+_ITEMS_AT_ONCE = 64
+
+
+def import_harness() -> Any:
+    """The lm_eval package.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    try:
+        import lm_eval
+        import lm_eval.api.model
+        import lm_eval.evaluator
+        import lm_eval.tasks
+    except ImportError as error:
+        raise MissingExtraError("lm_eval", "eval") from error
+    return lm_eval
+
+
+def harness_model(model: LanguageModel, *, progress: Progress = no_progress) -> Any:
+    """An lm_eval.api.model.TemplateLM around a model."""
+    # Made here, as its base class is of an optional package.
+    adapter: Any = type("Adapter", (_Requests, import_harness().api.model.TemplateLM), {})
+    return adapter(model, progress)
+
+
+class _Requests:
+    """What lm_eval asks of a model; its TemplateLM comes after this class and does the rest."""
+
+    def __init__(self, model: LanguageModel, progress: Progress) -> None:
+        super().__init__()
+        self.model, self.progress = model, progress
+        self.tokenizer = model.tokenizer
+        self.max_length = min(model.context_length, MAX_CONTEXT)
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What an empty context is replaced by."""
+        ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        return int(next((number for number in ids if number is not None), 0))
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        bos = self.tokenizer.bos_token
+        if add_special_tokens is None:
+            add_special_tokens = not (bos and string.startswith(bos))
+        return encode(self.tokenizer, string, add_special_tokens=add_special_tokens)
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        likelihoods: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)  # type: ignore[misc]
+        return likelihoods
+
+    def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
+        pairs = [_cut(context, continuation, self.max_length) for _, context, continuation in requests]
+        scores = _score_pairs(self.model, pairs, self.progress)
+        return [(score.log_likelihood, score.is_greedy) for score in scores]
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        pairs, counts = [], []
+        for request in requests:
+            ids = self.tok_encode(request.args[0])
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+            disjoint = [make_disjoint_window(window) for window in windows]
+            pairs += [(tuple(context), tuple(targets)) for context, targets in disjoint]
+            counts.append(len(disjoint))
+        scores = iter(_score_pairs(self.model, pairs, self.progress))
+        return [sum(next(scores).log_likelihood for _ in range(count)) for count in counts]
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
+        """Requests that end alike are written together."""
+        alike: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        for index, request in enumerate(requests):
+            alike.setdefault(_ending(request.args[1], self.max_length), []).append(index)
+        texts, done = [""] * len(requests), 0
+        for (limit, until), indices in alike.items():
+            for start in range(0, len(indices), _ITEMS_AT_ONCE):
+                part = indices[start : start + _ITEMS_AT_ONCE]
+                written = self._write([requests[index].args[0] for index in part], limit, until)
+                for index, text in zip(part, written, strict=True):
+                    texts[index] = text
+                done += len(part)
+                self.progress("answering tasks", done, len(requests))
+        return texts
+
+    def _write(self, contexts: Sequence[str], limit: int, until: tuple[str, ...]) -> list[str]:
+        prompts = [self.tok_encode(context)[-(self.max_length - limit) :] for context in contexts]
+        prompts = [ids or [self.prefix_token_id] for ids in prompts]
+        answers = self.model.generate(prompts, limit, stop_strings=until)
+        texts = [str(self.tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
+        for stop in until:
+            texts = [text.partition(stop)[0] for text in texts]
+        return texts
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.model.name).replace("/", "__")
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        return render_chat(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt)
+
+
+def _ending(settings: Mapping[str, Any], max_length: int) -> tuple[int, tuple[str, ...]]:
+    """Most tokens of an answer, and the strings that end it.
+
+    Raises:
+        InputError: The task samples.
+    """
+    if settings.get("do_sample") or float(settings.get("temperature") or 0) > 0:
+        raise InputError(
+            "tasks that sample are not supported", field="do_sample", value=True, allowed="false"
+        )
+    until = settings.get("until") or []
+    until = [until] if isinstance(until, str) else until
+    limit = int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or _MAX_NEW_TOKENS)
+    return min(limit, max_length - 1), tuple(stop for stop in until if stop)
+
+
+def _cut(
+    context: Sequence[int], continuation: Sequence[int], max_length: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A pair whose tokens but the last fit `max_length`, its beginning left out where it is longer."""
+    ids = [*context, *continuation][-(max_length + 1) :]
+    start = max(1, len(ids) - len(continuation))
+    return tuple(ids[:start]), tuple(ids[start:])
+
+
+def _score_pairs(
+    model: LanguageModel, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], progress: Progress
+) -> list[Score]:
+    """Scores of (context, continuation) pairs in their order; each distinct context is run once."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, (context, _) in enumerate(pairs):
+        groups.setdefault(context, []).append(index)
+    items = [(Branches(c, tuple(pairs[i][1] for i in indices)), indices) for c, indices in groups.items()]
+    items.sort(key=lambda pair: pair[0].n_tokens, reverse=True)
+    scores: list[Score] = [Score(0.0, False)] * len(pairs)
+    done = 0
+    for start in range(0, len(items), _ITEMS_AT_ONCE):
+        part = items[start : start + _ITEMS_AT_ONCE]
+        for (_, indices), item_scores in zip(part, model.score([item for item, _ in part]), strict=True):
+            for index, score in zip(indices, item_scores, strict=True):
+                scores[index] = score
+            done += len(indices)
+        progress("scoring choices", done, len(pairs))
+    return scores
+
+
+CHAT_SUFFIXES = (".jsonl", ".parquet")
+"""Of files that hold chats."""
+EXACT, JSON = "exact_match", "json_match"
+"""Whether an answer is the known one: its text but for white space around it; the value that it is in JSON."""
+_VERSION = "1"
+_MARGIN = 16
+"""Tokens that an answer may have beyond the longest known one that is written with it."""
+_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class ChatItem:
+    """A chat up to an answer.
+
+    Attributes:
+        messages: All before it.
+        answer: The known one, without white space around it.
+    """
+
+    messages: tuple[Mapping[str, str], ...]
+    answer: str
+
+
+@dataclass(frozen=True)
+class ChatTask:
+    """Chats of one file.
+
+    Attributes:
+        name: The file's, without its suffix.
+        source: The file's name.
+        sha256: Hash of the file.
+        items: Its chats, in order.
+        limit: How many of them were asked for, where not all.
+    """
+
+    name: str
+    source: str
+    sha256: str
+    items: tuple[ChatItem, ...]
+    limit: int | None = None
+
+    @property
+    def is_json(self) -> bool:
+        """Whether every known answer is an object or an array in JSON."""
+        return all(isinstance(json_value(item.answer), dict | list) for item in self.items)
+
+
+def is_chat_file(name: str) -> bool:
+    """Whether a name of a task is that of a file of chats."""
+    return Path(name).suffix in CHAT_SUFFIXES
+
+
+def load_chat_task(name: str, limit: int | None = None) -> ChatTask:
+    """A file's chats as a task.
+
+    Raises:
+        InputError: No such file, or a row of it that is no chat which ends with an answer.
+    """
+    path = Path(name)
+    documents = load_documents(name)[:limit]
+    items = tuple(_item(document, number, path) for number, document in enumerate(documents, 1))
+    return ChatTask(path.stem, path.name, sha256_file(path), items, limit)
+
+
+def _item(document: Document, number: int, path: Path) -> ChatItem:
+    messages = document.messages or ()
+    answer = messages[-1]["content"].strip() if messages and messages[-1]["role"] == "assistant" else ""
+    if len(messages) < 2 or not answer:
+        raise InputError(
+            f"chat {number} of {path} has no known answer",
+            field="tasks",
+            allowed="`messages` whose last is the assistant's, with something before it",
+        )
+    return ChatItem(messages[:-1], answer)
+
+
+def asked_ids(tokenizer: Any, item: ChatItem) -> list[int]:
+    """Token ids of a chat in the model's template, up to where the model has to answer; raises as `render_chat`."""
+    return encode(tokenizer, render_chat(tokenizer, item.messages, add_generation_prompt=True))
+
+
+def run_chat_task(model: LanguageModel, task: ChatTask, *, progress: Progress = no_progress) -> TaskResult:
+    """Let a model answer greedily, in its own chat template, and count the answers that are the known ones.
+
+    Raises:
+        InputError: The model has no chat template, or one that refuses a chat; or a chat that is longer with its answer
+            than the model's context or MAX_CONTEXT.
+    """
+    answers = _answers(model, task, progress)
+    known = [item.answer for item in task.items]
+    metrics = [_share(EXACT, [a == b for a, b in zip(answers, known, strict=True)])]
+    if task.is_json:
+        same = [json_value(a) == json_value(b) for a, b in zip(answers, known, strict=True)]
+        metrics.insert(0, _share(JSON, same))
+    n_items = len(task.items)
+    return TaskResult(task.name, _VERSION, task.source, task.sha256, n_items, task.limit, 0, tuple(metrics))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A chat as a model is asked it.
+
+    Attributes:
+        ids: Up to where it has to answer.
+        n_known: Tokens of the known answer.
+    """
+
+    ids: list[int]
+    n_known: int
+
+    @property
+    def most(self) -> int:
+        """Tokens that it may answer with."""
+        return self.n_known + _MARGIN
+
+
+def check_chat_task(model: LanguageModel, task: ChatTask) -> None:
+    """Raise InputError where a model cannot be asked: see `run_chat_task`."""
+    _asked(model, task)
+
+
+def _asked(model: LanguageModel, task: ChatTask) -> list[_Asked]:
+    """All chats, each short enough for every runtime with its answer."""
+    tokenizer = model.tokenizer
+    asked = [_Asked(asked_ids(tokenizer, item), len(encode(tokenizer, item.answer))) for item in task.items]
+    needed = max(len(one.ids) + one.most for one in asked)
+    check_length(model, needed, f"a chat of {task.source}")
+    if needed > MAX_CONTEXT:
+        why = f"a chat of {task.source} has {needed} tokens"
+        raise InputError(why, field="tasks", allowed=f"up to {MAX_CONTEXT}, its answer included")
+    return asked
+
+
+def _answers(model: LanguageModel, task: ChatTask, progress: Progress) -> list[str]:
+    """What the model answers, in the chats' order; those of about the same length are written together."""
+    asked = _asked(model, task)
+    order = sorted(range(len(asked)), key=lambda index: asked[index].n_known, reverse=True)
+    answers = [""] * len(asked)
+    for start in range(0, len(order), _AT_ONCE):
+        part = order[start : start + _AT_ONCE]
+        longest = asked[part[0]].most
+        written = model.generate([asked[index].ids for index in part], longest)
+        for index, tokens in zip(part, written, strict=True):
+            text = model.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+            answers[index] = str(text).strip()
+        progress(f"answering {task.source}", start + len(part), len(order))
+    return answers
+
+
+def _share(name: str, right: list[bool]) -> TaskMetric:
+    """A share with its standard error, sqrt(p (1 - p) / (n - 1))."""
+    share = sum(right) / len(right)
+    error = math.sqrt(share * (1 - share) / (len(right) - 1)) if len(right) > 1 else None
+    return TaskMetric(name, share, error, higher_is_better=True, right="".join("01"[one] for one in right))
+
+
+def _number(text: str) -> tuple[str, Decimal]:
+    """A number of JSON, which is no truth value: 1 is 1.0 and not true."""
+    return "number", Decimal(text)
+
+
+def _not_json(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON")
+
+
+def json_value(text: str) -> Any:
+    """The value of a text in JSON, to be compared; the text where it is none."""
+    try:
+        return json.loads(text, parse_int=_number, parse_float=_number, parse_constant=_not_json)
+    except (ValueError, ArithmeticError, RecursionError):
+        return text
+
 
 _SEED = 1234
 _BOOTSTRAP = 1000

@@ -16,7 +16,7 @@ from cfsp.models.block_pass import last_hidden_states
 from cfsp.models.paging import at_hand, computing_dtype, is_paged
 from cfsp.models.source import LoadedModel
 from cfsp.text.choosing import Chooser
-from cfsp.text.generation import generate, stated_sampling, stop_ids
+from cfsp.text.self_sampling import generate, stated_sampling, stop_ids
 
 _log = logging.getLogger(__name__)
 _CHUNK = 256

@@ -23,14 +23,19 @@ from cfsp.recovery.settings import (
     labels_whole_chats,
     token_budget,
 )
-from cfsp.text.encoding import encode_in_place
-from cfsp.text.own_text import without_loops
 from cfsp.text.respelling import Respelling
-from cfsp.text.self_sampling import sample_windows
+from cfsp.text.self_sampling import TRANSFORMERS, Writer, sample_windows, without_loops
 from cfsp.text.settings import SELF
-from cfsp.text.templates import render_chat
-from cfsp.text.tokens import Document, document_ids, load_documents, shuffled, started, tokens_sha256
-from cfsp.text.writers import TRANSFORMERS, Writer
+from cfsp.text.tokens import (
+    Document,
+    document_ids,
+    encode_in_place,
+    load_documents,
+    render_chat,
+    shuffled,
+    started,
+    tokens_sha256,
+)
 
 IGNORED = -100
 """Target of a position where nothing is learnt, as torch and transformers have it."""

@@ -50,11 +50,9 @@ from cfsp.recovery.settings import (
 from cfsp.recovery.student import Student, Teacher
 from cfsp.scratch import LargeScratch
 from cfsp.text.calibration import check_seqlen
-from cfsp.text.generation import stop_ids
 from cfsp.text.respelling import Respelling, respelling
-from cfsp.text.self_sampling import model_fingerprint
+from cfsp.text.self_sampling import TRANSFORMERS, Writer, model_fingerprint, stop_ids
 from cfsp.text.settings import SELF
-from cfsp.text.writers import TRANSFORMERS, Writer
 
 MOMENT_TOKENS = 32_768
 """Training tokens from which the windows for activation moments are chosen."""

@@ -14,10 +14,9 @@ import torch
 from cfsp.errors import InputError
 from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress, no_progress
-from cfsp.text.self_sampling import sample_windows
+from cfsp.text.self_sampling import TRANSFORMERS, Writer, sample_windows
 from cfsp.text.settings import SELF
 from cfsp.text.tokens import join_documents, load_documents, shuffled, started, tokens_sha256
-from cfsp.text.writers import TRANSFORMERS, Writer
 
 
 @dataclass(frozen=True)

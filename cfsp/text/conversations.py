@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cfsp.errors import InputError
-from cfsp.text.encoding import encode
-from cfsp.text.templates import render_chat
+from cfsp.text.tokens import encode, render_chat
 
 _WEATHER: dict[str, Any] = {
     "type": "function",

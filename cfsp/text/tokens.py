@@ -1,17 +1,24 @@
-"""Text that is calibrated on or measured with: references, documents, and windows of token ids.
+"""Text that is calibrated on or measured with: references, documents, chats in the model's template, token ids.
 
 A reference is one of
     FILE.txt                      one document, taken as it stands
     FILE.jsonl, FILE.parquet      one document a row: a column `text`, or a chat in `messages`
     hub:NAME[@CONFIG][:SPLIT]     a Hugging Face data set with such columns (split `train` unless given)
     builtin:python-docs           the language reference that every CPython carries: English prose, no download
+
+A chat template is a program that the model's folder brings along. transformers runs it in Jinja's sandbox, which keeps
+it from everything but time and memory; both are bounded here.
 """
 
 from __future__ import annotations
 
 import hashlib
+import signal
+import threading
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -22,9 +29,165 @@ import torch
 
 from cfsp.errors import InputError, require_extra
 from cfsp.reading import MAX_TEXT_BYTES, as_input_error, one_line, read_json_lines, read_text
-from cfsp.text.encoding import encode_long, start_token
 from cfsp.text.settings import BUILTIN_TEXT
-from cfsp.text.templates import render_chat
+
+WHOLE = 2**21
+"""Characters up to which a text is tokenized in one go; a token then takes some 250 bytes for a moment."""
+_PIECE = 2**20
+_OVERLAP = 2**12
+_AGREEING = 32
+_CHARACTERS = 8
+"""Of a text that are tokenized first for each token that is wanted; a token of English takes some four."""
+
+Token = tuple[int, int, int]
+"""Id, and where in the text it begins and ends."""
+
+
+def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    """Token ids of a text.
+
+    Raises:
+        InputError: The tokenizer has no token for a part of it.
+    """
+    with as_input_error("the model's tokenizer cannot take the text"):
+        encoded = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+    return list(encoded["input_ids"])
+
+
+def decode(tokenizer: Any, ids: torch.Tensor | Sequence[int]) -> str:
+    """The text of token ids (n,), special tokens included, and nothing of it tidied."""
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def start_token(tokenizer: Any) -> int | None:
+    """The start token that a tokenizer puts before any text, None where it puts nothing there."""
+    plain, whole = (encode(tokenizer, "a", add_special_tokens=added) for added in (False, True))
+    return tokenizer.bos_token_id if whole[:1] == [tokenizer.bos_token_id] and whole != plain else None
+
+
+def encode_long(tokenizer: Any, text: str, limit: int | None = None) -> array[int]:
+    """Token ids of a text of any length, without special tokens.
+
+    Pieces overlap, and the next goes on where it has the same tokens at the same places as the one before. A text in
+    which that is nowhere (one endless word) is cut.
+
+    Args:
+        tokenizer: A transformers fast tokenizer.
+        text: The text.
+        limit: The text is left once this many tokens are there, and a few more.
+
+    Raises:
+        InputError: As `encode`.
+    """
+    size = _PIECE if limit is None else min(_PIECE, _CHARACTERS * limit + 2 * _OVERLAP)
+    if len(text) <= (WHOLE if limit is None else size):
+        return array("q", encode(tokenizer, text))
+    ids: array[int] = array("q")
+    before: list[Token] = []
+    for start in range(0, len(text) - _OVERLAP, size - _OVERLAP):
+        # The last tokens before a cut may be others than the text's.
+        if limit is not None and len(ids) + len(before) >= limit + _AGREEING:
+            break
+        piece = encode_in_place(tokenizer, text[start : start + size], start)
+        end, begin = _seam(before, piece, start) if before else (0, 0)
+        ids.extend(token for token, *_ in before[:end])
+        before = piece[begin:]
+    ids.extend(token for token, *_ in before)
+    return ids
+
+
+def encode_in_place(tokenizer: Any, text: str, start: int = 0) -> list[Token]:
+    """Tokens of a text with their places in it, or in the one that it begins at `start` of; raises as `encode`."""
+    with as_input_error("the model's tokenizer cannot take the text"):
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [(token, start + first, start + last) for token, (first, last) in pairs]
+
+
+def _seam(before: Sequence[Token], after: Sequence[Token], start: int) -> tuple[int, int]:
+    """Where to leave the one piece and to enter the next, which begins at `start` in the text."""
+    first = bisect_left(before, start, key=lambda token: token[1])
+    shared = before[first:]
+    known = {tuple(after[i : i + _AGREEING]): i for i in range(min(len(after), 2 * len(shared)))}
+    middle = len(shared) // 2
+    for place in (*range(middle, len(shared)), *range(middle)):
+        run = tuple(shared[place : place + _AGREEING])
+        if len(run) == _AGREEING and run in known:
+            return first + place + _AGREEING // 2, known[run] + _AGREEING // 2
+    end = before[-1][2]
+    return len(before), bisect_left(after, end, key=lambda token: token[1])
+
+
+_MOST_SECONDS = 5.0
+"""Of processor time for one chat; templates take fractions of a millisecond."""
+_MOST_CHARACTERS = 2**28
+_MOST_BYTES = 2**30
+"""Of memory while a chat is rendered, beyond what the process has."""
+_SIZES = Path("/proc/self/statm")
+
+
+def render_chat(
+    tokenizer: Any, messages: Iterable[Mapping[str, Any]], *, what: str = "a chat", **options: Any
+) -> str:
+    """A chat's text in the model's own template; `options` are the template's, such as add_generation_prompt.
+
+    Raises:
+        InputError: There is none, it refuses the chat, or does not come to an end.
+    """
+    if not tokenizer.chat_template:
+        raise InputError(f"{what} cannot be rendered: the model has no chat template; use plain text")
+    try:
+        with _bounded():
+            text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **options)
+    except MemoryError as error:
+        raise InputError(
+            f"the model's chat template takes more than {_MOST_BYTES >> 30} GiB of memory for {what}"
+        ) from error
+    except Exception as error:  # templates raise whatever Jinja or they themselves define
+        raise InputError(f"the model's chat template refuses {what}: {one_line(error)}") from error
+    if len(text) > _MOST_CHARACTERS:
+        raise InputError(f"the model's chat template makes {len(text)} characters of {what}")
+    return str(text)
+
+
+def render_prompt(tokenizer: Any, prompt: str) -> str:
+    """A user's turn, up to where the model has to answer; raises as `render_chat`."""
+    return render_chat(
+        tokenizer, [{"role": "user", "content": prompt}], what="a prompt", add_generation_prompt=True
+    )
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Let what runs inside fail beyond `_MOST_SECONDS` and `_MOST_BYTES`, in the main thread and where systems can.
+
+    Raises:
+        TimeoutError: It takes longer.
+        MemoryError: It takes more.
+    """
+    bounded = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    if not bounded:
+        yield
+        return
+    with ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGVTALRM, signal.signal(signal.SIGVTALRM, _give_up))
+        # Again and again: Jinja goes on after what is raised while it folds constants.
+        signal.setitimer(signal.ITIMER_VIRTUAL, _MOST_SECONDS, 0.5)
+        stack.callback(signal.setitimer, signal.ITIMER_VIRTUAL, 0)
+        if _SIZES.is_file():
+            import resource
+
+            pages = int(_SIZES.read_text(encoding="ascii").split()[0])
+            most = pages * resource.getpagesize() + _MOST_BYTES
+            soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+            stack.callback(resource.setrlimit, resource.RLIMIT_AS, (soft, hard))
+            tighter = most if soft == resource.RLIM_INFINITY else min(most, soft)
+            resource.setrlimit(resource.RLIMIT_AS, (tighter, hard))
+        yield
+
+
+def _give_up(*_: object) -> None:
+    raise TimeoutError(f"it does not come to an end within {_MOST_SECONDS:g} s")
 
 
 @dataclass(frozen=True)

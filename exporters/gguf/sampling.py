@@ -16,8 +16,7 @@ from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.source import LoadedModel
 from cfsp.scratch import LargeScratch
 from cfsp.text.choosing import drawn_tokens
-from cfsp.text.generation import stop_ids
-from cfsp.text.writers import STEPS_A_REPORT, Continue, Report, Writer, require_room
+from cfsp.text.self_sampling import STEPS_A_REPORT, Continue, Report, Writer, require_room, stop_ids
 from exporters.checkpoint_reader import read_config
 from exporters.gguf.files import draft_gguf
 from exporters.gguf.llama_batch import Entry

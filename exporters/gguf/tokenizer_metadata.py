@@ -18,7 +18,7 @@ from cfsp.models.pre_tokenizer import BYTE_LEVEL, SENTENCEPIECE, pre_tokenizer_n
 from cfsp.models.token_trees import merge_pairs
 from cfsp.scratch import LargeScratch
 from cfsp.text.conversations import turn_end
-from cfsp.text.encoding import start_token
+from cfsp.text.tokens import start_token
 from exporters.gguf import runtime
 from exporters.gguf.tokenizer_strings import check_strings
 

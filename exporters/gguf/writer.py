@@ -16,7 +16,7 @@ import torch
 from cfsp.errors import InputError
 from cfsp.models.checkpoint import read_generation_config
 from cfsp.progress import Progress, no_progress
-from cfsp.text.generation import stated_sampling
+from cfsp.text.self_sampling import stated_sampling
 from exporters.checkpoint_reader import open_tensors
 from exporters.gguf.architecture import ChosenLayout, read_layout
 from exporters.gguf.metadata import add_general, add_hyperparameters, add_sampling, check_name

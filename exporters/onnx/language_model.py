@@ -21,7 +21,7 @@ from cfsp.files import sha256_file
 from cfsp.models.checkpoint import read_generation_config
 from cfsp.models.reference import load_tokenizer
 from cfsp.text.choosing import Chooser, greedy
-from cfsp.text.generation import stated_sampling, stop_tokens
+from cfsp.text.self_sampling import stated_sampling, stop_tokens
 from exporters.checkpoint_reader import read_config
 from exporters.onnx.folder import GRAPHS, find_graph, folder_of, told_context
 from exporters.onnx.runtime import open_model

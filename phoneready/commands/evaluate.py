@@ -155,7 +155,7 @@ def _check(settings: EvaluationSettings, questions: QuestionOptions, gate: GateO
 
 def _asked(settings: EvaluationSettings, questions: QuestionOptions) -> EvaluationSettings:
     """With the built-in text and prompts if nothing else is asked for."""
-    from cfsp.evaluation.answers import CHECK_PROMPTS
+    from cfsp.evaluation.language_model import CHECK_PROMPTS
     from phoneready.evaluation.run import check_texts, read_prompts
 
     prompts = settings.prompts or (() if questions.no_prompts else CHECK_PROMPTS)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cfsp.evaluation.settings import READS
+from cfsp.evaluation.task_results import READS
 from cfsp.records import record_to_json
 from cfsp.recovery.settings import training_as_read
 from cfsp.settings import as_read, pick, setting

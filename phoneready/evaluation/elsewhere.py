@@ -200,7 +200,7 @@ class FarLanguageModel:
 
     def _ask(self, questions: Sequence[Question]) -> list[Answer]:
         """Answers to questions; the first time the tokenizer there is looked at, too."""
-        from cfsp.text.encoding import encode
+        from cfsp.text.tokens import encode
 
         name, spelled = self.target.name, SPELLED if self.same_tokens is None else ()
         with tempfile.TemporaryDirectory(prefix="phoneready-questions-") as folder:
@@ -238,7 +238,7 @@ def open_elsewhere(
         InputError: No exported file, or the target cannot run it.
         PhonereadyError: The target's program cannot be built.
     """
-    from cfsp.evaluation.harness import MAX_CONTEXT
+    from cfsp.evaluation.tasks import MAX_CONTEXT
     from phoneready.evaluation.models import BY_RUNTIME, check_cache
 
     family = BY_RUNTIME.get(runtime)

@@ -90,7 +90,7 @@ class TextResult:
 
 @dataclass(frozen=True)
 class Degeneration:
-    """How many of the answers are degenerate; see cfsp.evaluation.degeneration.
+    """How many of the answers are degenerate; see cfsp.text.degeneration.
 
     Attributes:
         prompts_sha256: Hash of the prompts.

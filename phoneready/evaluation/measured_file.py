@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pydantic import NonNegativeFloat, PositiveInt
 
-from cfsp.evaluation.bits import tokens_per_byte
+from cfsp.evaluation.perplexity import tokens_per_byte
 from cfsp.validation import Share
 from phoneready.evaluation.evaluation_record import text_name
 

@@ -10,8 +10,8 @@ import torch
 
 from cfsp.devices import CPU
 from cfsp.errors import InputError
-from cfsp.evaluation.harness import MAX_CONTEXT
 from cfsp.evaluation.language_model import LanguageModel
+from cfsp.evaluation.tasks import MAX_CONTEXT
 from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.reference import load_model
 from cfsp.progress import Progress, no_progress

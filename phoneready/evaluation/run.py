@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import InputError
-from cfsp.evaluation.answers import answer
-from cfsp.evaluation.bits import bits_per_byte, losses_on_shared_text, predicted_bytes, tokens_per_byte
-from cfsp.evaluation.degeneration import degenerate, system_text
 from cfsp.evaluation.divergence import divergence, respelled_divergence
-from cfsp.evaluation.language_model import LanguageModel, vocabulary_difference
-from cfsp.evaluation.perplexity import perplexity
+from cfsp.evaluation.language_model import LanguageModel, answer, vocabulary_difference
+from cfsp.evaluation.perplexity import (
+    bits_per_byte,
+    losses_on_shared_text,
+    perplexity,
+    predicted_bytes,
+    tokens_per_byte,
+)
 from cfsp.evaluation.tasks import check_chat_tasks, load_tasks, run_tasks
 from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.builtin import BUILTIN_MODELS
@@ -26,11 +29,11 @@ from cfsp.progress import Progress, no_progress
 from cfsp.reading import read_json_lines, read_text
 from cfsp.settings import check_settings
 from cfsp.text.choosing import Sampling
+from cfsp.text.degeneration import degenerate, system_text
 from cfsp.text.respelling import Respelling, respelling
-from cfsp.text.self_sampling import sample_windows
+from cfsp.text.self_sampling import TRANSFORMERS, Writer, sample_windows
 from cfsp.text.settings import SELF
 from cfsp.text.tokens import TokenWindows, started, token_windows, tokens_sha256
-from cfsp.text.writers import TRANSFORMERS, Writer
 from phoneready.evaluation.evaluation_record import (
     Degeneration,
     Evaluation,

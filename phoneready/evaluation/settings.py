@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from cfsp.evaluation.settings import READS as OF_TASKS
-from cfsp.evaluation.settings import TaskSettings
+from cfsp.evaluation.task_results import READS as OF_TASKS
+from cfsp.evaluation.task_results import TaskSettings
 from cfsp.settings import SEED, Reads, Setting, Settings, setting
 from cfsp.text.choosing import TEMPERATURE, TOP_K, TOP_P
 from cfsp.text.settings import TEXT_FORMS

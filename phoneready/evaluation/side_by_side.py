@@ -9,10 +9,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from cfsp.evaluation.bits import predicted_bytes, respelled
 from cfsp.evaluation.divergence import divergence, respelled_divergence
 from cfsp.evaluation.language_model import LanguageModel
-from cfsp.evaluation.perplexity import text_loss
+from cfsp.evaluation.perplexity import predicted_bytes, respelled, text_loss
 from cfsp.progress import Progress
 from cfsp.text.respelling import Respelling, respelling
 from cfsp.text.tokens import TokenWindows

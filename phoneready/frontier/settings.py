@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from cfsp.errors import InputError
-from cfsp.evaluation.settings import READS as OF_TASKS
-from cfsp.evaluation.settings import TaskSettings
+from cfsp.evaluation.task_results import READS as OF_TASKS
+from cfsp.evaluation.task_results import TaskSettings
 from cfsp.pruning.settings import ALIGN
 from cfsp.settings import Reads, setting
 from cfsp.units import parse_bytes

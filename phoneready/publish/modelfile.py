@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from cfsp.text.templates import render_chat
+from cfsp.text.tokens import render_chat
 from exporters.export_record import ExportRecord
 
 _OLLAMA_CONTEXT = 4096

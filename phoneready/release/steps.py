@@ -13,8 +13,7 @@ import torch
 
 from cfsp.devices import find_device
 from cfsp.errors import PhonereadyError
-from cfsp.evaluation.answers import PROMPTS, answer
-from cfsp.evaluation.language_model import LanguageModel
+from cfsp.evaluation.language_model import PROMPTS, LanguageModel, answer
 from cfsp.evaluation.tasks import check_chat_tasks, load_chat_tasks
 from cfsp.evaluation.torch_model import RememberedModel, TorchLanguageModel
 from cfsp.models.checkpoint import read_checkpoint_info, save_checkpoint

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cfsp.errors import InputError, require_extra
-from cfsp.evaluation.chat_tasks import is_chat_file, load_chat_task
-from cfsp.evaluation.tasks import load_tasks, needs_harness
+from cfsp.evaluation.tasks import is_chat_file, load_chat_task, load_tasks, needs_harness
 from cfsp.recovery.checks import check_readable
 from cfsp.text.tokens import load_documents
 from phoneready.evaluation.run import check_texts

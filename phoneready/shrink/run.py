@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cfsp.errors import LimitError, PhonereadyError
-from cfsp.evaluation.chat_tasks import is_chat_file
+from cfsp.evaluation.tasks import is_chat_file
 from cfsp.files import write_text
 from cfsp.models.checkpoint import read_checkpoint_info
 from cfsp.progress import Progress

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from cfsp.evaluation.settings import TaskSettings
+from cfsp.evaluation.task_results import TaskSettings
 from cfsp.recovery.settings import AUTO, METHODS, NEXT_TOKEN, settled, training_as_read
 from cfsp.settings import setting
 from phoneready.evaluation.settings import WindowSettings

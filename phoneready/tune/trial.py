@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cfsp.evaluation.answers import PROMPTS
+from cfsp.evaluation.language_model import PROMPTS
 from cfsp.evaluation.torch_model import RememberedModel
 from cfsp.models.shape import ModelShape
 from phoneready.evaluation.figures import evaluation_figures

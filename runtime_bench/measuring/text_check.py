@@ -15,8 +15,8 @@ from types import MappingProxyType
 from typing import Any
 
 from cfsp.child_process import python_module
-from cfsp.evaluation.degeneration import degenerate
 from cfsp.reading import read_json_object
+from cfsp.text.degeneration import degenerate
 from runtime_bench.process import ProcessFailed, exchange, read_answer
 from runtime_bench.worker import serve
 
@@ -38,7 +38,7 @@ class TextCheck:
 
     Attributes:
         texts: Continuations of BEGINNINGS; empty where it could not be run here.
-        degenerate: The reason why they are degenerate, one of cfsp.evaluation.degeneration.CHECKS; None where they are
+        degenerate: The reason why they are degenerate, one of cfsp.text.degeneration.CHECKS; None where they are
             not, or where nothing is known.
         problem: Why it could not be run.
     """

@@ -10,17 +10,19 @@ from typing import Any
 import pytest
 
 from cfsp.errors import InputError
-from cfsp.evaluation.chat_tasks import (
+from cfsp.evaluation.task_results import TaskResult, TaskSettings
+from cfsp.evaluation.tasks import (
     ChatItem,
     ChatTask,
     asked_ids,
     json_value,
     load_chat_task,
+    load_tasks,
+    needs_harness,
     run_chat_task,
+    run_tasks,
+    tasks_sha256,
 )
-from cfsp.evaluation.settings import TaskSettings
-from cfsp.evaluation.task_results import TaskResult
-from cfsp.evaluation.tasks import load_tasks, needs_harness, run_tasks, tasks_sha256
 from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.source import LoadedModel
 

@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList
 
 from cfsp.errors import InputError
 from cfsp.text.choosing import Drawn, Sampling, choosers, drawn_tokens, greedy, remaining_scores
-from cfsp.text.generation import stated_sampling
+from cfsp.text.self_sampling import stated_sampling
 
 VOCAB = 500
 BEFORE = [3, 7, 7, 41, 499]

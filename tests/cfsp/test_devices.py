@@ -29,9 +29,8 @@ from cfsp.pruning.parameters import count_parameters
 from cfsp.pruning.prune import PruneResult, prune_model
 from cfsp.pruning.settings import PruneSettings
 from cfsp.text.calibration import Calibration
-from cfsp.text.generation import generate
 from cfsp.text.respelling import respelling
-from cfsp.text.self_sampling import sample_windows
+from cfsp.text.self_sampling import generate, sample_windows
 from cfsp.text.tokens import TokenWindows
 from phoneready.main import main
 from phoneready.release.beside import StageFailure

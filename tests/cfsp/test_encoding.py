@@ -11,17 +11,16 @@ import transformers
 from tokenizers import decoders, models, normalizers
 
 from cfsp.errors import InputError
-from cfsp.text import encoding, templates
-from cfsp.text.encoding import encode, encode_long
-from cfsp.text.templates import render_chat
+from cfsp.text import tokens
+from cfsp.text.tokens import encode, encode_long, render_chat
 
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of 2000 characters, so that a short text has many."""
-    monkeypatch.setattr(encoding, "WHOLE", 2000)
-    monkeypatch.setattr(encoding, "_PIECE", 2000)
-    monkeypatch.setattr(encoding, "_OVERLAP", 400)
+    monkeypatch.setattr(tokens, "WHOLE", 2000)
+    monkeypatch.setattr(tokens, "_PIECE", 2000)
+    monkeypatch.setattr(tokens, "_OVERLAP", 400)
 
 
 def _text(seed: int) -> str:
@@ -48,7 +47,7 @@ def _sentencepiece() -> Any:
 def test_pieces_give_the_tokens_of_the_whole(kind: str, seed: int, tiny_tokenizer: Any) -> None:
     tokenizer = tiny_tokenizer if kind == "byte-level" else _sentencepiece()
     text = _text(seed)
-    assert len(text) > 5 * encoding.WHOLE
+    assert len(text) > 5 * tokens.WHOLE
     assert list(encode_long(tokenizer, text)) == encode(tokenizer, text)
 
 
@@ -84,7 +83,7 @@ def test_a_text_of_one_endless_word_is_tokenized_too(tiny_tokenizer: Any) -> Non
 def test_a_template_that_does_not_end_is_refused(
     template: str, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(templates, "_MOST_SECONDS", 0.3)
+    monkeypatch.setattr(tokens, "_MOST_SECONDS", 0.3)
     monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
     with pytest.raises(InputError, match="chat template refuses"):
         render_chat(tiny_tokenizer, [{"role": "user", "content": "hi"}])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cfsp.evaluation.degeneration import CHECKS, degenerate, system_text
+from cfsp.text.degeneration import CHECKS, degenerate, system_text
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 PROSE = (

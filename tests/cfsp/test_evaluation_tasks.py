@@ -14,11 +14,9 @@ import pytest
 import torch
 
 from cfsp.errors import InputError
-from cfsp.evaluation.harness import harness_model
 from cfsp.evaluation.language_model import Branches
-from cfsp.evaluation.settings import TaskSettings
-from cfsp.evaluation.task_results import TaskResult
-from cfsp.evaluation.tasks import load_tasks, run_tasks, tasks_sha256
+from cfsp.evaluation.task_results import TaskResult, TaskSettings
+from cfsp.evaluation.tasks import harness_model, load_tasks, run_tasks, tasks_sha256
 from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.source import LoadedModel
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from cfsp.models.source import LoadedModel, ModelSource
-from cfsp.text.encoding import encode
-from cfsp.text.own_text import without_loops
-from cfsp.text.self_sampling import chat_frame
+from cfsp.text.self_sampling import chat_frame, without_loops
+from cfsp.text.tokens import encode
 
 LOOP = "the pears are ripe and " * 12
 INST = (

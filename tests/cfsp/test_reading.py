@@ -27,8 +27,7 @@ from cfsp.models.reference import load_model
 from cfsp.models.weights import safetensors_files
 from cfsp.reading import as_input_error, parse_json, parse_toml, read_json_lines
 from cfsp.records import record_from_json, record_to_json
-from cfsp.text.encoding import encode
-from cfsp.text.tokens import load_documents
+from cfsp.text.tokens import encode, load_documents
 from exporters.checkpoint_reader import open_tensors, read_config
 
 DEEP = "[" * 100_000 + "]" * 100_000

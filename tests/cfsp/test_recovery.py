@@ -49,11 +49,10 @@ from cfsp.recovery.settings import (
 )
 from cfsp.recovery.student import Student, Teacher
 from cfsp.recovery.trainer import RunInputs, WorkFolder
-from cfsp.text import written
-from cfsp.text.encoding import encode
+from cfsp.text import self_sampling
 from cfsp.text.respelling import Respelling
 from cfsp.text.self_sampling import chat_frame, text_origin
-from cfsp.text.tokens import Document
+from cfsp.text.tokens import Document, encode
 
 TinyModel = Callable[..., tuple[Any, Any]]
 
@@ -223,11 +222,11 @@ def test_what_the_dense_model_wrote_in_loops_is_not_learnt(
         [*before, *encode(tokenizer, said), *between, *encode(tokenizer, answer), tokenizer.eos_token_id]
         for said, answer in (("Name a fruit.", "A pear."), ("Go on.", "the pears are ripe and " * 12))
     )
-    monkeypatch.setattr(written, "FOLDER", tmp_path)
+    monkeypatch.setattr(self_sampling, "FOLDER", tmp_path)
     settings = RecoverySettings(seqlen=32, self_tokens=256, max_tokens=128)
 
     def read(text: list[int]) -> RecoveryData:
-        written.write_written(text_origin(loaded, 0), torch.tensor(text * 20), {"model": "tiny"})
+        self_sampling.write_written(text_origin(loaded, 0), torch.tensor(text * 20), {"model": "tiny"})
         return load_recovery_data(["self"], [], tokenizer, settings, dense=loaded)
 
     found = read(good * 3 + loop + good * 30)
@@ -243,11 +242,11 @@ def test_own_text_to_validate_with_is_neither_trained_nor_judged_on(
 ) -> None:
     model, tokenizer = tiny_model("llama")
     loaded = LoadedModel(model, tokenizer, ModelSource(reference="tiny", kind="folder", name="tiny"))
-    monkeypatch.setattr(written, "FOLDER", tmp_path)
+    monkeypatch.setattr(self_sampling, "FOLDER", tmp_path)
     for seed in range(4):
         said = encode(tokenizer, f"Of seed {seed} it wrote that {seed} is {seed * seed}. ")
         text = torch.tensor([*said, tokenizer.eos_token_id] * 60)
-        written.write_written(text_origin(loaded, seed), text, {"model": "tiny"})
+        self_sampling.write_written(text_origin(loaded, seed), text, {"model": "tiny"})
     settings = RecoverySettings(seqlen=32, self_tokens=256, max_tokens=128, seed=0)
     found = load_recovery_data(["self"], ["self"], tokenizer, settings, dense=loaded)
     trained, held = (

@@ -11,12 +11,12 @@ import tokenizers
 import torch
 
 from cfsp.errors import InputError
-from cfsp.evaluation.bits import respelled
+from cfsp.evaluation.perplexity import respelled
 from cfsp.models.architectures import decoder_layers, feed_forward, model_shape
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.surgery import cut_channels
-from cfsp.text import self_sampling, writers, written
+from cfsp.text import self_sampling
 from cfsp.text.calibration import load_calibration
 from cfsp.text.self_sampling import sample_windows
 from cfsp.text.settings import BUILTIN_TEXT
@@ -215,13 +215,13 @@ def test_text_that_comes_with_the_package_is_not_sampled_again(
     tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = as_loaded(tiny_model)
-    monkeypatch.setattr(written, "FOLDER", tmp_path / "package")
+    monkeypatch.setattr(self_sampling, "FOLDER", tmp_path / "package")
     monkeypatch.setattr(self_sampling, "MAX_REPLY_TOKENS", 16)
     monkeypatch.setattr(self_sampling, "MAX_USER_TOKENS", 8)
     monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path / "cache"))
     kept = torch.arange(64) % 300
     (tmp_path / "package").mkdir()
-    written.write_written(self_sampling.text_origin(loaded, 3), kept, {"model": "tiny"})
+    self_sampling.write_written(self_sampling.text_origin(loaded, 3), kept, {"model": "tiny"})
     windows = sample_windows(loaded, nsamples=3, seqlen=16, seed=3)
     assert torch.equal(windows, kept[:48].view(3, 16))
     assert not (tmp_path / "cache").exists()
@@ -238,7 +238,7 @@ def test_text_that_comes_with_the_package_is_not_sampled_again(
 @pytest.mark.slow
 def test_the_built_in_model_wrote_the_text_that_comes_with_the_package(smollm2_gguf: Path) -> None:
     loaded = load_model("smollm2-135m")
-    found = [written.read_written(self_sampling.text_origin(loaded, seed), 8192) for seed in (0, 1)]
+    found = [self_sampling.read_written(self_sampling.text_origin(loaded, seed), 8192) for seed in (0, 1)]
     assert found[0] is not None
     assert found[1] is not None
     assert not torch.equal(*found)
@@ -258,7 +258,7 @@ def test_a_copy_to_sample_from_has_the_blocks_of_the_model(tiny_model: Any) -> N
     for layer, width in zip(decoder_layers(model), (96, 64, 128, 32), strict=True):
         cut_channels(feed_forward(model, layer), torch.arange(width))
     loaded = LoadedModel(model, tokenizer, ModelSource("tiny", "folder", "tiny"))
-    fast = writers._copy_in(loaded, torch.bfloat16).model
+    fast = self_sampling._copy_in(loaded, torch.bfloat16).model
     assert {p.dtype for p in fast.parameters()} == {torch.bfloat16}
     assert {b.dtype for b in fast.buffers()} == {torch.float32}
     assert fast.lm_head.weight is fast.model.embed_tokens.weight

@@ -15,7 +15,7 @@ from llama_jinja import Render, llama_jinja, real_templates
 
 from cfsp.errors import InputError
 from cfsp.text.conversations import CONVERSATIONS, Conversation, rendered, turn_end
-from cfsp.text.encoding import encode
+from cfsp.text.tokens import encode
 from exporters.chats import read_chats
 from exporters.export_record import ExportRecord
 from exporters.gguf.export import export_gguf

@@ -18,8 +18,7 @@ from cfsp.models.paging import is_paged
 from cfsp.models.source import LoadedModel
 from cfsp.text import self_sampling
 from cfsp.text.choosing import drawn_tokens
-from cfsp.text.self_sampling import sample_windows
-from cfsp.text.writers import TRANSFORMERS
+from cfsp.text.self_sampling import TRANSFORMERS, sample_windows
 from exporters.gguf import sampling
 from exporters.gguf.sampling import LLAMA_CPP
 

@@ -61,7 +61,7 @@ def run_again(folder: Path, config: ReleaseConfig = CONFIG) -> dict[str, str]:
 @pytest.mark.parametrize(
     "changed",
     [
-        "cfsp/evaluation/degeneration.py",
+        "cfsp/text/degeneration.py",
         "runtime_bench/records/contention.py",
         "phoneready/console.py",
         "runtime_bench/browser/a_new_file.js",

@@ -22,7 +22,7 @@ from cfsp.models.source import LoadedModel
 from cfsp.models.token_trees import TokenTrees, token_trees, trimmed_tokenizer
 from cfsp.pruning.axes.token_kinds import TokenKind, kinds_by_count, kinds_by_script, scripts_of
 from cfsp.pruning.axes.token_order import Counts, TokenOrder, expected_counts, order_tokens
-from cfsp.text.templates import render_chat
+from cfsp.text.tokens import render_chat
 
 _ID_SETTINGS = ("suppress_tokens", "begin_suppress_tokens")
 _CHAT = ({"role": "user", "content": " "}, {"role": "assistant", "content": " "})

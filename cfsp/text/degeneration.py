@@ -8,12 +8,61 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from cfsp.text.loops import LETTERS, N_GRAM, UNSPACED, is_loop
-from cfsp.text.templates import render_prompt
+LOOP_REPEATS = 3
+"""A tail that says the same this many times in a row is a loop,"""
+LOOP_CHARACTERS = 60
+"""if the repetition covers at least this many characters."""
+LOOP_COUNTED_LETTERS = 12
+"""A period that differs only in its digits counts as the same if it has this many letters (so 1, 2, 3 does not)."""
+REPEATED_SHARE = 0.5
+"""Share of word 4-grams that occurred before, above which a text only repeats itself."""
+REPEATED_MINIMUM = 40
+"""Number of 4-grams below which that share says nothing."""
+
+N_GRAM = 4
+"""Words in a row that are compared."""
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0002ffff"
+)
+"""Characters, as ranges of a regular expression, of scripts that put no spaces between words."""
+LETTERS = re.compile(r"[^\W\d_]+")
+_TOKEN = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+|[^\w\s]")
+
+
+def is_loop(text: str, prompt: str = "", system: str = "") -> bool:
+    """The text ends in a loop, or mostly repeats itself.
+
+    It ends in a loop if its tail of at least LOOP_CHARACTERS consists of LOOP_REPEATS or more equal periods, the last
+    of which may be cut off; with LOOP_COUNTED_LETTERS letters in the period, digits may differ ("Step 1: ... Step 2:
+    ..."). It mostly repeats itself if more than REPEATED_SHARE of its word 4-grams occurred before in it.
+    """
+    text = " ".join(text.split())
+    counted = re.sub(r"\d+", "0", text)
+    if _tail_period(text) or len("".join(LETTERS.findall(_tail_period(counted)))) >= LOOP_COUNTED_LETTERS:
+        return True
+    words = [word.casefold() for word in _TOKEN.findall(text)]
+    grams = Counter(zip(*(words[i:] for i in range(N_GRAM)), strict=False))
+    total = sum(grams.values())
+    return total >= REPEATED_MINIMUM and 1 - len(grams) / total > REPEATED_SHARE
+
+
+def _tail_period(text: str) -> str:
+    """The shortest period whose repetition ends the text long and often enough; empty where there is none."""
+    for period in range(1, len(text) // LOOP_REPEATS + 1):
+        if text[-1] != text[-1 - period]:
+            continue
+        span = period
+        while span < len(text) and text[-1 - span] == text[-1 - span + period]:
+            span += 1
+        if span >= LOOP_REPEATS * period and span >= LOOP_CHARACTERS:
+            return text[-period:]
+    return ""
+
 
 REPLACEMENT_SHARE = 0.02
 """Share of replacement, control and private-use characters."""
@@ -52,10 +101,6 @@ def degenerate(text: str, prompt: str = "", system: str = "") -> str | None:
 def is_empty(text: str, prompt: str = "", system: str = "") -> bool:
     """No letter, digit or symbol such as an emoji: nothing, white space or punctuation alone."""
     return not any(unicodedata.category(c)[0] in "LN" or unicodedata.category(c) == "So" for c in text)
-
-
-def _is_loop(text: str, prompt: str, system: str) -> bool:
-    return is_loop(text)
 
 
 def is_non_language(text: str, prompt: str = "", system: str = "") -> bool:
@@ -97,7 +142,7 @@ def is_echo(text: str, prompt: str = "", system: str = "") -> bool:
 
 
 CHECKS: Mapping[str, Callable[[str, str, str], bool]] = MappingProxyType(
-    {"empty": is_empty, "loop": _is_loop, "echo": is_echo, "non_language": is_non_language}
+    {"empty": is_empty, "loop": is_loop, "echo": is_echo, "non_language": is_non_language}
 )
 """Reason -> check(text, prompt, system); the first that holds is the reason given."""
 
@@ -106,6 +151,8 @@ def system_text(tokenizer: Any, prompt: str) -> str:
     """What a chat template says before the user's turn, without its special tokens; empty for a base model."""
     if not tokenizer.chat_template:
         return ""
+    from cfsp.text.tokens import render_prompt
+
     before, separator, _ = render_prompt(tokenizer, prompt).partition(prompt)
     if not separator:
         return ""
