@@ -59,8 +59,6 @@ def placed(model: Any, device: torch.device | str, *, instead: str = CPU.type) -
     """A model of the CPU on a device.
 
     Args:
-        model: It.
-        device: Where to.
         instead: What the user can ask for where there is no room.
 
     Raises:

@@ -190,7 +190,6 @@ def atomic_directory(path: Path, *, force: bool = False, own: bool = False) -> I
     """Yield a temporary directory beside `path`; on success its files are synced and it becomes `path`.
 
     Args:
-        path: The folder to create.
         force: What phoneready wrote there may be replaced.
         own: The folder is part of one that this run has claimed: whatever is there is replaced.
 
@@ -228,13 +227,7 @@ def scratch_directory(path: Path) -> Iterator[Path]:
 
 
 def made_once(folder: Path, is_whole: Callable[[Path], bool], make: Callable[[Path], None]) -> Path:
-    """A folder of the cache: the one that is there, or made now and given its name by one rename.
-
-    Args:
-        folder: The folder.
-        is_whole: Whether the one that is there may be used.
-        make: Fills a new one.
-    """
+    """A folder of the cache: the one that is there, or made now and given its name by one rename."""
     if is_whole(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

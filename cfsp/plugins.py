@@ -60,12 +60,7 @@ class Plugin:
 
 
 def find_plugins(group: str, built_in: Collection[str] = ()) -> list[Plugin]:
-    """Every plugin of a group that is installed, those whose names cannot be used among them.
-
-    Args:
-        group: ENGINES, TARGETS or METRICS.
-        built_in: Names that the table has without plugins.
-    """
+    """Every plugin of a group that is installed, those whose names cannot be used among them."""
     entries = sorted(entry_points(group=group), key=lambda entry: (entry.name, _origin(entry)))
     return [Plugin(entry, _problem(entry, entries, built_in)) for entry in entries]
 

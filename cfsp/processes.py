@@ -31,9 +31,6 @@ _JOINED = ContextVar("joined", default=False)
 def joined(device: str = "auto") -> Iterator[bool]:
     """Let the processes that a launcher started know each other inside the context; whether this is the first one.
 
-    Args:
-        device: Where they will compute; of GPUs each takes the one of its number on its machine.
-
     Raises:
         InputError: Processes would have to share a GPU.
     """
@@ -120,10 +117,6 @@ def number_summed(total: float) -> float:
 
 def require_alike(sha256: str, what: str) -> None:
     """Refuse to go on with something of which not all processes have the same.
-
-    Args:
-        sha256: Of this process's, in hex digits.
-        what: It is, in words.
 
     Raises:
         InputError: Another process has another one.

@@ -143,11 +143,6 @@ class Bounds:
 def parse_json(content: str | bytes, where: str, bounds: Bounds = Bounds()) -> Any:
     """Parse one JSON document.
 
-    Args:
-        content: The document.
-        where: File or origin named in errors.
-        bounds: What it may hold.
-
     Raises:
         NotJSONError: It is no complete JSON.
         InputError: It is, but beyond the bounds.

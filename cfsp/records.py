@@ -88,11 +88,6 @@ def fields_to_json(value: Any) -> Fields:
 def record_from_json(cls: type[R], payload: Any, *, where: str) -> R:
     """Rebuild a record.
 
-    Args:
-        cls: The record's class.
-        payload: Parsed JSON.
-        where: File or origin named in errors.
-
     Raises:
         InputError: Another kind, a schema version that is neither known nor upgraded by UPGRADES, or fields that do
             not validate (all are named).

@@ -31,9 +31,6 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 class LargeScratch:
     """A folder in `large_temporary`, for its user alone; deleted when it is let go, or left as a context.
 
-    Args:
-        kind: What is in it: part of its name.
-
     Raises:
         InputError: It cannot be made.
     """

@@ -230,11 +230,6 @@ def check_settings(settings: Any) -> None:
 def settings_of(kind: type[S], values: Mapping[str, Any], named: Mapping[str, str]) -> S:
     """Settings made from checked values.
 
-    Args:
-        kind: Their class.
-        values: Field -> value; what is not given is the default.
-        named: Field -> what errors call it.
-
     Raises:
         InputError: Values cannot be used; all are named.
     """

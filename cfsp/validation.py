@@ -25,12 +25,7 @@ _MOST_PROBLEMS = 20
 def describe_problems(
     error: pydantic.ValidationError, line_of: Callable[[Location], str] = lambda location: ""
 ) -> str:
-    """Every problem with its place, such as `prune.ratio: unknown key; seed: missing`.
-
-    Args:
-        error: What pydantic raised.
-        line_of: What to put before a place, such as `line 3: `.
-    """
+    """Every problem with its place, such as `prune.ratio: unknown key; seed: missing`."""
     problems = error.errors(include_url=False)
     told = [line_of(problem["loc"]) + _problem(problem) for problem in problems[:_MOST_PROBLEMS]]
     return "; ".join(told + [f"and {len(problems) - len(told)} more"] * (len(problems) > len(told)))

@@ -145,8 +145,6 @@ def respelled_divergence(
         model: Has those that `respelling` spells in.
         windows: (n_windows, seqlen) of the reference's token ids; the model reads all of their text, however many
             tokens that takes.
-        respelling: From the reference's vocabulary to the model's.
-        progress: Told after each window.
 
     Raises:
         LimitError: Logits that are not finite.

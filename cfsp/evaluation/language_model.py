@@ -234,16 +234,7 @@ def answer(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> list[str]:
-    """Answers, one a prompt; in the model's chat template where it has one.
-
-    Args:
-        model: The model.
-        prompts: What it is asked.
-        max_new_tokens: Most tokens of an answer.
-        sampling: How tokens are drawn; None for greedy answers.
-        seed: Of what is drawn.
-        progress: Told how many are answered.
-    """
+    """Answers, one a prompt; in the model's chat template where it has one."""
     chosen_by = choosers(sampling, seed, len(prompts))
     ids = [prompt_ids(model.tokenizer, prompt) for prompt in prompts]
     answers: list[str] = []

@@ -52,12 +52,7 @@ class Perplexity:
 
 
 def logits_of(model: LanguageModel | torch.nn.Module | Any, windows: Sequence[torch.Tensor]) -> LogitsOf:
-    """`next_token_logits` of a LanguageModel, or of a bare transformers causal LM.
-
-    Args:
-        model: Either.
-        windows: What it will be asked for, in turn, each (n,) int64.
-    """
+    """`next_token_logits` of a LanguageModel, or of a bare transformers causal LM."""
     bare = model if isinstance(model, torch.nn.Module) else bare_model(model)
     if bare is not None and is_paged(bare):
         return BlocksAhead(bare, windows)
@@ -207,12 +202,6 @@ def losses_on_shared_text(
 
     Windows are the reference's; where the other needs more tokens for the text of one, the window ends where both have
     at most `seqlen`. Its first token is context for both.
-
-    Args:
-        reference: Whose token ids the windows have.
-        model: The other model.
-        windows: (n_windows, seqlen).
-        progress: Told after each window.
 
     Raises:
         LimitError: A model gives logits that are not finite.

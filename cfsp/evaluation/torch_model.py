@@ -28,10 +28,6 @@ _TOKENS_AHEAD = 2**14
 def next_token_logits(model: Any, window: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """Logits that predict tokens 1.. of one window, in chunks, so that seqlen x vocab_size is never held.
 
-    Args:
-        model: A causal LM.
-        window: (seqlen,) int64.
-
     Yields:
         (slice of target positions, logits (chunk, vocab_size) float32).
     """
@@ -53,10 +49,6 @@ class BlocksAhead:
     """`next_token_logits` of a paged model for windows that are asked for in turn.
 
     Each block is read once for as many windows as there is room for, and not once for each.
-
-    Args:
-        model: A causal LM of the architecture table.
-        windows: What will be asked for, each (n,) int64.
     """
 
     def __init__(self, model: Any, windows: Sequence[torch.Tensor]) -> None:

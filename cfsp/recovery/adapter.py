@@ -23,9 +23,6 @@ def add_adapter(model: Any, ranks: Sequence[int], alpha: float) -> Any:
         ranks: r_l of every block.
         alpha: The scale, alpha_l / r_l in PEFT's terms.
 
-    Returns:
-        The PEFT model around `model`.
-
     Raises:
         MissingExtraError: PEFT is not installed.
     """

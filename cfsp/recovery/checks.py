@@ -26,11 +26,6 @@ def usable(
 ) -> RecoverySettings:
     """Settings with everything said, and defaults for what nothing reads.
 
-    Args:
-        settings: How to train.
-        references: What is trained and validated on.
-        rounding: What knows the formats of `for_quant`.
-
     Raises:
         InputError: Settings that cannot be used, with this data or these packages.
         MissingExtraError: Without the `recover` extra.

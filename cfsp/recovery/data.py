@@ -160,12 +160,10 @@ def load_recovery_data(
         references: `self`, `student`, or text references as in `cfsp.text.tokens`; they are mixed in equal shares.
         validation: The same; nothing holds out a share of the training data.
         tokenizer: The model's; the teacher's if it has another one.
-        settings: Sequence length, budget and seed.
         dense: The dense model, if a reference is `self`.
         student: The model that is trained, if a reference is `student`.
         respelling: How the model spells the teacher's tokens, if it has fewer.
         writers: What may have the dense model write; the first that can does.
-        progress: Told about reading and sampling.
 
     Raises:
         InputError: No reference, no usable rows, chats without an answer, a model that writes loops, or too little

@@ -85,12 +85,7 @@ def head_loss(
 
 
 def of_capped(loss: ChunkLoss, cap: float | None) -> ChunkLoss:
-    """A loss of the logits c tanh(z / c) as one of the products z; the same where there is no c.
-
-    Args:
-        loss: Of logits.
-        cap: c.
-    """
+    """A loss of the logits c tanh(z / c) as one of the products z; the same where there is no c."""
     if cap is None:
         return loss
 
@@ -103,13 +98,7 @@ def of_capped(loss: ChunkLoss, cap: float | None) -> ChunkLoss:
 
 
 def with_repeats(loss: PositionsLoss, repeated: torch.Tensor, times: float) -> ChunkLoss:
-    """A loss in which some positions count several times:  sum_t w_t loss_t,  w_t = `times` there, else 1.
-
-    Args:
-        loss: Of positions that count once.
-        repeated: (n,) bool, of all positions, which they are.
-        times: w.
-    """
+    """A loss in which some positions count several times:  sum_t w_t loss_t,  w_t = `times` there, else 1."""
 
     def of_logits(logits: torch.Tensor, chunk: slice) -> LossAndGradient:
         value, gradient = loss(logits, chunk)

@@ -120,8 +120,6 @@ def recover(
 
     Args:
         checkpoint: A pruned checkpoint, or any model reference (to train a dense model alike).
-        output: Folder to create.
-        settings: How to train.
         data: `self` (sampled from the teacher), `student` (from the checkpoint), or text references; mixed in equal
             shares.
         validation: The same; nothing holds out a share of `data`.
@@ -129,11 +127,9 @@ def recover(
         work: Folder for training's own checkpoints; `output` with `.work` appended unless given. Removed at the end.
         device: A name as `find_device` takes; of several processes each takes its own GPU, whatever number it says.
         force: Replace an existing output, and a work folder of other inputs.
-        trust_remote_code: Let transformers run code that a folder or hub model brings along.
         writers: What may have the dense model write, for `self`; the first that can does.
         rounding: Knows the formats of `for_quant`.
         before: Called once the models are read, in the process that writes; it may raise.
-        progress: Told about every step.
 
     Raises:
         InputError: Something that cannot be used, a teacher without some of the tokens, or a full disk.

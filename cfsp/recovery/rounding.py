@@ -39,13 +39,6 @@ class Rounding(Protocol):
     ) -> RoundedModel:
         """A checkpoint as a file of a format holds it, its numbers chosen for a text.
 
-        Args:
-            checkpoint: Hugging Face folder.
-            name: Of the format.
-            input_ids: The text, (nsamples, seqlen).
-            device: Where to compute.
-            progress: Told about every step.
-
         Raises:
             InputError: As `check`, or the format cannot hold the checkpoint.
         """

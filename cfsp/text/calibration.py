@@ -55,12 +55,8 @@ def load_calibration(
 
     Args:
         references: `self`, or text references as in `cfsp.text.tokens`.
-        loaded: The dense model with its tokenizer.
-        nsamples: Number of windows.
-        seqlen: Tokens in a window.
         seed: Same seed and inputs give the same windows.
         writers: What may have the model write, for `self`; the first that can does.
-        progress: Told about sampling.
 
     Raises:
         InputError: No reference, sizes below one, too little text, or a window longer than the model's context.

@@ -88,13 +88,7 @@ _MOJIBAKE = re.compile(
 
 
 def degenerate(text: str, prompt: str = "", system: str = "") -> str | None:
-    """The first reason in CHECKS why a generated text is degenerate, or None.
-
-    Args:
-        text: What the model wrote.
-        prompt: What the user asked.
-        system: The system prompt that stood before it.
-    """
+    """The first reason in CHECKS why a generated text is degenerate, or None."""
     return next((reason for reason, check in CHECKS.items() if check(text, prompt, system)), None)
 
 

@@ -102,10 +102,6 @@ class Respelling:
 def respelling(tokenizer: Any, smaller: Any) -> Respelling:
     """How a tokenizer that lost tokens spells them.
 
-    Args:
-        tokenizer: A fast tokenizer of transformers.
-        smaller: Another one, such as `cfsp.models.token_trees.trimmed_tokenizer` makes.
-
     Raises:
         InputError: It knows tokens that the other does not, or leaves ids out.
     """

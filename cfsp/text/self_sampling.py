@@ -77,9 +77,6 @@ def generate(
     """What the model writes after each prompt, the token that ends it included.
 
     Args:
-        loaded: The model with its tokenizer.
-        prompts: Token ids; shorter ones are padded on the left, so that all end at the right.
-        max_new_tokens: Most tokens of a continuation.
         choosers: One for each prompt, of its tokens, where options ask for no sampling; or none.
         options: Further ones of transformers' `generate`.
     """
@@ -243,16 +240,7 @@ def read_written(origin: Mapping[str, Any], n_tokens: int) -> torch.Tensor | Non
 
 
 def write_written(origin: Mapping[str, Any], ids: torch.Tensor, about: Mapping[str, str]) -> Path:
-    """Keep a text for the package.
-
-    Args:
-        origin: Where it comes from.
-        ids: (n_tokens,) int64, below 65,536.
-        about: What the file says of itself.
-
-    Returns:
-        The file.
-    """
+    """Keep a text for the package."""
     small = torch.from_numpy(ids.numpy().astype(np.uint16))
     if not torch.equal(small.to(torch.int64), ids):
         raise ValueError("token ids beyond 16 bits")
@@ -284,13 +272,8 @@ def sample_windows(
     """Windows (nsamples, seqlen) of text that the model wrote; read from the package or the cache where they are there.
 
     Args:
-        loaded: The model that writes.
-        nsamples: Windows.
-        seqlen: Tokens in each.
-        seed: Of sampling.
         use_written: Whether a text that comes with the package will do.
         writers: What may continue texts for it; the first that can does, or has done.
-        progress: Told how much is written.
 
     Raises:
         InputError: The model writes nothing (every sample ends at once), or no writer can have it write.
@@ -434,12 +417,7 @@ class Winnowed:
 
 
 def without_loops(windows: torch.Tensor, author: LoadedModel) -> Winnowed:
-    """Leave out the texts in which a turn is a loop (`cfsp.text.degeneration`), and close the ranks.
-
-    Args:
-        windows: (n, seqlen) int64, texts that the author wrote, one after the other across windows.
-        author: The model.
-    """
+    """Leave out the texts in which a turn is a loop (`cfsp.text.degeneration`), and close the ranks."""
     seqlen, tokenizer, stops = windows.shape[1], author.tokenizer, stop_ids(author)
     begins, between = chat_frame(tokenizer) or (plain_start(tokenizer), [])
     texts = _texts(windows.flatten().tolist(), begins)

@@ -71,11 +71,6 @@ def encode_long(tokenizer: Any, text: str, limit: int | None = None) -> array[in
     Pieces overlap, and the next goes on where it has the same tokens at the same places as the one before. A text in
     which that is nowhere (one endless word) is cut.
 
-    Args:
-        tokenizer: A transformers fast tokenizer.
-        text: The text.
-        limit: The text is left once this many tokens are there, and a few more.
-
     Raises:
         InputError: As `encode`.
     """
@@ -266,13 +261,7 @@ def document_ids(document: Document, tokenizer: Any, limit: int | None = None) -
 def join_documents(
     documents: Iterable[Document], tokenizer: Any, *, limit: int | None = None
 ) -> torch.Tensor:
-    """One token stream of many documents; plain texts are separated by the end-of-sequence token.
-
-    Args:
-        documents: In the order they are to be read.
-        tokenizer: A transformers tokenizer.
-        limit: Stop once this many tokens are there.
-    """
+    """One token stream of many documents; plain texts are separated by the end-of-sequence token."""
     stream: array[int] = array("q")
     for index, document in enumerate(documents):
         if limit is not None and len(stream) >= limit:
@@ -308,10 +297,6 @@ def started(windows: torch.Tensor, tokenizer: Any) -> torch.Tensor:
 
     It takes the place of the first token, which nothing predicts. Some models read nothing without it: Gemma 3 270M has
     1.15 bits per byte on chats then, and 0.82 with it.
-
-    Args:
-        windows: (n_windows, seqlen) int64; unchanged.
-        tokenizer: A transformers tokenizer.
     """
     ids, start = windows.clone(), start_token(tokenizer)
     if start is not None:
