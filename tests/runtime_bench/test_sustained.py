@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from phoneready.report.sustained_plot import sustained_figure
 
 from cfsp.errors import InputError
 from cfsp.units import parse_seconds
-from phoneready.report.sustained_plot import sustained_figure
 from runtime_bench import worker
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.presentation.record_table import format_table, record_table
