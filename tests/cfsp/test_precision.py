@@ -1,12 +1,8 @@
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 import pytest
 import torch
 
-from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.precision import (
     bulk_dtype,
     bulk_products,
@@ -15,11 +11,7 @@ from cfsp.precision import (
     product_dtype,
     products_in,
     rounding_dtype,
-    trained_products,
 )
-from cfsp.pruning.prune import prune_model
-from cfsp.pruning.settings import PruneSettings
-from cfsp.text.calibration import Calibration
 
 
 def product() -> torch.Tensor:
@@ -58,22 +50,6 @@ def test_products_in_bulk_are_rounded_and_exact_ones_inside_them_are_not(
     assert (bulk_dtype() == torch.bfloat16) == (has or fast_dtype() == torch.bfloat16)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("auto", bulk_dtype())]
-)
-def test_products_while_training_are_of_what_is_asked_for(name: str, dtype: torch.dtype) -> None:
-    with trained_products(name, "cpu"):
-        assert product().dtype == dtype
-    assert product().dtype == torch.float32
-
-
-def test_an_error_inside_the_context_leaves_the_precision_as_it_was() -> None:
-    before = torch.get_float32_matmul_precision()
-    with pytest.raises(ZeroDivisionError), products_in("bfloat16", "cpu"):
-        raise ZeroDivisionError
-    assert torch.get_float32_matmul_precision() == before
-
-
 def test_auto_is_what_the_hardware_multiplies_faster() -> None:
     assert (fast_dtype() == torch.bfloat16) == torch.cpu._is_amx_tile_supported()
     assert product_dtype("float32") == torch.float32
@@ -92,13 +68,3 @@ def test_training_multiplies_bfloat16_tensors_where_that_is_faster(
     monkeypatch.setattr("cfsp.precision._has_matrix_units", lambda: False)
     assert product_dtype("auto") == (torch.bfloat16 if has else torch.float32)
     assert fast_dtype() == torch.float32
-
-
-def test_a_plan_says_which_dtype_it_was_made_with(tiny_model: Any) -> None:
-    model, tokenizer = tiny_model("llama")
-    ids = torch.randint(0, model.config.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
-    settings = PruneSettings(prune_ratio=0.25, align=1)
-    source = ModelSource(reference="tiny", kind="folder", name="tiny")
-    loaded = LoadedModel(copy.deepcopy(model), tokenizer, source)
-    plan = prune_model(loaded, Calibration(ids, ("random",), 0, "0" * 64), settings).plan
-    assert plan.settings.dtype == str(fast_dtype()).removeprefix("torch.")

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, feed_forward, model_shape
 from cfsp.models.source import LoadedModel, ModelSource
-from cfsp.models.weights import cast_weights
 from cfsp.pruning.axes.vocabulary import count_tokens, cut_vocabulary, plan_vocabulary
 from cfsp.pruning.surgery import cut_channels
 from cfsp.records import read_record
@@ -258,21 +257,6 @@ def test_own_text_to_validate_with_is_neither_trained_nor_judged_on(
     assert "Of seed 1" not in held
 
 
-def test_losses_are_their_equations() -> None:
-    torch.manual_seed(0)
-    logits, teacher = torch.randn(5, 11), torch.randn(5, 11)
-    targets = torch.randint(0, 11, (5,))
-    log_p = logits.log_softmax(-1)
-    loss, _ = next_token_loss(logits, targets)
-    assert float(loss) == pytest.approx(-float(log_p[range(5), targets].sum()), rel=1e-5)
-    q, p = (teacher / 2).softmax(-1), (logits / 2).softmax(-1)
-    loss, _ = distillation_loss(logits, teacher, 2.0)
-    assert float(loss) == pytest.approx(4 * float((q * (q / p).log()).sum()), rel=1e-4)
-    loss, gradient = distillation_loss(logits, logits)
-    assert float(loss) == 0.0
-    assert not gradient.any()
-
-
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_gradients_of_losses_are_their_derivatives(temperature: float) -> None:
     torch.manual_seed(0)
@@ -309,15 +293,6 @@ def test_the_head_in_chunks_is_the_head_in_one_piece(frozen: bool) -> None:
         torch.testing.assert_close(weight.grad, wanted[1])
 
 
-def test_without_gradients_the_head_multiplies_once() -> None:
-    """A gradient that no product takes would fail where it is multiplied."""
-    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(13, 8, requires_grad=True)
-    targets = torch.arange(5)
-    with torch.no_grad():
-        value = head_loss(hidden, weight, lambda z, chunk: (next_token_loss(z, targets)[0], torch.zeros(())))
-    assert float(value) == pytest.approx(float(F.cross_entropy(hidden @ weight.T, targets, reduction="sum")))
-
-
 def different_widths(tiny_model: TinyModel) -> tuple[Any, Any]:
     model, tokenizer = tiny_model()
     for index, layer in enumerate(decoder_layers(model)):
@@ -351,15 +326,6 @@ def test_a_merged_adapter_computes_the_same_with_unchanged_modules(tiny_model: T
     assert model_shape(merged).ffn_widths == widths
     assert [(n, type(m)) for n, m in merged.named_modules()] == names
     assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
-
-
-def test_weights_get_a_dtype_and_rotary_frequencies_keep_theirs(tiny_model: TinyModel) -> None:
-    model, _ = tiny_model()
-    before = model.model.rotary_emb.inv_freq.clone()
-    cast_weights(model, torch.bfloat16)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    assert torch.equal(model.model.rotary_emb.inv_freq, before)
 
 
 def test_distilling_a_model_from_itself_costs_nothing(tiny_model: TinyModel) -> None:
@@ -650,10 +616,3 @@ def test_a_work_folder_belongs_to_one_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no work folder"):
         WorkFolder(other).open(inputs(), force=True)
     assert (other / "cat.png").exists()
-
-
-def test_sequences_count_what_is_learnt() -> None:
-    ids = torch.zeros(2, 4, dtype=torch.int64)
-    targets = torch.tensor([[1, 2, IGNORED, IGNORED], [IGNORED, 3, 4, IGNORED]])
-    part = Sequences(ids, targets, "x", "y")
-    assert (part.n_tokens, part.n_learnt) == (8, 4)
