@@ -16,7 +16,7 @@ import logging
 import math
 import random
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from math import isclose
@@ -33,7 +33,7 @@ from cfsp.files import sha256_file
 from cfsp.progress import Progress, no_progress
 from cfsp.reading import read_bytes
 from cfsp.settings import check_settings
-from cfsp.text.tokens import Document, encode, load_documents, render_chat
+from cfsp.text.tokens import encode, load_documents, render_chat
 from cfsp.validation import check_kinds, kinds
 
 MAX_CONTEXT = 2048
@@ -251,22 +251,18 @@ def load_chat_task(name: str, limit: int | None = None) -> ChatTask:
     Raises:
         InputError: No such file, or a row of it that is no chat which ends with an answer.
     """
-    path = Path(name)
-    documents = load_documents(name)[:limit]
-    items = tuple(_item(document, number, path) for number, document in enumerate(documents, 1))
-    return ChatTask(path.stem, path.name, sha256_file(path), items, limit)
-
-
-def _item(document: Document, number: int, path: Path) -> ChatItem:
-    messages = document.messages or ()
-    answer = messages[-1]["content"].strip() if messages and messages[-1]["role"] == "assistant" else ""
-    if len(messages) < 2 or not answer:
-        raise InputError(
-            f"chat {number} of {path} has no known answer",
-            field="tasks",
-            allowed="`messages` whose last is the assistant's, with something before it",
-        )
-    return ChatItem(messages[:-1], answer)
+    path, items = Path(name), []
+    for number, document in enumerate(load_documents(name)[:limit], 1):
+        messages = document.messages or ()
+        answer = messages[-1]["content"].strip() if messages and messages[-1]["role"] == "assistant" else ""
+        if len(messages) < 2 or not answer:
+            raise InputError(
+                f"chat {number} of {path} has no known answer",
+                field="tasks",
+                allowed="`messages` whose last is the assistant's, with something before it",
+            )
+        items.append(ChatItem(messages[:-1], answer))
+    return ChatTask(path.stem, path.name, sha256_file(path), tuple(items), limit)
 
 
 def asked_ids(tokenizer: Any, item: ChatItem) -> list[int]:
@@ -281,32 +277,26 @@ def run_chat_task(model: LanguageModel, task: ChatTask, *, progress: Progress = 
         InputError: The model has no chat template, or one that refuses a chat; or a chat that is longer with its answer
             than the model's context or MAX_CONTEXT.
     """
-    answers = _answers(model, task, progress)
-    known = [item.answer for item in task.items]
-    metrics = [_share(EXACT, [a == b for a, b in zip(answers, known, strict=True)])]
-    if task.is_json:
-        same = [json_value(a) == json_value(b) for a, b in zip(answers, known, strict=True)]
-        metrics.insert(0, _share(JSON, same))
+    asked = _asked(model, task)
+    order = sorted(range(len(asked)), key=lambda index: asked[index][1], reverse=True)
+    answers = [""] * len(asked)
+    for start in range(0, len(order), _AT_ONCE):  # those of about the same length are written together
+        part = order[start : start + _AT_ONCE]
+        written = model.generate([asked[index][0] for index in part], asked[part[0]][1])
+        for index, tokens in zip(part, written, strict=True):
+            text = model.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+            answers[index] = str(text).strip()
+        progress(f"answering {task.source}", start + len(part), len(order))
+    known, metrics = [item.answer for item in task.items], []
+    values: dict[str, Callable[[str], Any]] = ({JSON: json_value} if task.is_json else {}) | {EXACT: str}
+    for name, value in values.items():
+        right = [value(a) == value(b) for a, b in zip(answers, known, strict=True)]
+        share = sum(right) / len(right)
+        error = math.sqrt(share * (1 - share) / (len(right) - 1)) if len(right) > 1 else None
+        marks = "".join("01"[one] for one in right)
+        metrics.append(TaskMetric(name, share, error, higher_is_better=True, right=marks))
     n_items = len(task.items)
     return TaskResult(task.name, _VERSION, task.source, task.sha256, n_items, task.limit, 0, tuple(metrics))
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A chat as a model is asked it.
-
-    Attributes:
-        ids: Up to where it has to answer.
-        n_known: Tokens of the known answer.
-    """
-
-    ids: list[int]
-    n_known: int
-
-    @property
-    def most(self) -> int:
-        """Tokens that it may answer with."""
-        return self.n_known + _MARGIN
 
 
 def check_chat_task(model: LanguageModel, task: ChatTask) -> None:
@@ -314,39 +304,18 @@ def check_chat_task(model: LanguageModel, task: ChatTask) -> None:
     _asked(model, task)
 
 
-def _asked(model: LanguageModel, task: ChatTask) -> list[_Asked]:
-    """All chats, each short enough for every runtime with its answer."""
+def _asked(model: LanguageModel, task: ChatTask) -> list[tuple[list[int], int]]:
+    """Each chat up to where the model has to answer, and most tokens of its answer; short enough for every runtime."""
     tokenizer = model.tokenizer
-    asked = [_Asked(asked_ids(tokenizer, item), len(encode(tokenizer, item.answer))) for item in task.items]
-    needed = max(len(one.ids) + one.most for one in asked)
+    asked = [
+        (asked_ids(tokenizer, item), len(encode(tokenizer, item.answer)) + _MARGIN) for item in task.items
+    ]
+    needed = max(len(ids) + most for ids, most in asked)
     check_length(model, needed, f"a chat of {task.source}")
     if needed > MAX_CONTEXT:
         why = f"a chat of {task.source} has {needed} tokens"
         raise InputError(why, field="tasks", allowed=f"up to {MAX_CONTEXT}, its answer included")
     return asked
-
-
-def _answers(model: LanguageModel, task: ChatTask, progress: Progress) -> list[str]:
-    """What the model answers, in the chats' order; those of about the same length are written together."""
-    asked = _asked(model, task)
-    order = sorted(range(len(asked)), key=lambda index: asked[index].n_known, reverse=True)
-    answers = [""] * len(asked)
-    for start in range(0, len(order), _AT_ONCE):
-        part = order[start : start + _AT_ONCE]
-        longest = asked[part[0]].most
-        written = model.generate([asked[index].ids for index in part], longest)
-        for index, tokens in zip(part, written, strict=True):
-            text = model.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-            answers[index] = str(text).strip()
-        progress(f"answering {task.source}", start + len(part), len(order))
-    return answers
-
-
-def _share(name: str, right: list[bool]) -> TaskMetric:
-    """A share with its standard error, sqrt(p (1 - p) / (n - 1))."""
-    share = sum(right) / len(right)
-    error = math.sqrt(share * (1 - share) / (len(right) - 1)) if len(right) > 1 else None
-    return TaskMetric(name, share, error, higher_is_better=True, right="".join("01"[one] for one in right))
 
 
 def _number(text: str) -> tuple[str, Decimal]:
@@ -459,7 +428,8 @@ def _load_all(settings: TaskSettings, cache: Path) -> tuple[Any, dict[str, tuple
             tasks += _load(manager, config, str(file))["tasks"].values()
         for name in names:
             tasks += _load(manager, name, name)["tasks"].values()
-        loaded = _all_in_one(manager, tasks)
+        _check_names([task.config.task for task in tasks])
+        loaded = manager.load(tasks)
         for name, task in loaded["tasks"].items():
             _prepare(name, task, settings)
     return loaded, origins
@@ -527,7 +497,9 @@ def tasks_sha256(name: str, data: Path | None) -> str:
         InputError: A file that is no task, or whose data is missing.
     """
     if is_chat_file(name):
-        return _chat_file_sha256(Path(name))
+        if not Path(name).is_file():
+            raise InputError("no such file of chats", field="tasks", value=name)
+        return sha256_file(Path(name))
     files = _task_files(name)
     if not files:
         return ""
@@ -538,12 +510,6 @@ def tasks_sha256(name: str, data: Path | None) -> str:
     digests = [_read_task_file(file, data, Path(), functions=False)[1] for file in files]
     digests += map(sha256_file, sorted(beside))
     return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def _chat_file_sha256(path: Path) -> str:
-    if not path.is_file():
-        raise InputError("no such file of chats", field="tasks", value=str(path))
-    return sha256_file(path)
 
 
 def _read_task_file(
@@ -598,11 +564,6 @@ def _load(manager: Any, spec: Any, what: str) -> Any:
         raise InputError(f"task {what} cannot be loaded: missing {error}") from error
     except Exception as error:  # data sets, templates and task code raise whatever they like
         raise InputError(f"task {what} cannot be loaded: {type(error).__name__}: {error}") from error
-
-
-def _all_in_one(manager: Any, tasks: Sequence[Any]) -> Any:
-    _check_names([task.config.task for task in tasks])
-    return manager.load(list(tasks))
 
 
 def _check_names(names: Sequence[str]) -> None:
