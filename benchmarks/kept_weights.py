@@ -19,7 +19,7 @@ from pathlib import Path
 from taken import run_phoneready
 
 from cfsp.files import write_json
-from cfsp.models.keeping import VARIABLE
+from cfsp.models.offload import VARIABLE
 from cfsp.models.weights import safetensors_files, sha256_files
 from cfsp.units import format_bytes
 from runtime_bench.presentation.table import Column, Table

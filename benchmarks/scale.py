@@ -26,7 +26,7 @@ from taken import Taken, run_phoneready
 
 from cfsp.files import write_json
 from cfsp.models.folder_format import save_tokenizer
-from cfsp.models.keeping import VARIABLE
+from cfsp.models.offload import VARIABLE
 from cfsp.models.reference import load_tokenizer
 from cfsp.models.weights import INDEX_FILE
 from cfsp.units import format_bytes

@@ -31,7 +31,7 @@ from cfsp.models.folds import is_folded
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.gguf_model import config_from_gguf, keeping_of_gguf
 from cfsp.models.hf_folder import keeping_of_folder
-from cfsp.models.keeping import AUTO, NARROW, WHOLE, Keeping
+from cfsp.models.offload import AUTO, NARROW, WHOLE, Keeping
 from cfsp.models.text_part import config_from_settings, text_names
 from cfsp.models.weights import OUTPUT_MATRIX, safetensors_files, uniform_dtype
 from cfsp.precision import products_in

@@ -15,7 +15,7 @@ import torch
 PRODUCTS = ("auto", "float32", "bfloat16")
 """Names of what goes into products."""
 DTYPES = (*PRODUCTS, "float16")
-"""Names of what weights are kept in (`cfsp.models.keeping`); as one of products float16 is float32.
+"""Names of what weights are kept in (`cfsp.models.offload`); as one of products float16 is float32.
 
 Nothing is multiplied in float16: some models' hidden states are too large for it, and most processors are slow at it.
 """

@@ -15,7 +15,7 @@ import torch
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, refuse_existing, sha256_file
 from cfsp.models.checkpoint import load_pruned
-from cfsp.models.keeping import NARROW, keeping_of_files
+from cfsp.models.offload import NARROW, keeping_of_files
 from cfsp.models.reference import load_tokenizer
 from cfsp.models.weights import safetensors_files, uniform_dtype
 from cfsp.progress import Progress
@@ -132,7 +132,7 @@ def settled(checkpoint: Path, settings: ExportOptions) -> ExportOptions:
 
 
 def has_dtype(checkpoint: Path, dtype: str) -> bool:
-    """Whether all weights of a checkpoint are of a dtype, a name in `cfsp.models.keeping.NARROW`."""
+    """Whether all weights of a checkpoint are of a dtype, a name in `cfsp.models.offload.NARROW`."""
     return NARROW[dtype] == uniform_dtype(safetensors_files(checkpoint))
 
 

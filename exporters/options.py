@@ -12,7 +12,7 @@ from exporters.export_record import ExportFormat, ParityLimits
 if TYPE_CHECKING:
     import torch  # not in the memory of a process that runs a file alone
 
-    from cfsp.models.keeping import Keeping
+    from cfsp.models.offload import Keeping
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ExportOptions:
     @property
     def keeping(self) -> Keeping:
         """How weights are kept."""
-        from cfsp.models.keeping import NARROW, WHOLE, Keeping
+        from cfsp.models.offload import NARROW, WHOLE, Keeping
 
         return Keeping(NARROW.get(self.dtype, WHOLE.dtype), self.by_blocks)
 

@@ -19,7 +19,7 @@ import torch
 from cfsp.errors import LimitError
 from cfsp.models.architectures import decoder_layers, last_norm, norm_epsilon, spec_for
 from cfsp.models.block_pass import enter_blocks, run_layer
-from cfsp.models.paging import at_hand
+from cfsp.models.offload import at_hand
 from cfsp.progress import Progress, no_progress
 from cfsp.text.tokens import TokenWindows
 from exporters.export_record import BlockProof

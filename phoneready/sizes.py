@@ -17,7 +17,7 @@ import torch
 from cfsp.models.architectures import block_linears, model_shape
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.gguf_file import looked_up_alone
-from cfsp.models.paging import copied
+from cfsp.models.offload import copied
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.pruning.axes.removal import Removal

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from cfsp.errors import LimitError
 from cfsp.evaluation.language_model import Branches, LanguageModel
 from cfsp.evaluation.torch_model import BlocksAhead, bare_model, next_token_logits
-from cfsp.models.paging import is_paged
+from cfsp.models.offload import is_paged
 from cfsp.progress import Progress, no_progress
 from cfsp.text.tokens import TokenWindows, decode, encode, start_token
 

@@ -30,8 +30,7 @@ from cfsp.models.config_file import (
     shape_from_config,
 )
 from cfsp.models.folder_format import copy_notices, portable_config, save_tokenizer
-from cfsp.models.keeping import NARROW, WHOLE, Keeping
-from cfsp.models.paging import held_model, let_go, paged_model
+from cfsp.models.offload import NARROW, WHOLE, Keeping, held_model, let_go, offloaded_model
 from cfsp.models.rounded_numbers import RoundedNumbers
 from cfsp.models.shape import ModelShape, require_supported
 from cfsp.models.source import LoadedModel, ModelSource
@@ -154,7 +153,7 @@ def load_pruned(directory: Path, dtype: torch.dtype | None = None, *, by_blocks:
     Args:
         directory: A folder written by `save_checkpoint`, or by `save_pretrained` of a model loaded from one.
         dtype: Cast the weights to it; None keeps what is stored.
-        by_blocks: Whether its weights, of one dtype, stay in their files; see `cfsp.models.paging`.
+        by_blocks: Whether its weights, of one dtype, stay in their files; see `cfsp.models.offload`.
 
     Raises:
         InputError: Not a checkpoint, damaged, or its shape, plan and weights disagree.
@@ -162,7 +161,7 @@ def load_pruned(directory: Path, dtype: torch.dtype | None = None, *, by_blocks:
     config, cls = _read_config(directory)
     files = safetensors_files(directory)
     if by_blocks:
-        model = paged_model(config, files, where=str(directory), cls=cls)
+        model = offloaded_model(config, files, where=str(directory), cls=cls)
     else:
         model = _in_memory(config, cls, files, dtype, str(directory))
     model.config.__dict__.pop("auto_map", None)

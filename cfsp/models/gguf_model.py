@@ -38,8 +38,7 @@ from cfsp.models.gguf_file import (
     is_drafting,
     tensor_names,
 )
-from cfsp.models.keeping import AUTO, Keeping, keeping_of
-from cfsp.models.paging import paged_copy
+from cfsp.models.offload import AUTO, Keeping, keeping_of, offloaded_copy
 from cfsp.models.rope import split_pairs
 from cfsp.models.weights import check_memory, model_class, model_from_weights
 from cfsp.progress import Progress, no_progress
@@ -233,7 +232,7 @@ def model_from_gguf(
     Args:
         file: The file.
         dtype: The weights are cast to it.
-        by_blocks: Whether its weights stay in files, as float32; see `cfsp.models.paging`.
+        by_blocks: Whether its weights stay in files, as float32; see `cfsp.models.offload`.
         progress: Told after each tensor.
 
     Raises:
@@ -242,7 +241,9 @@ def model_from_gguf(
     config, where = config_from_gguf(file), str(file.path)
     n_weights = _weight_count(file, config)
     if by_blocks:
-        model = paged_copy(config, _weights(file, config, torch.float32, progress), n_weights, where=where)
+        model = offloaded_copy(
+            config, _weights(file, config, torch.float32, progress), n_weights, where=where
+        )
     else:
         check_memory(n_weights, dtype, where)
         weights = dict(_weights(file, config, dtype, progress))

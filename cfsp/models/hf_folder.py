@@ -26,8 +26,7 @@ from cfsp.models.config_file import (
     read_model_config,
 )
 from cfsp.models.folds import fold_of, folded, is_folded
-from cfsp.models.keeping import AUTO, NARROW, WHOLE, Keeping, keeping_of_files
-from cfsp.models.paging import paged_model
+from cfsp.models.offload import AUTO, NARROW, WHOLE, Keeping, keeping_of_files, offloaded_model
 from cfsp.models.source import ModelSource
 from cfsp.models.text_part import is_text_part, load_text_part
 from cfsp.models.weights import (
@@ -55,7 +54,7 @@ def load_folder(
         folder: With config.json and safetensors.
         dtype: The weights are cast to it.
         trust_remote_code: Let transformers run code that the folder brings along.
-        by_blocks: Whether its weights stay in its files; see `cfsp.models.paging`.
+        by_blocks: Whether its weights stay in its files; see `cfsp.models.offload`.
 
     Raises:
         InputError: The folder is incomplete, damaged, of an unsupported kind, or holds pickled weights only.
@@ -74,7 +73,7 @@ def load_folder(
             folder, local_files_only=True, trust_remote_code=False
         )
     if by_blocks:
-        model = paged_model(config, files, where=str(folder))
+        model = offloaded_model(config, files, where=str(folder))
         model.generation_config = read_generation_config(folder) or model.generation_config
         return model
     n_stored = weight_count(files, tied=tied)

@@ -29,8 +29,7 @@ from cfsp.models.gguf_model import keeping_of_gguf, model_from_gguf, tying_note
 from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
 from cfsp.models.hf_folder import folder_source, keeping_of_folder, load_folder, load_folder_tokenizer
 from cfsp.models.hub import fetch_hub_model, hub_reference
-from cfsp.models.keeping import AUTO, NARROW, WHOLE, Keeping
-from cfsp.models.paging import held_model, let_go
+from cfsp.models.offload import AUTO, NARROW, WHOLE, Keeping, held_model, let_go
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.weights import cast_weights, check_finite, safetensors_files, uniform_dtype
 from cfsp.progress import Progress, no_progress
@@ -56,7 +55,7 @@ def load_model(
         trust_remote_code: Let transformers run code that a folder or hub model brings along.
         device: Where the model is put.
         may_stream: Whether weights that take too much memory may stay in files, or in 16 bits that they have; see
-            `cfsp.models.keeping`.
+            `cfsp.models.offload`.
         progress: Told about downloads and loading.
 
     Raises:

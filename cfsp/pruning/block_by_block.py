@@ -37,7 +37,7 @@ from cfsp.models.architectures import (
     spec_for,
 )
 from cfsp.models.block_pass import Calls, StoredStates, enter_blocks, run_layer, run_windows
-from cfsp.models.paging import at_hand
+from cfsp.models.offload import at_hand
 from cfsp.precision import products_in
 from cfsp.processes import mine, number_summed, summed
 from cfsp.progress import Progress, no_progress

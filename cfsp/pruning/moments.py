@@ -11,7 +11,7 @@ import torch
 from cfsp.devices import exact
 from cfsp.models.architectures import block_linears, decoder_layers
 from cfsp.models.block_pass import enter_blocks, run_windows
-from cfsp.models.paging import at_hand
+from cfsp.models.offload import at_hand
 from cfsp.processes import mine, number_summed, summed
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.streaming import input_hook

@@ -11,7 +11,7 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, model_shape, spec_for
-from cfsp.models.paging import at_hand, check_scratch
+from cfsp.models.offload import at_hand, check_scratch
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in

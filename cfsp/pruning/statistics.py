@@ -23,8 +23,7 @@ from cfsp.devices import CPU, exact_sum, exact_zeros
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, feed_forward
 from cfsp.models.block_pass import Calls, StoredStates, enter_blocks, run_layer
-from cfsp.models.homes import may_keep_states
-from cfsp.models.paging import at_hand
+from cfsp.models.offload import at_hand, may_keep_states
 from cfsp.processes import mine, number_summed, summed
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.moments import sums_of_squares

@@ -14,7 +14,7 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import model_shape, output_logits
-from cfsp.models.paging import copied
+from cfsp.models.offload import copied
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in

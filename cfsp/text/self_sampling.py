@@ -32,7 +32,7 @@ from cfsp.files import atomic_file
 from cfsp.memory import require_memory
 from cfsp.models.architectures import spec_for
 from cfsp.models.builtin import cache_directory
-from cfsp.models.paging import computing_dtype, is_paged, let_go
+from cfsp.models.offload import computing_dtype, is_paged, let_go
 from cfsp.models.source import LoadedModel
 from cfsp.models.weights import sha256_tensors
 from cfsp.precision import fast_dtype

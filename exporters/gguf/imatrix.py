@@ -14,7 +14,7 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.models.checkpoint import is_pruned_checkpoint, load_input_moments, open_pruned
-from cfsp.models.keeping import WHOLE, Keeping
+from cfsp.models.offload import WHOLE, Keeping
 from cfsp.pruning.moments import collect_input_moments
 from exporters.gguf.architecture import read_layout
 from exporters.gguf.quants import Quant

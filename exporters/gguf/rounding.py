@@ -21,7 +21,7 @@ from torch import nn
 
 from cfsp.models.checkpoint import open_pruned
 from cfsp.models.gguf_file import GGUFTensor, read_gguf
-from cfsp.models.keeping import WHOLE, Keeping
+from cfsp.models.offload import WHOLE, Keeping
 from cfsp.progress import Progress, no_progress
 from exporters.gguf.architecture import read_layout
 from exporters.gguf.fallbacks import block_of

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cfsp.errors import LimitError
-from cfsp.models.paging import is_paged
+from cfsp.models.offload import is_paged
 from exporters.chats import ReadChats
 from exporters.export_record import ExportRecord
 from exporters.job import UNTRAINED

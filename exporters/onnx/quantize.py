@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cfsp.models.architectures import block_linears, decoder_layers
-from cfsp.models.paging import at_hand
+from cfsp.models.offload import at_hand
 from cfsp.progress import Progress, no_progress
 from exporters.onnx.block_quantize import Rounded, gptq, joined, refine, round_to_nearest
 from exporters.onnx.layers import (

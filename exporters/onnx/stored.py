@@ -15,7 +15,7 @@ import torch
 
 from cfsp.errors import LimitError
 from cfsp.models.architectures import spec_for
-from cfsp.models.paging import at_hand
+from cfsp.models.offload import at_hand
 from exporters.matrices import FloatArray, check_matrix
 from exporters.onnx.block_quantize import Rounded, round_to_nearest
 from exporters.onnx.int8_rows import Int8Rows, round_rows

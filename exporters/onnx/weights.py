@@ -27,7 +27,7 @@ from cfsp.models.architectures import (
     spec_for,
     windows_of_blocks,
 )
-from cfsp.models.paging import at_hand
+from cfsp.models.offload import at_hand
 from cfsp.models.rope import steady_context
 from exporters.checkpoint_reader import ACTIVATIONS, rope_of
 from exporters.onnx.causal_convolution import Kernels

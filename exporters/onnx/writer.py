@@ -13,7 +13,7 @@ import torch
 from cfsp.devices import moved
 from cfsp.errors import InputError
 from cfsp.models.architectures import spec_for
-from cfsp.models.paging import is_paged
+from cfsp.models.offload import is_paged
 from cfsp.models.rounded_numbers import RoundedNumbers, read_rounded
 from exporters.job import load_checkpoint
 from exporters.onnx.graph_file import save_graph, size_of, stored_size

@@ -26,8 +26,7 @@ from cfsp.devices import exact, exact_sum
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, output_logits, state_size, token_tables
 from cfsp.models.block_pass import StoredStates, enter_blocks, leave_blocks, run_layer, run_windows
-from cfsp.models.homes import require_scratch
-from cfsp.models.paging import at_hand, is_paged
+from cfsp.models.offload import at_hand, is_paged, require_scratch
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.streaming import gradient_hook
 

@@ -14,7 +14,7 @@ from cfsp.devices import CPU
 from cfsp.errors import InputError
 from cfsp.forecast import LONG_S, Extent, ProductsAs, Work, foresee, read_extent, require_room
 from cfsp.models.builtin import BUILTIN_MODELS
-from cfsp.models.keeping import AUTO, WHOLE
+from cfsp.models.offload import AUTO, WHOLE
 from cfsp.models.reference import find_model
 from cfsp.progress import Progress, no_progress
 from cfsp.text.settings import SELF

@@ -14,8 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from cfsp.forecast import Extent, ProductsAs, Work
-from cfsp.models.homes import may_keep_states, scratch_bytes
-from cfsp.models.keeping import WHOLE
+from cfsp.models.offload import WHOLE, may_keep_states, scratch_bytes
 from cfsp.precision import products_in, trained_products
 from cfsp.pruning.axes.spelling import BEGINNINGS, PREFIXES, RUN_TOKENS
 from cfsp.pruning.moments import MOMENT_WINDOWS

@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 from collections.abc import Collection, Iterable, Mapping
 
-from cfsp.models.keeping import AUTO
+from cfsp.models.offload import AUTO
 from cfsp.recovery.settings import reads_teacher
 from cfsp.settings import declared, pick
 from exporters.families import find_format, makes_gguf

@@ -13,7 +13,7 @@ import torch
 from cfsp.devices import find_device
 from cfsp.models.architectures import model_shape
 from cfsp.models.checkpoint import save_checkpoint
-from cfsp.models.paging import copied
+from cfsp.models.offload import copied
 from cfsp.models.reference import load_model
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel

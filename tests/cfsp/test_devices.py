@@ -21,7 +21,7 @@ from cfsp.evaluation.language_model import Branches
 from cfsp.evaluation.perplexity import perplexity
 from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.checkpoint import open_pruned, save_checkpoint
-from cfsp.models.keeping import Keeping
+from cfsp.models.offload import Keeping
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel
 from cfsp.pruning.budget import Budget

@@ -15,8 +15,7 @@ from cfsp.errors import InputError
 from cfsp.forecast import Extent, Work, foresee, product_speed, read_extent, require_room
 from cfsp.models.architectures import state_size
 from cfsp.models.checkpoint import save_checkpoint
-from cfsp.models.keeping import VARIABLE, WHOLE
-from cfsp.models.paging import is_paged
+from cfsp.models.offload import VARIABLE, WHOLE, is_paged
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
 

@@ -16,8 +16,7 @@ from torch import nn
 from cfsp.errors import InputError
 from cfsp.models.architectures import ARCHITECTURES, decoder_layers
 from cfsp.models.checkpoint import INFO_FILE, PLAN_FILE, load_pruned, save_checkpoint
-from cfsp.models.keeping import NARROW, VARIABLE, WHOLE, Keeping, keeping_of
-from cfsp.models.paging import held_model, is_paged
+from cfsp.models.offload import NARROW, VARIABLE, WHOLE, Keeping, held_model, is_paged, keeping_of
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel
 from cfsp.models.weights import cast_weights, safetensors_files, uniform_dtype, weight_count
@@ -66,16 +65,16 @@ def test_the_first_way_with_room_is_taken(
     expected: Keeping,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("cfsp.models.keeping.free_memory", lambda: free)
+    monkeypatch.setattr("cfsp.models.offload.free_memory", lambda: free)
     assert keeping_of(1000, stored, asked) == expected
 
 
 def test_the_environment_goes_before_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cfsp.models.keeping.free_memory", lambda: 0)
+    monkeypatch.setattr("cfsp.models.offload.free_memory", lambda: 0)
     monkeypatch.setenv(VARIABLE, "never")
     assert keeping_of(1000, BF16) == WHOLE
     assert keeping_of(1000, BF16, "bfloat16") == Keeping(BF16)
-    monkeypatch.setattr("cfsp.models.keeping.free_memory", lambda: 2**60)
+    monkeypatch.setattr("cfsp.models.offload.free_memory", lambda: 2**60)
     monkeypatch.setenv(VARIABLE, "always")
     assert keeping_of(1000, BF16) == Keeping(BF16, in_files=True)
 
@@ -137,7 +136,7 @@ def test_numbers_beyond_float16_are_refused_in_a_line(
     assert main([*command, "--dtype", "bfloat16"]) == 0
 
 
-@pytest.mark.parametrize("how", [{"vocabulary": 300}, {"score": "obs_loss", "allocation": "loss"}])
+@pytest.mark.parametrize("how", [{"vocabulary": 300}])
 def test_a_model_of_16_bits_is_pruned_where_it_is(how: dict[str, Any], tiny_loaded: TinyLoaded) -> None:
     def pruned(loaded: LoadedModel) -> Any:
         asked = PruneSettings(prune_ratio=0.25, align=8, **how)
@@ -247,7 +246,7 @@ def test_an_export_of_16_bits_is_by_blocks_where_float32_takes_too_much(
     n_weights = weight_count(safetensors_files(tmp_path / "saved"), tied=False)
     by_blocks, hashes = [], set()
     for free in (6 * n_weights, 2**60):
-        monkeypatch.setattr("cfsp.models.keeping.free_memory", lambda free=free: free)
+        monkeypatch.setattr("cfsp.models.offload.free_memory", lambda free=free: free)
         command = ["export", str(tmp_path / "saved"), "-o", str(tmp_path / str(free)), "--gguf", "Q8_0"]
         capsys.readouterr()
         assert main([*command, "--dtype", "bfloat16", "--json"]) == 0

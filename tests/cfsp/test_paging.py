@@ -18,8 +18,7 @@ from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.architectures import ARCHITECTURES, decoder_layers, token_tables
 from cfsp.models.block_pass import last_hidden_states
 from cfsp.models.checkpoint import load_pruned, save_checkpoint
-from cfsp.models.keeping import NARROW, VARIABLE, stay_in_files
-from cfsp.models.paging import at_hand, copied, emptied, is_paged
+from cfsp.models.offload import NARROW, VARIABLE, at_hand, copied, is_paged
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.prune import prune_model
@@ -157,41 +156,6 @@ def test_one_block_is_in_memory_at_a_time(
         model(torch.arange(20)[None])
     assert seen == [1] * (3 * len(decoder_layers(model)))
     assert in_memory(model) == 0
-
-
-def test_weights_that_are_taken_away_are_brought_to_the_parameters_that_are_there(
-    folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, model = (load(folder(), stream, monkeypatch).model for stream in ("never", "always"))
-    bring = emptied(model)
-    assert not is_paged(model)
-    assert all(parameter.untyped_storage().nbytes() == 4 for parameter in model.parameters())
-    there = dict(model.named_parameters())
-    first, *others = decoder_layers(model)
-    bring(first)
-    assert [p.untyped_storage().nbytes() > 4 for p in others[0].parameters()] == [False] * 9
-    bring(model)
-    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    for name, parameter in whole.named_parameters():
-        assert model.get_parameter(name) is there[name]
-        assert torch.equal(there[name], parameter.float())
-    ids = torch.arange(20)[None]
-    assert torch.equal(model(ids).logits, whole(ids).logits)
-    bring = emptied(whole)
-    bring(whole)
-    assert torch.equal(model(ids).logits, whole(ids).logits)
-
-
-def test_models_are_read_block_by_block_where_they_are_to_stay_in_files(
-    folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = folder()
-    for asked, paged in (("auto", True), ("never", False)):
-        monkeypatch.setenv(VARIABLE, asked)
-        with stay_in_files():
-            assert is_paged(load_model(path, may_stream=True).model) == paged
-    monkeypatch.setenv(VARIABLE, "auto")
-    assert not is_paged(load_model(path, may_stream=True).model)
 
 
 @pytest.mark.parametrize("how", PUT_AWAY)

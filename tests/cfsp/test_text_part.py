@@ -14,7 +14,7 @@ import transformers
 
 from cfsp.errors import InputError
 from cfsp.models.checkpoint import load_pruned
-from cfsp.models.keeping import VARIABLE
+from cfsp.models.offload import VARIABLE
 from cfsp.models.reference import load_model
 from cfsp.models.weights import cast_weights
 from phoneready.main import main

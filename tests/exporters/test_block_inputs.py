@@ -19,7 +19,7 @@ from cfsp.models.architectures import FULL, WINDOWED, decoder_layers, model_shap
 from cfsp.models.block_pass import enter_blocks, last_hidden_states, run_layer
 from cfsp.models.checkpoint import load_pruned
 from cfsp.models.gguf_file import read_gguf
-from cfsp.models.keeping import VARIABLE
+from cfsp.models.offload import VARIABLE
 from cfsp.models.reference import load_model
 from cfsp.pruning.axes.vocabulary import cut_rows
 from cfsp.pruning.parameters import count_parameters

@@ -13,8 +13,7 @@ import torch
 from far_device import far_device, send
 
 from cfsp.errors import InputError
-from cfsp.models.keeping import VARIABLE
-from cfsp.models.paging import is_paged
+from cfsp.models.offload import VARIABLE, is_paged
 from cfsp.models.source import LoadedModel
 from cfsp.text import self_sampling
 from cfsp.text.choosing import drawn_tokens

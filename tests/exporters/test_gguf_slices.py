@@ -13,7 +13,7 @@ import torch
 from cfsp.errors import LimitError
 from cfsp.models.checkpoint import load_pruned, save_checkpoint
 from cfsp.models.gguf_file import read_gguf
-from cfsp.models.keeping import VARIABLE, WHOLE, Keeping, keeping_of_files
+from cfsp.models.offload import VARIABLE, WHOLE, Keeping, keeping_of_files
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.text.tokens import TokenWindows
 from exporters.export_record import BlockProof, ExportRecord

@@ -12,7 +12,7 @@ import torch
 
 from cfsp.errors import LimitError
 from cfsp.models.checkpoint import save_checkpoint
-from cfsp.models.keeping import VARIABLE
+from cfsp.models.offload import VARIABLE
 from cfsp.models.source import LoadedModel, ModelSource
 from exporters.export_record import ExportRecord, ParityLimits
 from exporters.job import UNTRAINED

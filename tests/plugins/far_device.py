@@ -69,6 +69,15 @@ class FarTensor(torch.Tensor):
     def __index__(self) -> int:
         return self.near.__index__()
 
+    @property
+    def data(self) -> Any:  # a device's own tensors take their numbers along
+        return self.detach()
+
+    @data.setter
+    def data(self, tensor: Any) -> None:
+        torch.Tensor.data.__set__(self, tensor)  # type: ignore[attr-defined]
+        self.near = tensor.near
+
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(function, args, kwargs or {})
