@@ -23,9 +23,7 @@ from cfsp.models.shape import BlockShape, ModelShape
 from cfsp.models.text_part import config_from_settings
 from cfsp.models.token_trees import token_trees
 from cfsp.models.weights import model_class
-from cfsp.pruning.axes.attention import attentions_stay
-from cfsp.pruning.axes.blocks import blocks_stay
-from cfsp.pruning.axes.kv_groups import groups_stay
+from cfsp.pruning.axes.parts import attentions_stay, blocks_stay, groups_stay
 from cfsp.text.conversations import CONVERSATIONS, rendered, shows_tools, turn_end
 from exporters.checkpoint_reader import ModelConfig, open_tensors, read_config
 from exporters.gguf.architecture import ChosenLayout, choose_layout

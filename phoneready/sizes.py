@@ -20,7 +20,7 @@ from cfsp.models.gguf_file import looked_up_alone
 from cfsp.models.offload import copied
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
-from cfsp.pruning.axes.removal import Removal
+from cfsp.pruning.axes.parts import Removal
 from cfsp.pruning.budget import Cost
 from cfsp.pruning.outline import cut_to_shape, outline
 from cfsp.pruning.plan import BlockPlan, PruningPlan, ScoreSummary

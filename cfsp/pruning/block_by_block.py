@@ -41,15 +41,19 @@ from cfsp.models.offload import at_hand
 from cfsp.precision import products_in
 from cfsp.processes import mine, number_summed, summed
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.axes.attention import remove_attention
-from cfsp.pruning.axes.blocks import remove_blocks
-from cfsp.pruning.axes.kv_groups import group_channels
-from cfsp.pruning.axes.removal import attention_left_out
+from cfsp.pruning.axes.parts import attention_left_out
 from cfsp.pruning.plan import PruningPlan, check_plan_fits
 from cfsp.pruning.reconstruction import solve_change
 from cfsp.pruning.statistics import BlockStatistics
 from cfsp.pruning.streaming import GramSum, input_hook, output_hook
-from cfsp.pruning.surgery import cut_channels, cut_groups, set_config_shape
+from cfsp.pruning.surgery import (
+    cut_channels,
+    cut_groups,
+    group_channels,
+    remove_attention,
+    remove_blocks,
+    set_config_shape,
+)
 from cfsp.settings import check_settings
 
 _DAMPING = 0.01

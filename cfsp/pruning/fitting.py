@@ -26,9 +26,8 @@ from cfsp.models.architectures import model_shape
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.models.token_trees import trimmed_tokenizer
-from cfsp.pruning.axes.removal import Removal
-from cfsp.pruning.axes.token_order import TokenOrder
-from cfsp.pruning.axes.vocabulary import check_vocabulary, kept_tokens, padding_rows
+from cfsp.pruning.axes.parts import Removal
+from cfsp.pruning.axes.vocabulary import TokenOrder, check_vocabulary, kept_tokens, padding_rows
 from cfsp.pruning.budget import Budget, BudgetShares, ChannelCurve, Choice, Evidence, Levels, unreachable
 from cfsp.pruning.plan import PruningPlan
 from cfsp.pruning.settings import PruneSettings

@@ -10,10 +10,8 @@ from torch import nn
 
 from cfsp.models.architectures import attention_of, decoder_layers, feed_forward, model_shape
 from cfsp.models.shape import ModelShape
-from cfsp.pruning.axes.attention import remove_attention
-from cfsp.pruning.axes.blocks import remove_blocks
 from cfsp.pruning.axes.vocabulary import cut_rows
-from cfsp.pruning.surgery import cut_channels, cut_groups, set_config_shape
+from cfsp.pruning.surgery import cut_channels, cut_groups, remove_attention, remove_blocks, set_config_shape
 
 
 def outline(model: Any) -> Any:

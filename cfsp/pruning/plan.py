@@ -19,9 +19,7 @@ from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import rounding_dtype
 from cfsp.pruning.allocation import allocate_widths
-from cfsp.pruning.axes.attention import removable_attentions
-from cfsp.pruning.axes.kv_groups import GroupRemoval
-from cfsp.pruning.axes.removal import Removal
+from cfsp.pruning.axes.parts import GroupRemoval, Removal, removable_attentions
 from cfsp.pruning.axes.vocabulary import VocabularyPlan
 from cfsp.pruning.budget import BudgetShares
 from cfsp.pruning.scoring import score_channels

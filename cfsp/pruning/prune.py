@@ -16,18 +16,22 @@ from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.axes.attention import (
+from cfsp.pruning.axes.parts import (
+    GroupRemoval,
+    Removal,
     attentions_stay,
     check_attentions,
     plan_attentions,
+    plan_blocks,
+    plan_kv_groups,
     removable_attentions,
+    removable_blocks,
+    removable_count,
 )
-from cfsp.pruning.axes.blocks import plan_blocks, removable_blocks
-from cfsp.pruning.axes.kv_groups import GroupRemoval, plan_kv_groups, removable_count
-from cfsp.pruning.axes.removal import Removal
 from cfsp.pruning.axes.spelling import teach_spellings
-from cfsp.pruning.axes.token_order import Counts, TokenOrder
 from cfsp.pruning.axes.vocabulary import (
+    Counts,
+    TokenOrder,
     VocabularyPlan,
     count_alike,
     cut_vocabulary,
@@ -51,11 +55,11 @@ SPELLING_WINDOWS = 16
 """Windows on which the dense model is looked at before it loses tokens."""
 TOLD_WINDOWS = 8
 """Windows behind what a plan tells of channels that all stay: nothing is decided by it."""
-PROBE_WINDOWS, PROBE_TOKENS = 16, 128
-"""Windows on which the model is tried without a block, an attention or a part of one, and how much of each.
+PROBE_TOKENS = 128
+"""Tokens of every window on which the model is tried without a block, an attention or a part of one.
 
 Of SmolLM2-135M, what one attention costs more than another differs by 0.02 nats from window to window, however many
-tokens or positions of a window are read: as much as the ten cheapest differ.
+tokens or positions of a window are read, so that more windows say more and longer ones do not.
 """
 
 
@@ -273,7 +277,7 @@ def check_removals(model: Any, settings: PruneSettings) -> None:
 
 
 def _probed(calibration: Calibration) -> torch.Tensor:
-    return spread_windows(calibration.input_ids, PROBE_WINDOWS)[:, :PROBE_TOKENS]
+    return calibration.input_ids[:, :PROBE_TOKENS]
 
 
 def counts_of(loaded: LoadedModel, calibration: Calibration, counted: Sequence[str]) -> Counts:

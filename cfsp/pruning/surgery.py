@@ -1,4 +1,4 @@
-"""Cutting FFN channels and key-value groups out of Linear layers, in place."""
+"""Cutting channels, key-value groups, attentions and blocks out of a model, in place."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from cfsp.models.architectures import FeedForward, model_shape, stated_widths, width_settings
-from cfsp.pruning.axes.kv_groups import group_channels
+from cfsp.models.architectures import (
+    FeedForward,
+    model_shape,
+    spec_for,
+    stated_widths,
+    width_settings,
+)
+from cfsp.models.config_file import PER_BLOCK_LISTS
 
 
 def cut_channels(ffn: FeedForward, kept: torch.Tensor, down_weight: torch.Tensor | None = None) -> None:
@@ -43,6 +49,46 @@ def cut_groups(attention: Any, groups: Sequence[int], o_weight: torch.Tensor | N
         _keep_outputs(linear, rows)
 
 
+def group_channels(attention: Any, size: int, groups: Sequence[int]) -> torch.Tensor:
+    """Which of `size` numbers, all groups' after another, are those of some groups: (n,) int64."""
+    count = attention.k_proj.out_features // attention.head_dim
+    every = torch.arange(size, device=attention.k_proj.weight.device)
+    return every.view(count, -1)[list(groups)].flatten()
+
+
+def remove_attention(model: nn.Module, layer: nn.Module) -> None:
+    """Take the attention of one of `model`'s blocks out."""
+    from cfsp.models.remote_code.modeling_pruned import leave_out_attention
+
+    leave_out_attention(layer, spec_for(model.config).attention_norms)
+
+
+def remove_blocks(model: Any, gone: frozenset[int]) -> None:
+    """Take blocks out of the model; its configuration then says how many are left."""
+    if not gone:
+        return
+    decoder, config = model.get_decoder(), model.config
+    stay = [index for index in range(len(decoder.layers)) if index not in gone]
+    decoder.layers = nn.ModuleList([decoder.layers[index] for index in stay])
+    for index, layer in enumerate(decoder.layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+    for key in PER_BLOCK_LISTS:
+        if each := getattr(config, key, None):
+            setattr(config, key, [each[index] for index in stay])
+    config.num_hidden_layers = len(stay)
+
+
+def set_config_shape(model: Any) -> None:
+    """Record widths in the model's config that it can state; blocks that differ are the checkpoint's to describe."""
+    settings, widths = model.config.to_dict(), model_shape(model).ffn_widths
+    stated = width_settings(settings, widths) if widths else {}
+    if stated_widths(settings | stated) == widths:
+        for key, value in stated.items():
+            setattr(model.config, key, value)
+
+
 def _keep_outputs(linear: nn.Linear, kept: torch.Tensor) -> None:
     linear.weight = _parameter(linear.weight, linear.weight[kept])
     if linear.bias is not None:
@@ -54,15 +100,6 @@ def _keep_inputs(linear: nn.Linear, kept: torch.Tensor, weight: torch.Tensor | N
     columns = linear.weight[:, kept] if weight is None else weight
     linear.weight = _parameter(linear.weight, columns)
     linear.in_features = len(kept)
-
-
-def set_config_shape(model: Any) -> None:
-    """Record widths in the model's config that it can state; blocks that differ are the checkpoint's to describe."""
-    settings, widths = model.config.to_dict(), model_shape(model).ffn_widths
-    stated = width_settings(settings, widths) if widths else {}
-    if stated_widths(settings | stated) == widths:
-        for key, value in stated.items():
-            setattr(model.config, key, value)
 
 
 def _parameter(old: torch.Tensor, values: torch.Tensor) -> nn.Parameter:

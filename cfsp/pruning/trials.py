@@ -20,10 +20,18 @@ from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.processes import mine, number_summed
 from cfsp.progress import Progress
-from cfsp.pruning.axes.attention import removable_attentions
-from cfsp.pruning.axes.blocks import candidate_blocks
-from cfsp.pruning.axes.kv_groups import group_left_out, groups_of_share, kept_groups, removable_groups
-from cfsp.pruning.axes.removal import Probe, Removal, attention_left_out, block_left_out
+from cfsp.pruning.axes.parts import (
+    Probe,
+    Removal,
+    attention_left_out,
+    block_left_out,
+    candidate_blocks,
+    group_left_out,
+    groups_of_share,
+    kept_groups,
+    removable_attentions,
+    removable_groups,
+)
 from cfsp.pruning.block_by_block import apply_plan
 from cfsp.pruning.budget import ChannelCurve
 from cfsp.pruning.plan import PruningPlan, make_plan

@@ -38,7 +38,7 @@ from phoneready.settings.target import AIMED, AXIS_SETTINGS
 if TYPE_CHECKING:
     from cfsp.models.source import LoadedModel
     from cfsp.progress import Progress
-    from cfsp.pruning.axes.removal import Removal
+    from cfsp.pruning.axes.parts import Removal
     from cfsp.pruning.plan import PruningPlan
     from cfsp.pruning.prune import Planned, PruneResult
     from cfsp.pruning.settings import PruneSettings

@@ -18,7 +18,7 @@ from cfsp.models.offload import WHOLE, may_keep_states, scratch_bytes
 from cfsp.precision import products_in, trained_products
 from cfsp.pruning.axes.spelling import BEGINNINGS, PREFIXES, RUN_TOKENS
 from cfsp.pruning.moments import MOMENT_WINDOWS
-from cfsp.pruning.prune import PROBE_TOKENS, PROBE_WINDOWS, SPELLING_WINDOWS, TOLD_WINDOWS
+from cfsp.pruning.prune import PROBE_TOKENS, SPELLING_WINDOWS, TOLD_WINDOWS
 from cfsp.pruning.settings import PruneSettings
 from cfsp.recovery.settings import (
     Training,
@@ -460,7 +460,7 @@ def _spelled(extent: Extent, settings: PruneSettings, text: Windows) -> list[Wor
 def _removals(extent: Extent, settings: PruneSettings, text: Windows) -> list[Work]:
     """Trials without a block, an attention, or a part of one."""
     trials = len(extent.blocks) * sum(map(bool, (settings.blocks, settings.attentions, settings.kv_groups)))
-    probes = replace(text.most(PROBE_WINDOWS), seqlen=min(PROBE_TOKENS, text.seqlen))
+    probes = replace(text, seqlen=min(PROBE_TOKENS, text.seqlen))
     tried = _passed(extent, probes).then(_headed(extent, probes, _COMPARED_LOGIT))
     return [tried.times(trials)] if trials else []
 

@@ -19,8 +19,7 @@ from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.axes.token_order import Counts, TokenOrder
-from cfsp.pruning.axes.vocabulary import VocabularyPlan, plan_vocabulary, token_order
+from cfsp.pruning.axes.vocabulary import Counts, TokenOrder, VocabularyPlan, plan_vocabulary, token_order
 from cfsp.pruning.block_by_block import apply_plan
 from cfsp.pruning.moments import collect_input_moments, moment_windows, spread_windows
 from cfsp.pruning.plan import PruningPlan, make_plan

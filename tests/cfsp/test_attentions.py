@@ -15,7 +15,7 @@ from cfsp.errors import InputError
 from cfsp.models.architectures import ARCHITECTURES, decoder_layers, model_shape, spec_for
 from cfsp.models.checkpoint import load_pruned, read_checkpoint_info, save_checkpoint
 from cfsp.models.source import LoadedModel
-from cfsp.pruning.axes.attention import attentions_stay, removable_attentions
+from cfsp.pruning.axes.parts import attentions_stay, removable_attentions
 from cfsp.pruning.block_by_block import apply_plan
 from cfsp.pruning.prune import PruneResult, prune_model
 from cfsp.pruning.settings import PruneSettings

@@ -15,7 +15,7 @@ from cfsp.errors import InputError
 from cfsp.models.architectures import ARCHITECTURES, decoder_layers, model_shape
 from cfsp.models.checkpoint import load_pruned, read_checkpoint_info, save_checkpoint
 from cfsp.models.source import LoadedModel, ModelSource
-from cfsp.pruning.axes.blocks import blocks_stay, candidate_blocks, plan_blocks
+from cfsp.pruning.axes.parts import blocks_stay, candidate_blocks, plan_blocks
 from cfsp.pruning.block_by_block import apply_plan
 from cfsp.pruning.plan import PruningPlan
 from cfsp.pruning.prune import PruneResult, plan_model, prune_model

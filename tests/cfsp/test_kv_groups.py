@@ -15,7 +15,7 @@ from cfsp.errors import InputError
 from cfsp.models.architectures import ARCHITECTURES, decoder_layers, model_shape
 from cfsp.models.checkpoint import load_pruned, read_checkpoint_info, save_checkpoint
 from cfsp.models.source import LoadedModel
-from cfsp.pruning.axes.kv_groups import GroupRemoval, groups_stay
+from cfsp.pruning.axes.parts import GroupRemoval, groups_stay
 from cfsp.pruning.block_by_block import apply_plan
 from cfsp.pruning.plan import PruningPlan
 from cfsp.pruning.prune import PruneResult, prune_model

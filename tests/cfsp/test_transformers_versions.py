@@ -24,8 +24,7 @@ from cfsp.models.checkpoint import load_pruned, save_checkpoint
 from cfsp.models.reference import load_model
 from cfsp.models.rope import partial_rope
 from cfsp.models.source import LoadedModel, ModelSource
-from cfsp.pruning.axes.attention import remove_attention
-from cfsp.pruning.surgery import cut_channels, cut_groups
+from cfsp.pruning.surgery import cut_channels, cut_groups, remove_attention
 
 pytestmark = pytest.mark.slow
 

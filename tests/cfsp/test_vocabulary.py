@@ -26,14 +26,14 @@ from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.token_trees import TokenTrees, token_trees
 from cfsp.pruning.axes.spelling import teach_spellings
-from cfsp.pruning.axes.token_kinds import script_of
-from cfsp.pruning.axes.token_order import expected_counts
 from cfsp.pruning.axes.vocabulary import (
     VocabularyPlan,
     count_alike,
     count_tokens,
     cut_vocabulary,
+    expected_counts,
     plan_vocabulary,
+    script_of,
 )
 from cfsp.pruning.prune import prune_model
 from cfsp.pruning.settings import PruneSettings

@@ -13,10 +13,8 @@ from typing import Any
 import pytest
 
 from cfsp.errors import InputError
-from cfsp.pruning.axes.kv_groups import GroupRemoval
-from cfsp.pruning.axes.removal import Removal
-from cfsp.pruning.axes.token_kinds import TokenKind
-from cfsp.pruning.axes.vocabulary import VocabularyPlan
+from cfsp.pruning.axes.parts import GroupRemoval, Removal
+from cfsp.pruning.axes.vocabulary import TokenKind, VocabularyPlan
 from cfsp.pruning.budget import AxisShare, BudgetShares
 from cfsp.records import write_record
 from phoneready.evaluation.evaluation_record import Vocabularies

@@ -1,17 +1,29 @@
 """The vocabulary as an axis of pruning: tokens that the text hardly has go, and what they said is spelled in others.
 
 A token that is removed is read and written as its parts (`TokenTrees.parts`), so no text is lost; it costs more tokens,
-and tokens that the model has seldom seen where it needs them. In which order tokens go says token_order.py. No forward
-pass is needed.
+and tokens that the model has seldom seen where it needs them. No forward pass is needed. Removed are leaves of the
+token trees alone, so that all other tokens come about as before; the cheapest first, by
+
+    count(t) (split + max(0, sum of -ln p(part) over the parts + ln p(t)))        nats on the text counted
+
+where p are the shares that tokens have of the text in the dense model's segmentation, and `split` is what any split
+costs a model, however well known the parts are: it reads a word in a way in which it has not met it. A part that never
+stands alone is one that the model has hardly ever read; where its own parts say the same for less, these are meant, as
+it will be removed next. Of a script's tokens that the text does not have, those go first that merging learned last,
+which is how often the tokenizer's own training text had them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import heapq
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import NonNegativeInt
 from torch import nn
@@ -20,12 +32,52 @@ from cfsp.errors import InputError
 from cfsp.models.architectures import spec_for, token_tables
 from cfsp.models.source import LoadedModel
 from cfsp.models.token_trees import TokenTrees, token_trees, trimmed_tokenizer
-from cfsp.pruning.axes.token_kinds import TokenKind, kinds_by_count, kinds_by_script, scripts_of
-from cfsp.pruning.axes.token_order import Counts, TokenOrder, expected_counts, order_tokens
 from cfsp.text.tokens import render_chat
 
+Counts = npt.NDArray[np.float64]
+"""How often the text has every token, (tokens,)."""
+_SPLIT_NATS = 6.0
+"""What a split costs at the least; measured are 4 to 8 nats for each further token of a text."""
+_LEFT = 0.6
+"""Share of these nats that held-out texts of several kinds lose, where rows have learned to spell (spelling.py)."""
+_SHORT, _SHORT_PRIOR = 5.0, 0.25
+"""Tokens of text for each token that there is, below which a text is short; what is expected of each beside it then."""
+_UNSEEN = 3.0
+"""What is expected of tokens that the text does not have, over Good and Turing's estimate: other text is not quite of
+the same kind."""
+_LEAST = 1e-6
+"""Share of all text that is expected of any script at the least: no token is worth nothing."""
+_ONCE = 1.5
+"""Of texts that are weighed to count alike, what is less was seen once."""
+_PRIOR_RANK = 1000.0
+"""Zipf's law with an offset: the share of the token that merging learned as the r-th is as 1 / (r + this)."""
+_SHOWN = 8
+"""Scripts of more tokens than any others; these are told as one."""
+_SPECIAL, _DIGITS, _SIGNS, _PARTS = "special", "digits", "signs and spaces", "parts of characters"
+_NAMES = {"CJK": "Han", "FULLWIDTH": "Latin", "MODIFIER": "Latin"}
+"""Where the first word of a character's name in Unicode is not its script."""
+_BINS = ((0, "not in the text"), (1, "below 10 times"), (10, "10 to 99 times"), (100, "100 times or more"))
 _ID_SETTINGS = ("suppress_tokens", "begin_suppress_tokens")
 _CHAT = ({"role": "user", "content": " "}, {"role": "assistant", "content": " "})
+
+
+@dataclass(frozen=True)
+class TokenKind:
+    """Tokens of one kind.
+
+    Attributes:
+        name: Such as `Latin`, or `below 10 times`.
+        tokens: How many the dense model has.
+        kept: How many stay.
+        share: Of the counted text, as the dense model reads it.
+        kept_share: Of that text, what is still one token.
+    """
+
+    name: str
+    tokens: int
+    kept: int
+    share: float
+    kept_share: float
 
 
 @dataclass(frozen=True)
@@ -244,3 +296,153 @@ def _named_ids(config: Any) -> Iterable[tuple[str, list[int]]]:
             ids = value if isinstance(value, list) else [value]
             if ids and all(type(index) is int for index in ids):
                 yield name, ids
+
+
+@dataclass(frozen=True)
+class TokenOrder:
+    """The order in which tokens go.
+
+    Attributes:
+        removed: Ids, the cheapest first; all that may go.
+        losses: What it costs when the first 0, 1, ... of them are gone, nats a token of the counted text as the dense
+            model reads it, (len(removed) + 1,).
+    """
+
+    removed: tuple[int, ...]
+    losses: npt.NDArray[np.float64]
+
+
+def order_tokens(trees: TokenTrees, expected: Counts, required: frozenset[int]) -> TokenOrder:
+    """Take away one leaf after the other.
+
+    Args:
+        trees: What tokens are built of.
+        expected: How often text has every token, of `expected_counts`.
+        required: Ids that stay.
+    """
+    users = {part: len(of_part) for part, of_part in trees.built_on.items()}
+    # What a token says is what it said before any was removed; how often it is needed grows with its users' end.
+    needed = expected.copy()
+    known = np.maximum(needed, 1e-9 * max(float(expected.sum()), 1.0))
+    nats = -np.log(known / known.sum())
+    best = nats.copy()
+
+    def parts_cost(index: int) -> float:
+        return float(sum(best[part] for part in trees.parts[index]))
+
+    def may_go(index: int) -> bool:
+        return index in trees.parts and not users.get(index) and index not in required
+
+    def key(index: int) -> tuple[float, int, int]:
+        dearer = max(0.0, parts_cost(index) - float(nats[index]))
+        return float(needed[index]) * (_SPLIT_NATS + dearer), -trees.ranks[index], index
+
+    for index in sorted(trees.ranks, key=lambda token: trees.ranks[token]):
+        best[index] = min(nats[index], parts_cost(index))
+    total, removed, costs = float(needed.sum()), list[int](), [0.0]
+    queue = [key(index) for index in trees.parts if may_go(index)]
+    heapq.heapify(queue)
+    while queue:
+        cost, _, index = heapq.heappop(queue)
+        if (current := key(index))[0] > cost:
+            heapq.heappush(queue, current)
+            continue
+        removed.append(index)
+        costs.append(current[0])
+        for part in trees.parts[index]:
+            needed[part] += needed[index]
+        for part in set(trees.parts[index]):
+            if index in trees.built_on.get(part, ()):
+                users[part] -= 1
+                if may_go(part):
+                    heapq.heappush(queue, key(part))
+    return TokenOrder(tuple(removed), _LEFT * np.cumsum(costs) / total)
+
+
+def expected_counts(trees: TokenTrees, counts: Counts, scripts: Mapping[int, str]) -> Counts:
+    """How often text like the counted one has every token: the counts, and a little of what is known without them.
+
+    Tokens that a text does not have are in all about as frequent in other text of its kind as those that it has once
+    (Good 1953, who names Turing): that many of each script's, so that English says nothing of Bengali. They go to its
+    tokens by their ranks. A short text says little even of that: there a part of a token is expected of each, by rank.
+
+    Args:
+        trees: What tokens are built of.
+        counts: How often the text has every token.
+        scripts: Of every id.
+    """
+    prior = np.zeros(len(counts))
+    of_script: dict[str, list[int]] = {}
+    for index, rank in trees.ranks.items():
+        prior[index] = 1 / (rank + _PRIOR_RANK)
+        of_script.setdefault(scripts[index], []).append(index)
+    if counts.sum() < _SHORT * len(trees.ranks):
+        prior *= _SHORT_PRIOR * len(trees.ranks) / float(prior.sum())
+        return np.asarray(counts + prior, dtype=np.float64)
+    least = _LEAST * max(float(counts.sum()), 1.0)
+    for ids in of_script.values():
+        seen = counts[ids]
+        unseen = max(_UNSEEN * float(seen[seen < _ONCE].sum()), least)
+        prior[ids] *= unseen / float(prior[ids].sum())
+    return np.asarray(counts + prior, dtype=np.float64)
+
+
+def kinds_by_script(
+    tokenizer: Any, counts: npt.NDArray[np.float64], kept: Sequence[int]
+) -> tuple[TokenKind, ...]:
+    """By the script of a token's first letter, the largest first; tokens without letters are kinds of their own.
+
+    Args:
+        tokenizer: The dense model's.
+        counts: How often the text has every token, (tokens,).
+        kept: Ids that stay.
+    """
+    special = set(tokenizer.all_special_ids)
+    scripts = {
+        index: _SPECIAL if index in special else script for index, script in scripts_of(tokenizer).items()
+    }
+    plain = {_SPECIAL, _DIGITS, _SIGNS, _PARTS}
+    sizes = Counter(name for name in scripts.values() if name not in plain)
+    common = plain | {name for name, _ in sizes.most_common(_SHOWN)}
+    named = {index: name if name in common else "other" for index, name in scripts.items()}
+    return tuple(sorted(_kinds(named, counts, kept), key=lambda kind: (kind.name == "other", -kind.tokens)))
+
+
+def kinds_by_count(
+    ids: Iterable[int], counts: npt.NDArray[np.float64], kept: Sequence[int]
+) -> tuple[TokenKind, ...]:
+    """By how often the text has them, the rarest first. Arguments as in `kinds_by_script`."""
+    lowest = np.array([low for low, _ in _BINS])
+    bins = {index: int(np.searchsorted(lowest, np.ceil(counts[index]), side="right")) - 1 for index in ids}
+    rarest_first = sorted(bins, key=lambda index: bins[index])
+    return tuple(_kinds({index: _BINS[bins[index]][1] for index in rarest_first}, counts, kept))
+
+
+def scripts_of(tokenizer: Any) -> dict[int, str]:
+    """The script of every token, in the order of their ids."""
+    ids = sorted(tokenizer.get_vocab().values())
+    words = tokenizer.batch_decode([[index] for index in ids], clean_up_tokenization_spaces=False)
+    return {index: script_of(text) for index, text in zip(ids, words, strict=True)}
+
+
+def script_of(text: str) -> str:
+    """The script of its first letter, by Unicode's names; else what it is made of."""
+    for character in text:
+        if character.isalpha():
+            first = unicodedata.name(character, "other").split()[0].partition("-")[0]
+            return _NAMES.get(first, first.capitalize())
+    if "\ufffd" in text:
+        return _PARTS
+    return _DIGITS if any(character.isdigit() for character in text) else _SIGNS
+
+
+def _kinds(names: Mapping[int, str], counts: npt.NDArray[np.float64], kept: Sequence[int]) -> list[TokenKind]:
+    """One of every name, in the order in which the names come."""
+    stay, total = set(kept), max(float(counts.sum()), 1.0)
+    kinds = []
+    for name in dict.fromkeys(names.values()):
+        ids = [index for index, other in names.items() if other == name]
+        left = [index for index in ids if index in stay]
+        shares = (float(counts[chosen].sum()) / total if chosen else 0.0 for chosen in (ids, left))
+        kinds.append(TokenKind(name, len(ids), len(left), *shares))
+    return kinds
