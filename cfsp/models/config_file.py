@@ -6,6 +6,7 @@ Either library takes some values on trust and then divides by zero, allocates wi
 from __future__ import annotations
 
 import base64
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -24,7 +25,8 @@ from cfsp.validation import Kinds, check_kinds, kinds
 MAX_LAYERS = 512
 """As many as llama.cpp reads; more is no model but an attempt to fill the memory."""
 LayerCount = Annotated[int, Field(ge=1, le=MAX_LAYERS)]
-Size = Annotated[int, Field(ge=1, le=2**24)]
+MAX_SIZE = 2**24
+Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 ContextLength = Annotated[int, Field(ge=1, lt=2**31)]
 Epsilon = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -244,9 +246,16 @@ def check_tokenizer_files(folder: Path) -> None:
     """Raise InputError where a folder's tokenizer, or what lies beside it, would harm the libraries that read it."""
     file = folder / "tokenizer.json"
     content = read_bytes(file) if file.is_file() else b""
-    if b'"Replace"' in content or b'"Precompiled"' in content:
+    large = re.search(rb":\s*[0-9]{8}", content)
+    if large or b'"Replace"' in content or b'"Precompiled"' in content:
         state = parse_json(content, str(file))
         _check_normalizer(state.get("normalizer") if isinstance(state, dict) else None, str(file))
+        model = state.get("model") if isinstance(state, dict) else None
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        ids = vocabulary.values() if large and isinstance(vocabulary, dict) else ()
+        highest = max((one for one in ids if isinstance(one, int)), default=0)
+        if highest >= MAX_SIZE:  # tokenizers allocates that many entries
+            raise InputError(f"{file}: id of a token", value=highest, allowed=f"less than {MAX_SIZE}")
     for name, expected in _TOKENIZER_SETTINGS.items():
         if (folder / name).is_file():
             check_kinds(read_json_object(folder / name), expected, str(folder / name))

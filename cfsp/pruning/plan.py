@@ -14,6 +14,7 @@ import torch
 from cfsp.devices import CPU
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, feed_forward, model_shape, spec_for
+from cfsp.models.config_file import MAX_SIZE
 from cfsp.models.offload import at_hand
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
@@ -119,6 +120,8 @@ class PruningPlan:
                 value=len(self.blocks),
                 allowed=str(len(self.dense_widths)),
             )
+        if not all(0 <= width <= MAX_SIZE for width in self.dense_widths):
+            raise InputError("no width", field="dense_widths", value=max(self.dense_widths, key=abs))
         if self.kv_groups and len(self.kv_groups.kept) != len(self.blocks):
             raise InputError("not one for each block", field="kv_groups", value=len(self.kv_groups.kept))
 

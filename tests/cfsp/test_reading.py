@@ -255,6 +255,7 @@ TOKENIZERS: dict[str, Callable[[dict[str, Any]], object]] = {
             "max_input_chars_per_word": 0,
         }
     ),
+    "id beyond memory": lambda t: t["model"]["vocab"].update({"zz": 2**33}),
     "unigram empty": lambda t: t.update(model={"type": "Unigram", "unk_id": None, "vocab": []}),
 }
 

@@ -87,3 +87,11 @@ def test_damaged_old_records_are_told_in_one_line(change: dict[str, Any]) -> Non
     del payload["widths"]
     with pytest.raises(InputError, match="x"):
         record_from_json(CheckpointInfo, payload | change, where="x")
+
+
+def test_a_plan_of_widths_that_no_model_has_is_refused(tmp_path: Path) -> None:
+    plan = json.loads((OLD / "pruning_plan.json").read_text(encoding="utf-8"))
+    plan["dense_widths"][-1] = 10**30
+    (tmp_path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    with pytest.raises(InputError, match="dense_widths"):
+        read_record(PruningPlan, tmp_path / "plan.json")
