@@ -18,7 +18,6 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from exporters.onnx.ort_format import OPERATORS_FILE
 
 from cfsp.errors import InputError, LimitError, MissingExtraError
 from cfsp.evaluation.language_model import Branches
@@ -317,24 +316,6 @@ def test_genai_generates_what_the_graph_generates(pruned: Path, exported: Path) 
             if token == tokenizer.eos_token_id:
                 break
             logits = graph.decode([token])
-
-
-def test_an_ort_file_is_the_whole_model(pruned: Path, tmp_path: Path) -> None:
-    records = export(pruned, tmp_path / "out", "int4", "int8-dynamic", ort=True)
-    for record in records:
-        assert record.ort_file is not None
-        path = tmp_path / "out" / record.ort_file
-        alone = Path(shutil.copy(path, tmp_path / "alone.ort"))
-        logits = []
-        for file in (alone, path.parents[1] / "onnx" / f"{path.stem}.onnx"):
-            model = open_model(file, n_ctx=64, n_threads=1)
-            logits.append(model.decode(range(40, 60)))
-            model.close()
-        assert logits[0].shape == (1, 384)
-        np.testing.assert_allclose(*logits, atol=1e-4)
-        operators = (path.parent / OPERATORS_FILE).read_text()
-        assert "GroupQueryAttention" in operators
-        assert str(tmp_path) not in operators
 
 
 @pytest.mark.skipif(

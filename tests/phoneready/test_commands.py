@@ -151,15 +151,18 @@ def test_eval_goes_on_without_what_nothing_reads(
 ) -> None:
     saved = tmp_path / "saved.json"
     asked = ["eval", model, "--seqlen", "32", "--windows", "1", "--no-prompts", "--save", str(saved)]
-    idle = ["--limit", "8", "--temperature", "0.5", "--calibration-seqlen", "32", "--against-host", "3"]
+    idle = [
+        "--limit",
+        "8",
+        "--temperature",
+        "0.5",
+    ]
     assert main([*asked, *idle, "--retries", "3"]) == 0
     said = warned(capsys)
     assert said == [
         "--limit has no effect without tasks",
         "--temperature has no effect without sampled answers",
-        "--against-host has no effect without --on TARGET",
         "--retries has no effect without --on ssh:HOST, --on adb:SERIAL",
-        "--calibration-seqlen has no effect without --ratios",
     ]
     assert json.loads(saved.read_text("utf-8"))["warnings"] == said
 

@@ -371,7 +371,7 @@ def test_a_budget_that_no_point_can_meet(
         ("[tune]\naligns = [100]\nmax_prune_ratio = 0.1\n", "reach no prune ratio"),
         (
             'targets = ["native"]\n[tune]\nfiles = ["Q8_0", "int8"]\n',
-            "int8, cfsp.*native runs GGUF files alone",
+            "int8, cfsp.*native runs GGUF files only",
         ),
         ("[tune]\nmin_prune_ratio = 0.6\n", "min_prune_ratio is not below max_prune_ratio"),
         ("[tune]\nvocabularies = [0, 20]\n", "vocabulary: smaller than what has to stay"),

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from phoneready.report.sustained_plot import sustained_figure
 
 from cfsp.errors import InputError
 from cfsp.units import parse_seconds
@@ -125,16 +124,3 @@ def test_other_times_are_not_compared(make_record: Any) -> None:
     found = compare_records(record, replace(record, sustained_s=600.0))
     assert isinstance(found, Incomparable)
     assert "sustained_s 180.0 and 600.0" in found.reason
-
-
-def test_the_plot_has_speed_heat_and_clocks(make_record: Any) -> None:
-    seen = Conditions((0.0, 60.0, 120.0), hottest_c=(40.0, None, 80.0), clocks=(1.0, 1.0, 0.5))
-    record = make_record(SUSTAINED, samples_ns=SLOWING, conditions=(seen,), **ONE)
-    assert sustained_figure([make_record()], {}) is None
-    figure = sustained_figure([make_record(), record], {record.model_filename: "a<b>.gguf"})
-    assert figure is not None
-    speed, heat, clock = figure["data"]
-    assert (speed["x"][-1], speed["y"][0], speed["y"][-1]) == (pytest.approx(100 / 60), 10.0, 5.0)
-    assert (heat["x"], heat["y"], heat["yaxis"]) == ([0.0, 2.0], [40.0, 80.0], "y2")
-    assert clock["y"] == [100.0, 100.0, 50.0]
-    assert "<b>" not in speed["name"]
