@@ -110,7 +110,6 @@ COMMANDS: MappingProxyType[str, Callable[..., None]] = MappingProxyType(
         "devices list": devices.list_devices,
         "devices show": devices.show_device,
         "devices fit": devices.fit,
-        "devices calibrate": devices.calibrate,
         "devices build-runner": devices.build_runner,
         "devices clean": devices.clean,
         "doctor": doctor.doctor,

@@ -32,7 +32,7 @@ from exporters.gguf.size import SizeTemplate, size_template
 from exporters.gguf.tokenizer_metadata import tokenizer_bytes
 from exporters.options import ExportOptions
 from exporters.provenance import SOME_HASH, Provenance, file_stem
-from runtime_bench.devices.model_facts import OUTPUT_TENSORS, ModelFacts
+from runtime_bench.devices.model_facts import ModelFacts
 
 _TEMPLATE_WIDTH = 256
 """No type falls back at this width."""
@@ -85,10 +85,8 @@ class Sizes:
         read = [t for t in tensors if t.name not in aside]
         matrices = [t for t in read if len(t.shape) > 1]
         by_type: Counter[str] = Counter()
-        prompt: Counter[str] = Counter()
         for tensor in matrices:
             by_type[tensor.kind] += tensor.n_bytes
-            prompt[tensor.kind] += 0 if tensor.name in OUTPUT_TENSORS else math.prod(tensor.shape)
         return ModelFacts(
             path=self.folder,
             weight_bytes=sum(t.n_bytes for t in tensors),
@@ -100,7 +98,6 @@ class Sizes:
             ffn_width=max(shape.ffn_widths),
             vocab_size=config.vocab_size,
             context_length=layout.context_length,
-            prompt_weights=dict(+prompt),
         )
 
     def _template(self, item: str, shape: ModelShape, dense: bool) -> tuple[ChosenLayout, SizeTemplate]:

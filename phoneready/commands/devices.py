@@ -2,52 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from cfsp.errors import InputError
-from cfsp.files import sha256_file, write_text
 from cfsp.settings import setting
 from cfsp.units import format_bytes
 from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES
-from phoneready.commands.options import (
-    ForceOption,
-    JsonOption,
-    NdkOption,
-    RemoteFolderOption,
-    SshConfigOption,
-)
+from phoneready.commands.options import JsonOption, NdkOption, RemoteFolderOption, SshConfigOption
 from phoneready.console import show_progress, write_result
-from runtime_bench.devices.calibration import ENGINE, calibrated_profile, profile_text
-from runtime_bench.devices.calibration import calibrate as fit_rates
 from runtime_bench.devices.model_facts import gguf_facts
-from runtime_bench.devices.profile import find_profile, load_profiles, user_folder
-from runtime_bench.devices.projection import (
-    CONTEXT,
-    DEFAULT_CONTEXT,
-    ContextNeed,
-    Projection,
-    project,
-    project_contexts,
-)
-from runtime_bench.devices.rates import Fitted
+from runtime_bench.devices.profile import find_profile, load_profiles
+from runtime_bench.devices.projection import CONTEXT, DEFAULT_CONTEXT, project
 from runtime_bench.native.build import build_runner as build
 from runtime_bench.native.build import read_build
 from runtime_bench.native.targets import RUNNER_BACKENDS
 from runtime_bench.presentation.device_table import (
-    format_calibration,
-    format_contexts,
     format_profile,
     format_projections,
     profile_table,
     profile_to_json,
 )
-from runtime_bench.records.jsonl import read_jsonl
 from runtime_bench.targets.table import TargetOptions, open_remote
 
 
@@ -90,64 +68,10 @@ def fit(
         allowed = f"up to {facts.context_length}"
         raise InputError("longer than the model's context", field="context", value=context, allowed=allowed)
     rows = [project(entry.profile, facts, context, cache_type) for entry in chosen]
-    contexts = [project_contexts(entry.profile, facts) for entry in chosen]
     text = format_projections(rows, context, cache_type)
-    text += "\n" + format_contexts(contexts[0], of_one_device=len(chosen) == 1)
     payload = {"kind": "projected", "file": str(file), "context": context, "cache_type": cache_type}
-    devices = [_projected(row, needs) for row, needs in zip(rows, contexts, strict=True)]
+    devices = [asdict(row) | {"fits": row.fits, "total_bytes": row.memory.total} for row in rows]
     write_result(text, payload | {"devices": devices}, as_json=json)
-
-
-def _projected(row: Projection, contexts: Sequence[ContextNeed]) -> dict[str, Any]:
-    of_contexts = [asdict(need) | {"total_bytes": need.memory.total} for need in contexts]
-    return asdict(row) | {"fits": row.fits, "total_bytes": row.memory.total, "contexts": of_contexts}
-
-
-def calibrate(
-    device: Annotated[str, typer.Argument(help="Name as `devices list` has it.", metavar="DEVICE")],
-    records: Annotated[
-        Path, typer.Option("--records", help="Rows of pp and tg measured on it, from `bench --record`.")
-    ],
-    models: Path | None = setting(
-        None, "Folder of the measured files.", metavar="DIR", shown="where the records say"
-    ),
-    target: str | None = setting(None, "Of several targets in the records, the one to read.", metavar="NAME"),
-    threads: int | None = setting(None, "Of several thread counts, the one to read.", ge=1, le=4096),
-    force: ForceOption = False,
-    json: JsonOption = False,
-) -> None:
-    """Fit a device's rates to rows measured on it, and write them into your own profile of it.
-
-    Each file in turn is left out, which says what a projection is worth. Rows of llama.cpp alone are read.
-    """
-    entry = find_profile(device, load_profiles())
-    place = user_folder() / f"{device}.toml"
-    if place.exists() and not force:
-        raise InputError(f"{place} exists", allowed="--force to replace its measured figures")
-    found = fit_rates(read_jsonl(records), models, target=target, n_threads=threads)
-    threads_of = f"{found.n_threads} thread{'s' if found.n_threads > 1 else ''}"
-    source = f"{records.name} (SHA-256 {sha256_file(records)[:16]}), {ENGINE} on {found.target}, {threads_of}"
-    profile = calibrated_profile(entry.profile, found, source, datetime.now(UTC).date())
-    write_text(place, profile_text(profile))
-    payload = {
-        "profile": str(place),
-        "source": source,
-        "fits": {k: _fitted(v) for k, v in found.fits.items()},
-    }
-    write_result(f"{format_calibration(found)}\nWritten to {place}.\n", payload, as_json=json)
-
-
-def _fitted(fitted: Fitted) -> dict[str, Any]:
-    rows = [
-        asdict(one.row) | {"projected_seconds": one.seconds, "inside": one.is_inside}
-        for one in fitted.left_out
-    ]
-    return asdict(fitted.rates) | {
-        "within": fitted.within,
-        "holds": fitted.holds,
-        "median_error": fitted.median_error,
-        "left_out": rows,
-    }
 
 
 def build_runner(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -37,8 +37,6 @@ class ModelFacts:
         read_bytes: Of the weights that every generated token reads: all but a table that is only looked up.
         n_multiplied: Weights that every token is multiplied by.
         bytes_by_type: Stored type -> bytes of the matrices of it.
-        prompt_weights: Stored type -> weights that every token of a prompt is multiplied by: the output matrix is read
-            for the last one alone.
         key_value_width: Numbers that one token adds to the cache, over all blocks.
         hidden_size: Width of the residual stream.
         ffn_width: Of the widest FFN.
@@ -56,7 +54,6 @@ class ModelFacts:
     ffn_width: int
     vocab_size: int
     context_length: int
-    prompt_weights: Mapping[str, int] = field(default_factory=dict)
 
 
 def gguf_facts(path: Path) -> ModelFacts:
@@ -78,10 +75,8 @@ def gguf_facts(path: Path) -> ModelFacts:
     read = [t for t in tensors.values() if t.name not in aside]
     matrices = [t for t in read if len(t.shape) > 1]
     by_type: Counter[str] = Counter()
-    prompt: Counter[str] = Counter()
     for tensor in matrices:
         by_type[tensor.kind.name] += _bytes(tensor)
-        prompt[tensor.kind.name] += 0 if tensor.name in OUTPUT_TENSORS else math.prod(tensor.shape)
     hidden = largest("embedding_length")
     return ModelFacts(
         path=path,
@@ -89,7 +84,6 @@ def gguf_facts(path: Path) -> ModelFacts:
         read_bytes=sum(map(_bytes, read)),
         n_multiplied=sum(math.prod(t.shape) for t in matrices),
         bytes_by_type=dict(by_type),
-        prompt_weights=dict(+prompt),
         key_value_width=_key_value_width(file),
         hidden_size=hidden,
         ffn_width=largest("feed_forward_length"),

@@ -28,8 +28,7 @@ class Figure(Section, Generic[T]):
 
     Attributes:
         value: None where it is not known.
-        basis: vendor, derived (from a vendor's figures), third_party, estimate, measured (`devices calibrate`) or
-            unknown.
+        basis: vendor, derived (from a vendor's figures), third_party, estimate, measured or unknown.
         source: Who says so: an address, or a document's name.
         date: When it was looked up or measured.
     """
@@ -63,22 +62,6 @@ class Cluster(Section):
     max_mhz: int | None = pydantic.Field(default=None, ge=100, le=6000)
 
 
-class TypeRates(Section):
-    """What a device does in a second with weights of each stored type, as `runtime_bench.devices.rates` fits it.
-
-    Attributes:
-        by_type: ggml's name of a type -> rate.
-        others: Of a type that was not measured.
-        within: Factor to both sides of a projection.
-        holds: Share of the rows of files that were not measured which lie within it.
-    """
-
-    by_type: dict[str, Annotated[float, pydantic.Field(gt=0, le=1e6)]]
-    others: float = pydantic.Field(gt=0, le=1e6)
-    within: float = pydantic.Field(ge=1, le=100)
-    holds: float = pydantic.Field(gt=0, lt=1)
-
-
 Feature = Literal["asimd", "fp16", "dotprod", "i8mm", "bf16", "sve", "sve2", "sme", "sme2"]
 _Memory = Annotated[int, pydantic.Field(ge=64, le=262144)]
 _Score = Annotated[float, pydantic.Field(ge=1, le=1e6)]
@@ -103,8 +86,6 @@ class DeviceProfile(Section):
         dram_sustained_gb_s: Measured bandwidth.
         app_memory_mib: What one application may use, MiB.
         browser_score: Its browser's score (`runtime_bench/browser/page/score.html`); a file may leave it out.
-        decode_gb_s: 10^9 bytes of weights a second that a generated token reads; a file may leave it out.
-        prompt_gweights_s: 10^9 weights a second that a prompt is multiplied by; a file may leave it out.
     """
 
     schema_version: Literal[1]
@@ -121,8 +102,6 @@ class DeviceProfile(Section):
     dram_sustained_gb_s: Figure[_Bandwidth]
     app_memory_mib: Figure[_Memory]
     browser_score: Figure[_Score] = Figure(basis="unknown")
-    decode_gb_s: Figure[TypeRates] = Figure(basis="unknown")
-    prompt_gweights_s: Figure[TypeRates] = Figure(basis="unknown")
 
 
 FIGURES = tuple(
@@ -165,6 +144,10 @@ def read_profile(file: Path) -> DeviceProfile:
         InputError: Unreadable, no TOML, or no profile: every problem is named.
     """
     stored = parse_toml(read_text(file), str(file))
+    if fitted := [name for name in ("decode_gb_s", "prompt_gweights_s") if name in stored]:
+        raise InputError(
+            f"{file}: {', '.join(fitted)}: profiles no longer have fitted rates; delete the tables"
+        )
     try:
         profile = DeviceProfile.model_validate(stored)
     except pydantic.ValidationError as error:

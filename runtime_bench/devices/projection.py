@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from cfsp.settings import Setting
-from exporters.gguf.cache_types import CACHE_TYPES, DEFAULT_CACHE, MEASURED_CACHES
+from exporters.gguf.cache_types import CACHE_TYPES, DEFAULT_CACHE
 from runtime_bench.devices.model_facts import ModelFacts
 from runtime_bench.devices.profile import DeviceProfile
-from runtime_bench.devices.rates import KEYS_AND_VALUES, Rates
 from runtime_bench.records.bench_record import DOES_NOT_FIT, FITS, THRASHES
 
 MIB = 2**20
@@ -33,8 +32,6 @@ CACHE_CELLS = 256
 """llama.cpp gives the cache room for a multiple of so many tokens."""
 BATCH_TOKENS = 512
 """Tokens of a prompt that llama.cpp computes at once (n_ubatch)."""
-CONTEXTS = (1024, 4096, 16384, 32768)
-"""Lengths at which the types of the cache are shown beside each other, in tokens."""
 CONTEXT = Setting("Tokens of the context.", ge=1, le=2**24, metavar="N", option="-c --context")
 DEFAULT_CONTEXT = 2048
 _ARM_REPACKED = dict.fromkeys(("Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "MXFP4"), 1.0)
@@ -122,23 +119,6 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class ContextNeed:
-    """What a run needs with one type of cache and one length of the context.
-
-    Attributes:
-        cache_type: Of keys and values.
-        n_ctx: Tokens of the context.
-        memory: What it needs.
-        verdict: How it stands to the device's limit; None where that is unknown.
-    """
-
-    cache_type: str
-    n_ctx: int
-    memory: Memory
-    verdict: str | None
-
-
-@dataclass(frozen=True)
 class Projection:
     """A model on a device.
 
@@ -221,15 +201,13 @@ def project(
         cache_type: Of keys and values.
     """
     features = profile.isa.value
-    memory = project_memory(facts, n_ctx, _instructions(profile), cache_type=cache_type)
+    memory = project_memory(facts, n_ctx, features or ("dotprod",), cache_type=cache_type)
     limit, of_limit = memory_limit(profile)
     notes = [of_limit]
     if features is None:
         notes.append("the processor's instructions are unknown: it is taken to have dot products")
-    decode, of_decode = measured_decode(profile, facts, memory.cache) or decode_band(
-        profile, facts.read_bytes, memory.cache
-    )
-    prefill, of_prefill = measured_prefill(profile, facts) or prefill_band(profile, facts.n_multiplied)
+    decode, of_decode = decode_band(profile, facts.read_bytes, memory.cache)
+    prefill, of_prefill = prefill_band(profile, facts.n_multiplied)
     return Projection(
         device=profile.id,
         memory=memory,
@@ -241,29 +219,6 @@ def project(
     )
 
 
-def project_contexts(profile: DeviceProfile, facts: ModelFacts) -> tuple[ContextNeed, ...]:
-    """What a model needs on a device with each type of cache, at CONTEXTS."""
-    limit, _ = memory_limit(profile)
-    needs = []
-    for cache_type in MEASURED_CACHES:
-        for n_ctx in contexts_of(facts):
-            memory = project_memory(facts, n_ctx, _instructions(profile), cache_type=cache_type)
-            verdict = None if limit is None else memory.verdict(limit)
-            needs.append(ContextNeed(cache_type, n_ctx, memory, verdict))
-    return tuple(needs)
-
-
-def contexts_of(facts: ModelFacts) -> tuple[int, ...]:
-    """CONTEXTS, up to the longest that the model knows."""
-    longest = min(facts.context_length, CONTEXTS[-1])
-    return (*(n for n in CONTEXTS if n < longest), longest)
-
-
-def _instructions(profile: DeviceProfile) -> Collection[str]:
-    """Of the processor; dot products where nothing is known of it."""
-    return ("dotprod",) if profile.isa.value is None else profile.isa.value
-
-
 def memory_limit(profile: DeviceProfile) -> tuple[int | None, str]:
     """Bytes that one application may use on a device, None where that is unknown; and what that rests on."""
     if profile.app_memory_mib.value is not None:
@@ -272,29 +227,6 @@ def memory_limit(profile: DeviceProfile) -> tuple[int | None, str]:
     if profile.ram_mib.value is None:
         return None, "neither the RAM nor the limit of one application is known"
     return int(profile.ram_mib.value * MIB * APP_SHARE), f"an application may use {APP_SHARE:.0%} of the RAM"
-
-
-def measured_decode(profile: DeviceProfile, facts: ModelFacts, cache: int) -> tuple[Band, str] | None:
-    """Generated tokens a second by the rates that were measured there, and what that rests on; None without them."""
-    rates = profile.decode_gb_s.value
-    if rates is None:
-        return None
-    of_types = Rates(rates.by_type, rates.others)
-    empty, full = (
-        of_types.seconds({**facts.bytes_by_type, KEYS_AND_VALUES: read}) / 1e9 for read in (0, cache)
-    )
-    band = Band(1 / (full * rates.within), rates.within / empty)
-    return band, f"decode by rates measured there, within x{rates.within:.2f}, full context to empty one"
-
-
-def measured_prefill(profile: DeviceProfile, facts: ModelFacts) -> tuple[Band, str] | None:
-    """Prompt tokens a second by the rates that were measured there, and what that rests on; None without them."""
-    rates = profile.prompt_gweights_s.value
-    if rates is None or not facts.prompt_weights:
-        return None
-    speed = 1e9 / Rates(rates.by_type, rates.others).seconds(facts.prompt_weights)
-    band = Band(speed / rates.within, speed * rates.within)
-    return band, f"prefill by rates measured there, within x{rates.within:.2f}"
 
 
 def decode_band(profile: DeviceProfile, read_bytes: int, cache: int) -> tuple[Band | None, str]:

@@ -17,7 +17,6 @@ from runtime_bench.devices.projection import (
     Memory,
     cache_bytes,
     project,
-    project_contexts,
     project_memory,
 )
 from runtime_bench.engines import SessionSettings
@@ -103,24 +102,6 @@ def test_a_cache_takes_what_the_blocks_of_its_type_take(smollm2_gguf: Path, cach
         peaks.append(result.peak_rss_bytes)
     short, long = (cache_bytes(facts, n_ctx, cache_type) for n_ctx in (1024, 8000))
     assert peaks[1] - peaks[0] == pytest.approx(long - short, rel=0.03)
-
-
-def test_each_type_of_cache_is_projected_at_lengths_that_the_model_knows(
-    tiny_gguf: Callable[..., Path],
-) -> None:
-    facts = replace(gguf_facts(tiny_gguf()), context_length=8192)
-    needs = project_contexts(device(), facts)
-    assert [(need.cache_type, need.n_ctx) for need in needs] == [
-        (cache_type, n_ctx) for cache_type in ("f16", "q8_0", "q4_0") for n_ctx in (1024, 4096, 8192)
-    ]
-    caches = {(need.cache_type, need.n_ctx): need.memory.cache for need in needs}
-    assert caches["f16", 4096] == facts.key_value_width * 2 * 4096
-    assert caches["q8_0", 4096] * 64 == caches["f16", 4096] * 34
-    assert caches["q4_0", 4096] * 64 == caches["f16", 4096] * 18
-    assert {need.verdict for need in needs} == {"fits"}
-    assert [need.n_ctx for need in project_contexts(device(), gguf_facts(tiny_gguf()))] == [512] * 3
-    unknown = project_contexts(device(ram_mib=None), facts)
-    assert {need.verdict for need in unknown} == {None}
 
 
 def test_the_cache_has_room_for_whole_cells(tiny_gguf: Callable[..., Path]) -> None:
