@@ -35,7 +35,6 @@ COMMANDS = (
         "devices list",
         "devices show",
         "devices fit",
-        "devices calibrate",
         "devices build-runner",
         "devices clean",
     ),
