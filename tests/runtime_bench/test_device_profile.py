@@ -79,6 +79,7 @@ def test_a_profile_of_ones_own_replaces_the_built_in_one(tmp_path: Path) -> None
         (('id = "mine"', 'id = "../mine"'), ["id: "]),
         (('id = "mine"', 'id = "yours"'), ["not the file's name"]),
         (("form =", "form"), ["not valid TOML"]),
+        (("dram_gb_s =", "decode_gb_s = 3\ndram_gb_s ="), ["decode_gb_s", "delete the tables"]),
     ],
 )
 def test_all_that_is_wrong_is_said(tmp_path: Path, change: tuple[str, str], expected: list[str]) -> None:
