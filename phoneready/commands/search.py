@@ -1,0 +1,64 @@
+"""`phoneready search`: the best file within limits, pruned or not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+from cfsp.errors import MissingExtraError
+from cfsp.settings import pick, setting
+from cfsp.text.settings import CalibrationSettings
+from phoneready.commands.options import (
+    JsonOption,
+    ModelArgument,
+    Renamed,
+    SeedOption,
+    ThreadsOption,
+    TrustOption,
+)
+from phoneready.console import note, prepare_torch, show_progress, write_result
+from phoneready.search.point import SearchSettings
+
+
+def search(
+    model: ModelArgument,
+    settings: SearchSettings,
+    calibration: Annotated[CalibrationSettings, Renamed("", {"seqlen": None})],
+    output: Path = setting(
+        Path("search"), "Folder to make; continued when it holds a search.", option="-o --output"
+    ),
+    seed: SeedOption = 0,
+    trust_remote_code: TrustOption = False,
+    threads: ThreadsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Find the best file within limits: quantized alone, or with fewer tokens, channels or key-value groups.
+
+    All files come from one calibration and are measured on the same text, dense ones too. A search that was
+    interrupted goes on where it was. Leaves search.md, search.json, search.html and the best file; without limits the
+    files that no other dominates. Exit status: 0 a file is within all limits, 1 none is, 3 that cannot be told.
+    """
+    prepare_torch(threads)
+    from cfsp.files import write_text
+    from cfsp.records import record_to_json
+    from phoneready.search.evaluate import Subject
+    from phoneready.search.plot import render_search
+    from phoneready.search.record import format_search
+    from phoneready.search.run import PLOT_FILE, check_search
+    from phoneready.search.run import search as run_search
+    from phoneready.settings.release import read_recovery
+    from phoneready.settings.schema import ModelConfig, PruneConfig
+
+    asked = ModelConfig(reference=model, trust_remote_code=trust_remote_code)
+    prune = replace(pick(PruneConfig, calibration), seqlen=settings.seqlen)
+    training = None if settings.recover is None else read_recovery(settings.recover)
+    with show_progress() as progress:
+        subject = Subject(asked, seed, prune, training)
+        found = run_search(subject, settings, output, show=note, progress=progress, threads=threads)
+    try:
+        write_text(output / PLOT_FILE, render_search(found))
+    except MissingExtraError as error:
+        note(f"no plot is written: {error}")
+    write_result(format_search(found), record_to_json(found), as_json=json)
+    check_search(found)

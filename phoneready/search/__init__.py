@@ -1,0 +1,1 @@
+"""One search: which vocabulary, channels, groups, training and file are best within limits."""

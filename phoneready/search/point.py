@@ -1,0 +1,324 @@
+"""What a search chooses from, where it stops, and one point of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pydantic import NonNegativeInt
+
+from cfsp.errors import InputError
+from cfsp.settings import setting
+from cfsp.units import format_bytes, megabytes, parse_bytes
+from cfsp.validation import Share
+from exporters.families import required_multiple
+from exporters.gguf.family import GGUF
+from exporters.gguf.fallbacks import block_of
+from exporters.gguf.quants import find_quant
+from exporters.provenance import file_stem
+from phoneready.evaluation.settings import WindowSettings
+from phoneready.figures.verdict import INCONCLUSIVE, MISSED, PASS
+from runtime_bench.devices.profile import find_profile, load_profiles
+from runtime_bench.targets.places import check_place
+
+STRATEGIES = GRID, BISECT, STEPS, OPTUNA = "grid", "bisect", "steps", "optuna"
+AUTO = "auto"
+_QUANTS = ("Q4_0", "Q4_K_M", "Q5_K_M", "Q8_0")
+_STEP = 0.01
+"""Ratios that a bisection tells apart."""
+_MOST_BISECTED = 0.5
+
+
+@dataclass(frozen=True)
+class Point:
+    """A file: what goes of the dense model, how the rest is trained, and how it is quantized.
+
+    Attributes:
+        quant: A quantization or mixture.
+        vocabulary: Tokens that are kept; 0: all.
+        ratio: Share of FFN channels that goes.
+        groups: Share of key-value groups that goes.
+        recovered: Whether it is trained after pruning.
+        steps: Ratios at which it was pruned and trained before, ascending.
+    """
+
+    quant: str
+    vocabulary: NonNegativeInt = 0
+    ratio: Share = 0.0
+    groups: Share = 0.0
+    recovered: bool = False
+    steps: tuple[Share, ...] = ()
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing goes."""
+        return not (self.vocabulary or self.ratio or self.groups)
+
+    @property
+    def align(self) -> int:
+        """What widths are multiples of."""
+        return required_multiple((self.quant,)) if self.ratio else 1
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight of most matrices."""
+        elements, size = block_of(find_quant(self.quant).base_type)
+        return 8 * size / elements
+
+    @property
+    def model(self) -> str:
+        """What was done to the dense model, for people."""
+        parts = [f"{self.vocabulary} tokens"] if self.vocabulary else []
+        parts += [f"KV groups -{100 * self.groups:g} %"] if self.groups else []
+        parts += [f"FFN -{100 * self.ratio:g} %"] if self.ratio else []
+        parts += [f"recovered in {len(self.steps) + 1} steps" if self.steps else "recovered"] * self.recovered
+        return ", ".join(parts) or "dense"
+
+    @property
+    def label(self) -> str:
+        """The file, for people."""
+        return f"{self.model} {self.quant}"
+
+    @property
+    def checkpoint(self) -> str:
+        """Name of the checkpoint; quantizations that need the same alignment share it."""
+        parts = [f"{self.vocabulary}tokens"] if self.vocabulary else []
+        parts += [f"groups{100 * self.groups:g}"] if self.groups else []
+        parts += [f"ffn{100 * self.ratio:g}by{self.align}"] if self.ratio else []
+        parts += ["recovered"] if self.recovered else []
+        parts += ["after" + "_".join(f"{100 * one:g}" for one in self.steps)] if self.steps else []
+        return file_stem("-".join(parts) or "dense")
+
+    @property
+    def key(self) -> str:
+        """Name of its record."""
+        return file_stem(f"{self.checkpoint}-{self.quant}")
+
+
+@dataclass(frozen=True)
+class Held:
+    """A file against one limit.
+
+    Attributes:
+        limit: In words.
+        figure: What it has, in words.
+        outcome: `pass`, `missed` or `inconclusive`.
+        over: By how much of the limit it is missed; negative where it is kept.
+    """
+
+    limit: str
+    figure: str
+    outcome: str
+    over: float
+
+
+def _size(help: str) -> int | None:
+    value: int | None = setting(None, help, ge=1, le=2**50, parse=parse_bytes, metavar="SIZE")
+    return value
+
+
+@dataclass(frozen=True)
+class SearchSettings(WindowSettings):
+    """Points, limits, and how many points are made."""
+
+    quants: tuple[str, ...] = setting(
+        (),
+        f"Quantizations to choose from: {', '.join(GGUF.names)}.",
+        look_up=lambda name: GGUF.find(name).name,
+        metavar="QUANT,...",
+        shown=f"{','.join(_QUANTS)}; with --max-size mixed:SIZE,Q4_0,Q4_K_M",
+    )
+    vocabularies: tuple[int, ...] = setting(
+        (),
+        "Numbers of tokens to keep; 0: all.",
+        ge=0,
+        le=2**24,
+        metavar="N,...",
+        shown="0; with a limit on what a file takes two thirds and a third of them, too",
+    )
+    ratios: tuple[float, ...] = setting(
+        (),
+        "Shares of FFN channels to remove; the ends of the range for bisect, the steps for steps.",
+        ge=0,
+        lt=1,
+        metavar="RATIO,...",
+        shown="0; for bisect 0,0.5",
+    )
+    groups: tuple[float, ...] = setting(
+        (0.0,), "Shares of key-value groups to remove.", ge=0, lt=1, metavar="SHARE,..."
+    )
+    recover: Path | None = setting(
+        None,
+        "Also train every pruned model as this file says, in the keys of [recover] in release.toml.",
+        metavar="FILE.toml",
+    )
+    strategy: str = setting(
+        AUTO,
+        "grid: all combinations; optuna: those that its sampler proposes; bisect: the least ratio that meets the limits "
+        "on size, speed and memory, else the largest within those on quality; steps: prune and train from ratio to ratio "
+        "while the quality is within its limits.",
+        choices=(AUTO, *STRATEGIES),
+        shown="optuna where there are more combinations than --max-points, else grid",
+    )
+    max_points: int | None = setting(None, "Most files to make, those of an earlier run included.", ge=1)
+    storage: str | None = setting(
+        None,
+        "Share the search with other processes or machines: an Optuna storage, a journal file or an SQL URL. Each "
+        "process has a folder of its own.",
+        metavar="FILE|URL",
+    )
+    max_size: int | None = _size("Largest file.")
+    min_speed: float | None = setting(None, "Least decode speed, tokens per second.", gt=0, le=1e6)
+    max_memory: int | None = _size("Most memory while it decodes.")
+    max_kl: float | None = setting(None, "Largest mean KL divergence from the dense model.", gt=0)
+    max_bits: float | None = setting(
+        None, "Most bits per byte, times the dense model's in float32, such as 1.05.", gt=0
+    )
+    device: str | None = setting(
+        None,
+        "Device profile: the file must fit its memory; speed and memory are projected to it, not measured.",
+        look_up=lambda name: find_profile(name, load_profiles()).profile.id,
+        metavar="PROFILE",
+    )
+    target: str | None = setting(
+        None,
+        "Where speed and memory are measured, as bench --on.",
+        look_up=check_place,
+        shown="local if there is a limit on them, else nowhere",
+    )
+
+    @property
+    def limits_cost(self) -> bool:
+        """Whether there is a limit on what a file takes."""
+        return any(one is not None for one in (self.max_size, self.min_speed, self.max_memory, self.device))
+
+    @property
+    def limits_quality(self) -> bool:
+        """Whether there is a limit on what a file loses."""
+        return self.max_kl is not None or self.max_bits is not None
+
+    @property
+    def place(self) -> str | None:
+        """Where speed and memory are measured; None: nowhere."""
+        limited = self.min_speed is not None or self.max_memory is not None
+        return self.target or ("local" if limited and self.device is None else None)
+
+    def check(self) -> None:
+        """Raise InputError for what contradicts itself."""
+        given = [ratio for ratio in self.ratios if ratio]
+        wrong = (
+            (
+                self.device and self.target,
+                "--device projects speed and memory, --target measures them: give one of the two",
+            ),
+            (
+                self.strategy == BISECT and not (self.limits_cost or self.limits_quality),
+                "--strategy bisect looks for a limit: give one, such as --max-size or --max-kl",
+            ),
+            (
+                self.strategy == STEPS and not (self.recover and given),
+                "--strategy steps prunes and trains from ratio to ratio: give --recover and --ratios",
+            ),
+            (
+                self.storage and self.strategy in (BISECT, STEPS),
+                f"--storage shares grid and optuna: leave out --strategy {self.strategy}",
+            ),
+            (self.strategy == OPTUNA and self.max_points is None, "--strategy optuna: give --max-points"),
+        )
+        for contradiction, refusal in wrong:
+            if contradiction:
+                raise InputError(refusal)
+
+    def settled(self, vocabulary: int) -> SearchSettings:
+        """With the defaults that depend on other settings and on the size of the dense model's vocabulary."""
+        sized = (GGUF.find(f"mixed:{self.max_size}").name, *_QUANTS[:2]) if self.max_size else _QUANTS
+        nothing_said = not (self.vocabularies or self.ratios or any(self.groups))
+        thirds = (0, *(vocabulary * n // 3 // 256 * 256 for n in (2, 1)))
+        tokens = thirds if nothing_said and self.limits_cost else (0,)
+        bisected = (0.0, _MOST_BISECTED)
+        return replace(
+            self,
+            quants=self.quants or sized,
+            vocabularies=self.vocabularies or tuple(dict.fromkeys(tokens)),
+            ratios=self.ratios or (bisected if self.strategy == BISECT else (0.0,)),
+        )
+
+    def points(self, ratios: Iterable[float] | None = None) -> Iterator[Point]:
+        """All combinations, the dense model's first, checkpoint after checkpoint, few bits first.
+
+        One vocabulary's statistics are held at a time, so those of each come together.
+        """
+        dense = [Point(quant) for quant in self.quants]
+        tokens = sorted(set(self.vocabularies), key=lambda size: (size > 0, -size))
+        axes = (tokens, sorted(set(self.groups)), sorted(set(self.ratios if ratios is None else ratios)))
+        made = [
+            Point(quant, vocabulary, ratio, groups, recovered)
+            for vocabulary, groups, ratio in itertools.product(*axes)
+            for recovered in ((False, True) if self.recover else (False,))
+            for quant in self.quants
+            if vocabulary or groups or ratio
+        ]
+        order = list(dict.fromkeys(one.checkpoint for one in (*dense, *made)))
+        yield from sorted((*dense, *made), key=lambda one: (order.index(one.checkpoint), one.bits))
+
+    def bisected(self) -> list[list[Point]]:
+        """Lines of points of ascending ratio, all else alike."""
+        low, high = min(self.ratios), max(self.ratios)
+        count = round((high - low) / _STEP)
+        ratios = [round(low + step * _STEP, 6) for step in range(count + 1)]
+        heads = dict.fromkeys(replace(one, ratio=0.0) for one in self.points(ratios))
+        lines = [[replace(head, ratio=ratio) for ratio in ratios] for head in heads]
+        return [
+            [replace(one, recovered=one.recovered and not one.is_dense) for one in line] for line in lines
+        ]
+
+    def held(
+        self,
+        *,
+        size: int | None = None,
+        memory: float | None = None,
+        fits: bool | None = None,
+        speed: tuple[float, float] | None = None,
+        kl: float | None = None,
+        bits: float | None = None,
+    ) -> Iterator[Held]:
+        """The limits on what is known.
+
+        Args:
+            size: Bytes of the file.
+            memory: Bytes at the peak, projected where there is a device.
+            fits: Whether the device can hold it.
+            speed: Slowest and fastest tenth of samples, or the band of a projection; tokens per second.
+            kl: Mean divergence from the dense model.
+            bits: Bits per byte, times the dense model's.
+        """
+        for value, limit, name, words in (
+            (size, self.max_size, "size", megabytes),
+            (memory, self.max_memory, "memory", format_bytes),
+            (kl, self.max_kl, "KL", "{:.4f}".format),
+            (bits, self.max_bits, "bits over dense", "{:.4f}".format),
+        ):
+            if value is not None and limit is not None:
+                shown: tuple[str, str] = (words(limit), words(value))  # type: ignore[operator]
+                outcome = MISSED if value > limit else PASS
+                yield Held(f"{name} up to {shown[0]}", shown[1], outcome, value / limit - 1)
+        if self.min_speed is not None and speed is not None:
+            low, high = speed
+            outcome = (
+                PASS if low >= self.min_speed else MISSED if high < self.min_speed else INCONCLUSIVE
+            )
+            words = f"{low:.1f} to {high:.1f} t/s"
+            yield Held(f"decode of {self.min_speed:g} t/s", words, outcome, 1 - low / self.min_speed)
+        if self.device is not None and fits is not None:
+            yield Held(
+                f"memory of {self.device}", "fits" if fits else "does not fit", PASS if fits else MISSED,
+                0.0 if fits else 1.0,
+            )  # fmt: skip
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """All limits in words."""
+        every = self.held(size=0, memory=0, fits=True, speed=(0, 0), kl=0, bits=0)
+        return tuple(one.limit for one in every)

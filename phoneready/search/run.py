@@ -1,0 +1,421 @@
+"""Choose points, evaluate them, and keep the record; a search that was killed goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from cfsp.errors import InputError, LimitError, require_extra
+from cfsp.files import no_space_as_input_error, remove_stale_temporaries, writable_place, write_text
+from cfsp.progress import Progress, no_progress
+from cfsp.records import record_from_json, record_to_json, write_record
+from cfsp.recovery.checks import check_readable
+from cfsp.text.settings import BUILTIN_TEXT
+from cfsp.units import megabytes
+from exporters.gguf.family import GGUF
+from phoneready.evaluation.dominance import FRONTIER, UNDECIDED, choose, excess, standing, telling_sizes
+from phoneready.evaluation.run import check_texts
+from phoneready.evaluation.settings import EvaluationSettings
+from phoneready.figures.verdict import INCONCLUSIVE, MISSED, PASS
+from phoneready.release.before_work import check_training
+from phoneready.search.evaluate import Evaluator, Subject
+from phoneready.search.point import AUTO, BISECT, GRID, OPTUNA, STEPS, Point, SearchSettings
+from phoneready.search.record import EvaluatedPoint, SearchRecord, format_search, outcome_of
+
+RESULT_FILE, TABLE_FILE, PLOT_FILE, STUDY_FILE = "search.json", "search.md", "search.html", "study.jsonl"
+_LOCK = ".search.lock"
+_OURS = {_LOCK, RESULT_FILE, TABLE_FILE, PLOT_FILE, STUDY_FILE, "measured"}
+_PROPOSALS = 20
+"""Proposals for each file that is measured, before a sampler gives up: many may be too large, or known."""
+
+
+class _EnoughError(Exception):
+    """As many files are made as may be."""
+
+
+class _NoFileError(Exception):
+    """A proposal of which there is no file within the limits."""
+
+
+def search(
+    subject: Subject,
+    settings: SearchSettings,
+    folder: Path,
+    *,
+    show: Callable[[str], None] = lambda line: None,
+    progress: Progress = no_progress,
+    threads: int | None = None,
+) -> SearchRecord:
+    """Evaluate the points that the strategy chooses; search.json and search.md are written after every file.
+
+    Args:
+        subject: The model, its calibration, and how pruned ones are trained.
+        settings: Points and limits.
+        folder: Where; made when missing, continued when it holds a search.
+        show: Told every file in a line.
+        progress: Told about every step.
+        threads: Threads outside torch; torch's number by default.
+
+    Raises:
+        InputError: Settings, a text or a folder that cannot be used; nothing was written then.
+        LimitError: No file could be measured.
+        MissingExtraError: llama-cpp-python is not installed, or Optuna where it is needed.
+    """
+    settings.check()
+    GGUF.require()
+    if not (settings.text or settings.chats):
+        settings = replace(settings, text=(BUILTIN_TEXT,))
+    check_texts(EvaluationSettings(text=settings.text, chats=settings.chats))
+    if (training := subject.recover) is not None:
+        if settings.strategy == STEPS and training.for_quant is not None:
+            raise InputError(
+                "a step's file is not what the next step prunes", field="for_quant", value=training.for_quant,
+                allowed="none with --strategy steps",
+            )  # fmt: skip
+        check_training(training)
+    learnt = () if training is None else training.texts
+    check_readable((*learnt, *subject.prune.calibration, *settings.text, *settings.chats))
+    _check_folder(folder)
+
+    evaluator = Evaluator(subject, settings, folder, threads, progress)
+    rows = int(evaluator.loaded.model.get_input_embeddings().weight.shape[0])
+    settings = evaluator.settings = settings.settled(rows)
+    grid = list(settings.points())
+    strategy = settings.strategy
+    if strategy == AUTO:
+        strategy = OPTUNA if settings.max_points is not None and len(grid) > settings.max_points else GRID
+    if settings.storage or strategy == OPTUNA:
+        require_extra("optuna", "search")
+    evaluator.check()
+    with _alone(folder):
+        run = _Run(evaluator, settings, folder, show, strategy)
+        try:
+            if settings.storage or strategy == OPTUNA:
+                _share(run, grid)
+            elif strategy == GRID:
+                run.open += grid
+                for point in grid:
+                    run.evaluate(point)
+            elif strategy == BISECT:
+                run.open += [point for point in grid if point.is_dense]
+                for point in [*run.open]:
+                    run.evaluate(point)
+                for line in settings.bisected():
+                    _bisect(run, line)
+            else:
+                _steps(run)
+        except _EnoughError:
+            pass
+        result = run.write(last=True)
+        shutil.rmtree(evaluator.work, ignore_errors=True)
+    if not result.points:
+        raise LimitError(f"no file could be measured: {'; '.join((*result.failed, *result.left_out))}")
+    return result
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise InputError where a folder holds what no search left."""
+    writable_place(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"cannot write {folder}: it is a file")
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    strange = sorted(name for name in there - _OURS if not name.startswith(".search."))
+    if strange := [name for name in strange if not (name.endswith(".gguf") and "measured" in there)]:
+        raise InputError(f"{folder} holds {strange[0]}, which is no search's; choose another folder with -o")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    with no_space_as_input_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with filelock.FileLock(folder / _LOCK, timeout=0):
+                remove_stale_temporaries(folder)
+                yield
+        except filelock.Timeout as error:
+            raise InputError(
+                f"another search is at work in {folder}; choose another folder with -o (and --storage to share one search)"
+            ) from error
+
+
+@dataclass
+class _Run:
+    """What is known so far of a search."""
+
+    evaluator: Evaluator
+    settings: SearchSettings
+    folder: Path
+    show: Callable[[str], None]
+    strategy: str
+    known: dict[Point, EvaluatedPoint] = field(default_factory=dict)
+    left_out: dict[Point, str] = field(default_factory=dict)
+    failed: dict[Point, str] = field(default_factory=dict)
+    open: list[Point] = field(default_factory=list)
+
+    def evaluate(self, point: Point) -> EvaluatedPoint | None:
+        """A point's figures, taken now unless they are known; None of what cannot be, or surely misses a limit.
+
+        Raises:
+            _EnoughError: It would be one more than there may be.
+        """
+        if point in self.failed or point in self.left_out:
+            return None
+        if point not in self.known and (found := self.evaluator.find(point)) is not None:
+            self.known[point] = found
+        if point in self.known:
+            return self.known[point]
+        if self.settings.max_points is not None and len(self.known) >= self.settings.max_points:
+            raise _EnoughError
+        try:
+            size, held = self.evaluator.foretold(point)
+            if missed := self.evaluator.misses(held):
+                self.left_out[point] = missed
+                return None
+            self.show(f"{point.label}{f', {megabytes(size)} expected' if size else ''}")
+            one = self.evaluator.evaluate(point, size)
+        except (InputError, LimitError) as error:
+            self.failed[point] = str(error)
+            self.show(f"  {point.label} failed: {error}")
+            return None
+        self.known[point] = one
+        self.write()
+        self.show(f"  {megabytes(one.file_bytes)}, {one.bits_per_byte:.4f} bits a byte, {one.seconds:.0f} s")
+        return one
+
+    def write(self, last: bool = False) -> SearchRecord:
+        """search.json and search.md of what is known; of the files only those to keep stay.
+
+        Args:
+            last: Whether the search is over: the best file is made again where an earlier or other run had it.
+        """
+        evaluator, subject = self.evaluator, self.evaluator.subject
+        points = sorted(self.known.values(), key=lambda one: (one.file_bytes, one.file))
+        held = [evaluator.held(one) for one in points]
+        standings = [standing(one, points) for one in points]
+        within = [one for one, rows in zip(points, held, strict=True) if outcome_of(rows) == PASS]
+
+        def objective(one: EvaluatedPoint) -> tuple[float, float, str]:
+            # Within a limit on what it takes the least loss, else the smallest.
+            cost, loss = float(one.file_bytes), one.bits_per_byte
+            return (loss, cost, one.file) if self.settings.limits_cost else (cost, loss, one.file)
+
+        limited = self.settings.limits_cost or self.settings.limits_quality
+        best = min(within, key=objective, default=None) if limited else None
+        dense = min((one for one in within if one.is_dense), key=objective, default=None) if limited else None
+        wanted = {best.file} if best else set()
+        if not limited:
+            wanted = {one.file for one in standings if one.verdict in (FRONTIER, UNDECIDED)}
+        for one in points:
+            if one.file not in wanted:
+                (self.folder / one.file).unlink(missing_ok=True)
+            elif last and not (self.folder / one.file).is_file() and one is best:
+                self.show(f"{one.label} is made again")
+                evaluator.export(one.point)
+        result = SearchRecord(
+            source=subject.model.reference,
+            source_sha256=evaluator.loaded.source.sha256,
+            seed=subject.seed,
+            calibration=subject.prune.calibration,
+            strategy=self.strategy,
+            limits=self.settings.limits,
+            points=tuple(points),
+            held=tuple(held),
+            standings=tuple(standings),
+            choices=tuple(choose(points, size) for size in telling_sizes(points)),
+            best=best.file if best else None,
+            best_dense=dense.file if dense else None,
+            excess=excess(dense, best) if best and dense and best is not dense else None,
+            left_out=tuple(f"{point.label}: {why}" for point, why in self.left_out.items()),
+            failed=tuple(f"{point.label}: {why}" for point, why in self.failed.items()),
+            open=tuple(
+                point.label for point in self.open if point not in {**self.known, **self.left_out, **self.failed}
+            ),
+            kept=tuple(one.file for one in points if (self.folder / one.file).is_file()),
+            recovery=subject.recover,
+        )
+        write_record(self.folder / RESULT_FILE, result)
+        write_text(self.folder / TABLE_FILE, format_search(result))
+        return result
+
+
+def _bisect(run: _Run, line: Sequence[Point]) -> None:
+    """The least ratio that meets the limits on what a file takes; without any the largest within those on its loss."""
+
+    def met(point: Point) -> bool:
+        by_cost = run.settings.limits_cost
+        if by_cost:
+            _, foretold = run.evaluator.foretold(point)
+            if run.evaluator.misses(foretold):
+                return False
+            measured = run.settings.place is not None or not GGUF.find(point.quant).is_sized
+            if foretold and not measured:
+                return True
+        one = run.evaluate(point)
+        quality = {held.limit for held in run.settings.held(kl=0, bits=0)}
+        return one is not None and all(
+            held.outcome != MISSED
+            for held in run.evaluator.held(one)
+            if (held.limit not in quality) == by_cost
+        )
+
+    if run.settings.limits_cost:
+        index = bisect_left(line, True, key=met)
+        found = line[index : index + 1]
+    else:
+        index = bisect_left(line, True, key=lambda point: not met(point))
+        found = line[max(0, index - 1) : index]
+    for point in found:
+        run.evaluate(point)
+
+
+def _steps(run: _Run) -> None:
+    """Prune and train from ratio to ratio; of each vocabulary and share of groups until all files lose too much."""
+    settings = run.settings
+    ratios = sorted({ratio for ratio in settings.ratios if ratio})
+    points = list(settings.points(ratios))
+    for point in points:
+        if point.is_dense:
+            run.evaluate(point)
+    chains: dict[tuple[int, float, int], list[str]] = {}
+    for point in points:
+        if point.ratio and point.recovered:
+            quants = chains.setdefault((point.vocabulary, point.groups, point.align), [])
+            quants += [point.quant] if point.quant not in quants else []
+    for (vocabulary, groups, _), quants in chains.items():
+        for number, ratio in enumerate(ratios):
+            before = tuple(ratios[:number])
+            made = [run.evaluate(Point(one, vocabulary, ratio, groups, True, before)) for one in quants]
+            quality = [
+                [held for held in settings.held(kl=one.kl_mean, bits=one.bits_ratio)] for one in made if one
+            ]
+            if all(any(held.outcome == MISSED for held in rows) for rows in quality):
+                break
+
+
+def _share(run: _Run, grid: Sequence[Point]) -> None:
+    """Ask and tell one Optuna study, which other processes may work on, for all points or as many as may be made.
+
+    Raises:
+        InputError: The storage cannot be opened, or a machine at work on it measures on other windows.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    settings, journal = run.settings, run.folder / STUDY_FILE
+    axes: dict[str, list[Any]] = {
+        "quant": list(settings.quants),
+        "vocabulary": sorted(set(settings.vocabularies)),
+        "ratio": sorted(set(settings.ratios)),
+        "groups": sorted(set(settings.groups)),
+        "recovered": [False, True] if settings.recover else [False],
+    }
+    most = min(settings.max_points or len(grid), len(grid))
+    seed = run.evaluator.subject.seed
+    if len(grid) <= most:
+        sampler: Any = optuna.samplers.GridSampler(axes, seed=seed)
+    else:
+        # Workers must not propose the same; what others are at work on counts as bad.
+        sampler = optuna.samplers.TPESampler(
+            seed=seed + os.getpid() if settings.storage else seed,
+            n_startup_trials=max(4, most // 3),
+            constant_liar=True,
+            constraints_func=lambda trial: trial.user_attrs.get("over", [0.0]),
+        )
+    described = json.dumps([run.evaluator.key, axes, settings.limits, str(run.evaluator.subject.recover)])
+    try:
+        if settings.storage is None:
+            _drop_torn_line(journal)
+        study = optuna.create_study(
+            storage=_storage(settings.storage or str(journal)),
+            sampler=sampler,
+            study_name=f"phoneready-{hashlib.sha256(described.encode()).hexdigest()[:12]}",
+            directions=["minimize", "minimize"],
+            load_if_exists=True,
+        )
+    except Exception as error:  # of a driver, a server or a file: there is no one class
+        raise InputError(
+            f"cannot be opened as an Optuna storage: {error}", field="--storage", value=settings.storage or str(journal)
+        ) from error
+    windows = list(run.evaluator.windows.sha256)
+    if study.user_attrs.setdefault("windows", windows) != windows:
+        raise InputError("another machine at work on it measures on other windows of text", field="--storage")
+    study.set_user_attr("windows", windows)
+    if settings.storage is None:
+        for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # of a run that was killed
+
+    def learn() -> None:
+        """What all workers have measured."""
+        for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)):
+            one = record_from_json(EvaluatedPoint, trial.user_attrs["point"], where="a trial of the study")
+            if one.point not in run.known:
+                run.known[one.point] = one
+                run.evaluator.keep(one)
+
+    def objective(trial: Any) -> tuple[float, float]:
+        learn()
+        point = Point(**{name: trial.suggest_categorical(name, values) for name, values in axes.items()})
+        if point.is_dense:
+            point = replace(point, recovered=False)
+        one = run.evaluate(point)
+        if one is None:
+            raise _NoFileError
+        trial.set_user_attr("point", record_to_json(one))
+        trial.set_user_attr("over", [held.over for held in run.evaluator.held(one)] or [0.0])
+        return float(one.file_bytes), one.bits_per_byte
+
+    def enough(study: Any, _: Any) -> None:
+        learn()
+        if len(run.known) >= most:
+            study.stop()
+
+    learn()
+    if len(run.known) < most:
+        study.optimize(objective, n_trials=_PROPOSALS * most, callbacks=[enough], catch=(_NoFileError,))
+    learn()
+
+
+def _storage(name: str) -> Any:
+    """An SQL URL as Optuna takes it, else a journal file that machines with a common disk share."""
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    if "://" not in name:
+        return optuna.storages.JournalStorage(JournalFileBackend(name))
+    return optuna.storages.RDBStorage(
+        name,
+        heartbeat_interval=60,
+        failed_trial_callback=optuna.storages.RetryFailedTrialCallback(),
+    )
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut away what a kill left of a journal's last line; nobody else may be writing it."""
+    content = path.read_bytes() if path.is_file() else b""
+    if content and not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def check_search(found: SearchRecord) -> None:
+    """Raise what the gate would where no file is within all limits.
+
+    Raises:
+        LimitError: All files miss one.
+        InconclusiveError: Whether one is within them cannot be told from its samples.
+    """
+    from cfsp.errors import InconclusiveError
+
+    if found.outcome == MISSED:
+        raise LimitError(f"no file is within {', '.join(found.limits)}")
+    if found.outcome == INCONCLUSIVE:
+        raise InconclusiveError(f"whether a file is within {', '.join(found.limits)} cannot be told from its samples")
