@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -30,15 +31,13 @@ from phoneready.commands import (
     doctor,
     evaluate,
     export,
-    frontier,
     history,
     init,
     prune,
     recover,
     release,
     report,
-    shrink,
-    tune,
+    search,
     verify,
 )
 from phoneready.commands.options import with_settings
@@ -62,12 +61,16 @@ _TOLERATED = (
     *(("kl-increase", "kl_mean"), ("top1-drop", "same_top1"), ("accuracy-drop", "accuracy")),
     *(("degenerate-increase", "degenerate"), ("metric-change", "own")),
 )
+_SEARCH = "`phoneready search MODEL`"
 GONE: MappingProxyType[str, str] = MappingProxyType(
     {
+        **dict.fromkeys(("tune", "frontier", "shrink"), f"use {_SEARCH}"),
+        **dict.fromkeys(
+            (f"prune --target-{name}" for name in ("size", "parameters", "speed", "axes")), f"use {_SEARCH}"
+        ),
         "compare --plot": "use --format csv",
         "compare --quality": "use --format csv, and `eval --json`",
-        "eval --ratios": "use phoneready search",
-        "eval --csv": "use phoneready search",
+        **dict.fromkeys(("eval --ratios", "eval --csv"), "use `phoneready search MODEL --ratios`"),
         "eval --against-host": "run eval here, too, and compare with --save and --baseline",
         "eval --timeout": "a process on a target has an hour",
         **{f"eval --max-{name}": f"use --tolerance {key}=VALUE" for name, key in _TOLERATED},
@@ -97,11 +100,9 @@ COMMANDS: MappingProxyType[str, Callable[..., None]] = MappingProxyType(
         "release": release.release,
         "report": report.report,
         "verify": verify.verify,
-        "tune": tune.tune,
-        "frontier": frontier.frontier,
+        "search": search.search,
         "prune": prune.prune,
         "recover": recover.recover,
-        "shrink": shrink.shrink,
         "eval": evaluate.evaluate,
         "export": export.export,
         "bench": bench.bench,
@@ -231,7 +232,8 @@ def _fail_usage(error: Exception) -> int:
         return 2
     path = context.command_path if context else "phoneready"
     message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
-    asked = getattr(error, "option_name", None) or message.removeprefix("No such command ").strip("'")
+    command = re.search("No such command '([^']*)'", message)
+    asked = getattr(error, "option_name", None) or (command[1] if command else message)
     if instead := GONE.get(f"{path.removeprefix('phoneready').strip()} {asked}".strip()):
         return _fail(f"{asked} is gone: {instead}", 2, debug=False)
     return _fail(f"{message}; see {path} --help", int(getattr(error, "exit_code", 2)), debug=False)

@@ -270,13 +270,8 @@ def _dense(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
 
 def _pruned(config: ReleaseConfig) -> dict[str, Any]:
     counted = {"vocabulary_text": identities(config.prune.vocabulary_text)}
-    prune, target = config.prune, {}
-    if prune.target:
-        formats = prune.sized_formats(config.export.names) if prune.reads_files else ()
-        asked = [prune.target_size, prune.target_parameters, prune.target_speed]
-        target = {"target": [*asked, prune.target_axes, formats, config.export.imatrix]}
-    files = {"in_gguf": makes_gguf((*prune.for_quant, *config.export.names))}
-    return dataclasses.asdict(config.prune_settings()) | counted | target | files
+    files = {"in_gguf": makes_gguf((*config.prune.for_quant, *config.export.names))}
+    return dataclasses.asdict(config.prune_settings()) | counted | files
 
 
 def recovery_settings(settings: RecoverConfig, seed: int) -> dict[str, Any]:

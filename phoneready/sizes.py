@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,13 @@ from cfsp.models.offload import copied
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.pruning.axes.parts import Removal
-from cfsp.pruning.budget import Cost
 from cfsp.pruning.outline import cut_to_shape, outline
 from cfsp.pruning.plan import BlockPlan, PruningPlan, ScoreSummary
 from cfsp.pruning.settings import PruneSettings
-from exporters.families import family_of
 from exporters.gguf.architecture import ChosenLayout, read_layout
 from exporters.gguf.files import draft_gguf
 from exporters.gguf.size import SizeTemplate, size_template
-from exporters.gguf.tokenizer_metadata import tokenizer_bytes
 from exporters.options import ExportOptions
-from exporters.provenance import SOME_HASH, Provenance, file_stem
 from runtime_bench.devices.model_facts import ModelFacts
 
 _TEMPLATE_WIDTH = 256
@@ -154,126 +149,6 @@ class Sizes:
             input_moments=ones if self.use_imatrix else None,
             seed=self.seed,
         )
-
-
-@dataclass
-class DraftedSizes:
-    """Bytes of the largest of some GGUF files of a model: a `cfsp.pruning.budget.Cost`.
-
-    Args:
-        sizes: Of the dense model.
-        items: Quantizations.
-    """
-
-    sizes: Sizes
-    items: Sequence[str]
-    _tokens: dict[tuple[int, int], int] = field(default_factory=dict)
-
-    def __call__(self, shape: ModelShape, tokenizer: Any) -> float:
-        """Of a model with this shape and tokenizer."""
-        dense = self.sizes.loaded.tokenizer
-        more = self._vocabulary(tokenizer, shape) - self._vocabulary(dense, model_shape(self.sizes.small))
-        return max(self.sizes.file_bytes(item, shape) for item in self.items) + more + _NAMES_BYTES
-
-    def _vocabulary(self, tokenizer: Any, shape: ModelShape) -> int:
-        tokens, rows = len(tokenizer), shape.vocab_size or 0
-        if (tokens, rows) not in self._tokens:
-            self._tokens[tokens, rows] = tokenizer_bytes(tokenizer, max(tokens, rows))
-        return self._tokens[tokens, rows]
-
-
-@dataclass
-class OutlinedSizes:
-    """Most bytes of the largest of some files whose size follows from the shape: a `cfsp.pruning.budget.Cost`.
-
-    Args:
-        sizes: Of the dense model.
-        items: Formats of families that compute it.
-    """
-
-    sizes: Sizes
-    items: Sequence[str]
-    _known: dict[ModelShape, int] = field(default_factory=dict)
-
-    def __call__(self, shape: ModelShape, tokenizer: Any) -> float:
-        """Of a model with this shape; what tokens are called lies in another file."""
-        if shape not in self._known:
-            model = copy.deepcopy(self._outline)
-            cut_to_shape(model, shape)
-            self._known[shape] = max(self._size(model, item) for item in self.items) + _NAMES_BYTES
-        return self._known[shape]
-
-    def _size(self, model: Any, item: str) -> int:
-        compute = family_of(item).largest_size
-        assert compute is not None  # what the items are chosen by
-        return compute(model, item, self._origin)
-
-    @functools.cached_property
-    def _outline(self) -> Any:
-        """Of the model as it was when sizes were first asked for."""
-        return outline(self.sizes.loaded.model)
-
-    @property
-    def _origin(self) -> Provenance:
-        """As long as what a checkpoint will say."""
-        source = self.sizes.loaded.source
-        return Provenance(
-            name=file_stem(_stem(source.name, dense=False)),
-            source_model=source.name,
-            source_sha256=SOME_HASH,
-            checkpoint_sha256=SOME_HASH,
-            plan_sha256=SOME_HASH,
-            license=source.license,
-        )
-
-
-@dataclass(frozen=True)
-class LargestOf:
-    """The most of several costs: a `cfsp.pruning.budget.Cost`."""
-
-    costs: tuple[Cost, ...]
-
-    def __call__(self, shape: ModelShape, tokenizer: Any) -> float:
-        """Of a model with this shape and tokenizer."""
-        return max(cost(shape, tokenizer) for cost in self.costs)
-
-
-def file_sizes(sizes: Sizes, items: Sequence[str]) -> Cost:
-    """Bytes of the largest of some exported files, of whatever family.
-
-    Args:
-        sizes: Of the dense model.
-        items: Formats of which the size follows from the shape.
-    """
-    outlined = [item for item in items if family_of(item).largest_size]
-    drafted = [item for item in items if item not in outlined]
-    kinds = ((DraftedSizes, drafted), (OutlinedSizes, outlined))
-    return LargestOf(tuple(kind(sizes, some) for kind, some in kinds if some))
-
-
-@dataclass(frozen=True)
-class DecodeTimes:
-    """Time that a token takes, as a share of the dense model's: a `cfsp.pruning.budget.Cost`.
-
-    A generated token reads all weights once, which is what takes the time on a phone; of several files the slowest
-    counts.
-
-    Args:
-        sizes: Of the dense model.
-        items: Quantizations.
-    """
-
-    sizes: Sizes
-    items: Sequence[str]
-
-    def __call__(self, shape: ModelShape, tokenizer: Any) -> float:
-        """Of a model with this shape; what tokens are called takes no time."""
-        return max(self.sizes.facts(item, shape).read_bytes / self._dense[item] for item in self.items)
-
-    @functools.cached_property
-    def _dense(self) -> dict[str, int]:
-        shape = model_shape(self.sizes.loaded.model)
-        return {item: self.sizes.facts(item, shape).read_bytes for item in self.items}
 
 
 def _stem(name: str, *, dense: bool) -> str:

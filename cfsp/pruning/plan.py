@@ -22,7 +22,6 @@ from cfsp.precision import rounding_dtype
 from cfsp.pruning.allocation import allocate_widths
 from cfsp.pruning.axes.parts import GroupRemoval, Removal, removable_attentions
 from cfsp.pruning.axes.vocabulary import VocabularyPlan
-from cfsp.pruning.budget import BudgetShares
 from cfsp.pruning.scoring import score_channels
 from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import BlockStatistics
@@ -83,7 +82,6 @@ class PruningPlan:
         vocabulary: Which tokens are kept; None where all are.
         depth: Which whole blocks go; None where all stay.
         attention: Which blocks lose their attention; None where none does.
-        budget: What was to be met, and what each axis gives for it; None where the settings say how much goes.
         kv_groups: Which key-value groups are kept; None where all of an attention that stays are.
         silent_before: Blocks of the model it was made for that did not attend.
         device: Kind of device that computed it; None for the CPU.
@@ -106,7 +104,6 @@ class PruningPlan:
     vocabulary: Annotated[VocabularyPlan | None, WhereSet] = None
     depth: Annotated[Removal | None, WhereSet] = None
     attention: Annotated[Removal | None, WhereSet] = None
-    budget: Annotated[BudgetShares | None, WhereSet] = None
     kv_groups: Annotated[GroupRemoval | None, WhereSet] = None
     silent_before: Annotated[tuple[int, ...], WhereSet] = ()
     device: Annotated[str | None, WhereSet] = None
@@ -193,7 +190,7 @@ class PruningPlan:
         importance = torch.tensor([block.importance for block in self.blocks], dtype=torch.float64)
         widths = allocate_widths(importance, self.dense_widths, settings, self.gone)
         blocks = tuple(replace(b, width=w) for b, w in zip(self.blocks, widths, strict=True))
-        return replace(self, settings=settings, blocks=blocks, budget=None)
+        return replace(self, settings=settings, blocks=blocks)
 
 
 def make_plan(

@@ -36,16 +36,12 @@ from cfsp.pruning.axes.vocabulary import (
     count_alike,
     cut_vocabulary,
     plan_vocabulary,
-    token_order,
 )
 from cfsp.pruning.block_by_block import apply_plan
-from cfsp.pruning.budget import Budget
-from cfsp.pruning.fitting import decide
 from cfsp.pruning.moments import collect_input_moments, moment_windows, spread_windows
 from cfsp.pruning.plan import PruningPlan, check_plan_fits, make_plan
 from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import BlockStatistics, collect_statistics
-from cfsp.pruning.trials import Trials
 from cfsp.settings import check_settings
 from cfsp.text.calibration import Calibration
 from cfsp.text.respelling import respelling
@@ -87,7 +83,6 @@ def prune_model(
     *,
     plan: PruningPlan | None = None,
     counted: Sequence[str] = (),
-    budget: Budget | None = None,
     check: Callable[[ModelShape], None] | None = None,
     progress: Progress = no_progress,
 ) -> PruneResult:
@@ -99,7 +94,6 @@ def prune_model(
         settings: How to prune; ignored where `plan` is given.
         plan: A plan to apply instead of making one.
         counted: References of the text whose tokens decide the vocabulary; the calibration windows where none.
-        budget: What the pruned model may take, where that decides how much goes.
         check: Raises for a shape that will not do, before the model is pruned to it.
         progress: Told about each step.
 
@@ -110,7 +104,7 @@ def prune_model(
     statistics = None
     if plan is None:
         loaded, calibration, statistics, plan = plan_model(
-            loaded, calibration, settings, counted=counted, budget=budget, check=check, progress=progress
+            loaded, calibration, settings, counted=counted, check=check, progress=progress
         )
     else:
         check_plan_fits(loaded.model, plan)
@@ -142,7 +136,6 @@ def plan_model(
     settings: PruneSettings,
     *,
     counted: Sequence[str] = (),
-    budget: Budget | None = None,
     check: Callable[[ModelShape], None] | None = None,
     only_plan: bool = False,
     progress: Progress = no_progress,
@@ -150,22 +143,15 @@ def plan_model(
     """Decide what goes; tokens of the vocabulary are gone afterwards. Arguments as in `prune_model`, `statistics_for`.
 
     Raises:
-        InputError: Settings that do not fit the model, or a budget that nothing meets.
+        InputError: Settings that do not fit the model.
     """
     check_settings(settings)
     settings = with_counts(loaded.model, settings)
     check_removals(loaded.model, settings)
-    decision = vocabulary = counts = order = None
-    told = budget is None and settings.keeps_blocks
-    if settings.vocabulary or (budget is not None and "vocabulary" in budget.axes):
-        counts = counts_of(loaded, calibration, counted)
-    if budget is not None:
-        order = _order(loaded, counts, settings, budget)
-        decision = decide(_trials(loaded, calibration, settings, progress), order, settings, budget)
-        settings = decision.settings
-    if settings.vocabulary and counts is not None:
-        sources = tuple(counted) or calibration.sources
-        vocabulary = plan_vocabulary(loaded, counts, settings.vocabulary, sources=sources, order=order)
+    vocabulary, told = None, settings.keeps_blocks
+    if settings.vocabulary:
+        counts, sources = counts_of(loaded, calibration, counted), tuple(counted) or calibration.sources
+        vocabulary = plan_vocabulary(loaded, counts, settings.vocabulary, sources=sources)
     loaded, calibration = trim(loaded, calibration, vocabulary, settings, progress=progress)
     depth, attention, groups = Removals(loaded.model, calibration, progress).of(settings)
     measured_on = calibration
@@ -176,31 +162,9 @@ def plan_model(
     )
     plan = make_plan(loaded, statistics, calibration, settings, depth, attention, groups)
     plan = replace(plan, vocabulary=vocabulary)
-    if decision is not None:
-        plan = decision.finish(plan, loaded.tokenizer)
     if check is not None:
         check(plan.shape)
     return Planned(loaded, calibration, statistics, plan)
-
-
-def _trials(
-    loaded: LoadedModel, calibration: Calibration, settings: PruneSettings, progress: Progress
-) -> Trials:
-    """To find out what meets a budget."""
-    statistics_of = partial(statistics_for, progress=progress)
-    return Trials(loaded, calibration, settings, statistics_of, _probed(calibration), progress)
-
-
-def _order(
-    loaded: LoadedModel, counts: Counts | None, settings: PruneSettings, budget: Budget
-) -> TokenOrder | None:
-    """In which order tokens go for a budget; None where none do, or where they need not and cannot be trimmed."""
-    try:
-        return None if counts is None else token_order(loaded, counts)
-    except InputError:
-        if settings.vocabulary or budget.axes == ("vocabulary",):
-            raise
-    return None
 
 
 class Removals:

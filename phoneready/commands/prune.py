@@ -14,11 +14,9 @@ from cfsp.errors import InputError
 from cfsp.files import record_head, refuse_existing
 from cfsp.pruning.settings import READS
 from cfsp.records import read_record, record_to_json, write_record
-from cfsp.scratch import LargeScratch
-from cfsp.settings import as_read, declared, no_effect, setting
+from cfsp.settings import as_read, declared, setting
 from cfsp.text.settings import CalibrationSettings
 from exporters.families import DEFAULT_FORMAT, required_multiple
-from exporters.settings import QuantizerSettings
 from phoneready.commands.options import (
     DeviceOption,
     ForceOption,
@@ -33,7 +31,6 @@ from phoneready.commands.options import (
 from phoneready.commands.processes import note_once, shared_passes
 from phoneready.console import prepare_torch, warn, write_result
 from phoneready.settings.schema import COUNTED, PruneConfig
-from phoneready.settings.target import AIMED, AXIS_SETTINGS
 
 if TYPE_CHECKING:
     from cfsp.models.source import LoadedModel
@@ -93,7 +90,6 @@ def prune(
     context: typer.Context,
     model: ModelArgument,
     settings: PruneOptions,
-    quantizer: QuantizerSettings,
     output: Path | None = setting(None, "Checkpoint folder to create.", option="-o --output"),
     seed: SeedOption = 0,
     plan: Path | None = setting(None, "Apply this plan; --prune-ratio re-allocates it."),
@@ -118,14 +114,12 @@ def prune(
     from cfsp.models.reference import load_model
     from cfsp.pruning.prune import plan_model, prune_model
     from phoneready.forecasts.said import Machine
-    from phoneready.release.pruning_budget import budget_of, fitting_settings, shape_check
+    from phoneready.release.pruning_budget import fitting_settings, shape_check
 
     settings, chosen, warnings = _chosen(context, settings, plan)
-    if not (quantizer.imatrix or settings.reads_files):
-        warnings += (no_effect("--no-imatrix", "without --target-size or --target-speed"),)
     warn(warnings, note_once)
     ready, references = _given_plan(context, plan, settings)
-    with shared_passes(wanted, device) as (writes, progress), LargeScratch("sizes") as scratch:
+    with shared_passes(wanted, device) as (writes, progress):
         where, how = find_device(device), ready.settings if ready else chosen
         if writes:
             shown = _asked(settings, how, ready, only_plan=plan_only is not None)
@@ -140,9 +134,8 @@ def prune(
         )
         chosen = chosen if ready else fitting_settings(settings, chosen, loaded.model)
         check = shape_check(settings, chosen, loaded.model)
-        budget = budget_of(settings, loaded, scratch.path, use_imatrix=quantizer.imatrix, seed=seed)
         drawn = _drawn(references, loaded, settings, seed, progress)
-        asked: dict[str, Any] = {"counted": settings.vocabulary_text, "budget": budget, "check": check}
+        asked: dict[str, Any] = {"counted": settings.vocabulary_text, "check": check}
         asked["progress"] = progress
         made = (
             plan_model(loaded, drawn, chosen, **asked, only_plan=True)
@@ -183,8 +176,7 @@ def _asked(
     from phoneready.forecasts.stages import Pruning, Windows
 
     shared = Windows(math.ceil(settings.nsamples / count()), settings.seqlen)
-    is_aimed = bool(settings.target or (plan and plan.budget))
-    return Pruning(chosen, shared, is_aimed=is_aimed, only_plan=only_plan, has_plan=plan is not None)
+    return Pruning(chosen, shared, only_plan=only_plan, has_plan=plan is not None)
 
 
 def _foretell(
@@ -251,7 +243,6 @@ def format_plan(plan: PruningPlan, destination: Path) -> str:
         ),
         *_group_lines(plan),
         *_vocabulary_lines(plan),
-        *_budget_lines(plan),
         f"Calibration: {', '.join(plan.calibration)}, {plan.calibration_tokens} tokens, seed {plan.seed}.",
         f"Written to {destination}.",
     ]
@@ -291,13 +282,6 @@ def _vocabulary_lines(plan: PruningPlan) -> list[str]:
     ]
 
 
-def _budget_lines(plan: PruningPlan) -> list[str]:
-    from phoneready.report.tables import budget_said, budget_table
-
-    table = budget_table(plan)
-    return [budget_said(plan), table.markdown().rstrip()] if table else []
-
-
 def _summary(plan: PruningPlan) -> dict[str, Any]:
     """The plan's record without rankings and tokens, which are long and stand in the plan file."""
 
@@ -315,8 +299,6 @@ def _output(output: Path | None, plan: Path | None, plan_only: Path | None, sett
         raise InputError("give one of -o DIR (a pruned checkpoint) and --plan-only FILE (the plan alone)")
     if plan is not None and plan_only is not None:
         raise InputError("--plan applies a plan and --plan-only makes one: give one of the two")
-    if plan is not None and settings.target:
-        raise InputError("--plan applies a plan; a target makes one: give one of the two")
     return wanted
 
 
@@ -326,20 +308,15 @@ def _chosen(
     """What is asked for, and how to prune without a plan, both as they are read; and a warning for what is not.
 
     Raises:
-        InputError: What a plan has decided is asked for beside one, or a target that cannot be.
+        InputError: What a plan has decided is asked for beside one.
     """
     decided = {row.name for row in declared(PruneOptions)} - _BESIDE_PLAN
     if plan is not None and (given := given_options(context, decided)):
         raise InputError("decided by the plan", field=given[0], allowed="without --plan")
-    settings, warnings = as_read(settings, AIMED)
-    settings = settings.aimed([name for name in AXIS_SETTINGS.values() if was_given(context, name)])
-    if problem := settings.target_problem:
-        raise InputError(problem)
-    settings.sized_formats(())
-    settings, uncounted = as_read(settings, COUNTED, settings.may_trim)
+    settings, uncounted = as_read(settings, COUNTED, bool(settings.vocabulary))
     chosen = settings.settings(required_multiple(settings.for_quant or (DEFAULT_FORMAT,)))
     chosen, unread = as_read(chosen, READS)
-    return settings, chosen, (*warnings, *uncounted, *unread)
+    return settings, chosen, (*uncounted, *unread)
 
 
 def _given_plan(

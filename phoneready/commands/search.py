@@ -24,7 +24,7 @@ from phoneready.search.point import SearchSettings
 def search(
     model: ModelArgument,
     settings: SearchSettings,
-    calibration: Annotated[CalibrationSettings, Renamed("", {"seqlen": None})],
+    calibration: Annotated[CalibrationSettings, Renamed("Pruning and rounding: ", {"seqlen": None})],
     output: Path = setting(
         Path("search"), "Folder to make; continued when it holds a search.", option="-o --output"
     ),

@@ -111,16 +111,14 @@ class Pruning:
     """What pruning is asked for.
 
     Attributes:
-        settings: What a target takes away is not known before, and counts as nothing.
+        settings: How.
         text: Calibration windows.
-        is_aimed: Whether a target says how much goes.
         only_plan: Whether no model is changed.
         has_plan: Whether what goes is decided already.
     """
 
     settings: PruneSettings
     text: Windows
-    is_aimed: bool = False
     only_plan: bool = False
     has_plan: bool = False
 
@@ -133,7 +131,7 @@ class Pruning:
             self.settings.kv_groups,
             self.settings.vocabulary,
         )
-        return not (self.is_aimed or any(others))
+        return not any(others)
 
 
 @dataclass(frozen=True)
@@ -236,7 +234,7 @@ def pruning(extents: Sequence[Extent], asked: Pruning) -> Work:
     """Statistics, plan, cut and reconstruction, and the activation moments of what is left."""
     (dense,), settings, text = extents, asked.settings, asked.text
     kept = dense.narrowed(settings.prune_ratio)
-    told = settings.keeps_blocks and not asked.is_aimed
+    told = settings.keeps_blocks
     read = text.most(TOLD_WINDOWS) if told else text
     seen = _passed(dense, read, _STATISTICS, held=read.tokens if settings.prune_ratio else None)
     steps = [_loaded(dense), *_spelled(dense, settings, text), seen]

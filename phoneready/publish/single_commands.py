@@ -10,10 +10,9 @@ from cfsp.models.offload import AUTO
 from cfsp.recovery.settings import reads_teacher
 from cfsp.settings import declared, pick
 from exporters.families import find_format, makes_gguf
-from exporters.settings import ExportSettings, QuantizerSettings
+from exporters.settings import ExportSettings
 from phoneready.release.results import ReleaseFigures
 from phoneready.settings.schema import RecoverConfig, ReleaseConfig
-from phoneready.settings.target import AXIS_SETTINGS
 
 
 def single_commands(
@@ -42,15 +41,9 @@ def _prune(config: ReleaseConfig, figures: ReleaseFigures) -> list[object]:
     asked = config.prune
     # Without a name one of GGUF is meant.
     named = asked.for_quant or (() if makes_gguf(config.export.names) else config.export.names)
-    formats = asked.sized_formats(config.export.names) if asked.reads_files else named
-    settings = dataclasses.replace(asked, align=figures.plan.settings.align, for_quant=formats)
-    # What is said twice is fixed; what the target decides must not be.
-    free = {name for axis, name in AXIS_SETTINGS.items() if asked.frees(axis)}
-    without = free if asked.target else {"target_axes"}
-    without |= set() if asked.may_trim else {"vocabulary_text"}
+    settings = dataclasses.replace(asked, align=figures.plan.settings.align, for_quant=named)
+    without = set() if asked.vocabulary else {"vocabulary_text"}
     words = ["prune", config.model.reference, "-o", "checkpoint", *option_words(settings, without)]
-    if asked.reads_files:
-        words += option_words(pick(QuantizerSettings, config.export))
     if config.model.dtype != settings.dtype:
         words += ["--weights-dtype", config.model.dtype]
     return [*words, "--seed", config.seed, *_opened(config)]

@@ -91,7 +91,7 @@ def _drawing(config: ReleaseConfig) -> Drawing:
 
 
 def _pruning(config: ReleaseConfig) -> Pruning:
-    return Pruning(config.prune_settings(), _windows(config), is_aimed=bool(config.prune.target))
+    return Pruning(config.prune_settings(), _windows(config))
 
 
 def _recovering(config: ReleaseConfig) -> Recovering | None:

@@ -25,7 +25,6 @@ from cfsp.pruning.moments import collect_input_moments, moment_windows, spread_w
 from cfsp.pruning.prune import prune_model
 from cfsp.records import read_record, write_record
 from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord
-from cfsp.scratch import LargeScratch
 from cfsp.text.calibration import Calibration, check_seqlen
 from cfsp.text.tokens import tokens_sha256
 from exporters.families import FAMILIES, ROUNDING, family_of, find_format
@@ -39,7 +38,7 @@ from phoneready.figures.figure_set import DENSE, PRUNED
 from phoneready.figures.metrics import CHECKPOINT
 from phoneready.release.artifact import SIDE_BY_SIDE_FILE, Answers, Artifact, FileLosses, SideBySide
 from phoneready.release.live import rows_so_far
-from phoneready.release.pruning_budget import budget_of, fitting_settings, shape_check
+from phoneready.release.pruning_budget import fitting_settings, shape_check
 from phoneready.release.stages import stage_folder
 from phoneready.settings.schema import BenchConfig, ModelConfig, RecoverConfig, ReleaseConfig
 from phoneready.settings.structures import Structures
@@ -85,7 +84,7 @@ def model_stem(config: ReleaseConfig, source: str, role: str) -> str:
     if role == DENSE:
         return file_stem(f"{source}-{DENSE}")
     prune = config.prune
-    much = prune.target.replace(" ", "") or (f"{100 * prune.prune_ratio:g}" if prune.prune_ratio else "")
+    much = f"{100 * prune.prune_ratio:g}" if prune.prune_ratio else ""
     how = f"{much}{Structures.of(prune).in_names}".replace(".", "_") + (
         "-recovered" if config.recover else ""
     )
@@ -185,22 +184,12 @@ class Steps:
         ids = self._calibration_ids("dense")
         wanted, seed = self.config.prune, self.config.seed
         calibration = Calibration(ids, wanted.calibration, seed, tokens_sha256(ids))
-        export = self.config.export
-        settings = fitting_settings(wanted, self.config.prune_settings(), loaded.model, export.names)
-        check = shape_check(wanted, settings, loaded.model, export.names)
-        with LargeScratch("sizes") as scratch:
-            budget = budget_of(
-                wanted, loaded, scratch.path, made=export.names, use_imatrix=export.imatrix, seed=seed
-            )
-            result = prune_model(
-                loaded,
-                calibration,
-                settings,
-                counted=wanted.vocabulary_text,
-                budget=budget,
-                check=check,
-                progress=progress,
-            )
+        made = self.config.export.names
+        settings = fitting_settings(wanted, self.config.prune_settings(), loaded.model, made)
+        check = shape_check(wanted, settings, loaded.model, made)
+        result = prune_model(
+            loaded, calibration, settings, counted=wanted.vocabulary_text, check=check, progress=progress
+        )
         _save_windows(result.calibration.input_ids, output)
         plan, moments = result.plan, result.input_moments
         save_checkpoint(result.loaded, output / "model", plan=plan, input_moments=moments, seed=seed)

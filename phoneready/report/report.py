@@ -120,8 +120,6 @@ def _contents(report: ReportInput) -> dict[str, Any]:
         "quality_note": vocabulary_note(figures.evaluation, _MODELS),
         "widths": tables.width_table(figures.plan),
         "vocabulary": tables.vocabulary_table(figures.plan),
-        "budget": tables.budget_table(figures.plan),
-        "budget_said": tables.budget_said(figures.plan),
         "answers": _answers(figures),
         "proof": tables.proof_table(exports),
         "warnings": [(r.file, warning) for r in exports for warning in r.warnings],

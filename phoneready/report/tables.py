@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from cfsp.pruning.budget import AXES, UNITS
 from cfsp.pruning.plan import PruningPlan
 from cfsp.units import format_bytes
 from exporters.export_record import ExportRecord
@@ -199,39 +198,6 @@ def vocabulary_table(plan: PruningPlan) -> Table[Row] | None:
         for kind in (*plan.vocabulary.by_script, *plan.vocabulary.by_count)
     ]
     return table_of_cells(("tokens", "dense", "kept", "of the text", "of it now in parts"), rows)
-
-
-def budget_said(plan: PruningPlan) -> str:
-    """How a plan stands to its target; "" where it has none."""
-    if (shares := plan.budget) is None:
-        return ""
-    show = UNITS[shares.unit]
-    met = (
-        "which meets it as it is"
-        if shares.dense <= shares.target
-        else "of which was removed what costs least"
-    )
-    return (
-        f"Target: {show(shares.target)}; the plan takes {show(shares.reached)}. The dense model takes "
-        f"{show(shares.dense)}, {met}: {shares.loss:.3f} nats a token, predicted."
-    )
-
-
-def budget_table(plan: PruningPlan) -> Table[Row] | None:
-    """What each axis gives for a target, and what it would have cost alone; None where there is none."""
-    if (shares := plan.budget) is None:
-        return None
-    rows = [
-        (
-            AXES[share.axis],
-            f"{share.removed} of {share.units}",
-            UNITS[shares.unit](share.saved),
-            f"{share.loss:.3f}",
-            "not possible" if share.alone is None else f"{share.alone:.3f}",
-        )
-        for share in shares.axes
-    ]
-    return table_of_cells(("axis", "removed", "saved", "predicted nats", "alone to the target"), rows)
 
 
 def group_table(figures: ReleaseFigures, group: BenchGroup) -> Table[Row]:

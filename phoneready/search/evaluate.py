@@ -26,8 +26,8 @@ from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.axes.token_order import Counts, token_order
-from cfsp.pruning.axes.vocabulary import VocabularyPlan, plan_vocabulary
+from cfsp.pruning.axes.token_order import Counts
+from cfsp.pruning.axes.vocabulary import VocabularyPlan, plan_vocabulary, token_order
 from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.moments import collect_input_moments, moment_windows, spread_windows
 from cfsp.pruning.plan import PruningPlan, apply_plan, make_plan
@@ -47,7 +47,7 @@ from phoneready.figures.verdict import MISSED
 from phoneready.release.identities import identities, identity
 from phoneready.release.pruning_budget import with_fitting_widths
 from phoneready.release.steps import load_stage, run_recovery, shortcoming_of
-from phoneready.report.plot_style import speed_span
+from phoneready.report.plots import speed_span
 from phoneready.search.point import Held, Point, SearchSettings
 from phoneready.search.record import EvaluatedPoint, Speed
 from phoneready.settings.schema import ExportConfig, ModelConfig, PruneConfig, RecoverConfig
@@ -191,7 +191,10 @@ class Evaluator:
         longest = int(getattr(loaded.model.config, "max_position_embeddings", None) or settings.seqlen)
         if settings.seqlen > longest:
             raise InputError(
-                "longer than the model's context", field="seqlen", value=settings.seqlen, allowed=f"up to {longest}"
+                "longer than the model's context",
+                field="seqlen",
+                value=settings.seqlen,
+                allowed=f"up to {longest}",
             )
         for share in settings.groups:
             check_removals(loaded.model, replace(self.subject.prune.settings(1), kv_groups=share))
@@ -289,12 +292,19 @@ class Evaluator:
         """
         key = (point.vocabulary, point.groups)
         if key not in self._plans:
-            path = self.state / "plans" / f"{replace(point, ratio=0.0, recovered=False, steps=()).checkpoint}.json"
+            path = (
+                self.state
+                / "plans"
+                / f"{replace(point, ratio=0.0, recovered=False, steps=()).checkpoint}.json"
+            )
             if not path.is_file():
                 side = self._side(point.vocabulary)
                 side.removals = side.removals or Removals(side.loaded.model, side.calibration, self.progress)
                 wanted = replace(
-                    self.subject.prune.settings(1), prune_ratio=0.0, vocabulary=point.vocabulary, kv_groups=point.groups
+                    self.subject.prune.settings(1),
+                    prune_ratio=0.0,
+                    vocabulary=point.vocabulary,
+                    kv_groups=point.groups,
                 )
                 plan = make_plan(
                     side.loaded, self._statistics(side), side.calibration, wanted, *side.removals.of(wanted)
@@ -323,7 +333,9 @@ class Evaluator:
         side = self._side(point.vocabulary)
         if side.sizes is None:
             sized = tuple(name for name in self.settings.quants if GGUF.find(name).is_sized)
-            side.sizes = Sizes(side.loaded, self.work / "sizes", True, self.subject.seed, self._n_threads, sized)
+            side.sizes = Sizes(
+                side.loaded, self.work / "sizes", True, self.subject.seed, self._n_threads, sized
+            )
         shape = model_shape(self.loaded.model) if point.is_dense else self.plan(point).shape
         size = side.sizes.file_bytes(point.quant, shape, dense=point.is_dense)
         held = list(self.settings.held(size=size))
@@ -373,16 +385,22 @@ class Evaluator:
         path = self._record(point)
         known = read_record(EvaluatedPoint, path) if path.is_file() else None
         if known is None:
-            widths = [sum(model.ffn_widths) for model in (read_config(checkpoint).shape, model_shape(self.loaded.model))]
+            shapes = read_config(checkpoint).shape, model_shape(self.loaded.model)
+            left, whole = (sum(shape.ffn_widths) for shape in shapes)
             tokenizer = self._side(point.vocabulary).loaded.tokenizer
             known = EvaluatedPoint(
                 file=made.name,
                 file_bytes=made.stat().st_size,
                 texts=measure_file(
-                    made, self._dense, tokenizer, self.windows.texts, threads=self.threads, progress=self.progress
+                    made,
+                    self._dense,
+                    tokenizer,
+                    self.windows.texts,
+                    threads=self.threads,
+                    progress=self.progress,
                 ),
                 point=point,
-                removed=1 - widths[0] / widths[1],
+                removed=1 - left / whole,
                 expected_bytes=expected,
                 speed=None,
                 seconds=0.0,
@@ -515,7 +533,13 @@ class Evaluator:
         (record,) = run_bench([path], settings, self.progress, target=open_place(place))
         middle, low, high = speed_span(record) if has_speed(record) else (None, None, None)
         return Speed(
-            place, middle, low, high, record.peak_rss_bytes, n_threads=record.n_threads, failure=record.failure
+            place,
+            middle,
+            low,
+            high,
+            record.peak_rss_bytes,
+            n_threads=record.n_threads,
+            failure=record.failure,
         )
 
     def misses(self, held: list[Held]) -> str:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from cfsp.units import megabytes
 from phoneready.evaluation.dominance import DOMINATED
-from phoneready.report.assets import plots_page
-from phoneready.report.loss_plot import BITS, Axis, loss_figure
+from phoneready.report.assets import plotly_script, render_page
+from phoneready.report.plots import BITS, DARK, Axis, loss_figure
 from phoneready.search.record import EvaluatedPoint, SearchRecord, conditions, search_table, sentences
 
-_SIZE: Axis[EvaluatedPoint] = Axis("file size, MB", lambda one: one.file_bytes / 1e6)
-_SPEED: Axis[EvaluatedPoint] = Axis("decode, tokens per second", lambda one: one.speed and one.speed.low)
-_MEMORY: Axis[EvaluatedPoint] = Axis(
+_SIZE: Axis = Axis("file size, MB", lambda one: one.file_bytes / 1e6)
+_SPEED: Axis = Axis("decode, tokens per second", lambda one: one.speed.low if one.speed else None)
+_MEMORY: Axis = Axis(
     "memory, MiB", lambda one: one.speed.peak_bytes / 2**20 if one.speed and one.speed.peak_bytes else None
 )
-_KL: Axis[EvaluatedPoint] = Axis(
+_KL: Axis = Axis(
     "KL from the dense model, nats a token", lambda one: None if one.point.vocabulary else one.kl_mean
 )
 _ROWS = (
@@ -39,16 +39,16 @@ def render_search(found: SearchRecord) -> str:
         return [megabytes(one.file_bytes), *([f"KL {one.kl_mean:.4f}"] if one.kl_mean is not None else [])]
 
     table = search_table(found)
-    return plots_page(
-        "search.html.j2",
-        {
-            id: loss_figure(series, x, y, beaten=beaten, name=lambda one: one.point.quant, lines=lines)
-            for id, _, x, y in rows
-        },
-        source=found.source,
-        lines=[line.strip().removeprefix("- ") for line in sentences(found)],
-        conditions=conditions(found),
-        titles=[column.title for column in table.columns],
-        rows=[["-" if cell is None else cell for cell in row] for row in table.cells()],
-        shown=[{"id": id, "title": title} for id, title, _, _ in rows],
-    )
+    plots = {
+        id: loss_figure(series, x, y, beaten=beaten, name=lambda one: one.point.quant, lines=lines)
+        for id, _, x, y in rows
+    }
+    context = {
+        "source": found.source,
+        "lines": [line.removeprefix("- ") for line in sentences(found)],
+        "conditions": conditions(found),
+        "titles": [column.title for column in table.columns],
+        "rows": [["-" if cell is None else cell for cell in row] for row in table.cells()],
+        "shown": [{"id": id, "title": title} for id, title, _, _ in rows],
+    }
+    return render_page("search.html.j2", context, plots, plotly_script(needed=True), DARK)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from cfsp.settings import setting
 from cfsp.units import format_bytes, megabytes, parse_bytes
 from cfsp.validation import Share
 from exporters.families import required_multiple
-from exporters.gguf.family import GGUF
 from exporters.gguf.fallbacks import block_of
+from exporters.gguf.family import GGUF
 from exporters.gguf.quants import find_quant
 from exporters.provenance import file_stem
 from phoneready.evaluation.settings import WindowSettings
@@ -156,9 +156,9 @@ class SearchSettings(WindowSettings):
     )
     strategy: str = setting(
         AUTO,
-        "grid: all combinations; optuna: those that its sampler proposes; bisect: the least ratio that meets the limits "
-        "on size, speed and memory, else the largest within those on quality; steps: prune and train from ratio to ratio "
-        "while the quality is within its limits.",
+        "grid: all combinations; optuna: those that its sampler proposes; bisect: the least ratio that meets the "
+        "limits on size, speed and memory, else the largest within those on quality; steps: prune and train from "
+        "ratio to ratio while the quality is within its limits.",
         choices=(AUTO, *STRATEGIES),
         shown="optuna where there are more combinations than --max-points, else grid",
     )
@@ -294,23 +294,21 @@ class SearchSettings(WindowSettings):
             kl: Mean divergence from the dense model.
             bits: Bits per byte, times the dense model's.
         """
-        for value, limit, name, words in (
-            (size, self.max_size, "size", megabytes),
+        rows: tuple[tuple[float | None, float | None, str, Callable[[float], str]], ...] = (
+            (size, self.max_size, "size", lambda count: megabytes(int(count))),
             (memory, self.max_memory, "memory", format_bytes),
             (kl, self.max_kl, "KL", "{:.4f}".format),
             (bits, self.max_bits, "bits over dense", "{:.4f}".format),
-        ):
+        )
+        for value, limit, name, words in rows:
             if value is not None and limit is not None:
-                shown: tuple[str, str] = (words(limit), words(value))  # type: ignore[operator]
                 outcome = MISSED if value > limit else PASS
-                yield Held(f"{name} up to {shown[0]}", shown[1], outcome, value / limit - 1)
+                yield Held(f"{name} up to {words(limit)}", words(value), outcome, value / limit - 1)
         if self.min_speed is not None and speed is not None:
             low, high = speed
-            outcome = (
-                PASS if low >= self.min_speed else MISSED if high < self.min_speed else INCONCLUSIVE
-            )
-            words = f"{low:.1f} to {high:.1f} t/s"
-            yield Held(f"decode of {self.min_speed:g} t/s", words, outcome, 1 - low / self.min_speed)
+            outcome = PASS if low >= self.min_speed else MISSED if high < self.min_speed else INCONCLUSIVE
+            figure = f"{low:.1f} to {high:.1f} t/s"
+            yield Held(f"decode of {self.min_speed:g} t/s", figure, outcome, 1 - low / self.min_speed)
         if self.device is not None and fits is not None:
             yield Held(
                 f"memory of {self.device}", "fits" if fits else "does not fit", PASS if fits else MISSED,

@@ -190,7 +190,9 @@ def search_table(found: SearchRecord) -> Table[EvaluatedPoint]:
     held = {one.file: rows for one, rows in zip(found.points, found.held, strict=True)}
     if found.limits:
         columns.append(Column("limits", lambda one: _standing_to_limits(held[one.file])))
-    return Table([*columns, standing_column(found.points, {s.file: s for s in found.standings})], found.points)
+    return Table(
+        [*columns, standing_column(found.points, {s.file: s for s in found.standings})], found.points
+    )
 
 
 def _standing_to_limits(held: tuple[Held, ...]) -> str:
@@ -202,11 +204,10 @@ def conditions(found: SearchRecord) -> str:
     """What was measured on, and what the words mean."""
     if not found.points:
         return "Nothing was measured."
+    speeds = {one.speed for one in found.points if one.speed}
     places = dict.fromkeys(
-        f" Decode and memory are {'projected to' if one.speed.fits is not None or one.speed.n_threads is None else 'measured at'} "
-        f"{one.speed.place}."
-        for one in found.points
-        if one.speed
+        f" Decode and memory are {'measured at' if one.n_threads else 'projected to'} {one.place}."
+        for one in speeds
     )
     trained = ""
     if found.recovery is not None and any(one.point.recovered for one in found.points):
@@ -250,7 +251,9 @@ def _paid(found: SearchRecord, best: EvaluatedPoint, dense: EvaluatedPoint | Non
         saved = dense.file_bytes - best.file_bytes
         size = f" and is {megabytes(saved)} larger" if saved > 0 else ""
         lost = f" loses {_lost(found.excess)} more" if found.excess else ""
-        return f"The best dense one, {_named(dense)},{lost}{size}; the difference in loss is within the noise."
+        return (
+            f"The best dense one, {_named(dense)},{lost}{size}; the difference in loss is within the noise."
+        )
     return f"Pruning paid: the best dense one, {_named(dense)}, loses {_lost(found.excess)} more."
 
 
@@ -270,12 +273,19 @@ def _whether_it_pays(found: SearchRecord) -> str:
             "Pruning does not pay here: every pruned file is dominated by a dense quantization, "
             "which is no larger and loses no more. Quantize the dense model instead."
         )
-    return f"{len(beaten)} of {len(pruned)} pruned files are dominated by a dense quantization." if pruned else ""
+    return (
+        f"{len(beaten)} of {len(pruned)} pruned files are dominated by a dense quantization."
+        if pruned
+        else ""
+    )
 
 
 def _nearest(found: SearchRecord) -> EvaluatedPoint | None:
     """The file that misses its limits by least."""
-    worst = {one.file: max((h.over for h in held), default=0.0) for one, held in zip(found.points, found.held, strict=True)}
+    worst = {
+        one.file: max((h.over for h in held), default=0.0)
+        for one, held in zip(found.points, found.held, strict=True)
+    }
     return min(found.points, key=lambda one: worst[one.file], default=None)
 
 

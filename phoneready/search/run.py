@@ -144,7 +144,7 @@ def _alone(folder: Path) -> Iterator[None]:
                 yield
         except filelock.Timeout as error:
             raise InputError(
-                f"another search is at work in {folder}; choose another folder with -o (and --storage to share one search)"
+                f"another search is at work in {folder}; choose another folder with -o, and --storage to share one"
             ) from error
 
 
@@ -238,7 +238,9 @@ class _Run:
             left_out=tuple(f"{point.label}: {why}" for point, why in self.left_out.items()),
             failed=tuple(f"{point.label}: {why}" for point, why in self.failed.items()),
             open=tuple(
-                point.label for point in self.open if point not in {**self.known, **self.left_out, **self.failed}
+                point.label
+                for point in self.open
+                if point not in {**self.known, **self.left_out, **self.failed}
             ),
             kept=tuple(one.file for one in points if (self.folder / one.file).is_file()),
             recovery=subject.recover,
@@ -295,9 +297,7 @@ def _steps(run: _Run) -> None:
         for number, ratio in enumerate(ratios):
             before = tuple(ratios[:number])
             made = [run.evaluate(Point(one, vocabulary, ratio, groups, True, before)) for one in quants]
-            quality = [
-                [held for held in settings.held(kl=one.kl_mean, bits=one.bits_ratio)] for one in made if one
-            ]
+            quality = [list(settings.held(kl=one.kl_mean, bits=one.bits_ratio)) for one in made if one]
             if all(any(held.outcome == MISSED for held in rows) for rows in quality):
                 break
 
@@ -344,7 +344,9 @@ def _share(run: _Run, grid: Sequence[Point]) -> None:
         )
     except Exception as error:  # of a driver, a server or a file: there is no one class
         raise InputError(
-            f"cannot be opened as an Optuna storage: {error}", field="--storage", value=settings.storage or str(journal)
+            f"cannot be opened as an Optuna storage: {error}",
+            field="--storage",
+            value=settings.storage or str(journal),
         ) from error
     windows = list(run.evaluator.windows.sha256)
     if study.user_attrs.setdefault("windows", windows) != windows:
@@ -418,4 +420,6 @@ def check_search(found: SearchRecord) -> None:
     if found.outcome == MISSED:
         raise LimitError(f"no file is within {', '.join(found.limits)}")
     if found.outcome == INCONCLUSIVE:
-        raise InconclusiveError(f"whether a file is within {', '.join(found.limits)} cannot be told from its samples")
+        raise InconclusiveError(
+            f"whether a file is within {', '.join(found.limits)} cannot be told from its samples"
+        )

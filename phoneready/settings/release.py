@@ -25,14 +25,18 @@ from exporters.settings import READS as FILES
 from phoneready.evaluation.evaluation_record import repeated_text
 from phoneready.evaluation.settings import READS as JUDGING
 from phoneready.settings.planned import budget_problems
-from phoneready.settings.schema import COUNTED, ReleaseConfig
-from phoneready.settings.target import AIMED
+from phoneready.settings.schema import COUNTED, RecoverConfig, ReleaseConfig
 from phoneready.settings.template import demo_config_text
 from runtime_bench.targets.places import place_slug, row_of_place
 from runtime_bench.workload import SAMPLING_READS as SAMPLING
 
 GONE: Mapping[str, str] = MappingProxyType(
     {
+        "tune": "`phoneready search MODEL`, and what it finds in [prune] and [export]",
+        **dict.fromkeys(
+            (f"prune.target_{name}" for name in ("size", "parameters", "speed", "axes")),
+            "`phoneready search MODEL`, and what it finds in [prune] and [export]",
+        ),
         "stores": "publish the file of each class of devices yourself",
         "tiers": "publish the file of each class of devices yourself",
         "budgets.store": 'at_most with the limit itself, such as "1.5 GB"',
@@ -100,7 +104,7 @@ def parse_config(text: str, *, where: str, overrides: Sequence[str] = ()) -> Rel
         raise InputError(f"{where}: {described([(('model', _TRUST), message)])[0]}")
     problems = described(_gone(values))
     try:
-        config = _read_target(ReleaseConfig.model_validate(values), values)
+        config = ReleaseConfig.model_validate(values)
         problems += described(_problems_between(config))
     except pydantic.ValidationError as error:
         places = [problem["loc"] for problem in error.errors()]
@@ -108,6 +112,23 @@ def parse_config(text: str, *, where: str, overrides: Sequence[str] = ()) -> Rel
     if problems:
         raise InputError(f"{where}: {'; '.join(problems)}")
     return _as_read(config)
+
+
+def read_recovery(path: Path) -> RecoverConfig:
+    """How to train: a file with the keys of [recover], or a release.toml; references in it start at its folder.
+
+    Raises:
+        InputError: Missing, no TOML, or with errors; all are named.
+    """
+    values = parse_toml(read_text(path), str(path))
+    try:
+        given = {"model": {"reference": "any"}, "recover": values.get("recover", values)}
+        training = beside(ReleaseConfig.model_validate(given), path.parent).recover
+    except pydantic.ValidationError as error:
+        raise InputError(f"{path}: {describe_problems(error, lambda place: '')}") from error
+    assert training is not None
+    training.check()
+    return training_as_read(training, training.texts)[0]
 
 
 def with_variants(config: ReleaseConfig, names: Sequence[str]) -> ReleaseConfig:
@@ -210,10 +231,6 @@ def _merge(values: dict[str, Any], stated: Mapping[str, Any], place: Location = 
             yield (*place, key)
 
 
-def _read_target(config: ReleaseConfig, values: Mapping[str, Any]) -> ReleaseConfig:
-    return config.model_copy(update={"prune": config.prune.aimed(values.get("prune", {}))})
-
-
 def _problems_beside(values: Mapping[str, Any], faults: Sequence[Location]) -> list[_Problem]:
     """`_problems_between` for a configuration with faulty keys, as far as those do not bear on them."""
     names = {fault[0] for fault in faults}
@@ -225,7 +242,7 @@ def _problems_beside(values: Mapping[str, Any], faults: Sequence[Location]) -> l
         sound = [number for number in range(len(values["budgets"])) if number not in faulty]
         rest["budgets"] = [values["budgets"][number] for number in sound]
     try:
-        found = _problems_between(_read_target(ReleaseConfig.model_validate(rest), rest))
+        found = _problems_between(ReleaseConfig.model_validate(rest))
     except pydantic.ValidationError:
         return []
     problems: list[_Problem] = []
@@ -243,31 +260,19 @@ def _problems_between(config: ReleaseConfig) -> list[_Problem]:
 
 def _of_models(config: ReleaseConfig) -> Iterator[_Problem]:
     """What cannot be pruned, trained or judged so."""
-    prune, training, tune = config.prune, config.recover, config.tune
-    if tune and tune.problem:
-        yield ("tune",), tune.problem
+    prune, training = config.prune, config.recover
     if training is not None:
         yield from _complaint("recover", training, training.check)
         name = training.for_quant
         if name is not None and find_format(name).name not in config.export.names:
             yield ("recover", "for_quant"), _not_exported(name, config)
-        if config.learns_nothing and tune is None:
+        if config.learns_nothing:
             message = "nothing is removed, and a model learns nothing from its own distribution"
             yield ("recover", "loss"), f"{message}; allowed: next-token or both, or something to prune"
-    if problem := prune.target_problem:
-        yield ("prune",), problem
-    if tune and prune.target:
-        yield ("tune",), "a search chooses the ratio itself: leave the target in [prune] out"
-    try:
-        prune.sized_formats(config.export.names)
-    except InputError as error:
-        yield ("prune",), str(error)
-    searched = tune.vocabularies if tune else ()
-    if config.evaluate.metrics and (any(searched) if searched else prune.may_trim):
+    if config.evaluate.metrics and prune.vocabulary:
         yield (
             ("evaluate", "metrics"),
-            "own metrics read token ids of one vocabulary, and tokens may go; leave out prune.vocabulary, "
-            '"vocabulary" of target_axes and tune.vocabularies',
+            "own metrics read token ids of one vocabulary, and tokens go; leave out prune.vocabulary",
         )
     if name := repeated_text(config.evaluate.text, config.evaluate.chats):
         yield ("evaluate", name.partition(" ")[0]), f"two have the name {name!r}; rename one of the files"
@@ -327,15 +332,14 @@ def _complaint(name: str, section: object, check: Callable[[], object]) -> Itera
 
 
 def _as_read(config: ReleaseConfig) -> ReleaseConfig:
-    """With the default of what nothing reads, and a warning for each; a search prunes in other ways than is written."""
+    """With the default of what nothing reads, and a warning for each."""
     rows: list[tuple[str, Reads, tuple[Any, ...]]] = [
         ("evaluate", JUDGING, ()),
         ("export", FILES, ()),
         ("bench", SAMPLING, ()),
-        ("prune", AIMED, ()),
+        ("prune", PRUNING, ()),
+        ("prune", COUNTED, (bool(config.prune.vocabulary),)),
     ]
-    if config.tune is None:
-        rows += [("prune", PRUNING, ()), ("prune", COUNTED, (config.prune.may_trim,))]
     changed, warnings = dict[str, Any](), list[str]()
     for name, reads, others in rows:
         section = changed.get(name, getattr(config, name))

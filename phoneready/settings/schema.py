@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -21,20 +21,16 @@ from cfsp.recovery.settings import (
 from cfsp.settings import DEVICE, DTYPE, SEED, Reads, Settings, pick, setting
 from cfsp.text.settings import BUILTIN_TEXT, SELF, CalibrationSettings
 from cfsp.validation import Section
-from exporters.families import ROUNDING, find_format, required_multiple
+from exporters.families import DEFAULT_FORMAT, ROUNDING, find_format, required_multiple
 from exporters.settings import FileSettings
 from phoneready.evaluation.settings import EvaluationSettings, JudgementSettings
 from phoneready.figures.budgets import BudgetConfig
 from phoneready.figures.metrics import ENERGY_OF, metric_of
-from phoneready.settings.structures import SearchedStructures
-from phoneready.settings.target import AXIS_SETTINGS, TargetSettings
 from runtime_bench.devices.model_facts import FACTS
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.devices.projection import CONTEXT, DEFAULT_CONTEXT
 from runtime_bench.targets.places import check_place
 from runtime_bench.workload import BenchSettings, SamplingSettings, workloads_of
-
-GOALS = QUALITY, SIZE = "quality", "size"
 
 
 class ModelConfig(Section):
@@ -60,8 +56,8 @@ class CountedText(Settings):
 COUNTED: Reads = MappingProxyType(
     {
         "vocabulary_text": (
-            lambda asked, may_trim: may_trim,
-            "without a number of tokens to keep, or a target that may take some away",
+            lambda asked, trims: trims,
+            "without a number of tokens to keep",
         )
     }
 )
@@ -69,9 +65,17 @@ COUNTED: Reads = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class PruneConfig(TargetSettings, CountedText, CalibrationSettings, PruneSettings):
+class PruneConfig(CountedText, CalibrationSettings, PruneSettings):
     """How to prune, and with what text."""
 
+    for_quant: tuple[str, ...] = setting(
+        (),
+        "Quantizations and ONNX variants that widths must fit.",
+        option="--for --for-quant",
+        look_up=lambda name: find_format(name).name,
+        metavar="QUANT,...",
+        shown=f"{DEFAULT_FORMAT}; in release.toml what [export] makes",
+    )
     align: int = setting(
         0,
         replace(
@@ -83,27 +87,10 @@ class PruneConfig(TargetSettings, CountedText, CalibrationSettings, PruneSetting
         """For cfsp, with the alignment to use where none is set."""
         return pick(PruneSettings, self, align=self.align or align)
 
-    def aimed(self, given: Collection[str]) -> Self:
-        """With a target: the axes whose own setting is given go by that, and of others nothing is removed but for it.
-
-        Args:
-            given: Names of the settings that the user has set.
-        """
-        if not self.target:
-            return self
-        axes = tuple(axis for axis in self.target_axes if AXIS_SETTINGS[axis] not in given)
-        ratio = self.prune_ratio if AXIS_SETTINGS["ffn"] in given else 0.0
-        return replace(self, target_axes=axes, prune_ratio=ratio)
-
-    @property
-    def may_trim(self) -> bool:
-        """Whether the pruned model may have another vocabulary than the dense one."""
-        return bool(self.vocabulary) or self.frees("vocabulary")
-
     @property
     def removes_nothing(self) -> bool:
         """Whether the pruned model is the dense one."""
-        return self.keeps_blocks and not self.vocabulary and not self.target
+        return self.keeps_blocks and not self.vocabulary
 
 
 @dataclass(frozen=True)
@@ -206,47 +193,6 @@ class BaselineConfig(Section):
     file: Path
 
 
-@dataclass(frozen=True)
-class TuneConfig(SearchedStructures):
-    """What `phoneready tune` may vary; what is not listed stays as the other sections say."""
-
-    goal: str = setting(
-        QUALITY,
-        "quality: the least KL divergence that meets all budgets; size: the smallest file that does.",
-        choices=GOALS,
-    )
-    judge: str = setting(
-        "file",
-        "Whose divergence that is, the exported file's or the checkpoint's before export.",
-        choices=("file", "checkpoint"),
-    )
-    min_prune_ratio: float = setting(0.0, "Least share of FFN channels to remove.", ge=0, lt=1)
-    max_prune_ratio: float = setting(0.5, "Largest share to remove.", gt=0, lt=1)
-    files: tuple[str, ...] = setting(
-        (),
-        "Quantizations and ONNX variants, of which one is chosen; those of [export] when empty.",
-        look_up=lambda name: find_format(name).name,
-    )
-    allocations: tuple[str, ...] = setting(
-        (), "As prune.allocation.", choices="cfsp.pruning.allocation:ALLOCATIONS"
-    )
-    aligns: tuple[int, ...] = setting((), "As prune.align; 0 means what the quantization needs.", ge=0)
-    recover: tuple[bool, ...] = setting(
-        (), "With recovery, without, or both; as [recover] is there or not when empty."
-    )
-    trials: int = setting(12, "Most points to make and measure.", ge=1, le=10**6)
-    tolerance: float = setting(
-        0.01, "A point that is expected to be better by less than this share is not tried.", ge=0, lt=1
-    )
-
-    @property
-    def problem(self) -> str | None:
-        """What is wrong between fields."""
-        if self.min_prune_ratio < self.max_prune_ratio:
-            return None
-        return "min_prune_ratio is not below max_prune_ratio"
-
-
 class TrackingConfig(Section):
     """Where releases are logged; the section's presence turns it on.
 
@@ -273,7 +219,6 @@ class ReleaseConfig(Section):
     bench: BenchConfig = pydantic.Field(default_factory=BenchConfig)
     baseline: BaselineConfig | None = None
     budgets: tuple[BudgetConfig, ...] = ()
-    tune: TuneConfig | None = None
     tracking: TrackingConfig | None = None
 
     _warnings: tuple[str, ...] = pydantic.PrivateAttr(default=())

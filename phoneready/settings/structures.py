@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from pydantic import NonNegativeInt
 
-from cfsp.settings import Settings, setting
 from cfsp.validation import Share
 
 
@@ -60,77 +58,20 @@ class _Row(NamedTuple):
     """How an amount is said.
 
     Attributes:
-        searched: The setting that lists several.
         in_names: For names of files.
         words: For people.
     """
 
-    searched: str
     in_names: Callable[[Any], str]
     words: Callable[[Any], str]
 
 
 STRUCTURES: Mapping[str, _Row] = MappingProxyType(
     {
-        "vocabulary": _Row("vocabularies", "-{}tokens".format, "{} tokens".format),
-        "blocks": _Row("blocks", "-minus{}blocks".format, "-{} blocks".format),
-        "attentions": _Row("attentions", "-minus{}attentions".format, "-{} attentions".format),
-        "kv_groups": _Row(
-            "kv_groups", "-minus{}ofkvgroups".format, lambda share: f"KV groups -{100 * share:g} %"
-        ),
+        "vocabulary": _Row("-{}tokens".format, "{} tokens".format),
+        "blocks": _Row("-minus{}blocks".format, "-{} blocks".format),
+        "attentions": _Row("-minus{}attentions".format, "-{} attentions".format),
+        "kv_groups": _Row("-minus{}ofkvgroups".format, lambda share: f"KV groups -{100 * share:g} %"),
     }
 )
 """Field of `Structures` -> how it is said."""
-
-
-@dataclass(frozen=True)
-class SearchedStructures(Settings):
-    """Several of each, of which each goes with each; what is empty is as it is elsewhere."""
-
-    vocabularies: tuple[int, ...] = setting(
-        (),
-        "Tokens to keep, each with everything else; 0: all.",
-        ge=0,
-        le=2**24,
-        metavar="N,...",
-        shown="not varied",
-    )
-    blocks: tuple[int, ...] = setting(
-        (),
-        "Whole blocks to remove, each with everything else.",
-        ge=0,
-        le=512,
-        metavar="N,...",
-        shown="not varied",
-    )
-    attentions: tuple[int, ...] = setting(
-        (),
-        "Attentions to remove from blocks that stay, each with everything else.",
-        ge=0,
-        le=512,
-        metavar="N,...",
-        shown="not varied",
-    )
-    kv_groups: tuple[float, ...] = setting(
-        (),
-        "Shares of key-value groups to remove from attentions that stay, each with everything else.",
-        ge=0,
-        lt=1,
-        metavar="SHARE,...",
-        shown="not varied",
-    )
-
-    def choices(self, fixed: Structures) -> dict[str, list[Any]]:
-        """Field of `Structures` -> its amounts, ascending; that of `fixed` where none is listed."""
-        listed = {name: getattr(self, row.searched) for name, row in STRUCTURES.items()}
-        return {name: sorted(set(values or (fixed.plain[name],))) for name, values in listed.items()}
-
-    def combined(self, fixed: Structures) -> Iterator[Structures]:
-        """All combinations, those of one vocabulary together: all tokens, then ever fewer.
-
-        The model with fewer tokens, and its statistics, are there for one vocabulary at a time.
-        """
-        choices = self.choices(fixed)
-        choices["vocabulary"].sort(key=lambda size: (size > 0, -size))
-        for values in itertools.product(*choices.values()):
-            yield Structures(**dict(zip(choices, values, strict=True)))

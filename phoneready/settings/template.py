@@ -18,7 +18,6 @@ from phoneready.settings.schema import (
     ExportConfig,
     PruneConfig,
     RecoverConfig,
-    TuneConfig,
 )
 
 _SECTIONS: Mapping[str, tuple[type[Settings], str]] = {
@@ -27,7 +26,6 @@ _SECTIONS: Mapping[str, tuple[type[Settings], str]] = {
     "evaluate": (EvaluateConfig, "The pruned model against the dense one."),
     "export": (ExportConfig, "What is made of both models."),
     "bench": (BenchConfig, "What is measured where. A size of 0 leaves a workload out."),
-    "tune": (TuneConfig, "What `phoneready tune` may vary to meet the budgets best. See docs/tune.md."),
 }
 _OF_ANY_MODEL: Mapping[str, Mapping[str, Any]] = {
     "prune": {"prune_ratio": 0.0, "calibration": ["self"]},
@@ -36,7 +34,7 @@ _OF_ANY_MODEL: Mapping[str, Mapping[str, Any]] = {
     "bench": {"n_gen": [64], "repetitions": 8},
 }
 """In place of what the demo says: how little of its own model to keep, and few samples to be quick with."""
-_WHAT_PAYS = " Nothing goes yet: `phoneready frontier MODEL --vocabularies 0,32768` shows what pays."
+_WHAT_PAYS = " Nothing goes yet: `phoneready search MODEL --vocabularies 0,32768` shows what pays."
 _WIDTH, _COLUMN = 118, 32
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from cfsp.pruning.budget import Budget
+from cfsp.pruning.parameters import count_parameters
 from far_device import FarTensor, brought, far_device, send
 
 from cfsp.devices import OR_NARROW, exact_device, find_device, moved
@@ -24,8 +26,6 @@ from cfsp.models.checkpoint import open_pruned, save_checkpoint
 from cfsp.models.offload import Keeping
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel
-from cfsp.pruning.budget import Budget
-from cfsp.pruning.parameters import count_parameters
 from cfsp.pruning.prune import PruneResult, prune_model
 from cfsp.pruning.settings import PruneSettings
 from cfsp.text.calibration import Calibration

@@ -14,6 +14,8 @@ import transformers
 
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
+from cfsp.pruning.parameters import count_parameters
+
 from cfsp.errors import InputError
 from cfsp.models.architectures import FULL, WINDOWED, decoder_layers, model_shape, token_tables
 from cfsp.models.block_pass import enter_blocks, last_hidden_states, run_layer
@@ -22,7 +24,6 @@ from cfsp.models.gguf_file import read_gguf
 from cfsp.models.offload import VARIABLE
 from cfsp.models.reference import load_model
 from cfsp.pruning.axes.vocabulary import cut_rows
-from cfsp.pruning.parameters import count_parameters
 from cfsp.text.tokens import TokenWindows
 from exporters.checkpoint_reader import read_config
 from exporters.gguf import runtime

@@ -20,6 +20,13 @@ import pytest
 
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
+from phoneready.frontier.folder import PLOT_FILE, RESULT_FILE, STATE, STUDY_FILE, TABLE_FILE
+from phoneready.frontier.plot import render_frontier
+from phoneready.frontier.record import Frontier, FrontierPoint, Speed, choose_by_speed
+from phoneready.frontier.run import WINDOWS_FILE
+from phoneready.frontier.settings import parse_sizes
+from phoneready.frontier.tables import format_frontier
+
 from cfsp.errors import InputError
 from cfsp.evaluation.task_results import TaskMetric, TaskResult
 from cfsp.records import read_record, record_from_json, record_to_json
@@ -34,12 +41,6 @@ from phoneready.evaluation.dominance import (
 )
 from phoneready.evaluation.evaluation_record import Evaluation
 from phoneready.evaluation.measured_file import MeasuredText
-from phoneready.frontier.folder import PLOT_FILE, RESULT_FILE, STATE, STUDY_FILE, TABLE_FILE
-from phoneready.frontier.plot import render_frontier
-from phoneready.frontier.record import Frontier, FrontierPoint, Speed, choose_by_speed
-from phoneready.frontier.run import WINDOWS_FILE
-from phoneready.frontier.settings import parse_sizes
-from phoneready.frontier.tables import format_frontier
 from phoneready.main import main
 
 TinyPath = Callable[..., Path]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from phoneready.frontier.record import Frontier
 
 from cfsp.errors import InputError
 from cfsp.models.checkpoint import CheckpointInfo
@@ -14,7 +15,6 @@ from cfsp.models.shape import ModelShape
 from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record, record_from_json, write_record
 from exporters.export_record import ExportManifest
-from phoneready.frontier.record import Frontier
 from phoneready.publish.manifest import ReleaseManifest
 
 OLD = Path(__file__).parent / "old_records"

@@ -15,7 +15,6 @@ import pytest
 from cfsp.errors import InputError
 from cfsp.pruning.axes.parts import GroupRemoval, Removal
 from cfsp.pruning.axes.vocabulary import TokenKind, VocabularyPlan
-from cfsp.pruning.budget import AxisShare, BudgetShares
 from cfsp.records import write_record
 from phoneready.evaluation.evaluation_record import Vocabularies
 from phoneready.report.assets import plot_text, script_json, spelled_out

@@ -1,1 +1,0 @@
-"""Find the largest reduction, or the best quality, that meets the budgets of a release."""
