@@ -54,8 +54,7 @@ ROOMS = {
         {"report"},
         {"publish", "history"},
         {"recipe", "tracking"},
-        {"tune"},
-        {"frontier", "shrink"},
+        {"search"},
         {"commands"},
         {"main"},
         {"__main__"},
@@ -73,7 +72,6 @@ OPTIONAL = {
     "mlflow",
     "optuna",
     "playwright",
-    "tomli_w",
 }
 MODULES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
 

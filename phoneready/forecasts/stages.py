@@ -204,25 +204,6 @@ class Recovering:
     settings: Training
 
 
-@dataclass(frozen=True)
-class Surveying:
-    """What a frontier is asked for.
-
-    Attributes:
-        pruning: Of each pruned checkpoint.
-        exporting: In which formats each checkpoint is made.
-        text: Windows that every file is measured on at most.
-        checkpoints: Pruned ones.
-        is_sized: Whether files of the dense model may be too large to be made.
-    """
-
-    pruning: Pruning
-    exporting: Exporting
-    text: Windows
-    checkpoints: int
-    is_sized: bool = False
-
-
 def drawing(extents: Sequence[Extent], asked: Drawing) -> Work:
     """The dense model as a checkpoint, with its activation moments."""
     (dense,) = extents
@@ -320,22 +301,6 @@ def _validations(settings: Training, sequences: int, held: int) -> int:
     return math.ceil(n_steps / validation_interval(settings, n_steps, per_step, held))
 
 
-def surveying(extents: Sequence[Extent], asked: Surveying) -> Work:
-    """Every checkpoint, each of its files, and what these lose on a text."""
-    (dense,) = extents
-    kept = dense.narrowed(asked.pruning.settings.prune_ratio)
-    steps = [pruning(extents, asked.pruning).times(asked.checkpoints)] if asked.checkpoints else []
-    for extent, count in ((dense, 1), (kept, asked.checkpoints)):
-        files = exporting((extent,), asked.exporting)
-        one = _all([_passed(extent, asked.text), _headed(extent, asked.text, _COMPARED_LOGIT)])
-        one = _in_runtime(extent, one, _FEW).times(len(asked.exporting.names))
-        steps += [files.times(count), one.times(count)] if count else []
-    # Files are made one at a time, and what others dominate is deleted.
-    alone = [exporting(extents, replace(asked.exporting, names=(name,))) for name in asked.exporting.names]
-    least = 0 if asked.is_sized else min((work.least_disk for work in alone), default=0)
-    return replace(_all(steps), least_disk=least, is_most=True)
-
-
 @dataclass(frozen=True)
 class Stage:
     """A row of `STAGES`.
@@ -364,7 +329,6 @@ STAGES: Mapping[str, Stage] = MappingProxyType(
             "an adapter (--method lora), the loss next-token (no teacher), or a smaller model",
             trained_products,
         ),
-        "frontier": Stage(surveying, "less text (--nsamples, --calibration-seqlen), or a smaller model"),
     }
 )
 """Stage -> its forecast."""

@@ -17,7 +17,7 @@ from cfsp.plugins import ENGINES, METRICS, TARGETS, find_plugins
 from cfsp.records import tool_version
 
 ROOT = Path(cfsp.__file__).parents[1]
-_SHOWING = re.compile(r"(rich|typer)\b|.*extra == .(all|dev|report|track|tune)\b")
+_SHOWING = re.compile(r"(rich|typer)\b|.*extra == .(all|dev|report|track|search)\b")
 """Requirements that change no result: they show it, log it, search for settings, or test the tool."""
 
 

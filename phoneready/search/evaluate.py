@@ -21,16 +21,16 @@ from cfsp.evaluation.torch_model import RememberedModel
 from cfsp.files import fsync_file
 from cfsp.models.architectures import model_shape
 from cfsp.models.checkpoint import save_checkpoint
-from cfsp.models.paging import copied
+from cfsp.models.offload import copied
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.token_order import Counts
 from cfsp.pruning.axes.vocabulary import VocabularyPlan, plan_vocabulary, token_order
-from cfsp.pruning.cutting import RECONSTRUCTIONS
+from cfsp.pruning.block_by_block import apply_plan
 from cfsp.pruning.moments import collect_input_moments, moment_windows, spread_windows
-from cfsp.pruning.plan import PruningPlan, apply_plan, make_plan
+from cfsp.pruning.plan import PruningPlan, make_plan
 from cfsp.pruning.prune import Removals, check_removals, counts_of, prune_model, statistics_for, trim
 from cfsp.pruning.statistics import BlockStatistics
 from cfsp.records import read_record, tool_version, write_record
@@ -495,11 +495,10 @@ class Evaluator:
             return
         plan, side = self.plan(point), self._side(point.vocabulary)
         model = copied(side.loaded.model)
-        needed = RECONSTRUCTIONS[plan.settings.reconstruct].needs_statistics
         apply_plan(
             model,
             plan,
-            statistics=self._statistics(side) if needed else side.statistics,
+            statistics=side.statistics,
             input_ids=side.calibration.input_ids,
             progress=self.progress,
         )

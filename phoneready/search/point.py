@@ -64,6 +64,9 @@ class Point:
     @property
     def bits(self) -> float:
         """Bits per weight of most matrices."""
+        from exporters.gguf.fallbacks import block_of
+        from exporters.gguf.quants import find_quant
+
         elements, size = block_of(find_quant(self.quant).base_type)
         return 8 * size / elements
 
@@ -84,6 +87,8 @@ class Point:
     @property
     def checkpoint(self) -> str:
         """Name of the checkpoint; quantizations that need the same alignment share it."""
+        from exporters.provenance import file_stem  # loads torch
+
         parts = [f"{self.vocabulary}tokens"] if self.vocabulary else []
         parts += [f"groups{100 * self.groups:g}"] if self.groups else []
         parts += [f"ffn{100 * self.ratio:g}by{self.align}"] if self.ratio else []
@@ -94,7 +99,7 @@ class Point:
     @property
     def key(self) -> str:
         """Name of its record."""
-        return file_stem(f"{self.checkpoint}-{self.quant}")
+        return f"{self.checkpoint}-{self.quant}"
 
 
 @dataclass(frozen=True)

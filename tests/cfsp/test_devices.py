@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from cfsp.pruning.budget import Budget
-from cfsp.pruning.parameters import count_parameters
 from far_device import FarTensor, brought, far_device, send
 
 from cfsp.devices import OR_NARROW, exact_device, find_device, moved
@@ -60,13 +58,8 @@ def far(request: pytest.FixtureRequest) -> Far:
     return partial(far_device, float64=request.param)
 
 
-def pruned(loaded: LoadedModel, settings: PruneSettings, share: float | None = None) -> PruneResult:
-    budget = None
-    if share is not None:
-        weights = sum(parameter.numel() for parameter in loaded.model.parameters())
-        cost = count_parameters(loaded.model)
-        budget = Budget("target_parameters", share * weights, cost, "parameters")
-    return prune_model(loaded, Calibration(IDS, ("random",), 0, "0" * 64), settings, budget=budget)
+def pruned(loaded: LoadedModel, settings: PruneSettings) -> PruneResult:
+    return prune_model(loaded, Calibration(IDS, ("random",), 0, "0" * 64), settings)
 
 
 def figures(result: Any) -> dict[str, float]:
@@ -80,19 +73,17 @@ def figures(result: Any) -> dict[str, float]:
         {"reconstruct": "none"},
         {"score": "flap", "coarse_metric": "mse"},
         {"kv_groups": 0.25, "attentions": 1, "blocks": 1, "vocabulary": 300},
-        {"prune_ratio": 0, "align": 8, "share": 0.7},
     ],
 )
 def test_a_model_is_pruned_where_it_is(
     how: dict[str, Any], eager: Callable[[], LoadedModel], far: Far
 ) -> None:
-    share, given = how.get("share"), {name: value for name, value in how.items() if name != "share"}
-    settings = PruneSettings(**{"prune_ratio": 0.25, **given})
-    here = pruned(eager(), settings, share)
+    settings = PruneSettings(**{"prune_ratio": 0.25, **how})
+    here = pruned(eager(), settings)
     with far():
         loaded = eager()
         send(loaded.model)
-        there = pruned(loaded, settings, share)
+        there = pruned(loaded, settings)
     assert there.plan == replace(here.plan, device=there.plan.device)
     assert (here.plan.device, there.plan.device) == (None, "meta")
     weights = here.loaded.model.state_dict()

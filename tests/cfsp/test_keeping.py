@@ -162,7 +162,7 @@ def test_a_model_of_16_bits_is_pruned_where_it_is(how: dict[str, Any], tiny_load
             assert torch.equal(brought(tensor), weights[name]), name
 
 
-@pytest.mark.parametrize("command", ["prune", "eval", "export", "frontier"])
+@pytest.mark.parametrize("command", ["prune", "eval", "export"])
 def test_commands_take_what_weights_are_kept_in(
     command: str, tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import transformers
 
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
-from cfsp.pruning.parameters import count_parameters
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import FULL, WINDOWED, decoder_layers, model_shape, token_tables
@@ -199,27 +197,6 @@ def test_what_is_read_for_a_token_leaves_the_further_table_out(files: tuple[Path
     table = token_tables(model)[1].weight
     assert facts.weight_bytes - facts.read_bytes == table.numel() * table.itemsize
     assert facts.key_value_width == read_config(files[0]).key_value_width == 2 * 2 * (2 * 16 + 2 * 32)
-
-
-def test_parameters_are_counted_of_every_table(tiny_model: Callable[..., Any]) -> None:
-    model, _ = tiny_model(NAME)
-    cost, shape = count_parameters(model), model_shape(model)
-    for tokens in (384, 128):
-        cut_rows(model, torch.arange(tokens))
-        assert cost(replace(shape, vocab_size=tokens), None) == sum(p.numel() for p in model.parameters())
-
-
-def test_a_target_is_met(tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By channels and tokens; nothing else is an axis of such a model."""
-    dense, out = str(tiny_folder(NAME, intermediate_size=192)), tmp_path / "out"
-    assert (
-        main(["prune", dense, "-o", str(out), "--target-size", "360K", "--for", "Q8_0", *TEXT, "--json"]) == 0
-    )
-    budget = json.loads(capsys.readouterr().out)["budget"]
-    assert budget["dense"] > 360 * 1024 >= budget["reached"]
-    assert {one["axis"] for one in budget["axes"] if one["removed"]} <= {"vocabulary", "ffn"}
-    (tmp_path / "files").mkdir()
-    assert draft_gguf(out, tmp_path / "files", ["Q8_0"])["Q8_0"].stat().st_size <= 360 * 1024
 
 
 def test_a_gguf_file_of_a_dense_model_is_a_source(tiny_folder: TinyPath, tmp_path: Path) -> None:

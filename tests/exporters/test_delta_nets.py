@@ -24,7 +24,6 @@ from exporters.checkpoint_reader import open_tensors
 from exporters.export_record import ParityLimits
 from exporters.gguf.architecture import read_layout
 from exporters.gguf.export import export_gguf
-from exporters.gguf.files import draft_gguf
 from exporters.gguf.imatrix import read_imatrix
 from exporters.gguf.quants import QUANTS
 from exporters.gguf.tensors import tensor_specs
@@ -129,17 +128,6 @@ def test_numbers_are_chosen_for_what_columns_read(
             float((read[0] @ (torch.from_numpy(weight) - out_proj.weight.detach()).T).square().mean())
         )
     assert losses[0] < 0.9 * losses[1]
-
-
-def test_a_target_is_met(tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    dense, out = str(tiny_folder("qwen3_5_text", **LARGER)), tmp_path / "out"
-    asked = ["--target-size", "330K", "--for", "Q8_0", *TEXT, "--json"]
-    assert main(["prune", dense, "-o", str(out), *asked]) == 0
-    budget = json.loads(capsys.readouterr().out)["budget"]
-    assert budget["dense"] > 330 * 1024 >= budget["reached"]
-    assert {one["axis"] for one in budget["axes"] if one["removed"]} <= {"vocabulary", "ffn", "blocks"}
-    (tmp_path / "files").mkdir()
-    assert draft_gguf(out, tmp_path / "files", ["Q8_0"])["Q8_0"].stat().st_size <= 330 * 1024
 
 
 def test_of_a_folder_that_can_see_the_text_part_is_taken(tiny_folder: TinyPath, tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from cfsp.models.gguf_file import CONVOLUTIONS, read_gguf
 from cfsp.models.reference import load_model
 from cfsp.pruning.axes.parts import candidate_blocks
 from exporters.gguf.architecture import read_layout
-from exporters.gguf.files import draft_gguf
 from exporters.onnx import export_onnx
 from exporters.options import ExportOptions
 from phoneready.main import main
@@ -61,20 +60,6 @@ def test_a_gguf_file_is_a_source(files: tuple[Path, Path]) -> None:
     (path,) = files[1].glob("*f32.gguf")
     ids = torch.arange(60).view(2, 30)
     assert torch.equal(load_model(path).model(ids).logits, load_model(files[0]).model(ids).logits)
-
-
-def test_a_target_is_met(tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By channels, tokens and blocks; attentions and groups are no axes of such a model."""
-    dense, out = str(tiny_folder("lfm2", intermediate_size=192, num_hidden_layers=6)), tmp_path / "out"
-    assert (
-        main(["prune", dense, "-o", str(out), "--target-size", "280K", "--for", "Q8_0", *TEXT, "--json"]) == 0
-    )
-    budget = json.loads(capsys.readouterr().out)["budget"]
-    assert budget["dense"] > 280_000 > budget["reached"]
-    gone = {one["axis"] for one in budget["axes"] if one["removed"]}
-    assert gone <= {"vocabulary", "ffn", "blocks"}
-    (tmp_path / "files").mkdir()
-    assert draft_gguf(out, tmp_path / "files", ["Q8_0"])["Q8_0"].stat().st_size <= 280_000
 
 
 def test_a_folder_may_name_the_blocks_that_attend(tiny_folder: TinyPath, tmp_path: Path) -> None:

@@ -127,17 +127,15 @@ def warned(capsys: pytest.CaptureFixture[str]) -> list[str]:
 def test_prune_goes_on_without_what_nothing_reads(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    idle = ["--uniform", "--coarse-strength", "2", "--vocabulary-text", "missing.txt", "--no-imatrix"]
+    idle = ["--uniform", "--coarse-strength", "2", "--vocabulary-text", "missing.txt"]
     asked = ["prune", model, "--prune-ratio", "0.25", "--uniform", *SMALL]
     assert main([*asked, "-o", str(tmp_path / "plain")]) == 0
     assert not warned(capsys)
-    assert main([*asked, "-o", str(tmp_path / "out"), *idle, "--target-axes", "vocabulary"]) == 0
+    assert main([*asked, "-o", str(tmp_path / "out"), *idle]) == 0
     said = warned(capsys)
     assert said == [
-        "--target-axes has no effect without one of target_size, target_parameters, target_speed",
-        "--vocabulary-text has no effect without a number of tokens to keep, or a target that may take some away",
+        "--vocabulary-text has no effect without a number of tokens to keep",
         "--coarse-strength has no effect without the allocation cfsp, and widths of their own",
-        "--no-imatrix has no effect without --target-size or --target-speed",
     ]
     plans = [
         json.loads((tmp_path / name / "pruning_plan.json").read_text("utf-8")) for name in ("plain", "out")
@@ -151,12 +149,7 @@ def test_eval_goes_on_without_what_nothing_reads(
 ) -> None:
     saved = tmp_path / "saved.json"
     asked = ["eval", model, "--seqlen", "32", "--windows", "1", "--no-prompts", "--save", str(saved)]
-    idle = [
-        "--limit",
-        "8",
-        "--temperature",
-        "0.5",
-    ]
+    idle = ["--limit", "8", "--temperature", "0.5"]
     assert main([*asked, *idle, "--retries", "3"]) == 0
     said = warned(capsys)
     assert said == [

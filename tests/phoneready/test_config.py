@@ -18,7 +18,6 @@ from phoneready.settings.schema import (
     ExportConfig,
     PruneConfig,
     RecoverConfig,
-    TuneConfig,
 )
 from phoneready.settings.template import demo_config_text, template_text
 
@@ -183,7 +182,7 @@ def test_settings_can_be_overridden_with_toml_values() -> None:
 
 
 def _settings() -> list[Declared]:
-    kinds = (PruneConfig, RecoverConfig, EvaluateConfig, ExportConfig, BenchConfig, TuneConfig)
+    kinds = (PruneConfig, RecoverConfig, EvaluateConfig, ExportConfig, BenchConfig)
     return [row for kind in kinds for row in declared(kind)]
 
 
@@ -205,7 +204,7 @@ def test_init_writes_a_configuration_whose_comments_are_the_defaults(
     examples = {row.name for row in _settings() if row.default is None} | {"file"}
     shown = re.sub(rf"(?m)^#(?=\[?\w+( = |\]$))(?!({'|'.join(examples)}) )(?!\[baseline)", "", text)
     assert shown.count("\n#") < text.count("\n#")
-    changed = config.model_copy(update={"recover": RecoverConfig(), "tune": TuneConfig()})
+    changed = config.model_copy(update={"recover": RecoverConfig()})
     assert parse_config(shown, where="x") == changed
     assert {row.name for row in _settings()} <= set(re.findall(r"(?m)^#?(\w+) = ", text))
     capsys.readouterr()
@@ -257,12 +256,11 @@ def test_what_cannot_be_done_is_refused_where_it_is_written(asked: str, wrong: s
     [
         ('[recover]\nloss = "next-token"', "temperature = 2.0", "--loss distill or both"),
         ('[recover]\nmethod = "full"', "rank = 4", "--method ig-lora or lora"),
-        ("[prune]", 'vocabulary_text = ["missing.txt"]', "a number of tokens to keep, or a target"),
+        ("[prune]", 'vocabulary_text = ["missing.txt"]', "a number of tokens to keep"),
         ("[export]\nquants = ['Q8_0']", "tune_scales = true", "GGUF files of up to 6 bits"),
         ("[export]", "mixed_bytes = 90000000", "the ONNX variant int4-mixed"),
         ('[prune]\nallocation = "uniform"', "strength = 2.0", "the allocation cfsp"),
         ('[prune]\nreconstruct = "none"', "ridge = 0.1", "the reconstruction block-by-block"),
-        ("[prune]", 'target_axes = ["ffn"]', "one of target_size"),
         ("[evaluate]", "limit = 8", "tasks"),
         ("[bench]", "idle_s = 9.0", "--energy"),
     ],
@@ -284,13 +282,9 @@ def test_what_is_read_is_taken() -> None:
         '[evaluate]\ntasks = ["chats.jsonl"]\nlimit = 8',
         '[prune]\nprune_ratio = 0.0\n[recover]\nloss = "both"',
         "[prune]\nprune_ratio = 0.0\nvocabulary = 300\n[recover]",
-        "[prune]\nprune_ratio = 0.0\n[recover]\n[tune]",
         '[export]\nquants = ["Q4_0"]\n[recover]\nfor_quant = "q4_0"',
         "[export]\nonnx = ['int4-mixed']\nmixed_bytes = 90000000\ntune_scales = true",
         '[prune]\nvocabulary_text = ["a.txt"]\nvocabulary = 300',
-        '[prune]\nvocabulary_text = ["a.txt"]\ntarget_size = "60MB"',
-        '[prune]\nvocabulary_text = ["a.txt"]\n[tune]\nvocabularies = [0, 300]',
-        '[prune]\nallocation = "uniform"\nstrength = 2.0\n[tune]\nallocations = ["uniform", "cfsp"]',
     ):
         parse_config(MODEL + asked, where="x")
 

@@ -399,7 +399,7 @@ def good_result(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--baseline", "missing.json"], "missing.json"),
         (["--tolerance", "kl_mean=0.1"], "--baseline"),
         (["--max-kl-increase", "0.1"], "--max-kl-increase is gone: use --tolerance kl_mean=VALUE"),
-        (["--ratios", "0.1"], "--ratios is gone: use phoneready search"),
+        (["--ratios", "0.1"], "--ratios is gone: use `phoneready search MODEL --ratios`"),
         (["--baseline", "good.json", "--tolerance", "speed=1"], "a key of perplexity"),
         (["--baseline", "."], "cannot read"),
         (["--baseline", "good.json", "--tolerance", "kl_mean=-1"], "0 or more"),

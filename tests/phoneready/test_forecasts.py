@@ -32,7 +32,6 @@ from phoneready.forecasts.stages import (
     Judging,
     Pruning,
     Recovering,
-    Surveying,
     Windows,
 )
 from phoneready.forecasts.texts import judged_windows
@@ -55,7 +54,6 @@ ASKED = {
     "export": EXPORTING,
     "eval": Judging(TEXT, 4, 16, (False,)),
     "recover": Recovering(Training(max_tokens=4096, seqlen=64, loss="next-token")),
-    "frontier": Surveying(PRUNING, EXPORTING, TEXT, 2),
 }
 
 
@@ -93,7 +91,6 @@ def test_a_larger_model_takes_more_of_everything(stage: str) -> None:
             "recover",
             Recovering(Training(max_tokens=4096, seqlen=64, loss="next-token", validation_windows=128)),
         ),
-        ("frontier", replace(ASKED["frontier"], checkpoints=3)),
     ],
 )
 def test_what_is_asked_for_counts(stage: str, more: object) -> None:
@@ -123,7 +120,6 @@ def test_every_format_has_a_size_no_larger_than_floats(name: str) -> None:
         ("recover", Recovering(Training(max_tokens=2**40, seqlen=64))),
         ("eval", Judging(Windows(2**20, 64), 4, 16, (False,))),
         ("eval", Judging(Windows(2**20, 64), 4, 16, (True,))),
-        ("frontier", replace(ASKED["frontier"], text=Windows(2**20, 64))),
     ],
 )
 def test_text_that_is_never_in_memory_at_once_is_not_asked_for(stage: str, more: object) -> None:
@@ -138,13 +134,6 @@ def test_a_file_in_its_own_runtime_need_not_fit_as_floats_and_is_run_on_the_cpu(
     assert whole.products
     assert file.host_products
     assert not file.products
-
-
-def test_a_frontier_asks_for_its_smallest_file_alone() -> None:
-    asked = Surveying(PRUNING, replace(EXPORTING, names=("Q4_0", "Q8_0")), TEXT, 2)
-    smallest = STAGES["export"].work([SMALL], replace(EXPORTING, names=("Q4_0",))).least_disk
-    assert STAGES["frontier"].work([SMALL], asked).least_disk == smallest
-    assert not STAGES["frontier"].work([SMALL], replace(asked, is_sized=True)).least_disk
 
 
 def test_training_of_all_weights_asks_for_what_that_adds() -> None:
@@ -278,7 +267,6 @@ def asked_for(monkeypatch: pytest.MonkeyPatch) -> list[Work]:
         "--attentions 2",
         "--kv-groups 0.5",
         "--vocabulary 300",
-        "--target-parameters 0.4M",
     ],
 )
 def test_a_pruned_checkpoint_takes_no_less_than_what_is_asked_for(
@@ -290,7 +278,7 @@ def test_a_pruned_checkpoint_takes_no_less_than_what_is_asked_for(
     (work,) = asked_for
     written = folder_bytes(tmp_path / "out")
     assert work.least_disk <= written
-    others = "--blocks", "--attentions", "--kv-groups", "--vocabulary", "--target-parameters"
+    others = "--blocks", "--attentions", "--kv-groups", "--vocabulary"
     assert bool(work.least_disk) != options.startswith(others)
 
 

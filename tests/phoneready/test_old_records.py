@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from phoneready.frontier.record import Frontier
 
 from cfsp.errors import InputError
 from cfsp.models.checkpoint import CheckpointInfo
@@ -54,24 +53,6 @@ def test_a_plan_of_channels_alone_keeps_its_bytes(tmp_path: Path) -> None:
     """Exported files carry the hash of the plan's file."""
     write_record(tmp_path / "plan.json", read_record(PruningPlan, OLD / "pruning_plan.json"))
     assert (tmp_path / "plan.json").read_bytes() == (OLD / "pruning_plan.json").read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("recover", "loss"),
-    [
-        ({"loss": "auto", "for_quant": None}, "next-token"),
-        ({"loss": "auto", "for_quant": "Q4_0"}, "distill"),
-        ({"loss": "both", "for_quant": None}, "both"),
-    ],
-)
-def test_the_loss_that_was_not_said_is_the_one_that_was_trained_with(
-    recover: dict[str, Any], loss: str
-) -> None:
-    frontier = {"kind": "frontier", "schema_version": 1, "recovery": recover | {"data": ["self"]}}
-    frontier |= dict.fromkeys(LISTS, ()) | {"source": "m", "source_sha256": None, "seed": 0}
-    found = record_from_json(Frontier, frontier, where="x").recovery
-    assert found is not None
-    assert found.loss == loss
 
 
 @pytest.mark.parametrize("version", [0, 99, None, "1", True, [1]])

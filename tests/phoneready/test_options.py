@@ -82,20 +82,6 @@ def test_an_option_that_two_settings_would_have_is_an_error_of_the_command() -> 
         with_settings(command)
 
 
-@pytest.mark.parametrize("command", ["shrink", "frontier"])
-def test_what_training_multiplies_in_has_a_name_beside_what_weights_are_kept_in(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([command, "MODEL", "--training-dtype", "float16"]) == 2
-    assert capsys.readouterr().err == (
-        "error: --training-dtype: unknown (got 'float16'); allowed: auto, float32, bfloat16\n"
-    )
-    assert main([command, "MODEL", "--dtype", "float99"]) == 2
-    assert capsys.readouterr().err == (
-        "error: --dtype: unknown (got 'float99'); allowed: auto, float32, bfloat16, float16\n"
-    )
-
-
 @pytest.mark.parametrize(
     "line",
     [

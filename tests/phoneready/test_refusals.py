@@ -226,7 +226,7 @@ def test_no_folder_for_temporary_files(
         assert "TMPDIR" in line
 
 
-@pytest.mark.parametrize("command", ["prune", "export", "recover", "release", "frontier", "shrink"])
+@pytest.mark.parametrize("command", ["prune", "export", "recover", "release", "search"])
 def test_an_output_that_is_empty_is_not_the_working_directory(
     command: str, model: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

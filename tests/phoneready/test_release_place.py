@@ -40,7 +40,7 @@ def test_a_loop_of_links_is_no_place(
         'model.reference = "missing"',
         'model.reference = "{model}"\n[prune]\ncalibration = ["missing.txt"]',
         'model.reference = "{model}"\n[prune]\nprune_ratio = 2',
-        'model.reference = "{model}"\n[prune]\ntarget_size = "-1"',
+        'model.reference = "{model}"\n[prune]\nvocabulary = -1',
         'model.reference = "{model}"\n[prune]\nseqlen = 100000',
     ],
 )

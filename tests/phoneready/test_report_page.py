@@ -352,31 +352,6 @@ def test_what_is_kept_of_the_vocabulary_is_shown(make_report_input: MakeReportIn
         assert part in text
 
 
-def test_what_each_axis_gives_for_a_target_is_told(make_report_input: MakeReportInput) -> None:
-    report = make_report_input("Tiny")
-    axes = (
-        AxisShare("vocabulary", 90, 384, 1e7, 0.05, 0.25),
-        AxisShare("ffn", 10, 512, 2e6, 0.075),
-    )
-    shares = BudgetShares("target_size", "bytes", 60e6, 72e6, 59.99e6, axes)
-    figures = replace(report.figures, plan=replace(report.figures.plan, budget=shares))
-    for text in (
-        render_page(replace(report, figures=figures)),
-        render_report(replace(report, figures=figures)),
-    ):
-        for part in (
-            "60.00 MB",
-            "59.99 MB",
-            "72.00 MB",
-            "0.125 nats",
-            "90 of 384",
-            "10.00 MB",
-            "not possible",
-        ):
-            assert part in text
-    assert "alone to the target" not in render_page(report)
-
-
 def test_a_block_that_did_not_attend_before_is_not_said_to(make_report_input: MakeReportInput) -> None:
     plan = make_report_input("Tiny").figures.plan
     losses = (0.1,) * len(plan.blocks)

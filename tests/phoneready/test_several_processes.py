@@ -46,9 +46,9 @@ def prune_command(model: Path, output: Path, *more: str) -> list[str]:
     "options",
     [
         ("--prune-ratio", "0.3", "--blocks", "1"),
-        ("--target-size", "400kB", "--for", "Q8_0", "--target-axes", "ffn,vocabulary"),
+        ("--prune-ratio", "0.3", "--vocabulary", "300"),
     ],
-    ids=["ratio", "target"],
+    ids=["blocks", "tokens"],
 )
 def test_two_processes_prune_as_one(
     tiny_folder: TinyPath, tmp_path: Path, in_processes: InProcesses, options: tuple[str, ...]

@@ -56,7 +56,7 @@ check_text = false
     [
         ("prune_ratio = 0.25", 'quants = ["Q8_0"]\nonnx = ["int8"]'),
         (
-            'target_size = "300kB"\nfor_quant = ["Q4_0"]\ntarget_axes = ["ffn", "blocks"]\nattentions = 1',
+            'prune_ratio = 0.25\nfor_quant = ["Q4_0"]\nblocks = 1\nattentions = 1',
             'quants = ["Q4_0"]\nonnx = ["int4"]\nimatrix = false\nrounding_windows = 2',
         ),
     ],

@@ -1,0 +1,434 @@
+"""`phoneready search` on a tiny model: every point is a real file, judged in llama.cpp."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+
+from cfsp.errors import InconclusiveError, InputError, LimitError
+from cfsp.records import read_record, record_from_json, record_to_json
+from phoneready.evaluation.dominance import (
+    DOMINATED,
+    FRONTIER,
+    UNDECIDED,
+    choose,
+    excess,
+    standing,
+    telling_sizes,
+)
+from phoneready.evaluation.measured_file import MeasuredText
+from phoneready.figures.verdict import INCONCLUSIVE, MISSED, PASS
+from phoneready.main import main
+from phoneready.search import run as search_run
+from phoneready.search.plot import render_search
+from phoneready.search.point import Point, SearchSettings
+from phoneready.search.record import EvaluatedPoint, SearchRecord, Speed, format_search, outcome_of
+from phoneready.search.run import PLOT_FILE, RESULT_FILE, TABLE_FILE, check_search
+
+TinyPath = Callable[..., Path]
+SMALL = (
+    *("--text", "builtin:python-docs", "--seqlen", "64", "--windows", "4", "--threads", "1"),
+    *("--calibration", "builtin:python-docs", "--nsamples", "4"),
+)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder: TinyPath) -> Path:
+    return tiny_folder("llama")
+
+
+def command(model: Path, folder: Path, *more: str) -> list[str]:
+    return ["search", str(model), "-o", str(folder), *SMALL, *more]
+
+
+def records(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("measured/*/points/*.json")}
+
+
+def found_in(folder: Path) -> SearchRecord:
+    return read_record(SearchRecord, folder / RESULT_FILE)
+
+
+GRID = ("--quants", "Q8_0,q4_0", "--vocabularies", "0,300", "--ratios", "0,0.25")
+
+
+@pytest.fixture(scope="module")
+def measured(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A search that was killed once and went on."""
+    folder = tmp_path_factory.mktemp("search") / "out"
+    asked = command(model, folder, *GRID, "--max-size", "1GB")
+    with subprocess.Popen(
+        [sys.executable, "-m", "phoneready", *asked],
+        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
+    ) as run:  # fmt: skip
+        deadline = time.monotonic() + 300
+        while len(records(folder)) < 2 and run.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.killpg(run.pid, signal.SIGKILL)
+    before = records(folder)
+    assert 2 <= len(before) < 8
+    assert main(asked) == 0
+    after = records(folder)
+    assert {name: after[name] for name in before} == before
+    return folder
+
+
+def test_every_combination_is_measured_on_the_same_text(measured: Path) -> None:
+    found = found_in(measured)
+    combinations = {(one.point.vocabulary, one.point.ratio, one.point.quant) for one in found.points}
+    assert combinations == {(v, r, q) for v in (0, 300) for r in (0.0, 0.25) for q in ("Q8_0", "Q4_0")}
+    first = found.points[0].texts[0]
+    for one in found.points:
+        (text,) = one.texts
+        assert one.expected_bytes is not None
+        assert abs(one.file_bytes - one.expected_bytes) <= 128, "files say their names"
+        assert (text.windows_sha256, text.n_bytes, text.seqlen) == (first.windows_sha256, first.n_bytes, 64)
+        assert text.dense_nats == pytest.approx(first.dense_nats)
+        assert one.removed == (0.25 if one.point.ratio else 0)
+        assert (text.n_tokens == 4 * 63) == (not one.point.vocabulary)
+    assert (found.open, found.failed, found.left_out) == ((), (), ())
+
+
+def test_the_best_file_within_the_limits_is_left_with_its_record(measured: Path) -> None:
+    found = found_in(measured)
+    best = min(found.points, key=lambda one: one.bits_per_byte)
+    assert found.best == best.file
+    assert found.kept == (best.file,)
+    assert [path.name for path in measured.glob("*.gguf")] == [best.file]
+    table = (measured / TABLE_FILE).read_text(encoding="utf-8")
+    assert f"The best file within size up to 1.00 GB is {best.label}" in table.replace("1000.0 MB", "1.00 GB")
+    assert (measured / PLOT_FILE).read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert not list(measured.glob("measured/*/work"))
+
+
+def test_other_limits_take_what_is_known(
+    model: Path, measured: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, known = records(measured), found_in(measured)
+    sizes = sorted(one.file_bytes for one in known.points)
+    capsys.readouterr()
+    assert main(command(model, measured, *GRID, "--max-size", str(sizes[3]), "--json")) == 0
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    assert records(measured) == before
+    assert "bits a byte" not in printed.err
+    within = [one for one in known.points if one.file_bytes <= sizes[3]]
+    assert result["best"] == min(within, key=lambda one: one.bits_per_byte).file
+    assert (measured / result["best"]).is_file(), "made again"
+    # Nothing fits: what is known before it is made tells, and the gate's status says so.
+    assert main(command(model, measured, *GRID, "--max-kl", "1e-9", "--max-bits", "1e-9")) == 1
+    assert "no file is within KL up to" in capsys.readouterr().err
+
+
+def test_what_cannot_fit_is_not_made(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    assert main(command(model, folder, *GRID, "--max-size", "1kB")) == 1
+    assert not records(folder)
+
+
+def test_a_bisection_finds_the_least_ratio_that_fits(model: Path, measured: Path, tmp_path: Path) -> None:
+    dense = next(
+        one for one in found_in(measured).points if one.is_dense and one.point.quant == "Q8_0"
+    ).file_bytes
+    asked = ("--quants", "Q8_0", "--strategy", "bisect", "--ratios", "0,0.5")
+    folder = tmp_path / "out"
+    assert main(command(model, folder, *asked, "--max-size", str(dense - 20_000))) == 0
+    found = found_in(folder)
+    (one,) = found.points
+    assert 0 < one.point.ratio < 0.5
+    assert dense - 40_000 < one.file_bytes <= dense - 20_000
+    assert len(found.left_out) == 1, "the dense file"
+
+
+def test_bisections_of_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest ratio within a limit on quality; few points are looked at."""
+    looked: list[float] = []
+
+    class Known:
+        settings = SearchSettings(max_kl=0.13)
+        evaluator: Known
+
+        def evaluate(self, one: Point) -> EvaluatedPoint:
+            looked.append(one.ratio)
+            made = point(f"{one.ratio}", 10, [1.0] * 5)
+            return replace(made, point=one, texts=(replace(made.texts[0], kl_mean=one.ratio),))
+
+        def held(self, one: EvaluatedPoint) -> Sequence[object]:
+            return tuple(self.settings.held(kl=one.kl_mean))
+
+    run = Known()
+    run.evaluator = run
+    line = [Point("Q8_0", ratio=step / 100) for step in range(51)]
+    search_run._bisect(run, line)  # type: ignore[arg-type]
+    assert looked[-1] == 0.13
+    assert len(looked) <= 8
+
+
+def test_steps_prune_and_train(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("accelerate", reason="the recover extra is not installed")
+    training = tmp_path / "recover.toml"
+    training.write_text(
+        'method = "full"\nloss = "next-token"\ndata = ["builtin:python-docs"]\nmax_tokens = 2048\nseqlen = 64\n'
+        "learning_rate = 5e-3\n"
+    )
+    folder = tmp_path / "out"
+    asked = ("--quants", "Q8_0", "--strategy", "steps", "--ratios", "0.2,0.4", "--recover", str(training))
+    assert main(command(model, folder, *asked, "--max-kl", "100")) == 0, capsys.readouterr().err
+    found = found_in(folder)
+    assert not found.failed
+    made = {one.point.ratio: one for one in found.points}
+    assert made.keys() == {0.0, 0.2, 0.4}
+    assert made[0.4].point.steps == (0.2,)
+    assert made[0.4].point.model == "FFN -40 %, recovered in 2 steps"
+    assert made[0.4].file_bytes < made[0.2].file_bytes < made[0.0].file_bytes
+    assert made[0.4].removed == pytest.approx(0.4, abs=0.13)
+    assert found.best == made[0.4].file, "the smallest within a limit on quality"
+
+
+def test_processes_share_a_search(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason="the search extra is not installed")
+    shared = ("--quants", "Q8_0,Q4_0", "--ratios", "0,0.25", "--storage", str(tmp_path / "study.jsonl"))
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "phoneready", *command(model, tmp_path / name, *shared)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("one", "two")
+    ]
+    told = [run.communicate(timeout=600)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], told
+    measured = sum("bits a byte" in line for text in told for line in text.splitlines())
+    assert measured <= 5, "the last points may be made twice"
+    for name in ("one", "two"):
+        points = {(one.point.ratio, one.point.quant) for one in found_in(tmp_path / name).points}
+        assert points == {(ratio, quant) for ratio in (0.0, 0.25) for quant in ("Q8_0", "Q4_0")}
+
+
+def test_a_sampler_proposes_where_there_are_more_points_than_may_be_made(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason="the search extra is not installed")
+    folder = tmp_path / "out"
+    asked = command(model, folder, "--quants", "Q8_0", "--ratios", "0.1,0.2,0.3,0.4", "--max-points", "2")
+    assert main(asked) == 0
+    found = found_in(folder)
+    assert found.strategy == "optuna"
+    assert len(found.points) == 2
+    before = records(folder)
+    assert main(asked) == 0
+    assert records(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        (["--quants", "Q9"], "quant: unknown quantization"),
+        (["--ratios", "1"], "--ratios: out of range"),
+        (["--vocabularies", "3"], "vocabulary"),
+        (["--device", "pixel-8a", "--target", "local"], "give one of the two"),
+        (["--device", "nokia"], "nokia"),
+        (["--strategy", "bisect"], "--strategy bisect looks for a limit"),
+        (["--strategy", "steps"], "give --recover and --ratios"),
+        (["--strategy", "optuna"], "give --max-points"),
+        (["--storage", "x.jsonl", "--strategy", "bisect", "--max-kl", "1"], "leave out --strategy bisect"),
+        (["--storage", "sqlite:////missing/folder/x.db"], "--storage: cannot be opened"),
+        (["--recover", "missing.toml"], "missing.toml"),
+        (["--max-size", "2 apples"], "--max-size: not understood"),
+        (["--text", "missing.txt"], "missing.txt"),
+        (["--seqlen", "100000"], "longer than the model's context"),
+    ],
+)
+def test_refusals(
+    options: list[str], wrong: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "--storage" in options:
+        pytest.importorskip("optuna", reason="the search extra is not installed")
+    folder = tmp_path / "out"
+    assert main(command(model, folder, *options)) == 2
+    error = capsys.readouterr().err
+    assert wrong in error
+    assert error.count("error:") == 1
+    assert not list(folder.glob("*.gguf"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tune", "x"],
+        ["frontier", "x"],
+        ["shrink", "x"],
+        ["prune", "x", "--target-size", "1"],
+        ["eval", "x", "--ratios", "0"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_gone_names_the_search(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert "is gone: use `phoneready search MODEL" in capsys.readouterr().err
+
+
+def test_a_folder_of_others_is_left_alone(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "frontier.json").write_text("{}")
+    assert main(command(model, tmp_path)) == 2
+    assert "holds frontier.json, which is no search's" in capsys.readouterr().err
+
+
+BYTES = (100, 110, 90, 120, 105)
+
+
+def point(
+    file: str, size: int, bits: list[float], *, source: str = "t.txt", ratio: float = 0.0
+) -> EvaluatedPoint:
+    """A file that loses so many bits a byte on each window."""
+    nats = tuple(math.log(2) * each * n for each, n in zip(bits, BYTES, strict=False))
+    sizes = BYTES[: len(bits)]
+    text = MeasuredText("text", source, 64, "f" * 64, 63 * len(bits), sizes, nats, nats)
+    return EvaluatedPoint(f"{file}.gguf", size, (text,), Point(file, ratio=ratio), ratio, None, None, 1.0)
+
+
+def result(*points: EvaluatedPoint, at: int = 100, **more: object) -> SearchRecord:
+    ordered = tuple(sorted(points, key=lambda p: p.file_bytes))
+    standings = tuple(standing(p, ordered) for p in ordered)
+    plain: dict[str, object] = {
+        "source": "m", "source_sha256": None, "seed": 0, "calibration": ("c",), "strategy": "grid", "limits": (),
+        "points": ordered, "held": ((),) * len(ordered), "standings": standings, "choices": (choose(ordered, at),),
+        "best": None, "best_dense": None, "excess": None, "left_out": (), "failed": (), "open": (), "kept": (),
+    }  # fmt: skip
+    return SearchRecord(**{**plain, **more})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("limits", "known", "outcome"),
+    [
+        ({"max_size": 100}, {"size": 100}, PASS),
+        ({"max_size": 100}, {"size": 101}, MISSED),
+        ({"max_kl": 0.1}, {"kl": 0.2}, MISSED),
+        ({"max_bits": 1.05}, {"bits": 1.04}, PASS),
+        ({"min_speed": 10.0}, {"speed": (11.0, 12.0)}, PASS),
+        ({"min_speed": 10.0}, {"speed": (8.0, 9.0)}, MISSED),
+        ({"min_speed": 10.0}, {"speed": (9.0, 12.0)}, INCONCLUSIVE),
+        ({"device": "pixel-8a"}, {"fits": False}, MISSED),
+        ({"max_size": 100, "max_kl": 0.1}, {"size": 90, "kl": 0.2}, MISSED),
+    ],
+)
+def test_limits(limits: dict[str, float], known: dict[str, object], outcome: str) -> None:
+    settings = SearchSettings(**limits)  # type: ignore[arg-type]
+    assert outcome_of(tuple(settings.held(**known))) == outcome  # type: ignore[arg-type]
+    assert len(settings.limits) == len(limits)
+
+
+def test_the_gates_statuses() -> None:
+    files = point("a", 10, [1.0] * 5), point("b", 20, [1.0] * 5, ratio=0.1)
+    missed, open_ = (
+        tuple(SearchSettings(min_speed=10.0).held(speed=span)) for span in ((1.0, 2.0), (9.0, 12.0))
+    )
+    check_search(result(*files))
+    with pytest.raises(InconclusiveError):
+        check_search(result(*files, held=(missed, open_), limits=("decode",)))
+    with pytest.raises(LimitError):
+        check_search(result(*files, held=(missed, missed), limits=("decode",)))
+
+
+@pytest.mark.parametrize("name", ["../notes.gguf", "/etc/passwd", "notes.txt", ""])
+def test_a_record_names_no_file_elsewhere(name: str) -> None:
+    payload = record_to_json(point("p", 10, [1.0, 1.1])) | {"file": name}
+    with pytest.raises(InputError, match="not the name of a GGUF file"):
+        record_from_json(EvaluatedPoint, payload, where="point.json")
+
+
+def test_sentences_and_the_page() -> None:
+    speed = Speed("local", 10.0, 9.0, 11.0, 2e8, n_threads=1)
+    dense = replace(point("Q4_0", 100, [1.0, 1.1, 0.9, 1.0, 1.05]), speed=speed)
+    pruned = point("Q8_0<b>", 120, [1.2, 1.31, 1.1, 1.19, 1.26], ratio=0.25)
+    found = result(dense, pruned, at=110)
+    text = format_search(found)
+    assert "the best file is dense Q4_0" in text
+    assert "Pruning does not pay here" in text
+    assert "measured at local" in text
+    page = render_search(found)
+    for plot in ("plot-size", "plot-speed", "plot-memory"):
+        assert f'id="{plot}"' in page
+    assert "Q8_0<b>" not in page
+    smaller = point("Q4_0", 50, [1.2, 1.31, 1.1, 1.19, 1.26], ratio=0.25)
+    limited = result(dense, smaller, limits=("size up to 60",), best=smaller.file, best_dense=None)
+    assert "Pruning paid: no quantization of the dense model is within the limits." in format_search(limited)
+
+
+def test_intervals_are_paired_over_windows() -> None:
+    even = replace(point("a", 1, [2.0] * 5).texts[0], n_bytes=(100,) * 5)
+    a, b = [1.0, 2.0, 1.5, 3.0, 2.2], [1.1, 2.1, 1.65, 3.05, 2.35]
+    one, other = (
+        replace(point("p", 1, a), texts=(replace(even, nats=tuple(100 * math.log(2) * v for v in values)),))
+        for values in (b, a)
+    )
+    found = excess(one, other)
+    differences = [y - x for x, y in zip(a, b, strict=True)]
+    half = 2.776 * statistics.stdev(differences) / math.sqrt(5)
+    assert found.bits == pytest.approx(statistics.mean(differences))
+    assert (found.low, found.high) == pytest.approx((found.bits - half, found.bits + half), rel=5e-3)
+    back = excess(other, one)
+    assert back.low is not None
+    assert (back.bits, back.low) == pytest.approx((-found.bits, -(found.high or 0)))
+
+
+def test_dominance_is_surely_no_larger_and_no_worse() -> None:
+    good = point("good", 50, [1.0, 1.1, 0.9, 1.0, 1.05])
+    worse = point("worse", 60, [1.2, 1.31, 1.1, 1.19, 1.26])
+    noisy = point("noisy", 60, [1.4, 0.8, 1.2, 0.7, 1.0])
+    small = point("small", 40, [1.2, 1.31, 1.1, 1.19, 1.26])
+    together = [good, worse, noisy, small]
+    assert standing(worse, together).verdict == DOMINATED
+    assert standing(worse, together).by == "good.gguf"
+    assert standing(noisy, together).verdict == UNDECIDED
+    assert standing(good, together).verdict == FRONTIER
+    assert standing(small, together).verdict == FRONTIER
+
+
+def test_ties() -> None:
+    bits = [1.0, 1.1, 0.9, 1.0, 1.05]
+    same, larger = [point("a", 50, bits), point("b", 50, bits)], point("c", 51, bits)
+    assert [standing(one, same).verdict for one in same] == [FRONTIER, FRONTIER]
+    assert standing(larger, [*same, larger]).verdict == DOMINATED
+    assert choose([larger, *reversed(same)], 60).best == "a.gguf"
+
+
+def test_one_window_says_nothing_of_noise() -> None:
+    good, worse = point("good", 50, [1.0]), point("worse", 60, [2.0])
+    assert standing(worse, [good, worse]).verdict == UNDECIDED
+    assert excess(worse, good).low is None
+
+
+def test_a_dense_file_that_dominates_is_named_first() -> None:
+    dense = point("dense", 50, [1.0, 1.1, 0.9, 1.0, 1.05])
+    best = point("best", 55, [0.9, 1.0, 0.8, 0.9, 0.95], ratio=0.1)
+    beaten = point("beaten", 60, [1.2, 1.31, 1.1, 1.19, 1.26], ratio=0.2)
+    assert standing(beaten, [dense, best, beaten]).by == "dense.gguf"
+
+
+def test_sizes_to_tell_of() -> None:
+    files = [
+        point("tiny", 50, [1.3, 1.4], ratio=0.2),
+        point("worse", 60, [1.5, 1.6], ratio=0.1),
+        point("small", 70, [1.2, 1.3]),
+        point("pruned", 75, [1.1, 1.2], ratio=0.1),
+        point("beaten", 80, [1.4, 1.5]),
+        point("large", 90, [1.0, 1.1]),
+    ]
+    # Of pruned files between dense ones the next dense size tells.
+    assert telling_sizes(files) == (50, 70, 80, 90)
+    assert telling_sizes([]) == ()
