@@ -20,7 +20,7 @@ from cfsp.models.offload import copied
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.pruning.axes.parts import Removal
-from cfsp.pruning.outline import cut_to_shape, outline
+from cfsp.pruning.outline import cut_to_shape
 from cfsp.pruning.plan import BlockPlan, PruningPlan, ScoreSummary
 from cfsp.pruning.settings import PruneSettings
 from exporters.gguf.architecture import ChosenLayout, read_layout

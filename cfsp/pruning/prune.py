@@ -31,7 +31,6 @@ from cfsp.pruning.axes.parts import (
 from cfsp.pruning.axes.spelling import teach_spellings
 from cfsp.pruning.axes.vocabulary import (
     Counts,
-    TokenOrder,
     VocabularyPlan,
     count_alike,
     cut_vocabulary,

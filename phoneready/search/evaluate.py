@@ -26,8 +26,7 @@ from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.axes.token_order import Counts
-from cfsp.pruning.axes.vocabulary import VocabularyPlan, plan_vocabulary, token_order
+from cfsp.pruning.axes.vocabulary import Counts, VocabularyPlan, plan_vocabulary, token_order
 from cfsp.pruning.block_by_block import apply_plan
 from cfsp.pruning.moments import collect_input_moments, moment_windows, spread_windows
 from cfsp.pruning.plan import PruningPlan, make_plan

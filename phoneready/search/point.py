@@ -14,10 +14,7 @@ from cfsp.settings import setting
 from cfsp.units import format_bytes, megabytes, parse_bytes
 from cfsp.validation import Share
 from exporters.families import required_multiple
-from exporters.gguf.fallbacks import block_of
 from exporters.gguf.family import GGUF
-from exporters.gguf.quants import find_quant
-from exporters.provenance import file_stem
 from phoneready.evaluation.settings import WindowSettings
 from phoneready.figures.verdict import INCONCLUSIVE, MISSED, PASS
 from runtime_bench.devices.profile import find_profile, load_profiles
@@ -64,6 +61,7 @@ class Point:
     @property
     def bits(self) -> float:
         """Bits per weight of most matrices."""
+
         from exporters.gguf.fallbacks import block_of
         from exporters.gguf.quants import find_quant
 
@@ -87,6 +85,7 @@ class Point:
     @property
     def checkpoint(self) -> str:
         """Name of the checkpoint; quantizations that need the same alignment share it."""
+
         from exporters.provenance import file_stem  # loads torch
 
         parts = [f"{self.vocabulary}tokens"] if self.vocabulary else []
