@@ -18,9 +18,9 @@ from cfsp.models.config_file import read_model_config
 from cfsp.models.folds import folded_config, is_folded
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.gguf_model import config_from_gguf
+from cfsp.models.hf_folder import config_from_settings
 from cfsp.models.reference import find_model, load_tokenizer
 from cfsp.models.shape import BlockShape, ModelShape
-from cfsp.models.text_part import config_from_settings
 from cfsp.models.token_trees import token_trees
 from cfsp.models.weights import model_class
 from cfsp.pruning.axes.parts import attentions_stay, blocks_stay, groups_stay

@@ -33,7 +33,7 @@ import transformers
 from cfsp.errors import InputError
 from cfsp.models.architectures import ARCHITECTURES, FULL, WINDOWED, stated_widths, windows_of_blocks
 from cfsp.models.builtin import cache_directory, fetch_builtin
-from cfsp.models.pre_tokenizer import PRE_TOKENIZERS, build_pre_tokenizer, pre_tokenizer_name
+from cfsp.models.gguf_tokenizer import PRE_TOKENIZERS, build_pre_tokenizer, pre_tokenizer_name
 from cfsp.models.rope import stated_rope
 from cfsp.models.source import LoadedModel, ModelSource
 from runtime_bench.records.bench_record import BenchRecord, Environment

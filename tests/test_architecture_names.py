@@ -22,12 +22,12 @@ ROWS = (
 NAMES = {*ARCHITECTURES, *(layout.architecture for layouts in LAYOUTS.values() for layout in layouts)}
 CLASSES = re.compile(rf"(Pruned)?({'|'.join(ARCHITECTURES)})(ForCausalLM|Config|Model)", re.IGNORECASE)
 OTHERS = {
-    ("cfsp/models/pre_tokenizer.py", "llama"): "a kind of tokenizer in GGUF files",
-    ("cfsp/models/pre_tokenizer.py", "qwen2"): "a pre-tokenizer in GGUF files",
-    ("cfsp/models/pre_tokenizer.py", "exaone4"): "a pre-tokenizer in GGUF files",
-    ("cfsp/models/pre_tokenizer.py", "hunyuan-dense"): "a pre-tokenizer in GGUF files",
-    ("cfsp/models/pre_tokenizer.py", "lfm2"): "a pre-tokenizer in GGUF files",
-    ("cfsp/models/pre_tokenizer.py", "qwen35"): "a pre-tokenizer in GGUF files",
+    ("cfsp/models/gguf_tokenizer.py", "llama"): "a kind of tokenizer in GGUF files",
+    ("cfsp/models/gguf_tokenizer.py", "qwen2"): "a pre-tokenizer in GGUF files",
+    ("cfsp/models/gguf_tokenizer.py", "exaone4"): "a pre-tokenizer in GGUF files",
+    ("cfsp/models/gguf_tokenizer.py", "hunyuan-dense"): "a pre-tokenizer in GGUF files",
+    ("cfsp/models/gguf_tokenizer.py", "lfm2"): "a pre-tokenizer in GGUF files",
+    ("cfsp/models/gguf_tokenizer.py", "qwen35"): "a pre-tokenizer in GGUF files",
     ("exporters/onnx/companions.py", "llama"): "what GenAI calls every decoder of these graphs",
     ("exporters/onnx/companions.py", "lfm2"): "what GenAI calls decoders with a cache of short convolutions",
     ("runtime_bench/native/build.py", "llama"): "llama.cpp, the program",

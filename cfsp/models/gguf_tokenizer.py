@@ -1,24 +1,104 @@
 """Tokenizers of GGUF files, faithful to llama.cpp.
 
 A GGUF file stores vocabulary and merges, but of the splitting that comes before merging only a name
-(`tokenizer.ggml.pre`), which `cfsp.models.pre_tokenizer` knows the meaning of.
+(`tokenizer.ggml.pre`). PRE_TOKENIZERS has what each means as regular expressions, and is read in both directions: to
+build a tokenizer from a file, and to find the name for a Hugging Face tokenizer.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import tokenizers
 import transformers
-from tokenizers import decoders, models, normalizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from cfsp.errors import InputError, look_up
 from cfsp.models.gguf_file import GGUFFile, read_gguf
-from cfsp.models.pre_tokenizer import BYTE_LEVEL, PRE_TOKENIZERS, SENTENCEPIECE, build_pre_tokenizer
 from cfsp.reading import as_input_error
+
+BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
+"""What GGUF files call the two kinds of tokenizer."""
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_DIGIT = r"\p{N}"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_SYMBOLS_AND_SPACE = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_SYMBOLS_AND_SPACE}"
+_QWEN2 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}|{_SYMBOLS_AND_SPACE}"
+_QWEN35 = (
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_NOT_LOWER, _NOT_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_BEFORE, _SYMBOLS_AND_LINES = r"[^\r\n\p{L}\p{N}]?", r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT4O = (
+    rf"{_BEFORE}{_NOT_LOWER}*{_NOT_UPPER}+{_CONTRACTIONS}?|{_BEFORE}{_NOT_LOWER}+{_NOT_UPPER}*{_CONTRACTIONS}?"
+    rf"|\p{{N}}{{1,3}}|{_SYMBOLS_AND_LINES}"
+)
+_TEKKEN = (
+    rf"{_BEFORE}{_NOT_LOWER}*{_NOT_UPPER}+|{_BEFORE}{_NOT_LOWER}+{_NOT_UPPER}*|\p{{N}}|{_SYMBOLS_AND_LINES}"
+)
+_MARKED_WORD = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+_HUNYUAN = rf"{_MARKED_WORD}| ?[\p{{P}}\p{{S}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# (behavior, invert) of splits that throw nothing away.
+_KEEPING = (("Isolated", False), ("Removed", True))
+_CHINESE = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+_CHINESE_AND_KANA = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
+
+
+@dataclass(frozen=True)
+class PreTokenizer:
+    """How text is split before byte-pair merging.
+
+    Attributes:
+        steps: Regular expressions. Each cuts the pieces of the one before into matches and what lies between.
+        ignore_merges: A piece that is a token as a whole is taken without merging.
+        add_bos: Whether the start token is added where the file does not say.
+    """
+
+    steps: tuple[str, ...]
+    ignore_merges: bool = False
+    add_bos: bool = False
+
+
+_DIGITS_THEN_GPT2 = PreTokenizer((_DIGIT, _GPT2))
+_LIKE_GPT2 = PreTokenizer((_GPT2,))
+_LIKE_LLAMA3 = PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True)
+_LIKE_QWEN2 = PreTokenizer((_QWEN2,))
+
+# Of names with the same meaning the first is the one given to a Hugging Face tokenizer.
+PRE_TOKENIZERS: Mapping[str, PreTokenizer] = MappingProxyType(
+    {
+        "gpt-2": _LIKE_GPT2,
+        **dict.fromkeys(
+            ("phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4"), _LIKE_GPT2
+        ),
+        "smollm": _DIGITS_THEN_GPT2,
+        **dict.fromkeys(
+            ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"),
+            _DIGITS_THEN_GPT2,
+        ),
+        "llama-bpe": _LIKE_LLAMA3,
+        **dict.fromkeys(("llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0", "lfm2"), _LIKE_LLAMA3),
+        "smaug-bpe": PreTokenizer((_LLAMA3,)),
+        "dbrx": PreTokenizer((_LLAMA3,)),
+        "qwen2": _LIKE_QWEN2,
+        **dict.fromkeys(("deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "solar-open"), _LIKE_QWEN2),
+        "qwen35": PreTokenizer((_QWEN35,)),
+        **dict.fromkeys(("gpt-4o", "llama4"), PreTokenizer((_GPT4O,))),
+        "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
+        "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CHINESE, _DIGIT)),
+        "hunyuan-dense": PreTokenizer((r"\p{N}{1,3}", _CHINESE_AND_KANA, _HUNYUAN)),
+        "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")),
+        "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
+    }
+)
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 # llama.cpp takes these for control tokens whatever type the file gives them.
@@ -157,3 +237,70 @@ def _add_post_processor(backend: Any, file: GGUFFile, special: Mapping[str, str]
         pair=around + [f"{part}:1" for part in (bos, "$B", eos) if part],
         special_tokens=[(text, backend.token_to_id(text)) for text in {bos, eos} if text],
     )
+
+
+def pre_tokenizer_name(tokenizer: Any) -> str:
+    """llama.cpp's `tokenizer.ggml.pre` for a byte-level BPE tokenizer, found by its structure.
+
+    Raises:
+        InputError: No known structure matches; the message names the known ones.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    steps = _steps_of(state)
+    ignore_merges = bool(state["model"].get("ignore_merges"))
+    matches = [name for name, row in PRE_TOKENIZERS.items() if row.steps == steps]
+    # The flag matters only for tokens that merging cannot reach: a row that differs in it alone is next best.
+    matches.sort(key=lambda name: PRE_TOKENIZERS[name].ignore_merges != ignore_merges)
+    if not matches:
+        raise InputError(
+            "llama.cpp has no pre-tokenizer known to us that splits text as this tokenizer does",
+            field="pre_tokenizer",
+            allowed=", ".join(PRE_TOKENIZERS),
+        )
+    return matches[0]
+
+
+def build_pre_tokenizer(steps: Sequence[str]) -> Any:
+    """The tokenizers object that splits by a row's steps and maps bytes to letters as GPT-2 does."""
+    parts: list[Any] = []
+    for step in steps:
+        if step == _DIGIT:
+            parts.append(pre_tokenizers.Digits(individual_digits=True))
+        elif step != _GPT2 or step != steps[-1]:
+            parts.append(pre_tokenizers.Split(tokenizers.Regex(step), "isolated"))
+    # ByteLevel has GPT-2's expression built in, and tokenizers that end with it are usually written so.
+    parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=steps[-1] == _GPT2))
+    return parts[0] if len(parts) == 1 else pre_tokenizers.Sequence(parts)
+
+
+def _steps_of(state: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The regular expressions a tokenizer.json splits by; None where it does something else besides."""
+    normalizer = state.get("normalizer")
+    # llama.cpp does not normalize; NFC changes nothing in text that is composed already, as most is.
+    if state["model"]["type"] != "BPE" or (
+        normalizer and _flat(normalizer, "normalizers") != [{"type": "NFC"}]
+    ):
+        return None
+    parts = _flat(state.get("pre_tokenizer") or {}, "pretokenizers")
+    if not parts or parts[-1].get("type") != "ByteLevel" or parts[-1].get("add_prefix_space"):
+        return None
+    steps = [_steps_of_part(part) for part in parts]
+    return None if None in steps else tuple(step for some in steps for step in some or ())
+
+
+def _steps_of_part(part: Mapping[str, Any]) -> tuple[str, ...] | None:
+    kind = part.get("type")
+    if kind == "Digits":
+        return (_DIGIT if part["individual_digits"] else r"\p{N}+",)
+    if kind == "ByteLevel":
+        return (_GPT2,) if part.get("use_regex", True) else ()
+    if kind == "Split" and "Regex" in part["pattern"] and (part["behavior"], part["invert"]) in _KEEPING:
+        # Some files have line ends themselves in the place of their escapes.
+        return (part["pattern"]["Regex"].replace("\r", r"\r").replace("\n", r"\n"),)
+    return None
+
+
+def _flat(part: Mapping[str, Any], children: str) -> list[Mapping[str, Any]]:
+    if part.get("type") != "Sequence":
+        return [part] if part else []
+    return [leaf for child in part[children] for leaf in _flat(child, children)]

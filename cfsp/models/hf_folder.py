@@ -1,13 +1,18 @@
-"""Loading models and tokenizers from Hugging Face folders, with every failure told in one line."""
+"""Loading models and tokenizers from Hugging Face folders, with every failure told in one line.
+
+Of a folder that can see or hear as well the text part is loaded, a model type of its own. What encodes images stays
+where it is. Pruning keeps hidden_size, so what an image is turned into (a `mmproj` file, in llama.cpp) still fits.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 import transformers
 
@@ -28,11 +33,13 @@ from cfsp.models.config_file import (
 from cfsp.models.folds import fold_of, folded, is_folded
 from cfsp.models.offload import AUTO, NARROW, WHOLE, Keeping, keeping_of_files, offloaded_model
 from cfsp.models.source import ModelSource
-from cfsp.models.text_part import is_text_part, load_text_part
+from cfsp.models.text_settings import TEXT_PARTS
 from cfsp.models.weights import (
+    OUTPUT_MATRIX,
     check_loading,
     check_memory,
     check_size,
+    model_from_weights,
     quiet_transformers,
     safetensors_files,
     sha256_files,
@@ -60,25 +67,24 @@ def load_folder(
         InputError: The folder is incomplete, damaged, of an unsupported kind, or holds pickled weights only.
     """
     settings = read_model_config(folder)
-    files = safetensors_files(folder)
+    files, where = safetensors_files(folder), str(folder)
     if _has_own_shape(folder, settings):
         return load_pruned(folder, dtype, by_blocks=by_blocks)
-    if is_text_part(folder):
-        model = load_text_part(folder, settings, dtype=dtype)
-        return folded(model, str(folder)) if fold_of(settings) else model
     check_generation_config(folder)
-    tied = settings.get("tie_word_embeddings") is True
+    if is_text_part(folder):
+        model = _load_text_part(folder, settings, files, dtype)
+        return folded(model, where) if fold_of(settings) else model
     with quiet_transformers(), as_input_error(f"{folder / 'config.json'} cannot be used"):
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
     if by_blocks:
-        model = offloaded_model(config, files, where=str(folder))
+        model = offloaded_model(config, files, where=where)
         model.generation_config = read_generation_config(folder) or model.generation_config
         return model
-    n_stored = weight_count(files, tied=tied)
-    check_size(config, n_stored, str(folder))
-    check_memory(n_stored, dtype, str(folder))
+    n_stored = weight_count(files, tied=settings.get("tie_word_embeddings") is True)
+    check_size(config, n_stored, where)
+    check_memory(n_stored, dtype, where)
     with quiet_transformers(), as_input_error(f"{folder} cannot be loaded"):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
@@ -89,8 +95,59 @@ def load_folder(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, and told below by name
         )
-    check_loading(report, str(folder))
-    return folded(model, str(folder)) if fold_of(settings) else model.eval()
+    check_loading(report, where)
+    return folded(model, where) if fold_of(settings) else model.eval()
+
+
+def config_from_settings(settings: Mapping[str, Any], where: str) -> Any:
+    """transformers configuration of `read_model_config`'s settings; raises InputError that names `where`."""
+    with as_input_error(f"{where}/config.json is not a valid config"):
+        return transformers.AutoConfig.for_model(**settings)
+
+
+def _load_text_part(
+    folder: Path, settings: Mapping[str, Any], files: Sequence[Path], dtype: torch.dtype
+) -> Any:
+    config = config_from_settings(settings, str(folder))
+    weights: dict[str, torch.Tensor] = {}
+    check_memory(weight_count(files, tied=bool(config.tie_word_embeddings)), dtype, str(folder))
+    for file in files:
+        with as_input_error(f"{file} is damaged or cut short"), safetensors.safe_open(file, "pt") as handle:
+            names = text_names(folder, handle.keys())
+            weights |= {ours: handle.get_tensor(name).to(dtype) for name, ours in names.items()}
+    if settings.get("tie_word_embeddings") is None and OUTPUT_MATRIX not in weights:
+        config.tie_word_embeddings = True
+    if config.tie_word_embeddings:
+        weights.pop(OUTPUT_MATRIX, None)
+    if not weights:
+        raise InputError(f"{folder} holds no weights of a {settings['model_type']} model")
+    # Of a type that is folded into another one there is no row, and no `model_class`.
+    builder = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model = model_from_weights(config, weights, dtype=dtype, where=str(folder), cls=builder)
+    model.generation_config = read_generation_config(folder) or model.generation_config
+    return model
+
+
+def is_text_part(folder: Path) -> bool:
+    """Whether a folder's model is a part of what the folder holds."""
+    return _model_type(folder) in TEXT_PARTS
+
+
+def text_names(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Tensors of a folder's files that belong to its text model -> that model's names of them."""
+    part = TEXT_PARTS.get(_model_type(folder))
+    prefixes = {"": ""} if part is None else part.prefixes
+    found = {}
+    for name in names:
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        if prefix is not None:
+            found[name] = prefixes[prefix] + name.removeprefix(prefix)
+    return found
+
+
+def _model_type(folder: Path) -> str:
+    file = folder / "config.json"
+    return str(read_json_object(file).get("model_type")) if file.is_file() else ""
 
 
 def keeping_of_folder(folder: Path, asked: str = AUTO) -> Keeping:

@@ -10,6 +10,7 @@ A reference is one of
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -23,18 +24,31 @@ from cfsp.errors import InputError
 from cfsp.files import sha256_file, short_name
 from cfsp.models.builtin import BUILTIN_MODELS, fetch_builtin
 from cfsp.models.config_file import read_model_config
+from cfsp.models.folder_format import NOTICE_PATTERNS
 from cfsp.models.folds import fold_of, is_folded
 from cfsp.models.gguf_file import GGUFFile, read_gguf
 from cfsp.models.gguf_model import keeping_of_gguf, model_from_gguf, tying_note
 from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
 from cfsp.models.hf_folder import folder_source, keeping_of_folder, load_folder, load_folder_tokenizer
-from cfsp.models.hub import fetch_hub_model, hub_reference
 from cfsp.models.offload import AUTO, NARROW, WHOLE, Keeping, held_model, let_go
 from cfsp.models.source import LoadedModel, ModelSource
-from cfsp.models.weights import cast_weights, check_finite, safetensors_files, uniform_dtype
+from cfsp.models.weights import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    cast_weights,
+    check_finite,
+    quiet_transformers,
+    safetensors_files,
+    shard_names,
+    uniform_dtype,
+)
 from cfsp.progress import Progress, no_progress
+from cfsp.reading import one_line
 
 _log = logging.getLogger(__name__)
+_REFERENCE = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+_TOKENIZER_PATTERNS = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "chat_template*")
+_MODEL_PATTERNS = (INDEX_FILE, "generation_config.json", "README.md", *NOTICE_PATTERNS)
 
 
 def load_model(
@@ -155,7 +169,7 @@ def _locate(
         if path.suffix != ".gguf":
             raise InputError("not a model", field="model", value=text, allowed="a folder or a .gguf file")
         return ModelSource(text, "gguf", short_name(path.stem), str(path))
-    hub = hub_reference(text)
+    hub = _REFERENCE.fullmatch(text)
     if hub is None or path.suffix == ".gguf":
         known = ", ".join(BUILTIN_MODELS)
         raise InputError(
@@ -164,9 +178,50 @@ def _locate(
             value=text,
             allowed=f"a folder, a .gguf file, OWNER/NAME on the hub, or built in: {known}",
         )
-    name, revision = hub
-    folder = fetch_hub_model(name, revision, tokenizer_only=tokenizer_only, code=code, progress=progress)
+    name = hub["name"]
+    folder = _fetch_from_hub(
+        name, hub["revision"], tokenizer_only=tokenizer_only, code=code, progress=progress
+    )
     return ModelSource(text, "hub", name.rpartition("/")[2], str(folder), revision=folder.name)
+
+
+def _fetch_from_hub(
+    name: str,
+    revision: str | None,
+    *,
+    tokenizer_only: bool,
+    code: bool,
+    progress: Progress,
+) -> Path:
+    """Folder of a hub model in the hub client's cache; config.json is fetched and judged before the weights.
+
+    `code`: its own Python files are fetched, too, which nothing runs unless they are trusted.
+    """
+    import huggingface_hub
+
+    progress(f"fetching {name}", 0, 1)
+    patterns = [*_TOKENIZER_PATTERNS, *(() if tokenizer_only else _MODEL_PATTERNS)]
+    patterns += ["*.py"] if code else []
+    try:
+        with quiet_transformers():
+            config = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
+            read_model_config(Path(config).parent)
+            commit = Path(config).parent.name
+            fetch = partial(huggingface_hub.snapshot_download, name, revision=commit, ignore_patterns=["*/*"])
+            folder = Path(fetch(allow_patterns=["config.json", *patterns]))
+            if not tokenizer_only:
+                # Weights lie in other forms beside these, as large again.
+                index = folder / INDEX_FILE
+                fetch(allow_patterns=[SINGLE_FILE, *(shard_names(index) if index.is_file() else ())])
+    except InputError:
+        raise
+    except Exception as error:  # the client's errors, and those of what it sends requests with, share no base
+        raise InputError(
+            f"{name} is no local path and cannot be fetched from the hub: {one_line(error, 160)}",
+            allowed="a folder, a .gguf file, or a hub model that can be reached",
+        ) from error
+    progress(f"fetching {name}", 1, 1)
+    return folder
 
 
 def _complete_from_gguf(source: ModelSource, file: GGUFFile) -> ModelSource:

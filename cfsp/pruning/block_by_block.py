@@ -104,7 +104,7 @@ def apply_plan(
                         cut_channels(feed_forward(model, layer), torch.tensor(block.kept))
                 progress("pruning", index + 1, len(layers))
     for index in plan.silent:
-        remove_attention(model, layers[index])
+        remove_attention(layers[index])
     remove_blocks(model, plan.gone)
     set_config_shape(model)
 

@@ -40,7 +40,7 @@ def cut_to_shape(model: Any, shape: ModelShape) -> None:
             if block.ffn_width != was.ffn_width:
                 cut_channels(feed_forward(model, layer), torch.arange(block.ffn_width))
             if was.has_attention and not block.has_attention:
-                remove_attention(model, layer)
+                remove_attention(layer)
             elif block.kv_groups not in (None, was.kv_groups):
                 cut_groups(attention_of(model, layer), range(block.kv_groups))
     remove_blocks(model, frozenset(range(len(layers))) - {block.origin for block in shape.blocks})

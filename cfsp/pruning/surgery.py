@@ -11,7 +11,6 @@ from torch import nn
 from cfsp.models.architectures import (
     FeedForward,
     model_shape,
-    spec_for,
     stated_widths,
     width_settings,
 )
@@ -56,11 +55,11 @@ def group_channels(attention: Any, size: int, groups: Sequence[int]) -> torch.Te
     return every.view(count, -1)[list(groups)].flatten()
 
 
-def remove_attention(model: nn.Module, layer: nn.Module) -> None:
-    """Take the attention of one of `model`'s blocks out."""
+def remove_attention(layer: nn.Module) -> None:
+    """Take a block's attention out."""
     from cfsp.models.remote_code.modeling_pruned import leave_out_attention
 
-    leave_out_attention(layer, spec_for(model.config).attention_norms)
+    leave_out_attention(layer)
 
 
 def remove_blocks(model: Any, gone: frozenset[int]) -> None:

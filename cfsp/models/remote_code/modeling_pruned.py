@@ -6,61 +6,38 @@ config.json says so as transformers 5 documents it,
 
 A block with fewer key-value heads has fewer query heads in proportion: each key-value head is read by as many as in the
 whole model, num_attention_heads / num_key_value_heads. (transformers 5 refuses a num_attention_heads for each block.)
-Everything else is the model of the same `model_type`. This file is self-contained, stored beside
-the weights and used by `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, under
-transformers 4 and 5 alike.
+Everything else is the model of the same `model_type`: `PrunedLlamaForCausalLM` of transformers' `LlamaForCausalLM`, and
+so on. This file is self-contained, stored beside the weights and used by
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, under transformers 4 and 5 alike.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import (
-    Exaone4ForCausalLM,
-    Gemma3ForCausalLM,
-    HunYuanDenseV1ForCausalLM,
-    Lfm2ForCausalLM,
-    LlamaForCausalLM,
-    MistralForCausalLM,
-    Olmo2ForCausalLM,
-    Olmo3ForCausalLM,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
-    SmolLM3ForCausalLM,
-)
 
 _PRUNED = ("intermediate_size", "num_key_value_heads", "skip")
+_FFNS = {"mlp": "down_proj", "feed_forward": "w2"}
+"""What a block's FFN can be called -> its last matrix."""
 
 
-def layer_sizes(config: Any, name: str) -> list[int]:
-    """A size of every block that a configuration asks for, such as its intermediate_size, first to last.
-
-    transformers 5 offers `per_layer_config` as a sequence of configurations, transformers 4 as a mapping.
-    """
+def _of_blocks(config: Any) -> list[Mapping[str, Any]]:
+    """What a configuration asks for in every block, first to last; transformers 5 offers it as configurations."""
     layers = getattr(config, "per_layer_config", None)
-    if layers is None or isinstance(layers, Mapping):
-        given = {int(index): entry for index, entry in (layers or {}).items()}
-        wrong = sorted(set(given) - set(range(config.num_hidden_layers)))
-        if wrong:
-            raise ValueError(f"per_layer_config names blocks that do not exist: {wrong}")
-        return [
-            given.get(index, {}).get(name) or getattr(config, name)
-            for index in range(config.num_hidden_layers)
-        ]
-    return [getattr(layer, name) for layer in layers]
-
-
-def layers_without_attention(config: Any) -> set[int]:
-    """Blocks that a configuration wants without attention."""
-    layers = getattr(config, "per_layer_config", None)
-    if layers is None or isinstance(layers, Mapping):
-        return {int(index) for index, entry in (layers or {}).items() if "attention" in entry.get("skip", ())}
-    return {index for index, layer in enumerate(layers) if "attention" in getattr(layer, "skip", ())}
+    if layers is not None and not isinstance(layers, Mapping):
+        return [{name: getattr(layer, name, ()) for name in _PRUNED} for layer in layers]
+    given = {int(index): entry for index, entry in (layers or {}).items()}
+    wrong = sorted(set(given) - set(range(config.num_hidden_layers)))
+    if wrong:
+        raise ValueError(f"per_layer_config names blocks that do not exist: {wrong}")
+    plain = {name: getattr(config, name) for name in _PRUNED[:2]}
+    return [plain | dict(given.get(index, {})) for index in range(config.num_hidden_layers)]
 
 
 def per_layer_settings(
@@ -68,10 +45,7 @@ def per_layer_settings(
 ) -> dict[str, dict[str, Any]]:
     """`per_layer_config` of blocks of these widths and key-value heads, 0 being no attention.
 
-    Args:
-        widths: intermediate_size of every block.
-        kv_heads: num_key_value_heads of every block.
-        most: num_key_value_heads of the configuration, which a block that has as many does not repeat.
+    A block that has as many heads as the configuration says, `most`, does not repeat it.
     """
     return {
         str(index): {"intermediate_size": width}
@@ -110,17 +84,6 @@ def uniform_config(config: Any, width: int) -> Any:
     return plain
 
 
-def with_kv_heads(attention: Any, config: Any, kv_heads: int) -> Any:
-    """A new attention of the same kind with so many key-value heads, and the query heads that read them."""
-    smaller = copy.deepcopy(config)
-    smaller.head_dim = attention.head_dim
-    smaller.num_key_value_heads = kv_heads
-    smaller.num_attention_heads = kv_heads * attention.num_key_value_groups
-    made = type(attention)(smaller, attention.layer_idx)
-    made.config = config  # of which it reads what is the same in all blocks, and may be changed
-    return made
-
-
 class NoAttention(nn.Module):
     """In the place of a block's attention: it adds nothing."""
 
@@ -132,22 +95,19 @@ class NoAttention(nn.Module):
         return torch.zeros_like(hidden_states), None
 
 
-def leave_out_attention(layer: Any, norms: Sequence[str]) -> None:
+def leave_out_attention(layer: Any) -> None:
     """Take a block's attention out, and the norms before and after it."""
     layer.self_attn = NoAttention()
-    for name in norms:
-        setattr(layer, name, nn.Identity())
+    # The norm of this name is the FFN's where no other one stands behind the FFN.
+    behind = ("post_attention_layernorm",) if hasattr(layer, "post_feedforward_layernorm") else ()
+    for name in ("input_layernorm", *behind):
+        if hasattr(layer, name):
+            setattr(layer, name, nn.Identity())
 
 
-def kv_heads_of(attention: Any, otherwise: int) -> int:
-    """Key-value heads of a block's attention; `otherwise` in a block that never had one, or no keys of its own."""
-    if isinstance(attention, NoAttention):
-        return 0
-    return (
-        otherwise
-        if not hasattr(attention, "k_proj")
-        else attention.k_proj.weight.shape[0] // attention.head_dim
-    )
+def _ffn_of(layer: Any) -> tuple[str, Any]:
+    """Of a block its FFN, by its name."""
+    return next((name, getattr(layer, name)) for name in _FFNS if hasattr(layer, name))
 
 
 class PerLayerWidths:
@@ -159,39 +119,44 @@ class PerLayerWidths:
 
     # Makes transformers store this file, and name it in config.json, whenever the model is saved.
     _auto_class = "AutoModelForCausalLM"
-    _of_attention: tuple[str, ...] = ("input_layernorm",)
-    """What else of a block has nothing to do where it does not attend."""
-    _ffn: tuple[str, str] = ("mlp", "down_proj")
-    """Of a block its FFN, and of that the last matrix."""
-    _told: tuple[str, ...] = ()
-    """What an FFN is told beside the configuration, by the names of its arguments."""
     model: Any
     config: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        widths, kv_heads = (layer_sizes(config, n) for n in ("intermediate_size", "num_key_value_heads"))
-        without = layers_without_attention(config)
-        super().__init__(uniform_config(config, max(widths)), *args, **kwargs)  # type: ignore[call-arg]
-        for index, layer in enumerate(self.model.layers):
-            if widths[index] != max(widths):
-                mlp = type(getattr(layer, self._ffn[0]))
-                known = {"intermediate_size": widths[index], "layer_idx": index}
-                arguments = {name: known[name] for name in self._told}
-                setattr(layer, self._ffn[0], mlp(uniform_config(self.config, widths[index]), **arguments))
-            if index in without:
-                leave_out_attention(layer, self._of_attention)
-            elif kv_heads[index] != self.config.num_key_value_heads:
-                layer.self_attn = with_kv_heads(layer.self_attn, self.config, kv_heads[index])
+        blocks = _of_blocks(config)
+        widest = max(block["intermediate_size"] for block in blocks)
+        super().__init__(uniform_config(config, widest), *args, **kwargs)  # type: ignore[call-arg]
+        for index, (layer, block) in enumerate(zip(self.model.layers, blocks, strict=True)):
+            width, kv_heads = block["intermediate_size"], block["num_key_value_heads"]
+            if width != widest:
+                name, ffn = _ffn_of(layer)
+                known = {"intermediate_size": width, "layer_idx": index}
+                told = known.keys() & inspect.signature(type(ffn).__init__).parameters.keys()
+                narrow = uniform_config(self.config, width)
+                setattr(layer, name, type(ffn)(narrow, **{key: known[key] for key in told}))
+            if "attention" in block.get("skip", ()):
+                leave_out_attention(layer)
+            elif kv_heads != self.config.num_key_value_heads:
+                attention, smaller = layer.self_attn, copy.deepcopy(self.config)
+                smaller.head_dim, smaller.num_key_value_heads = attention.head_dim, kv_heads
+                smaller.num_attention_heads = kv_heads * attention.num_key_value_groups
+                layer.self_attn = type(attention)(smaller, attention.layer_idx)
+                # Of this it reads what is the same in all blocks, and may be changed.
+                layer.self_attn.config = self.config
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers does it, with what differs in config.json and this file beside the weights."""
-        ffn, down = self._ffn
-        widths = [getattr(getattr(layer, ffn), down).weight.shape[1] for layer in self.model.layers]
-        uniform = self.config
-        kv_heads = [
-            kv_heads_of(getattr(layer, "self_attn", None), uniform.num_key_value_heads)
-            for layer in self.model.layers
-        ]
+        uniform, widths, kv_heads = self.config, [], []
+        for layer in self.model.layers:
+            name, ffn = _ffn_of(layer)
+            widths.append(getattr(ffn, _FFNS[name]).weight.shape[1])
+            attention: Any = getattr(layer, "self_attn", None)
+            heads = uniform.num_key_value_heads
+            if isinstance(attention, NoAttention):
+                heads = 0
+            elif hasattr(attention, "k_proj"):  # not in a block that has no attention, or no keys of its own
+                heads = attention.k_proj.weight.shape[0] // attention.head_dim
+            kv_heads.append(heads)
         stored = uniform_config(uniform, max(widths))
         if len(set(widths)) > 1 or set(kv_heads) != {uniform.num_key_value_heads}:
             ours = per_layer_settings(widths, kv_heads, uniform.num_key_value_heads)
@@ -203,74 +168,10 @@ class PerLayerWidths:
             self.config = uniform
 
 
-class PrunedLlamaForCausalLM(PerLayerWidths, LlamaForCausalLM):  # type: ignore[misc]
-    """Llama with blocks of different widths."""
-
-
-class PrunedMistralForCausalLM(PerLayerWidths, MistralForCausalLM):  # type: ignore[misc]
-    """Mistral with blocks of different widths."""
-
-
-class PrunedQwen2ForCausalLM(PerLayerWidths, Qwen2ForCausalLM):  # type: ignore[misc]
-    """Qwen 2 with blocks of different widths."""
-
-
-class PrunedQwen3ForCausalLM(PerLayerWidths, Qwen3ForCausalLM):  # type: ignore[misc]
-    """Qwen 3 with blocks of different widths."""
-
-
-class PrunedSmolLM3ForCausalLM(PerLayerWidths, SmolLM3ForCausalLM):  # type: ignore[misc]
-    """SmolLM 3 with blocks of different widths."""
-
-
-class PrunedGemma3ForCausalLM(PerLayerWidths, Gemma3ForCausalLM):  # type: ignore[misc]
-    """Gemma 3 with blocks of different widths."""
-
-    _of_attention = ("input_layernorm", "post_attention_layernorm")
-
-
-class PrunedOlmo2ForCausalLM(PerLayerWidths, Olmo2ForCausalLM):  # type: ignore[misc]
-    """OLMo 2 with blocks of different widths."""
-
-    _of_attention = ("post_attention_layernorm",)
-
-
-class PrunedOlmo3ForCausalLM(PerLayerWidths, Olmo3ForCausalLM):  # type: ignore[misc]
-    """OLMo 3 with blocks of different widths."""
-
-    _of_attention = ("post_attention_layernorm",)
-
-
-class PrunedExaone4ForCausalLM(PerLayerWidths, Exaone4ForCausalLM):  # type: ignore[misc]
-    """EXAONE 4 with blocks of different widths."""
-
-    _of_attention = ("post_attention_layernorm",)
-
-
-class PrunedHunYuanDenseV1ForCausalLM(PerLayerWidths, HunYuanDenseV1ForCausalLM):  # type: ignore[misc]
-    """Hunyuan's dense models with blocks of different widths."""
-
-
-class PrunedLfm2ForCausalLM(PerLayerWidths, Lfm2ForCausalLM):  # type: ignore[misc]
-    """LFM 2 with blocks of different widths."""
-
-    _ffn = ("feed_forward", "w2")
-
-
-if hasattr(transformers, "Gemma4ForCausalLM"):  # not in transformers 4
-
-    class PrunedGemma4ForCausalLM(PerLayerWidths, transformers.Gemma4ForCausalLM):  # type: ignore[misc]
-        """Gemma 4 with blocks of different widths."""
-
-        _told = ("layer_idx",)
-
-
-if hasattr(transformers, "Qwen3_5ForCausalLM"):  # not in transformers 4
-
-    class PrunedQwen3_5ForCausalLM(  # noqa: N801  # transformers' name
-        PerLayerWidths,
-        transformers.Qwen3_5ForCausalLM,  # type: ignore[misc]
-    ):
-        """Qwen 3.5's text models with blocks of different widths."""
-
-        _told = ("intermediate_size",)
+def __getattr__(name: str) -> Any:
+    """`Pruned<X>`: transformers' class X with blocks of different widths."""
+    native = getattr(transformers, name.removeprefix("Pruned"), None) if name.startswith("Pruned") else None
+    if native is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    made = type(name, (PerLayerWidths, native), {"__module__": __name__, "__doc__": __getattr__.__doc__})
+    return globals().setdefault(name, made)
