@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench javascript debian clean
+.PHONY: help demo test test-all lint bench javascript debian clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,25 +17,32 @@ PYTHON ?=
 # Where the demo's release goes.
 DEMO ?= demo-release
 # Two processes of tests, of one thread each: most of a test is one, and threads beyond the cores wait for each other.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist worksteal
+PYTEST = OMP_NUM_THREADS=1 PHONEREADY_COUNT_SKIPS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Each of many processes would compile all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make demo    prune, export, prove and measure the built-in model; the report is $(DEMO)/report.html"
-	@echo "make test    lint, types and all tests"
+	@echo "make test    lint, types and the tests that need no more than Python and ssh"
+	@echo "make test-all    lint, types and all tests: compilers, emulators, browsers, Node.js, packaging, other releases of libraries"
 	@echo "make lint    ruff and mypy"
-	@echo "make javascript   packages that the tests of JavaScript consumers need (make test does it)"
-	@echo "make debian  Debian's packages for the tests of browsers and devices, where root may install them (make test does it)"
+	@echo "make javascript   packages that the tests of JavaScript consumers need (make test-all does it)"
+	@echo "make debian  Debian's packages for the tests of browsers and devices, where root may install them (make test-all does it)"
 	@echo "make bench   measure the demo's files, dense and pruned in turns"
 	@echo "make clean   remove the environment, the demo and what the tools left"
 
 demo: $(READY)
 	@$(BIN)/phoneready release -o "$(DEMO)"
 
-test: lint javascript debian
-	@OMP_NUM_THREADS=1 PHONEREADY_COUNT_SKIPS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+test: DEBIAN := ssh=openssh-client
+test: DAEMONS := sshd=openssh-server
+test: lint debian
+	@$(PYTEST) -m 'not everything'
+
+test-all: lint javascript debian
+	@$(PYTEST)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

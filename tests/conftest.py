@@ -49,8 +49,25 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 pytest_plugins = ["skips", "loopback"]
 
 
+EVERYTHING = {
+    "browser",  # Chromium
+    "in_processes",  # torch's launcher
+    "node",
+    "nothing_left",  # Chromium
+    "packages_folder",  # other releases of libraries
+    "phones",  # adb's server and daemons
+    "runner_for",  # a compiler
+    "watched",  # real-time meters
+}
+"""Fixtures whose tests are marked `everything`."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that fetch a large model run where they are asked for."""
+    """Mark what uses such fixtures; tests that fetch a large model run only if they are asked for."""
+    for item in items:
+        if isinstance(item, pytest.Function) and EVERYTHING.intersection(item.fixturenames):
+            item.add_marker("everything")
     if "real" in config.option.markexpr:
         return
     fetching = [item for item in items if item.get_closest_marker("real")]

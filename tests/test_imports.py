@@ -9,8 +9,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("cfsp", "exporters", "runtime_bench", "phoneready")
 ROOMS = {
@@ -95,17 +93,20 @@ def top_level(tree: ast.Module) -> Iterator[ast.stmt]:
             yield node
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_module_imports(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    layer = path.relative_to(ROOT).parts[0]
-    above = set(LAYERS[LAYERS.index(layer) + 1 :])
-    names = list(imported(tree))
-    if "remote_code" not in path.parts:  # copied into checkpoints, where no package surrounds it
-        assert not [name for name in names if name.startswith(".")], "relative import"
-    assert not above & {name.split(".")[0] for name in names}, "imports upward"
-    at_import = {name.split(".")[0] for node in top_level(tree) for name in imported(node)}
-    assert not OPTIONAL & at_import, "optional dependency imported at the top level"
+def test_packages_import_downwards_and_optional_packages_are_imported_where_they_are_used() -> None:
+    wrong = []
+    for path in MODULES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        layer = path.relative_to(ROOT).parts[0]
+        names = set(imported(tree))
+        above = LAYERS[LAYERS.index(layer) + 1 :]
+        found = {name for name in names if name.split(".")[0] in above}
+        if "remote_code" not in path.parts:  # copied into checkpoints, where no package surrounds it
+            found |= {name for name in names if name.startswith(".")}
+        at_import = {name for node in top_level(tree) for name in imported(node)}
+        found |= {name for name in at_import if name.split(".")[0] in OPTIONAL}
+        wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in sorted(found)]
+    assert not wrong
 
 
 def module_of(path: Path) -> str:
@@ -139,14 +140,12 @@ def strangers_above(package: str, arrows: Iterable[tuple[str, str]]) -> list[str
 ARROWS = [(module_of(path), target) for path in MODULES for target in sorted(imported_modules(path))]
 
 
-@pytest.mark.parametrize("package", LAYERS)
-def test_rooms_know_lower_rooms_alone(package: str) -> None:
-    there = {
-        path.relative_to(ROOT / package).parts[0].removesuffix(".py")
-        for path in (ROOT / package).rglob("*.py")
-    }
-    assert there - {"__init__"} == set().union(*ROOMS[package])
-    assert not strangers_above(package, ARROWS)
+def test_rooms_know_only_lower_rooms() -> None:
+    for package in LAYERS:
+        paths = (path.relative_to(ROOT / package) for path in (ROOT / package).rglob("*.py"))
+        there = {path.parts[0].removesuffix(".py") for path in paths}
+        assert there - {"__init__"} == set().union(*ROOMS[package])
+        assert not strangers_above(package, ARROWS)
 
 
 def test_no_circle_of_files() -> None:

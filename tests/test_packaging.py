@@ -34,7 +34,7 @@ DATA_FILES = (
     "runtime_bench/browser/package-lock.json",
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.everything
 
 
 def call(*command: str | Path, **environment: str) -> str:

@@ -22,7 +22,7 @@ from cfsp.models.gguf_tokenizer import (
 )
 
 VOCABULARIES = (
-    pytest.param("command-r", marks=pytest.mark.slow),
+    pytest.param("command-r", marks=pytest.mark.everything),
     "deepseek-coder",
     "falcon",
     "gpt-2",
@@ -30,7 +30,7 @@ VOCABULARIES = (
     "llama-spm",
     "mpt",
     "qwen2",
-    pytest.param("qwen35", marks=pytest.mark.slow),
+    pytest.param("qwen35", marks=pytest.mark.everything),
     "refact",
     "starcoder",
 )

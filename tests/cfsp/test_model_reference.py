@@ -217,7 +217,6 @@ def test_built_in_model_loads_complete(smollm2_gguf: Path) -> None:
     assert rope["rope_theta"] == 100000.0
 
 
-@pytest.mark.slow
 def test_built_in_model_answers(smollm2_gguf: Path) -> None:
     loaded = load_model("smollm2-135m")
     chat = [{"role": "user", "content": "What is the capital of France?"}]

@@ -235,7 +235,7 @@ def test_text_that_comes_with_the_package_is_not_sampled_again(
     assert not torch.equal(sample_windows(loaded, nsamples=3, seqlen=16, seed=3), windows)
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_the_built_in_model_wrote_the_text_that_comes_with_the_package(smollm2_gguf: Path) -> None:
     loaded = load_model("smollm2-135m")
     found = [self_sampling.read_written(self_sampling.text_origin(loaded, seed), 8192) for seed in (0, 1)]

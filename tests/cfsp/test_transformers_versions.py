@@ -26,7 +26,7 @@ from cfsp.models.rope import partial_rope
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.surgery import cut_channels, cut_groups, remove_attention
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.everything
 
 REQUIREMENTS = {4: "transformers>=4.57,<4.58", 5: "transformers>=5,<6"}
 HERE = int(transformers.__version__.partition(".")[0])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.everything
 
 TESTS = Path(__file__).resolve().parents[1]
 SOURCES = TESTS.parent / "examples" / "android" / "app" / "src" / "main"

@@ -19,7 +19,7 @@ from cfsp.files import sha256_file
 from phoneready.main import main
 
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.everything
 
 TinyPath = Callable[..., Path]
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ from runtime_bench.measuring.measure import run_bench
 from runtime_bench.records.jsonl import check_appendable, read_jsonl
 from runtime_bench.workload import BenchSettings
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.everything
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 

@@ -75,7 +75,7 @@ def context_of(conversation: Conversation, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 @pytest.mark.parametrize("name", FAMILIES)
 def test_llama_cpp_renders_what_transformers_renders(
     templates: dict[str, str],

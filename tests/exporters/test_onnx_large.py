@@ -69,7 +69,7 @@ def logits(path: Path, ids: list[int]) -> np.ndarray:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_weights_beyond_two_gibibytes_lie_beside_the_graph(tmp_path: Path) -> None:
     vocab_size = 2**31 // (4 * HIDDEN) + 4096
     if psutil.disk_usage(str(tmp_path)).free < 4 * 2**30 or psutil.virtual_memory().available < 6 * 2**30:

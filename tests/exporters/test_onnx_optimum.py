@@ -25,7 +25,7 @@ from exporters.onnx.folder import find_graph
 from exporters.onnx.runtime import open_model
 from exporters.options import ExportOptions
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.everything
 
 PROMPTS = [list(range(40, 60)), list(range(70, 78))]
 WIDTHS = (96, 64, 128, 40)

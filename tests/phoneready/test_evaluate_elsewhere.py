@@ -85,7 +85,7 @@ def test_tasks_on_a_device_give_what_they_give_here(
     assert f"Judged on {device.options[1]} in llama.cpp: CPU, 1 thread, keys and values in f32." in said
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_the_native_runner_gives_what_is_given_here(
     device: Device,
     gguf: str,

@@ -105,6 +105,7 @@ def test_the_xcode_build_phase_places_the_chosen_model_once(release: Path, tmp_p
     assert not [path for path in files_in(models) if path.endswith((".part", "onnx_data"))]
 
 
+@pytest.mark.everything
 @pytest.mark.skipif(shutil.which("groovy") is None, reason="no groovy here (Debian's package groovy)")
 def test_the_logic_of_the_gradle_task_places_the_chosen_model(release: Path, tmp_path: Path) -> None:
     assets = tmp_path / "assets"
@@ -125,6 +126,7 @@ def test_the_logic_of_the_gradle_task_places_the_chosen_model(release: Path, tmp
     assert "is not the released file" in result.stderr
 
 
+@pytest.mark.everything
 @pytest.mark.skipif(shutil.which("gradle") is None, reason="no Gradle here")
 def test_gradle_runs_the_task(release: Path, tmp_path: Path) -> None:
     project = tmp_path / "android"

@@ -332,8 +332,7 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["ig-lora", "full"])
+@pytest.mark.parametrize("how", ["ig-lora", pytest.param("full", marks=pytest.mark.everything)])
 def test_a_killed_run_goes_on_to_the_same_result(
     pruned: Path, chats: Path, tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -384,7 +383,6 @@ def same_training(first: Path, second: Path, within: float, rel: float = 1e-4) -
     assert max(float((of_one[name] - of_two[name]).abs().max()) for name in of_one) < within
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [("--method", "ig-lora", "--loss", "next-token"), ("--method", "full", "--loss", "both")]
 )

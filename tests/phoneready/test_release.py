@@ -131,7 +131,6 @@ def released(
     return config, folder / "out"
 
 
-@pytest.mark.slow
 def test_manifest_and_files_agree(released: tuple[Path, Path]) -> None:
     folder = released[1]
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -158,7 +157,6 @@ def test_manifest_and_files_agree(released: tuple[Path, Path]) -> None:
     assert not list(folder.rglob(".*.tmp-*"))
 
 
-@pytest.mark.slow
 def test_released_graphs_open_in_onnx_and_onnx_ir_while_the_stages_are_there(
     released: tuple[Path, Path],
 ) -> None:
@@ -175,7 +173,6 @@ def test_released_graphs_open_in_onnx_and_onnx_ir_while_the_stages_are_there(
         assert all(value.const_value is not None and value.const_value.tobytes() for value in opened.values())
 
 
-@pytest.mark.slow
 def test_the_run_is_in_the_history_once(
     released: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,7 +189,6 @@ def test_the_run_is_in_the_history_once(
     assert "file_bytes, Q8_0" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_the_report_says_what_was_measured_and_how(released: tuple[Path, Path]) -> None:
     report = (released[1] / "report.md").read_text(encoding="utf-8")
     for part in (
@@ -220,7 +216,6 @@ def test_the_report_says_what_was_measured_and_how(released: tuple[Path, Path]) 
             assert "--seed" in line or "export" in line
 
 
-@pytest.mark.slow
 def test_report_makes_both_reports_again_without_a_model(released: tuple[Path, Path]) -> None:
     folder = released[1]
     before = {name: (folder / name).read_text(encoding="utf-8") for name in ("report.html", "report.md")}
@@ -240,7 +235,6 @@ def test_report_makes_both_reports_again_without_a_model(released: tuple[Path, P
         assert part in page, part
 
 
-@pytest.mark.slow
 def test_reports_of_a_release_that_named_no_loss_are_made_again(
     released: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -253,7 +247,6 @@ def test_reports_of_a_release_that_named_no_loss_are_made_again(
     assert (folder / "report.md").read_bytes() == (released[1] / "report.md").read_bytes()
 
 
-@pytest.mark.slow
 def test_a_second_run_repeats_nothing_and_writes_the_same(
     released: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -280,7 +273,6 @@ def copied(released: tuple[Path, Path], tmp_path: Path) -> Callable[..., int]:
     return run
 
 
-@pytest.mark.slow
 def test_the_budgets_verdicts_are_there(released: tuple[Path, Path]) -> None:
     verdicts = read_record(Verdicts, released[1] / "verdicts.json")
     assert verdicts.outcome == "pass"
@@ -300,7 +292,6 @@ def test_the_budgets_verdicts_are_there(released: tuple[Path, Path]) -> None:
     assert (released[1] / "junit.xml").is_file()
 
 
-@pytest.mark.slow
 def test_a_change_of_the_benchmark_runs_the_benchmark_alone(
     copied: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -329,7 +320,6 @@ def test_a_change_of_the_benchmark_runs_the_benchmark_alone(
     assert lines["dense"] == "done before"
 
 
-@pytest.mark.slow
 def test_an_anchor_takes_turns_and_is_in_the_figures_alone(
     copied: Callable[..., int],
     capsys: pytest.CaptureFixture[str],
@@ -383,7 +373,6 @@ def test_what_would_end_it_after_hours_is_said_at_once(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 def test_what_the_samples_leave_open_is_measured_on(
     copied: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -445,7 +434,6 @@ def test_what_the_samples_leave_open_is_measured_on(
     assert "decide-local" not in states(capsys.readouterr().err)
 
 
-@pytest.mark.slow
 def test_budgets_make_the_exit_status(
     copied: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -478,7 +466,6 @@ def test_budgets_make_the_exit_status(
     assert not states(captured.err)
 
 
-@pytest.mark.slow
 def test_a_target_that_is_gone_is_a_failed_run_and_tried_again(
     copied: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -502,7 +489,6 @@ def test_a_target_that_is_gone_is_a_failed_run_and_tried_again(
     assert {n: why for n, why in reasons.items() if why} == {stage: again, decide: again}
 
 
-@pytest.mark.slow
 def test_two_runs_on_one_folder(
     released: tuple[Path, Path], start_release: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -516,7 +502,6 @@ def test_two_runs_on_one_folder(
     first.communicate(timeout=60)
 
 
-@pytest.mark.slow
 def test_a_full_disk_loses_nothing_and_a_later_run_goes_on(
     released: tuple[Path, Path],
     small_disk: Callable[[str], Path],
@@ -539,7 +524,6 @@ def test_a_full_disk_loses_nothing_and_a_later_run_goes_on(
         assert sha256_file(disk / "out" / file.name) == sha256_file(file)
 
 
-@pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_same_files(tiny_folder: TinyPath, tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("kill_release", ROOT / "benchmarks" / "kill_release.py")
     assert spec is not None

@@ -50,14 +50,14 @@ check_text = false
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("amount", "export"),
     [
         ("prune_ratio = 0.25", 'quants = ["Q8_0"]\nonnx = ["int8"]'),
-        (
+        pytest.param(
             'prune_ratio = 0.25\nfor_quant = ["Q4_0"]\nblocks = 1\nattentions = 1',
             'quants = ["Q4_0"]\nonnx = ["int4"]\nimatrix = false\nrounding_windows = 2',
+            marks=pytest.mark.everything,
         ),
     ],
 )

@@ -46,8 +46,6 @@ repetitions = 1
 check_text = false
 """
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def config(sure_folder: TinyPath, tmp_path: Path) -> Callable[..., Path]:
@@ -112,6 +110,7 @@ def test_two_at_once_leave_the_files_of_one_after_the_other(
         assert [command[-2:] for command in commands] == [["--threads", str(each)] for each in had]
 
 
+@pytest.mark.everything
 def test_an_error_of_one_ends_the_others_and_the_run_in_one_line(
     config: Callable[..., Path], start_release: Start, tmp_path: Path
 ) -> None:
@@ -138,6 +137,7 @@ def test_an_error_of_one_ends_the_others_and_the_run_in_one_line(
     )
 
 
+@pytest.mark.everything
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_nobody_is_left_when_the_run_is_ended(
     config: Callable[..., Path], start_release: Start, tmp_path: Path, number: signal.Signals
@@ -158,6 +158,7 @@ def test_nobody_is_left_when_the_run_is_ended(
         assert errors.splitlines()[-1] == "error: interrupted"
 
 
+@pytest.mark.everything
 def test_a_process_that_is_killed_is_named(
     config: Callable[..., Path], start_release: Start, tmp_path: Path
 ) -> None:

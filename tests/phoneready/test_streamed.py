@@ -36,7 +36,7 @@ def experiment() -> Iterator[ModuleType]:
     sys.path.remove(str(ROOT / "benchmarks"))
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 @pytest.mark.parametrize("name", ["prune", "gguf", "onnx"])
 def test_killed_while_a_model_is_read_it_makes_the_same_bytes(
     name: str, experiment: ModuleType, sure_folder: TinyPath, tmp_path: Path

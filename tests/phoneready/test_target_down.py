@@ -25,7 +25,7 @@ from runtime_bench.worker import WorkerRequest, WorkerResult
 
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.everything,
     pytest.mark.skipif(sys.platform != "linux", reason="daemons from Debian"),
 ]
 

@@ -84,7 +84,7 @@ def adb_environment(phones: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-@pytest.fixture(params=["ssh", "adb"])
+@pytest.fixture(params=["ssh", pytest.param("adb", marks=pytest.mark.everything)])
 def device(request: pytest.FixtureRequest, far: Path, runner: Path) -> Iterator[Device]:
     if request.param == "ssh":
         board = request.getfixturevalue("board")

@@ -146,6 +146,7 @@ def test_every_workload_gives_samples(file: Path) -> None:
         assert record.throttling is None
 
 
+@pytest.mark.everything
 @pytest.mark.parametrize(("threads", "count"), [(1, 16), (2, 3)])
 def test_greedy_tokens_are_those_of_the_native_runtime(
     file: Path, settings: PageSettings, threads: int, count: int
@@ -162,6 +163,7 @@ def test_greedy_tokens_are_those_of_the_native_runtime(
     assert f"{threads} threads" in (model.facts.system_info or "")
 
 
+@pytest.mark.everything
 @pytest.mark.parametrize("model_type", ["lfm2", "qwen3_5_text"])
 def test_caches_of_convolutions_and_states_are_handed_on(
     model_type: str, tiny_folder: Callable[..., Path], tmp_path: Path, settings: PageSettings
@@ -175,6 +177,7 @@ def test_caches_of_convolutions_and_states_are_handed_on(
         assert page.call("bench.greedy", PROMPT, 16) == native_tokens(path, 16)
 
 
+@pytest.mark.everything
 def test_the_browser_passes_for_a_phones(settings: PageSettings) -> None:
     facts = "() => [innerWidth, navigator.maxTouchPoints > 0, navigator.userAgent, crossOriginIsolated]"
     found = []
@@ -188,6 +191,7 @@ def test_the_browser_passes_for_a_phones(settings: PageSettings) -> None:
     assert "Android" not in desktop_agent
 
 
+@pytest.mark.everything
 def test_throttling_holds_for_the_thread_that_the_model_runs_on(file: Path, settings: PageSettings) -> None:
     """The page's main thread is slowed down by using the processor up, so its CPU time shows the work."""
     request = request_for(file)
@@ -218,6 +222,7 @@ def main_thread_seconds() -> float:
     return total
 
 
+@pytest.mark.everything
 def test_a_page_is_held_to_a_score(graph: Path, settings: PageSettings) -> None:
     with open_page(settings, {}) as page:
         page.visit("score.html?quiet")
@@ -281,6 +286,7 @@ def test_a_host_that_is_a_little_too_slow_will_do_and_a_weak_one_will_not() -> N
         calibrate(Host(80), 100)  # type: ignore[arg-type]
 
 
+@pytest.mark.everything
 def test_more_than_one_thread_is_refused_where_the_page_is_throttled(
     graph: Path, settings: PageSettings
 ) -> None:
@@ -312,6 +318,7 @@ def test_a_file_that_does_not_open_is_a_result_with_a_reason(gguf_file: Path, tm
     assert "the page failed" in (result.error or "")
 
 
+@pytest.mark.everything
 def test_memory_that_runs_out_is_named(settings: PageSettings) -> None:
     with open_page(settings, {}) as page:
         page.visit("score.html?quiet")

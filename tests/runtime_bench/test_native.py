@@ -72,7 +72,7 @@ def ask(runner: Path, payload: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.test)
 def test_it_answers_as_the_python_worker_does(runner: Path, model: Path, workload: Workload) -> None:
     wanted = request(model, workload, samples=1 if workload.opens else 3, page_cache="warm")
@@ -96,7 +96,7 @@ def test_it_answers_as_the_python_worker_does(runner: Path, model: Path, workloa
     assert native.facts.versions["llama.cpp"] == python.facts.versions["llama.cpp"]
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_its_answer_has_every_field_of_a_result(runner: Path, model: Path) -> None:
     others = (
         "throttling",
@@ -109,7 +109,7 @@ def test_its_answer_has_every_field_of_a_result(runner: Path, model: Path) -> No
     assert list(ask(runner, asdict(request(Path("nothing.gguf"), WORKLOADS[1])))) == names
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 @pytest.mark.parametrize("cache_type", [None, "f16", "q8_0", "q4_0"])
 def test_its_cache_is_the_one_that_is_asked_for(
     runner: Path, tiny_gguf: Callable[..., Path], cache_type: str | None
@@ -126,7 +126,7 @@ def test_its_cache_is_the_one_that_is_asked_for(
     assert (found["cache_type"], found["flash_attention"]) == (cache_type or "f16", True)
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 @pytest.mark.parametrize("seed", [0, 7, 2**40 + 3])
 def test_random_tokens_are_those_of_the_python_worker(runner: Path, model: Path, seed: int) -> None:
     wanted = {"n_random": 700, "max_new_tokens": 0}
@@ -141,7 +141,7 @@ def test_random_tokens_are_those_of_the_python_worker(runner: Path, model: Path,
     assert ask(runner, payload)["prompt"] == [generator.randrange(size) for _ in range(700)]
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_it_generates_what_llama_cpp_python_generates(runner: Path, model: Path) -> None:
     with open_model(model, n_ctx=64) as opened:
         prompt = opened.tokenize("Once upon a time there was")
@@ -152,7 +152,7 @@ def test_it_generates_what_llama_cpp_python_generates(runner: Path, model: Path)
     assert ask(runner, payload)["tokens"] == expected
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -184,7 +184,7 @@ def test_what_cannot_be_measured_is_a_result_with_the_reason(
     assert not answer["samples_ns"]
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_a_damaged_file_is_named_with_llama_cpps_reason(runner: Path, model: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(model.read_bytes()[:5000])
@@ -194,14 +194,14 @@ def test_a_damaged_file_is_named_with_llama_cpps_reason(runner: Path, model: Pat
     assert "gave no reason" not in result.error
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_something_that_is_no_request_is_refused(runner: Path) -> None:
     done = subprocess.run([runner], input=b"{", capture_output=True, check=True)
     assert "unreadable request" in json.loads(done.stdout)["error"]
     assert subprocess.run([runner, "--help"], capture_output=True, check=False).returncode == 2
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_it_says_what_it_is_and_what_the_build_was_made_from(runner: Path) -> None:
     about = json.loads(subprocess.run([runner, "--about"], capture_output=True, check=True).stdout)
     made = read_build(runner)
@@ -211,7 +211,7 @@ def test_it_says_what_it_is_and_what_the_build_was_made_from(runner: Path) -> No
     assert "not a dynamic executable" in linked.stdout + linked.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_a_damaged_program_is_not_served(
     runner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,7 +284,7 @@ def test_a_machine_that_no_build_is_for_is_named() -> None:
         runner_target_for("linux", "riscv64", ["rv64gc"])
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_its_records_are_those_of_the_python_worker(runner: Path, model: Path) -> None:
     settings = BenchSettings(
         check_text=False,
@@ -332,7 +332,7 @@ def test_the_native_target_runs_gguf_files_only(tmp_path: Path) -> None:
     assert "cannot be started" in result.error
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 @pytest.mark.usefixtures("runner")
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "wheels").symlink_to(cache_directory() / "wheels")
@@ -343,7 +343,7 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
     assert not [path for path in (tmp_path / "runners").iterdir() if path.suffix != ".lock"]
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 @pytest.mark.usefixtures("runner")
 def test_a_backend_whose_libraries_are_not_there_says_what_it_wants(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -386,7 +386,7 @@ def test_an_archive_that_is_not_the_known_one_is_refused(
     assert source.fetch_source() == source.LlamaSource(archive, version, digest)
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 @pytest.mark.usefixtures("runner")
 def test_a_build_that_is_killed_leaves_nothing_to_serve(tmp_path: Path) -> None:
     (tmp_path / "wheels").symlink_to(cache_directory() / "wheels")

@@ -22,7 +22,7 @@ from runtime_bench.records.jsonl import read_jsonl
 from runtime_bench.targets.native import EMULATED_RUNNER, EMULATORS, QemuAarch64, qemu_aarch64
 
 pytest.importorskip("llama_cpp")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.everything
 
 SETTINGS = SessionSettings(n_ctx=64, n_threads=1, n_batch=2048, n_ubatch=512)
 Q8_0 = 7

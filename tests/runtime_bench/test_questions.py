@@ -85,7 +85,7 @@ def native(request: pytest.FixtureRequest, kind: str) -> Native | None:
 @pytest.fixture(
     params=[
         *("worker llama", "worker lfm2", "worker onnx"),
-        *(pytest.param(f"{kind} {of}", marks=pytest.mark.slow) for kind, of in _NATIVE),
+        *(pytest.param(f"{kind} {of}", marks=pytest.mark.everything) for kind, of in _NATIVE),
     ]
 )
 def asked(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str, Asked]:
@@ -153,7 +153,7 @@ def test_texts_are_cut_into_the_tokens_of_here(asked: tuple[Path, str, Asked], h
     assert [answer.ids for answer in answers] == expected
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 @pytest.mark.parametrize(
     ("question", "changes", "reason"),
     [
@@ -188,7 +188,7 @@ def test_what_the_runner_cannot_answer_is_said(
     assert not result.answers
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_the_runner_takes_the_processor_by_its_name(
     runner_for: Callable[[str], Path], tiny_gguf: Callable[..., Path], tmp_path: Path
 ) -> None:
