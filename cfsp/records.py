@@ -55,9 +55,6 @@ UPGRADES: Mapping[tuple[str, int], Callable[[Fields], Fields]] = MappingProxyTyp
         ("export-manifest", 1): lambda fields: {
             "exports": [_shape_of_widths(dict(e)) for e in fields["exports"]]
         },
-        ("recovery", 1): lambda fields: {
-            name: value for name, value in fields.items() if name not in ("sharded", "held_bytes")
-        },
         ("release-manifest", 3): _shape_of_widths,
         ("frontier", 1): lambda fields: {**fields, "recovery": named_loss(fields.get("recovery"))},
     }

@@ -174,10 +174,9 @@ def measure(folder: Path, run: Run, arguments: argparse.Namespace) -> dict[str, 
         row |= {"degenerate": found["degeneration"]["share"]} if found["degeneration"] else {}
     if (record := folder / run.name / "recovery.json").exists():
         trained = json.loads(record.read_text())
-        row |= {
-            name: trained[name]
-            for name in ("tokens_seen", "seconds", "perplexity_before", "perplexity_after")
-        }
+        kept = {point["step"]: point["perplexity"] for point in trained["validations"]}
+        row |= {name: trained[name] for name in ("tokens_seen", "seconds")}
+        row |= {"perplexity_before": kept[0], "perplexity_after": kept[trained["kept_step"]]}
     return row
 
 

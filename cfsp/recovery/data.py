@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,6 @@ from cfsp.errors import InputError
 from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress, no_progress
 from cfsp.recovery.settings import (
-    STUDENT,
     RecoverySettings,
     held_out,
     labels_whole_chats,
@@ -107,7 +106,6 @@ class RecoveryData:
 
     training: tuple[Sequences, ...]
     validation: tuple[Sequences, ...]
-    held_out: bool
 
 
 class TrainingMix(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -122,6 +120,11 @@ class TrainingMix(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def __len__(self) -> int:
         return self.count
+
+    def first_windows(self, tokens: int) -> torch.Tensor:
+        """The input ids of about the first so many tokens, (n, seqlen)."""
+        count = min(len(self), math.ceil(tokens / self.sources[0].input_ids.shape[1]))
+        return torch.stack([self[i]["input_ids"] for i in range(count)])
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < self.count:
@@ -149,7 +152,6 @@ def load_recovery_data(
     settings: RecoverySettings,
     *,
     dense: LoadedModel | None = None,
-    student: LoadedModel | None = None,
     respelling: Respelling | None = None,
     writers: Sequence[Writer] = (TRANSFORMERS,),
     progress: Progress = no_progress,
@@ -157,12 +159,11 @@ def load_recovery_data(
     """Read, label and pack training and validation data.
 
     Args:
-        references: `self`, `student`, or text references as in `cfsp.text.tokens`; they are mixed in equal shares.
+        references: `self`, or text references as in `cfsp.text.tokens`; they are mixed in equal shares.
         validation: The same; nothing holds out a share of the training data.
-        tokenizer: The model's; the teacher's if it has another one.
-        dense: The dense model, if a reference is `self`.
-        student: The model that is trained, if a reference is `student`.
-        respelling: How the model spells the teacher's tokens, if it has fewer.
+        tokenizer: Of the model that is trained.
+        dense: The dense model, if a reference is `self`, or if the model has fewer tokens.
+        respelling: How the model spells the dense model's tokens, if it has fewer.
         writers: What may have the dense model write; the first that can does.
 
     Raises:
@@ -172,42 +173,13 @@ def load_recovery_data(
     if not references:
         raise InputError("no training data given", allowed="self, or one or more text references")
     seqlen = settings.seqlen
-
-    def sample(reference: str, author: LoadedModel | None, wanted: int | None, seed: int) -> Sequences:
-        """Text that a model writes, in the teacher's tokens, all of which a student has that has fewer."""
-        if author is None:
-            raise InputError(f"`{reference}` needs the model that the text is sampled from", field="teacher")
-        count = max(2, settings.self_tokens // seqlen)
-        count = count if wanted is None else min(count, max(2, wanted))
-        ids = sample_windows(
-            author, nsamples=count, seqlen=seqlen, seed=seed, writers=writers, progress=progress
-        )
-        n_loops = 0
-        if reference == SELF:
-            winnowed = without_loops(ids, author)
-            n_loops = winnowed.n_loops
-            if n_loops > MOST_LOOPS * winnowed.n_texts or len(winnowed.windows) < 2:
-                raise InputError(
-                    f"{n_loops} of {winnowed.n_texts} texts that {author.source.name} wrote are loops, which is too "
-                    "many to learn from it",
-                    field="data",
-                    value=SELF,
-                    allowed="text that was written by others",
-                )
-            ids = winnowed.windows
-        elif respelling is not None:
-            # What a student writes is not learnt: in its loops, too, the teacher says what comes next.
-            ids = respelling.kept[
-                ids.clamp_max(len(respelling.kept) - 1)
-            ]  # rows beyond the tokens are padding
-        ids = started(ids, tokenizer)
-        targets = _targets(ids, torch.ones_like(ids, dtype=torch.bool))
-        return _sequences(ids, targets, reference, n_loops=n_loops)
+    if respelling is not None and dense is not None:
+        tokenizer = dense.tokenizer
 
     def read(reference: str, wanted: int | None, seed: int, most: int | None = None) -> Sequences:
         """At most about `wanted` sequences (all: None), never more than `most`."""
-        if reference in (SELF, STUDENT):
-            return sample(reference, dense if reference == SELF else student, wanted, seed)
+        if reference == SELF:
+            return _own_text(dense, wanted, seed, settings, writers, progress)
         limit = None if wanted is None else wanted * seqlen
         chats, stream = _read_documents(reference, tokenizer, settings, limit, seed, progress)
         ids, learnt = _pack_chats(chats, seqlen, tokenizer)
@@ -248,7 +220,48 @@ def load_recovery_data(
             held.append(_sequences(ids[first:], targets[first:], part.source))
     if respelling:
         loaded, held = ([respelled(part, respelling) for part in parts] for parts in (loaded, held))
-    return RecoveryData(tuple(loaded), tuple(held), held_out=not validation)
+    return RecoveryData(tuple(loaded), tuple(held))
+
+
+def _own_text(
+    dense: LoadedModel | None,
+    wanted: int | None,
+    seed: int,
+    settings: RecoverySettings,
+    writers: Sequence[Writer],
+    progress: Progress,
+) -> Sequences:
+    """Text that the dense model writes, without what it wrote in loops."""
+    if dense is None:
+        raise InputError(f"`{SELF}` needs the model that the text is sampled from", field="teacher")
+    seqlen = settings.seqlen
+    count = max(2, settings.self_tokens // seqlen)
+    count = count if wanted is None else min(count, max(2, wanted))
+    ids = sample_windows(dense, nsamples=count, seqlen=seqlen, seed=seed, writers=writers, progress=progress)
+    winnowed = without_loops(ids, dense)
+    n_loops = winnowed.n_loops
+    if n_loops > MOST_LOOPS * winnowed.n_texts or len(winnowed.windows) < 2:
+        raise InputError(
+            f"{n_loops} of {winnowed.n_texts} texts that {dense.source.name} wrote are loops, which is too "
+            "many to learn from it",
+            field="data",
+            value=SELF,
+            allowed="text that was written by others",
+        )
+    ids = started(winnowed.windows, dense.tokenizer)
+    return _sequences(ids, _targets(ids, torch.ones_like(ids, dtype=torch.bool)), SELF, n_loops=n_loops)
+
+
+def check_readable(references: Iterable[str]) -> None:
+    """Read the files of text references, each once; not what models write or what is to be downloaded.
+
+    Raises:
+        InputError: One cannot be read, or has nothing usable in it.
+        MissingExtraError: parquet without the `data` extra.
+    """
+    for reference in dict.fromkeys(references):
+        if reference != SELF and not reference.startswith("hub:"):
+            load_documents(reference)
 
 
 def _read_documents(

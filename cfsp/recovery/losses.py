@@ -17,9 +17,6 @@ LossAndGradient = tuple[torch.Tensor, torch.Tensor]
 ChunkLoss = Callable[[torch.Tensor, slice], LossAndGradient]
 """Told the logits of a chunk (n, vocab_size) float32 and which positions they are."""
 
-PositionsLoss = Callable[[torch.Tensor, slice | torch.Tensor], LossAndGradient]
-"""The same of any positions, (n,) int64 where they are no slice."""
-
 
 def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> LossAndGradient:
     """Cross entropy  -sum_t log softmax(z_t)[y_t], in nats; its gradient is  softmax(z_t) - onehot(y_t).
@@ -95,21 +92,6 @@ def of_capped(loss: ChunkLoss, cap: float | None) -> ChunkLoss:
         return value, gradient * (1 - share.square())
 
     return of_products
-
-
-def with_repeats(loss: PositionsLoss, repeated: torch.Tensor, times: float) -> ChunkLoss:
-    """A loss in which some positions count several times:  sum_t w_t loss_t,  w_t = `times` there, else 1."""
-
-    def of_logits(logits: torch.Tensor, chunk: slice) -> LossAndGradient:
-        value, gradient = loss(logits, chunk)
-        rows = repeated[chunk].nonzero()[:, 0]
-        if len(rows):
-            more, _ = loss(logits[rows], rows + chunk.start)
-            value = value + (times - 1) * more
-            gradient[rows] *= times
-        return value, gradient
-
-    return of_logits
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,9 @@ from cfsp.pruning.moments import collect_input_moments, moment_windows
 from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record
 from cfsp.recovery.adapter import add_adapter, importance_ranks, merge_adapter
-from cfsp.recovery.checks import check_readable, usable
-from cfsp.recovery.data import RecoveryData, TrainingMix, load_recovery_data
+from cfsp.recovery.data import RecoveryData, TrainingMix, check_readable, load_recovery_data
 from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord, data_record
-from cfsp.recovery.rounding import Rounding
+from cfsp.recovery.rounding import RoundedModel, Rounding
 from cfsp.recovery.settings import (
     RecoverySettings,
     distils_alone,
@@ -46,12 +45,13 @@ from cfsp.recovery.settings import (
     reads_teacher,
     token_budget,
     training_as_read,
+    usable,
 )
 from cfsp.recovery.student import Student, Teacher
 from cfsp.scratch import LargeScratch
 from cfsp.text.calibration import check_seqlen
 from cfsp.text.respelling import Respelling, respelling
-from cfsp.text.self_sampling import TRANSFORMERS, Writer, model_fingerprint, stop_ids
+from cfsp.text.self_sampling import TRANSFORMERS, Writer, model_fingerprint
 from cfsp.text.settings import SELF
 
 MOMENT_TOKENS = 32_768
@@ -61,13 +61,39 @@ ROUNDING_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
-class Recovered:
-    """A finished run.
+class RecoveryJob:
+    """What is trained, on what, and where it is written.
 
     Attributes:
-        record: How it went.
-        is_main: Whether this process is the one that wrote the output.
+        checkpoint: A pruned checkpoint, or any model reference (to train a dense model alike).
+        data: `self` (sampled from the teacher), or text references; mixed in equal shares.
+        validation: The same; nothing holds out a share of `data`.
+        teacher: Model reference; the checkpoint's dense model unless given, if the loss or the data needs one.
+        work: Folder for training's own checkpoints; `output` with `.work` appended unless given. Removed at the end.
+        device: A name as `find_device` takes; of several processes each takes its own GPU, whatever number it says.
+        force: Replace an existing output, and a work folder of other inputs.
     """
+
+    checkpoint: str
+    output: Path
+    settings: RecoverySettings
+    data: tuple[str, ...] = (SELF,)
+    validation: tuple[str, ...] = ()
+    teacher: str | None = None
+    work: Path | None = None
+    device: str = "auto"
+    force: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """All that is read."""
+        return (*self.data, *self.validation)
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A finished run, and whether this process is the one that wrote the output."""
 
     record: RecoveryRecord
     is_main: bool
@@ -81,33 +107,24 @@ class RecoveryInputs:
         loaded: The model that is trained; its source is the dense model if a checkpoint names one.
         sha256: Hash of its weights.
         plan: The checkpoint's pruning plan.
+        ranks: Adapter rank of every block; empty if all weights are trained.
+        hashes: What the result depends on -> its hash.
         teacher: The dense model, if the loss or the data needs it.
         respelling: How the model spells the teacher's tokens, if it has fewer.
-        ranks: Adapter rank of every block; empty if all weights are trained.
-        hashes: `checkpoint`, and `teacher` if there is one, to a hash of the weights.
     """
 
     loaded: LoadedModel
     sha256: str
     plan: PruningPlan | None
-    teacher: LoadedModel | None
-    respelling: Respelling | None
     ranks: tuple[int, ...]
-    hashes: Mapping[str, str]
+    hashes: dict[str, str]
+    teacher: LoadedModel | None = None
+    respelling: Respelling | None = None
 
 
 def recover(
-    checkpoint: str,
-    output: Path,
-    settings: RecoverySettings,
+    job: RecoveryJob,
     *,
-    data: Sequence[str] = (SELF,),
-    validation: Sequence[str] = (),
-    teacher: str | None = None,
-    work: Path | None = None,
-    device: str = "auto",
-    force: bool = False,
-    trust_remote_code: bool = False,
     writers: Sequence[Writer] = (TRANSFORMERS,),
     rounding: Rounding | None = None,
     before: Callable[[], None] = lambda: None,
@@ -116,17 +133,9 @@ def recover(
     """Train what pruning has cost back into a checkpoint, and write a new one.
 
     The weights that are written are those of the best validation, which may be the untrained ones: `check_outcome`
-    tells. A killed run goes on from its work folder when it is called again with the same arguments.
+    tells. A killed run goes on from its work folder when it is called again with the same job.
 
     Args:
-        checkpoint: A pruned checkpoint, or any model reference (to train a dense model alike).
-        data: `self` (sampled from the teacher), `student` (from the checkpoint), or text references; mixed in equal
-            shares.
-        validation: The same; nothing holds out a share of `data`.
-        teacher: Model reference; by default the checkpoint's dense model if the loss or the data needs one.
-        work: Folder for training's own checkpoints; `output` with `.work` appended unless given. Removed at the end.
-        device: A name as `find_device` takes; of several processes each takes its own GPU, whatever number it says.
-        force: Replace an existing output, and a work folder of other inputs.
         writers: What may have the dense model write, for `self`; the first that can does.
         rounding: Knows the formats of `for_quant`.
         before: Called once the models are read, in the process that writes; it may raise.
@@ -135,104 +144,61 @@ def recover(
         InputError: Something that cannot be used, a teacher without some of the tokens, or a full disk.
         MissingExtraError: Without the `recover` extra.
     """
-    references = (*data, *validation)
-    warnings = training_as_read(settings, references)[1]
-    settings = usable(settings, references, rounding)
-    read = (checkpoint, teacher or dense_of(checkpoint), *references)
-    refuse_existing(output, force=force, inputs=map(Path, read))
-    work = work or output.with_name(output.name + ".work")
-    first, second = work.resolve(), output.resolve()
-    if first.is_relative_to(second) or second.is_relative_to(first):
-        # The work folder is removed at the end, and the output is written in one piece.
-        raise InputError(
-            "the output and the work folder may not hold each other", field="work", value=str(work)
-        )
-    where = find_device(device)
     from cfsp.recovery.trainer import RunInputs, WorkFolder, start_accelerator, train
 
-    accelerator = start_accelerator(settings, work, where)
+    warnings = training_as_read(job.settings, job.references)[1]
+    job = replace(job, settings=usable(job.settings, job.references, rounding), work=_work_folder(job))
+    settings, where, folder = job.settings, find_device(job.device), WorkFolder(_work_folder(job))
+    accelerator = start_accelerator(settings, folder.path, where)
     processes, is_main = accelerator.num_processes, accelerator.is_main_process
     where = where if processes == 1 else accelerator.device
     dtype = product_dtype(settings.dtype, where.type)
     progress = progress if is_main else no_progress
     if is_main:
-        check_readable(references)
+        check_readable(job.references)
     with ExitStack() as claims:
-        for path in (output, work) if is_main else ():
+        for path in (job.output, folder.path) if is_main else ():
             claims.enter_context(claim_output(path))
-        folder = WorkFolder(work)
         plain = json.loads(json.dumps(dataclasses.asdict(replace(settings, report_to=()))))
         run = RunInputs(plain | {"dtype": str(dtype)}, {}, processes)
-        folder.refuse_other(run, force=force)
-        inputs = load_inputs(
-            checkpoint,
-            teacher,
-            settings,
-            data=references,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-        loaded, dense = inputs.loaded, inputs.teacher
+        folder.refuse_other(run, force=job.force)
+        inputs = load_inputs(job, progress)
         if is_main:
             before()
         with accelerator.main_process_first():
             drawn = load_recovery_data(
-                data,
-                validation,
-                dense.tokenizer if dense and inputs.respelling else loaded.tokenizer,
+                job.data,
+                job.validation,
+                inputs.loaded.tokenizer,
                 settings,
-                dense=dense,
-                student=loaded,
+                dense=inputs.teacher,
                 respelling=inputs.respelling,
                 writers=writers,
                 progress=progress,
             )
-        ends = torch.tensor(sorted(stop_ids(loaded)), dtype=torch.int64)
-        if settings.end_weight != 1 and not any(torch.isin(s.targets, ends).any() for s in drawn.training):
-            raise InputError(
-                "no turn ends in the training data",
-                field="end_weight",
-                value=settings.end_weight,
-                allowed="1, or chats",
-            )
-        source = None if dense is None else dense.source
+        source = None if inputs.teacher is None else inputs.teacher.source
         if not learns_from_teacher(settings):
             # It has written the text, and is not held beside what is trained.
-            inputs, dense = replace(inputs, teacher=None), None
+            inputs = replace(inputs, teacher=None)
         per_step = settings.batch_size * settings.gradient_accumulation_steps * processes
         mix = TrainingMix(drawn.training, _n_steps(settings, drawn, per_step) * per_step, settings.seed)
-
-        def first_windows(tokens: int) -> torch.Tensor:
-            count = min(len(mix), math.ceil(tokens / settings.seqlen))
-            return torch.stack([mix[i]["input_ids"] for i in range(count)])
-
-        hashes, rounded = {**inputs.hashes, "ranks": str(inputs.ranks)}, None
+        rounded = None
         if settings.for_quant is not None and rounding is not None:
             with LargeScratch("recover") as scratch:
-                model_folder = scratch.path / "model"
-                with no_space_as_input_error(model_folder):
-                    save_checkpoint(loaded, model_folder, plan=inputs.plan, seed=settings.seed)
-                windows = first_windows(ROUNDING_TOKENS)
-                rounded = rounding.start(model_folder, settings.for_quant, windows, str(where), progress)
-            hashes["rounded"] = rounded.sha256
+                start = scratch.path / "model"
+                with no_space_as_input_error(start):
+                    save_checkpoint(inputs.loaded, start, plan=inputs.plan, seed=settings.seed)
+                windows = mix.first_windows(ROUNDING_TOKENS)
+                rounded = rounding.start(start, settings.for_quant, windows, str(where), progress)
+            inputs.hashes["rounded"] = rounded.sha256
         for name, parts in (("data", drawn.training), ("validation data", drawn.validation)):
-            hashes[name] = " ".join(part.sha256 for part in parts)
+            inputs.hashes[name] = " ".join(part.sha256 for part in parts)
         with accelerator.main_process_first():
-            folder.open(replace(run, hashes=hashes), force=force)
-        model: Any = loaded.model
-        torch.manual_seed(settings.seed)
-        if inputs.ranks:
-            model = add_adapter(model, inputs.ranks, settings.alpha)
-        if rounded is not None:
-            rounded.attach(model)
-        tutor = None
-        if dense is not None:
-            tutor = Teacher(dense.model.requires_grad_(False), inputs.respelling, settings.temperature).eval()
-            cast_weights(dense.model, dtype)
-        student = Student(model, settings, dtype, tutor, ends.tolist())
+            folder.open(replace(run, hashes=inputs.hashes), force=job.force)
+        student = _student(inputs, settings, dtype, rounded)
         state = train(student, mix, drawn.validation, folder, accelerator, where, progress)
         record = RecoveryRecord(
-            checkpoint=checkpoint,
+            checkpoint=job.checkpoint,
             checkpoint_sha256=inputs.sha256,
             teacher=source.reference if source else None,
             teacher_sha256=source.sha256 if source else None,
@@ -245,36 +211,79 @@ def recover(
             n_trainable=sum(p.numel() for _, p in student.trainable()),
             training=tuple(data_record(part) for part in drawn.training),
             validation=tuple(data_record(part) for part in drawn.validation),
-            held_out=drawn.held_out,
+            held_out=not job.validation,
             losses=tuple(state.losses),
             validations=tuple(state.validations),
             kept_step=state.best_step,
-            perplexity_before=state.validations[0].perplexity,
-            perplexity_after=state.best.perplexity,
             tokens_seen=state.losses[-1].tokens if state.losses else 0,
             seconds=state.seconds,
             stopped_by=state.stopped_by or "budget",
             warnings=warnings,
         )
         if is_main:
-            student.to("cpu")
-            model = merge_adapter(student.model) if inputs.ranks else student.model.eval()
-            numbers = None if rounded is None else rounded.finish(model)
-            with products_in(settings.dtype, model.device.type):
-                windows = moment_windows(first_windows(MOMENT_TOKENS))
-                moments = collect_input_moments(model, windows, progress=progress)
-            save_checkpoint(
-                replace(loaded, model=model),
-                output,
-                plan=inputs.plan,
-                input_moments=moments,
-                extra_records={RECOVERY_FILE: record},
-                rounded=numbers,
-                seed=settings.seed,
-                force=force,
-            )
+            _write(job, inputs, student, rounded, mix, record, progress)
             folder.remove()
     return Recovered(record, is_main)
+
+
+def _work_folder(job: RecoveryJob) -> Path:
+    """Where training keeps its own checkpoints; raises InputError for places that cannot be written to."""
+    read = (job.checkpoint, job.teacher or dense_of(job.checkpoint), *job.references)
+    refuse_existing(job.output, force=job.force, inputs=map(Path, read))
+    work = job.work or job.output.with_name(job.output.name + ".work")
+    first, second = work.resolve(), job.output.resolve()
+    if first.is_relative_to(second) or second.is_relative_to(first):
+        # The work folder is removed at the end, and the output is written in one piece.
+        raise InputError(
+            "the output and the work folder may not hold each other", field="work", value=str(work)
+        )
+    return work
+
+
+def _student(
+    inputs: RecoveryInputs, settings: RecoverySettings, dtype: torch.dtype, rounded: RoundedModel | None
+) -> Student:
+    """The model with its adapters or rounded weights, and its teacher."""
+    model: Any = inputs.loaded.model
+    torch.manual_seed(settings.seed)
+    if inputs.ranks:
+        model = add_adapter(model, inputs.ranks, settings.alpha)
+    if rounded is not None:
+        rounded.attach(model)
+    tutor = None
+    if inputs.teacher is not None:
+        dense = inputs.teacher.model.requires_grad_(False)
+        tutor = Teacher(dense, inputs.respelling, settings.temperature).eval()
+        cast_weights(dense, dtype)
+    return Student(model, settings, dtype, tutor)
+
+
+def _write(
+    job: RecoveryJob,
+    inputs: RecoveryInputs,
+    student: Student,
+    rounded: RoundedModel | None,
+    mix: TrainingMix,
+    record: RecoveryRecord,
+    progress: Progress,
+) -> None:
+    """The trained model as a plain checkpoint."""
+    student.to("cpu")
+    model = merge_adapter(student.model) if inputs.ranks else student.model.eval()
+    numbers = None if rounded is None else rounded.finish(model)
+    with products_in(job.settings.dtype, model.device.type):
+        windows = moment_windows(mix.first_windows(MOMENT_TOKENS))
+        moments = collect_input_moments(model, windows, progress=progress)
+    save_checkpoint(
+        replace(inputs.loaded, model=model),
+        job.output,
+        plan=inputs.plan,
+        input_moments=moments,
+        extra_records={RECOVERY_FILE: record},
+        rounded=numbers,
+        seed=job.settings.seed,
+        force=job.force,
+    )
 
 
 def check_outcome(record: RecoveryRecord, output: Path) -> None:
@@ -284,28 +293,18 @@ def check_outcome(record: RecoveryRecord, output: Path) -> None:
         raise LimitError(f"{record.shortcoming} in {output}{remedy}")
 
 
-def load_inputs(
-    checkpoint: str,
-    teacher: str | None,
-    settings: RecoverySettings,
-    *,
-    data: Sequence[str],
-    trust_remote_code: bool = False,
-    progress: Progress = no_progress,
-) -> RecoveryInputs:
-    """Load what a run needs, and check that it fits together; arguments as of `recover`.
+def load_inputs(job: RecoveryJob, progress: Progress = no_progress) -> RecoveryInputs:
+    """Load what a run needs, and check that it fits together.
 
     Raises:
         InputError: A sequence longer than the model's context, ranks by importance without a plan, or a teacher that
             is missing, lacks tokens of the checkpoint, is not the model of the checkpoint any more, or has nothing to
             teach as it has the same weights.
     """
-
-    def read(reference: str) -> LoadedModel:
-        return load_model(reference, dtype="float32", trust_remote_code=trust_remote_code, progress=progress)
-
-    loaded = read(checkpoint)
-    folder, sha256 = Path(checkpoint), loaded.source.sha256 or ""
+    settings, trusted = job.settings, job.trust_remote_code
+    read = partial(load_model, dtype="float32", trust_remote_code=trusted, progress=progress)
+    loaded = read(job.checkpoint)
+    folder, sha256 = Path(job.checkpoint), loaded.source.sha256 or ""
     plan = read_record(PruningPlan, folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
     if (folder / INFO_FILE).is_file():
         loaded = replace(loaded, source=read_checkpoint_info(folder).source)
@@ -322,17 +321,17 @@ def load_inputs(
         ranks = importance_ranks([block.importance for block in plan.blocks if block.width], settings.rank)
     elif method.adapter:
         ranks = (settings.rank,) * len(decoder_layers(loaded.model))
-    hashes = {"checkpoint": model_fingerprint(loaded.model)}
-    if not reads_teacher(settings, data):
-        return RecoveryInputs(loaded, sha256, plan, None, None, ranks, hashes)
+    hashes = {"checkpoint": model_fingerprint(loaded.model), "ranks": str(ranks)}
+    if not reads_teacher(settings, job.references):
+        return RecoveryInputs(loaded, sha256, plan, ranks, hashes)
     try:
-        dense = read(teacher or loaded.source.again)
+        dense = read(job.teacher or loaded.source.again)
     except InputError as error:
         message = f"the teacher cannot be loaded (--teacher says where it is): {error}"
         raise InputError(message, field="teacher") from error
     spelled = respelling_of(loaded, dense)
     then, now = loaded.source.sha256, dense.source.sha256
-    if teacher is None and then and now and then != now:
+    if job.teacher is None and then and now and then != now:
         raise InputError(
             f"{dense.source.reference} is no longer the model that the checkpoint was pruned from",
             field="teacher",
@@ -347,7 +346,7 @@ def load_inputs(
             value=settings.loss,
             allowed="next-token or both, another teacher, or --for-quant",
         )
-    return RecoveryInputs(loaded, sha256, plan, dense, spelled, ranks, hashes)
+    return RecoveryInputs(loaded, sha256, plan, ranks, hashes, dense, spelled)
 
 
 def respelling_of(loaded: LoadedModel, dense: LoadedModel) -> Respelling | None:

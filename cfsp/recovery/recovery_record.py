@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
+from cfsp.errors import InputError
 from cfsp.recovery.data import Sequences
 from cfsp.recovery.settings import RecoverySettings
 from cfsp.validation import WhereSet
@@ -90,8 +91,6 @@ class RecoveryRecord:
         losses: Training curve.
         validations: Validation curve; the first is the untrained state.
         kept_step: Step whose weights were kept, the best validation's; 0 is the untrained state.
-        perplexity_before: Validation perplexity, untrained.
-        perplexity_after: Validation perplexity of what was kept.
         tokens_seen: Input tokens trained on.
         seconds: Spent in training and validation.
         stopped_by: "budget", "patience" or "diverged".
@@ -99,7 +98,7 @@ class RecoveryRecord:
     """
 
     KIND: ClassVar[str] = "recovery"
-    SCHEMA_VERSION: ClassVar[int] = 2
+    SCHEMA_VERSION: ClassVar[int] = 3
 
     checkpoint: str
     checkpoint_sha256: str
@@ -118,21 +117,32 @@ class RecoveryRecord:
     losses: tuple[LossPoint, ...]
     validations: tuple[ValidationPoint, ...]
     kept_step: int
-    perplexity_before: float
-    perplexity_after: float
     tokens_seen: int
     seconds: float
     stopped_by: str
     warnings: Annotated[tuple[str, ...], WhereSet] = ()
 
+    def __post_init__(self) -> None:
+        if not self.validations or self.kept_step not in [point.step for point in self.validations]:
+            raise InputError("no validation is of it", field="kept_step", value=self.kept_step)
+
+    @property
+    def before(self) -> ValidationPoint:
+        """Untrained."""
+        return self.validations[0]
+
+    @property
+    def after(self) -> ValidationPoint:
+        """Of what was kept."""
+        return next(point for point in self.validations if point.step == self.kept_step)
+
     @property
     def change(self) -> str:
         """Validation loss and perplexity, untrained and of what was kept, in words."""
-        losses = {point.step: point.loss for point in self.validations}
-        before, after = losses.get(0, math.nan), losses.get(self.kept_step, math.nan)
+        before, after = self.before, self.after
         return (
-            f"loss {before:.4f} before, {after:.4f} after; "
-            f"perplexity {self.perplexity_before:.2f} before, {self.perplexity_after:.2f} after"
+            f"loss {before.loss:.4f} before, {after.loss:.4f} after; "
+            f"perplexity {before.perplexity:.2f} before, {after.perplexity:.2f} after"
         )
 
     @property

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
-from cfsp.errors import InputError
+from cfsp.errors import InputError, require_extra
 from cfsp.settings import SEED, Reads, Settings, as_read, setting
 from cfsp.settings import check_settings as check_fields
 from cfsp.text.settings import SELF, TEXT_FORMS
 
 if TYPE_CHECKING:
     from cfsp.forecast import Extent
+    from cfsp.recovery.rounding import Rounding
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ CHAT_LABELS = ("auto", "answers", "all")
 """What of a chat is labelled; "auto" is the answers, and all of it where the loss is distillation alone: the teacher's
 distribution is as good a target in the user's turn."""
 
-STUDENT = "student"
-"""The reference that means: text sampled from the checkpoint itself, before it is trained."""
+_STUDENT = "student"
+"""A reference of earlier versions: text sampled from the checkpoint itself."""
 
 DEFAULT_TOKENS = 1_000_000
 
@@ -110,9 +112,6 @@ class Training(Settings):
         "What of a chat is learnt: answers, all, or auto (all for the loss `distill`, else answers).",
         choices=CHAT_LABELS,
     )
-    end_weight: float = setting(
-        1.0, "How many times a token counts that ends a turn, so that answers end.", gt=0, le=1000
-    )
     learning_rate: float | None = setting(
         None,
         "Peak.",
@@ -156,9 +155,7 @@ class Training(Settings):
     validation_windows: int = setting(
         16, "Most validation sequences; of several texts at least one of each.", ge=1, le=2**20
     )
-    self_tokens: int = setting(
-        131_072, "Most tokens sampled for the reference `self`, and for `student`.", ge=1
-    )
+    self_tokens: int = setting(131_072, "Most tokens sampled for the reference `self`.", ge=1)
     report_to: tuple[str, ...] = setting(
         (),
         "Trackers, as accelerate names them: tensorboard, mlflow, wandb, ...",
@@ -180,9 +177,7 @@ class RecoveryReferences(Settings):
 
     data: tuple[str, ...] = setting(
         ("self",),
-        "Training data, mixed in equal shares. "
-        "`self` (sampled from the teacher), `student` (from the checkpoint, for the teacher to judge), "
-        f"{TEXT_FORMS}.",
+        f"Training data, mixed in equal shares. `self` (sampled from the teacher), {TEXT_FORMS}.",
         least=1,
         metavar="REF",
     )
@@ -200,23 +195,48 @@ _Training = TypeVar("_Training", bound=Training)
 
 
 def check_settings(settings: RecoverySettings, references: Collection[str]) -> None:
-    """Check settings by themselves, and against what is trained and validated on.
-
-    Raises:
-        InputError: Values that cannot be used, alone or beside each other; or the checkpoint's own text is to be
-            learnt, and no teacher says better.
-    """
+    """Raise InputError for values that cannot be used, alone or beside each other, or for a reference that is gone."""
     check_fields(settings)
     settled(settings)
     if settings.max_tokens is not None and settings.epochs is not None:
         raise InputError("says how long, and so does epochs", field="max_tokens", allowed="one of them")
-    if STUDENT in references and not learns_from_teacher(settings):
-        raise InputError(
-            "what a checkpoint writes itself teaches it nothing without the teacher's distribution",
-            field="data",
-            value=STUDENT,
-            allowed="with --loss distill or both",
-        )
+    if _STUDENT in references:
+        raise InputError("is gone", field="data", value=_STUDENT, allowed=f"{SELF}, which the teacher writes")
+
+
+def usable(
+    settings: RecoverySettings, references: Sequence[str], rounding: Rounding | None
+) -> RecoverySettings:
+    """Settings with everything said, and defaults for what nothing reads.
+
+    Raises:
+        InputError: Settings that cannot be used, with this data or these packages.
+        MissingExtraError: Without the `recover` extra.
+    """
+    check_settings(settings, references)
+    settings = settled(training_as_read(settings, references)[0])
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(name, "").lower() in ("1", "true"):
+            why = "training with shared-out weights is not supported: each process holds the whole model"
+            raise InputError(why, field=name, allowed="accelerate launch --multi_gpu, or torchrun")
+    for package in ("accelerate", "peft") if method_of(settings).adapter else ("accelerate",):
+        require_extra(package, "recover")
+    if named := [name for name in settings.report_to if name != "none"]:
+        from accelerate.tracking import filter_trackers, get_available_trackers
+
+        try:
+            filter_trackers(named, logging_dir=".")
+            missing = set(named) - {str(one) for one in get_available_trackers()}
+        except ValueError as error:
+            raise InputError(f"unknown tracker: {error}", field="report_to", value=named) from error
+        if missing:
+            why = f"not installed: {', '.join(sorted(missing))}"
+            raise InputError(why, field="report_to", value=named)
+    if settings.for_quant is not None:
+        if rounding is None:
+            raise InputError("no formats are known here", field="for_quant", value=settings.for_quant)
+        rounding.check(settings.for_quant)
+    return settings
 
 
 def settled(settings: _Training) -> _Training:
@@ -243,11 +263,11 @@ _READS: Reads = MappingProxyType(
         "temperature": (lambda asked, _: learns_from_teacher(asked), "without --loss distill or both"),
         "distill_weight": (lambda asked, _: asked.loss == BOTH, "without --loss both"),
         "self_tokens": (
-            lambda _, references: not {SELF, STUDENT}.isdisjoint(references),
-            "without the reference self or student",
+            lambda _, references: SELF in references,
+            "without the reference self",
         ),
         "chat_labels": (
-            lambda _, references: not {SELF, STUDENT}.issuperset(references),
+            lambda _, references: not {SELF}.issuperset(references),
             "without references that have chats",
         ),
     }

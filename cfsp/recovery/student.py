@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from cfsp.recovery.losses import (
     head_loss,
     next_token_loss,
     of_capped,
-    with_repeats,
 )
 from cfsp.recovery.settings import RecoverySettings, loss_weights
 from cfsp.text.respelling import Respelling
@@ -48,7 +47,7 @@ class Teacher(nn.Module):
         self.impossible = _impossible(temperature)
 
     @torch.no_grad()
-    def forward(self, batch: Batch) -> Callable[[slice | torch.Tensor], torch.Tensor]:
+    def forward(self, batch: Batch) -> Callable[[slice], torch.Tensor]:
         """Logits (n, vocab_size) float32 of any of the labelled positions, in the student's tokens.
 
         Where a position is inside one of the teacher's tokens, all probability is on the label: the next part.
@@ -63,7 +62,7 @@ class Teacher(nn.Module):
         hidden, inside = states[labelled.nonzero()[:, 0], places.clamp_min(0)], places == INSIDE
         log_probabilities_of = self.respelling.log_probabilities
 
-        def respelled_logits(positions: slice | torch.Tensor) -> torch.Tensor:
+        def respelled_logits(positions: slice) -> torch.Tensor:
             found = log_probabilities_of(self._logits(hidden[positions]))
             rows = inside[positions].nonzero()[:, 0]
             found[rows] = self.impossible
@@ -86,7 +85,6 @@ class Student(nn.Module):
         settings: They say the objective: next-token loss and distillation, each with its weight.
         dtype: Of the matrix products (autocast); weights keep their own.
         teacher: Where the objective has distillation in it.
-        ends: Tokens that end a turn, which count `end_weight` times.
     """
 
     teacher: Teacher | None
@@ -97,11 +95,10 @@ class Student(nn.Module):
         settings: RecoverySettings,
         dtype: torch.dtype,
         teacher: Teacher | None = None,
-        ends: Collection[int] = (),
     ) -> None:
         super().__init__()
         self.model = model
-        self.settings, self.dtype, self.ends = settings, dtype, tuple(ends)
+        self.settings, self.dtype = settings, dtype
         # No submodule: whoever trains, wraps or moves the student leaves the teacher as it is.
         vars(self)["teacher"] = teacher
 
@@ -152,7 +149,7 @@ class Student(nn.Module):
         temperature = self.settings.temperature
         predictions = None if self.teacher is None else self.teacher(batch)
 
-        def loss(logits: torch.Tensor, positions: slice | torch.Tensor) -> LossAndGradient:
+        def loss(logits: torch.Tensor, positions: slice) -> LossAndGradient:
             terms = []
             if next_weight:
                 terms.append((next_weight, next_token_loss(logits, targets[positions])))
@@ -170,10 +167,7 @@ class Student(nn.Module):
             gradients = [weight * gradient for weight, (_, gradient) in terms]
             return losses.sum(), sum(gradients[1:], gradients[0])
 
-        if self.settings.end_weight == 1:
-            return loss
-        ends = torch.isin(targets, torch.tensor(self.ends, device=targets.device))
-        return with_repeats(loss, ends, self.settings.end_weight)
+        return loss
 
 
 def _impossible(temperature: float) -> float:

@@ -29,6 +29,7 @@ from cfsp.files import (
     fsync_directory,
     fsync_file,
     no_space_as_input_error,
+    remove_directory,
     remove_stale_temporaries,
     write_text,
 )
@@ -134,8 +135,8 @@ class WorkFolder:
         return self.path / f"best-{step}.safetensors"
 
     def remove(self) -> None:
-        """Delete the folder."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Delete the folder, in one step for whoever looks."""
+        remove_directory(self.path)
 
     def discard(self, checkpoint: Path) -> None:
         """Delete a checkpoint that could not be completed."""
@@ -168,20 +169,6 @@ def start_accelerator(settings: RecoverySettings, work: Path, device: torch.devi
             DistributedDataParallelKwargs(find_unused_parameters=False),
         ],
     )
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Raise InputError for a tracker that accelerate does not know or whose package is missing."""
-    from accelerate.tracking import filter_trackers, get_available_trackers
-
-    try:
-        filter_trackers(list(names), logging_dir=".")
-        missing = set(names) - {str(one) for one in get_available_trackers()}
-    except ValueError as error:
-        raise InputError(f"unknown tracker: {error}", field="report_to", value=list(names)) from error
-    if missing:
-        why = f"not installed: {', '.join(sorted(missing))}"
-        raise InputError(why, field="report_to", value=list(names))
 
 
 class _Checkpoints:

@@ -63,23 +63,25 @@ def recover(
     refuse_existing(output, force=force, inputs=inputs)
     with one_voice():
         prepare_torch(threads)
-        from cfsp.recovery.recover import check_outcome
+        from cfsp.recovery.recover import RecoveryJob, check_outcome
         from cfsp.recovery.recover import recover as run_recovery
         from exporters.families import ROUNDING
         from phoneready.text import WRITERS
 
         with show_progress() as progress:
             result = run_recovery(
-                checkpoint,
-                output,
-                settings,
-                data=references.data,
-                validation=references.validation,
-                teacher=teacher,
-                work=work,
-                device=device,
-                force=force,
-                trust_remote_code=trust_remote_code,
+                RecoveryJob(
+                    checkpoint,
+                    output,
+                    settings,
+                    references.data,
+                    references.validation,
+                    teacher=teacher,
+                    work=work,
+                    device=device,
+                    force=force,
+                    trust_remote_code=trust_remote_code,
+                ),
                 writers=WRITERS,
                 rounding=ROUNDING,
                 before=partial(_foretell, checkpoint, output, settings, device),

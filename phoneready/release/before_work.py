@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from cfsp.recovery.checks import check_readable, usable
+from cfsp.recovery.data import check_readable
+from cfsp.recovery.settings import usable
 from exporters.families import ROUNDING
 from phoneready.settings.schema import RecoverConfig, ReleaseConfig
 

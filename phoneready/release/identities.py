@@ -7,13 +7,12 @@ from pathlib import Path
 
 from cfsp.files import sha256_file
 from cfsp.models.builtin import BUILTIN_MODELS
-from cfsp.recovery.settings import STUDENT
 from cfsp.text.settings import SELF
 
 
 def identities(references: Iterable[str]) -> list[list[str]]:
     """(reference, what stands behind it now) of each text; of text that a model writes, the name says it all."""
-    return [[one, "" if one in (SELF, STUDENT) else identity(one)] for one in references]
+    return [[one, "" if one == SELF else identity(one)] for one in references]
 
 
 def identity(reference: str) -> str:

@@ -408,21 +408,23 @@ def run_recovery(
     Raises:
         InputError: As `cfsp.recovery.recover.recover`.
     """
-    from cfsp.recovery.recover import recover
+    from cfsp.recovery.recover import RecoveryJob, recover
 
     if not (work / "inputs.json").is_file():
         # Killed while it was made or removed: nothing in it can be used.
         shutil.rmtree(work, ignore_errors=True)
     recover(
-        str(checkpoint),
-        output,
-        how.settings(seed),
-        data=how.data,
-        validation=how.validation,
-        teacher=None if teacher is None else str(teacher),
-        work=work,
-        device=device,
-        force=True,
+        RecoveryJob(
+            str(checkpoint),
+            output,
+            how.settings(seed),
+            how.data,
+            how.validation,
+            teacher=None if teacher is None else str(teacher),
+            work=work,
+            device=device,
+            force=True,
+        ),
         writers=WRITERS,
         rounding=ROUNDING,
         progress=progress,

@@ -19,7 +19,7 @@ from cfsp.errors import InputError, LimitError, require_extra
 from cfsp.files import no_space_as_input_error, remove_stale_temporaries, writable_place, write_text
 from cfsp.progress import Progress, no_progress
 from cfsp.records import record_from_json, record_to_json, write_record
-from cfsp.recovery.checks import check_readable
+from cfsp.recovery.data import check_readable
 from cfsp.text.settings import BUILTIN_TEXT
 from cfsp.units import megabytes
 from exporters.gguf.family import GGUF

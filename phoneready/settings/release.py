@@ -42,6 +42,7 @@ GONE: Mapping[str, str] = MappingProxyType(
         "budgets.store": 'at_most with the limit itself, such as "1.5 GB"',
         "budgets.beside": "at_most with what is left of the limit",
         "recover.optimizer": "AdamW, which is the only one",
+        "recover.end_weight": "nothing: answers ended no sooner (docs/results/recovery.md)",
     }
 )
 """A key of earlier versions -> what to use instead."""
