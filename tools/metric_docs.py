@@ -20,33 +20,28 @@ from phoneready.figures.metrics import (
 )
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "release.md"
-_JUDGED = "`checkpoint`, and the exports in `evaluate.files`"
 OF = {
-    FILE: "each export",
-    BENCH: "each export, target and thread count",
-    PROJECTION: "each GGUF file and each of `bench.devices` ([projected](devices.md), never measured)",
-    TEXT: f"{_JUDGED}; each text (`on`)",
-    TASK: f"{_JUDGED}; each of `evaluate.tasks` (`on`)",
-    ANSWERS: _JUDGED,
-    OWN: f"{_JUDGED}; each of `evaluate.metrics`",
+    FILE: "export",
+    BENCH: "benchmark",
+    PROJECTION: "[device](devices.md)",
+    TEXT: "text",
+    TASK: "task",
+    ANSWERS: "answers",
+    OWN: "own",
 }
-LIMITS = {
-    "bytes": 'bytes, or "80 MB" (10^6), "80 MiB" (2^20)',
-    "ms": 'milliseconds, or "120 ms", "1.5 s"',
-    "J": "joules",
-}
+LIMITS = {"bytes": 'bytes, "80 MB"', "ms": 'ms, "1.5 s"', "J": "joules"}
 SIZES = {"ttft": "`bench.ttft`", "pp": "`bench.n_prompt`", "tg": "`bench.n_gen`"}
 
 
 def table() -> str:
     """One line a metric."""
-    lines = ["| metric | what | of | better | unit of the limit |", "|---|---|---|---|---|"]
+    lines = ["| metric | what | of | better | limit |", "|---|---|---|---|---|"]
     return "\n".join([*lines, *map(_line, (*METRICS.values(), OWN_METRIC))]) + "\n"
 
 
 def _line(row: Metric) -> str:
     better = {True: "higher", False: "lower", None: "as it says"}[row.higher_is_better]
-    what = row.help + (f"; N must be in {SIZES[row.name.removeprefix(ENERGY_OF)]}" if row.sized else "")
+    what = row.help + (f"; N from {SIZES[row.name.removeprefix(ENERGY_OF)]}" if row.sized else "")
     unit = "its own" if row.source == OWN else LIMITS.get(row.unit, row.unit or "none")
     cells = (f"`{row.name}{'N' if row.sized else ''}`", what, OF[row.source], better, unit)
     return "| " + " | ".join(cell.replace("||", "\\|\\|") for cell in cells) + " |"
