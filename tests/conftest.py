@@ -196,6 +196,22 @@ def _randomize(model: Any, seed: int) -> None:
 
 
 @pytest.fixture(scope="session")
+def build_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], int]], Path]:
+    """`build_once(name, make)` of a folder that `make(folder)`, which returns 0, has filled once for all processes."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    (base / "shared").mkdir(exist_ok=True)
+
+    def build(name: str, make: Callable[[Path], int]) -> Path:
+        folder = base / "shared" / name
+        with filelock.FileLock(f"{folder}.lock"):
+            assert folder.exists() or make(folder) == 0
+        return folder
+
+    return build
+
+
+@pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
     """A small real tokenizer; do not change it in a test."""
     return _train_tokenizer()

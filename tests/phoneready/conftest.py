@@ -23,6 +23,7 @@ from exporters.export_record import ExportRecord, ParityReport
 from phoneready.evaluation.evaluation_record import Degeneration, Evaluation, ModelIdentity, TextResult
 from phoneready.evaluation.measured_file import MeasuredText
 from phoneready.figures.verdict import BudgetVerdict, Verdicts
+from phoneready.main import main
 from phoneready.release.artifact import Answers, FileLosses
 from phoneready.release.results import ReleaseFigures
 from phoneready.report.report import ReportInput
@@ -35,6 +36,8 @@ from runtime_bench.workload import Workload
 ROOT = Path(__file__).resolve().parents[2]
 MakeReportInput = Callable[..., ReportInput]
 BLOCKS, DENSE_WIDTH = 6, 256
+BuildOnce = Callable[[str, Callable[[Path], int]], Path]
+SMALL = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32", "--align", "1"]
 
 _TASK = """task: fruits
 dataset_path: json
@@ -49,6 +52,64 @@ metric_list:
   - {metric: acc_norm, aggregation: mean, higher_is_better: true}
 metadata: {version: 2.0}
 """
+
+
+@pytest.fixture(scope="session")
+def dense(tiny_folder: Callable[..., Path]) -> str:
+    """Folder of a tiny model. As the three below, it is not to be changed."""
+    return str(tiny_folder())
+
+
+@pytest.fixture(scope="session")
+def pruned(dense: str, build_once: BuildOnce) -> Path:
+    """The dense model without a quarter of its channels, as the command prunes it."""
+    asked = ["prune", dense, "--prune-ratio", "0.25", *SMALL]
+    return build_once("pruned", lambda folder: main([*asked, "-o", str(folder)]))
+
+
+@pytest.fixture(scope="session")
+def trimmed(dense: str, build_once: BuildOnce) -> Path:
+    """The dense model with 300 of its tokens."""
+    asked = ["prune", dense, "--prune-ratio", "0", "--vocabulary", "300", *SMALL]
+    return build_once("trimmed", lambda folder: main([*asked, "-o", str(folder)]))
+
+
+@pytest.fixture(scope="session")
+def dense_onnx(dense: str, build_once: BuildOnce) -> str:
+    """Folder of the dense model's float32 ONNX variant."""
+    pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
+    asked = ["export", dense, "--onnx", "fp32", "--threads", "1"]
+    return str(build_once("dense-onnx", lambda folder: main([*asked, "-o", str(folder)])) / "fp32")
+
+
+@pytest.fixture
+def shown(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """`shown("eval", MODEL, ...)`: what a command that succeeds writes with --json."""
+
+    def run(*arguments: object) -> Any:
+        capsys.readouterr()
+        status = main([*map(str, arguments), "--json"])
+        captured = capsys.readouterr()
+        assert status == 0, captured.err
+        return json.loads(captured.out)
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`refused("eval", MODEL, ..., status=2)`: the only line that a command that fails writes to stderr."""
+
+    def run(*arguments: object, status: int = 2) -> str:
+        capsys.readouterr()
+        assert main([*map(str, arguments)]) == status
+        captured = capsys.readouterr()
+        assert captured.err.startswith("error: "), captured.err
+        assert captured.err.count("\n") == 1, captured.err
+        assert status != 2 or captured.out == ""
+        return captured.err
+
+    return run
 
 
 @pytest.fixture(scope="module")

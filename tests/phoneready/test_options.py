@@ -12,7 +12,6 @@ from cfsp.errors import InputError
 from cfsp.settings import Setting, Settings, setting
 from cfsp.units import parse_bytes
 from phoneready.commands.options import Renamed, was_given, with_settings
-from phoneready.main import main
 
 
 @dataclass(frozen=True)
@@ -80,33 +79,3 @@ def test_an_option_that_two_settings_would_have_is_an_error_of_the_command() -> 
 
     with pytest.raises(TypeError, match="command has --ratios, "):
         with_settings(command)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "prune MODEL -o out --seed 9223372036854775808",
-        "prune MODEL -o out --threads 3000000000",
-        "prune MODEL -o out --ridge inf",
-        "prune MODEL -o out --ridge 1e400",
-        "recover MODEL -o out --rank 100000000",
-        "recover MODEL -o out --temperature nan",
-        "recover MODEL -o out --max-tokens 10 --epochs 1",
-        "bench FILE -r 1e30",
-        "bench FILE -r 1000000000000",
-        "bench FILE -t 3000000000",
-        "bench FILE --delay inf",
-        "eval MODEL --seed 99999999999999999999",
-        "export . -o out --mixed-size 999999999999999999999G",
-    ],
-)
-def test_absurd_values_are_one_line(
-    line: str, capsys: pytest.CaptureFixture[str], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(line.split()) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    assert not list(tmp_path.iterdir())

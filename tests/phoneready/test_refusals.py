@@ -70,6 +70,148 @@ def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
     return captured.err
 
 
+TABLE = """
+nonsense | nonsense
+prune MODEL | -o DIR
+prune MODEL -o x --plan-only y | -o DIR
+prune MODEL -o x --prune-ratio 1 | --prune-ratio: out of range (got 1.0); allowed: 0 or more and below 1
+prune MODEL -o x --score best | score
+prune MODEL -o x --for-quant Q9 | Q9
+prune MODEL -o x --calibration missing.txt --seqlen 32 | missing.txt
+prune MODEL -o x --plan missing.json | missing.json
+prune MODEL -o x --plan y --score cfsp | --score: decided by the plan; allowed: without --plan
+prune MODEL -o x --plan y --vocabulary 9 | --vocabulary: decided by the plan
+prune MODEL -o x --blocks 4 TEXT | at most 3
+prune MODEL -o x --blocks 1 --attentions 3 TEXT | at most 2
+prune MODEL -o x --kv-groups 1 | --kv-groups: out of range (got 1.0); allowed: 0 or more and below 1
+prune MODEL -o x --kv-groups 0.9 TEXT | kv_groups: each of the 4 blocks that attend keeps one
+prune MODEL -o out --seed 9223372036854775808 | --seed
+prune MODEL -o out --threads 3000000000 | --threads
+prune MODEL -o out --ridge inf | --ridge
+prune MODEL -o out --ridge 1e400 | --ridge
+export missing -o out | no such model
+export MODEL -o out --onnx int3 | int4-b128
+export MODEL -o out --onnx int4 --calibration missing.txt | missing.txt
+export MODEL -o out --onnx int4 --calibration none --calibration self | stands alone
+export MODEL -o out --gguf Q4_0 --onnx int2 | int2
+export MODEL -o out --onnx int4-mixed --calibration none | wants text
+export MODEL -o out --onnx int4-mixed --mixed-size large | --mixed-size
+export MODEL -o out --mixed-size 999999999999999999999G | --mixed-size
+export MODEL -o out --gguf Q4_0 --tune-scales --calibration none | scales are trained on text
+export MODEL -o out --onnx fp32 --opset 12 | 13 to
+export MODEL -o out --onnx fp32 --opset 99 | 13 to
+recover MODEL -o out --rank 100000000 | --rank
+recover MODEL -o out --temperature nan | --temperature
+recover MODEL -o out --max-tokens 10 --epochs 1 | epochs
+bench | bench
+bench --nonsense | --nonsense
+bench missing.gguf | missing.gguf
+bench missing.gguf --on the-moon | the-moon
+bench missing.gguf --memory 1G | --memory
+bench missing.gguf --on constrained | constrained
+bench missing.gguf --on constrained --memory much | much
+bench missing.gguf --on constrained --memory 1K | memory
+bench missing.gguf --on constrained --cores 9999 | cores
+bench missing.gguf --on constrained --memory 1G --device pixel-8a | --device
+bench FILE -r 1e30 | -r
+bench FILE -r 1000000000000 | -r
+bench FILE -t 3000000000 | -t
+bench FILE --delay inf | --delay
+compare missing missing | missing
+devices show nokia-3310 | nokia-3310
+devices fit missing.gguf | missing.gguf
+eval MODEL --no-prompts --seed 99999999999999999999 | --seed
+eval MODEL --no-prompts --runtime onnx | torch
+eval MODEL --no-prompts --runtime llama.cpp | .gguf
+eval MODEL --no-prompts --seqlen 4096 | 512
+eval MODEL --no-prompts --tasks missing.yaml --no-text | missing.yaml
+eval MODEL --no-text --prompts missing.jsonl | missing.jsonl
+eval MODEL --no-text --prompts prompts.md | prompts.md
+eval MODEL --no-prompts --baseline missing.json | missing.json
+eval MODEL --no-prompts --tolerance kl_mean=0.1 | --baseline
+eval MODEL --no-prompts --max-kl-increase 0.1 | --max-kl-increase is gone: use --tolerance kl_mean=VALUE
+eval MODEL --no-prompts --ratios 0.1 | --ratios is gone: use `phoneready search MODEL --ratios`
+eval MODEL --no-prompts --baseline good.json --tolerance speed=1 | a key of perplexity
+eval MODEL --no-prompts --baseline . | cannot read
+eval MODEL --no-prompts --baseline good.json --tolerance kl_mean=-1 | 0 or more
+eval MODEL --no-prompts --baseline good.json --save ./good.json | overwrite
+eval MODEL --no-prompts --save . | is a directory
+eval MODEL --no-prompts --save prompts.md/x.json | is not a directory
+eval MODEL --no-prompts --text a/t.txt --text b/t.txt | text t.txt
+eval MODEL --no-prompts --no-text --text builtin:python-docs | --no-text
+eval MODEL --cache-type q8_0 | torch keeps keys and values as it computes them
+eval MODEL --cache-type q2_K | allowed: f16, q8_0, q4_0
+eval MODEL --no-text --sampled | --temperature
+eval MODEL --no-text --sampled --top-p 0.9 | --temperature
+eval MODEL --no-text --sampled --temperature 0 | --temperature: out of range
+eval MODEL --no-text --sampled --temperature nan | --temperature: out of range
+eval MODEL --no-text --sampled --top-p 1.1 | --top-p: out of range
+eval MODEL --no-text --sampled --top-k -1 | --top-k: out of range
+eval MODEL --no-text --sampled --temperature 0.5 --no-prompts | leave out --no-prompts
+eval FILE --on ssh:board --chats self | only a reference model in torch
+eval FILE --on ssh:board --sampled | --sampled needs the probability of every token
+eval FILE --on ssh:board --metric a:b | --metric needs the probability of every token
+eval FILE --on ssh:board --no-prompts | nothing to judge
+eval FILE --on browser | cannot be asked about texts
+eval FILE --on constrained | cannot be asked about texts
+eval FILE --on telnet:x | unknown target
+eval FILE --on ssh:board --runtime torch | no exported file
+eval FILE --backend gpu | --backend is for another place
+eval FILE --runner program | --runner: not for this target
+"""
+
+
+@pytest.fixture(scope="module")
+def good_result(dense: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A result that a baseline can be."""
+    path = tmp_path_factory.mktemp("result") / "good.json"
+    sizes = ["--seqlen", "32", "--windows", "2", "--no-prompts"]
+    assert main(["eval", dense, *sizes, "--save", str(path)]) == 0
+    return path
+
+
+@pytest.mark.parametrize("row", TABLE.strip().splitlines())
+def test_what_cannot_be_done_is_refused_in_one_line(
+    row: str,
+    dense: str,
+    tiny_gguf: TinyPath,
+    good_result: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.md").write_text("Hello", encoding="utf-8")
+    shutil.copy(good_result, tmp_path / "good.json")
+    line, _, reason = row.partition(" | ")
+    words = line.replace(
+        "TEXT", "--calibration builtin:python-docs --nsamples 2 --seqlen 32 --align 1"
+    ).split()
+    places = {"MODEL": lambda: dense, "FILE": lambda: str(tiny_gguf())}
+    capfd.readouterr()
+    assert reason in refused(capfd, *(places[word]() if word in places else word for word in words))
+
+
+def test_no_output_replaces_its_input_or_the_working_folder(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = shutil.copytree(pruned, tmp_path / "checkpoint")
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    (tmp_path / "empty").mkdir()
+    capfd.readouterr()
+    for output, where, reason in (
+        ("checkpoint", tmp_path, "would replace"),
+        (".", tmp_path, "would replace"),
+        (".", tmp_path / "empty", "as a whole"),
+        ("file/x", tmp_path, "directory"),
+    ):
+        monkeypatch.chdir(where)
+        for command in (["export", "--gguf", "Q4_0"], ["prune"], ["recover"]):
+            assert reason in refused(
+                capfd, command[0], str(checkpoint), "-o", output, "--force", *command[1:]
+            )
+
+
 SMALL = ["--calibration", "text.txt", "--nsamples", "2", "--seqlen", "32"]
 COMMANDS = {
     "prune": ["prune", "m", "-o", "out", *SMALL],
@@ -78,24 +220,20 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        # The library's own default model would take 27 GB.
-        (without_sizes, "states a model of"),
+def test_sizes_that_are_not_the_files(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    stated = (model / "config.json").read_text(encoding="utf-8")
+    for change, says in (
+        (without_sizes, "states a model of"),  # the library's own default model would take 27 GB
         (lambda config: config.pop("hidden_size"), "states a model of"),
         (
             lambda config: config.update(intermediate_size=96),
             "tensors of the wrong shape: model.layers.0.mlp",
         ),
-    ],
-)
-def test_sizes_that_are_not_the_files(
-    command: str, change: Change, says: str, model: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    edit(model / "config.json", change)
-    assert says in refused(capfd, *COMMANDS[command])
+    ):
+        (model / "config.json").write_text(stated, encoding="utf-8")
+        edit(model / "config.json", change)
+        for command in COMMANDS.values():
+            assert says in refused(capfd, *command)
 
 
 def test_a_pipe_in_place_of_a_file(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -226,9 +364,9 @@ def test_no_folder_for_temporary_files(
         assert "TMPDIR" in line
 
 
-@pytest.mark.parametrize("command", ["prune", "export", "recover", "release", "search"])
 def test_an_output_that_is_empty_is_not_the_working_directory(
-    command: str, model: Path, capfd: pytest.CaptureFixture[str]
+    model: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert "-o: empty" in refused(capfd, command, "m", "-o", "")
-    assert "-o: empty" in refused(capfd, command, "m", "--output", "")
+    for command in ("prune", "export", "recover", "release", "search"):
+        assert "-o: empty" in refused(capfd, command, "m", "-o", "")
+        assert "-o: empty" in refused(capfd, command, "m", "--output", "")
