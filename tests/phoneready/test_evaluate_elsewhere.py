@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 from collections.abc import Callable
@@ -18,6 +17,8 @@ pytest.importorskip("lm_eval", reason="the eval extra is not installed")
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="daemons from Debian")
 
+Shown = Callable[..., Any]
+Refused = Callable[..., str]
 QUICK = ["--prompt", "List three fruits.", "--max-new-tokens", "6", "--threads", "1"]
 WRITING = """
 task: echoes
@@ -45,31 +46,19 @@ def gguf(tiny_gguf: Callable[..., Path]) -> str:
     return str(tiny_gguf())
 
 
-def evaluated(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    capsys.readouterr()
-    status = main(["eval", *arguments, "--json"])
-    captured = capsys.readouterr()
-    assert status == 0, captured.err
-    result: dict[str, Any] = json.loads(captured.out)
-    return result
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    capsys.readouterr()
-    assert main(["eval", *arguments]) != 0
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    return captured.err
-
-
 def test_tasks_on_a_device_give_what_they_give_here(
-    device: Device, gguf: str, tasks: str, runner: Path, far: Path, capsys: pytest.CaptureFixture[str]
+    device: Device,
+    gguf: str,
+    tasks: str,
+    runner: Path,
+    far: Path,
+    capsys: pytest.CaptureFixture[str],
+    shown: Shown,
 ) -> None:
     asked = [gguf, "--tasks", tasks, *QUICK]
     where = [*device.options, "--runner", str(runner), "--remote-folder", str(far)]
-    here = evaluated(capsys, *asked, "--no-text")
-    there = evaluated(capsys, *asked, *where)
+    here = shown("eval", *asked, "--no-text")
+    there = shown("eval", *asked, *where)
     assert there["tasks"] == here["tasks"]
     assert [task["n_items"] for task in there["tasks"]] == [10, 10]
     assert there["answers"] == here["answers"]
@@ -93,81 +82,58 @@ def test_the_native_runner_gives_what_is_given_here(
     runner_for: Callable[[str], Path],
     far: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    shown: Shown,
+    refused: Refused,
 ) -> None:
     where = [*device.options, "--runner", str(runner_for("native")), "--remote-folder", str(far)]
     saved = tmp_path / "here.json"
     text = ["--text", "builtin:python-docs", "--seqlen", "200", "--windows", "3"]
-    here = evaluated(capsys, gguf, "--tasks", tasks, *QUICK, *text, "--save", str(saved))
-    there = evaluated(
-        capsys,
-        gguf,
-        "--tasks",
-        tasks,
-        *QUICK,
-        *text,
-        *where,
-        "--baseline",
-        str(saved),
-    )
+    here = shown("eval", gguf, "--tasks", tasks, *QUICK, *text, "--save", str(saved))
+    there = shown("eval", gguf, "--tasks", tasks, *QUICK, *text, *where, "--baseline", saved)
     assert there["tasks"] == here["tasks"]
     likely = [one["texts"][0]["bits_per_byte"] for one in (there, here)]
     assert likely[0] == pytest.approx(likely[1], rel=1e-6)
     assert all(row["ok"] for row in there["gate"])
-    short = evaluated(capsys, gguf, *QUICK, *where, "--cache-type", "f16")
+    short = shown("eval", gguf, *QUICK, *where, "--cache-type", "f16")
     assert short["place"]["cache_type"] == "f16"
-    said = refused(capsys, gguf, *QUICK, *where, "--backend", "gpu")
+    said = refused("eval", gguf, *QUICK, *where, "--backend", "gpu")
     assert said == f"error: {device.options[1]}: the runner was built without the backend gpu; it has cpu\n"
 
 
 def test_onnx_is_judged_by_a_python_there(
-    board: Any,
-    tiny_folder: Callable[..., Path],
-    tasks: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    board: Any, dense_onnx: str, tasks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown: Shown
 ) -> None:
-    pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
     monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path / "cache"))
-    export = ["export", str(tiny_folder()), "-o", str(tmp_path / "out"), "--onnx", "fp32", "--threads", "1"]
-    assert main(export) == 0
-    asked = [str(tmp_path / "out" / "fp32"), "--tasks", tasks, *QUICK]
+    asked = [dense_onnx, "--tasks", tasks, *QUICK]
     where = ["--on", "ssh:board", "--ssh-config", str(board.config), "--remote-folder", str(tmp_path / "far")]
-    here = evaluated(capsys, *asked, "--no-text")
-    there = evaluated(capsys, *asked, *where)
+    here = shown("eval", *asked, "--no-text")
+    there = shown("eval", *asked, *where)
     assert (there["tasks"], there["answers"]) == (here["tasks"], here["answers"])
     assert there["model"]["runtime"] == "onnxruntime"
     assert there["place"]["same_tokens"] is True
 
 
 def test_texts_are_as_likely_there_as_here(
-    device: Device, gguf: str, runner: Path, far: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    device: Device, gguf: str, runner: Path, far: Path, tmp_path: Path, shown: Shown
 ) -> None:
     """Alone, and beside another model, of which then bits per byte are compared and no distributions."""
     asked = [gguf, "--text", "builtin:python-docs", "--seqlen", "48", "--windows", "10", "--no-prompts"]
     where = [*device.options, "--runner", str(runner), "--remote-folder", str(far), "--threads", "1"]
     saved = tmp_path / "here.json"
-    here = evaluated(capsys, *asked, "--save", str(saved))["texts"][0]
-    result = evaluated(capsys, *asked, *where, "--baseline", str(saved))
+    here = shown("eval", *asked, "--save", str(saved))["texts"][0]
+    result = shown("eval", *asked, *where, "--baseline", str(saved))
     (there,) = result["texts"]
     assert there["bits_per_byte"] == pytest.approx(here["bits_per_byte"], rel=1e-6)
     assert [there[key] for key in ("n_tokens", "windows_sha256")] == [470, here["windows_sha256"]]
     assert all(row["ok"] for row in result["gate"])
-    (beside,) = evaluated(capsys, *asked, *where, "--against", gguf)["texts"]
+    (beside,) = shown("eval", *asked, *where, "--against", gguf)["texts"]
     assert beside["against_bits_per_byte"] == pytest.approx(here["bits_per_byte"], rel=1e-6)
     assert beside["bits_per_byte"] == pytest.approx(here["bits_per_byte"], rel=1e-6)
     assert beside["divergence"] is None
 
 
 def test_a_device_that_vanishes_leaves_one_line_and_no_record(
-    device: Device,
-    gguf: str,
-    tasks: str,
-    sleeper: Path,
-    far: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    device: Device, gguf: str, tasks: str, sleeper: Path, far: Path, tmp_path: Path, refused: Refused
 ) -> None:
     def vanish() -> None:
         until(lambda: running(tmp_path / "awake"), "the run does not begin")
@@ -177,29 +143,8 @@ def test_a_device_that_vanishes_leaves_one_line_and_no_record(
     saved = tmp_path / "saved.json"
     thread = threading.Thread(target=vanish)
     thread.start()
-    said = refused(capsys, gguf, "--tasks", tasks, *QUICK, *where, "--save", str(saved))
+    said = refused("eval", gguf, "--tasks", tasks, *QUICK, *where, "--save", saved)
     thread.join()
     assert f"{device.options[1]}: the device went away" in said
     assert not saved.exists()
     until(lambda: not running(tmp_path / "awake"), "the run goes on there")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        (["--on", "ssh:board", "--chats", "self"], "only a reference model in torch"),
-        (["--on", "ssh:board", "--sampled"], "--sampled needs the probability of every token"),
-        (["--on", "ssh:board", "--metric", "a:b"], "--metric needs the probability of every token"),
-        (["--on", "ssh:board", "--no-prompts"], "nothing to judge"),
-        (["--on", "browser"], "cannot be asked about texts"),
-        (["--on", "constrained"], "cannot be asked about texts"),
-        (["--on", "telnet:x"], "unknown target"),
-        (["--on", "ssh:board", "--runtime", "torch"], "no exported file"),
-        (["--backend", "gpu"], "--backend is for another place"),
-        (["--runner", "program"], "--runner: not for this target"),
-    ],
-)
-def test_what_cannot_be_is_refused_at_once(
-    gguf: str, arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert reason in refused(capsys, gguf, *arguments)

@@ -39,11 +39,6 @@ NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetiti
 
 
 @pytest.fixture(scope="module")
-def model(tiny_folder: TinyPath) -> str:
-    return str(tiny_folder())
-
-
-@pytest.fixture(scope="module")
 def stating(tiny_folder: TinyPath) -> str:
     """Another model, which comes with settings."""
     folder = tiny_folder(seed=1)
@@ -52,56 +47,41 @@ def stating(tiny_folder: TinyPath) -> str:
     return str(folder)
 
 
-def evaluate(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    capsys.readouterr()
-    assert main(["eval", *arguments, "--json"]) == 0
-    result: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return result
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    capsys.readouterr()
-    assert main(["eval", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert (captured.err.count("\n"), captured.out) == (1, "")
-    return captured.err
-
-
-def test_both_models_are_sampled_alike(model: str, stating: str, capsys: pytest.CaptureFixture[str]) -> None:
-    plain = evaluate(capsys, model, "--against", stating, *(one for one in ASKED if one != "--sampled"))
+def test_both_models_are_sampled_alike(dense: str, stating: str, shown: Callable[..., Any]) -> None:
+    plain = shown("eval", dense, "--against", stating, *(one for one in ASKED if one != "--sampled"))
     assert "sampled" not in plain
-    result = evaluate(capsys, model, "--against", stating, *ASKED)
+    result = shown("eval", dense, "--against", stating, *ASKED)
     found = result.pop("sampled")
     assert result == plain, "greedy answers stay what they are"
     assert found["settings"] == NEUTRAL | {"temperature": 0.6, "top_k": 50, "repetition_penalty": 1.05}
     assert found["seed"] == 1
     assert found["answers"] != plain["answers"]
-    itself = evaluate(capsys, stating, "--against", stating, *ASKED)["sampled"]
+    itself = shown("eval", stating, "--against", stating, *ASKED)["sampled"]
     assert itself["answers"] == itself["against_answers"] == found["against_answers"]
     assert itself["degeneration"]["difference_points"] == 0
     assert len(itself["degeneration"]["reasons"]) == 2
-    again = evaluate(capsys, stating, "--against", stating, *ASKED, "--seed", "2")["sampled"]
+    again = shown("eval", stating, "--against", stating, *ASKED, "--seed", "2")["sampled"]
     assert again["answers"] != itself["answers"]
 
 
 def test_what_is_asked_for_goes_before_what_is_recommended(
-    model: str, stating: str, capsys: pytest.CaptureFixture[str]
+    dense: str, stating: str, shown: Callable[..., Any]
 ) -> None:
     asked = ["--temperature", "0.9", "--top-p", "0.5", "--top-k", "0"]
-    found = evaluate(capsys, stating, *ASKED, *asked)["sampled"]["settings"]
+    found = shown("eval", stating, *ASKED, *asked)["sampled"]["settings"]
     assert found == NEUTRAL | {"temperature": 0.9, "top_p": 0.5, "repetition_penalty": 1.05}
-    found = evaluate(capsys, stating, "--against", model, *ASKED)["sampled"]["settings"]
+    found = shown("eval", stating, "--against", dense, *ASKED)["sampled"]["settings"]
     assert found["temperature"] == 0.6, "the reference states none"
-    found = evaluate(capsys, model, *ASKED, "--temperature", "2")["sampled"]["settings"]
+    found = shown("eval", dense, *ASKED, "--temperature", "2")["sampled"]["settings"]
     assert found == NEUTRAL | {"temperature": 2.0}
 
 
 def test_a_gguf_file_states_settings(
-    tiny_gguf: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_gguf: TinyPath, tmp_path: Path, shown: Callable[..., Any], refused: Callable[..., str]
 ) -> None:
     pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
     plain, path = tiny_gguf(), tmp_path / "stating.gguf"
-    assert "--temperature" in refused(capsys, str(plain), *ASKED)
+    assert "--temperature" in refused("eval", str(plain), *ASKED)
     keys, kind = gguf_package.Keys.General, gguf_package.GGUFValueType
     stated = {
         keys.SAMPLING_TEMP: MetadataDetails(kind.FLOAT32, 0.7),
@@ -109,9 +89,7 @@ def test_a_gguf_file_states_settings(
         keys.SAMPLING_TOP_P: MetadataDetails(kind.FLOAT32, 0.8),
     }
     copy_with_new_metadata(gguf_package.GGUFReader(plain), gguf_package.GGUFWriter(path, "llama"), stated, ())
-    found = [
-        evaluate(capsys, str(path), "--runtime", one, *ASKED)["sampled"] for one in ("llama.cpp", "torch")
-    ]
+    found = [shown("eval", str(path), "--runtime", one, *ASKED)["sampled"] for one in ("llama.cpp", "torch")]
     assert found[0]["settings"] == NEUTRAL | {"temperature": 0.7, "top_k": 20, "top_p": 0.8}
     assert found[0] == found[1]
 
@@ -142,49 +120,29 @@ def test_people_see_both_shares(stating: str, capsys: pytest.CaptureFixture[str]
 
 
 def test_the_gate_has_a_row_of_sampled_answers(
-    stating: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stating: str, tmp_path: Path, shown: Callable[..., Any], refused: Callable[..., str]
 ) -> None:
     saved = str(tmp_path / "saved.json")
     assert main(["eval", stating, *ASKED, "--save", saved]) == 0
-    rows = {row["metric"]: row for row in evaluate(capsys, stating, *ASKED, "--baseline", saved)["gate"]}
+    rows = {row["metric"]: row for row in shown("eval", stating, *ASKED, "--baseline", saved)["gate"]}
     row = rows["degenerate answers, sampled"]
     assert (row["change"], row["allowed"], row["ok"]) == (0, 0.05, True)
-    other = refused(capsys, stating, *ASKED, "--temperature", "0.7", "--baseline", saved)
+    other = refused("eval", stating, *ASKED, "--temperature", "0.7", "--baseline", saved)
     assert "temperature was 0.6 and is 0.7" in other
     assert "seed of sampled answers was 1 and is 3" in refused(
-        capsys, stating, *ASKED, "--seed", "3", "--baseline", saved
+        "eval", stating, *ASKED, "--seed", "3", "--baseline", saved
     )
     greedy = [one for one in ASKED if one != "--sampled"]
-    assert "degenerate answers, sampled" in refused(capsys, stating, *greedy, "--baseline", saved)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        (["--sampled"], "--temperature"),
-        (["--sampled", "--top-p", "0.9"], "--temperature"),
-        (["--sampled", "--temperature", "0"], "--temperature: out of range"),
-        (["--sampled", "--temperature", "-1"], "--temperature: out of range"),
-        (["--sampled", "--temperature", "nan"], "--temperature: out of range"),
-        (["--sampled", "--top-p", "0"], "--top-p: out of range"),
-        (["--sampled", "--top-p", "1.1"], "--top-p: out of range"),
-        (["--sampled", "--top-k", "-1"], "--top-k: out of range"),
-        (["--sampled", "--temperature", "0.5", "--no-prompts"], "leave out --no-prompts"),
-    ],
-)
-def test_what_cannot_be_sampled_is_refused(
-    arguments: list[str], reason: str, model: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert reason in refused(capsys, model, "--no-text", *arguments)
+    assert "degenerate answers, sampled" in refused("eval", stating, *greedy, "--baseline", saved)
 
 
 def test_settings_that_nothing_can_be_sampled_at_are_refused(
-    stating: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stating: str, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     folder = shutil.copytree(stating, tmp_path / "wrong")
     for stated, reason in (({"temperature": 0.0}, "temperature: out of range"), ({"top_k": "x"}, "top_k")):
         (folder / "generation_config.json").write_text(json.dumps(stated), "utf-8")
-        assert reason in refused(capsys, str(folder), *ASKED)
+        assert reason in refused("eval", str(folder), *ASKED)
 
 
 def test_a_release_plans_the_figure_where_it_is_asked_for() -> None:
@@ -205,12 +163,12 @@ def test_a_release_plans_the_figure_where_it_is_asked_for() -> None:
 
 
 def test_a_release_of_a_model_that_states_nothing_stops_at_its_first_stage(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dense: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, out = tmp_path / "release.toml", tmp_path / "out"
     small = '[prune]\ncalibration = ["builtin:python-docs"]\nnsamples = 1\nseqlen = 32\n'
     judged = '[evaluate]\ntext = ["builtin:python-docs"]\nchats = []\nsampled = true\n'
-    config.write_text(f'[model]\nreference = "{model}"\n{small}{judged}', "utf-8")
+    config.write_text(f'[model]\nreference = "{dense}"\n{small}{judged}', "utf-8")
     capsys.readouterr()
     assert main(["release", str(config), "-o", str(out), "--threads", "1"]) == 2
     assert "--temperature T, or evaluate.temperature" in capsys.readouterr().err
