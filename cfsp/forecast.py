@@ -25,8 +25,9 @@ from cfsp.devices import CPU
 from cfsp.errors import InputError
 from cfsp.files import large_temporary
 from cfsp.memory import require_memory
-from cfsp.models.architectures import ARCHITECTURES, spec_for, state_size
+from cfsp.models.architectures import spec_for, state_size
 from cfsp.models.config_file import read_model_config
+from cfsp.models.families import FAMILIES
 from cfsp.models.folds import is_folded
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.gguf_model import config_from_gguf, keeping_of_gguf
@@ -202,7 +203,7 @@ def read_extent(path: Path, dtype: str = AUTO) -> Extent:
 def _folder_config(folder: Path) -> Any:
     """A folder's configuration where it is of a type whose blocks are given more than hidden states; else None."""
     settings = read_model_config(folder)
-    row = ARCHITECTURES.get(settings["model_type"])
+    row = FAMILIES.get(settings["model_type"])
     return config_from_settings(settings, str(folder)) if row is not None and row.own_arguments else None
 
 

@@ -1,4 +1,4 @@
-"""Rows that another distribution brings to a table of ours by entry point: an engine, a target, a metric.
+"""Rows that another distribution brings to a table of ours by entry point: an engine, a target, a metric, a family.
 
     [project.entry-points."phoneready.engines"]
     toy = "phoneready_toy:ENGINE"
@@ -19,6 +19,7 @@ from cfsp.errors import InputError
 ENGINES = "phoneready.engines"
 TARGETS = "phoneready.targets"
 METRICS = "phoneready.metrics"
+FAMILIES = "phoneready.families"
 
 Row = TypeVar("Row")
 

@@ -14,17 +14,10 @@ import numpy.typing as npt
 import torch
 
 from cfsp.errors import InputError, look_up
-from cfsp.models.architectures import (
-    ARCHITECTURES,
-    FULL,
-    WINDOWED,
-    ArchitectureSpec,
-    keyless_blocks,
-    logit_cap,
-    rotated_blocks,
-    windows_of_blocks,
-)
+from cfsp.models.architectures import keyless_blocks, logit_cap, rotated_blocks, windows_of_blocks
 from cfsp.models.config_file import dense_settings, read_model_config, shape_from_config
+from cfsp.models.families import FAMILIES
+from cfsp.models.families.row import FULL, WINDOWED, Family
 from cfsp.models.rope import alpha_rope, stated_rope, steady_context
 from cfsp.models.shape import ModelShape, require_supported
 from cfsp.models.weights import safetensors_files
@@ -121,9 +114,9 @@ class ModelConfig:
     logit_cap: float | None = None
 
     @property
-    def spec(self) -> ArchitectureSpec:
+    def spec(self) -> Family:
         """The architecture table's row."""
-        return ARCHITECTURES[self.model_type]
+        return FAMILIES[self.model_type]
 
     @property
     def vocab_size(self) -> int:
@@ -205,7 +198,7 @@ def read_config(folder: Path) -> ModelConfig:
         config = read.to_dict()
     shape = shape_from_config(config, own, str(folder / "config.json"))
     require_supported(shape, str(folder / "config.json"), keyless_blocks(config))
-    spec = ARCHITECTURES[config["model_type"]]
+    spec = FAMILIES[config["model_type"]]
     message = "no exported graph computes this activation"
     stated = config.get(spec.activation_setting, "silu")
     activation = look_up(ACTIVATIONS, stated, message, field=spec.activation_setting)
@@ -236,7 +229,7 @@ def read_config(folder: Path) -> ModelConfig:
     )
 
 
-def _of_blocks(config: Mapping[str, Any], spec: ArchitectureSpec) -> dict[str, Any]:
+def _of_blocks(config: Mapping[str, Any], spec: Family) -> dict[str, Any]:
     """What blocks get and share beside a hidden state of a token, and what they have in attention's place."""
     return {
         **(_MIXER_SIZES[spec.mixer.kind](config) if spec.mixer else {}),
@@ -264,7 +257,7 @@ _MIXER_SIZES: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = Mapp
 """What `layer_types` calls blocks in which something takes attention's place -> its sizes, fields of `ModelConfig`."""
 
 
-def _score_scale(config: Mapping[str, Any], spec: ArchitectureSpec, head_dim: int) -> float:
+def _score_scale(config: Mapping[str, Any], spec: Family, head_dim: int) -> float:
     if spec.plain_scores:
         return 1.0
     stated = config[spec.scale_setting] if spec.scale_setting else head_dim
@@ -295,7 +288,7 @@ def rope_of(config: Mapping[str, Any], kind_of_block: str) -> Mapping[str, Any]:
         kind_of_block: `full_attention` or `sliding_attention`.
     """
     rope = stated_rope(config, kind_of_block)
-    is_alpha = ARCHITECTURES[config["model_type"]].alpha_rope
+    is_alpha = FAMILIES[config["model_type"]].alpha_rope
     return alpha_rope(rope, _head_dim(config)) if is_alpha else rope
 
 
@@ -303,7 +296,7 @@ def _head_dim(config: Mapping[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def _window_theta(config: Mapping[str, Any], spec: ArchitectureSpec) -> float | None:
+def _window_theta(config: Mapping[str, Any], spec: Family) -> float | None:
     """The base in blocks with a window, under either release's name; None of a model type whose blocks are alike."""
     if not spec.has_window_rope:
         return None

@@ -29,7 +29,7 @@ from exporters.checkpoint_reader import ModelConfig, open_tensors, read_config
 from exporters.gguf.architecture import ChosenLayout, choose_layout
 from exporters.gguf.rope import rope_metadata
 from exporters.onnx.portable import check_portable
-from exporters.onnx.weights import check_blocks, check_rope, unwritten
+from exporters.onnx.weights import check_blocks, check_rope
 from phoneready.console import Check
 
 
@@ -50,7 +50,7 @@ class _Model:
     @property
     def has_graph(self) -> bool:
         """Whether ONNX graphs hold models of its type."""
-        return unwritten(self.config.spec) is None
+        return self.config.spec.not_in_graphs is None
 
     def in_gguf(self, config: ModelConfig | None = None) -> ChosenLayout:
         """What of llama.cpp holds it, or a model of its type with another configuration.

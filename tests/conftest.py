@@ -31,8 +31,10 @@ import torch
 import transformers
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import ARCHITECTURES, FULL, WINDOWED, stated_widths, windows_of_blocks
+from cfsp.models.architectures import stated_widths, windows_of_blocks
 from cfsp.models.builtin import cache_directory, fetch_builtin
+from cfsp.models.families import FAMILIES
+from cfsp.models.families.row import FULL, WINDOWED
 from cfsp.models.gguf_tokenizer import PRE_TOKENIZERS, build_pre_tokenizer, pre_tokenizer_name
 from cfsp.models.rope import stated_rope
 from cfsp.models.source import LoadedModel, ModelSource
@@ -379,7 +381,7 @@ _INTERLEAVED = ("llama", "mistral", "smollm3", "granite")
 def _gguf_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """llama.cpp's names and layout; the llama architecture interleaves the rotary halves of q and k."""
     config = model.config
-    row = ARCHITECTURES.get(config.model_type, ARCHITECTURES["llama"])
+    row = FAMILIES.get(config.model_type, FAMILIES["llama"])
     llama = config.model_type in _INTERLEAVED
     names = _ADDED_NORMS if row.added_norms else _GGUF_NAMES
     if config.model_type == "qwen3_5_text":
@@ -428,7 +430,7 @@ def _value_heads_in_turns(name: str, tensor: torch.Tensor, config: Any) -> torch
 def _write_gguf(path: Path, model: Any, tokenizer: Any, extra: Mapping[str, Any] | None = None) -> None:
     """A float32 GGUF of a tiny model, and `extra` tensors, written with the gguf package alone."""
     config = model.config
-    row = ARCHITECTURES.get(config.model_type, ARCHITECTURES["llama"])
+    row = FAMILIES.get(config.model_type, FAMILIES["llama"])
     writer = gguf.GGUFWriter(path, _GGUF_ARCHITECTURES.get(config.model_type, config.model_type))
     writer.add_name("Tiny Model")
     writer.add_license("apache-2.0")

@@ -9,18 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from cfsp.models.architectures import ARCHITECTURES
 from cfsp.models.checkpoint import per_layer_class
-from exporters.gguf.architecture import LAYOUTS
+from cfsp.models.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
-ROWS = (
-    *("cfsp/models/architectures.py", "cfsp/models/folds.py", "cfsp/models/text_settings.py"),
-    "cfsp/models/remote_code/",
-    "exporters/gguf/architecture.py",
-)
-NAMES = {*ARCHITECTURES, *(layout.architecture for layouts in LAYOUTS.values() for layout in layouts)}
-CLASSES = re.compile(rf"(Pruned)?({'|'.join(ARCHITECTURES)})(ForCausalLM|Config|Model)", re.IGNORECASE)
+ROWS = "cfsp/models/families/"
+NAMES = {*FAMILIES, *(layout.architecture for row in FAMILIES.values() for layout in row.layouts)}
+CLASSES = re.compile(rf"(Pruned)?({'|'.join(FAMILIES)})(ForCausalLM|Config|Model)", re.IGNORECASE)
 OTHERS = {
     ("cfsp/models/gguf_tokenizer.py", "llama"): "a kind of tokenizer in GGUF files",
     ("cfsp/models/gguf_tokenizer.py", "qwen2"): "a pre-tokenizer in GGUF files",
@@ -54,11 +49,11 @@ def test_architectures_are_named_in_their_rows_alone() -> None:
     assert found == OTHERS.keys()
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_row_has_what_the_others_need(model_type: str) -> None:
     import transformers
 
     config = transformers.AutoConfig.for_model(model_type)
     native = transformers.AutoModelForCausalLM._model_mapping[type(config)]
     assert issubclass(per_layer_class(config), native)
-    assert LAYOUTS[model_type], "no layout of llama.cpp"
+    assert FAMILIES[model_type].layouts, "no layout of llama.cpp"

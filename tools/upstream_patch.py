@@ -94,13 +94,15 @@ def apply(source: Path) -> None:
 
 def check() -> None:
     """Export tiny models whose blocks have unlike widths, and print how far llama.cpp is from torch."""
-    from exporters.gguf import architecture
+    from cfsp.models.families import BUILT_IN
 
     # What an unpatched llama.cpp can read of these types goes by other architectures' names.
-    architecture.LAYOUTS = {
-        kind: tuple(replace(row, per_layer_sizes=True) for row in rows[:1])
-        for kind, rows in architecture.LAYOUTS.items()
-    }
+    BUILT_IN.update(
+        {
+            name: replace(row, layouts=(replace(row.layouts[0], per_layer_sizes=True),))
+            for name, row in BUILT_IN.items()
+        }
+    )
     for number, settings in enumerate(_MODELS):
         with tempfile.TemporaryDirectory(prefix="native-") as scratch:
             checkpoint = _checkpoint(settings, Path(scratch) / "model", seed=number)

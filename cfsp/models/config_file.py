@@ -16,26 +16,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from cfsp.errors import InputError, look_up
+from cfsp.errors import InputError
+from cfsp.models.families import FAMILIES, family_of, fold_of, text_model_of
+from cfsp.models.families.row import MAX_SIZE, Family, Fold, Positive, Size
 from cfsp.models.shape import BlockShape, ModelShape
-from cfsp.models.text_settings import text_settings
 from cfsp.reading import as_input_error, parse_json, read_bytes, read_json_object
 from cfsp.validation import Kinds, check_kinds, kinds
 
 MAX_LAYERS = 512
 """As many as llama.cpp reads; more is no model but an attempt to fill the memory."""
 LayerCount = Annotated[int, Field(ge=1, le=MAX_LAYERS)]
-MAX_SIZE = 2**24
-Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 ContextLength = Annotated[int, Field(ge=1, lt=2**31)]
 Epsilon = Annotated[float, Field(gt=0, le=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 _Ids = TokenId | list[TokenId] | None
 _PadId = Annotated[int, Field(ge=-1, lt=2**31)] | None
 _Number = Positive | None
 _Share = Annotated[float, Field(gt=0, le=1)]
-_Factor = Annotated[float, Field(gt=1e-6, lt=1e6)]
 
 PER_BLOCK_LISTS = ("layer_types", "no_rope_layers")
 """Settings with an entry for each block."""
@@ -43,7 +40,7 @@ _CONFIG = kinds(
     **dict.fromkeys(("vocab_size", "hidden_size", "num_attention_heads"), Size),
     intermediate_size=Size,
     **dict.fromkeys(
-        ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_bias", "use_sliding_window"),
+        ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
         bool | None,
     ),
     **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"), dict[str, Any] | None),
@@ -58,32 +55,12 @@ _CONFIG = kinds(
     no_rope_layers=list[Annotated[int, Field(ge=0, le=1)]] | None,
     no_rope_layer_interval=Annotated[int, Field(ge=1)] | None,
     **dict.fromkeys(("rms_norm_eps", "norm_eps"), Epsilon),
-    **dict.fromkeys(("conv_L_cache", "linear_conv_kernel_dim"), Annotated[int, Field(ge=2, le=2**10)]),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), Size),
-    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), Size),
-    **dict.fromkeys(("conv_bias", "block_auto_adjust_ff_dim", "tie_embedding"), bool),
-    **dict.fromkeys(("block_ff_dim", "block_multiple_of"), Size),
-    block_ffn_dim_multiplier=_Number,
-    full_attn_idxs=list[int] | None,
-    **dict.fromkeys(("hidden_act", "hidden_activation"), str),
+    hidden_act=str,
     final_logit_softcapping=_Number,
     attn_logit_softcapping=None,
-    **dict.fromkeys(("global_head_dim", "num_global_key_value_heads"), Annotated[int, Field(ge=2)] | None),
-    **dict.fromkeys(
-        ("hidden_size_per_layer_input", "num_kv_shared_layers"), Annotated[int, Field(ge=0)] | None
-    ),
-    vocab_size_per_layer_input=Size,
-    **dict.fromkeys(("use_double_wide_mlp", "enable_moe_block", "attention_k_eq_v"), bool | None),
     use_bidirectional_attention=Literal[False] | None,
-    **dict.fromkeys(("rope_local_base_freq", "query_pre_attn_scalar"), _Number),
     sliding_window_pattern=Annotated[int, Field(ge=0)] | str | None,
     _sliding_window_pattern=Annotated[int, Field(ge=1)],
-    **dict.fromkeys(
-        ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), _Factor
-    ),
-    shared_intermediate_size=Size,
-    num_local_experts=Annotated[int, Field(ge=0)] | None,
-    position_embedding_type=str | None,
     original_max_position_embeddings=ContextLength | None,
     partial_rotary_factor=_Share | None,
     rope_theta=_Number,
@@ -125,6 +102,11 @@ _TOKENIZER = kinds(
 _TOKENIZER_SETTINGS: Mapping[str, Kinds] = MappingProxyType(
     {"tokenizer_config.json": _TOKENIZER, "special_tokens_map.json": _TOKENIZER, "added_tokens.json": {}}
 )
+_OF_THE_WHOLE = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"),
+    *("dtype", "torch_dtype", "quantization_config"),
+)
+"""Settings that stand beside the parts of a folder where its text part does not say them."""
 _MOST_GROWTH = 100
 BlockSettings = Mapping[int, Mapping[str, Any]]
 """Index of a block -> the settings in which it differs."""
@@ -134,58 +116,47 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder, or what it says of the text part, all keys that matter to us of sound kind and size.
 
     Raises:
-        InputError: Missing or malformed, an adapter beside it, an architecture that is not in the table, quantized
-            weights, or values that are of the wrong kind, out of range, or do not fit together; all are named.
+        InputError: Missing or malformed, an adapter beside it, an architecture that has no row, quantized weights, or
+            values that are of the wrong kind, out of range, or do not fit together; all are named.
     """
-    # They bring torch, which readers of GGUF headers do without.
-    from cfsp.models.architectures import ARCHITECTURES, unsupported
-    from cfsp.models.folds import FOLDS, require_foldable
+    import transformers
 
-    file = folder / "config.json"
+    file, where = folder / "config.json", str(folder / "config.json")
     if (folder / "adapter_config.json").is_file():
         raise InputError(
-            f"{folder} holds an adapter, which fits the whole model alone",
+            f"{folder} holds an adapter, which fits only the whole model",
             allowed="a model with the adapter merged into its weights (peft: merge_and_unload)",
         )
     if not file.exists():
         raise InputError(
             f"{folder} has no config.json", allowed="a Hugging Face model folder, or a .gguf file"
         )
-    settings = text_settings(read_json_object(file), str(file))
+    settings = read_json_object(file)
+    if text_type := text_model_of(str(settings.get("model_type"))):
+        own = settings.get("text_config")
+        if not isinstance(own, dict):
+            kind = type(own).__name__
+            raise InputError(f"{where}: nothing is said of the text model", field="text_config", value=kind)
+        whole = {key: settings[key] for key in _OF_THE_WHOLE if settings.get(key) is not None}
+        settings = {"model_type": text_type} | whole | own
     model_type = str(settings.get("model_type"))
-    row = look_up(
-        {**FOLDS, **ARCHITECTURES}, model_type, f"{file}: {unsupported(model_type)}", field="model_type"
-    )
-    check_kinds(settings, _CONFIG, str(file))
-    require_foldable(settings, str(file))
-    if getattr(row, "has_window_rope", False) and settings.get("sliding_window", 1) is None:
+    row = family_of(model_type, f"{where}: ")
+    check_kinds(settings, {**_CONFIG, **kinds(**row.kinds)}, where)
+    fold = fold_of(settings)
+    if fold is not None and (obstacle := fold.obstacle(settings)):
         raise InputError(
-            f"{file}: transformers needs one for {model_type}", field="sliding_window", value=None
+            f"{where}: {model_type} models with {obstacle} are not supported",
+            allowed=f"those that are a {fold.target} but for names and factors",
         )
     for key in ("rope_parameters", "rope_scaling"):
-        for part in _ropes(settings.get(key) or {}):
-            check_kinds(part, _ROPE, f"{file}: {key}")
-    _refuse(settings, row, str(file))
-    if problems := "; ".join(_contradictions(settings, row)):
-        raise InputError(f"{file}: {problems}")
-    if quantized := settings.get("quantization_config"):
-        method = quantized.get("quant_method")
-        raise InputError(f"{folder} holds quantized weights", value=method, allowed="float weights")
-    return settings
-
-
-def _refuse(settings: Mapping[str, Any], row: Any, where: str) -> None:
-    """Raise InputError for a model of a known type with something that its row has no place for."""
-    import transformers
-
-    model_type = settings["model_type"]
-    for key, reason in getattr(row, "refused", {}).items():
-        if settings.get(key):
-            raise InputError(f"{where}: unsupported, with {reason}", field=key, value=settings[key])
-    if settings.get("final_logit_softcapping") and not getattr(row, "cap_setting", ""):
-        key = "final_logit_softcapping"
-        raise InputError(f"{where}: unsupported in {model_type}", field=key, value=settings[key])
-    release = getattr(row, "release", 0)
+        stated = settings.get(key) or {}
+        # Parameters of all blocks, and of each kind (`full_attention`, `sliding_attention`).
+        of_kinds = {n for n, part in stated.items() if n.endswith("_attention") and isinstance(part, dict)}
+        for part in ({n: stated[n] for n in stated.keys() - of_kinds}, *(stated[n] for n in of_kinds)):
+            check_kinds(part, _ROPE, f"{where}: {key}")
+    if isinstance(row, Family):
+        _refuse(settings, row, where)
+    release = row.release if isinstance(row, Family) else 0
     if model_type not in transformers.CONFIG_MAPPING or int(transformers.__version__.split(".")[0]) < release:
         raise InputError(
             f"{where}: transformers {transformers.__version__} does not know it as it is read here",
@@ -193,6 +164,27 @@ def _refuse(settings: Mapping[str, Any], row: Any, where: str) -> None:
             value=model_type,
             allowed=f"transformers {release}",
         )
+    if problems := "; ".join(_contradictions(settings, row)):
+        raise InputError(f"{where}: {problems}")
+    if quantized := settings.get("quantization_config"):
+        method = quantized.get("quant_method")
+        raise InputError(f"{folder} holds quantized weights", value=method, allowed="float weights")
+    return settings
+
+
+def _refuse(settings: Mapping[str, Any], row: Family, where: str) -> None:
+    """Raise InputError for a model of a known type with something that its row has no place for."""
+    if row.has_window_rope and settings.get("sliding_window", 1) is None:
+        raise InputError(
+            f"{where}: transformers needs one for {row.model_type}", field="sliding_window", value=None
+        )
+    cap = {} if row.cap_setting else {"final_logit_softcapping": ""}
+    for key, reason in {**row.refused, **cap}.items():
+        if settings.get(key):
+            why = f"with {reason}" if reason else f"in {row.model_type}"
+            raise InputError(
+                f"{where}: unsupported{',' if reason else ''} {why}", field=key, value=settings[key]
+            )
 
 
 def dense_settings(settings: Mapping[str, Any], where: str) -> tuple[dict[str, Any], BlockSettings]:
@@ -207,9 +199,7 @@ def dense_settings(settings: Mapping[str, Any], where: str) -> tuple[dict[str, A
     Raises:
         InputError: A malformed `per_layer_config`.
     """
-    from cfsp.models.architectures import ARCHITECTURES
-
-    row = ARCHITECTURES.get(settings.get("model_type", ""))
+    row = FAMILIES.get(settings.get("model_type", ""))
     native = ("head_dim",) if row and row.own_heads else ()
     try:
         stated = {int(n): dict(own) for n, own in (settings.get("per_layer_config") or {}).items()}
@@ -321,18 +311,7 @@ def _check_normalizer(normalizer: Any, where: str) -> None:
         raise InputError(f"{where}: the normalizer makes a text up to {growth} times as long")
 
 
-def _ropes(stated: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Rope parameters: what is said of all blocks, and what of each kind (`full_attention`, `sliding_attention`)."""
-    of_kinds = [
-        name for name, part in stated.items() if name.endswith("_attention") and isinstance(part, dict)
-    ]
-    return [
-        {name: part for name, part in stated.items() if name not in of_kinds},
-        *(stated[name] for name in of_kinds),
-    ]
-
-
-def _contradictions(settings: Mapping[str, Any], row: Any) -> Iterator[str]:
+def _contradictions(settings: Mapping[str, Any], row: Family | Fold) -> Iterator[str]:
     """What values say of each other that cannot be."""
     said = settings.get
     heads, hidden, layers = said("num_attention_heads"), said("hidden_size"), said("num_hidden_layers")

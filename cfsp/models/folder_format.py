@@ -9,6 +9,8 @@ from typing import Any
 
 from cfsp.errors import InputError
 from cfsp.files import write_json
+from cfsp.models.families import FAMILIES
+from cfsp.models.families.row import FULL, WINDOWED
 from cfsp.reading import read_json
 
 _log = logging.getLogger(__name__)
@@ -41,10 +43,7 @@ def portable_config(stored: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: They have one where version 4 reads none.
     """
-    # It brings torch, which readers of notices do without.
-    from cfsp.models.architectures import ARCHITECTURES, FULL, WINDOWED
-
-    row, rope = ARCHITECTURES[stored["model_type"]], stored.get("rope_parameters")
+    row, rope = FAMILIES[stored["model_type"]], stored.get("rope_parameters")
     if row.release > _OLDER or not isinstance(rope, dict):
         return dict(stored)
     portable = dict(stored)

@@ -21,7 +21,9 @@ import numpy as np
 from pydantic import Field
 
 from cfsp.errors import InputError
-from cfsp.models.config_file import ContextLength, Epsilon, LayerCount, Positive, Size, TokenId
+from cfsp.models.config_file import ContextLength, Epsilon, LayerCount, TokenId
+from cfsp.models.families import BUILT_IN, FOLDS
+from cfsp.models.families.row import Count, Positive, Size
 from cfsp.reading import one_line
 from cfsp.validation import check_kinds, kinds
 
@@ -68,8 +70,6 @@ _METADATA = kinds(
     **{f"general.sampling.{name}": float for name in ("temp", "top_p", "min_p", "penalty_repeat")},
     **{"general.sampling.top_k": int},
 )
-_Factor = Annotated[float, Field(ge=0, lt=1e6)]
-"""0 stands for none."""
 _HYPERPARAMETERS = kinds(
     **dict.fromkeys((*_SIZES, "rope.dimension_count"), Size),
     **dict.fromkeys(("feed_forward_length", "attention.head_count", "attention.head_count_kv"), _PerBlock),
@@ -82,27 +82,15 @@ _HYPERPARAMETERS = kinds(
         "final_logit_softcapping": Annotated[float, Field(ge=0, allow_inf_nan=False)],
         "rope.scaling.original_context_length": ContextLength,
         "rope.scaling.attn_factor": Positive,
-        **dict.fromkeys(
-            ("embedding_length_per_layer_input", "attention.shared_kv_layers"),
-            Annotated[int, Field(ge=0, lt=2**16)],
-        ),
-        **dict.fromkeys(("shortconv.l_cache", "ssm.conv_kernel"), Annotated[int, Field(ge=2, le=2**10)]),
-        **dict.fromkeys(
-            ("ssm.group_count", "ssm.time_step_rank", "ssm.state_size", "full_attention_interval"),
-            Annotated[int, Field(ge=1, lt=2**16)],
-        ),
-        "attention.recurrent_layers": list[bool | int],
-        "rope.dimension_sections": list[Annotated[int, Field(ge=0, lt=2**16)]],
-        "nextn_predict_layers": Annotated[int, Field(ge=0, lt=2**16)],
+        "nextn_predict_layers": Count,
         "rope.freq_base": Positive,
         "rope.freq_base_swa": Positive,
         "rope.scaling.type": str,
-        **dict.fromkeys(
-            ("rope.scaling.factor", "embedding_scale", "residual_scale", "attention.scale"), _Factor
-        ),
-        "logit_scale": Positive,
+        "rope.scaling.factor": Annotated[float, Field(ge=0, lt=1e6)],  # 0 stands for none
         "rope.scaling.finetuned": bool,
     },
+    **{key: kind for row in BUILT_IN.values() for key, kind in row.gguf_kinds.items()},
+    **{key: kind for fold in FOLDS.values() for key, kind in fold.gguf_kinds.items()},
 )
 
 CONVOLUTIONS = ("shortconv.conv.weight", "ssm_conv1d.weight")

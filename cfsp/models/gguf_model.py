@@ -17,19 +17,12 @@ import numpy.typing as npt
 import torch
 import transformers
 
-from cfsp.errors import InputError, look_up
-from cfsp.models.architectures import (
-    ARCHITECTURES,
-    FULL,
-    WINDOWED,
-    ArchitectureSpec,
-    Mixer,
-    keyless_blocks,
-    stated_widths,
-    unsupported,
-)
+from cfsp.errors import InputError
+from cfsp.models.architectures import keyless_blocks, stated_widths
 from cfsp.models.delta_nets import OWN_NUMBERS, a_log_of, tilings, widths
-from cfsp.models.folds import FOLDS, Factors, check_factors, times_
+from cfsp.models.families import FOLDS, family_of_gguf
+from cfsp.models.families.row import FULL, WINDOWED, Family, Mixer
+from cfsp.models.folds import check_factors, times_
 from cfsp.models.gguf_file import (
     CONVOLUTIONS,
     GGUFFile,
@@ -80,7 +73,7 @@ def config_from_gguf(file: GGUFFile) -> Any:
         return transformers.AutoConfig.for_model(row.model_type, **settings)
 
 
-def _settings(file: GGUFFile, row: ArchitectureSpec) -> dict[str, Any]:
+def _settings(file: GGUFFile, row: Family) -> dict[str, Any]:
     """Keyword arguments of the transformers configuration."""
     shapes = {tensor.name: tensor.shape for tensor in file.tensors}
     heads, hidden = file.hyperparameter("attention.head_count"), file.hyperparameter("embedding_length")
@@ -124,7 +117,7 @@ def _settings(file: GGUFFile, row: ArchitectureSpec) -> dict[str, Any]:
     return settings | {key: f"blk.0.{name}.bias" in shapes for key, name in row.bias_settings.items()}
 
 
-def _mixing_settings(file: GGUFFile, row: ArchitectureSpec, heads: int) -> dict[str, Any]:
+def _mixing_settings(file: GGUFFile, row: Family, heads: int) -> dict[str, Any]:
     """Key-value heads, and where something can take attention's place, in which blocks it does.
 
     Raises:
@@ -160,7 +153,7 @@ def _stepped(file: GGUFFile, mixer: Mixer, n_blocks: int) -> list[str]:
     return [mixer.kind if one else FULL for one in recurrent[:n_blocks]]
 
 
-def _further_settings(file: GGUFFile, row: ArchitectureSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _further_settings(file: GGUFFile, row: Family, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What caps logits, and the rows of a further table of tokens.
 
     Raises:
@@ -203,7 +196,7 @@ def _partial_rope(file: GGUFFile, settings: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def _width_settings(file: GGUFFile, row: ArchitectureSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _width_settings(file: GGUFFile, row: Family, settings: Mapping[str, Any]) -> dict[str, Any]:
     """FFN widths; raises InputError for those that the configuration of a dense model cannot say."""
     stated = file.require(f"{file.architecture}.feed_forward_length")
     known = {"model_type": row.model_type, **settings}
@@ -311,7 +304,7 @@ def _weights(
         stored = max(both.values(), key=_bits) if tensor.name in both else tensor
         values = torch.from_numpy(stored.dequantize()).float()
         stored.let_go()
-        if row.gguf_interleaved:
+        if row.layouts[0].interleaved_rope:
             values = _split_halves(tensor.name, values, config)
         in_mixer = row.mixer is not None and f".{row.mixer.module}." in names[tensor.name]
         if row.norm_offset and tensor.name.endswith("norm.weight") and not in_mixer:
@@ -341,7 +334,7 @@ def _unread(file: GGUFFile, config: Any) -> frozenset[str]:
     )
 
 
-def _factors(file: GGUFFile, config: Any) -> Factors:
+def _factors(file: GGUFFile, config: Any) -> Mapping[str, float]:
     """What weights of a model that is read as one of another type are multiplied by; nothing of any other."""
     fold = next((fold for fold in FOLDS.values() if fold.gguf_name == file.architecture), None)
     if fold is None or not fold.gguf_keys:
@@ -456,15 +449,9 @@ def _net_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _row(file: GGUFFile) -> ArchitectureSpec:
-    """The model type of a file; of two that one architecture of llama.cpp holds, by whether it has windows."""
-    windowed, rows = bool(file.hyperparameter("attention.sliding_window")), {}
-    for row in ARCHITECTURES.values():
-        if row.gguf_name and (row.gguf_name not in rows or row.has_windows == windowed):
-            rows[row.gguf_name] = row
-    rows |= {fold.gguf_name: ARCHITECTURES[fold.target] for fold in FOLDS.values() if fold.gguf_name}
-    message = f"{file.path}: {unsupported(file.architecture)}"
-    return look_up(rows, file.architecture, message, field="general.architecture")
+def _row(file: GGUFFile) -> Family:
+    windowed = bool(file.hyperparameter("attention.sliding_window"))
+    return family_of_gguf(file.architecture, str(file.path), windowed=windowed)
 
 
 def _shortest(value: float) -> float:
@@ -517,7 +504,7 @@ def _split_halves(name: str, values: torch.Tensor, config: Any) -> torch.Tensor:
     return values if heads is None else split_pairs(values, heads)
 
 
-def _window_settings(file: GGUFFile, row: ArchitectureSpec, n_blocks: int) -> dict[str, Any]:
+def _window_settings(file: GGUFFile, row: Family, n_blocks: int) -> dict[str, Any]:
     """In which blocks attention sees a window alone, how wide it is, and the base of the rope there.
 
     A file that says nothing of single blocks has the step that transformers takes for granted, too.

@@ -30,10 +30,10 @@ from cfsp.models.config_file import (
     read_chat_template,
     read_model_config,
 )
-from cfsp.models.folds import fold_of, folded, is_folded
+from cfsp.models.families import fold_of, text_model_of
+from cfsp.models.folds import folded, is_folded
 from cfsp.models.offload import AUTO, NARROW, WHOLE, Keeping, keeping_of_files, offloaded_model
 from cfsp.models.source import ModelSource
-from cfsp.models.text_settings import TEXT_PARTS
 from cfsp.models.weights import (
     OUTPUT_MATRIX,
     check_loading,
@@ -49,6 +49,13 @@ from cfsp.reading import as_input_error, panicking_silently, read_json_object
 
 _CARD_CHARACTERS = 2**16
 """Of README.md, in which its front matter must end."""
+# Releases of transformers have put the text model before, and behind, what is common to all parts.
+_PREFIXES = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+    "lm_head.": "lm_head.",
+}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -130,24 +137,19 @@ def _load_text_part(
 
 def is_text_part(folder: Path) -> bool:
     """Whether a folder's model is a part of what the folder holds."""
-    return _model_type(folder) in TEXT_PARTS
+    file = folder / "config.json"
+    return file.is_file() and text_model_of(str(read_json_object(file).get("model_type"))) is not None
 
 
 def text_names(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Tensors of a folder's files that belong to its text model -> that model's names of them."""
-    part = TEXT_PARTS.get(_model_type(folder))
-    prefixes = {"": ""} if part is None else part.prefixes
+    prefixes = _PREFIXES if is_text_part(folder) else {"": ""}
     found = {}
     for name in names:
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
         if prefix is not None:
             found[name] = prefixes[prefix] + name.removeprefix(prefix)
     return found
-
-
-def _model_type(folder: Path) -> str:
-    file = folder / "config.json"
-    return str(read_json_object(file).get("model_type")) if file.is_file() else ""
 
 
 def keeping_of_folder(folder: Path, asked: str = AUTO) -> Keeping:

@@ -24,8 +24,9 @@ from cfsp.errors import InputError
 from cfsp.files import sha256_file, short_name
 from cfsp.models.builtin import BUILTIN_MODELS, fetch_builtin
 from cfsp.models.config_file import read_model_config
+from cfsp.models.families import fold_of
 from cfsp.models.folder_format import NOTICE_PATTERNS
-from cfsp.models.folds import fold_of, is_folded
+from cfsp.models.folds import is_folded
 from cfsp.models.gguf_file import GGUFFile, read_gguf
 from cfsp.models.gguf_model import keeping_of_gguf, model_from_gguf, tying_note
 from cfsp.models.gguf_tokenizer import tokenizer_from_gguf

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Rope = Mapping[str, Any]
 """`rope_type`, `rope_theta`, and what the type asks for."""
@@ -99,6 +100,8 @@ def partial_rows(rows: torch.Tensor, heads: int, rope: Rope, context: int) -> to
     turned, half = _turned(rope, head_dim), head_dim // 2
     if turned == head_dim or len(rows) % heads:
         return rows
+    import torch
+
     still = half - turned // 2
     by_head = rows.reshape(heads, head_dim, *rows.shape[1:])
     first, second, rest = torch.split(by_head, [turned // 2, turned // 2, 2 * still], dim=1)

@@ -14,7 +14,7 @@ import torch
 from cfsp.devices import CPU
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, feed_forward, model_shape, spec_for
-from cfsp.models.config_file import MAX_SIZE
+from cfsp.models.families.row import MAX_SIZE
 from cfsp.models.offload import at_hand
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel

@@ -1,155 +1,27 @@
-"""Which llama.cpp architecture holds a model type, and what its tensors are called and look like there.
+"""Which of llama.cpp's architectures holds a model, and what its tensors are called there.
 
-Most of llama.cpp's architectures use block 0's FFN width for all blocks. Two take a width for each block and compute
-what our model types compute: `deci` (llama, mistral, qwen2) and `openelm` (qwen3 with tied embeddings). Every model
-type lists its layouts in order of preference; the first that can represent the model is used. Where none takes its
-widths, the FFN is padded with zero channels to the widest block: exact, but the pruned space comes back.
-
-Both take numbers of heads for each block as well; `deci` alone takes blocks without attention (head counts of 0).
-
-Two conventions of rotary embedding exist. `llama` and `deci` rotate neighbouring pairs of a head's values, so the rows
-of q and k (weights and biases) are interleaved; the others rotate halves, as Hugging Face's models do.
+Every family lists its layouts (`cfsp.models.families`) in order of preference; the first that can represent the model
+is used. Where none takes its widths, the FFN is padded with zero channels to the widest block: exact, but the pruned
+space comes back.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 
 from cfsp.errors import InputError
+from cfsp.models.families import FAMILIES
+from cfsp.models.families.row import Layout
 from cfsp.models.gguf_file import tensor_names
 from cfsp.models.shape import ModelShape
 from exporters.checkpoint_reader import ModelConfig, open_tensors, read_config
 from exporters.export_record import ParityLimits
 from exporters.gguf.rope import BY_FREQUENCY
 
-
-@dataclass(frozen=True)
-class Layout:
-    """What one of llama.cpp's architectures takes.
-
-    Attributes:
-        architecture: Its name in general.architecture.
-        per_layer_sizes: Takes an FFN width and numbers of heads for each block.
-        interleaved_rope: Rotates neighbouring pairs: rows of q and k are interleaved.
-        fused_qkv: Stores q, k and v as one matrix, and head counts as arrays.
-        biases: Linear layers of a block that may have a bias.
-        rope_factors: Reads divisors of single frequencies (llama3's and longrope's scaling).
-        free_head_dim: All heads together may be wider or narrower than hidden_size.
-        untied: Has an output matrix of its own.
-        attention_free: Takes blocks without attention.
-        unrotated_step: The last of each so many blocks does not rotate its queries and keys; 0: all do.
-        rotates_windowed: Rotates them in blocks that see a window alone, where there are such, and in no others.
-        activation: Of the FFN, as `ModelConfig` names it.
-        tied: Takes a model whose output matrix is its embedding.
-        window_base: Where it takes a window, reads a base of the rope for blocks that have one.
-        full_step: Where it takes a window, the last of each so many blocks has none, unless a file says of each block
-            whether it has; 0: it takes none.
-        windowed_depth: Takes a window in models of so many blocks, which all have one, and in no others; 0: in any.
-        plain_scores: Multiplies attention's scores by 1, and not by 1 / sqrt(head_dim).
-        own_heads: Reads a head_dim of blocks with a window, and one of the others.
-        shares_keys: Lets the last blocks read keys and values of the last two before them: those with a window of the
-            first, which has one, and the others of the second, which has none.
-        needs_window: Ends the process over a file in which no block has a window.
-        takes_inputs: Gives every block more of a token than its hidden state.
-        caps_logits: Caps logits z to c tanh(z / c).
-        exact_limits: What holds a float32 file, where llama.cpp computes something of it in fewer bits.
-    """
-
-    architecture: str
-    per_layer_sizes: bool = False
-    interleaved_rope: bool = False
-    fused_qkv: bool = False
-    biases: frozenset[str] = frozenset()
-    rope_factors: bool = False
-    free_head_dim: bool = True
-    untied: bool = True
-    tied: bool = True
-    attention_free: bool = False
-    unrotated_step: int = 0
-    rotates_windowed: bool = False
-    activation: str = "silu"
-    window_base: bool = False
-    full_step: int = 0
-    windowed_depth: int = 0
-    plain_scores: bool = False
-    own_heads: bool = False
-    shares_keys: bool = False
-    needs_window: bool = False
-    takes_inputs: bool = False
-    caps_logits: bool = False
-    exact_limits: ParityLimits | None = None
-
-    def rotated(self, windows: Sequence[int | None]) -> tuple[bool, ...]:
-        """Whether each block's queries and keys are rotated, of blocks that see so many tokens (None: all)."""
-        if self.rotates_windowed and any(windows):
-            return tuple(window is not None for window in windows)
-        step = self.unrotated_step
-        return tuple(not step or (block + 1) % step != 0 for block in range(len(windows)))
-
-
-_ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
-_ALL_LINEAR = _ATTENTION | {"gate_proj", "up_proj", "down_proj"}
-
-_LLAMA = Layout("llama", interleaved_rope=True, biases=_ALL_LINEAR, rope_factors=True)
-_DECI = replace(_LLAMA, architecture="deci", per_layer_sizes=True, attention_free=True)
-_QWEN2 = Layout("qwen2", biases=_ATTENTION - {"o_proj"}, free_head_dim=False)
-_QWEN3 = Layout("qwen3", biases=_ATTENTION - {"o_proj"})
-_OPENELM = Layout("openelm", per_layer_sizes=True, fused_qkv=True, untied=False)
-
-_SMOLLM3 = Layout("smollm3", interleaved_rope=True, biases=_ATTENTION - {"o_proj"}, unrotated_step=4)
 # ggml looks GELU up in a table of float16: a number that falls to the other side of a step is off by 0.05 %.
 _GELU_TABLE = ParityLimits(max_logit_diff=0.5, kl_mean=1e-4, same_top1=0.99)
-_GEMMA3 = Layout("gemma3", activation="gelu_tanh", window_base=True, full_step=6, exact_limits=_GELU_TABLE)
-_OLMO2 = Layout("olmo2", biases=_ATTENTION - {"o_proj"}, free_head_dim=False, tied=False, full_step=4)
-_EXAONE4 = Layout(
-    "exaone4",
-    rope_factors=True,
-    free_head_dim=False,
-    rotates_windowed=True,
-    full_step=4,
-    windowed_depth=64,
-)
-_LFM2 = Layout("lfm2", free_head_dim=False)
-_QWEN35 = Layout("qwen35")
-_GEMMA4 = Layout(
-    "gemma4",
-    per_layer_sizes=True,
-    rope_factors=True,
-    activation="gelu_tanh",
-    window_base=True,
-    full_step=1,
-    plain_scores=True,
-    own_heads=True,
-    shares_keys=True,
-    needs_window=True,
-    takes_inputs=True,
-    caps_logits=True,
-    exact_limits=_GELU_TABLE,
-)
-_HUNYUAN = Layout("hunyuan-dense", biases=_ATTENTION - {"o_proj"})
-
-LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
-    {
-        "llama": (_LLAMA, _DECI),
-        "mistral": (_LLAMA, _DECI),
-        "qwen2": (_QWEN2, _DECI),
-        "qwen3": (_QWEN3, _OPENELM),
-        "smollm3": (_SMOLLM3,),
-        "gemma3_text": (_GEMMA3,),
-        "olmo2": (_OLMO2,),
-        "olmo3": (_OLMO2,),
-        "exaone4": (_EXAONE4,),
-        "hunyuan_v1_dense": (_HUNYUAN,),
-        "lfm2": (_LFM2,),
-        "qwen3_5_text": (_QWEN35,),
-        "gemma4_text": (_GEMMA4,),
-    }
-)
-
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 """Modules of a block that an architecture may store as one."""
 
@@ -175,6 +47,11 @@ class ChosenLayout:
         """FFN widths of the blocks in the file."""
         widths = self.config.shape.ffn_widths
         return widths if self.padded_width is None else (self.padded_width,) * len(widths)
+
+    @property
+    def exact_limits(self) -> ParityLimits | None:
+        """What holds a float32 file, where llama.cpp computes something of it in fewer bits."""
+        return _GELU_TABLE if self.layout.activation == "gelu_tanh" else None
 
     @property
     def context_length(self) -> int:
@@ -222,7 +99,7 @@ def choose_layout(config: ModelConfig, stored: frozenset[str]) -> ChosenLayout:
     """
     padded: ChosenLayout | None = None
     obstacles: list[str] = []
-    for layout in LAYOUTS[config.model_type]:
+    for layout in config.spec.layouts:
         obstacle = _obstacle(layout, config, stored)
         if obstacle is not None:
             obstacles.append(f"{layout.architecture}: {obstacle}")
@@ -237,21 +114,25 @@ def choose_layout(config: ModelConfig, stored: frozenset[str]) -> ChosenLayout:
     return padded
 
 
+def _layouts(model_type: str) -> tuple[Layout, ...]:
+    return FAMILIES[model_type].layouts if model_type in FAMILIES else ()
+
+
 def holds_blocks_without_attention(model_type: str) -> bool:
     """Whether some architecture of llama.cpp holds a model of this type in which blocks have no attention."""
-    return any(layout.attention_free for layout in LAYOUTS.get(model_type, ()))
+    return any(layout.attention_free for layout in _layouts(model_type))
 
 
 def holds_unlike_blocks(model_type: str, *, tied: bool) -> bool:
     """Whether some architecture of llama.cpp holds a model of this type whose blocks have unlike widths and heads."""
-    return any(layout.per_layer_sizes and (tied or layout.untied) for layout in LAYOUTS.get(model_type, ()))
+    return any(layout.per_layer_sizes and (tied or layout.untied) for layout in _layouts(model_type))
 
 
 def holds_fewer_blocks(model_type: str, *, windowed: bool) -> bool:
     """Whether some architecture of llama.cpp holds a model of this type, with windows or without, less any block."""
     return any(
         not layout.unrotated_step and not (windowed and layout.windowed_depth)
-        for layout in LAYOUTS.get(model_type, ())
+        for layout in _layouts(model_type)
     )
 
 

@@ -215,8 +215,8 @@ def check_numbers(base: Path, file: WrittenFile) -> None:
 def _with_limits(file: WrittenFile, chosen: ChosenLayout, tensors: Sequence[GGUFTensor]) -> Quant:
     """The file's row with the limits that it is held to: what computes it, or the bits of a mixture, may set them."""
     quant = file.quant
-    if quant.base_type == "F32" and chosen.layout.exact_limits is not None:
-        return replace(quant, limits=chosen.layout.exact_limits)
+    if quant.base_type == "F32" and chosen.exact_limits is not None:
+        return replace(quant, limits=chosen.exact_limits)
     if file.mixture is None:
         return quant
     matrices = [tensor for tensor in tensors if tensor.name in file.mixture.types]

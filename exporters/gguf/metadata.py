@@ -6,12 +6,13 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 from cfsp.errors import InputError
+from cfsp.models.families.row import Layout
 from cfsp.models.gguf_model import SAMPLING
 from cfsp.records import tool_version
 from cfsp.settings import check_settings
 from cfsp.text.choosing import Sampling
 from exporters.checkpoint_reader import DeltaNet, ModelConfig
-from exporters.gguf.architecture import ChosenLayout, Layout
+from exporters.gguf.architecture import ChosenLayout
 from exporters.gguf.rope import rope_metadata
 from exporters.provenance import Provenance
 

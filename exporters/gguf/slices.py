@@ -52,7 +52,7 @@ def prove_blocks(
     Raises:
         LimitError: A block gives something else in llama.cpp; the message says which.
     """
-    limits = chosen.layout.exact_limits or QUANTS["f32"].limits
+    limits = chosen.exact_limits or QUANTS["f32"].limits
     return prove_slices(
         model,
         _runs(chosen),

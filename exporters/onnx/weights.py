@@ -15,9 +15,6 @@ from torch import nn
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import (
-    FULL,
-    WINDOWED,
-    ArchitectureSpec,
     attention_of,
     decoder_layers,
     feed_forward,
@@ -27,6 +24,7 @@ from cfsp.models.architectures import (
     spec_for,
     windows_of_blocks,
 )
+from cfsp.models.families.row import FULL, WINDOWED, Family
 from cfsp.models.offload import at_hand
 from cfsp.models.rope import steady_context
 from exporters.checkpoint_reader import ACTIVATIONS, rope_of
@@ -320,16 +318,9 @@ def _norm(model: Any, name: str, weights: Weights) -> torch.Tensor:
     return weights.stored(weight + offset if offset else weight)
 
 
-def unwritten(spec: ArchitectureSpec) -> str | None:
-    """What blocks of a model type may have of which no graph is written; None where that is nothing."""
-    if spec.shared_keys or spec.block_inputs:
-        return "that read another block's keys and values, or get more of a token than its hidden state"
-    return None
-
-
-def check_blocks(spec: ArchitectureSpec) -> None:
+def check_blocks(spec: Family) -> None:
     """Raise InputError for a model type whose blocks no graph computes."""
-    if reason := unwritten(spec):
+    if reason := spec.not_in_graphs:
         raise InputError(
             f"no graph is written yet of blocks {reason}",
             field="model_type",

@@ -17,7 +17,7 @@ import typer
 
 from cfsp.errors import InputError
 from cfsp.models.builtin import cache_directory
-from cfsp.plugins import ENGINES, METRICS, TARGETS, find_plugins
+from cfsp.plugins import ENGINES, FAMILIES, METRICS, TARGETS, find_plugins
 from cfsp.units import format_bytes
 from phoneready.commands.options import MODEL_HELP, JsonOption
 from phoneready.console import Check, write_result
@@ -147,14 +147,20 @@ def _enough(name: str, available: int, found: str) -> Check:
 
 
 def _plugins() -> Iterator[Check]:
+    from cfsp.models.families import BUILT_IN
     from phoneready.figures import metrics
     from runtime_bench import engines
     from runtime_bench.targets import table
 
-    built_in = {ENGINES: engines.ENGINES, TARGETS: table.TARGETS, METRICS: metrics.METRICS}
-    for group, names in built_in.items():
+    built_in = {
+        "engine": (ENGINES, engines.ENGINES),
+        "target": (TARGETS, table.TARGETS),
+        "metric": (METRICS, metrics.METRICS),
+        "family": (FAMILIES, BUILT_IN),
+    }
+    for kind, (group, names) in built_in.items():
         for plugin in find_plugins(group, names):
-            name = f"{group.removeprefix('phoneready.').removesuffix('s')} {plugin.entry.name}"
+            name = f"{kind} {plugin.entry.name}"
             try:
                 plugin.load(object)
                 yield Check(name, "ok", f"plugin of {plugin.origin}")

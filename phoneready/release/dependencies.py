@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import cfsp
-from cfsp.plugins import ENGINES, METRICS, TARGETS, find_plugins
+from cfsp.plugins import ENGINES, FAMILIES, METRICS, TARGETS, find_plugins
 from cfsp.records import tool_version
 
 ROOT = Path(cfsp.__file__).parents[1]
@@ -31,7 +31,9 @@ def made_with(root: Path = ROOT) -> dict[str, Any]:
                 digest.update(hashlib.sha256(file.read_bytes()).digest())
     required = importlib.metadata.requires("phoneready") or []
     names = {re.split(r"[^\w.-]", one)[0] for one in required if not _SHOWING.match(one)} - {"phoneready"}
-    plugins = [plugin.origin for group in (ENGINES, TARGETS, METRICS) for plugin in find_plugins(group)]
+    plugins = [
+        plugin.origin for group in (ENGINES, TARGETS, METRICS, FAMILIES) for plugin in find_plugins(group)
+    ]
     return {
         "tool": tool_version(),
         "code": digest.hexdigest()[:16],

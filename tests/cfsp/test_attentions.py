@@ -12,8 +12,9 @@ import torch
 import transformers
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import ARCHITECTURES, decoder_layers, model_shape, spec_for
+from cfsp.models.architectures import decoder_layers, model_shape, spec_for
 from cfsp.models.checkpoint import load_pruned, read_checkpoint_info, save_checkpoint
+from cfsp.models.families import FAMILIES
 from cfsp.models.source import LoadedModel
 from cfsp.pruning.axes.parts import attentions_stay, removable_attentions
 from cfsp.pruning.block_by_block import apply_plan
@@ -22,7 +23,7 @@ from cfsp.pruning.settings import PruneSettings
 from cfsp.text.calibration import Calibration
 
 IDS = torch.randint(0, 300, (6, 32), generator=torch.Generator().manual_seed(5))
-FAMILIES = [name for name, row in ARCHITECTURES.items() if not attentions_stay(row)]
+WITH_PARTS = [name for name, row in FAMILIES.items() if not attentions_stay(row)]
 PLAIN = PruneSettings(prune_ratio=0, attentions=2, align=8, reconstruct="none", dtype="float32")
 
 
@@ -35,7 +36,7 @@ def divergence(expected: torch.Tensor, actual: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", WITH_PARTS)
 @torch.inference_mode()
 def test_without_refit_attentions_add_nothing_and_the_rest_is_as_it_was(
     tiny_model: Any, tiny_loaded: Any, model_type: str
@@ -63,10 +64,10 @@ def test_without_refit_attentions_add_nothing_and_the_rest_is_as_it_was(
     assert removed == 2 * sum(p.numel() for module in of_attention for p in module.parameters())
 
 
-@pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if name not in FAMILIES])
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if name not in WITH_PARTS])
 def test_attentions_stay_where_few_attend_or_share_their_keys(tiny_loaded: Any, model_type: str) -> None:
     assert removable_attentions(tiny_loaded(model_type).model, frozenset()) == []
-    with pytest.raises(InputError, match=attentions_stay(ARCHITECTURES[model_type])):
+    with pytest.raises(InputError, match=attentions_stay(FAMILIES[model_type])):
         prune(tiny_loaded(model_type), PLAIN)
 
 
@@ -79,7 +80,7 @@ def test_the_refit_lowers_the_divergence(tiny_model: Any, tiny_loaded: Any) -> N
     assert found[1] < 0.9 * found[0]
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", WITH_PARTS)
 def test_a_checkpoint_loads_with_and_without_us(tiny_loaded: Any, tmp_path: Path, model_type: str) -> None:
     settings = replace(PLAIN, attentions=1, blocks=1, prune_ratio=0.25 if model_type == "llama" else 0)
     result = prune(tiny_loaded(model_type), settings)

@@ -12,8 +12,9 @@ import torch
 import transformers
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import ARCHITECTURES, decoder_layers, model_shape
+from cfsp.models.architectures import decoder_layers, model_shape
 from cfsp.models.checkpoint import load_pruned, read_checkpoint_info, save_checkpoint
+from cfsp.models.families import FAMILIES
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.axes.parts import blocks_stay, candidate_blocks, plan_blocks
 from cfsp.pruning.block_by_block import apply_plan
@@ -27,7 +28,7 @@ IDS = torch.randint(0, 300, (6, 32), generator=torch.Generator().manual_seed(5))
 PLAIN = PruneSettings(prune_ratio=0, blocks=2, align=8, reconstruct="none", dtype="float32")
 
 
-FAMILIES = [name for name, row in ARCHITECTURES.items() if not blocks_stay(row)]
+WITH_PARTS = [name for name, row in FAMILIES.items() if not blocks_stay(row)]
 
 
 def prune(dense: LoadedModel, settings: PruneSettings, plan: PruningPlan | None = None) -> PruneResult:
@@ -46,7 +47,7 @@ def divergence(expected: torch.Tensor, actual: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", WITH_PARTS)
 @torch.inference_mode()
 def test_without_refit_blocks_are_skipped_and_nothing_else(
     tiny_model: Any, tiny_loaded: Any, model_type: str
@@ -62,10 +63,10 @@ def test_without_refit_blocks_are_skipped_and_nothing_else(
     assert [block.origin for block in pruned.plan.shape.blocks] == sorted(set(range(4)) - gone)
 
 
-@pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if name not in FAMILIES])
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if name not in WITH_PARTS])
 def test_blocks_stay_whose_number_counts(tiny_loaded: Any, model_type: str) -> None:
     assert candidate_blocks(tiny_loaded(model_type).model) == []
-    with pytest.raises(InputError, match=blocks_stay(ARCHITECTURES[model_type])):
+    with pytest.raises(InputError, match=blocks_stay(FAMILIES[model_type])):
         prune(tiny_loaded(model_type), PLAIN)
 
 
@@ -88,7 +89,7 @@ def test_the_block_that_does_nothing_goes_first(tiny_model: Any) -> None:
         assert plan.losses[index] == pytest.approx(measured, rel=1e-3)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", WITH_PARTS)
 def test_the_refit_lowers_the_divergence(tiny_model: Any, tiny_loaded: Any, model_type: str) -> None:
     expected = tiny_model(model_type)[0](IDS).logits
     found = []
@@ -132,7 +133,7 @@ def test_channels_go_from_the_blocks_that_stay(tiny_loaded: Any, reconstruct: st
     assert torch.equal(again.loaded.model(IDS).logits, result.loaded.model(IDS).logits)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", WITH_PARTS)
 def test_a_checkpoint_without_blocks_is_a_plain_folder(
     tiny_loaded: Any, tmp_path: Path, model_type: str
 ) -> None:

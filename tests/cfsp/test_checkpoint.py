@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import ARCHITECTURES, decoder_layers, feed_forward, model_shape
+from cfsp.models.architectures import decoder_layers, feed_forward, model_shape
 from cfsp.models.checkpoint import (
     CheckpointInfo,
     is_pruned_checkpoint,
@@ -24,6 +24,7 @@ from cfsp.models.checkpoint import (
     read_checkpoint_info,
     save_checkpoint,
 )
+from cfsp.models.families import FAMILIES
 from cfsp.models.reference import load_model
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel, ModelSource
@@ -64,7 +65,7 @@ def auto_load(folder: Path, *, trust: bool) -> Any:
 
 @pytest.mark.parametrize("widths", [DIFFERENT, UNIFORM, (32, 128, 128, 128)])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_round_trip(
     model_type: str, tied: bool, widths: tuple[int, ...], tiny_model: Any, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING
 from cfsp.errors import InputError
 from cfsp.models.architectures import model_shape
 from cfsp.models.checkpoint import load_pruned
-from cfsp.models.folds import FOLDS
+from cfsp.models.families import FOLDS
 from cfsp.models.reference import load_model
 from cfsp.records import read_record
 from exporters.export_record import ExportManifest

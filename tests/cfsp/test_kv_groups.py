@@ -12,8 +12,9 @@ import torch
 import transformers
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import ARCHITECTURES, decoder_layers, model_shape
+from cfsp.models.architectures import decoder_layers, model_shape
 from cfsp.models.checkpoint import load_pruned, read_checkpoint_info, save_checkpoint
+from cfsp.models.families import FAMILIES
 from cfsp.models.source import LoadedModel
 from cfsp.pruning.axes.parts import GroupRemoval, groups_stay
 from cfsp.pruning.block_by_block import apply_plan
@@ -25,7 +26,7 @@ from cfsp.records import read_record, record_to_json
 from cfsp.text.calibration import Calibration
 
 IDS = torch.randint(0, 300, (6, 32), generator=torch.Generator().manual_seed(5))
-FAMILIES = [name for name, row in ARCHITECTURES.items() if row.cuts_heads]
+WITH_GROUPS = [name for name, row in FAMILIES.items() if row.cuts_heads]
 PLAIN = PruneSettings(prune_ratio=0, kv_groups=0.4, align=8, reconstruct="none", dtype="float32")
 
 
@@ -44,7 +45,7 @@ def divergence(expected: torch.Tensor, actual: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4])  # 4: every query head has a key-value head of its own
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", WITH_GROUPS)
 @torch.inference_mode()
 def test_without_refit_groups_add_nothing_and_the_rest_is_as_it_was(
     tiny_model: Any, tiny_loaded: Any, model_type: str, kv_heads: int
@@ -68,10 +69,10 @@ def test_without_refit_groups_add_nothing_and_the_rest_is_as_it_was(
             assert tuple(linear.weight.shape) == (linear.out_features, linear.in_features)
 
 
-@pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if name not in FAMILIES])
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if name not in WITH_GROUPS])
 def test_no_group_goes_of_some_model_types(tiny_loaded: Any, model_type: str) -> None:
     for settings in (PLAIN, replace(PLAIN, attentions=1)):
-        with pytest.raises(InputError, match=groups_stay(ARCHITECTURES[model_type])):
+        with pytest.raises(InputError, match=groups_stay(FAMILIES[model_type])):
             prune(tiny_loaded(model_type), settings)
 
 
@@ -103,7 +104,7 @@ def test_o_proj_is_solved_for_what_the_attention_gave(tiny_model: Any, tiny_load
     assert (solved - dense).square().mean() < 0.9 * (cut - dense).square().mean()
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", WITH_GROUPS)
 def test_a_checkpoint_loads_with_and_without_us(tiny_loaded: Any, tmp_path: Path, model_type: str) -> None:
     settings = replace(PLAIN, attentions=1, prune_ratio=0.25 if model_type == "llama" else 0)
     result = prune(tiny_loaded(model_type, num_key_value_heads=4), settings)

@@ -25,9 +25,9 @@ import transformers
 
 from cfsp.errors import InputError
 from cfsp.models import builtin
-from cfsp.models.architectures import ARCHITECTURES
 from cfsp.models.builtin import BUILTIN_MODELS, BuiltinModel, cache_directory
 from cfsp.models.checkpoint import read_checkpoint_info, save_checkpoint
+from cfsp.models.families import FAMILIES
 from cfsp.models.gguf_file import GGUFFile, read_gguf
 from cfsp.models.gguf_model import _rope_settings, config_from_gguf
 from cfsp.models.reference import load_model, load_tokenizer
@@ -43,7 +43,7 @@ def one_line_error(reference: Any, **kwargs: Any) -> str:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", list(FAMILIES))
 def test_gguf_file_gives_the_model_it_was_written_from(
     model_type: str, tied: bool, tiny_model: Any, tiny_gguf: Any
 ) -> None:
@@ -97,7 +97,7 @@ def test_a_yarn_that_is_not_known_is_refused(own: dict[str, float], said: str) -
         _rope_settings(GGUFFile(Path("x.gguf"), keys, ()))
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_folder_gives_the_model_in_it(model_type: str, tiny_model: Any, tiny_folder: Any) -> None:
     original, tokenizer = tiny_model(model_type)
     folder = tiny_folder(model_type)

@@ -15,9 +15,10 @@ from cfsp.errors import InputError
 from cfsp.evaluation.divergence import divergence
 from cfsp.evaluation.perplexity import perplexity
 from cfsp.evaluation.torch_model import TorchLanguageModel
-from cfsp.models.architectures import ARCHITECTURES, decoder_layers, token_tables
+from cfsp.models.architectures import decoder_layers, token_tables
 from cfsp.models.block_pass import last_hidden_states
 from cfsp.models.checkpoint import load_pruned, save_checkpoint
+from cfsp.models.families import FAMILIES
 from cfsp.models.offload import NARROW, VARIABLE, at_hand, copied, is_paged
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
@@ -30,7 +31,7 @@ from exporters.rounding.gradients import LOOKUP, collect_weight_moments
 from phoneready.main import main
 
 PUT_AWAY = ("always", "bfloat16")
-WITH_INPUTS = [model_type for model_type, row in ARCHITECTURES.items() if row.block_inputs]
+WITH_INPUTS = [model_type for model_type, row in FAMILIES.items() if row.block_inputs]
 TinyModel = Callable[..., tuple[Any, Any]]
 MakeFolder = Callable[..., Path]
 
@@ -104,7 +105,7 @@ def test_of_a_table_of_tokens_a_call_has_the_rows_that_it_reads(
     model_type: str, how: str, folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = folder(model_type)
-    model, inputs = load(dense, how, monkeypatch).model, ARCHITECTURES[model_type].block_inputs
+    model, inputs = load(dense, how, monkeypatch).model, FAMILIES[model_type].block_inputs
     assert inputs is not None
     table, seen = getattr(model.get_decoder(), inputs.table), []
     # Before what puts the rows back.

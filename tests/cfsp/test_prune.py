@@ -14,7 +14,8 @@ import torch
 from cfsp.errors import InputError, LimitError
 from cfsp.evaluation.divergence import divergence
 from cfsp.evaluation.perplexity import perplexity
-from cfsp.models.architectures import ARCHITECTURES, added_norms, decoder_layers, feed_forward, model_shape
+from cfsp.models.architectures import added_norms, decoder_layers, feed_forward, model_shape
+from cfsp.models.families import FAMILIES
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.block_by_block import _Columns, _Norm, apply_plan
 from cfsp.pruning.moments import spread_windows
@@ -41,7 +42,7 @@ def calibration(model: Any, count: int = 6, seqlen: int = 32) -> Calibration:
     return Calibration(ids, ("random",), 5, "0" * 64)
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_ratio_zero_is_the_dense_model_bit_for_bit(tiny_model: Any, model_type: str) -> None:
     dense = loaded(tiny_model, model_type)
     before = {name: p.clone() for name, p in dense.model.state_dict().items()}
@@ -66,9 +67,9 @@ def test_what_decides_nothing_is_told_of_few_windows(tiny_model: Any) -> None:
     assert not torch.allclose(told, all_of_them, rtol=1e-9)
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_linear_layers_match_their_weights_and_the_plan(tiny_model: Any, model_type: str) -> None:
-    row = ARCHITECTURES[model_type]
+    row = FAMILIES[model_type]
     dense = loaded(tiny_model, model_type)
     full = model_shape(dense.model).ffn_widths
     result = prune_model(dense, calibration(dense.model), PruneSettings(prune_ratio=0.4, align=1))
@@ -108,7 +109,7 @@ def test_what_the_dense_blocks_give_is_not_computed_twice(
         states[name], passes[name] = model.state_dict(), len(runs)
     assert all(torch.equal(value, states["again"][name]) for name, value in states["kept"].items())
     # What blocks leave for later ones beside hidden states is not kept: there they are all run.
-    spared = 0 if ARCHITECTURES[model_type].shared_keys else len(data.input_ids)
+    spared = 0 if FAMILIES[model_type].shared_keys else len(data.input_ids)
     assert passes["kept"] == passes["again"] - spared
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import ARCHITECTURES, model_shape
+from cfsp.models.architectures import model_shape
 from cfsp.models.config_file import dense_settings, shape_from_config
+from cfsp.models.families import FAMILIES
 from cfsp.models.shape import BlockShape, ModelShape, require_supported
 
 CONFIG = {
@@ -89,7 +90,7 @@ def test_only_widths_and_groups_may_vary_yet(change: dict[str, Any]) -> None:
         require_supported(with_block(1, **change), "x")
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_model_has_the_shape_that_its_config_states(tiny_model: Any, model_type: str) -> None:
     model, _ = tiny_model(model_type)
     assert model_shape(model) == shape_from_config(model.config.to_dict(), {}, "x")

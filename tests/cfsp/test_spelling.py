@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import ARCHITECTURES
+from cfsp.models.families import FAMILIES
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.token_trees import token_trees
 from cfsp.pruning.axes.spelling import (
@@ -92,12 +92,12 @@ def test_counts_of_another_vocabulary_are_refused(dense: LoadedModel) -> None:
         teach_spellings(dense, replace(plan, counts=plan.counts[1:]), drawn(dense))
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_prefixes_run_together_do_not_see_each_other(tiny_model: Any, model_type: str) -> None:
     model, _ = tiny_model(model_type)
     beginning, prefixes = [5, 9, 11], [(3,), (8,), (3, 4), (200, 100, 17)]
     with torch.inference_mode():
-        of_prefixes = _last_states_apart if ARCHITECTURES[model_type].sees_neighbours else _last_states
+        of_prefixes = _last_states_apart if FAMILIES[model_type].sees_neighbours else _last_states
         together = of_prefixes(model.get_decoder(), beginning, prefixes)
         for prefix, state in zip(prefixes, together, strict=True):
             alone = model.get_decoder()(input_ids=torch.tensor([[*beginning, *prefix]])).last_hidden_state

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import ARCHITECTURES, decoder_layers, feed_forward
+from cfsp.models.architectures import decoder_layers, feed_forward
+from cfsp.models.families import FAMILIES
 from cfsp.pruning.moments import collect_input_moments
 from cfsp.pruning.statistics import collect_statistics
 from cfsp.pruning.streaming import GramSum
@@ -40,7 +41,7 @@ def observed(model: Any, ids: torch.Tensor) -> tuple[list[torch.Tensor], list[to
     return inputs, around
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_block_by_block_equals_the_models_own_pass(tiny_model: Any, model_type: str) -> None:
     model, _ = tiny_model(model_type)
     ids = windows(model)

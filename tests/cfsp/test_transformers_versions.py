@@ -19,8 +19,9 @@ import torch
 import transformers
 
 import cfsp
-from cfsp.models.architectures import ARCHITECTURES, decoder_layers, feed_forward
+from cfsp.models.architectures import decoder_layers, feed_forward
 from cfsp.models.checkpoint import load_pruned, save_checkpoint
+from cfsp.models.families import FAMILIES
 from cfsp.models.reference import load_model
 from cfsp.models.rope import partial_rope
 from cfsp.models.source import LoadedModel, ModelSource
@@ -132,7 +133,7 @@ def other_packages(packages_folder: Callable[..., Path]) -> Path:
 def checkpoints(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint for every model type, tied or not, with widths different and uniform, heads too."""
     folder = tmp_path_factory.mktemp("written-here")
-    for model_type, row in ARCHITECTURES.items():
+    for model_type, row in FAMILIES.items():
         if row.release > min(HERE, OTHER):
             continue
         for tied in (True, False):
@@ -197,7 +198,7 @@ def test_the_other_version_loads_what_is_written_here(
 
 
 @pytest.mark.skipif(min(HERE, OTHER) == HERE, reason="this version lacks them itself")
-@pytest.mark.parametrize("model_type", [name for name, row in ARCHITECTURES.items() if row.release > 4])
+@pytest.mark.parametrize("model_type", [name for name, row in FAMILIES.items() if row.release > 4])
 def test_a_model_type_that_the_older_version_lacks_is_refused_in_a_line(
     other_packages: Path, tiny_folder: Any, model_type: str
 ) -> None:

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import FULL, WINDOWED, decoder_layers, feed_forward
+from cfsp.models.architectures import decoder_layers, feed_forward
+from cfsp.models.families.row import FULL, WINDOWED
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.reference import load_model
 from cfsp.text.tokens import TokenWindows
@@ -88,7 +89,7 @@ def measure(model: Any, path: Path, length: int = 200) -> ParityReport:
 
 def assert_same(report: ParityReport, chosen: ChosenLayout) -> None:
     """Logits within 0.001, or where ggml looks the activation up in float16, predictions that cannot be told apart."""
-    if chosen.layout.exact_limits is None:
+    if chosen.exact_limits is None:
         assert report.max_logit_diff < 1e-3
         assert report.same_top1 == 1.0
         assert report.ppl_ratio == pytest.approx(1.0, abs=1e-4)

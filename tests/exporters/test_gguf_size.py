@@ -12,11 +12,11 @@ import torch
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import ARCHITECTURES
+from cfsp.models.families import FAMILIES
 from cfsp.models.shape import ModelShape
 from exporters.export_record import ParityLimits
 from exporters.gguf import QUANTS, export_gguf
-from exporters.gguf.architecture import LAYOUTS, read_layout
+from exporters.gguf.architecture import read_layout
 from exporters.gguf.files import draft_gguf
 from exporters.gguf.size import size_template
 from exporters.options import ExportOptions
@@ -26,12 +26,15 @@ NAMED = ExportOptions(name="template")
 LOOSE = {name: ParityLimits(kl_mean=10.0) for name in QUANTS if name not in ("f32", "f16")}
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("moments", [True, False])
 def test_sizes_of_other_widths_are_exact(
     model_type: str, moments: bool, make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    dense: dict[str, Any] = {"intermediate_size": 512, "tied": any(one.tied for one in LAYOUTS[model_type])}
+    dense: dict[str, Any] = {
+        "intermediate_size": 512,
+        "tied": any(one.tied for one in FAMILIES[model_type].layouts),
+    }
     quants = [name for name, quant in QUANTS.items() if moments or not quant.needs_imatrix]
     first, others = (512, 256, 512, 512), [(256, 512, 256, 256), (96, 64, 128, 480), (33, 64, 40, 512)]
     template_of = make_checkpoint(model_type, widths=first, moments=moments, **dense)

@@ -21,8 +21,8 @@ import torch
 
 from cfsp.errors import InputError, LimitError, MissingExtraError
 from cfsp.evaluation.language_model import Branches
-from cfsp.models.architectures import FULL, WINDOWED
 from cfsp.models.checkpoint import load_pruned
+from cfsp.models.families.row import FULL, WINDOWED
 from cfsp.models.reference import load_tokenizer
 from cfsp.records import read_record
 from exporters.checkpoint_reader import read_config

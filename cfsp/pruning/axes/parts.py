@@ -27,15 +27,9 @@ import torch
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import (
-    ArchitectureSpec,
-    attention_of,
-    decoder_layers,
-    model_shape,
-    output_logits,
-    spec_for,
-)
+from cfsp.models.architectures import attention_of, decoder_layers, model_shape, output_logits, spec_for
 from cfsp.models.block_pass import Calls, computing, enter_blocks, leave_blocks, run_layer
+from cfsp.models.families.row import Family
 from cfsp.processes import mine, number_summed
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.surgery import group_channels
@@ -111,14 +105,14 @@ class GroupRemoval:
         return 1 - (total - removed) / total
 
 
-def blocks_stay(spec: ArchitectureSpec) -> str | None:
+def blocks_stay(spec: Family) -> str | None:
     """Why no block of a model type can go; None if some can."""
     if spec.block_inputs or spec.shared_keys:
         return "every block has a part of its own in what is read of a token, or reads a certain block's keys"
     return None
 
 
-def attentions_stay(spec: ArchitectureSpec) -> str | None:
+def attentions_stay(spec: Family) -> str | None:
     """Why no attention of a model type can go, nor a part of one; None if some can."""
     if spec.mixer:
         return (
@@ -129,7 +123,7 @@ def attentions_stay(spec: ArchitectureSpec) -> str | None:
     return None
 
 
-def groups_stay(spec: ArchitectureSpec) -> str | None:
+def groups_stay(spec: Family) -> str | None:
     """Why no group of a model type can go; None if some can."""
     one_norm = "one norm sees all heads of a block, and without some it would change the others"
     return attentions_stay(spec) or (None if spec.cuts_heads else one_norm)

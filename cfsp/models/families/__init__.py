@@ -1,0 +1,88 @@
+"""Families of models, one file each: what loading, pruning and the exporters know of a model type is one row.
+
+A row of another distribution comes by an entry point, whose name is the model type:
+
+    [project.entry-points."phoneready.families"]
+    toy = "phoneready_toy:FAMILY"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from types import MappingProxyType
+
+from cfsp.errors import look_up
+from cfsp.models.families import exaone, folds, gemma, hunyuan, lfm2, llama, olmo, qwen35
+from cfsp.models.families.row import Family, Fold, Settings
+from cfsp.plugins import FAMILIES as GROUP
+from cfsp.plugins import load_plugins
+
+_FILES = (llama, gemma, olmo, exaone, hunyuan, lfm2, qwen35)
+BUILT_IN: dict[str, Family] = {row.model_type: row for file in _FILES for row in file.FAMILIES}
+
+
+@cache
+def _own() -> Mapping[str, Family]:
+    """Rows of other distributions."""
+    return {name: plugin.load(Family) for name, plugin in load_plugins(GROUP, BUILT_IN).items()}
+
+
+class _Families(Mapping[str, Family]):
+    """Built-in rows first; other distributions are asked only for a model type that has none."""
+
+    def __getitem__(self, model_type: str) -> Family:
+        return BUILT_IN[model_type] if model_type in BUILT_IN else _own()[model_type]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*BUILT_IN, *_own()))
+
+    def __len__(self) -> int:
+        return len(BUILT_IN) + len(_own())
+
+
+FAMILIES: Mapping[str, Family] = _Families()
+"""By model type."""
+FOLDS: Mapping[str, Fold] = MappingProxyType({fold.model_type: fold for fold in (*folds.FOLDS, *lfm2.FOLDS)})
+"""By the model type that is loaded as another one."""
+_ALTUP = "several hidden states of a token that run beside each other (AltUp)"
+LACKING: Mapping[str, str] = MappingProxyType(dict.fromkeys(("gemma3n", "gemma3n_text"), _ALTUP))
+"""Model types, and llama.cpp's architectures, that people ask for -> what of them is not pruned or written here."""
+
+
+def family_of(model_type: str, where: str = "") -> Family | Fold:
+    """The row of a model type, or the fold of one that has no row; raises InputError, naming the known ones."""
+    if model_type in BUILT_IN:
+        return BUILT_IN[model_type]
+    known: dict[str, Family | Fold] = {**FOLDS, **FAMILIES}
+    return look_up(known, model_type, where + unsupported(model_type), field="model_type")
+
+
+def fold_of(settings: Settings) -> Fold | None:
+    """How a model of these settings is loaded as another one; None of one that is loaded as it is."""
+    fold = FOLDS.get(str(settings.get("model_type")))
+    return fold if fold is not None and fold.applies(settings) else None
+
+
+def family_of_gguf(architecture: str, where: str, *, windowed: bool) -> Family:
+    """The family that files of an architecture of llama.cpp are read as; raises InputError.
+
+    Of several families the first is meant, or the first with windows for a file that has some, and without otherwise.
+    """
+    rows = {fold.gguf_name: FAMILIES[fold.target] for fold in FOLDS.values() if fold.gguf_name}
+    for row in sorted(BUILT_IN.values(), key=lambda row: row.has_windows != windowed):
+        rows.setdefault(row.gguf_name, row)
+    if architecture not in rows:
+        rows |= {row.gguf_name: row for row in _own().values()}
+    return look_up(rows, architecture, f"{where}: {unsupported(architecture)}", field="general.architecture")
+
+
+def text_model_of(folder_type: str) -> str | None:
+    """Model type of the text model in a folder of such a type; None of a folder that has no other parts."""
+    return next((row.model_type for row in BUILT_IN.values() if folder_type in row.folders), None)
+
+
+def unsupported(name: str) -> str:
+    """What is said of a model type, or an architecture of llama.cpp, that has no row."""
+    reason = LACKING.get(name)
+    return f"unsupported architecture, with {reason}" if reason else "unsupported architecture"
