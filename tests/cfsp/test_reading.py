@@ -139,7 +139,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "layer_types a text": {"layer_types": "x"},
     "layer_types of no block": {"layer_types": []},
     "rope layers of texts": {"no_rope_layers": ["x", "x", "x", "x"]},
-    "factor of text": {"embedding_multiplier": "x"},
+    "factor of text": {"embedding_multiplier": "x", "model_type": "granite"},
     "rope layers of too few blocks": {"no_rope_layers": [1]},
     "rope interval of zero": {"no_rope_layer_interval": 0},
     "bos a text": {"bos_token_id": "x"},
