@@ -41,6 +41,12 @@ def _shape_of_widths(fields: Fields) -> Fields:
     return fields | {"shape": {"vocab_size": None, "blocks": blocks}}
 
 
+def _without_metric(plan: Fields) -> Fields:
+    """Plans named the coarse metric, which is always the paper's now, and shares of a budget, which decided nothing."""
+    settings = {key: value for key, value in plan["settings"].items() if key != "coarse_metric"}
+    return {key: value for key, value in plan.items() if key != "budget"} | {"settings": settings}
+
+
 def named_loss(training: Fields | None) -> Fields | None:
     """A loss that was not said, `auto`, was distillation through a rounding and the next token without one."""
     if training is None or training.get("loss") != "auto":
@@ -55,6 +61,7 @@ UPGRADES: Mapping[tuple[str, int], Callable[[Fields], Fields]] = MappingProxyTyp
         ("export-manifest", 1): lambda fields: {
             "exports": [_shape_of_widths(dict(e)) for e in fields["exports"]]
         },
+        ("pruning_plan", 2): _without_metric,
         ("release-manifest", 3): _shape_of_widths,
         ("frontier", 1): lambda fields: {**fields, "recovery": named_loss(fields.get("recovery"))},
     }

@@ -76,6 +76,7 @@ GONE: MappingProxyType[str, str] = MappingProxyType(
         **{f"eval --max-{name}": f"use --tolerance {key}=VALUE" for name, key in _TOLERATED},
         "history --false-alarms": "a change is what exceeds --threshold and the noise",
         "history --plot": "use --json, or MLflow: docs/history.md",
+        "prune --coarse": "the angular distance it is, as in the paper",
         "recover --end-weight": "answers ended no sooner with it (docs/results/recovery.md)",
         "recover --optimizer": "AdamW it is: Muon won nothing that lasted (docs/results/recovery.md)",
         "recover --shard": "each process holds the whole model",

@@ -45,9 +45,6 @@ HELD_OUT_EVERY = 20
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "score activation_norm": {"score": "activation_norm"},
-    "score wanda_sp": {"score": "wanda_sp"},
-    "score flap": {"score": "flap"},
-    "score magnitude": {"score": "magnitude"},
     "allocation uniform": {"allocation": "uniform"},
     "strength 4": {"strength": 4.0},
     "no reconstruction": {"reconstruct": "none"},

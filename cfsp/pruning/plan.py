@@ -89,7 +89,7 @@ class PruningPlan:
     """
 
     KIND: ClassVar[str] = "pruning_plan"
-    SCHEMA_VERSION: ClassVar[int] = 2
+    SCHEMA_VERSION: ClassVar[int] = 3
 
     model_type: str
     source: str
@@ -218,13 +218,13 @@ def make_plan(
     """
     check_settings(settings)
     model = loaded.model
-    importance = statistics.importance[settings.coarse_metric]
+    importance = statistics.importance
     dense_widths, gone = model_shape(model).ffn_widths, frozenset(depth.removed if depth else ())
     widths = allocate_widths(importance, dense_widths, settings, gone)
     blocks = []
     for index, (layer, width) in enumerate(zip(decoder_layers(model), widths, strict=True)):
         with at_hand(layer):
-            scores = score_channels(settings.score, feed_forward(model, layer), statistics.channels[index])
+            scores = score_channels(settings.score, feed_forward(model, layer), statistics.norms[index])
         order = torch.argsort(scores, descending=True, stable=True)
         total = float(scores.sum())
         share = float(scores[order[:width]].sum()) / total if total > 0 else 1.0

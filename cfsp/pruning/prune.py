@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -88,13 +88,9 @@ def prune_model(
     """Prune `loaded.model` in place: the vocabulary first, as channels are judged by the tokens that stay.
 
     Args:
-        loaded: The dense model.
-        calibration: Windows the statistics are taken from.
-        settings: How to prune; ignored where `plan` is given.
-        plan: A plan to apply instead of making one.
+        settings: Ignored where `plan`, which is applied as it is, is given.
         counted: References of the text whose tokens decide the vocabulary; the calibration windows where none.
         check: Raises for a shape that will not do, before the model is pruned to it.
-        progress: Told about each step.
 
     Raises:
         InputError: Settings or a plan that do not fit the model.
@@ -170,15 +166,10 @@ class Removals:
     """Chooses which blocks go, which of the others lose their attention, and which groups the rest keeps.
 
     What was found for some blocks, or for some attentions beside them, serves again.
-
-    Args:
-        model: The model, unchanged.
-        calibration: Windows, on some of which it is tried without each part.
-        progress: Told after each choice.
     """
 
     def __init__(self, model: Any, calibration: Calibration, progress: Progress = no_progress) -> None:
-        windows, self._device_type = _probed(calibration), model.device.type
+        windows, self._device_type = calibration.input_ids[:, :PROBE_TOKENS], model.device.type
         self._depth = cache(partial(plan_blocks, model, windows, progress=progress))
         self._attention = cache(partial(plan_attentions, model, windows, progress=progress))
         self._groups = cache(partial(plan_kv_groups, model, windows, progress=progress))
@@ -203,24 +194,20 @@ class Removals:
 
 
 def with_counts(model: Any, settings: PruneSettings) -> PruneSettings:
-    """Settings that say how many blocks and attentions go, where they say which share; of attentions of those left.
+    """Settings that say how many blocks and attentions go, where they say which share; of attentions of those left."""
 
-    Raises:
-        InputError: Above 1 and no whole number.
-    """
+    def count(amount: float, of: int, field: str) -> int:
+        if amount >= 1 and amount != int(amount):
+            raise InputError("neither a number nor a share", field=field, value=amount)
+        count = int(amount) if amount >= 1 else round(amount * of)
+        if amount and not count:
+            raise InputError(f"less than one of {of}", field=field, value=amount)
+        return count
+
     shape = model_shape(model)
-    blocks = _count(settings.blocks, len(shape.blocks), "blocks")
+    blocks = count(settings.blocks, len(shape.blocks), "blocks")
     attending = len(shape.blocks) - len(shape.without_attention) - blocks
-    return replace(settings, blocks=blocks, attentions=_count(settings.attentions, attending, "attentions"))
-
-
-def _count(amount: float, of: int, field: str) -> int:
-    if amount >= 1 and amount != int(amount):
-        raise InputError("neither a number nor a share", field=field, value=amount)
-    count = int(amount) if amount >= 1 else round(amount * of)
-    if amount and not count:
-        raise InputError(f"less than one of {of}", field=field, value=amount)
-    return count
+    return replace(settings, blocks=blocks, attentions=count(settings.attentions, attending, "attentions"))
 
 
 def check_removals(model: Any, settings: PruneSettings) -> None:
@@ -239,10 +226,6 @@ def check_removals(model: Any, settings: PruneSettings) -> None:
         removable_count(model, settings.kv_groups)
 
 
-def _probed(calibration: Calibration) -> torch.Tensor:
-    return calibration.input_ids[:, :PROBE_TOKENS]
-
-
 def counts_of(loaded: LoadedModel, calibration: Calibration, counted: Sequence[str]) -> Counts:
     """How often the texts that decide the vocabulary have every token: the references, or the windows where none.
 
@@ -250,12 +233,9 @@ def counts_of(loaded: LoadedModel, calibration: Calibration, counted: Sequence[s
         InputError: Text that cannot be read.
     """
     rows = loaded.model.get_input_embeddings().weight.shape[0]
-    texts = [_document_tokens(reference, loaded.tokenizer) for reference in counted]
+    tokens = partial(document_ids, tokenizer=loaded.tokenizer)
+    texts = [map(tokens, load_documents(reference)) for reference in counted]
     return count_alike(texts or [calibration.input_ids.tolist()], rows)
-
-
-def _document_tokens(reference: str, tokenizer: Any) -> Iterator[Sequence[int]]:
-    return (document_ids(document, tokenizer) for document in load_documents(reference))
 
 
 def trim(
@@ -291,15 +271,7 @@ def statistics_for(
     only_plan: bool = False,
     progress: Progress = no_progress,
 ) -> BlockStatistics:
-    """What the settings read of the dense model, and no more.
-
-    Args:
-        model: The dense model.
-        calibration: Windows the statistics are taken from.
-        settings: How it will be pruned.
-        only_plan: Leave out what only the repair reads.
-        progress: Told about each step.
-    """
+    """What the settings read of the dense model, and no more; `only_plan` leaves out what only the repair reads."""
     with products_in(settings.dtype, model.device.type):
         return collect_statistics(
             model,

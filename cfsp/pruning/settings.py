@@ -54,12 +54,6 @@ class PruneSettings(Settings):
     prune_ratio: float = setting(
         0.2, "Share of FFN channels to remove (not of all parameters), 0 <= ratio < 1.", ge=0, lt=1
     )
-    coarse_metric: str = setting(
-        "angular",
-        "Importance of a block: angular, cosine, mse or mae.",
-        choices="cfsp.pruning.statistics:COARSE_METRICS",
-        option="--coarse",
-    )
     allocation: str = setting(
         "cfsp",
         "Widths of the blocks: cfsp or uniform.",
@@ -71,7 +65,9 @@ class PruneSettings(Settings):
         "cfsp",
         "Importance of a channel inside its block.",
         choices="cfsp.pruning.scoring:SCORES",
-        removed=dict.fromkeys(("taylor", "fisher", "obs", "obs_loss"), "cfsp"),
+        removed=dict.fromkeys(
+            ("taylor", "fisher", "obs", "obs_loss", "wanda_sp", "flap", "magnitude"), "cfsp"
+        ),
     )
     align: int = setting(DEFAULT_ALIGN, ALIGN)
     uniform_width: bool = setting(False, "Give every block the same width.", option="--uniform")

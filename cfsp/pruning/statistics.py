@@ -1,19 +1,15 @@
-"""One forward pass over the calibration windows, block by block.
+"""Coarse scores, and what fine ones read: one forward pass over the calibration windows, block by block.
 
-A block is run over all windows before the next one is touched, so that memory holds the hidden states of one
-depth (nsamples x seqlen x hidden_size) and the sums of one block, never all blocks' activations. Everything
-collected is a sum over tokens divided by their number.
-
-Notation: block l, tokens t = 1..T, h_in and h_out the block's input and output (T x hidden_size),
-X (T x intermediate_size) the input of down_proj.
+A block is run over all windows before the next one is touched, so that memory holds the hidden states of one depth
+(nsamples x seqlen x hidden_size) and the sums of one block. Notation: block l, tokens t = 1..T, h_in and h_out the
+block's input and output (T x hidden_size), X (T x intermediate_size) the input of down_proj.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,29 +24,6 @@ from cfsp.processes import mine, number_summed, summed
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.moments import sums_of_squares
 from cfsp.pruning.streaming import input_hook
-
-
-@dataclass(frozen=True)
-class ChannelStatistics:
-    """Moments of down_proj's input.
-
-    Attributes:
-        mean: (intermediate_size,) mean of X_ti over tokens.
-        mean_square: (intermediate_size,) mean of X_ti^2 over tokens.
-    """
-
-    mean: torch.Tensor
-    mean_square: torch.Tensor
-
-    @property
-    def norm(self) -> torch.Tensor:
-        """Root mean square, ||X_i|| / sqrt(T)."""
-        return self.mean_square.sqrt()
-
-    @property
-    def variance(self) -> torch.Tensor:
-        """Fluctuation of each channel around its mean."""
-        return (self.mean_square - self.mean.square()).clamp_min(0)
 
 
 @dataclass(frozen=True)
@@ -71,14 +44,14 @@ class BlockStatistics:
     """What one pass knows about every block.
 
     Attributes:
-        importance: Coarse metric name -> (num_hidden_layers,) float64, one value a block.
-        channels: Moments of down_proj's input, one entry a block.
-        n_tokens: Number of tokens summed over.
+        importance: I_l, (num_hidden_layers,) float64.
+        norms: ||X_i|| / sqrt(T) of every block, (intermediate_size,) float64 each.
+        n_tokens: T.
         stream: What every block gives, where that was asked for and could be kept.
     """
 
-    importance: dict[str, torch.Tensor]
-    channels: tuple[ChannelStatistics, ...]
+    importance: torch.Tensor
+    norms: tuple[torch.Tensor, ...]
     n_tokens: int
     stream: DenseStream | None = None
 
@@ -88,44 +61,9 @@ class BlockStatistics:
         return stream.states if stream is not None and torch.equal(windows, stream.windows) else None
 
 
-COARSE_METRICS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = MappingProxyType(
-    {
-        # Rounding can push the cosine past 1, where arccos is NaN.
-        "angular": lambda h_in, h_out: (
-            F.cosine_similarity(h_in, h_out, dim=-1).clamp(-1, 1).arccos() / torch.pi
-        ),
-        "cosine": lambda h_in, h_out: 1 - F.cosine_similarity(h_in, h_out, dim=-1),
-        "mse": lambda h_in, h_out: (h_out - h_in).square().mean(-1),
-        "mae": lambda h_in, h_out: (h_out - h_in).abs().mean(-1),
-    }
-)
-"""Importance of a block from its input and output, per token; `angular` is the paper's (method 1)."""
-
-
-class _BlockSums:
-    """Running sums of one block over windows."""
-
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.importance = dict.fromkeys(COARSE_METRICS, 0.0)
-        self.x_sum, self.x_square = (exact_zeros(width, device=device) for _ in range(2))
-
-    def add_channels(self, x: torch.Tensor) -> None:
-        """Add X of one window; `x` is (..., intermediate_size)."""
-        x = x.detach().reshape(-1, x.shape[-1]).float()
-        self.x_sum += exact_sum(x, 0)
-        self.x_square += sums_of_squares(x)
-
-    def add_block(self, h_in: torch.Tensor, h_out: torch.Tensor) -> None:
-        """Add one window's coarse importances, of several hidden states their mean; (..., 1, seqlen, hidden_size)."""
-        for name, metric in COARSE_METRICS.items():
-            of_tokens = metric(h_in.float(), h_out.float()).flatten(0, -2).mean(0)
-            self.importance[name] += float(exact_sum(of_tokens))
-
-    def sum_up(self) -> None:
-        """Let sums over this process's windows become those over all processes'."""
-        self.importance = {name: number_summed(total) for name, total in self.importance.items()}
-        for total in (self.x_sum, self.x_square):
-            summed(total)
+def angular_distance(h_in: torch.Tensor, h_out: torch.Tensor) -> torch.Tensor:
+    """arccos(cos(h_in, h_out)) / pi of every token (method 1); rounding can push a cosine past 1, to NaN's arccos."""
+    return F.cosine_similarity(h_in.float(), h_out.float(), dim=-1).clamp(-1, 1).arccos() / torch.pi
 
 
 def collect_statistics(
@@ -138,16 +76,14 @@ def collect_statistics(
     """Run the calibration windows through every block once.
 
     Args:
-        model: A causal LM of the architecture table, in eval mode; unchanged.
+        model: In eval mode; unchanged.
         input_ids: (nsamples, seqlen) int64.
         with_stream: Whether to keep what every block gives, in files, where these leave room for others.
-        progress: Told after each block.
 
     Raises:
         InputError: An activation is not finite.
     """
-    importance: dict[str, list[float]] = {name: [] for name in COARSE_METRICS}
-    channels = []
+    importance, norms = [], []
     windows = mine(input_ids)
     n_tokens = round(number_summed(windows.numel()))
     layers = decoder_layers(model)
@@ -155,24 +91,32 @@ def collect_statistics(
         hidden, calls = enter_blocks(model, layers, windows)
         stream = _stream(model, windows, hidden, calls) if with_stream else None
         for index, layer in enumerate(layers):
-            ffn = feed_forward(model, layer)
-            sums = _BlockSums(ffn.width, model.device)
-            with at_hand(layer), input_hook(ffn.down, sums.add_channels):
+            ffn, distance = feed_forward(model, layer), 0.0
+            squares = exact_zeros(ffn.width, device=model.device)
+
+            def add(x: torch.Tensor, squares: torch.Tensor = squares) -> None:
+                squares += sums_of_squares(x.detach().reshape(-1, x.shape[-1]).float())
+
+            with at_hand(layer), input_hook(ffn.down, add):
                 for window, h_in in enumerate(hidden):
                     hidden[window] = run_layer(layer, h_in, calls.of(index, window))
-                    sums.add_block(h_in, hidden[window])
-            sums.sum_up()
-            for name, total in sums.importance.items():
-                importance[name].append(total / n_tokens)
-            if not bool(torch.isfinite(sums.x_square).all()):
+                    # Of several hidden states of a token the mean.
+                    of_tokens = angular_distance(h_in, hidden[window]).flatten(0, -2).mean(0)
+                    distance += float(exact_sum(of_tokens))
+            importance.append(number_summed(distance) / n_tokens)
+            if not bool(torch.isfinite(summed(squares)).all()):
                 raise InputError(
                     f"activations of block {index} are not finite; check the weights and their dtype"
                 )
-            channels.append(ChannelStatistics(sums.x_sum / n_tokens, sums.x_square / n_tokens))
-            stream = _put(stream, index + 1, hidden)
+            norms.append((squares / n_tokens).sqrt())
+            if stream is not None:
+                try:
+                    stream.states.put(index + 1, hidden)
+                except InputError:  # the disk has become full: it is computed again then
+                    stream = None
             progress("calibrating", index + 1, len(layers))
-    values = {name: torch.tensor(v, dtype=torch.float64) for name, v in importance.items()}
-    return BlockStatistics(values, tuple(channels), input_ids.numel(), stream=stream)
+    values = torch.tensor(importance, dtype=torch.float64)
+    return BlockStatistics(values, tuple(norms), input_ids.numel(), stream=stream)
 
 
 def _stream(
@@ -187,13 +131,4 @@ def _stream(
     if model.device == CPU and not calls.shared and may_keep_states(n_bytes, n_weights):
         with suppress(InputError):
             return DenseStream(windows, StoredStates())
-    return None
-
-
-def _put(stream: DenseStream | None, depth: int, hidden: Sequence[torch.Tensor]) -> DenseStream | None:
-    """The stream with one depth more; None where the disk has become full: it is computed again then."""
-    if stream is not None:
-        with suppress(InputError):
-            stream.states.put(depth, hidden)
-            return stream
     return None

@@ -41,6 +41,7 @@ GONE: Mapping[str, str] = MappingProxyType(
         "tiers": "publish the file of each class of devices yourself",
         "budgets.store": 'at_most with the limit itself, such as "1.5 GB"',
         "budgets.beside": "at_most with what is left of the limit",
+        "prune.coarse_metric": "the angular distance, which is the only one",
         "recover.optimizer": "AdamW, which is the only one",
         "recover.end_weight": "nothing: answers ended no sooner (docs/results/recovery.md)",
     }

@@ -71,7 +71,7 @@ def figures(result: Any) -> dict[str, float]:
     [
         {},
         {"reconstruct": "none"},
-        {"score": "flap", "coarse_metric": "mse"},
+        {"score": "activation_norm"},
         {"kv_groups": 0.25, "attentions": 1, "blocks": 1, "vocabulary": 300},
     ],
 )

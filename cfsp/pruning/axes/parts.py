@@ -18,7 +18,7 @@ that are many, half of what is still to go goes at once. What goes is made up fo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -97,12 +97,6 @@ class GroupRemoval:
         """How many groups go, and of how many that the blocks have which keep their attention."""
         total = sum(len(losses) for kept, losses in zip(self.kept, self.losses, strict=True) if kept)
         return total - sum(map(len, self.kept)), total
-
-    @property
-    def share(self) -> float:
-        """Of those groups, that of the ones that go."""
-        removed, total = self.removed
-        return 1 - (total - removed) / total
 
 
 def blocks_stay(spec: Family) -> str | None:
@@ -184,11 +178,7 @@ def removable_count(model: Any, ratio: float, without: frozenset[int] = frozense
     """
     if reason := groups_stay(spec_for(model.config)):
         raise InputError(f"{model.config.model_type}: {reason}", field="kv_groups", value=ratio)
-    return groups_of_share([n for i, n in enumerate(_group_counts(model)) if n and i not in without], ratio)
-
-
-def groups_of_share(counts: Sequence[int], ratio: float) -> int:
-    """How many groups a share is of those of every block that keeps its attention; raises as `removable_count`."""
+    counts = [n for index, n in enumerate(_group_counts(model)) if n and index not in without]
     total = sum(counts)
     most, count = total - len(counts), round(ratio * total)
     if not 0 < count <= most:
@@ -208,17 +198,7 @@ def _group_counts(model: Any) -> list[int]:
 def plan_blocks(
     model: Any, input_ids: torch.Tensor, count: int, *, progress: Progress = no_progress
 ) -> Removal:
-    """Choose the blocks to remove.
-
-    Args:
-        model: The dense model, in eval mode; unchanged.
-        input_ids: Windows (n_windows, seqlen) int64.
-        count: Blocks to remove.
-        progress: Told after each block that is chosen.
-
-    Raises:
-        InputError: More blocks than can go.
-    """
+    """Choose the blocks to remove, by windows (n_windows, seqlen) int64; InputError: more than can go."""
     candidates = removable_blocks(model, count)
     return Probe(model, input_ids, block_left_out).choose(candidates, count, progress=progress, what="blocks")
 
@@ -231,7 +211,7 @@ def plan_attentions(
     *,
     progress: Progress = no_progress,
 ) -> Removal:
-    """Choose the blocks that lose their attention, beside blocks that go. Arguments as in `plan_blocks`."""
+    """Choose the blocks that lose their attention, beside blocks that go; as `plan_blocks`."""
     candidates = removable_attentions(model, gone)
     check_attentions(candidates, count)
     probe = Probe(model, input_ids, attention_left_out, gone)
@@ -247,39 +227,19 @@ def plan_kv_groups(
     silent: frozenset[int] = frozenset(),
     progress: Progress = no_progress,
 ) -> GroupRemoval:
-    """Choose the groups to remove, over all blocks.
-
-    Args:
-        model: The dense model, in eval mode; unchanged.
-        input_ids: Windows (n_windows, seqlen) int64.
-        ratio: Share of the groups to remove, of blocks that stay and keep their attention.
-        gone: Blocks that go whole.
-        silent: Blocks that lose their attention.
-        progress: Told after each choice.
-
-    Raises:
-        InputError: A ratio that removes no group, or more than can go.
-    """
-    parts = model_shape(model).most_kv_groups
-    count = removable_count(model, ratio, gone | silent)
-    candidates = [part for part in removable_groups(model) if part // parts not in gone | silent]
+    """Choose the groups to remove, over all blocks that stay and keep their attention; as `plan_blocks`."""
+    parts, out = model_shape(model).most_kv_groups, gone | silent
+    count = removable_count(model, ratio, out)
+    candidates = [part for part in removable_groups(model) if part // parts not in out]
     probe = Probe(model, input_ids, group_left_out, gone, silent, parts)
-    removal = probe.choose(candidates, count, progress=progress, what="key-value groups")
-    return kept_groups(model, removal, gone | silent)
-
-
-def kept_groups(model: Any, removal: Removal, gone: Collection[int] = frozenset()) -> GroupRemoval:
-    """What a removal of groups, numbered as a `Probe` does, leaves of the blocks that attend and do not go."""
-    counts, parts = _group_counts(model), model_shape(model).most_kv_groups
-    return GroupRemoval(
-        kept=tuple(
-            tuple(g for g in range(n) if index not in gone and parts * index + g not in removal.removed)
-            for index, n in enumerate(counts)
-        ),
-        losses=tuple(removal.losses[parts * index : parts * index + n] for index, n in enumerate(counts)),
-        loss=removal.loss,
-        tokens=removal.tokens,
+    found = probe.choose(candidates, count, progress=progress, what="key-value groups")
+    counts = list(enumerate(_group_counts(model)))
+    kept = (
+        tuple(g for g in range(n) if index not in out and parts * index + g not in found.removed)
+        for index, n in counts
     )
+    losses = (found.losses[parts * index : parts * index + n] for index, n in counts)
+    return GroupRemoval(tuple(kept), tuple(losses), found.loss, found.tokens)
 
 
 @dataclass(frozen=True)
@@ -316,29 +276,13 @@ class Probe:
             removed += self._cheapest(losses, alone.keys() - set(removed), left // 2 if self.parts > 1 else 1)
             progress(f"choosing {what}", len(removed), count)
             if len(removed) == count:
-                return self._removal(removed, alone, losses[removed[-1]])
+                every = range(self.parts * len(decoder_layers(self.model)))
+                each = tuple(alone.get(part, 0.0) for part in every)
+                return Removal(tuple(sorted(removed)), each, losses[removed[-1]], self.input_ids.numel())
             stay = alone.keys() - set(removed)
             again = sorted(self._may_go(stay), key=lambda part: (alone[part], part))
             tried = max(_TRIED, count - len(removed) if self.parts > 1 else 1)
             losses = self._losses(again[:tried], removed)
-
-    def in_order(
-        self, candidates: Iterable[int], counts: Iterable[int], *, progress: Progress = no_progress, what: str
-    ) -> Iterator[Removal]:
-        """Of every count so many parts that are cheapest alone, and what they cost together."""
-        alone = self._losses(sorted(candidates), ())
-        for count in counts:
-            removed = self._cheapest(alone, alone.keys(), count)
-            together = (
-                self._losses(removed[-1:], removed[:-1])[removed[-1]] if count > 1 else alone[removed[0]]
-            )
-            progress(f"without {what}", count, len(alone))
-            yield self._removal(removed, alone, together)
-
-    def _removal(self, removed: Iterable[int], alone: Mapping[int, float], loss: float) -> Removal:
-        every = range(self.parts * len(decoder_layers(self.model)))
-        losses = tuple(alone.get(part, 0.0) for part in every)
-        return Removal(tuple(sorted(removed)), losses, loss, self.input_ids.numel())
 
     def _cheapest(self, losses: Mapping[int, float], stay: Set[int], most: int) -> list[int]:
         """At least one part, at most `most`, in the order of their losses; each may go once those before it have."""
