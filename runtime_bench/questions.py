@@ -20,31 +20,21 @@ from runtime_bench.memory import peak_rss_bytes
 
 @dataclass(frozen=True)
 class Scoring:
-    """How likely are continuations of one context?
+    """How likely are continuations of one context?"""
 
-    Attributes:
-        context: Token ids, at least one.
-        continuations: Token ids of each, at least one each.
-    """
-
-    context: tuple[int, ...]
-    continuations: tuple[tuple[int, ...], ...]
+    context: tuple[int, ...]  # Token ids, at least one
+    continuations: tuple[tuple[int, ...], ...]  # Token ids of each, at least one each
 
 
 @dataclass(frozen=True)
 class Writing:
-    """What comes after prompts, greedily?
+    """What comes after prompts, greedily?"""
 
-    Attributes:
-        prompts: Token ids, at least one each.
-        max_new_tokens: Most tokens of a continuation.
-        stop_strings: A continuation ends with the token that brings one of these into its text.
-        ends: Tokens that end a text, and are not part of it, beside those that the engine knows as such.
-    """
-
-    prompts: tuple[tuple[int, ...], ...]
-    max_new_tokens: int
+    prompts: tuple[tuple[int, ...], ...]  # Token ids, at least one each
+    max_new_tokens: int  # Most tokens of a continuation
+    # A continuation ends with the token that brings one of these into its text
     stop_strings: tuple[str, ...] = ()
+    # Tokens that end a text, and are not part of it, beside those that the engine knows as such
     ends: tuple[int, ...] = ()
 
 
@@ -60,53 +50,32 @@ Question = Scoring | Writing | Spelling
 
 @dataclass(frozen=True)
 class Answer:
-    """What one question was answered; the fields of the other kinds are empty.
+    """What one question was answered; the fields of the other kinds are empty."""
 
-    Attributes:
-        log_likelihoods: Of Scoring, ln p of each continuation, nats.
-        greedy: Of Scoring, whether each token of a continuation is the likeliest.
-        written: Of Writing, the continuations.
-        ids: Of Spelling, the tokens.
-    """
-
-    log_likelihoods: tuple[float, ...] = ()
-    greedy: tuple[bool, ...] = ()
-    written: tuple[tuple[int, ...], ...] = ()
-    ids: tuple[int, ...] = ()
+    log_likelihoods: tuple[float, ...] = ()  # Of Scoring, ln p of each continuation, nats
+    greedy: tuple[bool, ...] = ()  # Of Scoring, whether each token of a continuation is the likeliest
+    written: tuple[tuple[int, ...], ...] = ()  # Of Writing, the continuations
+    ids: tuple[int, ...] = ()  # Of Spelling, the tokens
 
 
 @dataclass(frozen=True)
 class AnswerRequest:
-    """What one process is to answer.
-
-    Attributes:
-        path: The file.
-        engine: Key of ENGINES.
-        session: How the file is opened.
-        questions: File that `write_questions` wrote.
-    """
+    """What one process is to answer."""
 
     path: str
-    engine: str
-    session: SessionSettings
-    questions: str
+    engine: str  # Key of ENGINES
+    session: SessionSettings  # How the file is opened
+    questions: str  # File that `write_questions` wrote
 
 
 @dataclass(frozen=True)
 class AnswerResult:
-    """What one process answered.
+    """What one process answered."""
 
-    Attributes:
-        answers: One for each question, in their order.
-        facts: What the engine says about itself; None where there are no answers.
-        peak_rss_bytes: Most resident memory of the whole process.
-        error: Why there are none, one line; None where there are.
-    """
-
-    answers: tuple[Answer, ...] = ()
-    facts: EngineFacts | None = None
-    peak_rss_bytes: int | None = None
-    error: str | None = None
+    answers: tuple[Answer, ...] = ()  # One for each question, in their order
+    facts: EngineFacts | None = None  # What the engine says about itself; None where there are no answers
+    peak_rss_bytes: int | None = None  # Most resident memory of the whole process
+    error: str | None = None  # Why there are none, one line; None where there are
 
 
 def write_questions(path: Path, questions: Iterable[Question]) -> None:

@@ -41,82 +41,54 @@ from runtime_bench.workload import Workload
 
 @dataclass(frozen=True)
 class WorkerRequest:
-    """What one process is to measure.
-
-    Attributes:
-        path: The file.
-        engine: Key of ENGINES.
-        workload: What is timed.
-        session: How the file is opened.
-        samples: Number of samples, at least.
-        seconds: Samples are taken until so much time has passed.
-        warmup: Run the workload once, unrecorded, first.
-        seed: Of the random tokens.
-        page_cache: `warm` reads the file once first, `cold` asks the system to forget it, `as_found` does
-            neither.
-        idle_s: For how long meters of energy are read before the process is started, and on while it runs; None reads
-            none.
-    """
+    """What one process is to measure."""
 
     path: str
-    engine: str
-    workload: Workload
-    session: SessionSettings
-    samples: int = 1
-    warmup: bool = True
-    seconds: float = 0.0
-    seed: int = 0
+    engine: str  # Key of ENGINES
+    workload: Workload  # What is timed
+    session: SessionSettings  # How the file is opened
+    samples: int = 1  # Number of samples, at least
+    warmup: bool = True  # Run the workload once, unrecorded, first
+    seconds: float = 0.0  # Samples are taken until so much time has passed
+    seed: int = 0  # Of the random tokens
+    # `warm` reads the file once first, `cold` asks the system to forget it, `as_found` does neither
     page_cache: str = "as_found"
+    # For how long meters of energy are read before the process is started, and on while it runs; None reads
+    # none
     idle_s: float | None = None
 
 
 @dataclass(frozen=True)
 class WorkerResult:
-    """What one process measured. None is: not known, or not reached.
+    """What one process measured. None is: not known, or not reached."""
 
-    Attributes:
-        samples_ns: Wall time of each sample, nanoseconds.
-        load_ns: Wall time of opening the file.
-        page_cache_share: Share of the file in the page cache just before it was opened.
-        baseline_rss_bytes: Resident memory with the engine imported and nothing opened.
-        peak_rss_bytes: Most resident memory of the whole process.
-        facts: The engine's facts.
-        error: Why it failed, one line; None when it did not.
-        memory_verdict: Under a memory limit: fits, thrashes or does not fit.
-        reread_bytes: Pages of files that were dropped for the limit and read again.
-        throttling: How the processor was slowed down; None where it was not.
-        cpu_ns: Processor time of all threads in each sample, nanoseconds; empty where nothing tells.
-        waited_ns: How long all threads waited for a core in each sample, nanoseconds; empty where nothing tells.
-        contention: What else used the machine's cores meanwhile.
-        held_ns: In each sample, how long the thread that decodes neither computed nor waited, be it for a core or for
-            another thread that waited for one: something kept it from running. None where pages were read from the
-            disk, and it waited for them; empty where nothing tells.
-        spans_ns: When each sample began and ended, nanoseconds since the machine was started, by a clock that goes on
-            while the machine sleeps; empty where there is none.
-        lasted_ns: How long samples were taken, from before the first one to the end of the last one; None where the
-            opening of the file was the sample.
-        conditions: What the machine went through meanwhile.
-        energy: What meters told of the samples; None where that was not asked for.
-    """
-
-    samples_ns: list[int] = field(default_factory=list)
-    load_ns: int | None = None
-    page_cache_share: float | None = None
-    baseline_rss_bytes: int | None = None
-    peak_rss_bytes: int | None = None
-    facts: EngineFacts | None = None
-    error: str | None = None
-    memory_verdict: str | None = None
-    reread_bytes: int | None = None
-    throttling: Throttling | None = None
+    samples_ns: list[int] = field(default_factory=list)  # Wall time of each sample, nanoseconds
+    load_ns: int | None = None  # Wall time of opening the file
+    page_cache_share: float | None = None  # Share of the file in the page cache just before it was opened
+    baseline_rss_bytes: int | None = None  # Resident memory with the engine imported and nothing opened
+    peak_rss_bytes: int | None = None  # Most resident memory of the whole process
+    facts: EngineFacts | None = None  # The engine's facts
+    error: str | None = None  # Why it failed, one line; None when it did not
+    memory_verdict: str | None = None  # Under a memory limit: fits, thrashes or does not fit
+    reread_bytes: int | None = None  # Pages of files that were dropped for the limit and read again
+    throttling: Throttling | None = None  # How the processor was slowed down; None where it was not
+    # Processor time of all threads in each sample, nanoseconds; empty where nothing tells
     cpu_ns: list[int] = field(default_factory=list)
+    # How long all threads waited for a core in each sample, nanoseconds; empty where nothing tells
     waited_ns: list[int] = field(default_factory=list)
-    contention: Contention | None = None
+    contention: Contention | None = None  # What else used the machine's cores meanwhile
+    # In each sample, how long the thread that decodes neither computed nor waited, be it for a core or for
+    # another thread that waited for one: something kept it from running. None where pages were read from the
+    # disk, and it waited for them; empty where nothing tells.
     held_ns: list[int | None] = field(default_factory=list)
+    # When each sample began and ended, nanoseconds since the machine was started, by a clock that goes on
+    # while the machine sleeps; empty where there is none
     spans_ns: list[tuple[int, int]] = field(default_factory=list)
+    # How long samples were taken, from before the first one to the end of the last one; None where the
+    # opening of the file was the sample
     lasted_ns: int | None = None
-    conditions: Conditions | None = None
-    energy: ProcessEnergy | None = None
+    conditions: Conditions | None = None  # What the machine went through meanwhile
+    energy: ProcessEnergy | None = None  # What meters told of the samples; None where that was not asked for
 
 
 @dataclass(frozen=True)

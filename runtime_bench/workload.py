@@ -18,21 +18,13 @@ FRESH, SUSTAINED = "fresh", "sustained"
 
 @dataclass(frozen=True)
 class Workload:
-    """One thing to time.
+    """One thing to time."""
 
-    Attributes:
-        kind: `pp`, `tg`, `ttft`, `start` or `load`; see WORKLOAD_KINDS.
-        n_prompt: Prompt tokens that are timed.
-        n_gen: Generated tokens that are timed.
-        n_depth: Tokens already in the context, put there before the clock starts.
-        regime: In what state the file and the process are; see REGIMES.
-    """
-
-    kind: str
-    n_prompt: int = 0
-    n_gen: int = 0
-    n_depth: int = 0
-    regime: str = FRESH
+    kind: str  # `pp`, `tg`, `ttft`, `start` or `load`; see WORKLOAD_KINDS
+    n_prompt: int = 0  # Prompt tokens that are timed
+    n_gen: int = 0  # Generated tokens that are timed
+    n_depth: int = 0  # Tokens already in the context, put there before the clock starts
+    regime: str = FRESH  # In what state the file and the process are; see REGIMES
 
     def __post_init__(self) -> None:
         if self.kind not in WORKLOAD_KINDS:
@@ -79,23 +71,15 @@ WORKLOAD_KINDS = MappingProxyType(
 
 @dataclass(frozen=True)
 class Regime:
-    """In what state the file and the process are when a sample begins.
+    """In what state the file and the process are when a sample begins."""
 
-    Attributes:
-        help: In words.
-        pushed: Whether the file is pushed to the machine anew before each process.
-        page_cache: What is done to the page cache before opening; None leaves it to the workload.
-        warmup: Whether a run comes first that is not counted, where the settings have one.
-        least_samples: Samples that a process takes at least.
-        lasting: Whether one process generates for as long as the settings say.
-    """
-
-    help: str
-    pushed: bool = False
+    help: str  # In words
+    pushed: bool = False  # Whether the file is pushed to the machine anew before each process
+    # What is done to the page cache before opening; None leaves it to the workload
     page_cache: str | None = None
-    warmup: bool = True
-    least_samples: int = 1
-    lasting: bool = False
+    warmup: bool = True  # Whether a run comes first that is not counted, where the settings have one
+    least_samples: int = 1  # Samples that a process takes at least
+    lasting: bool = False  # Whether one process generates for as long as the settings say
 
     @property
     def opened_before(self) -> bool:
@@ -223,11 +207,7 @@ class SamplingSettings(Settings):
 
 @dataclass(frozen=True)
 class BenchSettings(SamplingSettings):
-    """One benchmark session.
-
-    Attributes:
-        load: Whether load is measured by itself (every process notes its load time anyway).
-    """
+    """One benchmark session."""
 
     n_depth: tuple[int, ...] = setting(
         (0,),
@@ -258,7 +238,7 @@ class BenchSettings(SamplingSettings):
         option="--sustained",
         metavar="TIME",
     )
-    load: bool = True
+    load: bool = True  # Whether load is measured by itself (every process notes its load time anyway)
     cold_load: bool = setting(
         False, "Load from the disk: have the file forgotten before each load.", option="--cold"
     )

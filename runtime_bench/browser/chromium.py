@@ -55,17 +55,11 @@ class BrowserError(PhonereadyError):
 
 @dataclass(frozen=True)
 class PageSettings:
-    """How the page is opened.
+    """How the page is opened."""
 
-    Attributes:
-        executable: Chromium.
-        packages: Folder of the npm packages.
-        mobile: Whether the browser passes for a phone's: screen, touch, user agent.
-    """
-
-    executable: str
-    packages: str
-    mobile: bool = True
+    executable: str  # Chromium
+    packages: str  # Folder of the npm packages
+    mobile: bool = True  # Whether the browser passes for a phone's: screen, touch, user agent
 
 
 def find_chromium() -> str:

@@ -50,23 +50,14 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model in the page.
-
-    Attributes:
-        page: The page.
-        n_vocab: Size of the vocabulary.
-        bos: The token a sequence must begin with; None where the model adds none.
-        load_ns: Time from the request of its files to readiness.
-        facts: The engine's facts.
-        baseline_rss_bytes: Memory of the page with the engine's code loaded and nothing opened.
-    """
+    """A model in the page."""
 
     page: Page
-    n_vocab: int
-    bos: int | None
-    load_ns: int
-    facts: EngineFacts
-    baseline_rss_bytes: int | None
+    n_vocab: int  # Size of the vocabulary
+    bos: int | None  # The token a sequence must begin with; None where the model adds none
+    load_ns: int  # Time from the request of its files to readiness
+    facts: EngineFacts  # The engine's facts
+    baseline_rss_bytes: int | None  # Memory of the page with the engine's code loaded and nothing opened
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of `text`, begun as the model wants a sequence begun."""

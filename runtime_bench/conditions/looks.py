@@ -28,15 +28,10 @@ _FAR_S = 5.0
 
 @dataclass(frozen=True)
 class Look:
-    """One look.
+    """One look."""
 
-    Attributes:
-        files: Path -> text.
-        answers: Name of a question to a service -> its answer.
-    """
-
-    files: Mapping[str, str] = field(default_factory=dict)
-    answers: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)  # Path -> text
+    answers: Mapping[str, str] = field(default_factory=dict)  # Name of a question to a service -> its answer
 
     def numbers(self, pattern: str) -> dict[str, int]:
         """Of files whose paths match, the number that each holds, by the pattern's group."""

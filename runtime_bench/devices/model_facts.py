@@ -30,30 +30,18 @@ class ModelFacts:
     """A file's sizes.
 
     What drafts further tokens takes room, and is neither read nor run for one token after the other.
-
-    Attributes:
-        path: The file.
-        weight_bytes: Of all tensors.
-        read_bytes: Of the weights that every generated token reads: all but a table that is only looked up.
-        n_multiplied: Weights that every token is multiplied by.
-        bytes_by_type: Stored type -> bytes of the matrices of it.
-        key_value_width: Numbers that one token adds to the cache, over all blocks.
-        hidden_size: Width of the residual stream.
-        ffn_width: Of the widest FFN.
-        vocab_size: Tokens.
-        context_length: Longest context that the model knows.
     """
 
     path: Path
-    weight_bytes: int
-    read_bytes: int
-    n_multiplied: int
-    bytes_by_type: Mapping[str, int]
-    key_value_width: int
-    hidden_size: int
-    ffn_width: int
-    vocab_size: int
-    context_length: int
+    weight_bytes: int  # Of all tensors
+    read_bytes: int  # Of the weights that every generated token reads: all but a table that is only looked up
+    n_multiplied: int  # Weights that every token is multiplied by
+    bytes_by_type: Mapping[str, int]  # Stored type -> bytes of the matrices of it
+    key_value_width: int  # Numbers that one token adds to the cache, over all blocks
+    hidden_size: int  # Width of the residual stream
+    ffn_width: int  # Of the widest FFN
+    vocab_size: int  # Tokens
+    context_length: int  # Longest context that the model knows
 
 
 def gguf_facts(path: Path) -> ModelFacts:

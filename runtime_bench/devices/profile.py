@@ -24,19 +24,14 @@ T = TypeVar("T")
 
 
 class Figure(Section, Generic[T]):
-    """A value and where it comes from.
+    """A value and where it comes from."""
 
-    Attributes:
-        value: None where it is not known.
-        basis: vendor, derived (from a vendor's figures), third_party, estimate, measured or unknown.
-        source: Who says so: an address, or a document's name.
-        date: When it was looked up or measured.
-    """
-
-    value: T | None = None
+    value: T | None = None  # None where it is not known
+    # vendor, derived (from a vendor's figures), third_party, estimate, measured or unknown
     basis: Literal["vendor", "derived", "third_party", "estimate", "measured", "unknown"]
+    # Who says so: an address, or a document's name
     source: str | None = pydantic.Field(default=None, min_length=1)
-    date: datetime.date | None = None
+    date: datetime.date | None = None  # When it was looked up or measured
 
     @pydantic.model_validator(mode="after")
     def _value_and_origin_stand_together(self) -> Self:
@@ -49,17 +44,11 @@ class Figure(Section, Generic[T]):
 
 
 class Cluster(Section):
-    """Cores of one kind.
+    """Cores of one kind."""
 
-    Attributes:
-        core: Microarchitecture, such as Cortex-A76.
-        count: How many.
-        max_mhz: Highest clock.
-    """
-
-    core: str = pydantic.Field(min_length=1)
-    count: int = pydantic.Field(ge=1, le=64)
-    max_mhz: int | None = pydantic.Field(default=None, ge=100, le=6000)
+    core: str = pydantic.Field(min_length=1)  # Microarchitecture, such as Cortex-A76
+    count: int = pydantic.Field(ge=1, le=64)  # How many
+    max_mhz: int | None = pydantic.Field(default=None, ge=100, le=6000)  # Highest clock
 
 
 Feature = Literal["asimd", "fp16", "dotprod", "i8mm", "bf16", "sve", "sve2", "sme", "sme2"]
@@ -69,38 +58,22 @@ _Bandwidth = Annotated[float, pydantic.Field(ge=0.5, le=1000)]
 
 
 class DeviceProfile(Section):
-    """A device.
+    """A device."""
 
-    Attributes:
-        schema_version: 1.
-        id: The file's name without its suffix.
-        name: As people call it, with the memory where it matters.
-        form: phone, tablet or board.
-        tier: budget, mid, flagship or board.
-        os: android, ios or linux.
-        soc: System on chip.
-        cores: Clusters, fastest first.
-        isa: What the fast cores offer to applications.
-        ram_mib: RAM, MiB.
-        dram_gb_s: Theoretical bandwidth of the RAM, 10^9 bytes a second.
-        dram_sustained_gb_s: Measured bandwidth.
-        app_memory_mib: What one application may use, MiB.
-        browser_score: Its browser's score (`runtime_bench/browser/page/score.html`); a file may leave it out.
-    """
-
-    schema_version: Literal[1]
-    id: str = pydantic.Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
-    name: str = pydantic.Field(min_length=1)
-    form: Literal["phone", "tablet", "board"]
-    tier: Literal["budget", "mid", "flagship", "board"]
-    os: Literal["android", "ios", "linux"]
-    soc: Figure[str]
-    cores: Figure[Annotated[tuple[Cluster, ...], pydantic.Field(min_length=1)]]
-    isa: Figure[tuple[Feature, ...]]
-    ram_mib: Figure[_Memory]
-    dram_gb_s: Figure[_Bandwidth]
-    dram_sustained_gb_s: Figure[_Bandwidth]
-    app_memory_mib: Figure[_Memory]
+    schema_version: Literal[1]  # 1
+    id: str = pydantic.Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")  # The file's name without its suffix
+    name: str = pydantic.Field(min_length=1)  # As people call it, with the memory where it matters
+    form: Literal["phone", "tablet", "board"]  # phone, tablet or board
+    tier: Literal["budget", "mid", "flagship", "board"]  # budget, mid, flagship or board
+    os: Literal["android", "ios", "linux"]  # android, ios or linux
+    soc: Figure[str]  # System on chip
+    cores: Figure[Annotated[tuple[Cluster, ...], pydantic.Field(min_length=1)]]  # Clusters, fastest first
+    isa: Figure[tuple[Feature, ...]]  # What the fast cores offer to applications
+    ram_mib: Figure[_Memory]  # RAM, MiB
+    dram_gb_s: Figure[_Bandwidth]  # Theoretical bandwidth of the RAM, 10^9 bytes a second
+    dram_sustained_gb_s: Figure[_Bandwidth]  # Measured bandwidth
+    app_memory_mib: Figure[_Memory]  # What one application may use, MiB
+    # Its browser's score (`runtime_bench/browser/page/score.html`); a file may leave it out
     browser_score: Figure[_Score] = Figure(basis="unknown")
 
 

@@ -78,22 +78,14 @@ class Band:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a run needs.
+    """Bytes that a run needs."""
 
-    Attributes:
-        weights: The file's tensors, mapped.
-        repacked: A second copy of some, where the processor gets one.
-        cache: Keys and values of a full context.
-        buffers: What is computed on the way, of BATCH_TOKENS tokens.
-        process: The program.
-        replaced: Of the weights, those whose repacked copy is read in their stead; the system may drop their pages.
-    """
-
-    weights: int
-    repacked: int
-    cache: int
-    buffers: int
+    weights: int  # The file's tensors, mapped
+    repacked: int  # A second copy of some, where the processor gets one
+    cache: int  # Keys and values of a full context
+    buffers: int  # What is computed on the way, of BATCH_TOKENS tokens
     process: int
+    # Of the weights, those whose repacked copy is read in their stead; the system may drop their pages
     replaced: int = 0
 
     @property
@@ -120,25 +112,16 @@ class Memory:
 
 @dataclass(frozen=True)
 class Projection:
-    """A model on a device.
+    """A model on a device."""
 
-    Attributes:
-        device: Id of the profile.
-        memory: What it needs.
-        limit_bytes: What it may have; None where neither the limit nor the RAM is known.
-        verdict: How it stands to that, one of runtime_bench.targets.VERDICTS; None where the limit is unknown.
-        decode: Generated tokens a second; None where the bandwidth is unknown.
-        prefill: Prompt tokens a second; None where cores, clocks or instructions are unknown.
-        assumptions: What this rests on, and why something is unknown.
-    """
-
-    device: str
-    memory: Memory
-    limit_bytes: int | None
+    device: str  # Id of the profile
+    memory: Memory  # What it needs
+    limit_bytes: int | None  # What it may have; None where neither the limit nor the RAM is known
+    # How it stands to that, one of runtime_bench.targets.VERDICTS; None where the limit is unknown
     verdict: str | None
-    decode: Band | None
-    prefill: Band | None
-    assumptions: tuple[str, ...]
+    decode: Band | None  # Generated tokens a second; None where the bandwidth is unknown
+    prefill: Band | None  # Prompt tokens a second; None where cores, clocks or instructions are unknown
+    assumptions: tuple[str, ...]  # What this rests on, and why something is unknown
 
     @property
     def fits(self) -> bool | None:

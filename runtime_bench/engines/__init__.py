@@ -23,51 +23,33 @@ from runtime_bench.records.engine_settings import EngineSettings
 
 @dataclass(frozen=True)
 class SessionSettings:
-    """How a file is opened.
+    """How a file is opened."""
 
-    Attributes:
-        n_ctx: Context length in tokens.
-        n_threads: Threads for prompt and generation.
-        n_batch: Most tokens given to the engine at once.
-        n_ubatch: Most tokens computed at once.
-        cache_type: Of the key-value cache, one of the engine's `cache_types`; None for its own choice.
-        backend: What shall compute, in small letters; None for the processor, where an engine that cannot take it
-            computes, too.
-        n_seq: Texts that the context holds at once, which may begin alike; engines that hold one read them in turn.
-    """
-
-    n_ctx: int
-    n_threads: int
-    n_batch: int
-    n_ubatch: int
+    n_ctx: int  # Context length in tokens
+    n_threads: int  # Threads for prompt and generation
+    n_batch: int  # Most tokens given to the engine at once
+    n_ubatch: int  # Most tokens computed at once
+    # Of the key-value cache, one of the engine's `cache_types`; None for its own choice
     cache_type: str | None = None
+    # What shall compute, in small letters; None for the processor, where an engine that cannot take it
+    # computes, too
     backend: str | None = None
+    # Texts that the context holds at once, which may begin alike; engines that hold one read them in turn
     n_seq: int = 1
 
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What an engine says about itself and the open file; unknown is None.
+    """What an engine says about itself and the open file; unknown is None."""
 
-    Attributes:
-        model_type: The engine's description of the model.
-        model_size: Bytes of all weights.
-        model_n_params: Number of weights.
-        backends: Where it computes: CPU, or what does beside it.
-        build_commit: Source revision of the engine.
-        versions: Names of libraries to their versions.
-        system_info: The engine's own line about the machine features it uses.
-        settings: How it computes.
-    """
-
-    model_type: str | None = None
-    model_size: int | None = None
-    model_n_params: int | None = None
-    backends: str | None = None
-    build_commit: str | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-    system_info: str | None = None
-    settings: EngineSettings = field(default_factory=EngineSettings)
+    model_type: str | None = None  # The engine's description of the model
+    model_size: int | None = None  # Bytes of all weights
+    model_n_params: int | None = None  # Number of weights
+    backends: str | None = None  # Where it computes: CPU, or what does beside it
+    build_commit: str | None = None  # Source revision of the engine
+    versions: dict[str, str] = field(default_factory=dict)  # Names of libraries to their versions
+    system_info: str | None = None  # The engine's own line about the machine features it uses
+    settings: EngineSettings = field(default_factory=EngineSettings)  # How it computes
 
 
 def file_facts(path: Path, backends: str, versions: dict[str, str]) -> EngineFacts:
@@ -143,27 +125,17 @@ class EngineAdapter(Protocol):
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """Where an engine's adapter is and what it needs.
+    """Where an engine's adapter is and what it needs."""
 
-    Attributes:
-        module: Adapter with `prepare()` and `open_session(path, settings)`.
-        package: Import name of the runtime.
-        distribution: What it is called where it is installed from.
-        suffix: Of the files it runs; the first engine for a suffix is the default.
-        extra: Extra of phoneready that brings it; empty where none does.
-        far_packages: What its worker imports in the Python of another machine; empty where it runs on this one alone.
-        cache_types: Types of the key-value cache that can be asked for.
-        answers: Whether its sessions are of `AnsweringSession`.
-    """
-
-    module: str
-    package: str
-    distribution: str
-    suffix: str
-    extra: str = ""
+    module: str  # Adapter with `prepare()` and `open_session(path, settings)`
+    package: str  # Import name of the runtime
+    distribution: str  # What it is called where it is installed from
+    suffix: str  # Of the files it runs; the first engine for a suffix is the default
+    extra: str = ""  # Extra of phoneready that brings it; empty where none does
+    # What its worker imports in the Python of another machine; empty where it runs on this one alone
     far_packages: tuple[str, ...] = ()
-    cache_types: tuple[str, ...] = ()
-    answers: bool = False
+    cache_types: tuple[str, ...] = ()  # Types of the key-value cache that can be asked for
+    answers: bool = False  # Whether its sessions are of `AnsweringSession`
 
     def require(self) -> None:
         """Check that the engine can be used, without importing it.

@@ -109,15 +109,10 @@ def run_bench(
 
 @dataclass(frozen=True)
 class SeenFile:
-    """What is seen of a file on this machine, wherever it is measured.
-
-    Attributes:
-        sha256: Its hash.
-        check: What it writes; empty where that was not asked for.
-    """
+    """What is seen of a file on this machine, wherever it is measured."""
 
     sha256: str
-    check: TextCheck
+    check: TextCheck  # What it writes; empty where that was not asked for
 
 
 def look_at(files: Sequence[Path], settings: BenchSettings) -> dict[Path, SeenFile]:

@@ -24,59 +24,36 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class MeasuredFile:
-    """A file that takes its turns.
-
-    Attributes:
-        path: The file.
-        sha256: Its hash.
-        engine: What it runs in.
-        check: What it writes; empty where that was not asked for.
-    """
+    """A file that takes its turns."""
 
     path: Path
     sha256: str
-    engine: str
-    check: TextCheck
+    engine: str  # What it runs in
+    check: TextCheck  # What it writes; empty where that was not asked for
 
 
 @dataclass(frozen=True)
 class Session:
-    """What all rows of one call share.
+    """What all rows of one call share."""
 
-    Attributes:
-        files: In the order in which they take turns.
-        settings: What to measure.
-        target: Where.
-        anchor: Which of the files is the session's anchor.
-        id: Of the session.
-    """
-
-    files: tuple[MeasuredFile, ...]
-    settings: BenchSettings
-    target: Target
-    anchor: MeasuredFile | None = None
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    files: tuple[MeasuredFile, ...]  # In the order in which they take turns
+    settings: BenchSettings  # What to measure
+    target: Target  # Where
+    anchor: MeasuredFile | None = None  # Which of the files is the session's anchor
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)  # Of the session
 
 
 @dataclass
 class Row:
-    """Results of one file, workload and thread count, in the order taken.
-
-    Attributes:
-        file: The file.
-        request: What each process is asked for, but for the number of its samples.
-        results: Of the processes.
-        sequence: For each sample the number of its process.
-        looks: The machine before and after each process.
-        started: UTC time at which the first process began.
-    """
+    """Results of one file, workload and thread count, in the order taken."""
 
     file: MeasuredFile
-    request: WorkerRequest
-    results: list[WorkerResult] = field(default_factory=list)
-    sequence: list[int] = field(default_factory=list)
+    request: WorkerRequest  # What each process is asked for, but for the number of its samples
+    results: list[WorkerResult] = field(default_factory=list)  # Of the processes
+    sequence: list[int] = field(default_factory=list)  # For each sample the number of its process
+    # The machine before and after each process
     looks: list[tuple[Environment, Environment]] = field(default_factory=list)
-    started: str | None = None
+    started: str | None = None  # UTC time at which the first process began
 
     @property
     def failure(self) -> str | None:

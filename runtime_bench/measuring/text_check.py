@@ -34,18 +34,13 @@ _THREADS = 1
 
 @dataclass(frozen=True)
 class TextCheck:
-    """What a file wrote.
+    """What a file wrote."""
 
-    Attributes:
-        texts: Continuations of BEGINNINGS; empty where it could not be run here.
-        degenerate: The reason why they are degenerate, one of cfsp.text.degeneration.CHECKS; None where they are
-            not, or where nothing is known.
-        problem: Why it could not be run.
-    """
-
-    texts: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()  # Continuations of BEGINNINGS; empty where it could not be run here
+    # The reason why they are degenerate, one of cfsp.text.degeneration.CHECKS; None where they are not, or
+    # where nothing is known
     degenerate: str | None = None
-    problem: str | None = None
+    problem: str | None = None  # Why it could not be run
 
 
 def judge(texts: Sequence[str]) -> str | None:

@@ -47,35 +47,22 @@ _FLAGS = (
 
 @dataclass(frozen=True)
 class RunnerBuild:
-    """What a built runner was made from.
-
-    Attributes:
-        target: Key of RUNNER_TARGETS.
-        backend: Key of RUNNER_BACKENDS, of what may compute beside the processor; None where nothing does.
-        key: Hash of everything it was made from.
-        needs: Processor features without which it refuses to run.
-        source: Version of llama-cpp-python whose llama.cpp it is.
-        source_sha256: Of that archive.
-        compiler: The compiler's own line about itself.
-        cmake: Options that were given to CMake.
-        sha256: Of the program.
-        size_bytes: Of the program.
-        build_s: Seconds that unpacking and compiling took.
-    """
+    """What a built runner was made from."""
 
     KIND: ClassVar[str] = "runner_build"
     SCHEMA_VERSION: ClassVar[int] = 1
 
-    target: str
-    key: str
-    needs: tuple[str, ...]
-    source: str
-    source_sha256: str
-    compiler: str
-    cmake: tuple[str, ...]
-    sha256: str
-    size_bytes: int
-    build_s: float
+    target: str  # Key of RUNNER_TARGETS
+    key: str  # Hash of everything it was made from
+    needs: tuple[str, ...]  # Processor features without which it refuses to run
+    source: str  # Version of llama-cpp-python whose llama.cpp it is
+    source_sha256: str  # Of that archive
+    compiler: str  # The compiler's own line about itself
+    cmake: tuple[str, ...]  # Options that were given to CMake
+    sha256: str  # Of the program
+    size_bytes: int  # Of the program
+    build_s: float  # Seconds that unpacking and compiling took
+    # Key of RUNNER_BACKENDS, of what may compute beside the processor; None where nothing does
     backend: str | None = None
 
     @property

@@ -27,17 +27,11 @@ _WANTED = ("CMakeLists.txt", "LICENSE", "cmake", "ggml", "include", "licenses", 
 
 @dataclass(frozen=True)
 class LlamaSource:
-    """A source archive.
-
-    Attributes:
-        path: The file.
-        version: Of llama-cpp-python.
-        sha256: Of the file.
-    """
+    """A source archive."""
 
     path: Path
-    version: str
-    sha256: str
+    version: str  # Of llama-cpp-python
+    sha256: str  # Of the file
 
 
 def fetch_source(progress: Progress = no_progress) -> LlamaSource:

@@ -19,23 +19,14 @@ from runtime_bench.environment import read_fact
 
 @dataclass(frozen=True)
 class RunnerTarget:
-    """One way to build the runner.
+    """One way to build the runner."""
 
-    Attributes:
-        system: `linux` or `android`.
-        machine: Instruction set, as `uname -m` says it.
-        needs: Processor features that the kernels use, as /proc/cpuinfo names them.
-        cmake: Options that set these features.
-        static: Whether the C library is linked in; Android's is always there and is not.
-        wants: What compiling it wants beside a compiler, for people.
-    """
-
-    system: str
-    machine: str
-    needs: tuple[str, ...]
-    cmake: tuple[str, ...]
-    static: bool = True
-    wants: str = ""
+    system: str  # `linux` or `android`
+    machine: str  # Instruction set, as `uname -m` says it
+    needs: tuple[str, ...]  # Processor features that the kernels use, as /proc/cpuinfo names them
+    cmake: tuple[str, ...]  # Options that set these features
+    static: bool = True  # Whether the C library is linked in; Android's is always there and is not
+    wants: str = ""  # What compiling it wants beside a compiler, for people
 
 
 _NAMES = {"AMD64": "x86_64", "arm64": "aarch64"}
@@ -108,15 +99,10 @@ llama-cpp-python's own build; the other builds are portable."""
 
 @dataclass(frozen=True)
 class RunnerBackend:
-    """What may compute beside the processor.
+    """What may compute beside the processor."""
 
-    Attributes:
-        cmake: Options that compile it in.
-        wants: What compiling it wants, for people.
-    """
-
-    cmake: tuple[str, ...]
-    wants: str
+    cmake: tuple[str, ...]  # Options that compile it in
+    wants: str  # What compiling it wants, for people
 
 
 RUNNER_BACKENDS: MappingProxyType[str, RunnerBackend] = MappingProxyType(

@@ -19,17 +19,11 @@ _NDK_TOOLCHAIN = Path("build") / "cmake" / "android.toolchain.cmake"
 
 @dataclass(frozen=True)
 class Toolchain:
-    """How to compile.
+    """How to compile."""
 
-    Attributes:
-        cmake: The cmake program.
-        options: CMake options that choose the compiler.
-        version: The compiler's own line about itself; part of what a build is known by.
-    """
-
-    cmake: str
-    options: tuple[str, ...]
-    version: str
+    cmake: str  # The cmake program
+    options: tuple[str, ...]  # CMake options that choose the compiler
+    version: str  # The compiler's own line about itself; part of what a build is known by
 
 
 def find_toolchain(target: str, ndk: Path | None = None) -> Toolchain:

@@ -25,17 +25,11 @@ Cell = TypeVar("Cell")
 
 @dataclass(frozen=True)
 class Column(Generic[Row]):
-    """One column.
+    """One column."""
 
-    Attributes:
-        title: Its heading, and its key in CSV and JSON.
-        cell: Makes the cell of a row; None is what is not known.
-        right: Whether its cells are right-aligned, as numbers are.
-    """
-
-    title: str
-    cell: Callable[[Row], Any]
-    right: bool = False
+    title: str  # Its heading, and its key in CSV and JSON
+    cell: Callable[[Row], Any]  # Makes the cell of a row; None is what is not known
+    right: bool = False  # Whether its cells are right-aligned, as numbers are
 
 
 @dataclass(frozen=True)

@@ -33,175 +33,115 @@ _Size = pydantic.NonNegativeInt | None
 
 @dataclass(frozen=True)
 class Environment:
-    """The machine at the time; what it does not tell is None.
+    """The machine at the time; what it does not tell is None."""
 
-    Attributes:
-        cpu_model: Marketing name of the processor.
-        cpus_usable: Cores the measurement may use; None where the machine did not answer.
-        governor: Frequency governor of the first core.
-        load_average: Load of the last minute, just before the first sample.
-        memory_bytes: Size of the main memory.
-        platform: Operating system and instruction set.
-        versions: Names of libraries to their versions.
-        system_info: The engine's line about the processor features it uses.
-        core_max_khz: Highest clock of each core that says it.
-        core_cap_khz: Highest clock that the system lets each of them have just then.
-        temperatures_c: Thermal zones' kinds to degrees Celsius, just before the first sample.
-    """
-
-    cpu_model: str | None
-    cpus_usable: int | None
-    governor: str | None
-    load_average: float | None
-    memory_bytes: int | None
-    platform: str
-    versions: dict[str, str]
-    system_info: str | None = None
-    core_max_khz: _PositiveInts = ()
-    core_cap_khz: _PositiveInts = ()
+    cpu_model: str | None  # Marketing name of the processor
+    cpus_usable: int | None  # Cores the measurement may use; None where the machine did not answer
+    governor: str | None  # Frequency governor of the first core
+    load_average: float | None  # Load of the last minute, just before the first sample
+    memory_bytes: int | None  # Size of the main memory
+    platform: str  # Operating system and instruction set
+    versions: dict[str, str]  # Names of libraries to their versions
+    system_info: str | None = None  # The engine's line about the processor features it uses
+    core_max_khz: _PositiveInts = ()  # Highest clock of each core that says it
+    core_cap_khz: _PositiveInts = ()  # Highest clock that the system lets each of them have just then
+    # Thermal zones' kinds to degrees Celsius, just before the first sample
     temperatures_c: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class MeasuredOn:
-    """That a row's samples were looked at, and more taken where they decided nothing.
+    """That a row's samples were looked at, and more taken where they decided nothing."""
 
-    Attributes:
-        looks: Most looks; its intervals are surer in proportion.
-        seconds: How long it was measured on.
-        time_over: Whether that ended it, undecided.
-    """
-
-    looks: pydantic.PositiveInt
-    seconds: pydantic.NonNegativeFloat = 0.0
-    time_over: bool = False
+    looks: pydantic.PositiveInt  # Most looks; its intervals are surer in proportion
+    seconds: pydantic.NonNegativeFloat = 0.0  # How long it was measured on
+    time_over: bool = False  # Whether that ended it, undecided
 
 
 @dataclass(frozen=True)
 class BenchRecord:
-    """One row: a file, a workload, a thread count.
+    """One row: a file, a workload, a thread count."""
 
-    Attributes:
-        kind: One of KINDS.
-        target: Where it ran.
-        engine: What it ran in.
-        status: `ok` or `failed`; a failed row keeps the samples it got.
-        failure: Why it failed, one line.
-        session: Id of the interleaved session; samples of one session may be compared pair by pair.
-        workload: Kind of workload: pp, tg, ttft, start, load.
-        test: The workload's name in tables, e.g. pp512.
-        model_filename: The file as it was named.
-        model_type: The engine's description of it.
-        model_size: Bytes of its weights.
-        model_n_params: Number of its weights.
-        file_size_bytes: Size of the file.
-        file_sha256: Hash of the file.
-        n_prompt: Prompt tokens timed.
-        n_gen: Generated tokens timed.
-        n_depth: Tokens in the context before.
-        regime: In what state file and process were, of runtime_bench.workload.REGIMES.
-        anchor_sha256: Hash of the file that was measured in turns with the others of the session, so that sessions of
-            other days and machines can be compared with it; None where none was.
-        is_anchor: Whether it is that file's own row.
-        sustained_s: For how long samples were taken, where that was said and not their number.
-        n_batch: Most tokens given to the engine at once.
-        n_ubatch: Most tokens computed at once.
-        n_threads: Threads.
-        backends: What the engine computes on.
-        build_commit: Source revision of the engine.
-        cpu_info: Processor.
-        test_time: UTC time at which the first sample began, RFC 3339.
-        warmup: Whether one run was made and thrown away before the samples of each process.
-        samples_per_process: Most samples that came from one process.
-        samples_ns: Wall times, nanoseconds, in the order taken.
-        sequence: For each sample, the number of its process within the session, counted from 0.
-        load_samples_ns: Time to open the file in each process.
-        page_cache: What was done to the page cache before opening: warm, cold, as_found.
-        page_cache_shares: Share of the file in the page cache when it was opened, for each process; None
-            unknown.
-        baseline_rss_bytes: Least resident memory, over processes, with the engine imported and nothing
-            opened.
-        peak_rss_samples_bytes: Most resident memory of each process.
-        quarantined_ns: Samples of a first round that spread too widely and was measured once more.
-        spread_limit: p90 / p50 above which that happens.
-        environment: The machine.
-        memory_limit_bytes: What a run might use; None where nothing limited it.
-        memory_verdict: Under that limit: fits, thrashes (pages of the file were dropped and read again) or does not
-            fit (killed); the worst of all processes.
-        reread_bytes: Bytes of files that were read again, the most of any process.
-        clock_caps: For each process, the least share of its highest clock that any core was allowed around it; None
-            where the machine shows no clocks.
-        hottest_c: For each process, the hottest thermal zone around it, degrees Celsius; None without zones.
-        text_sample: What the file writes, the first of a few continuations; None where that was not checked.
-        degenerate: Why all it writes is degenerate, which voids the row's speed; None where it is not.
-        cpu_samples_ns: Processor time of all threads in each sample; empty where nothing tells.
-        throttling: How the processor was slowed down to a device's score; None where it was not.
-        waited_samples_ns: How long all threads waited for a core in each sample; empty where nothing tells.
-        contention: For each process, what else used the machine's cores; None where that is not known.
-        held_samples_ns: How long something kept each sample from running that no other program explains; None where it
-            waited for the disk; empty where nothing tells.
-        conditions: For each process, what the machine went through meanwhile; None where nobody looked.
-        energy: For each process, what meters of energy told of its samples; None where they could not be read, and
-            empty where nobody asked for energy.
-        engine_settings: How the engine computed.
-        measured_on: Whether samples were added until budgets were decided; None where nobody looked at them before.
-    """
-
-    kind: str
+    kind: str  # One of KINDS
     target: str
     engine: str
-    status: str
-    failure: str | None
-    session: str
-    workload: str
-    test: str
-    model_filename: str
-    model_type: str | None
-    model_size: _Size
-    model_n_params: _Size
-    file_size_bytes: _Size
-    file_sha256: str | None
-    n_prompt: pydantic.NonNegativeInt
-    n_gen: pydantic.NonNegativeInt
-    n_depth: pydantic.NonNegativeInt
-    n_batch: pydantic.PositiveInt
-    n_ubatch: pydantic.PositiveInt
+    status: str  # `ok` or `failed`; a failed row keeps the samples it got
+    failure: str | None  # Why it failed, one line
+    session: str  # Id of the interleaved session; samples of one session may be compared pair by pair
+    workload: str  # Kind of workload: pp, tg, ttft, start, load
+    test: str  # The workload's name in tables, e.g. pp512.
+    model_filename: str  # The file as it was named
+    model_type: str | None  # The engine's description of it
+    model_size: _Size  # Bytes of its weights
+    model_n_params: _Size  # Number of its weights
+    file_size_bytes: _Size  # Size of the file
+    file_sha256: str | None  # Hash of the file
+    n_prompt: pydantic.NonNegativeInt  # Prompt tokens timed
+    n_gen: pydantic.NonNegativeInt  # Generated tokens timed
+    n_depth: pydantic.NonNegativeInt  # Tokens in the context before
+    n_batch: pydantic.PositiveInt  # Most tokens given to the engine at once
+    n_ubatch: pydantic.PositiveInt  # Most tokens computed at once
     n_threads: pydantic.PositiveInt
-    backends: str | None
-    build_commit: str | None
+    backends: str | None  # What the engine computes on
+    build_commit: str | None  # Source revision of the engine
     cpu_info: str | None
-    test_time: str | None
-    warmup: bool
-    samples_per_process: pydantic.PositiveInt
+    test_time: str | None  # UTC time at which the first sample began, RFC 3339
+    warmup: bool  # Whether one run was made and thrown away before the samples of each process
+    samples_per_process: pydantic.PositiveInt  # Most samples that came from one process
     environment: Environment
-    samples_ns: _PositiveInts = ()
+    samples_ns: _PositiveInts = ()  # Wall times, nanoseconds, in the order taken
+    # For each sample, the number of its process within the session, counted from 0
     sequence: tuple[int, ...] = ()
-    load_samples_ns: _PositiveInts = ()
-    page_cache: str = "as_found"
+    load_samples_ns: _PositiveInts = ()  # Time to open the file in each process
+    page_cache: str = "as_found"  # What was done to the page cache before opening: warm, cold, as_found
+    # Share of the file in the page cache when it was opened, for each process; None unknown
     page_cache_shares: tuple[float | None, ...] = ()
+    # Least resident memory, over processes, with the engine imported and nothing opened
     baseline_rss_bytes: _Size = None
-    peak_rss_samples_bytes: _PositiveInts = ()
+    peak_rss_samples_bytes: _PositiveInts = ()  # Most resident memory of each process
+    # Samples of a first round that spread too widely and was measured once more
     quarantined_ns: _PositiveInts = ()
-    spread_limit: float | None = None
-    memory_limit_bytes: _Size = None
+    spread_limit: float | None = None  # p90 / p50 above which that happens
+    memory_limit_bytes: _Size = None  # What a run might use; None where nothing limited it
+    # Under that limit: fits, thrashes (pages of the file were dropped and read again) or does not fit
+    # (killed); the worst of all processes
     memory_verdict: str | None = None
-    reread_bytes: _Size = None
+    reread_bytes: _Size = None  # Bytes of files that were read again, the most of any process
+    # For each process, the least share of its highest clock that any core was allowed around it; None where
+    # the machine shows no clocks
     clock_caps: tuple[float | None, ...] = ()
+    # For each process, the hottest thermal zone around it, degrees Celsius; None without zones
     hottest_c: tuple[float | None, ...] = ()
+    # What the file writes, the first of a few continuations; None where that was not checked
     text_sample: str | None = None
+    # Why all it writes is degenerate, which voids the row's speed; None where it is not
     degenerate: str | None = None
+    # Processor time of all threads in each sample; empty where nothing tells
     cpu_samples_ns: _PositiveInts = ()
+    # How the processor was slowed down to a device's score; None where it was not
     throttling: Throttling | None = None
+    # How long all threads waited for a core in each sample; empty where nothing tells
     waited_samples_ns: tuple[pydantic.NonNegativeInt, ...] = ()
+    # For each process, what else used the machine's cores; None where that is not known
     contention: tuple[Contention | None, ...] = ()
+    # How long something kept each sample from running that no other program explains; None where it waited
+    # for the disk; empty where nothing tells
     held_samples_ns: tuple[pydantic.NonNegativeInt | None, ...] = ()
+    # For each process, what the machine went through meanwhile; None where nobody looked
     conditions: tuple[Conditions | None, ...] = ()
-    regime: str = FRESH
+    regime: str = FRESH  # In what state file and process were, of runtime_bench.workload.REGIMES
+    # For how long samples were taken, where that was said and not their number
     sustained_s: float | None = None
+    # Hash of the file that was measured in turns with the others of the session, so that sessions of other
+    # days and machines can be compared with it; None where none was
     anchor_sha256: str | None = None
-    is_anchor: bool = False
+    is_anchor: bool = False  # Whether it is that file's own row
+    # For each process, what meters of energy told of its samples; None where they could not be read, and
+    # empty where nobody asked for energy
     energy: tuple[ProcessEnergy | None, ...] = ()
+    # How the engine computed
     engine_settings: EngineSettings = dataclasses.field(default_factory=EngineSettings)
+    # Whether samples were added until budgets were decided; None where nobody looked at them before
     measured_on: MeasuredOn | None = None
 
     def __post_init__(self) -> None:

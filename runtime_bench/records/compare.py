@@ -60,85 +60,52 @@ DEFAULTS = ComparisonSettings()
 
 @dataclass(frozen=True)
 class Comparison:
-    """One row of a comparison.
+    """One row of a comparison."""
 
-    Attributes:
-        kind: How the numbers of both sides came about.
-        target: Where both ran.
-        engine: What both ran in.
-        test: The workload, e.g. tg128.
-        n_threads: Threads of both sides.
-        quantized_cache: Type of both sides' key-value cache where it has few bits.
-        base: File of the base.
-        new: File held against it.
-        base_median_ns: Median time of the base, by the basis; None where it has no samples.
-        new_median_ns: Median time of the new file.
-        base_median_ts: Tokens per second at that time; None where the workload is no rate.
-        new_median_ts: The same of the new file.
-        ratio: Speed of new / speed of base, the quotient of the medians. Above 1 is faster; None where a side has no
-            samples, or they are too noisy for it to mean anything.
-        low: Lower end of the interval.
-        high: Upper end of the interval.
-        confidence: Of the interval.
-        threshold: Relative change that counts as a difference.
-        paired: Whether rounds of one interleaved session were compared pair by pair.
-        basis: Whose time it is: `wall`, or `cpu` where other programs held a single thread up.
-        verdict: One of VERDICTS.
-        reason: Why the verdict is inconclusive or too noisy to tell; None for the others.
-        peak_rss_ratio: Peak memory of new / base.
-        file_size_ratio: File size of new / base.
-        anchor: File that both sessions measured in turns with theirs; None where the two are compared themselves.
-        base_to_anchor: Speed of base / speed of the anchor in its session, where there is an anchor.
-        new_to_anchor: Speed of new / speed of the anchor in its session; `ratio` is the quotient of these two.
-        energy: Joules a token of new / those of base, by one meter; None where energy was not asked for.
-    """
-
-    kind: str
-    target: str
-    engine: str
-    test: str
-    n_threads: int
-    quantized_cache: str | None
-    base: str
-    new: str
-    base_median_ns: float | None
-    new_median_ns: float | None
-    base_median_ts: float | None
-    new_median_ts: float | None
+    kind: str  # How the numbers of both sides came about
+    target: str  # Where both ran
+    engine: str  # What both ran in
+    test: str  # The workload, e.g. tg128.
+    n_threads: int  # Threads of both sides
+    quantized_cache: str | None  # Type of both sides' key-value cache where it has few bits
+    base: str  # File of the base
+    new: str  # File held against it
+    base_median_ns: float | None  # Median time of the base, by the basis; None where it has no samples
+    new_median_ns: float | None  # Median time of the new file
+    base_median_ts: float | None  # Tokens per second at that time; None where the workload is no rate
+    new_median_ts: float | None  # The same of the new file
+    # Speed of new / speed of base, the quotient of the medians. Above 1 is faster; None where a side has no
+    # samples, or they are too noisy for it to mean anything.
     ratio: float | None
-    low: float | None
-    high: float | None
-    confidence: float
-    threshold: float
-    paired: bool
-    basis: str
-    verdict: str
-    reason: str | None
-    peak_rss_ratio: float | None
-    file_size_ratio: float | None
+    low: float | None  # Lower end of the interval
+    high: float | None  # Upper end of the interval
+    confidence: float  # Of the interval
+    threshold: float  # Relative change that counts as a difference
+    paired: bool  # Whether rounds of one interleaved session were compared pair by pair
+    basis: str  # Whose time it is: `wall`, or `cpu` where other programs held a single thread up
+    verdict: str  # One of VERDICTS
+    reason: str | None  # Why the verdict is inconclusive or too noisy to tell; None for the others
+    peak_rss_ratio: float | None  # Peak memory of new / base
+    file_size_ratio: float | None  # File size of new / base
+    # File that both sessions measured in turns with theirs; None where the two are compared themselves
     anchor: str | None = None
+    # Speed of base / speed of the anchor in its session, where there is an anchor
     base_to_anchor: float | None = None
+    # Speed of new / speed of the anchor in its session; `ratio` is the quotient of these two
     new_to_anchor: float | None = None
+    # Joules a token of new / those of base, by one meter; None where energy was not asked for
     energy: EnergyRatio | None = None
 
 
 @dataclass(frozen=True)
 class Incomparable:
-    """Two rows that are not compared, or one that has no partner.
+    """Two rows that are not compared, or one that has no partner."""
 
-    Attributes:
-        test: The workload, e.g. tg128.
-        n_threads: Threads.
-        base: File of the base; None where the new file alone has the row.
-        new: File held against it; None where the base alone has the row.
-        reason: What keeps them apart.
-    """
-
-    test: str
+    test: str  # The workload, e.g. tg128.
     n_threads: int
-    base: str | None
-    new: str | None
-    reason: str
+    base: str | None  # File of the base; None where the new file alone has the row
+    new: str | None  # File held against it; None where the base alone has the row
+    reason: str  # What keeps them apart
 
 
 Compared: TypeAlias = Comparison | Incomparable

@@ -16,41 +16,28 @@ INTERVAL_S = 0.5
 
 @dataclass(frozen=True)
 class Conditions:
-    """A process's surroundings, look by look.
+    """A process's surroundings, look by look."""
 
-    Attributes:
-        at_s: When each look was taken, seconds since the first one, which was taken when the process began.
-        samples_s: When each timed sample began and ended, by the same clock; empty where the process does not tell.
-        caps: Least share of its highest clock that any core of the run was allowed.
-        clocks: Highest share of its highest clock that any core of the run had.
-        hottest_c: Hottest thermal zone, degrees Celsius.
-        thermal_status: Android's, 0 (none) to 6 (shutdown).
-        battery_percent: Charge of the battery.
-        charging: Whether power came from outside.
-        low_power: Whether the system was told to save power.
-        screen_on: Whether the screen was on.
-        free_bytes: Memory that a process could have got.
-        others_cores: Cores that other programs used since the look before.
-        stolen_cores: Cores that the host of a virtual machine took away since the look before.
-        held_share: Share of the time since the look before in which a quota kept the process's group from running.
-        hidden: Series -> why no look told it.
-    """
-
+    # When each look was taken, seconds since the first one, which was taken when the process began
     at_s: tuple[float, ...] = ()
+    # When each timed sample began and ended, by the same clock; empty where the process does not tell
     samples_s: tuple[tuple[float, float], ...] = ()
+    # Least share of its highest clock that any core of the run was allowed
     caps: tuple[float | None, ...] = ()
-    clocks: tuple[float | None, ...] = ()
-    hottest_c: tuple[float | None, ...] = ()
-    thermal_status: tuple[int | None, ...] = ()
-    battery_percent: tuple[float | None, ...] = ()
-    charging: tuple[bool | None, ...] = ()
-    low_power: tuple[bool | None, ...] = ()
-    screen_on: tuple[bool | None, ...] = ()
-    free_bytes: tuple[int | None, ...] = ()
-    others_cores: tuple[float | None, ...] = ()
+    clocks: tuple[float | None, ...] = ()  # Highest share of its highest clock that any core of the run had
+    hottest_c: tuple[float | None, ...] = ()  # Hottest thermal zone, degrees Celsius
+    thermal_status: tuple[int | None, ...] = ()  # Android's, 0 (none) to 6 (shutdown)
+    battery_percent: tuple[float | None, ...] = ()  # Charge of the battery
+    charging: tuple[bool | None, ...] = ()  # Whether power came from outside
+    low_power: tuple[bool | None, ...] = ()  # Whether the system was told to save power
+    screen_on: tuple[bool | None, ...] = ()  # Whether the screen was on
+    free_bytes: tuple[int | None, ...] = ()  # Memory that a process could have got
+    others_cores: tuple[float | None, ...] = ()  # Cores that other programs used since the look before
+    # Cores that the host of a virtual machine took away since the look before
     stolen_cores: tuple[float | None, ...] = ()
+    # Share of the time since the look before in which a quota kept the process's group from running
     held_share: tuple[float | None, ...] = ()
-    hidden: dict[str, str] = field(default_factory=dict)
+    hidden: dict[str, str] = field(default_factory=dict)  # Series -> why no look told it
 
     def told(self, name: str) -> list[tuple[float, Any]]:
         """(seconds, value) of a series wherever it was told while samples were timed.

@@ -20,15 +20,10 @@ BUSY = (0, 1, 2, 5, 6)
 
 @dataclass(frozen=True)
 class Contention:
-    """What else used the cores during one process, in cores, averaged over its life.
+    """What else used the cores during one process, in cores, averaged over its life."""
 
-    Attributes:
-        others_cores: Other programs' processor time per second.
-        stolen_cores: Time per second that the host of a virtual machine took away.
-    """
-
-    others_cores: float
-    stolen_cores: float
+    others_cores: float  # Other programs' processor time per second
+    stolen_cores: float  # Time per second that the host of a virtual machine took away
 
 
 CoreTimes = tuple[float, float, float, float]

@@ -14,17 +14,11 @@ GLANCE_S = 0.1
 
 @dataclass(frozen=True)
 class Joules:
-    """An energy, joules, and what it lies between.
+    """An energy, joules, and what it lies between."""
 
-    Attributes:
-        low: It is not less.
-        value: The best guess.
-        high: It is not more.
-    """
-
-    low: float
-    value: float
-    high: float
+    low: float  # It is not less
+    value: float  # The best guess
+    high: float  # It is not more
 
     def __add__(self, other: Joules) -> Joules:
         """The sum: errors add up, since they may have one cause."""
@@ -49,41 +43,25 @@ NOTHING = Joules(0.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class Metered:
-    """What one meter told of one process.
+    """What one meter told of one process."""
 
-    Attributes:
-        method: How, such as `RAPL counter`.
-        domain: Of what: `package`, a board's rail, `whole device, at BAT0`.
-        counts: Whether it counts joules; else it shows watts.
-        seconds: All timed samples together.
-        joules: In these seconds; None where there is no telling, and `problem` says why.
-        idle_seconds: Before the process was started; 0 where nobody looked then.
-        idle_joules: In those.
-        step: Least difference between two readings: joules of a counter, watts of a sensor.
-        update_s: Seconds from one change of its reading to the next, the median; None where it changed less than twice.
-        problem: Why its readings say nothing; None where they do.
-    """
-
-    method: str
-    domain: str
-    counts: bool
-    seconds: float
-    joules: Joules | None = None
-    idle_seconds: float = 0.0
-    idle_joules: Joules | None = None
-    step: float | None = None
+    method: str  # How, such as `RAPL counter`
+    domain: str  # Of what: `package`, a board's rail, `whole device, at BAT0`
+    counts: bool  # Whether it counts joules; else it shows watts
+    seconds: float  # All timed samples together
+    joules: Joules | None = None  # In these seconds; None where there is no telling, and `problem` says why
+    idle_seconds: float = 0.0  # Before the process was started; 0 where nobody looked then
+    idle_joules: Joules | None = None  # In those
+    step: float | None = None  # Least difference between two readings: joules of a counter, watts of a sensor
+    # Seconds from one change of its reading to the next, the median; None where it changed less than twice
     update_s: float | None = None
-    problem: str | None = None
+    problem: str | None = None  # Why its readings say nothing; None where they do
 
 
 @dataclass(frozen=True)
 class ProcessEnergy:
-    """What the meters of a machine told of one process.
+    """What the meters of a machine told of one process."""
 
-    Attributes:
-        meters: The one that says most of a run first.
-        hidden: Why there is none, or which may not be read; None where all that are there may.
-    """
-
-    meters: tuple[Metered, ...] = ()
+    meters: tuple[Metered, ...] = ()  # The one that says most of a run first
+    # Why there is none, or which may not be read; None where all that are there may
     hidden: str | None = None

@@ -20,33 +20,19 @@ ERROR_LIMIT = 0.1
 
 @dataclass(frozen=True)
 class EnergyAccount:
-    """What one meter says of a row. Joules are of one token.
+    """What one meter says of a row. Joules are of one token."""
 
-    Attributes:
-        method: How it was metered; None where nothing could be.
-        domain: Of what.
-        n_tokens: Of all samples.
-        seconds: Of all samples.
-        joules: The meter's, of everything in its domain; None where `reason` says why.
-        idle_w: What the domain took before the processes; None where `net_reason` says why.
-        net_joules: Less what the domain would have taken idle in that time.
-        step: Of the meter: joules of one that counts, watts of one that shows power.
-        update_s: Seconds from one change of its reading to the next.
-        reason: Why nothing can be said.
-        net_reason: Why nothing can be said without what an idle machine takes.
-    """
-
-    method: str | None = None
-    domain: str | None = None
-    n_tokens: int = 0
-    seconds: float = 0.0
-    joules: Joules | None = None
-    idle_w: float | None = None
-    net_joules: Joules | None = None
-    step: float | None = None
-    update_s: float | None = None
-    reason: str | None = None
-    net_reason: str | None = None
+    method: str | None = None  # How it was metered; None where nothing could be
+    domain: str | None = None  # Of what
+    n_tokens: int = 0  # Of all samples
+    seconds: float = 0.0  # Of all samples
+    joules: Joules | None = None  # The meter's, of everything in its domain; None where `reason` says why
+    idle_w: float | None = None  # What the domain took before the processes; None where `net_reason` says why
+    net_joules: Joules | None = None  # Less what the domain would have taken idle in that time
+    step: float | None = None  # Of the meter: joules of one that counts, watts of one that shows power
+    update_s: float | None = None  # Seconds from one change of its reading to the next
+    reason: str | None = None  # Why nothing can be said
+    net_reason: str | None = None  # Why nothing can be said without what an idle machine takes
 
     @property
     def meter(self) -> str:

@@ -17,21 +17,13 @@ from runtime_bench.records.fairness import capped_apart, capped_at, unfair
 
 @dataclass(frozen=True)
 class EnergyRatio:
-    """Joules a token of new / those of base.
+    """Joules a token of new / those of base."""
 
-    Attributes:
-        meter: What metered what on both sides; None where no meter told of both.
-        ratio: Below 1 takes less; None where `reason` says why.
-        low: It is not less, by what the meter may be wrong.
-        high: It is not more.
-        reason: Why there is none.
-    """
-
-    meter: str | None = None
-    ratio: float | None = None
-    low: float | None = None
-    high: float | None = None
-    reason: str | None = None
+    meter: str | None = None  # What metered what on both sides; None where no meter told of both
+    ratio: float | None = None  # Below 1 takes less; None where `reason` says why
+    low: float | None = None  # It is not less, by what the meter may be wrong
+    high: float | None = None  # It is not more
+    reason: str | None = None  # Why there is none
 
 
 def energy_ratio(base: BenchRecord, new: BenchRecord) -> EnergyRatio | None:

@@ -23,25 +23,17 @@ _REARRANGED = frozenset({"CPU_REPACK", "CPU_KLEIDIAI", "AMX"})
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """An engine's own settings; what it does not say is None.
+    """An engine's own settings; what it does not say is None."""
 
-    Attributes:
-        cache_type: Type of keys and values, as llama.cpp names types.
-        flash_attention: Whether attention ran in a flash kernel.
-        weight_buffers: Bytes of the weights by the buffer that holds them, as llama.cpp names it; empty where nothing
-            is said. `CPU_Mapped` are the file's pages; `CPU_REPACK` and `AMX` are copies, rearranged for the processor.
-        cores: Cores that the process might use.
-        providers: Nodes of the graph by the execution provider of ONNX Runtime that runs them; empty where it is not
-            said.
-        asked_backend: What was to compute, where something was asked for.
-    """
-
-    cache_type: str | None = None
-    flash_attention: bool | None = None
+    cache_type: str | None = None  # Type of keys and values, as llama.cpp names types
+    flash_attention: bool | None = None  # Whether attention ran in a flash kernel
+    # Bytes of the weights by the buffer that holds them, as llama.cpp names it; empty where nothing is said.
+    # `CPU_Mapped` are the file's pages; `CPU_REPACK` and `AMX` are copies, rearranged for the processor.
     weight_buffers: Mapping[str, int] = field(default_factory=dict)
-    cores: tuple[int, ...] = ()
+    cores: tuple[int, ...] = ()  # Cores that the process might use
+    # Nodes of the graph by the execution provider of ONNX Runtime that runs them; empty where it is not said
     providers: Mapping[str, int] = field(default_factory=dict)
-    asked_backend: str | None = None
+    asked_backend: str | None = None  # What was to compute, where something was asked for
 
     @property
     def rearranged_bytes(self) -> int:

@@ -35,20 +35,14 @@ _LEAST_HELD_NS, _LEAST_CLOCK_S = 5_000_000, 0.02
 
 @dataclass(frozen=True)
 class Fairness:
-    """The verdict on a row.
+    """The verdict on a row."""
 
-    Attributes:
-        verdict: One of VERDICTS.
-        reason: Why it is not `fair`; None where it is.
-        process: The first process that it holds of, counted from 1 in the order of the row; None where that is not
-            known, or it holds of the whole row.
-        from_s: Second of that process since which it does.
-    """
-
-    verdict: str
-    reason: str | None = None
+    verdict: str  # One of VERDICTS
+    reason: str | None = None  # Why it is not `fair`; None where it is
+    # The first process that it holds of, counted from 1 in the order of the row; None where that is not
+    # known, or it holds of the whole row
     process: int | None = None
-    from_s: float | None = None
+    from_s: float | None = None  # Second of that process since which it does
 
     @property
     def text(self) -> str:
@@ -101,21 +95,13 @@ def _watched(record: BenchRecord) -> Iterator[tuple[int, Conditions]]:
 
 @dataclass(frozen=True)
 class _Threshold:
-    """A series of which no value may be beyond a limit.
-
-    Attributes:
-        series: Its name.
-        beyond: Whether a value is.
-        worst: Of several values.
-        reason: What that was, of the worst.
-        verdict: On the row.
-    """
+    """A series of which no value may be beyond a limit."""
 
     series: str
-    beyond: Callable[[Any], bool]
-    worst: Callable[..., Any]
-    reason: Callable[[Any], str]
-    verdict: str = THROTTLED
+    beyond: Callable[[Any], bool]  # Whether a value is
+    worst: Callable[..., Any]  # Of several values
+    reason: Callable[[Any], str]  # What that was, of the worst
+    verdict: str = THROTTLED  # On the row
 
     def __call__(self, record: BenchRecord) -> Fairness | None:
         first: tuple[int, float] | None = None

@@ -14,19 +14,12 @@ _RATES = ("tg", "pp", "ttft")
 
 @dataclass(frozen=True)
 class BenchGroup:
-    """Records of one kind from one target with one cache; only these are ever set side by side.
+    """Records of one kind from one target with one cache; only these are ever set side by side."""
 
-    Attributes:
-        kind: How the numbers came about, one of KINDS.
-        target: Where they ran.
-        quantized_cache: Type of the key-value cache where it has few bits.
-        records: In the order measured.
-    """
-
-    kind: str
-    target: str
-    quantized_cache: str | None
-    records: tuple[BenchRecord, ...]
+    kind: str  # How the numbers came about, one of KINDS
+    target: str  # Where they ran
+    quantized_cache: str | None  # Type of the key-value cache where it has few bits
+    records: tuple[BenchRecord, ...]  # In the order measured
 
     @property
     def environment(self) -> Environment:

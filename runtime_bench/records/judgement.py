@@ -33,33 +33,23 @@ WIDEST = 1.5
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples of one row, as they are judged.
+    """The samples of one row, as they are judged."""
 
-    Attributes:
-        name: What reasons call it.
-        times: Less is better; in the order taken.
-        rounds: For each, the process that it came from; each is one of its own where empty.
-        cpu_times: The same by the processor's clock; empty where that clock does not tell of the file.
-        session: Rows of one session took turns; None where that is not known.
-        problem: Why nothing is said of it, whatever its times; None where nothing keeps it from being judged.
-        noise: Why its times tell more of the machine than of the file; None where they do not.
-        cpu_noise: The same of `cpu_times`.
-        loaded: State of the page cache, where the opening of the file is timed.
-        cap: Share of the highest clock that it was held to (`capped_at`); None where nothing tells.
-        looks: How often they may have been looked at to decide whether to take more.
-    """
-
-    name: str
-    times: Sequence[float]
-    rounds: Sequence[int] = ()
+    name: str  # What reasons call it
+    times: Sequence[float]  # Less is better; in the order taken
+    rounds: Sequence[int] = ()  # For each, the process that it came from; each is one of its own where empty
+    # The same by the processor's clock; empty where that clock does not tell of the file
     cpu_times: Sequence[float] = ()
-    session: str | None = None
+    session: str | None = None  # Rows of one session took turns; None where that is not known
+    # Why nothing is said of it, whatever its times; None where nothing keeps it from being judged
     problem: str | None = None
+    # Why its times tell more of the machine than of the file; None where they do not
     noise: str | None = None
-    cpu_noise: str | None = None
-    loaded: str | None = None
+    cpu_noise: str | None = None  # The same of `cpu_times`
+    loaded: str | None = None  # State of the page cache, where the opening of the file is timed
+    # Share of the highest clock that it was held to (`capped_at`); None where nothing tells
     cap: float | None = None
-    looks: int = 1
+    looks: int = 1  # How often they may have been looked at to decide whether to take more
 
     @property
     def n_independent(self) -> int:
@@ -100,25 +90,18 @@ class _How(TypedDict):
 
 @dataclass(frozen=True)
 class Judgement:
-    """What two sets of samples say of each other.
+    """What two sets of samples say of each other."""
 
-    Attributes:
-        confidence: Of the interval.
-        basis: Whose time it is: `wall`, or `cpu` where other programs held a single thread up.
-        paired: Whether rounds of one interleaved session were compared pair by pair.
-        medians: Median time of base and new, then of their anchors, by the basis; None where a side has no samples.
-        interval: Speed of new / speed of base; None where a side has no samples. With `noise` it means nothing.
-        problem: Why there is no verdict, however steady the samples are; None where there may be one.
-        noise: Why the samples say nothing of the files; None where they do.
-    """
-
-    confidence: float
-    basis: str
-    paired: bool
+    confidence: float  # Of the interval
+    basis: str  # Whose time it is: `wall`, or `cpu` where other programs held a single thread up
+    paired: bool  # Whether rounds of one interleaved session were compared pair by pair
+    # Median time of base and new, then of their anchors, by the basis; None where a side has no samples
     medians: tuple[float | None, ...]
+    # Speed of new / speed of base; None where a side has no samples. With `noise` it means nothing.
     interval: RatioInterval | None
+    # Why there is no verdict, however steady the samples are; None where there may be one
     problem: str | None
-    noise: str | None
+    noise: str | None  # Why the samples say nothing of the files; None where they do
 
     @property
     def shown(self) -> RatioInterval | None:

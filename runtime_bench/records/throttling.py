@@ -7,19 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Throttling:
-    """A processor slowed down to a score.
+    """A processor slowed down to a score."""
 
-    Attributes:
-        target_score: The device's score.
-        host_score: This machine's, as it is.
-        rate: How many times slower it was told to be.
-        reached_score: What it had then.
-    """
-
-    target_score: float
-    host_score: float
-    rate: float
-    reached_score: float
+    target_score: float  # The device's score
+    host_score: float  # This machine's, as it is
+    rate: float  # How many times slower it was told to be
+    reached_score: float  # What it had then
 
     @property
     def text(self) -> str:

@@ -24,14 +24,11 @@ _FAILURES = (
 class Adb:
     """A device; see `runtime_bench.targets.transport.Transport`.
 
-    Attributes:
-        serial: As `adb devices` has it.
-
     Raises:
         InputError: No serial number.
     """
 
-    serial: str
+    serial: str  # As `adb devices` has it
 
     client = "adb"
     folder = "/data/local/tmp/phoneready"

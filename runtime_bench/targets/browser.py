@@ -30,19 +30,13 @@ BROWSER_ENGINES = MappingProxyType({".onnx": "onnxruntime-web", ".gguf": "wllama
 
 @dataclass
 class Browser(ThisMachine):
-    """Headless Chromium on this machine.
+    """Headless Chromium on this machine."""
 
-    Attributes:
-        device: Id of the device that it stands for; None for no one in particular.
-        mobile: Whether it passes for a phone's: screen, touch, user agent.
-        target_score: The page is slowed down to this score; None leaves it alone.
-        throttling: What that came to in the first run that got so far; the runs after it use it again, so that files
-            which take turns have the same processor.
-    """
-
-    device: str | None = None
-    mobile: bool = True
-    target_score: float | None = None
+    device: str | None = None  # Id of the device that it stands for; None for no one in particular
+    mobile: bool = True  # Whether it passes for a phone's: screen, touch, user agent
+    target_score: float | None = None  # The page is slowed down to this score; None leaves it alone
+    # What that came to in the first run that got so far; the runs after it use it again, so that files which
+    # take turns have the same processor
     throttling: Throttling | None = field(default=None, init=False, compare=False)
 
     kind = "constrained-host"

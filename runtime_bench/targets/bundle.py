@@ -22,20 +22,15 @@ _MACHINES = {3: "i686", 40: "arm", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
 
 @dataclass(frozen=True)
 class BundledFile:
-    """A file of a bundle: of those that lie together in one folder there.
+    """A file of a bundle: of those that lie together in one folder there."""
 
-    Attributes:
-        path: The file here.
-        place: Where it goes there, below the folder that all bundles are in: the bundle's folder and its name in that.
-            The folder's name has 64 hex digits: the file's SHA-256, or of several files the SHA-256 of names and sums.
-        sha256: Of the file.
-        size_bytes: Of the file.
-    """
-
-    path: Path
+    path: Path  # The file here
+    # Where it goes there, below the folder that all bundles are in: the bundle's folder and its name in that.
+    # The folder's name has 64 hex digits: the file's SHA-256, or of several files the SHA-256 of names and
+    # sums.
     place: str
-    sha256: str
-    size_bytes: int
+    sha256: str  # Of the file
+    size_bytes: int  # Of the file
 
 
 Bundle = tuple[BundledFile, ...]

@@ -39,17 +39,14 @@ def check_memory(limit_bytes: int) -> None:
 class Constrained(ThisMachine):
     """This machine with less memory or fewer cores.
 
-    Attributes:
-        memory_limit_bytes: What a run may use, its file's pages included; None limits nothing.
-        cores: Numbers of the cores it may run on; empty for all.
-
     Raises:
         InputError: Nothing to limit, too little memory to start Python in, cores that are not there, or no way to
             set a memory limit here.
     """
 
+    # What a run may use, its file's pages included; None limits nothing
     memory_limit_bytes: int | None = None
-    cores: tuple[int, ...] = ()
+    cores: tuple[int, ...] = ()  # Numbers of the cores it may run on; empty for all
 
     kind = "constrained-host"
 

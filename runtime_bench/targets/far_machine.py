@@ -19,24 +19,15 @@ _ABIS = {"arm64-v8a": "aarch64"}
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine that answered.
+    """A machine that answered."""
 
-    Attributes:
-        folder: Where pushed files go, absolute.
-        system: Kernel's name.
-        machine: Instruction set, as the kernel calls it.
-        abi: Android's name of the instruction set; empty elsewhere.
-        features: What its processor names.
-        environment: For records.
-        is_emulator: Whether it is Android's emulator, which takes the time of whatever machine it runs on.
-    """
-
-    folder: str
-    system: str
-    machine: str
-    abi: str
-    features: frozenset[str]
-    environment: Environment
+    folder: str  # Where pushed files go, absolute
+    system: str  # Kernel's name
+    machine: str  # Instruction set, as the kernel calls it
+    abi: str  # Android's name of the instruction set; empty elsewhere
+    features: frozenset[str]  # What its processor names
+    environment: Environment  # For records
+    # Whether it is Android's emulator, which takes the time of whatever machine it runs on
     is_emulator: bool = False
 
     @property

@@ -28,13 +28,9 @@ EMULATED_RUNNER = "aarch64-linux"
 
 @dataclass(frozen=True)
 class Native(ThisMachine):
-    """This machine as it is.
+    """This machine as it is."""
 
-    Attributes:
-        runner: The program, built for this machine.
-    """
-
-    runner: Path
+    runner: Path  # The program, built for this machine
 
     name = "native"
     kind = "measured"
@@ -74,12 +70,9 @@ class QemuAarch64(Native):
     """A runner for 64-bit Arm on this machine, its instructions translated by qemu-user.
 
     It shows that a file runs on Arm and what it answers there; how long that takes says nothing.
-
-    Attributes:
-        emulator: The qemu program.
     """
 
-    emulator: str
+    emulator: str  # The qemu program
 
     name = "qemu-aarch64"
     kind = EMULATED

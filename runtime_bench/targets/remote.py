@@ -66,25 +66,17 @@ class _Connection:
 class Remote:
     """A machine behind a transport; see `runtime_bench.targets.Target`.
 
-    Attributes:
-        transport: The way there.
-        runner: Native program to measure with, instead of the one that is built here.
-        ndk: Folder of the Android NDK, to build one for Android with.
-        folder: Where to put files there, absolute; None for the transport's.
-        retries: How often, in all, a connection that broke or could not be made is tried again.
-        progress: Told what is built and pushed.
-
     Raises:
         InputError: A folder that is not absolute, or has control characters in its name.
     """
 
     transport: Transport
     _: KW_ONLY
-    runner: Path | None = None
-    ndk: Path | None = None
-    folder: str | None = None
-    retries: int = 0
-    progress: Progress = no_progress
+    runner: Path | None = None  # Native program to measure with, instead of the one that is built here
+    ndk: Path | None = None  # Folder of the Android NDK, to build one for Android with
+    folder: str | None = None  # Where to put files there, absolute; None for the transport's
+    retries: int = 0  # How often, in all, a connection that broke or could not be made is tried again
+    progress: Progress = no_progress  # Told what is built and pushed
     _shell: FarShell = field(init=False, repr=False)
     _left: int = field(init=False, repr=False)
     _open: _Connection | None = field(default=None, init=False, repr=False)

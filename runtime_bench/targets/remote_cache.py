@@ -21,17 +21,11 @@ _NO_SPACE = ("No space left", "quota exceeded")
 
 @dataclass
 class RemoteCache:
-    """A folder there.
-
-    Attributes:
-        shell: The way there.
-        folder: Absolute path.
-        progress: Told how far a push is.
-    """
+    """A folder there."""
 
     shell: FarShell
-    folder: str
-    progress: Progress = no_progress
+    folder: str  # Absolute path
+    progress: Progress = no_progress  # Told how far a push is
     _there: dict[Path, str] = field(default_factory=dict, init=False, repr=False)
 
     def have(self, path: Path, bundle_of: Callable[[Path], Bundle]) -> str:

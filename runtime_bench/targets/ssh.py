@@ -48,16 +48,12 @@ _FAILURES = (
 class Ssh:
     """A host; see `runtime_bench.targets.transport.Transport`.
 
-    Attributes:
-        host: `[USER@]HOST[:PORT]`, where HOST may be a name of the ssh configuration; IPv6 in brackets.
-        config: Configuration file to use instead of the user's.
-
     Raises:
         InputError: No name of a host.
     """
 
-    host: str
-    config: Path | None = None
+    host: str  # `[USER@]HOST[:PORT]`, where HOST may be a name of the ssh configuration; IPv6 in brackets
+    config: Path | None = None  # Configuration file to use instead of the user's
 
     client = "ssh"
     folder = ""

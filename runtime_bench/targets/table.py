@@ -65,25 +65,16 @@ class TargetOptions(Settings):
 
 @dataclass(frozen=True)
 class TargetRow:
-    """One kind of target.
+    """One kind of target."""
 
-    Attributes:
-        form: How it is written.
-        open: Makes it from its address, the options and what shows the progress of building it.
-        takes: Options that are for it.
-        gguf_only: Whether it runs GGUF files alone.
-        has_runner: Whether GGUF files run in the native runner there.
-        tells_cache: Whether its engines can be told the type of their cache.
-        answers: Whether it is `runtime_bench.targets.Answering`.
-    """
-
-    form: str
+    form: str  # How it is written
+    # Makes it from its address, the options and what shows the progress of building it
     open: Callable[[str, TargetOptions, Progress], Target]
-    takes: frozenset[str] = frozenset()
-    gguf_only: bool = False
-    answers: bool = False
-    has_runner: bool = False
-    tells_cache: bool = True
+    takes: frozenset[str] = frozenset()  # Options that are for it
+    gguf_only: bool = False  # Whether it runs GGUF files alone
+    answers: bool = False  # Whether it is `runtime_bench.targets.Answering`
+    has_runner: bool = False  # Whether GGUF files run in the native runner there
+    tells_cache: bool = True  # Whether its engines can be told the type of their cache
 
 
 def open_targets(

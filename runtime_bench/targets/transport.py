@@ -71,17 +71,11 @@ class Transport(Protocol):
 
 @dataclass(frozen=True)
 class Reply:
-    """How a script ended.
+    """How a script ended."""
 
-    Attributes:
-        status: Its exit status there.
-        output: Its stdout.
-        errors: Last lines of its stderr.
-    """
-
-    status: int
-    output: bytes
-    errors: list[str]
+    status: int  # Its exit status there
+    output: bytes  # Its stdout
+    errors: list[str]  # Last lines of its stderr
 
     @property
     def text(self) -> str:

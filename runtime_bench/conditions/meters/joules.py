@@ -24,19 +24,12 @@ _LEAST_S = 1e-3
 
 @dataclass(frozen=True)
 class Change:
-    """A moment at which a reading changed.
+    """A moment at which a reading changed."""
 
-    Attributes:
-        earliest_s: It was not before.
-        seen_s: The middle of the look that saw it.
-        latest_s: It was not later.
-        value: Joules or watts since then.
-    """
-
-    earliest_s: float
-    seen_s: float
-    latest_s: float
-    value: float
+    earliest_s: float  # It was not before
+    seen_s: float  # The middle of the look that saw it
+    latest_s: float  # It was not later
+    value: float  # Joules or watts since then
 
 
 def changes(meter: Meter) -> list[Change]:

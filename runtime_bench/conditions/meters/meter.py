@@ -28,61 +28,37 @@ Facts = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Meter:
-    """One meter.
+    """One meter."""
 
-    Attributes:
-        method: As `Metered` has it.
-        domain: As `Metered` has it.
-        track: Joules since the first reading where it counts, else watts.
-        counts: Whether it counts joules.
-        step: Least difference between two readings, joules or watts; 0 where there is none.
-        least_w: What it would show at least of a machine that computes, in its unit.
-        on_battery: Whether it says nothing while power comes from outside.
-        problem: Why its readings say nothing; empty where nothing says so.
-    """
-
-    method: str
-    domain: str
-    track: Track
-    counts: bool
-    step: float = 0.0
-    least_w: float = 0.0
-    on_battery: bool = False
-    problem: str = ""
+    method: str  # As `Metered` has it
+    domain: str  # As `Metered` has it
+    track: Track  # Joules since the first reading where it counts, else watts
+    counts: bool  # Whether it counts joules
+    step: float = 0.0  # Least difference between two readings, joules or watts; 0 where there is none
+    least_w: float = 0.0  # What it would show at least of a machine that computes, in its unit
+    on_battery: bool = False  # Whether it says nothing while power comes from outside
+    problem: str = ""  # Why its readings say nothing; empty where nothing says so
 
 
 @dataclass(frozen=True)
 class Source:
-    """A kind of meters that a machine may have.
+    """A kind of meters that a machine may have."""
 
-    Attributes:
-        name: In words.
-        find: Commands of a shell that call `meter FILE...` with what may be there, below "$base".
-        meters: Makes the meters of facts and of the readings by path, the one that says most first.
-        facts: Patterns of files that do not change, below /sys.
-    """
-
-    name: str
-    find: str
+    name: str  # In words
+    find: str  # Commands of a shell that call `meter FILE...` with what may be there, below "$base"
+    # Makes the meters of facts and of the readings by path, the one that says most first
     meters: Callable[[Facts, Mapping[str, Track]], Sequence[Meter]]
-    facts: tuple[str, ...] = ()
+    facts: tuple[str, ...] = ()  # Patterns of files that do not change, below /sys
 
 
 @dataclass(frozen=True)
 class Counter:
-    """How a counter counts.
+    """How a counter counts."""
 
-    Attributes:
-        unit_j: Joules of one.
-        most_w: No machine takes more.
-        wraps_at: Where it begins at 0 again; None where nothing says so.
-        falls: Whether it counts what is left.
-    """
-
-    unit_j: float
-    most_w: float
-    wraps_at: float | None = None
-    falls: bool = False
+    unit_j: float  # Joules of one
+    most_w: float  # No machine takes more
+    wraps_at: float | None = None  # Where it begins at 0 again; None where nothing says so
+    falls: bool = False  # Whether it counts what is left
 
 
 def counting(method: str, domain: str, track: Track, counter: Counter, step: float | None = None) -> Meter:

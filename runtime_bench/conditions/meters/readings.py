@@ -19,19 +19,13 @@ _UPTIME = re.compile(rf"({_SECONDS})(?:\s|$)", re.ASCII)
 
 @dataclass
 class Readings:
-    """Of one process.
+    """Of one process."""
 
-    Attributes:
-        tracks: Path -> readings, in the order taken.
-        unreadable: Files that are there and may not be read.
-        facts: Path -> text, of files that do not change.
-        idle: From when to when nothing had been started yet, seconds since the machine was started; None where nobody
-            looked then.
-    """
-
-    tracks: dict[str, list[Reading]] = field(default_factory=dict)
-    unreadable: dict[str, None] = field(default_factory=dict)
-    facts: dict[str, str] = field(default_factory=dict)
+    tracks: dict[str, list[Reading]] = field(default_factory=dict)  # Path -> readings, in the order taken
+    unreadable: dict[str, None] = field(default_factory=dict)  # Files that are there and may not be read
+    facts: dict[str, str] = field(default_factory=dict)  # Path -> text, of files that do not change
+    # From when to when nothing had been started yet, seconds since the machine was started; None where nobody
+    # looked then
     idle: tuple[float, float] | None = None
 
 
