@@ -34,11 +34,7 @@ _COLDEST_C, _HOTTEST_C = -40.0, 150.0
 
 
 def cpu_model(cpuinfo: str | None = None) -> str | None:
-    """Name of the processor: as it is sold, or on Arm the number of cores of each part.
-
-    Args:
-        cpuinfo: Text of /proc/cpuinfo; this machine's unless given.
-    """
+    """Name of the processor: as it is sold, or on Arm the number of cores of each part."""
     text = read_fact("/proc/cpuinfo") if cpuinfo is None else cpuinfo
     pairs = [
         (key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in text.splitlines())
@@ -64,15 +60,7 @@ def environment_of(
     versions: Mapping[str, str],
     cpu_name: str | None = None,
 ) -> Environment:
-    """The machine that some files were read on.
-
-    Args:
-        files: Path -> text, of those that FACT_FILES found.
-        cpus_usable: Cores a measurement may use.
-        platform: Operating system and instruction set.
-        versions: Names of programs to their versions.
-        cpu_name: Of the processor, where something other than a file says it.
-    """
+    """The machine that some files were read on."""
     memory = re.search(r"^MemTotal:\s*(\d+) kB", files.get("/proc/meminfo", ""), re.MULTILINE)
     load = re.match(r"\d+(?:\.\d+)?", files.get("/proc/loadavg", ""))
     governors = list(_of_cores(files, "scaling_governor"))

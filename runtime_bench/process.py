@@ -50,14 +50,6 @@ def measure_in(
 ) -> WorkerResult:
     """Measure in any program that answers a worker's requests; other arguments as of `exchange`.
 
-    Args:
-        command: Program and arguments.
-        payload: The request.
-        timeout_s: After this long the process is ended.
-        before: Called in the new process before its program is loaded.
-        environment: Variables that it gets besides ours.
-        idle_s: For how long meters of energy are read before it is started, and then on; None reads none.
-
     Returns:
         Its result; after a crash, a kill or a timeout one without samples whose `error` says what happened.
     """
@@ -147,12 +139,7 @@ def last_lines(stream: IO[bytes]) -> list[str]:
 
 
 def exit_reason(code: int, tail: list[str]) -> str:
-    """Why a process ended without a result.
-
-    Args:
-        code: Its status; negative, or 128 and more as shells have it, for a signal.
-        tail: Last lines that it wrote.
-    """
+    """Why a process ended without a result."""
     telling = [line for line in tail if any(mark in line for mark in _TELLING)] or tail
     last = f": {telling[-1]}" if telling else ""
     number = -code if code < 0 else code - 128

@@ -181,12 +181,7 @@ def prepare_page_cache(request: WorkerRequest) -> float | None:
 
 
 def serve(answer: Callable[[Any], Any], failed: Callable[[str], Any]) -> None:
-    """Serve one request: read it as JSON from stdin, and write the answer as JSON to what was stdout.
-
-    Args:
-        answer: Makes the answer, a dataclass.
-        failed: Makes the one to an expected failure, from its reason.
-    """
+    """Serve one request: read it as JSON from stdin, and write the answer as JSON to what was stdout."""
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as results:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         payload = json.load(sys.stdin)

@@ -21,10 +21,6 @@ _ATTEMPTS = 6
 def calibrate(page: Page, target_score: float) -> Throttling:
     """Throttle the page until it has a device's score.
 
-    Args:
-        page: The page; it shows the score's own page afterwards.
-        target_score: Of the device.
-
     Raises:
         InputError: This machine's score is below the device's.
         BrowserError: Its speed changes too much to be held to the score.

@@ -134,10 +134,6 @@ def translated_errors() -> Iterator[None]:
 def open_page(settings: PageSettings, files: Mapping[str, Path]) -> Iterator[Page]:
     """Start a server and Chromium with an empty tab; all are gone afterwards.
 
-    Args:
-        settings: How.
-        files: Names below the server's root to files that the page may fetch.
-
     Raises:
         BrowserError: Chromium does not start.
         MissingExtraError: Playwright is not installed.

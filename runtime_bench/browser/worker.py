@@ -72,12 +72,6 @@ def measure(
 ) -> WorkerResult:
     """Take the samples of a request in a page.
 
-    Args:
-        request: What to measure.
-        settings: How the page is opened.
-        target_score: Slow the page down to this score first.
-        throttling: What that came to before, to be used again.
-
     Raises:
         PhonereadyError: The browser or the page failed, or this machine is too weak for the score.
     """

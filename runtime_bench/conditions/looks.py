@@ -61,13 +61,7 @@ def _parse(text: str) -> Look:
 
 
 def conditions_of(text: str, spans_ns: Sequence[tuple[int, int]] = (), why: str = "") -> Conditions:
-    """The conditions that a script's output tells.
-
-    Args:
-        text: What the script wrote, torn at the end or not.
-        spans_ns: When each sample began and ended, nanoseconds since the machine was started.
-        why: Why there may be no output.
-    """
+    """The conditions that a script's output tells."""
     timed = [(seconds, look) for look in parse_looks(text) if (seconds := _uptime(look)) is not None]
     timed = timed[:: 1 + len(timed) // _MOST_LOOKS]
     if not timed:

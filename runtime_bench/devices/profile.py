@@ -133,9 +133,6 @@ def read_profile(file: Path) -> DeviceProfile:
 def load_profiles(own: Path | None = None) -> dict[str, KnownProfile]:
     """All profiles by id, sorted; a user's own replaces the built-in one of its id.
 
-    Args:
-        own: Folder of the user's profiles; `user_folder()` unless given. It need not exist.
-
     Raises:
         InputError: The problems of all files that cannot be used.
     """

@@ -137,15 +137,7 @@ def project_memory(
     cache_type: str = DEFAULT_CACHE,
     process_bytes: int = PROCESS_BYTES,
 ) -> Memory:
-    """Memory of a run with a full context.
-
-    Args:
-        facts: The file.
-        n_ctx: Tokens of the context.
-        features: Instructions of the processor, as in REPACKED.
-        cache_type: Of keys and values, a key of exporters.gguf.cache_types.CACHE_TYPES.
-        process_bytes: Of the program itself.
-    """
+    """Memory of a run with a full context."""
     growth: Mapping[str, float] = next((types for name, types in REPACKED.items() if name in features), {})
     repacked = sum(size * growth.get(kind, 0.0) for kind, size in facts.bytes_by_type.items())
     replaced = sum(
@@ -175,14 +167,7 @@ def cache_bytes(facts: ModelFacts, n_ctx: int, cache_type: str) -> int:
 def project(
     profile: DeviceProfile, facts: ModelFacts, n_ctx: int, cache_type: str = DEFAULT_CACHE
 ) -> Projection:
-    """What a model needs on a device with a full context, and how fast it may be there.
-
-    Args:
-        profile: The device.
-        facts: The file.
-        n_ctx: Tokens of the context.
-        cache_type: Of keys and values.
-    """
+    """What a model needs on a device with a full context, and how fast it may be there."""
     features = profile.isa.value
     memory = project_memory(facts, n_ctx, features or ("dotprod",), cache_type=cache_type)
     limit, of_limit = memory_limit(profile)
@@ -213,13 +198,7 @@ def memory_limit(profile: DeviceProfile) -> tuple[int | None, str]:
 
 
 def decode_band(profile: DeviceProfile, read_bytes: int, cache: int) -> tuple[Band | None, str]:
-    """Generated tokens a second, None where the bandwidth is unknown; and what that rests on.
-
-    Args:
-        profile: The device.
-        read_bytes: Of the weights that every token reads.
-        cache: Bytes of the full context.
-    """
+    """Generated tokens a second, None where the bandwidth is unknown; and what that rests on."""
     bandwidth = profile.dram_gb_s.value
     if bandwidth is None:
         return None, "decode unknown: the profile has no bandwidth"
@@ -230,12 +209,7 @@ def decode_band(profile: DeviceProfile, read_bytes: int, cache: int) -> tuple[Ba
 
 
 def prefill_band(profile: DeviceProfile, n_multiplied: int) -> tuple[Band | None, str]:
-    """Prompt tokens a second, None where cores, clocks or instructions are unknown; and what that rests on.
-
-    Args:
-        profile: The device.
-        n_multiplied: Weights that every token is multiplied by.
-    """
+    """Prompt tokens a second, None where cores, clocks or instructions are unknown; and what that rests on."""
     clusters, features = profile.cores.value, profile.isa.value
     if clusters is None or features is None:
         return None, "prefill unknown: the profile has no cores or no instructions"

@@ -102,14 +102,7 @@ def row_of(session: Session, file: MeasuredFile, workload: Workload, threads: in
 
 
 def record_of(session: Session, row: Row, first: Row, environment: Environment) -> BenchRecord:
-    """The record of one row.
-
-    Args:
-        session: What all rows share.
-        row: What was measured.
-        first: What was measured before, where the row was measured once more; else the row itself.
-        environment: The machine before the first sample.
-    """
+    """The record of one row."""
     check, results = row.file.check, row.results
     return replace(
         _with_memory(_without_samples(session, row, environment), results),
@@ -131,13 +124,7 @@ def record_of(session: Session, row: Row, first: Row, environment: Environment) 
 
 
 def with_more(record: BenchRecord, more: BenchRecord, offset: int) -> BenchRecord:
-    """A row with samples of rounds that followed its own.
-
-    Args:
-        record: The row.
-        more: The same row, of which nothing failed.
-        offset: Number of the first process of `more` in the row.
-    """
+    """A row with samples of rounds that followed its own."""
 
     def each(name: str, n: int, n_more: int) -> tuple[Any, ...]:
         """What is known of each sample or process; empty unless it is of all."""

@@ -51,13 +51,7 @@ def judge(texts: Sequence[str]) -> str | None:
 
 
 def check_text(path: Path, timeout_s: float, cache_type: str | None = None) -> TextCheck:
-    """Let a file write in a fresh process.
-
-    Args:
-        path: A GGUF file, or a graph in an ONNX variant's folder.
-        timeout_s: After this long it is given up.
-        cache_type: Of the key-value cache, as the file is measured with; None for the engine's own.
-    """
+    """Let a file write in a fresh process."""
     if path.suffix.lower() not in _WRITERS:
         return TextCheck(problem=f"nothing here runs {path.suffix} files")
     command = python_module("runtime_bench.measuring.text_check")

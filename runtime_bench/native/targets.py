@@ -66,11 +66,7 @@ _KERNEL_FEATURES = frozenset(
 
 
 def cpu_features(cpuinfo: str | None = None) -> frozenset[str]:
-    """What a processor names.
-
-    Args:
-        cpuinfo: Text of a Linux machine's /proc/cpuinfo; this machine's unless given.
-    """
+    """What a processor names."""
     text = read_fact("/proc/cpuinfo") if cpuinfo is None else cpuinfo
     pairs = (line.partition(":") for line in text.splitlines())
     flags = next((value for key, _, value in pairs if key.strip() in ("flags", "Features")), "")
@@ -137,11 +133,6 @@ def require_target(name: str, backend: str | None = None) -> RunnerTarget:
 
 def runner_target_for(system: str, machine: str, features: Collection[str]) -> str:
     """The build that makes most of a machine.
-
-    Args:
-        system: `linux` or `android`.
-        machine: What `uname -m` says there.
-        features: What the line `flags` or `Features` of /proc/cpuinfo names there.
 
     Raises:
         InputError: No build runs there.

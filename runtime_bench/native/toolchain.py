@@ -29,10 +29,6 @@ class Toolchain:
 def find_toolchain(target: str, ndk: Path | None = None) -> Toolchain:
     """The compiler for a target.
 
-    Args:
-        target: Key of RUNNER_TARGETS.
-        ndk: Folder of the Android NDK, for Android's targets.
-
     Raises:
         InputError: Unknown target, or something is missing or is not what it should be.
     """

@@ -52,13 +52,7 @@ def finalize_markdown(value: Any) -> Any:
 
 
 def lay_out_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int]) -> str:
-    """A Markdown table with aligned columns and a final newline.
-
-    Args:
-        header: Names of the columns.
-        rows: Cells, escaped already.
-        right: Indices of the columns that are right-aligned.
-    """
+    """A Markdown table with aligned columns and a final newline."""
     widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
     rule = ("-" * (width + 1) + ":" if i in right else "-" * (width + 2) for i, width in enumerate(widths))
     head, *body = (

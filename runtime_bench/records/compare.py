@@ -194,12 +194,6 @@ def compare_records(
     when it lies within it on both sides, `too noisy to tell` when other programs or the differences between rounds hide
     what the files do, and otherwise `inconclusive`, as it is when a side failed or has fewer than MIN_SAMPLES.
 
-    Args:
-        base: The base.
-        new: What is held against it.
-        settings: What counts; their seed is the bootstrap's.
-        anchors: The anchors' own records: sessions that had one are compared in multiples of its speed.
-
     Raises:
         InputError: A setting is out of range.
     """

@@ -76,12 +76,7 @@ def has_speed(record: BenchRecord) -> bool:
 
 
 def noise(record: BenchRecord, *, wall: bool = True) -> str | None:
-    """Why its times tell more of the machine than of the file; None where they tell of the file.
-
-    Args:
-        record: The row.
-        wall: Whether the times are the clock's on the wall; else they are the processor's.
-    """
+    """Why its times tell more of the machine than of the file; None where they tell of the file."""
     found = unfair(record)
     if found is not None:
         return f"{found.text}: {found.reason}"

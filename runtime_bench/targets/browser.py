@@ -106,10 +106,6 @@ class Browser(ThisMachine):
 def browser_of(profile: DeviceProfile, score: float | None = None) -> Browser:
     """A browser that stands for a device's.
 
-    Args:
-        profile: The device.
-        score: Its browser's score; the profile's own unless given, and where that is unknown nothing is slowed down.
-
     Raises:
         InputError: A device whose browsers are not Chromium.
     """

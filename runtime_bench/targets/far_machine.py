@@ -46,10 +46,6 @@ class Machine:
 def describe(shell: FarShell, folder: str) -> Machine:
     """Connect and ask.
 
-    Args:
-        shell: The way there.
-        folder: Where files shall go; empty for a folder under the home there.
-
     Raises:
         FarError: No connection, or no sensible answer.
     """

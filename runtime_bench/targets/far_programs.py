@@ -24,13 +24,6 @@ def native_program(
 ) -> list[str]:
     """The runner for a machine, with its arguments; it is pushed where it is not there.
 
-    Args:
-        machine: Where it is to run.
-        cache: The folder there.
-        runner: The program; one is built unless it is given.
-        ndk: Folder of the Android NDK, to build it with.
-        progress: Told of the build.
-
     Raises:
         FarError: A program for another processor, or it cannot be pushed.
         InputError: None can be built for the machine.

@@ -196,12 +196,6 @@ class Remote:
     ) -> Reply:
         """Have a program there answer a request, once more where the connection breaks and may be tried again.
 
-        Args:
-            engine: What runs the file there.
-            asked: The request, when what it names has been pushed.
-            timeout_s: How long it may take.
-            idle_s: For how long meters of energy are read before it; None reads none.
-
         Raises:
             PhonereadyError: It does not; the text names the target where that is what fails.
         """

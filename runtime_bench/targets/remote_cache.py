@@ -31,10 +31,6 @@ class RemoteCache:
     def have(self, path: Path, bundle_of: Callable[[Path], Bundle]) -> str:
         """Have a file and what belongs to it there, checked by its sum.
 
-        Args:
-            path: The file here.
-            bundle_of: What belongs to it.
-
         Returns:
             The file's path there.
 

@@ -22,13 +22,7 @@ _NO_TIMES = "what measures there does not say when its samples began, or by anot
 
 
 def energy_of(text: str, spans_ns: Sequence[tuple[int, int]], seen: Conditions) -> ProcessEnergy:
-    """What the meters told while the samples of a process were taken.
-
-    Args:
-        text: What the script wrote.
-        spans_ns: When each sample began and ended, nanoseconds since the machine was started.
-        seen: What else the looks told: whether power came from outside, and whether the clocks agree.
-    """
+    """What the meters told while the samples of a process were taken."""
     looks, readings = parse_looks(text), readings_of(text)
     tracks = {path: tuple(track) for path, track in readings.tracks.items()} | answered(looks)
     meters = list(chain.from_iterable(source.meters(readings.facts, tracks) for source in SOURCES.values()))

@@ -50,13 +50,7 @@ def update_s(moments: Sequence[Change]) -> float | None:
 
 
 def joules_in(meter: Meter, moments: Sequence[Change], windows: Windows) -> Joules:
-    """The energy of all windows together.
-
-    Args:
-        meter: Where the readings are from.
-        moments: Its changes, two at least.
-        windows: When.
-    """
+    """The energy of all windows together."""
     return (_counted if meter.counts else _shown)(meter, moments, windows)
 
 

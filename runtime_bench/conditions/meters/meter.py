@@ -66,13 +66,6 @@ def counting(method: str, domain: str, track: Track, counter: Counter, step: flo
 
     More than it can have counted since it changed last, and a step, is a jump; where it may have gone round more than
     once since then, it says nothing.
-
-    Args:
-        method: As `Metered` has it.
-        domain: As `Metered` has it.
-        track: In the counter's unit.
-        counter: How it counts.
-        step: In that unit, where the readings' own differences do not show it.
     """
     step = step_of(track) if step is None else step
     total, problem = 0.0, ""
@@ -91,16 +84,7 @@ def counting(method: str, domain: str, track: Track, counter: Counter, step: flo
 def showing(
     method: str, domain: str, track: Track, unit_w: float, most_w: float, step: float | None = None
 ) -> Meter:
-    """A meter that shows power, whichever sign it has; one that changes its sign says nothing.
-
-    Args:
-        method: As `Metered` has it.
-        domain: As `Metered` has it.
-        track: In the file's unit.
-        unit_w: Watts of one.
-        most_w: No such thing takes more.
-        step: In the file's unit, where the readings' own differences do not show it.
-    """
+    """A meter that shows power, whichever sign it has; one that changes its sign says nothing."""
     watts = tuple(reading._replace(value=abs(reading.value) * unit_w) for reading in track)
     signs = {math.copysign(1, reading.value) for reading in track if reading.value}
     most = max((reading.value for reading in watts), default=0.0)

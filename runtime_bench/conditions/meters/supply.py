@@ -61,15 +61,7 @@ def _charge(kind: str, domain: str, files: Mapping[str, Track]) -> Meter | None:
 
 
 def charge_meter(method: str, domain: str, charge: Track, voltage: Track, volt: float) -> Meter:
-    """A meter that counts microampere hours down, each at the voltage that was shown then.
-
-    Args:
-        method: As `Metered` has it.
-        domain: As `Metered` has it.
-        charge: Microampere hours.
-        voltage: In a unit of its own.
-        volt: Volts of that unit.
-    """
+    """A meter that counts microampere hours down, each at the voltage that was shown then."""
     rounds = beside(charge, voltage)
     left, total = [], 0.0
     for i, (reading, volts) in enumerate(rounds):
