@@ -28,7 +28,7 @@ from cfsp.pruning.plan import make_plan
 from cfsp.pruning.prune import statistics_for
 from cfsp.pruning.settings import PruneSettings
 from cfsp.text.calibration import Calibration
-from runtime_bench.memory import current_rss_bytes, peak_rss_bytes
+from runtime_bench.counters import current_rss_bytes, peak_rss_bytes
 from runtime_bench.records.summary import ratio_interval
 
 

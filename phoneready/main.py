@@ -68,6 +68,7 @@ GONE: MappingProxyType[str, str] = MappingProxyType(
         **dict.fromkeys(
             (f"prune --target-{name}" for name in ("size", "parameters", "speed", "axes")), f"use {_SEARCH}"
         ),
+        "bench --idle": "energy is metered while samples run, all that the meter sees",
         "compare --plot": "use --format csv",
         "compare --quality": "use --format csv, and `eval --json`",
         **dict.fromkeys(("eval --ratios", "eval --csv"), "use `phoneready search MODEL --ratios`"),

@@ -15,10 +15,11 @@ from typing import IO, Any, TypeVar
 from cfsp.child_process import measured_environment, python_module
 from cfsp.errors import InputError
 from cfsp.reading import parse_json
+from runtime_bench.conditions.energy import energy_of
 from runtime_bench.conditions.looks import conditions_of
-from runtime_bench.conditions.meters.energy import energy_of
 from runtime_bench.conditions.watcher import Watcher
-from runtime_bench.records.contention import contention_since, core_times
+from runtime_bench.counters import core_times, cores_since
+from runtime_bench.records.reported import Contention
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
 T = TypeVar("T")
@@ -36,7 +37,7 @@ def run_worker(
 ) -> WorkerResult:
     """Measure in a fresh Python; arguments and result as of `measure_in`."""
     command = python_module("runtime_bench.worker")
-    return measure_in(command, asdict(request), timeout_s, before=before, idle_s=request.idle_s)
+    return measure_in(command, asdict(request), timeout_s, before=before, metered=request.energy)
 
 
 def measure_in(
@@ -46,16 +47,14 @@ def measure_in(
     *,
     before: Callable[[], None] | None = None,
     environment: Mapping[str, str] | None = None,
-    idle_s: float | None = None,
+    metered: bool = False,
 ) -> WorkerResult:
     """Measure in any program that answers a worker's requests; other arguments as of `exchange`.
 
     Returns:
         Its result; after a crash, a kill or a timeout one without samples whose `error` says what happened.
     """
-    with Watcher(metered=idle_s is not None) as watcher:
-        if idle_s is not None:
-            watcher.idle(idle_s)
+    with Watcher(metered=metered) as watcher:
         start = core_times()
         try:
             output = exchange(
@@ -63,10 +62,12 @@ def measure_in(
             )
         except ProcessFailed as error:
             return WorkerResult(error=str(error))
+    others = cores_since(start)
+    contention = Contention(*others) if others else None
     result = result_from_json(output)
     conditions = conditions_of(watcher.text, result.spans_ns, watcher.problem)
-    energy = None if idle_s is None else energy_of(watcher.text, result.spans_ns, conditions)
-    return replace(result, contention=contention_since(start), conditions=conditions, energy=energy)
+    energy = energy_of(watcher.text, result.spans_ns, conditions) if metered else None
+    return replace(result, contention=contention, conditions=conditions, energy=energy)
 
 
 def exchange(

@@ -14,8 +14,8 @@ from types import MappingProxyType
 from typing import Any, cast
 
 from cfsp.errors import InputError
+from runtime_bench.counters import peak_rss_bytes
 from runtime_bench.engines import AnsweringSession, EngineFacts, SessionSettings, engine_spec
-from runtime_bench.memory import peak_rss_bytes
 
 
 @dataclass(frozen=True)

@@ -23,19 +23,17 @@ from types import MappingProxyType
 from typing import Any
 
 from cfsp.errors import PhonereadyError
-from runtime_bench.engines import EngineFacts, Session, SessionSettings, Vocabulary, engine_spec
-from runtime_bench.files import files_of
-from runtime_bench.memory import (
+from runtime_bench.counters import (
     current_rss_bytes,
     evict_from_page_cache,
     major_faults,
     page_cache_share,
     peak_rss_bytes,
+    waited_ns,
 )
-from runtime_bench.records.conditions import Conditions
-from runtime_bench.records.contention import Contention, waited_ns
-from runtime_bench.records.energy import ProcessEnergy
-from runtime_bench.records.throttling import Throttling
+from runtime_bench.engines import EngineFacts, Session, SessionSettings, Vocabulary, engine_spec
+from runtime_bench.files import files_of
+from runtime_bench.records.reported import Conditions, Contention, ProcessEnergy, Throttling
 from runtime_bench.workload import Workload
 
 
@@ -53,9 +51,7 @@ class WorkerRequest:
     seed: int = 0  # Of the random tokens
     # `warm` reads the file once first, `cold` asks the system to forget it, `as_found` does neither
     page_cache: str = "as_found"
-    # For how long meters of energy are read before the process is started, and on while it runs; None reads
-    # none
-    idle_s: float | None = None
+    energy: bool = False  # Read energy meters
 
 
 @dataclass(frozen=True)

@@ -174,14 +174,7 @@ class SamplingSettings(Settings):
     unplugged: bool = setting(False, "Count a device as nominal only while no power comes from outside.")
     energy: bool = setting(
         False,
-        "Also read the machine's meters of energy: joules a token of pp and tg, with what the machine takes idle.",
-    )
-    idle_s: float = setting(
-        5.0,
-        "Seconds before each process in which energy is metered while nothing runs.",
-        ge=0,
-        le=86_400,
-        option="--idle",
+        "Also read energy meters, RAPL's or an unplugged battery's: joules a token of pp and tg.",
     )
     cache_type: str | None = setting(
         None,
@@ -304,7 +297,6 @@ SAMPLING_READS: Reads = MappingProxyType(
     {
         "unplugged": _WAITS,
         "nominal_c": _WAITS,
-        "idle_s": (lambda asked: asked.energy, "without --energy"),
     }
 )
 READS: Reads = MappingProxyType(

@@ -33,7 +33,7 @@ ROOMS = {
         {"settings"},
     ),
     "runtime_bench": (
-        {"files", "memory", "cgroup", "workload"},
+        {"files", "counters", "cgroup", "workload"},
         {"records"},
         {"engines", "environment", "devices"},
         {"questions"},

@@ -16,7 +16,7 @@ from phoneready.evaluation.evaluation_record import (
 from phoneready.evaluation.measured_file import MeasuredFile, MeasuredText
 from phoneready.figures.metrics import METRICS
 from runtime_bench.presentation.table import Column, Table, table_of_cells
-from runtime_bench.records.engine_settings import fell_back
+from runtime_bench.records.reported import fell_back
 
 NAMES = ("reference", "model")
 """What the two models are called, unless they are the dense one and the pruned one."""

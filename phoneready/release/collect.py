@@ -17,7 +17,7 @@ from runtime_bench.devices.model_facts import ModelFacts
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.devices.projection import Band, project
 from runtime_bench.records.bench_record import DOES_NOT_FIT, BenchRecord
-from runtime_bench.records.energy_account import EnergyAccount, accounts, joules_of_processes
+from runtime_bench.records.energy import EnergyAccount, energy
 from runtime_bench.records.fairness import CAP_LIMIT, capped_at, noise
 from runtime_bench.records.judgement import samples_of
 
@@ -58,26 +58,14 @@ def benchmark_figures(
     """What was measured at a place; `items` has the role and the quantization or variant of every file."""
     rows: dict[tuple[str, int], list[BenchRecord]] = {}
     anchors = {(record.test, record.n_threads): record for record in records if record.is_anchor}
-    meters = _shared_meters(records)
     for record in (record for record in records if not record.is_anchor):
         timing = _timing(config, place, record, *items[record.model_filename])
         yield _anchored(timing, anchors[record.test, record.n_threads]) if anchors else timing
-        if ENERGY_OF + record.workload in METRICS and (told := accounts(record)):
-            shared = meters.get((record.test, record.n_threads))
-            account = next((one for one in told if one.meter == shared), told[0])
+        if ENERGY_OF + record.workload in METRICS and (account := energy(record)):
             yield _energy(config, place, record, account, *items[record.model_filename])
         rows.setdefault((record.model_filename, record.n_threads), []).append(record)
     for (name, _), group in rows.items():
         yield _peak(config, place, group, *items[name])
-
-
-def _shared_meters(records: Sequence[BenchRecord]) -> dict[tuple[str, int], str]:
-    """Test and threads -> the first meter that told of all such rows."""
-    shared: dict[tuple[str, int], list[str]] = {}
-    for record in (record for record in records if not record.is_anchor):
-        told, row = [one.meter for one in accounts(record) if one.joules], (record.test, record.n_threads)
-        shared[row] = [meter for meter in shared.get(row, told) if meter in told]
-    return {row: meters[0] for row, meters in shared.items() if meters}
 
 
 def _unmeasured(
@@ -177,7 +165,7 @@ def _energy(
     found = account.joules
     if found is None or figure.failure:
         return replace(figure, failure=figure.failure or account.reason)
-    samples = joules_of_processes(record, account)
+    samples = account.of_processes
     return replace(
         figure,
         value=found.value,

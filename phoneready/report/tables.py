@@ -17,11 +17,11 @@ from phoneready.figures.verdict import OUTCOMES, BudgetVerdict
 from phoneready.release.artifact import FileLosses
 from phoneready.release.results import ReleaseFigures
 from runtime_bench.presentation.comparison_table import NOT_COMPARABLE, speeds_text
-from runtime_bench.presentation.record_table import energy_text, net_energy_text, speed_text
+from runtime_bench.presentation.record_table import energy_text, speed_text
 from runtime_bench.presentation.table import Column, Table, table_of_cells
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import Incomparable, compare_records
-from runtime_bench.records.energy_account import energy
+from runtime_bench.records.energy import energy
 from runtime_bench.records.fairness import DISTURBED, THROTTLED, fairness, unfair
 from runtime_bench.records.groups import BenchGroup
 from runtime_bench.records.summary import CONFIDENCE
@@ -235,16 +235,15 @@ def record_table(group: BenchGroup) -> Table[Row]:
     return table_of_cells((*header, *(_ENERGY if metered else ())), rows)
 
 
-_ENERGY = ("J/token", "J/token, idle taken off", "energy of")
+_ENERGY = ("J/token", "energy of")
 
 
 def _energy_cells(record: BenchRecord) -> tuple[Cell, ...]:
     """Joules a token with what they lie between, or why there are none."""
     found = energy(record)
     if found is None or found.joules is None:
-        return (NOTHING, NOTHING, (found and found.reason) or NOTHING)
-    net = net_energy_text(found) or found.net_reason or NOTHING
-    return (energy_text(found) or NOTHING, net, found.meter)
+        return (NOTHING, (found and found.reason) or NOTHING)
+    return (energy_text(found) or NOTHING, found.meter)
 
 
 def _order(verdict: BudgetVerdict) -> int:

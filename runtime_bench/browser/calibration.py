@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from cfsp.errors import InputError
 from runtime_bench.browser.chromium import BrowserError, Page
-from runtime_bench.records.throttling import Throttling
+from runtime_bench.records.reported import Throttling
 
 TOLERANCE = 0.1
 """Relative distance from the score that is near enough."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from cfsp.errors import InputError, PhonereadyError, require_extra
 from runtime_bench.browser.server import PAGE, serve
-from runtime_bench.memory import peak_rss_bytes
+from runtime_bench.counters import peak_rss_bytes
 
 EXECUTABLE_VARIABLE = "PHONEREADY_CHROMIUM"
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

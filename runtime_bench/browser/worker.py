@@ -29,7 +29,7 @@ from runtime_bench.browser.chromium import (
 )
 from runtime_bench.engines import EngineFacts, file_facts
 from runtime_bench.files import files_of
-from runtime_bench.records.throttling import Throttling
+from runtime_bench.records.reported import Throttling
 from runtime_bench.worker import (
     Work,
     WorkerRequest,

@@ -11,9 +11,9 @@ from typing import Any
 
 from runtime_bench.conditions import android
 from runtime_bench.conditions.android import COLDEST_C, HOTTEST_C, Reader, Reading
-from runtime_bench.conditions.script import ASKED, LOOK_BEGINS
-from runtime_bench.records.conditions import SERIES, Conditions, nothing_known
-from runtime_bench.records.contention import BUSY, STEAL
+from runtime_bench.conditions.script import ASKED, SAMPLE_BEGINS
+from runtime_bench.counters import BUSY, STEAL
+from runtime_bench.records.reported import SERIES, Conditions, unknown_conditions
 
 NOT_LINUX = "this system has no /proc"
 _OF_FILE = re.compile(r"(/(?:[^:]|:(?=\S*/))*):(.*)")
@@ -41,7 +41,7 @@ class Look:
 
 def parse_looks(text: str) -> list[Look]:
     """Looks in the order taken; each has what is there once, too."""
-    once, *parts = re.split(rf"^{LOOK_BEGINS}$\n?", text, flags=re.MULTILINE)
+    once, *parts = re.split(rf"^{SAMPLE_BEGINS}$\n?", text, flags=re.MULTILINE)
     constant = _parse(once)
     return [Look({**constant.files, **part.files}, part.answers) for part in map(_parse, parts)]
 
@@ -65,7 +65,7 @@ def conditions_of(text: str, spans_ns: Sequence[tuple[int, int]] = (), why: str 
     timed = [(seconds, look) for look in parse_looks(text) if (seconds := _uptime(look)) is not None]
     timed = timed[:: 1 + len(timed) // _MOST_LOOKS]
     if not timed:
-        return nothing_known(why or NOT_LINUX)
+        return unknown_conditions(why or NOT_LINUX)
     at = [seconds for seconds, _ in timed]
     looks = [look for _, look in timed]
     read = {name: list(_SERIES[name](looks, at)) for name in SERIES}

@@ -1,31 +1,26 @@
-"""The script that looks at a machine while a process measures on it, for any POSIX shell.
+"""The script that samples a machine's conditions while a process measures on it, for any POSIX shell.
 
-It is the same here and on other machines. The shell itself reads the files: of programs, a look starts `sleep` alone.
-What must be asked of a service (Android's dumpsys) is asked in the first, the last and every 20th look, since an answer
-costs a hundred times as much as a file. Where energy is metered, glances at the meters come between the looks, and
-before the process is started.
+It is the same here and on other machines. The shell itself reads the files and starts no program but `sleep`. Services
+(Android's dumpsys) are asked in the first, the last and every 20th sample: an answer costs a hundred times as much as a
+file. Energy meters are read between the samples.
 """
 
 from __future__ import annotations
 
-from runtime_bench.conditions.meters.table import SOURCES
-from runtime_bench.records.conditions import INTERVAL_S
-from runtime_bench.records.energy import GLANCE_S
+from runtime_bench.records.reported import INTERVAL_S, METER_S
 
-LOOK_BEGINS = "phoneready-look"
-"""Line that a look begins with."""
+SAMPLE_BEGINS = "phoneready-sample"
+"""Line that a sample of conditions begins with."""
 ASKED = "@"
-"""What begins the lines of an answer: `@NAME:line`."""
+"""Begins the lines of a service's answer: `@NAME:line`."""
 _SELDOM = 20
 _FREQUENT = 3600
-"""Looks that are taken at INTERVAL_S; after half an hour they are taken more seldom, or nobody could carry them."""
+"""Samples that are taken at INTERVAL_S; after half an hour they are taken more seldom, or nobody could carry them."""
 _LATE_S = 20
-_GLANCES = round(INTERVAL_S / GLANCE_S)
-"""At the meters, for each look."""
-METERS, UNREADABLE, FACT, GLANCE, IDLE_OVER = "meters", "unreadable", "fact", "glance", "idle-over"
-"""What begins lines on meters: the files in the order of their readings; a file that is there and may not be read; a
-file that does not change, and its text; the uptime before and after a round of readings, and these; and the line that
-says that the process begins."""
+_READINGS = round(INTERVAL_S / METER_S)
+METERS, UNREADABLE, FACT, READING = "meters", "unreadable", "fact", "reading"
+"""Begin lines on meters: the files in the order of their readings; a file that may not be read; a file that does not
+change, and its text; uptime before and after a round of readings, and these."""
 
 _ONCE = '"$base"/sys/class/power_supply/*/type "$base"/sys/class/power_supply/*/scope'
 _EVERY_TIME = (
@@ -35,10 +30,10 @@ _EVERY_TIME = (
     "/sys/firmware/acpi/platform_profile"
 )
 
-_FACTS = " ".join(f'"$base"{pattern}' for source in SOURCES.values() for pattern in source.facts)
-_FIND = "\n".join(f"    {source.find.strip()}" for source in SOURCES.values() if source.find)
+_RAPL, _SUPPLY = '"$base"/sys/class/powercap/intel-rapl:*', '"$base"/sys/class/power_supply/*'
+_FACTS = f"{_RAPL}/name {_RAPL}/max_energy_range_uj {_SUPPLY}/type {_SUPPLY}/scope"
 
-LOOKS = rf"""
+FUNCTIONS = rf"""
 base=  # of power supplies and meters; a test has its own
 first_lines() {{
     for file do
@@ -126,7 +121,6 @@ ask() {{
 }}
 ask_services() {{
     ask battery dumpsys battery
-    IFS= read -r line </proc/uptime && printf '{ASKED}battery_at:%s\n' "$line"
     ask thermal dumpsys thermalservice
     ask low_power settings get global low_power
     if command -v dumpsys >/dev/null; then
@@ -147,7 +141,8 @@ meter() {{  # files that are there, those that may be read to be read from now o
 }}
 find_meters() {{
     meters=
-{_FIND}
+    meter {_RAPL}/energy_uj
+    meter {_SUPPLY}/power_now {_SUPPLY}/voltage_now {_SUPPLY}/current_now
     names=
     for file in $meters; do names="$names ${{file#"$base"}}"; done
     printf '{METERS}%s\n' "$names"
@@ -157,7 +152,7 @@ tell_facts() {{
         IFS= read -r line <"$file" && printf '{FACT} %s %s\n' "${{file#"$base"}}" "$line"
     done
 }}
-glance() {{
+read_meters() {{
     test "$meters" || return
     read -r asked _ </proc/uptime
     values=
@@ -168,32 +163,21 @@ glance() {{
         values="$values $value"
     done
     read -r answered _ </proc/uptime
-    printf '{GLANCE} %s %s%s\n' "$asked" "$answered" "$values"
+    printf '{READING} %s %s%s\n' "$asked" "$answered" "$values"
 }}
-idle() {{  # glances before anything runs; as many as the argument says
-    find_meters
-    left=$1
-    while test "$meters" && test $left -gt 0; do
-        glance
-        sleep {GLANCE_S:g} || {{ sleep 1 && left=$((left - 9)); }}
-        left=$((left - 1))
-    done
-    glance
-    echo {IDLE_OVER}
-}} 2>/dev/null
-pause_between() {{  # until the next look, with glances
+pause_between() {{  # until the next sample, with readings of meters
     pieces=1 pause=$1
-    test "$meters" && pieces={_GLANCES} pause=$2
+    test "$meters" && pieces={_READINGS} pause=$2
     while :; do
         sleep $pause >/dev/null &
         wait $! || test "$over" || sleep 1
         pieces=$((pieces - 1))
         if test "$over" || test $pieces = 0; then return; fi
-        glance
+        read_meters
     done
 }}
-look() {{
-    echo {LOOK_BEGINS}
+sample() {{
+    echo {SAMPLE_BEGINS}
     first_lines {_EVERY_TIME}
     shown=
     extreme_clock -lt scaling_max_freq
@@ -220,29 +204,22 @@ watch() {{
     fi
     test "$1" && chosen_lines "/proc/$1/status" Cpus_allowed_list:
     while :; do
-        glance
-        look "$1"
+        read_meters
+        sample "$1"
         if test $((count % {_SELDOM})) = 0 || test "$over"; then ask_services; fi
         if test "$over" || ! test "$1" || ! kill -0 "$1"; then return; fi
         count=$((count + 1))
         if test $count -gt {_FREQUENT}; then
-            pause_between {_LATE_S} {_LATE_S / _GLANCES:g}
+            pause_between {_LATE_S} {_LATE_S / _READINGS:g}
         else
-            pause_between {INTERVAL_S} {GLANCE_S:g}
+            pause_between {INTERVAL_S} {METER_S:g}
         fi
     done
 }} 2>/dev/null
 """
-"""Functions of the shell. `watch PID METERED` looks until it gets TERM or the process is gone; `watch ''` takes one
-look at none. What is there once comes before the first look. Lines are `path:line` and `@name:line`, and where METERED
-is anything those of meters."""
+"""Functions of the shell. `watch PID METERED` samples until it gets TERM or the process is gone; `watch ''` takes one
+sample. Constant files come first. Lines are `path:line` and `@name:line`, and, if METERED is not empty, those of
+meters."""
 
-WATCH = LOOKS + '\nwatch "$1" "$2"\n'
-"""Arguments: the process, or nothing; anything for glances at meters."""
-IDLE = LOOKS + '\nidle "$1"\n'
-"""Argument: how many glances."""
-
-
-def idle_glances(seconds: float) -> str:
-    """The argument of `idle` for so long."""
-    return str(max(1, round(seconds / GLANCE_S)))
+WATCH = FUNCTIONS + '\nwatch "$1" "$2"\n'
+"""Arguments: the process, or nothing; anything to read energy meters."""

@@ -8,11 +8,10 @@ import tempfile
 from types import TracebackType
 
 from runtime_bench.conditions.looks import NOT_LINUX, conditions_of
-from runtime_bench.conditions.script import IDLE, WATCH, idle_glances
-from runtime_bench.records.conditions import Conditions, nothing_known
+from runtime_bench.conditions.script import WATCH
+from runtime_bench.records.reported import Conditions, unknown_conditions
 
 _COMMAND = ("sh", "-c", WATCH, "phoneready")
-_IDLE_COMMAND = ("sh", "-c", IDLE, "phoneready")
 _METERED = "metered"
 _ENDS_S = 5.0
 """How long the last look may take."""
@@ -38,12 +37,6 @@ class Watcher:
 
     def __enter__(self) -> Watcher:
         return self
-
-    def idle(self, seconds: float) -> None:
-        """Read meters of energy for a time in which nothing has been started yet."""
-        self._shell = self._start(*_IDLE_COMMAND, idle_glances(seconds))
-        if self._shell is not None:
-            self._shell.wait()
 
     def watch(self, pid: int) -> None:
         """Begin to look at a process."""
@@ -77,5 +70,5 @@ def look_here() -> Conditions:
     try:
         output = subprocess.run([*_COMMAND, ""], capture_output=True, check=False, timeout=_LOOK_S).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return nothing_known(NOT_LINUX)
+        return unknown_conditions(NOT_LINUX)
     return conditions_of(output.decode("utf-8", "replace"))

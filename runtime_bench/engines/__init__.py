@@ -18,7 +18,7 @@ from cfsp import plugins
 from cfsp.errors import InputError, require_extra
 from exporters.gguf.cache_types import MEASURED_CACHES
 from runtime_bench.files import size_of
-from runtime_bench.records.engine_settings import EngineSettings
+from runtime_bench.records.reported import EngineSettings
 
 
 @dataclass(frozen=True)

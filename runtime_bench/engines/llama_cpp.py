@@ -14,7 +14,7 @@ from exporters.gguf.runtime import LlamaModel, open_model
 from exporters.gguf.together import continuation_rows, fitting, write_together
 from runtime_bench.engines import EngineFacts, Session, SessionSettings
 from runtime_bench.engines.scoring import continuation_scores, ends_at
-from runtime_bench.records.engine_settings import EngineSettings
+from runtime_bench.records.reported import EngineSettings
 
 _DISTRIBUTION = "llama-cpp-python"
 _ON_GPU = MappingProxyType({None: False, "cpu": False, "gpu": True})

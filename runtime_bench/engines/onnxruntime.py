@@ -15,7 +15,7 @@ from exporters.onnx.runtime import PREFILL_TOKENS, OnnxModel, open_model, runtim
 from exporters.onnx.texts import continuation_rows, write
 from runtime_bench.engines import EngineFacts, Session, SessionSettings, file_facts
 from runtime_bench.engines.scoring import continuation_scores, ends_at
-from runtime_bench.records.engine_settings import EngineSettings
+from runtime_bench.records.reported import EngineSettings
 
 
 class OnnxRuntimeSession:

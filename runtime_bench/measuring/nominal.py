@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from types import MappingProxyType
 
-from runtime_bench.records.conditions import Conditions
 from runtime_bench.records.fairness import CAP_LIMIT
+from runtime_bench.records.reported import Conditions
 from runtime_bench.targets import Target
 from runtime_bench.workload import SamplingSettings
 

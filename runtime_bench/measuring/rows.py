@@ -95,7 +95,7 @@ def row_of(session: Session, file: MeasuredFile, workload: Workload, threads: in
         warmup=settings.warmup and regime.warmup and not workload.opens,
         seconds=settings.sustained_s if regime.lasting else 0.0,
         seed=settings.seed,
-        idle_s=settings.idle_s if settings.energy and workload.is_rate else None,
+        energy=settings.energy and workload.is_rate,
         page_cache=regime.page_cache or (load if workload.opens else "as_found"),
     )
     return Row(file, request)
@@ -115,7 +115,7 @@ def record_of(session: Session, row: Row, first: Row, environment: Environment) 
         throttling=next((r.throttling for r in results if r.throttling), None),
         contention=tuple(r.contention for r in results),
         conditions=tuple(r.conditions for r in results),
-        energy=tuple(r.energy for r in results) if row.request.idle_s is not None else (),
+        energy=tuple(r.energy for r in results) if row.request.energy else (),
         clock_caps=tuple(clock_cap(*looks) for looks in row.looks),
         hottest_c=tuple(hottest_c(*looks) for looks in row.looks),
         text_sample=check.texts[0] if check.texts else None,

@@ -13,12 +13,11 @@ from runtime_bench.presentation.markup import escape_markdown
 from runtime_bench.presentation.table import NOTHING, Column, Table, indented_json, short_names, table_of
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import EMULATED, BenchRecord
-from runtime_bench.records.energy import Joules
-from runtime_bench.records.energy_account import EnergyAccount, energy
-from runtime_bench.records.engine_settings import EngineSettings
+from runtime_bench.records.energy import EnergyAccount, energy
 from runtime_bench.records.fairness import capped_apart, capped_at, fairness, has_speed
 from runtime_bench.records.jsonl import record_to_json, record_to_line
 from runtime_bench.records.notes import note_of
+from runtime_bench.records.reported import EngineSettings
 from runtime_bench.records.sustained import first_minute_ts, last_third_ts
 
 _REASON_WIDTH = 40
@@ -74,15 +73,7 @@ def format_speed(median_ts: float | None, median_ns: float | None) -> str:
 
 def energy_text(account: EnergyAccount | None) -> str | None:
     """Joules a token, with the interval; None where there is none."""
-    return _between(account.joules if account else None)
-
-
-def net_energy_text(account: EnergyAccount | None) -> str | None:
-    """The same less what an idle machine takes."""
-    return _between(account.net_joules if account else None)
-
-
-def _between(joules: Joules | None) -> str | None:
+    joules = account.joules if account else None
     return f"{joules.value:.3g} ({joules.low:.3g} to {joules.high:.3g})" if joules else None
 
 
@@ -154,8 +145,6 @@ _SUSTAINED: tuple[Column[BenchRecord], ...] = (
 
 _ENERGY: tuple[Column[BenchRecord], ...] = (
     Column("J/token", lambda r: energy_text(energy(r)), right=True),
-    Column("J/token, idle taken off", lambda r: net_energy_text(energy(r)), right=True),
-    Column("idle W", lambda r: _number(found.idle_w, "{:.3g}") if (found := energy(r)) else None, right=True),
     Column("energy of", lambda r: found.meter if (found := energy(r)) and found.joules is not None else None),
 )
 

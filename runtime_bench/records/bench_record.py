@@ -14,11 +14,15 @@ import pydantic
 
 from cfsp.errors import InputError
 from runtime_bench.records import summary
-from runtime_bench.records.conditions import Conditions
-from runtime_bench.records.contention import Contention
-from runtime_bench.records.energy import ProcessEnergy
-from runtime_bench.records.engine_settings import PROCESSOR, EngineSettings, fell_back
-from runtime_bench.records.throttling import Throttling
+from runtime_bench.records.reported import (
+    PROCESSOR,
+    Conditions,
+    Contention,
+    EngineSettings,
+    ProcessEnergy,
+    Throttling,
+    fell_back,
+)
 from runtime_bench.workload import FRESH, Workload
 
 EMULATED = "emulated"

@@ -15,7 +15,7 @@ from typing import TypeAlias
 from cfsp.errors import InputError
 from cfsp.settings import SEED, Settings, check_settings, setting
 from runtime_bench.records.bench_record import BenchRecord
-from runtime_bench.records.energy_comparison import EnergyRatio, energy_ratio
+from runtime_bench.records.energy import EnergyRatio, energy_ratio
 from runtime_bench.records.judgement import judge, samples_of
 from runtime_bench.records.summary import CONFIDENCE, RatioInterval
 

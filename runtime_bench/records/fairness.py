@@ -13,8 +13,8 @@ from itertools import accumulate
 from typing import Any
 
 from runtime_bench.records.bench_record import EMULATED, BenchRecord
-from runtime_bench.records.conditions import Conditions
 from runtime_bench.records.crowding import crowding, stealing
+from runtime_bench.records.reported import Conditions
 
 VERDICTS = FAIR, THROTTLED, DISTURBED, NOT_KNOWN = "fair", "throttled", "disturbed", "not known"
 CAP_LIMIT = 0.15
@@ -102,7 +102,7 @@ class _Threshold:
         first: tuple[int, float] | None = None
         values = []
         for process, conditions in _watched(record):
-            told = [(at, value) for at, value in conditions.told(self.series) if self.beyond(value)]
+            told = [(at, value) for at, value in conditions.during_samples(self.series) if self.beyond(value)]
             first = first or ((process, told[0][0]) if told else None)
             values += [value for _, value in told]
         return Fairness(self.verdict, self.reason(self.worst(values)), *first) if first else None
@@ -110,7 +110,7 @@ class _Threshold:
 
 def _capped(record: BenchRecord) -> Fairness | None:
     """A cap that came or went while samples were timed."""
-    seen = [(process, at, cap) for process, one in _watched(record) for at, cap in one.told("caps")]
+    seen = [(process, at, cap) for process, one in _watched(record) for at, cap in one.during_samples("caps")]
     limit = (1 - CAP_LIMIT) * max((cap for *_, cap in seen), default=0.0)
     low = [one for one in seen if one[2] < limit]
     if not low:
@@ -135,7 +135,7 @@ def _capped_around(record: BenchRecord) -> Fairness | None:
 
 def capped_at(record: BenchRecord) -> float | None:
     """The share of its highest clock that every core of a row was allowed at best; None where nothing tells."""
-    looks = [cap for _, one in _watched(record) for _, cap in one.told("caps")]
+    looks = [cap for _, one in _watched(record) for _, cap in one.during_samples("caps")]
     return max(looks or [cap for cap in record.clock_caps if cap is not None], default=None)
 
 
@@ -191,7 +191,9 @@ class _Change:
 
     def __call__(self, record: BenchRecord) -> Fairness | None:
         states = [
-            (process, at, value) for process, one in _watched(record) for at, value in one.told(self.series)
+            (process, at, value)
+            for process, one in _watched(record)
+            for at, value in one.during_samples(self.series)
         ]
         for process, at, value in states:
             if value != states[0][2]:
@@ -255,7 +257,7 @@ def _unknown(record: BenchRecord) -> str | None:
 
 def _shows_caps(record: BenchRecord) -> bool:
     watched = [one for _, one in _watched(record)]
-    return bool(watched) and all(one.told("caps") for one in watched)
+    return bool(watched) and all(one.during_samples("caps") for one in watched)
 
 
 def _spans(record: BenchRecord) -> list[tuple[float, float] | None]:

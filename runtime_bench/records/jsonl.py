@@ -18,7 +18,7 @@ from cfsp.reading import Bounds, NotJSONError, check_bounded, parse_json, read_b
 from cfsp.records import fields_from_json, fields_to_json, tool_version
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import BenchRecord
-from runtime_bench.records.energy_account import accounts, energy
+from runtime_bench.records.energy import energy
 from runtime_bench.records.fairness import fairness
 from runtime_bench.records.notes import note_of
 from runtime_bench.records.sustained import first_minute_ts, last_third_ts
@@ -49,7 +49,6 @@ _DERIVED: MappingProxyType[str, Callable[[BenchRecord], Any]] = MappingProxyType
         "last_third_ts": last_third_ts,
         "void": lambda r: r.void,
         "joules_per_token": lambda r: found.joules.value if (found := energy(r)) and found.joules else None,
-        "energy_accounts": lambda r: [asdict(one) for one in accounts(r)],
         "fairness": lambda r: asdict(fairness(r)),
         "note": note_of,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import EMULATED, THRASHES, BenchRecord
 from runtime_bench.records.crowding import crowding, stealing
-from runtime_bench.records.energy_account import energy
+from runtime_bench.records.energy import energy
 from runtime_bench.records.fairness import CAP_LIMIT, capped_at, unfair
 
 
@@ -69,4 +69,4 @@ def _on_energy(record: BenchRecord) -> tuple[str | None, ...]:
         return ()
     if found.reason:
         return (f"no joules a token ({found.meter}): {found.reason}",)
-    return (f"nothing without what an idle machine takes: {found.net_reason}" if found.net_reason else None,)
+    return ()

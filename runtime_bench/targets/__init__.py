@@ -11,7 +11,7 @@ from runtime_bench.environment import describe_environment
 from runtime_bench.process import run_worker
 from runtime_bench.questions import AnswerRequest, AnswerResult
 from runtime_bench.records.bench_record import Environment
-from runtime_bench.records.conditions import Conditions
+from runtime_bench.records.reported import Conditions
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
 __all__ = ["LOCAL", "Answering", "Local", "Target", "ThisMachine"]

@@ -20,7 +20,7 @@ from runtime_bench.devices.profile import DeviceProfile
 from runtime_bench.environment import describe_environment
 from runtime_bench.process import measure_in
 from runtime_bench.records.bench_record import Environment
-from runtime_bench.records.throttling import Throttling
+from runtime_bench.records.reported import Throttling
 from runtime_bench.targets import ThisMachine
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
@@ -95,7 +95,7 @@ class Browser(ThisMachine):
         with tempfile.TemporaryDirectory(prefix="phoneready-browser-", ignore_cleanup_errors=True) as scratch:
             command = python_module("runtime_bench.browser.worker")
             result = measure_in(
-                command, payload, timeout_s, environment={"TMPDIR": scratch}, idle_s=request.idle_s
+                command, payload, timeout_s, environment={"TMPDIR": scratch}, metered=request.energy
             )
         self.throttling = self.throttling or result.throttling
         seen, why = result.conditions, "a browser's processes are not told from others"

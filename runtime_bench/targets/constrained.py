@@ -14,9 +14,9 @@ from pathlib import Path
 
 from cfsp.errors import InputError
 from runtime_bench.cgroup import ControlGroup, find_parent, limited_group
+from runtime_bench.counters import evict_from_page_cache
 from runtime_bench.environment import describe_environment
 from runtime_bench.files import files_of, size_of
-from runtime_bench.memory import evict_from_page_cache
 from runtime_bench.process import run_worker
 from runtime_bench.records.bench_record import DOES_NOT_FIT, FITS, THRASHES, Environment
 from runtime_bench.targets import ThisMachine

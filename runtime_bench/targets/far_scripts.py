@@ -7,7 +7,7 @@ Names come in as arguments and are only ever used inside double quotes.
 
 from __future__ import annotations
 
-from runtime_bench.conditions.script import LOOKS
+from runtime_bench.conditions.script import FUNCTIONS
 from runtime_bench.environment import FACT_FILES
 
 FACTS_FOLLOW = "phoneready-facts"
@@ -71,18 +71,17 @@ exit $status
 connection that breaks looks like the end of the file: then the sum is another one."""
 
 RUN = f"""
-{LOOKS}
+{FUNCTIONS}
 trap '' HUP PIPE  # what was begun is ended, whoever listens
 exec 3<&0
 IFS= read -r request || exit
 seen=$1/.looks-$$
-idle=$2
+metered=$2
 shift 2
 rm -f "$seen"
-test "$idle" && (idle "$idle" >>"$seen")  # by itself: some shells end where they cannot write
 printf '%s\\n' "$request" 2>/dev/null | "$@" 3<&- &  # a program may end before it reads
 program=$!
-{{ watch $program "$idle" 3<&- </dev/null >>"$seen"; }} 2>/dev/null &
+{{ watch $program "$metered" 3<&- </dev/null >>"$seen"; }} 2>/dev/null &
 looker=$!
 (
     while read -r _ <&3; do :; done
@@ -101,10 +100,9 @@ cat "$seen" 2>/dev/null
 rm -f "$seen"
 exit $status
 """
-"""Arguments: folder that may be written to; how many glances at meters of energy come before the program, nothing for
-none and none later; a program and its arguments. Stdin: one line, and nothing more for as long as somebody waits. When
-stdin ends, because the client was ended, or its machine or the connection is gone, the program is killed. What looks at
-the machine meanwhile writes to a file in the folder, which follows the program's output."""
+"""Arguments: a writable folder; anything to read energy meters, or nothing; a program and its arguments. Stdin: one
+line, and nothing more for as long as somebody waits. When stdin ends, because the client or the connection is gone, the
+program is killed. Samples of conditions go to a file in the folder, which follows the program's output."""
 
 HAVE_PACKAGES = f"""
 command -v "$1" >/dev/null || exit {NO_PROGRAM}

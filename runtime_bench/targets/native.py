@@ -55,7 +55,7 @@ class Native(ThisMachine):
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """See `Target`."""
-        return measure_in(self.command, asdict(request), timeout_s, idle_s=request.idle_s)
+        return measure_in(self.command, asdict(request), timeout_s, metered=request.energy)
 
     def answer(self, request: AnswerRequest, timeout_s: float) -> AnswerResult:
         """See `runtime_bench.targets.Answering`."""

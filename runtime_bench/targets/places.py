@@ -19,7 +19,7 @@ from cfsp.units import parse_bytes
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.environment import environment_of
 from runtime_bench.records.bench_record import Environment
-from runtime_bench.records.conditions import Conditions, nothing_known
+from runtime_bench.records.reported import Conditions, unknown_conditions
 from runtime_bench.targets import Target, ThisMachine
 from runtime_bench.targets.constrained import check_memory
 from runtime_bench.targets.table import TargetOptions, TargetRow, find_row
@@ -85,7 +85,7 @@ class Unreachable(ThisMachine):
 
     def conditions(self) -> Conditions:
         """See runtime_bench.targets.Target."""
-        return nothing_known(self.reason)
+        return unknown_conditions(self.reason)
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """See runtime_bench.targets.Target."""

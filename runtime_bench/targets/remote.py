@@ -18,15 +18,14 @@ from statistics import fmean
 from cfsp.errors import InputError, PhonereadyError
 from cfsp.progress import Progress, no_progress
 from cfsp.records import tool_version
+from runtime_bench.conditions.energy import energy_of
 from runtime_bench.conditions.looks import conditions_of
-from runtime_bench.conditions.meters.energy import energy_of
-from runtime_bench.conditions.script import WATCH, idle_glances
+from runtime_bench.conditions.script import WATCH
 from runtime_bench.engines import check_engine, engine_for
 from runtime_bench.process import ProcessFailed, exit_reason, read_answer, result_from_json
 from runtime_bench.questions import AnswerRequest, AnswerResult
 from runtime_bench.records.bench_record import EMULATED, Environment
-from runtime_bench.records.conditions import Conditions, nothing_known
-from runtime_bench.records.contention import Contention
+from runtime_bench.records.reported import Conditions, Contention, unknown_conditions
 from runtime_bench.targets.bundle import model_bundle, plain_bundle
 from runtime_bench.targets.far_machine import ANSWER_S, UNKNOWN, Machine, describe
 from runtime_bench.targets.far_programs import native_program, python_program
@@ -137,7 +136,7 @@ class Remote:
         try:
             reply = self._shell.run(WATCH, "", timeout_s=ANSWER_S)
         except FarError as error:
-            return nothing_known(f"{self.name}: {error}")
+            return unknown_conditions(f"{self.name}: {error}")
         return conditions_of(reply.text, why=_NO_PROC)
 
     def forget(self, path: Path) -> None:
@@ -155,8 +154,8 @@ class Remote:
             return replace(request, path=link.cache.have(Path(request.path), model_bundle))
 
         try:
-            reply = self._ask(request.engine, asked, timeout_s, request.idle_s)
-            return _result_of(reply, metered=request.idle_s is not None)
+            reply = self._ask(request.engine, asked, timeout_s, metered=request.energy)
+            return _result_of(reply, metered=request.energy)
         except StoppedError:
             raise
         except PhonereadyError as error:
@@ -192,7 +191,8 @@ class Remote:
         engine: str,
         asked: Callable[[_Connection], WorkerRequest | AnswerRequest],
         timeout_s: float,
-        idle_s: float | None = None,
+        *,
+        metered: bool = False,
     ) -> Reply:
         """Have a program there answer a request, once more where the connection breaks and may be tried again.
 
@@ -202,7 +202,7 @@ class Remote:
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
-                return self._asked_once(engine, asked, timeout_s, idle_s)
+                return self._asked_once(engine, asked, timeout_s, metered)
             except UnreachableError as error:
                 # What is there has to be looked for again, should it come back.
                 self._open, self._problem = None, self._named(error)
@@ -218,14 +218,13 @@ class Remote:
         engine: str,
         asked: Callable[[_Connection], WorkerRequest | AnswerRequest],
         timeout_s: float,
-        idle_s: float | None,
+        metered: bool,
     ) -> Reply:
         link = self._connection()
         command = self._program(engine, link)
         line, place = json.dumps(asdict(asked(link))), link.machine.folder
-        idle = "" if idle_s is None else idle_glances(idle_s)
-        allowed_s = timeout_s + (idle_s or 0.0) + _GRACE_S
-        reply = self._shell.run(RUN, place, idle, *command, line=line, timeout_s=allowed_s)
+        meters = "metered" if metered else ""
+        reply = self._shell.run(RUN, place, meters, *command, line=line, timeout_s=timeout_s + _GRACE_S)
         if reply.status == _CANNOT_EXECUTE:
             raise FarError(
                 f"the runner cannot be executed in {place}; name a folder that allows it: --remote-folder"
@@ -304,5 +303,7 @@ def _result_of(reply: Reply, *, metered: bool) -> WorkerResult:
 
 def _contention_of(conditions: Conditions) -> Contention | None:
     """What else used the cores between the looks; None where they do not tell."""
-    others, stolen = ([value for _, value in conditions.told(n)] for n in ("others_cores", "stolen_cores"))
+    others, stolen = (
+        [value for _, value in conditions.during_samples(n)] for n in ("others_cores", "stolen_cores")
+    )
     return Contention(fmean(others), fmean(stolen)) if others and stolen else None

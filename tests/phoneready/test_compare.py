@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from phoneready.main import main
-from runtime_bench.records.contention import Contention
 from runtime_bench.records.jsonl import append_jsonl, record_to_json
+from runtime_bench.records.reported import Contention
 from runtime_bench.workload import Workload
 
 BASE_NS = (1000, 1001, 1002, 1003, 1004)

@@ -263,7 +263,6 @@ def test_what_cannot_be_done_is_refused_where_it_is_written(asked: str, wrong: s
         ('[prune]\nallocation = "uniform"', "strength = 2.0", "the allocation cfsp"),
         ('[prune]\nreconstruct = "none"', "ridge = 0.1", "the reconstruction block-by-block"),
         ("[evaluate]", "limit = 8", "tasks"),
-        ("[bench]", "idle_s = 9.0", "--energy"),
     ],
 )
 def test_what_nothing_reads_is_warned_of_and_has_no_effect(asked: str, idle: str, where: str) -> None:

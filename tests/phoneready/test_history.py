@@ -33,10 +33,8 @@ from phoneready.release.steps import BENCH_FILE, bench_settled
 from phoneready.settings.release import parse_config
 from runtime_bench.environment import describe_environment
 from runtime_bench.records.bench_record import BenchRecord
-from runtime_bench.records.contention import Contention
-from runtime_bench.records.energy import Joules, Metered, ProcessEnergy
-from runtime_bench.records.engine_settings import EngineSettings
 from runtime_bench.records.jsonl import append_jsonl
+from runtime_bench.records.reported import Contention, EngineSettings, Joules, Metered, ProcessEnergy
 
 ENVIRONMENT = replace(describe_environment(), cpus_usable=2)
 
@@ -161,8 +159,7 @@ def test_speeds_at_pinned_clocks_are_figures_of_their_own() -> None:
 
 
 def test_energy_is_followed_with_what_its_meter_may_be_wrong() -> None:
-    told = Metered("RAPL counter", "package", True, 1.0, Joules(61, 64, 67))
-    rail = replace(told, method="hwmon power", domain="ina3221 VDD_IN", joules=Joules(31, 32, 33))
+    told = Metered("RAPL counter", "package", 1.0, Joules(61, 64, 67))
     energies = {"sure": told, "short": replace(told, joules=Joules(1, 64, 300)), "nobody asked": None}
     metered = {
         name: replace(
@@ -186,15 +183,6 @@ def test_energy_is_followed_with_what_its_meter_may_be_wrong() -> None:
     figures = FigureSet("m", None, 0, (sure, short))
     (kept,) = entry_of(figures, outcome="none", settings={}, versions={}, stages={}).figures
     assert kept.error == 0.0, "as its processes scatter, not as its meter may be wrong"
-    # Two files are compared by a meter that told of both.
-    pair = [
-        replace(bench_record(name, [10**9] * 5), energy=(ProcessEnergy((one, rail)),) * 5)
-        for name, one in (("pruned.gguf", told), ("dense.gguf", energies["short"]))
-    ]
-    items = {"pruned.gguf": (PRUNED, "Q4_0"), "dense.gguf": (DENSE, "Q4_0")}
-    both = [f for f in benchmark_figures(CONFIG, "local", pair, items) if f.unit == "J"]
-    assert {f.conditions["meter"] for f in both} == {"hwmon power, ina3221 VDD_IN"}
-    assert [f.samples for f in both] == [(0.5,) * 5] * 2
 
 
 def test_what_fell_back_is_no_figure_and_is_measured_again(tmp_path: Path) -> None:

@@ -330,7 +330,7 @@ def test_an_anchor_takes_turns_and_is_in_the_figures_alone(
     shutil.copy(next((released[1]).rglob("*dense-Q8_0.gguf")), anchor)
     assert copied("--set", f'bench.anchor="{tmp_path}/nowhere.gguf"') == 2
     assert "bench.anchor: no such file" in capsys.readouterr().err
-    words = (f'anchor="{anchor}"', 'files=["Q8_0"]', 'cache_type="q8_0"', "energy=true", "idle_s=0.1")
+    words = (f'anchor="{anchor}"', 'files=["Q8_0"]', 'cache_type="q8_0"', "energy=true")
     assert copied(*(word for each in words for word in ("--set", f"bench.{each}"))) == 0
     expected = dict.fromkeys(STAGES, "done before") | MEASURED
     assert states(capsys.readouterr().err) == expected

@@ -30,8 +30,8 @@ from phoneready.report.report import (
 )
 from phoneready.report.tables import Mark, comparison_table, losses_table, width_table
 from runtime_bench.records.bench_record import BenchRecord
-from runtime_bench.records.contention import Contention
 from runtime_bench.records.groups import bench_groups
+from runtime_bench.records.reported import Contention
 
 MakeReportInput = Callable[..., ReportInput]
 SECTIONS = ("verdicts", "figures", "pruning", "devices", "answers", "proof", "method")

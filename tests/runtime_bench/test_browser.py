@@ -41,7 +41,7 @@ from runtime_bench.engines import SessionSettings
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.records.jsonl import record_from_json, record_to_json
 from runtime_bench.records.notes import note_of
-from runtime_bench.records.throttling import Throttling
+from runtime_bench.records.reported import Throttling
 from runtime_bench.targets.browser import Browser, browser_of
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings, Workload

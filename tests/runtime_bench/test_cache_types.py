@@ -16,9 +16,9 @@ from runtime_bench.measuring.text_check import check_text
 from runtime_bench.presentation.comparison_table import format_comparison
 from runtime_bench.presentation.record_table import record_table
 from runtime_bench.records.compare import Incomparable, compare, compare_records
-from runtime_bench.records.engine_settings import EngineSettings
 from runtime_bench.records.groups import bench_groups
 from runtime_bench.records.jsonl import record_from_json, record_to_json
+from runtime_bench.records.reported import EngineSettings
 from runtime_bench.targets import Local
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings

@@ -18,8 +18,8 @@ from runtime_bench.records.compare import (
     compare,
     compare_records,
 )
-from runtime_bench.records.contention import Contention
 from runtime_bench.records.crowding import crowding
+from runtime_bench.records.reported import Contention
 from runtime_bench.workload import Workload
 
 NS = st.lists(st.integers(10**6, 10**9), min_size=5, max_size=8)

@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime_bench.conditions.looks import conditions_of, parse_looks
-from runtime_bench.conditions.script import LOOK_BEGINS, WATCH
+from runtime_bench.conditions.script import SAMPLE_BEGINS, WATCH
 from runtime_bench.conditions.watcher import Watcher, look_here
-from runtime_bench.records.conditions import SERIES, Conditions
+from runtime_bench.records.reported import SERIES, Conditions
 
 CPU = "/sys/devices/system/cpu/cpu"
 SHELLS = [name for name in ("sh", "dash", "bash", "busybox", "mksh") if shutil.which(name)]
@@ -34,7 +34,7 @@ ONCE = (
 
 
 def look(uptime: float, *lines: str) -> str:
-    return "\n".join([LOOK_BEGINS, f"/proc/uptime:{uptime} 5.00", *lines]) + "\n"
+    return "\n".join([SAMPLE_BEGINS, f"/proc/uptime:{uptime} 5.00", *lines]) + "\n"
 
 
 def caps(first: int, second: int, third: int) -> list[str]:
@@ -216,7 +216,7 @@ def test_samples_are_placed_by_the_machines_own_clock() -> None:
     found = conditions_of(text, [(100_900_000_000, 101_100_000_000)])
     assert found.samples_s == ((0.9, 1.1),)
     placed = Conditions(found.at_s, found.samples_s, caps=(0.1, 0.2, 0.3, 0.4))
-    assert [cap for _, cap in placed.told("caps")] == [0.1, 0.2, 0.3]
+    assert [cap for _, cap in placed.during_samples("caps")] == [0.1, 0.2, 0.3]
     # A container whose clock is its own: the samples cannot be placed, and all looks count.
     assert conditions_of(text, [(7_000_000_000, 7_100_000_000)]).samples_s == ()
 
@@ -232,7 +232,7 @@ def test_samples_are_placed_by_the_machines_own_clock() -> None:
 def test_torn_and_strange_text_is_never_a_crash(lines: list[str]) -> None:
     text = "\n".join(lines)
     assert isinstance(conditions_of(text), Conditions)
-    assert len(parse_looks(text)) <= text.count(LOOK_BEGINS)
+    assert len(parse_looks(text)) <= text.count(SAMPLE_BEGINS)
 
 
 @linux
@@ -315,7 +315,7 @@ def test_a_quota_in_the_middle_of_a_run_is_seen(group: Path) -> None:
         process.wait()
     found = conditions_of(watcher.text)
     set_at -= float(parse_looks(watcher.text)[0].files["/proc/uptime"].split()[0])
-    early = [share for at, share in found.told("held_share") if at < set_at]
-    late = [share for at, share in found.told("held_share") if at >= set_at]
+    early = [share for at, share in found.during_samples("held_share") if at < set_at]
+    late = [share for at, share in found.during_samples("held_share") if at >= set_at]
     assert max(early, default=0.0) < 0.05
     assert max(late) > 0

@@ -19,8 +19,8 @@ from runtime_bench.engines import SessionSettings, llama_cpp, onnxruntime
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.presentation.record_table import format_table, record_table, settings_text
 from runtime_bench.records.compare import Incomparable, compare_records
-from runtime_bench.records.engine_settings import EngineSettings
 from runtime_bench.records.notes import note_of
+from runtime_bench.records.reported import EngineSettings
 from runtime_bench.targets.constrained import Constrained
 from runtime_bench.workload import BenchSettings
 

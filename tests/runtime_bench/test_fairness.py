@@ -21,11 +21,10 @@ from runtime_bench.measuring.measure import run_bench
 from runtime_bench.presentation.record_table import best_threads, format_sweep, format_table
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import compare_records
-from runtime_bench.records.conditions import Conditions, nothing_known
-from runtime_bench.records.contention import Contention
 from runtime_bench.records.fairness import DISTURBED, FAIR, NOT_KNOWN, THROTTLED, fairness, has_speed, noise
 from runtime_bench.records.jsonl import record_from_json, record_to_json
 from runtime_bench.records.notes import note_of
+from runtime_bench.records.reported import Conditions, Contention, unknown_conditions
 from runtime_bench.worker import WorkerRequest
 from runtime_bench.workload import BenchSettings, Workload
 
@@ -128,7 +127,7 @@ def test_rows_of_different_caps_are_not_compared(row: Callable[..., BenchRecord]
     assert compare_records(*of_two, anchors=[beside[0], fast]).ratio is None
 
 
-HIDDEN = replace(nothing_known("no file shows it"), at_s=AT, samples_s=SPANS)
+HIDDEN = replace(unknown_conditions("no file shows it"), at_s=AT, samples_s=SPANS)
 
 
 def test_a_thread_that_something_stopped(row: Callable[..., BenchRecord]) -> None:
@@ -209,7 +208,7 @@ def test_other_programs_disturb_and_processor_time_is_the_remedy(row: Callable[.
     [
         ({"conditions": ()}, "nobody looked"),
         ({"conditions": (QUIET, None, QUIET, QUIET, QUIET)}, "nobody looked"),
-        ({"conditions": (nothing_known("no /proc"),) * 5}, "no /proc"),
+        ({"conditions": (unknown_conditions("no /proc"),) * 5}, "no /proc"),
         ({"conditions": (HIDDEN,) * 5}, "no file shows it, and nothing tells"),
         (
             {

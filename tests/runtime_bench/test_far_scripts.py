@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from runtime_bench.conditions.looks import conditions_of
-from runtime_bench.conditions.meters.readings import Readings, readings_of
+from runtime_bench.conditions.script import READING
 from runtime_bench.targets.far_scripts import LOOKS_FOLLOW, RUN
 
 SHELLS = [name for name in ("sh", "dash", "bash", "busybox", "mksh") if shutil.which(name)]
@@ -22,12 +22,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="POSIX shells")
 
 
 def start(
-    shell: str, folder: Path, *program: str, glances: str = "", under: Sequence[str] = ()
+    shell: str, folder: Path, *program: str, meters: str = "", under: Sequence[str] = ()
 ) -> subprocess.Popen[str]:
     words = ["busybox", "sh"] if shell == "busybox" else [shell]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(
-        [*under, *words, "-c", RUN, "phoneready", str(folder), glances, *program], text=True, **pipes
+        [*under, *words, "-c", RUN, "phoneready", str(folder), meters, *program], text=True, **pipes
     )  # type: ignore[call-overload,no-any-return]
 
 
@@ -51,29 +51,27 @@ def test_the_programs_output_and_status_and_then_the_looks(shell: str, tmp_path:
     answer, _, looks = output.partition(f"\n{LOOKS_FOLLOW}\n")
     assert answer == '{"a": "b\\\\n"}\n{}'
     assert len(conditions_of(looks).at_s) >= 2
-    assert readings_of(looks) == Readings()
+    assert READING not in looks
     assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_glances_begin_before_the_program_and_go_on(shell: str, tmp_path: Path) -> None:
-    gauge = tmp_path / "sys" / "class" / "power_supply" / "battery" / "energy_now"
+def test_meters_are_read_beside_the_program(shell: str, tmp_path: Path) -> None:
+    gauge = tmp_path / "sys" / "class" / "power_supply" / "battery" / "power_now"
     gauge.parent.mkdir(parents=True)
     gauge.write_text("50000000\n")
     script = RUN.replace("\nbase=  #", f"\nbase={tmp_path}  #", 1)
     words = ["busybox", "sh"] if shell == "busybox" else [shell]
-    command = [*words, "-c", script, "phoneready", str(tmp_path), "3", "sleep", "1"]
+    command = [*words, "-c", script, "phoneready", str(tmp_path), "metered", "sleep", "1"]
     with subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
         process.stdin.write("{}\n")
         process.stdin.flush()
         assert process.stdout is not None
-        found = readings_of(process.stdout.read())
-    (track,) = found.tracks.values()
-    assert {one.value for one in track} == {5e7}
-    assert found.idle is not None
-    before = [one for one in track if one.answered_s <= found.idle[1]]
-    assert 3 <= len(before) < len(track)
+        lines = process.stdout.read().splitlines()
+    readings = [line.split() for line in lines if line.startswith(READING)]
+    assert len(readings) > 3
+    assert {reading[-1] for reading in readings} == {"50000000"}
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -126,12 +124,12 @@ def test_nothing_waits_for_a_client_after_the_program_where_no_shell_hears_term(
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-@pytest.mark.parametrize("glances", ["", "1"])
+@pytest.mark.parametrize("meters", ["", "1"])
 def test_where_nothing_may_be_written_there_are_no_looks_and_the_last_word_is_the_programs(
-    glances: str, shell: str, tmp_path: Path
+    meters: str, shell: str, tmp_path: Path
 ) -> None:
     program = ("sh", "-c", "cat; echo cannot link executable >&2")
-    with start(shell, tmp_path / "nowhere", *program, glances=glances) as process:
+    with start(shell, tmp_path / "nowhere", *program, meters=meters) as process:
         assert process.stdin is not None
         process.stdin.write("{}\n")
         process.stdin.flush()

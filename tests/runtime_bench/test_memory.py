@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime_bench.memory import current_rss_bytes, evict_from_page_cache, page_cache_share, peak_rss_bytes
+from runtime_bench.counters import current_rss_bytes, evict_from_page_cache, page_cache_share, peak_rss_bytes
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks the Linux kernel")
 
@@ -26,7 +26,7 @@ def test_peak_is_no_less_than_now_and_remembers() -> None:
 @LINUX
 def test_a_small_process_does_not_inherit_a_large_parents_peak() -> None:
     block = bytearray(os.urandom(1)) * 2**28
-    code = "from runtime_bench.memory import peak_rss_bytes; print(peak_rss_bytes())"
+    code = "from runtime_bench.counters import peak_rss_bytes; print(peak_rss_bytes())"
     root = Path(__file__).resolve().parents[2]
     child = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert int(child.stdout) < len(block)

@@ -12,7 +12,7 @@ import pytest
 from runtime_bench.measuring import nominal
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.measuring.nominal import lacking, wait_nominal
-from runtime_bench.records.conditions import Conditions, nothing_known
+from runtime_bench.records.reported import Conditions, unknown_conditions
 from runtime_bench.targets import Local
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings
@@ -64,7 +64,7 @@ def test_power_counts_where_it_is_asked_for() -> None:
 
 
 def test_what_a_machine_does_not_tell_is_not_waited_for() -> None:
-    hidden, settings = nothing_known("it hides all"), replace(SETTINGS, unplugged=True)
+    hidden, settings = unknown_conditions("it hides all"), replace(SETTINGS, unplugged=True)
     assert lacking(hidden, settings) is None
     assert wait_nominal(Device(iter([hidden])), settings) is None
 

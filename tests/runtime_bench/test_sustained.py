@@ -15,8 +15,8 @@ from runtime_bench import worker
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.presentation.record_table import format_table, record_table
 from runtime_bench.records.compare import Incomparable, compare_records
-from runtime_bench.records.conditions import Conditions
 from runtime_bench.records.jsonl import record_from_json, record_to_json
+from runtime_bench.records.reported import Conditions
 from runtime_bench.records.sustained import curve, first_minute_ts, last_third_ts
 from runtime_bench.targets import Local
 from runtime_bench.targets.browser import Browser

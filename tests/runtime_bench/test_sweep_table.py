@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from runtime_bench.presentation.record_table import best_threads, format_depths, format_sweep
-from runtime_bench.records.engine_settings import EngineSettings
+from runtime_bench.records.reported import EngineSettings
 from runtime_bench.workload import Workload
 
 

@@ -1,4 +1,4 @@
-"""What a process used at most, and how much of a file the system holds in memory.
+"""What the system counts: a process's memory, a file's pages in memory, and who had the cores.
 
 Sizes are bytes. A figure that the system does not give is None.
 """
@@ -9,7 +9,17 @@ import ctypes
 import mmap
 import os
 import sys
+import time
 from pathlib import Path
+
+_STAT, _TASKS = Path("/proc/stat"), Path("/proc/self/task")
+STEAL = 7
+"""Field of a core's line in /proc/stat, after user, nice, system, idle, iowait, irq and softirq."""
+BUSY = (0, 1, 2, 5, 6)
+"""Fields of what programs did: neither idle nor waiting for a disk."""
+CoreTimes = tuple[float, float, float, float]
+"""Seconds until now, on the cores that this process may use: by the clock, busy with any program, taken by the host,
+and used by this process and its children that have ended."""
 
 
 def peak_rss_bytes(pid: int | None = None) -> int | None:
@@ -92,3 +102,37 @@ def _maxrss_bytes() -> int | None:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit or None
+
+
+def core_times() -> CoreTimes | None:
+    """A look at the cores; None where the system does not tell."""
+    try:
+        lines = _STAT.read_text(encoding="ascii").splitlines()
+        cores = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        fields = [list(map(int, line.split()[1:])) for line in lines if line.partition(" ")[0] in cores]
+        busy, stolen = (sum(row[i] for row in fields for i in which) for which in (BUSY, (STEAL,)))
+        ticks = os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):
+        return None
+    return time.monotonic(), busy / ticks, stolen / ticks, sum(os.times()[:4])
+
+
+def cores_since(before: CoreTimes | None) -> tuple[float, float] | None:
+    """Cores that others used since an earlier reading, on average: other programs, and the host of a virtual machine.
+    None if that is not known."""
+    after = core_times()
+    if before is None or after is None or after[0] <= before[0]:
+        return None
+    wall, busy, stolen, own = (now - then for now, then in zip(after, before, strict=True))
+    if busy < own / 2:  # a sandbox that counts nothing
+        return None
+    return max(0.0, busy - own) / wall, max(0.0, stolen) / wall
+
+
+def waited_ns() -> int | None:
+    """How long all threads of this process have been ready and waited for a core; None where nothing tells."""
+    try:
+        texts = [path.read_text(encoding="ascii") for path in _TASKS.glob("*/schedstat")]
+        return sum(int(text.split()[1]) for text in texts) if texts else None
+    except (OSError, ValueError, IndexError):
+        return None

@@ -1,1 +1,0 @@
-"""Meters of energy: where a machine has some, what they count in, and what their readings come to."""
