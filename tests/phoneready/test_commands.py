@@ -146,13 +146,12 @@ def test_export_and_bench(
             )
     assert all(graph.is_file() for graph in graphs)
 
-    idle = ["--clean", "--retries", "3", "--unplugged", "--nominal-c", "30", "--idle", "9"]
+    idle = ["--clean", "--retries", "3", "--unplugged", "--nominal-c", "30"]
     capsys.readouterr()
     assert main(["bench", str(file), *sizes, *idle]) == 0
     assert warned(capsys) == [
         "--unplugged has no effect without a time for --wait-nominal",
         "--nominal-c has no effect without a time for --wait-nominal",
-        "--idle has no effect without --energy",
         "--retries has no effect without --on ssh:HOST, --on adb:SERIAL",
         "--clean has no effect without --on and another machine",
     ]
