@@ -62,13 +62,29 @@ EVERYTHING = {
     "watched",  # real-time meters
 }
 """Fixtures whose tests are marked `everything`."""
+FEW = {"llama", "gemma4_text", "qwen3_5_text"}
+PARTS = {
+    "blocks",
+    "gguf_size",
+    "gguf_slices",
+    "keeping",
+    "kv_groups",
+    "onnx_slices",
+    "spelling",
+    "statistics",
+}
+"""Tests of one part that `make test` runs for few families; the journeys of a model it runs for all of them."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what uses such fixtures; tests that fetch a large model run only if they are asked for."""
     for item in items:
-        if isinstance(item, pytest.Function) and EVERYTHING.intersection(item.fixturenames):
+        if not isinstance(item, pytest.Function):
+            continue
+        family = item.callspec.params.get("model_type", "llama") if hasattr(item, "callspec") else "llama"
+        of_many = family not in FEW and item.path.stem.removeprefix("test_") in PARTS
+        if of_many or EVERYTHING.intersection(item.fixturenames):
             item.add_marker("everything")
     if "real" in config.option.markexpr:
         return

@@ -56,6 +56,7 @@ def files(tiny_folder: TinyPath, tmp_path_factory: pytest.TempPathFactory) -> tu
     return folder / "pruned", folder / "gguf"
 
 
+@pytest.mark.everything
 def test_from_files_the_same_bytes_are_made_and_proven_as_a_whole(
     files: tuple[Path, Path], tiny_folder: TinyPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,11 +43,11 @@ PLACES = (("cpu", True), (FAR.type, True), (FAR.type, False))
 @pytest.mark.parametrize(
     ("quant", "settings"),
     [
-        ("Q4_0", {}),
-        ("IQ4_NL", {"tune_scales": True}),
-        ("Q6_K", {}),
+        pytest.param("Q4_0", {}, marks=pytest.mark.everything),
+        pytest.param("IQ4_NL", {"tune_scales": True}, marks=pytest.mark.everything),
+        pytest.param("Q6_K", {}, marks=pytest.mark.everything),
         ("Q3_K_M", {"use_imatrix": False}),
-        ("mixed:130kB", {}),
+        pytest.param("mixed:130kB", {}, marks=pytest.mark.everything),
     ],
 )
 def test_a_gguf_file(
@@ -79,6 +79,7 @@ def test_the_size_of_an_onnx_variant(tiny_model: Callable[..., Any]) -> None:
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.everything
 def test_an_onnx_variant(tiny_model: Callable[..., Any]) -> None:
     made = []
     for device, float64 in PLACES:
