@@ -63,19 +63,6 @@ def export_model(
 ) -> tuple[ExportRecord, ...]:
     """Export; of several families each has a folder of its own in `output`, and one alone is `output` itself.
 
-    Args:
-        reference: A checkpoint folder, pruned or dense, or whatever else `load_model` takes.
-        output: Folder to create, which the caller has claimed.
-        request: What to export.
-        trust_remote_code: Let transformers run code that a dense model brings along.
-        device: Where torch computes.
-        dtype: What weights are kept in, a name in `cfsp.precision.DTYPES`; those of a folder have no others.
-        n_threads: Threads of quantizers and of the parity run; torch's number by default.
-        force: Replace an existing output folder.
-        warnings: What was asked for and has no effect, for the record.
-        before: Called with what is made, before a model is read.
-        progress: Told about every step.
-
     Raises:
         InputError: As the families' exports, or a model or calibration text that cannot be read.
         LimitError: Something is too far from the checkpoint. Nothing is left.

@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -36,24 +36,33 @@ from cfsp.memory import usable_memory
 from cfsp.models.checkpoint import read_checkpoint_info
 from cfsp.progress import Progress
 from exporters.families import FAMILIES, makes_gguf
+from phoneready.console import prepare_torch
 from phoneready.evaluation.metrics import check_directions, metric_sha256
 from phoneready.figures.budgets import select
 from phoneready.figures.figure_set import DENSE, PRUNED, FigureSet, check_same_model, read_baseline
 from phoneready.figures.gate_files import write_verdicts
 from phoneready.figures.verdict import Verdicts
-from phoneready.history import HistoryEntry, append_entry, entry_of
+from phoneready.history import append_entry, entry_of
 from phoneready.publish.manifest import ReleaseManifest
 from phoneready.publish.publish import publish
 from phoneready.release.before_work import check_inputs
-from phoneready.release.beside import StageProcesses
+from phoneready.release.beside import Work
 from phoneready.release.collect import collect_figures
 from phoneready.release.decide import measure_on
 from phoneready.release.dependencies import made_with
 from phoneready.release.foretold import foretell_stage
 from phoneready.release.identities import identities, identity
-from phoneready.release.live import last_times, rest_text, stage_figures
+from phoneready.release.live import stage_figures
 from phoneready.release.results import read_figures
-from phoneready.release.stages import RUNNING, Stage, claim_folder, explain_stages, run_stages, stage_folder
+from phoneready.release.stages import (
+    RUNNING,
+    Stage,
+    claim_folder,
+    explain_stages,
+    run_stage,
+    run_stages,
+    stage_folder,
+)
 from phoneready.release.steps import RECOVERY_STAGE, Steps, bench_settled, bench_stage, decide_stage
 from phoneready.settings.planned import planned_figures
 from phoneready.settings.schema import RecoverConfig, ReleaseConfig
@@ -76,15 +85,6 @@ def run_release(
 ) -> tuple[ReleaseManifest, Verdicts]:
     """Do what is not done yet; write the verdicts, the reports, manifest.json and the files.
 
-    Args:
-        config: What to make.
-        folder: Where; made when missing, continued when it holds a release.
-        show: Told each stage's name and state.
-        progress: Opens a progress display.
-        threads: Threads outside torch and the benchmark; torch's number by default.
-        label: What the history is to call this run.
-        tell: Told after each stage where the run is, what the stage has found, and how long the rest took last time.
-
     Returns:
         What was made, and what the budgets say of it.
 
@@ -95,16 +95,15 @@ def run_release(
         LimitError: An exported file is too far from its checkpoint.
         PhonereadyError: Any of these in a process of its own, with the same text and exit status; or it was killed.
     """
-    _check_before_work(config, folder)
+    check_before_work(config, folder)
     baseline = load_baseline(config)
     with claim_folder(folder):
         stages = release_stages(config, folder, threads)
-        left, times = [stage.name for stage in stages], last_times(stages, folder)
+        left = [stage.name for stage in stages]
 
         def check(stage: str) -> None:
             left.remove(stage)
-            rest = rest_text(left, times)
-            told = (f"{len(stages) - len(left)} of {len(stages)}", stage_figures(folder, stage), rest)
+            told = (f"{len(stages) - len(left)} of {len(stages)}", stage_figures(folder, stage))
             tell("; ".join(filter(None, told)))
             # As soon as the model is known: not after an hour of work.
             if stage == "dense" and baseline is not None and config.baseline is not None:
@@ -116,14 +115,19 @@ def run_release(
             if state == RUNNING:
                 foretell_stage(config, folder, stage, tell)
 
+        def beside() -> Work | None:
+            """Two stages at once if there are threads and memory for both, and no GPU that they would have to share."""
+            n_threads = threads or torch.get_num_threads()
+            if find_device(config.model.device) != CPU or n_threads < 2:
+                return None
+            model = stage_folder(folder, "dense") / "model"
+            weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+            if usable_memory() < 2 * _TIMES_THE_WEIGHTS * weights:
+                return None
+            return functools.partial(_run_one, config, folder, n_threads // 2)
+
         records = run_stages(
-            stages,
-            folder,
-            show=shown,
-            progress=progress,
-            check=check,
-            processes=lambda: _processes(config, folder, threads),
-            threads=threads,
+            stages, folder, show=shown, progress=progress, check=check, beside=beside, threads=threads
         )
         recorded = read_figures(config, folder)
         figures = collect_figures(config, folder, recorded)
@@ -131,26 +135,37 @@ def run_release(
             config.budgets, folder, figures, baseline, config.baseline.file if config.baseline else None
         )
         manifest = publish(config, folder, recorded, list(records.values()))
-        append_entry(folder, _history_entry(manifest, figures, verdicts, label))
+        export = manifest.config["export"]
+        made = ", ".join(name for family in FAMILIES.values() for name in export[family.setting])
+        entry = entry_of(
+            figures,
+            outcome=verdicts.outcome,
+            settings={"prune_ratio": f"{manifest.prune_ratio:g}", "files": made},
+            versions=manifest.versions,
+            stages=manifest.stages,
+            label=label,
+        )
+        append_entry(folder, entry)
         shutil.rmtree(Steps(config, folder, threads).recovery_work, ignore_errors=True)
         return manifest, verdicts
 
 
-def _processes(config: ReleaseConfig, folder: Path, threads: int | None) -> StageProcesses | None:
-    """Two, where there are threads and memory for both, and no GPU that they would have to share."""
-    threads = threads or torch.get_num_threads()
-    if find_device(config.model.device) != CPU:
-        return None
-    model = stage_folder(folder, "dense") / "model"
-    weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    if threads < 2 or usable_memory() < 2 * _TIMES_THE_WEIGHTS * weights:
-        return None
-    plain = config.model_dump(mode="json")
-    return StageProcesses(2, "phoneready.stage_worker", plain, folder, threads // 2)
+def _run_one(
+    config: ReleaseConfig,
+    folder: Path,
+    threads: int,
+    name: str,
+    inputs: Mapping[str, str],
+    progress: Progress,
+) -> None:
+    """One stage, in a process of its own."""
+    prepare_torch(threads)
+    stages = {stage.name: stage for stage in release_stages(config, folder, threads)}
+    run_stage(stages[name], inputs, folder, progress, threads=threads)
 
 
-def _check_before_work(config: ReleaseConfig, folder: Path) -> None:
-    """What would end a release after hours is told at once; raises as `run_release`."""
+def check_before_work(config: ReleaseConfig, folder: Path) -> None:
+    """Find what would end a release after hours of work before anything is done; raises as `run_release`."""
     check_place(config, folder)
     check_extras(config)
     check_directions(config.budgets)
@@ -163,23 +178,6 @@ def check_place(config: ReleaseConfig, folder: Path) -> None:
     model = Path(config.model.reference)
     if model.is_dir() and folder.resolve().is_relative_to(model.resolve()):
         raise InputError("in the model's folder, which each run would change", field="-o", value=str(folder))
-
-
-def _history_entry(
-    manifest: ReleaseManifest, figures: FigureSet, verdicts: Verdicts, label: str | None
-) -> HistoryEntry:
-    export = manifest.config["export"]
-    return entry_of(
-        figures,
-        outcome=verdicts.outcome,
-        settings={
-            "prune_ratio": f"{manifest.prune_ratio:g}",
-            "files": ", ".join(name for family in FAMILIES.values() for name in export[family.setting]),
-        },
-        versions=manifest.versions,
-        stages=manifest.stages,
-        label=label,
-    )
 
 
 def explain_release(config: ReleaseConfig, folder: Path, threads: int | None = None) -> dict[str, str]:

@@ -44,7 +44,7 @@ ROOMS = {
         {"measuring", "presentation"},
     ),
     "phoneready": (
-        {"console", "text"},
+        {"console", "interrupts", "text"},
         {"figures", "model_checks"},
         {"evaluation", "exporting", "sizes"},
         {"settings", "forecasts"},
@@ -56,7 +56,6 @@ ROOMS = {
         {"commands"},
         {"main"},
         {"__main__"},
-        {"stage_worker"},
     ),
 }
 """Rooms and files of each package in layers, the lowest first: each knows lower layers alone."""

@@ -79,10 +79,6 @@ def _left(key: str) -> str | None:
 def shared_passes(output: Path, device: str) -> Iterator[tuple[bool, Progress]]:
     """Passes over text are shared inside the context.
 
-    Args:
-        output: What will be made.
-        device: Where the passes are computed.
-
     Yields:
         Whether this process makes it, which the others do not, and whom to tell about progress.
     """

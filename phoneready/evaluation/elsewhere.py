@@ -105,16 +105,7 @@ class _AnsweringTarget(Answering, Protocol):
 
 
 class FarLanguageModel:
-    """An exported file, run by its engine on a target: a `cfsp.evaluation.LanguageModel`.
-
-    Args:
-        reference: The file as it was given.
-        runtime: What runs it.
-        outline: What it says without being run.
-        target: Where.
-        session: How it is opened there.
-        cache_type: Of keys and values, if one was asked for.
-    """
+    """An exported file, run by its engine on a target: a `cfsp.evaluation.LanguageModel`."""
 
     gives_logits = False
 

@@ -13,13 +13,7 @@ from phoneready.figures.metrics import FigureKey, metric_of
 
 
 def evaluation_figures(item: str, subject: str, evaluation: Evaluation) -> Iterator[Figure]:
-    """What an evaluation found, of the dense model too.
-
-    Args:
-        item: As in FigureKey.
-        subject: Name of the model that was judged.
-        evaluation: The evaluation.
-    """
+    """What an evaluation found, of the dense model too."""
     dense = evaluation.against.reference if evaluation.against else "dense"
     for text in evaluation.texts:
         yield from _text_figures(item, subject, dense, text)

@@ -70,12 +70,6 @@ def compare_with_baseline(
 ) -> tuple[GateRow, ...]:
     """Every figure of the baseline beside today's.
 
-    Args:
-        now: Today's.
-        baseline: The earlier one.
-        limits: Metric -> tolerance; each has a default.
-        where: Where the baseline came from, named in errors.
-
     Raises:
         InputError: The baseline was measured otherwise (reference model, text, tasks, prompts), or has a figure that
             is missing now; what differs is named.

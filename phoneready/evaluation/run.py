@@ -195,10 +195,6 @@ def text_windows(
 def sampling_for(models: Sequence[LanguageModel], settings: EvaluationSettings) -> Sampling | None:
     """How answers are sampled: as asked for, else as the reference model recommends, else the model; or None.
 
-    Args:
-        models: The model, and the reference model if there is one.
-        settings: What is asked for.
-
     Raises:
         InputError: Neither says how, or settings out of range.
     """

@@ -43,14 +43,6 @@ def measure_file(
 ) -> tuple[MeasuredText, ...]:
     """What a file loses, in its own runtime.
 
-    Args:
-        path: The file.
-        dense: The dense model in float32.
-        tokenizer: The file's, as its checkpoint has it.
-        texts: What to measure on.
-        threads: Of the runtime.
-        progress: Told about every window.
-
     Raises:
         InputError: A text in the file's own tokens is longer than its context.
         LimitError: It gives logits that are not finite.

@@ -147,10 +147,6 @@ class FigureSet:
 def read_baseline(path: Path, wanted: Iterable[FigureKey]) -> FigureSet:
     """An earlier release's figures.
 
-    Args:
-        path: Its figures.json.
-        wanted: Figures that budgets are relative to.
-
     Raises:
         InputError: No such file, another schema, a figure that it does not have, or one that no release can have.
     """

@@ -58,11 +58,6 @@ def judge_all(
 ) -> tuple[BudgetVerdict, ...]:
     """Every budget's verdict on every figure that it limits.
 
-    Args:
-        budgets: Of the configuration.
-        figures: Of this release.
-        baseline: Of an earlier one; needed where a budget is relative to it.
-
     Raises:
         InputError: A budget that limits nothing, or a baseline measured on another text or task.
     """
@@ -87,11 +82,6 @@ def judge_all(
 
 def judge(budget: BudgetConfig, figure: Figure, reference: Figure | None) -> BudgetVerdict:
     """A budget's verdict on one figure.
-
-    Args:
-        budget: The budget.
-        figure: What it limits.
-        reference: What the limit is relative to, where it is.
 
     Raises:
         InputError: The reference was measured on another text or task.
@@ -280,11 +270,6 @@ def paired_interval(now: Sequence[str], before: Sequence[str], *, difference: bo
 
     Items are drawn, each with what both models made of it (Koehn 2004, "Statistical significance tests for machine
     translation evaluation"; Efron and Tibshirani 1993, chapter 8): that an item is hard cancels.
-
-    Args:
-        now: For each task a text of one character an item: 1 for a right answer, 0 for another one.
-        before: The same of the model that is compared with, of the same items.
-        difference: Whether the difference is wanted; else the ratio.
     """
     rng = np.random.default_rng(0)
     ours, theirs = np.zeros(_RESAMPLES), np.zeros(_RESAMPLES)

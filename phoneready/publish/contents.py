@@ -38,13 +38,7 @@ class Problem:
 
 
 def describe_files(folder: Path, names: Iterable[str], known: Mapping[str, str]) -> tuple[Content, ...]:
-    """Size and hash of files, and of all files in folders, in order of their paths.
-
-    Args:
-        folder: The release folder.
-        names: Files and folders in it; what is not there is left out.
-        known: Path -> hash, of files that were hashed when they were made.
-    """
+    """Size and hash of files, and of all files in folders, in order of their paths."""
     paths: set[Path] = set()
     for name in names:
         path = folder / name

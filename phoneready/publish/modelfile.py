@@ -28,12 +28,7 @@ _GO_CHATML = """{{- range .Messages }}<|im_start|>{{ .Role }}
 
 
 def modelfile_text(exports: Sequence[ExportRecord], tokenizer: Any) -> str:
-    """The Modelfile of the first GGUF file; the others are named in comments.
-
-    Args:
-        exports: Of the pruned model.
-        tokenizer: The model's transformers tokenizer.
-    """
+    """The Modelfile of the first GGUF file; the others are named in comments."""
     files = [record for record in exports if record.format == "gguf"]
     tag = re.sub(r"[^a-z0-9._-]+", "-", files[0].file.removesuffix(".gguf").lower())
     lines = [f"# ollama create {tag} -f Modelfile", f"FROM ./{files[0].file}"]

@@ -18,13 +18,7 @@ from phoneready.settings.schema import RecoverConfig, ReleaseConfig
 def single_commands(
     config: ReleaseConfig, figures: ReleaseFigures, threads: Mapping[str, int | None]
 ) -> tuple[str, ...]:
-    """The commands, in order; the last one writes the release's model files, byte for byte.
-
-    Args:
-        config: Of the release.
-        figures: What its stages found.
-        threads: Stage -> threads that it had; without a number a command has as many as by itself.
-    """
+    """The commands, in order; the last one writes the release's model files, byte for byte."""
     made: list[tuple[str, list[object]]] = [("prune", _prune(config, figures))]
     final = "checkpoint"
     if config.recover is not None:

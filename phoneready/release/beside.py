@@ -1,155 +1,116 @@
-"""Stages beside each other: each in a process of its own, which is told what to do in JSON and tells how far it is."""
+"""Stages beside each other, each in a process of its own that ends with this one."""
 
 from __future__ import annotations
 
-import contextlib
-import json
+import multiprocessing
 import os
 import signal
-import subprocess
+import sys
 import threading
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 
-from cfsp.child_process import child_environment, python_module
 from cfsp.errors import PhonereadyError
 from cfsp.progress import Progress
-from cfsp.records import fields_from_json
+from phoneready.interrupts import interrupt, raise_again
 from runtime_bench.process import exit_reason, kill_tree
 
+Inputs = Mapping[str, str]
+Work = Callable[[str, Inputs, Progress], None]
 STOP_S = 20.0
-"""For clearing away what is half-written; then a process is killed."""
+"""For removing what is half-written; then a process is killed."""
 
 
-@dataclass(frozen=True)
-class StageRequest:
-    """What such a process is told, beside the stage's name, which its command line shows.
+def run_beside(
+    work: Work, stages: Mapping[str, Inputs], progress: Progress, done: Callable[[str], None]
+) -> None:
+    """Run `work(stage, inputs, progress)` of all stages at once; an error of one ends the others.
 
-    Attributes:
-        config: The configuration, as JSON has it.
-        folder: The release folder, which the caller has claimed.
-        inputs: Stages before it and their keys.
-        threads: Threads of everything in it.
+    `work` is pickled for processes that are started anew; `done` is told each stage's name when it has ended.
+
+    Raises:
+        PhonereadyError: As a stage raised it, with its text and exit status; or its process was killed.
+        Exception: Whatever else a stage raised.
     """
-
-    config: dict[str, Any]
-    folder: str
-    inputs: dict[str, str]
-    threads: int
-
-
-@dataclass(frozen=True)
-class StageFailure:
-    """What such a process says where its stage has failed.
-
-    Attributes:
-        kind: Name of the error's class.
-        text: Of the error.
-        exit_code: Of an error that was expected.
-        errno: Of an OSError.
-        filename: That it names.
-        trace: Where it was raised.
-    """
-
-    kind: str
-    text: str
-    exit_code: int | None = None
-    errno: int | None = None
-    filename: str | None = None
-    trace: str = ""
-
-    def error(self) -> Exception:
-        """It as an error of this process."""
-        error = self._error()
-        error.add_note(self.trace)
-        return error
-
-    def _error(self) -> Exception:
-        if self.exit_code is not None:
-            expected = PhonereadyError(self.text)
-            expected.exit_code = self.exit_code
-            return expected
-        if self.errno is not None:
-            return OSError(self.errno, self.text, self.filename)
-        unexpected: Exception = type(self.kind, (RuntimeError,), {})(self.text)
-        return unexpected
-
-
-class StageProcesses:
-    """Processes for the stages of one run.
-
-    Args:
-        at_once: How many.
-        module: What such a process runs.
-        config: See `StageRequest`.
-        folder: Likewise.
-        threads: Likewise.
-    """
-
-    def __init__(
-        self, at_once: int, module: str, config: Mapping[str, Any], folder: Path, threads: int
-    ) -> None:
-        self.at_once = at_once
-        self._command = python_module(module)
-        self._config, self._folder, self._threads = config, folder, threads
-        self._environment = child_environment() | {"OMP_NUM_THREADS": str(threads)}
-        self._running: set[subprocess.Popen[bytes]] = set()
-        self._lock, self._stopped = threading.Lock(), False
-
-    def run(self, stage: str, inputs: Mapping[str, str], progress: Progress) -> None:
-        """Run a stage and wait for it.
-
-        Raises:
-            PhonereadyError: It failed, with the text and the exit status of its error; or its process was killed.
-            OSError: It could not read or write something.
-            RuntimeError: It failed as nobody expected; the class carries the name of the error there.
-        """
-        request = StageRequest(dict(self._config), str(self._folder), dict(inputs), self._threads)
-        with self._lock:
-            if self._stopped:
-                raise PhonereadyError(f"{stage}: stopped")
-            # In a group of its own: Ctrl-C is for this process, which then ends that one.
-            process = subprocess.Popen(
-                [*self._command, stage],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=self._environment,
-                process_group=0,
-            )
-            self._running.add(process)
-        with process:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            # It stays open: where it ends, the process ends. Not through a buffer, which could be left with something.
-            with contextlib.suppress(BrokenPipeError):
-                told = json.dumps(asdict(request)).encode() + b"\n"
-                while told:
-                    told = told[os.write(process.stdin.fileno(), told) :]
-            failure = None
-            for line in process.stdout:
-                message = json.loads(line)
-                if isinstance(message, list):
-                    progress(*message)
-                else:
-                    failure = fields_from_json(StageFailure, message, where=stage)
-            process.wait()
-        self._running.discard(process)
-        if failure is not None:
-            raise failure.error()
-        if process.returncode:
-            hint = "; --threads 1 runs one stage at a time" if process.returncode == -signal.SIGKILL else ""
-            raise PhonereadyError(f"{stage}: {exit_reason(process.returncode, [])}{hint}")
-
-    def stop(self) -> None:
-        """End the processes that are left: they clear away what they have half-written."""
-        with self._lock:
-            self._stopped = True
-        for process in list(self._running):
+    context = multiprocessing.get_context("spawn")
+    running: dict[Connection, SpawnProcess] = {}
+    try:
+        for name, inputs in stages.items():
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_run, args=(theirs, work, name, inputs), name=name)
+            process.start()
+            theirs.close()
+            running[ours] = process
+        while running:
+            for pipe in wait(list(running)):
+                assert isinstance(pipe, Connection)
+                process = running[pipe]
+                try:
+                    told = pipe.recv()
+                except EOFError:
+                    process.join()
+                    del running[pipe]
+                    if code := process.exitcode:
+                        hint = "; --threads 1 runs one stage at a time" if code == -signal.SIGKILL else ""
+                        raise PhonereadyError(f"{process.name}: {exit_reason(code, [])}{hint}") from None
+                    done(process.name)
+                    continue
+                if isinstance(told, Exception):
+                    raise told
+                description, so_far, total = told
+                progress(f"{process.name}, {description}", so_far, total)
+    finally:
+        for process in running.values():
             process.terminate()
-        for process in list(self._running):
-            try:
-                process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
+        for process in running.values():
+            process.join(STOP_S)
+            if process.exitcode is None and process.pid is not None:
                 kill_tree(process.pid)
+
+
+def _run(pipe: Connection, work: Work, stage: str, inputs: Inputs) -> None:
+    """What such a process does."""
+    os.setpgrp()  # Ctrl-C is for the caller, which then ends this process
+    signal.signal(signal.SIGTERM, interrupt)
+    sys.unraisablehook = raise_again
+    os.dup2(2, 1)  # what a library prints is no result
+    threading.Thread(target=_end_with_caller, daemon=True).start()
+    try:
+        try:
+            work(stage, inputs, lambda *told: pipe.send(told))
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends now
+    except KeyboardInterrupt:
+        sys.exit(1)
+    except Exception as error:
+        with suppress(BrokenPipeError):
+            pipe.send(_portable(error))
+        sys.exit(1)
+
+
+def _portable(error: Exception) -> Exception:
+    """An error that the caller can unpickle, with where it was raised as a note."""
+    portable: Exception = RuntimeError(f"{type(error).__name__}: {error}")
+    if isinstance(error, PhonereadyError):
+        portable = PhonereadyError(str(error))
+        portable.exit_code = error.exit_code
+    elif isinstance(error, MemoryError):
+        portable = MemoryError(str(error))
+    # A pipe that broke is none that the caller reads.
+    elif isinstance(error, OSError) and error.errno is not None and not isinstance(error, BrokenPipeError):
+        portable = OSError(error.errno, error.strerror, error.filename)
+    portable.add_note("".join(traceback.format_exception(error)))
+    return portable
+
+
+def _end_with_caller() -> None:
+    caller = multiprocessing.parent_process()
+    assert caller is not None
+    caller.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(STOP_S)  # inside a library no signal is handled
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -23,13 +23,7 @@ from runtime_bench.records.judgement import samples_of
 
 
 def collect_figures(config: ReleaseConfig, folder: Path, release: ReleaseFigures) -> FigureSet:
-    """Every figure of `planned_figures`, of the dense model too where it has one.
-
-    Args:
-        config: Of the release.
-        folder: Of the release.
-        release: What the stages recorded.
-    """
+    """Every figure of `planned_figures`, of the dense model too where it has one."""
     steps = Steps(config, folder, None)
     sides = ((PRUNED, release.pruned), (DENSE, release.dense))
     exports = [(role, record) for role, records in sides for record in records]

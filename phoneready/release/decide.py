@@ -41,15 +41,7 @@ _Turns = tuple[int, ...]
 def measure_on(
     steps: Steps, place: str, baseline: FigureSet | None, output: Path, progress: Progress
 ) -> None:
-    """Write the records of a place, with more rounds of those that a budget on speeds leaves open.
-
-    Args:
-        steps: Of the release.
-        place: A target.
-        baseline: What budgets may be relative to.
-        output: Folder to write to.
-        progress: Told after each process.
-    """
+    """Write the records of a place, with more rounds of those that a budget on speeds leaves open."""
     records, limit = steps.first_records(place), steps.config.bench.decide_s
     for turns, _ in list(_limited(steps, place, baseline, records)):
         for row in turns:

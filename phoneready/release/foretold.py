@@ -43,12 +43,6 @@ class _Row:
 def foretell_stage(config: ReleaseConfig, folder: Path, name: str, tell: Callable[[str], None]) -> None:
     """Say what a stage will take, where that is known and long, and refuse what cannot fit.
 
-    Args:
-        config: Of the release.
-        folder: Of the release; what the stages before it left is there.
-        name: The stage.
-        tell: Told the line.
-
     Raises:
         InputError: Memory, or a disk, has too little room.
     """

@@ -1,50 +1,24 @@
-"""What a run says of itself on the way: where it is, the figures so far, and how long the rest took last time."""
+"""What a run says on the way: the figures that each stage has found."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from cfsp.errors import InputError
 from cfsp.models.checkpoint import PLAN_FILE
 from cfsp.progress import Progress
 from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record
 from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord
-from cfsp.units import format_bytes, format_seconds
+from cfsp.units import format_bytes
 from exporters.export_record import ExportManifest
 from phoneready.evaluation.evaluation_record import Evaluation, TextResult
 from phoneready.release.artifact import SIDE_BY_SIDE_FILE, SideBySide
-from phoneready.release.stages import RECORD_FILE, Stage, StageRecord, explain_stages, stage_folder
+from phoneready.release.stages import RECORD_FILE, stage_folder
 from runtime_bench.presentation.record_table import speed_text
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.jsonl import read_jsonl
-
-
-def last_times(stages: Sequence[Stage], folder: Path) -> dict[str, float | None]:
-    """Of the stages that will run, how many seconds they took when they ran before; None where they never did."""
-    seconds: dict[str, float | None] = {}
-    for name in (name for name, why in explain_stages(stages, folder).items() if why):
-        try:
-            seconds[name] = read_record(StageRecord, stage_folder(folder, name) / RECORD_FILE).seconds
-        except InputError:
-            seconds[name] = None
-    return seconds
-
-
-def rest_text(later: Sequence[str], times: Mapping[str, float | None]) -> str:
-    """What the stages that are still to be run took, if all of them are known; else nothing.
-
-    Args:
-        later: The stages that are not done.
-        times: As `last_times`.
-    """
-    taken = [times[name] for name in later if name in times]
-    known = [seconds for seconds in taken if seconds is not None]
-    if not taken or len(known) < len(taken):
-        return ""
-    return f"the rest took {format_seconds(sum(known))} of work last time"
 
 
 def stage_figures(folder: Path, name: str) -> str:

@@ -13,10 +13,8 @@ import hashlib
 import json
 import shutil
 import stat
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +26,7 @@ from cfsp.errors import InputError
 from cfsp.files import atomic_directory, remove_stale_temporaries, writable_place
 from cfsp.progress import Progress
 from cfsp.records import read_record, write_record
-from phoneready.release.beside import StageProcesses
+from phoneready.release.beside import Work, run_beside
 
 LOCK_FILE = ".phoneready.lock"
 RECORD_FILE = "stage.json"
@@ -174,19 +172,10 @@ def run_stages(
     show: Callable[[str, str], None],
     progress: Callable[[], AbstractContextManager[Progress]],
     check: Callable[[str], None] = lambda name: None,
-    processes: Callable[[], StageProcesses | None] = lambda: None,
+    beside: Callable[[], Work | None] = lambda: None,
     threads: int | None = None,
 ) -> dict[str, StageRecord]:
     """Run what is not done yet, in order.
-
-    Args:
-        stages: Each after the stages it names.
-        folder: Claimed by `claim_folder`.
-        show: Told a stage's name and state: `done before`, `running`, `finished in 12 s`.
-        progress: Opens the progress display of one stage, or of those that run beside each other.
-        check: Told a stage's name when its output is there; it may raise to end the run.
-        processes: Asked where stages may run beside each other; None runs them here, one after the other.
-        threads: What the records of stages that run here are to say.
 
     Returns:
         The record of every stage.
@@ -194,27 +183,30 @@ def run_stages(
     records: dict[str, StageRecord] = {}
     _ = [stage.settings for stage in stages]  # what cannot be described ends the run before any work
 
-    def done(stage: Stage, state: str) -> None:
-        records[stage.name] = read_record(StageRecord, stage_folder(folder, stage.name) / RECORD_FILE)
-        show(stage.name, state or f"finished in {records[stage.name].seconds:.0f} s")
-        check(stage.name)
+    def done(name: str, state: str) -> None:
+        records[name] = read_record(StageRecord, stage_folder(folder, name) / RECORD_FILE)
+        show(name, state or f"finished in {records[name].seconds:.0f} s")
+        check(name)
 
     for group in _groups(stages):
         inputs = {stage.name: {name: records[name].key for name in stage.after} for stage in group}
         to_do = [stage for stage in group if _reason(stage, inputs[stage.name], folder)]
         for stage in group:
             if stage not in to_do:
-                done(stage, "done before")
-        workers = processes() if to_do and group[0].beside else None
-        if workers is not None:
+                done(stage.name, "done before")
+        work = beside() if to_do and group[0].beside else None
+        if work is not None:
+            for stage in to_do:
+                show(stage.name, RUNNING)
             with progress() as report:
-                _run_beside(workers, to_do, inputs, show, report, lambda stage: done(stage, ""))
+                asked = {stage.name: inputs[stage.name] for stage in to_do}
+                run_beside(work, asked, report, lambda name: done(name, ""))
             continue
         for stage in to_do:
             show(stage.name, RUNNING)
             with progress() as report:
                 run_stage(stage, inputs[stage.name], folder, report, threads=threads)
-            done(stage, "")
+            done(stage.name, "")
     return {stage.name: records[stage.name] for stage in stages}
 
 
@@ -229,39 +221,6 @@ def _groups(stages: Sequence[Stage]) -> Iterator[list[Stage]]:
         group.append(stage)
     if group:
         yield group
-
-
-def _run_beside(
-    processes: StageProcesses,
-    stages: Sequence[Stage],
-    inputs: Mapping[str, Mapping[str, str]],
-    show: Callable[[str, str], None],
-    progress: Progress,
-    done: Callable[[Stage], None],
-) -> None:
-    """Run stages beside each other; an error ends those that are still running."""
-    lock = threading.Lock()
-
-    def run(stage: Stage) -> Stage:
-        def told(description: str, so_far: int, total: int) -> None:
-            with lock:
-                progress(f"{stage.name}, {description}", so_far, total)
-
-        with lock:
-            show(stage.name, RUNNING)
-        processes.run(stage.name, inputs[stage.name], told)
-        return stage
-
-    with ThreadPoolExecutor(processes.at_once) as pool:
-        try:
-            for future in as_completed([pool.submit(run, stage) for stage in stages]):
-                stage = future.result()
-                with lock:
-                    done(stage)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            processes.stop()
-            raise
 
 
 def explain_stages(stages: Sequence[Stage], folder: Path) -> dict[str, str]:
@@ -322,15 +281,7 @@ def _key(stage: Stage, inputs: Mapping[str, str]) -> str:
 def run_stage(
     stage: Stage, inputs: Mapping[str, str], folder: Path, progress: Progress, *, threads: int | None = None
 ) -> None:
-    """Run a stage and leave its output and its record.
-
-    Args:
-        stage: It.
-        inputs: The stages before it and their keys.
-        folder: Claimed by `claim_folder`.
-        progress: Told about every step.
-        threads: What the record is to say.
-    """
+    """Run a stage and leave its output and its record."""
     began = time.monotonic()
     key = _key(stage, inputs)  # before it runs: what is changed while it runs has changed the next time
     output = stage_folder(folder, stage.name)

@@ -347,18 +347,7 @@ def bench_named(
     done: Sequence[BenchRecord] = (),
     seen: Mapping[Path, SeenFile] | None = None,
 ) -> list[BenchRecord]:
-    """Measure files in turns with each other and the anchor, where there is one.
-
-    Args:
-        names: Path of a file -> what records call it.
-        config: Which anchor.
-        settings: What to measure and how often.
-        target: Where.
-        progress: Told after each process.
-        on_record: Called with each record as soon as it is complete.
-        done: As `run_bench`, of an earlier call.
-        seen: As `run_bench`.
-    """
+    """Measure files in turns with each other and the anchor, where there is one."""
     anchor = Path(config.anchor) if config.anchor else None
     known = {**names, **({str(anchor): f"anchor {anchor.name}"} if anchor else {})}
     paths = {name: path for path, name in known.items()}
@@ -394,16 +383,6 @@ def run_recovery(
     progress: Progress,
 ) -> None:
     """Train a stage's checkpoint; a killed one goes on.
-
-    Args:
-        checkpoint: What is trained.
-        output: Folder to create inside the stage's output.
-        how: Data and settings.
-        seed: Of everything that is drawn.
-        teacher: The dense model's checkpoint; by default what the checkpoint was pruned from.
-        work: Where training keeps its own checkpoints.
-        device: A name as `find_device` takes.
-        progress: Told about every step.
 
     Raises:
         InputError: As `cfsp.recovery.recover.recover`.

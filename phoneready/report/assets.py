@@ -32,15 +32,7 @@ KINDS = {
 def render_page(
     template: str, context: Mapping[str, Any], plots: Mapping[str, Any], plotly: str, dark: Mapping[str, str]
 ) -> str:
-    """A page that is complete in itself.
-
-    Args:
-        template: Its file.
-        context: What it shows; everything is escaped.
-        plots: Id of an element -> plotly's figure in it.
-        plotly: plotly.js; without it the page has no scripts.
-        dark: Colours of the light page -> those of the dark one.
-    """
+    """A page that is complete in itself."""
     scripts = [Markup(text) for text in (plotly, _resource("report.js")) if plotly]
     # Our own scripts by their hash and nothing else, no network at all.
     digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts)

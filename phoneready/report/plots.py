@@ -97,16 +97,7 @@ def loss_figure(
     name: Callable[[Any], str],
     lines: Callable[[Any], Sequence[str]],
 ) -> dict[str, Any]:
-    """Measured files in one series a model, the dense one first.
-
-    Args:
-        series: Model -> its files (`MeasuredFile`).
-        x: To the right.
-        y: Upwards.
-        beaten: Names of files that others dominate; their marks are open.
-        name: What stands at a file's mark.
-        lines: What is shown over it, beside its loss.
-    """
+    """Measured files in one series a model, the dense one first."""
     data = []
     for index, (model, files) in enumerate(series.items()):
         places = ((x.of(one), y.of(one), one) for one in files)

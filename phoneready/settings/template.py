@@ -44,12 +44,7 @@ def demo_config_text() -> str:
 
 
 def template_text(model: str | None = None) -> str:
-    """A commented release.toml to begin with.
-
-    Args:
-        model: Reference to put into it; the demo's unless given. Of another model nothing that is the demo's is kept:
-            what goes, few windows and samples, budgets in bytes and seconds.
-    """
+    """A commented release.toml to begin with."""
     stated, rows = tomllib.loads(demo_config_text()), dict(_SECTIONS)
     text = _resource("template.toml")
     if model not in (None, stated["model"]["reference"]):

@@ -35,11 +35,6 @@ _ENVIRONMENT = {
 def log_release(tracking: TrackingConfig, folder: Path, *, label: str | None = None) -> str:
     """Log a finished release; one that was logged before, unchanged, is not logged again.
 
-    Args:
-        tracking: Where.
-        folder: The release folder; it is read, not changed.
-        label: Name of the run; the tracker makes one up unless given.
-
     Returns:
         Id of the run.
 

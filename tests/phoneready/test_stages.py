@@ -15,7 +15,6 @@ import pytest
 
 from cfsp.errors import InputError
 from cfsp.progress import Progress, no_progress
-from phoneready.release.beside import StageFailure
 from phoneready.release.stages import LOCK_FILE, Stage, claim_folder, run_stages, stage_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -233,8 +232,3 @@ def test_killed_at_random_moments_it_ends_with_the_same_and_repeats_nothing(
     assert (last.returncode, errors) == (0, "")
     assert not {line.split()[0] for line in output.splitlines() if line.endswith("running")} & done
     assert tree(folder) == tree(tmp_path / "whole")
-
-
-def test_an_error_of_another_process_keeps_its_name() -> None:
-    error = StageFailure("KeyError", "'block'", trace="line 1").error()
-    assert (type(error).__name__, str(error), error.__notes__) == ("KeyError", "'block'", ["line 1"])

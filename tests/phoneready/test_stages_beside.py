@@ -61,15 +61,13 @@ def config(sure_folder: TinyPath, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def workers(parent: int, stage: str = "") -> list[psutil.Process]:
-    """Of one stage, or of all."""
+def workers(parent: int) -> list[psutil.Process]:
+    """The processes of stages, that of the dense model's export first."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        return [
-            process
-            for process in psutil.Process(parent).children()
-            if process.cmdline()[-2:-1] == ["phoneready.stage_worker"]
-            and stage in ("", process.cmdline()[-1])
+        children = [
+            one for one in psutil.Process(parent).children() if "--multiprocessing-fork" in one.cmdline()
         ]
+        return sorted(children, key=lambda one: one.pid)
     return []
 
 
@@ -117,8 +115,7 @@ def test_an_error_of_one_ends_the_others_and_the_run_in_one_line(
     # What the pruned model must fit into, the dense one need not.
     little = config("prune_ratio = 0\nblocks = 1", "mixed:20kB", onnx='"int8", "int8-dynamic"')
     process = start_release(little, tmp_path / "out", threads=2)
-    (failing,) = wait_for(lambda: workers(process.pid, "export-pruned"))
-    (other,) = wait_for(lambda: workers(process.pid, "export-dense"))
+    other, failing = wait_for(lambda: len(found := workers(process.pid)) == 2 and found)
     wait_for(lambda: list((tmp_path / "out" / "stages").glob(".export-dense*")))
     other.suspend()  # held in the middle of its work, which could be done first
     failing.wait(timeout=400)
