@@ -75,6 +75,9 @@ GONE: MappingProxyType[str, str] = MappingProxyType(
         "eval --against-host": "run eval here, too, and compare with --save and --baseline",
         "eval --timeout": "a process on a target has an hour",
         **{f"eval --max-{name}": f"use --tolerance {key}=VALUE" for name, key in _TOLERATED},
+        **dict.fromkeys(
+            ("eval --top-p", "eval --top-k"), "use --temperature, or the model's generation_config.json"
+        ),
         "history --false-alarms": "a change is what exceeds --threshold and the noise",
         "history --plot": "use --json, or MLflow: docs/history.md",
         "prune --coarse": "the angular distance it is, as in the paper",

@@ -45,13 +45,11 @@ from phoneready.figures.verdict import Verdicts
 from phoneready.history import append_entry, entry_of
 from phoneready.publish.manifest import ReleaseManifest
 from phoneready.publish.publish import publish
-from phoneready.release.before_work import check_inputs
 from phoneready.release.beside import Work
 from phoneready.release.collect import collect_figures
 from phoneready.release.decide import measure_on
-from phoneready.release.dependencies import made_with
 from phoneready.release.foretold import foretell_stage
-from phoneready.release.identities import identities, identity
+from phoneready.release.inputs import check_inputs, identities, identity, made_with
 from phoneready.release.live import stage_figures
 from phoneready.release.results import read_figures
 from phoneready.release.stages import (
@@ -65,7 +63,7 @@ from phoneready.release.stages import (
 )
 from phoneready.release.steps import RECOVERY_STAGE, Steps, bench_settled, bench_stage, decide_stage
 from phoneready.settings.planned import planned_figures
-from phoneready.settings.schema import RecoverConfig, ReleaseConfig
+from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.environment import cpu_model
 from runtime_bench.targets.places import place_details
 
@@ -167,13 +165,18 @@ def _run_one(
 def check_before_work(config: ReleaseConfig, folder: Path) -> None:
     """Find what would end a release after hours of work before anything is done; raises as `run_release`."""
     check_place(config, folder)
-    check_extras(config)
+    for family in config.export.formats:
+        FAMILIES[family].require()
+    if config.tracking is not None:
+        require_extra("mlflow", "track")
+    if any(map(needs_harness, config.evaluate.tasks)):
+        require_extra("lm_eval", "eval")
     check_directions(config.budgets)
     check_inputs(config)
 
 
 def check_place(config: ReleaseConfig, folder: Path) -> None:
-    """Raise InputError where a folder cannot be written, or lies in the model's own."""
+    """Raise InputError if a folder cannot be written, or lies in the model's own."""
     writable_place(folder)
     model = Path(config.model.reference)
     if model.is_dir() and folder.resolve().is_relative_to(model.resolve()):
@@ -191,147 +194,110 @@ def explain_release(config: ReleaseConfig, folder: Path, threads: int | None = N
 
 
 def load_baseline(config: ReleaseConfig) -> FigureSet | None:
-    """The baseline, if there is one, checked for what budgets want of it.
-
-    Raises:
-        InputError: It cannot be read, or lacks a figure.
-    """
+    """The baseline, if there is one; raises InputError if it cannot be read, or lacks a figure of a budget."""
     if config.baseline is None:
         return None
     keys = list(planned_figures(config))
-    wanted = [
-        key for budget in config.budgets if budget.relative_to == "baseline" for key in select(budget, keys)
-    ]
-    return read_baseline(config.baseline.file, wanted)
-
-
-def check_extras(config: ReleaseConfig) -> None:
-    """Raise MissingExtraError for what the configuration needs and is not installed, before anything runs."""
-    for family in config.export.formats:
-        FAMILIES[family].require()
-    if config.tracking is not None:
-        require_extra("mlflow", "track")
-    if any(map(needs_harness, config.evaluate.tasks)):
-        require_extra("lm_eval", "eval")
+    relative = [budget for budget in config.budgets if budget.relative_to == "baseline"]
+    return read_baseline(config.baseline.file, [key for budget in relative for key in select(budget, keys)])
 
 
 def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = None) -> list[Stage]:
     """The stages in order, with everything that their results depend on."""
-    steps, c = Steps(config, folder, threads), config
-    exports = ("export-dense", "export-pruned")
-    stages = [
-        Stage("dense", lambda: _dense(c, steps), (), steps.dense),
-        Stage("prune", lambda: _pruned(c), ("dense",), steps.prune),
-    ]
-    if c.recover is not None:
-        recovered = functools.partial(recovery_settings, c.recover, c.seed)
-        stages.append(Stage(RECOVERY_STAGE, recovered, ("dense", "prune"), steps.recover))
+    steps, exports = Steps(config, folder, threads), ("export-dense", "export-pruned")
+    prune, evaluate, bench, final = config.prune, config.evaluate, config.bench, steps.final
+    texts = {"text": evaluate.text, "chats": evaluate.chats}
 
-    made = functools.partial(dataclasses.asdict, c.export)
+    def dense() -> dict[str, Any]:
+        """With what every stage depends on: the model, code and packages."""
+        model = config.model.model_dump(mode="json", exclude={"device"})
+        return {
+            "seed": config.seed,
+            "model": model | {"identity": identity(config.model.reference)},
+            **made_with(),
+            "calibration": identities(prune.calibration),
+            "windows": [prune.nsamples, prune.seqlen],
+            "moments": steps.needs_moments,
+        }
+
+    def pruned() -> dict[str, Any]:
+        in_gguf = makes_gguf((*prune.for_quant, *config.export.names))
+        counted = {"vocabulary_text": identities(prune.vocabulary_text), "in_gguf": in_gguf}
+        return dataclasses.asdict(config.prune_settings()) | counted
+
+    def recovered() -> dict[str, Any]:
+        how = config.recover
+        assert how is not None
+        data = {"data": identities(how.data), "validation": identities(how.validation), "report_to": None}
+        return dataclasses.asdict(how.settings(config.seed)) | data
+
+    def judged() -> dict[str, Any]:
+        settings = _without(evaluate, "files", "task_data")
+        settings |= {name: identities(references) for name, references in texts.items()}
+        settings["tasks"] = [[name, tasks_sha256(name, evaluate.task_data)] for name in evaluate.tasks]
+        if evaluate.task_data is not None:
+            settings["task_data"] = identity(str(evaluate.task_data))
+        settings["metrics"] = [[name, metric_sha256(name)] for name in evaluate.metrics]
+        return settings | {"prompts": list(steps.prompts)}
+
+    def exported() -> dict[str, Any]:
+        return dataclasses.asdict(config.export)
 
     def asked() -> dict[str, Any]:
-        return {"prompts": list(steps.prompts), "max_new_tokens": c.evaluate.max_new_tokens}
+        return {"prompts": list(steps.prompts), "max_new_tokens": evaluate.max_new_tokens}
 
+    def side_by_side() -> dict[str, Any]:
+        windows = {"windows": [evaluate.seqlen, evaluate.max_windows]}
+        return windows | {name: identities(references) for name, references in texts.items()}
+
+    def files_judged() -> dict[str, Any]:
+        return judged() | {"files": list(evaluate.files)}
+
+    stages = [Stage("dense", dense, (), steps.dense), Stage("prune", pruned, ("dense",), steps.prune)]
+    if config.recover is not None:
+        stages.append(Stage(RECOVERY_STAGE, recovered, ("dense", "prune"), steps.recover))
     stages += [
-        Stage("evaluate", lambda: _judged(c, steps), ("dense", steps.final), steps.evaluate),
-        Stage("export-dense", made, ("dense",), functools.partial(steps.export, DENSE), beside=True),
-        Stage("export-pruned", made, (steps.final,), functools.partial(steps.export, PRUNED), beside=True),
+        Stage("evaluate", judged, ("dense", final), steps.evaluate),
+        Stage("export-dense", exported, ("dense",), functools.partial(steps.export, DENSE), beside=True),
+        Stage("export-pruned", exported, (final,), functools.partial(steps.export, PRUNED), beside=True),
         Stage("answers", asked, exports, steps.answers),
     ]
-    if c.evaluate.text or c.evaluate.chats:
-        measured = functools.partial(_measured_on, c)
-        stages.append(Stage("side-by-side", measured, ("dense", steps.final, *exports), steps.side_by_side))
-    if c.evaluate.files:
-        judged = functools.partial(_files_judged, c, steps)
-        stages.append(Stage("evaluate-files", judged, ("dense", "export-pruned"), steps.evaluate_files))
-    for place in c.bench.targets:
-        stages.append(_bench(c, steps, place, exports))
-        stages += [_decide(c, steps, place, exports)] if c.speed_budgets(place) else []
+    if evaluate.text or evaluate.chats:
+        stages.append(Stage("side-by-side", side_by_side, ("dense", final, *exports), steps.side_by_side))
+    if evaluate.files:
+        before = ("dense", "export-pruned")
+        stages.append(Stage("evaluate-files", files_judged, before, steps.evaluate_files))
+    if bench.anchor and not Path(bench.anchor).is_file():
+        raise InputError("no such file", field="bench.anchor", value=bench.anchor)
+    for place in bench.targets:
+        name, measured = bench_stage(place), functools.partial(_measured, config, place)
+        run = functools.partial(steps.bench, place)
+        stages.append(Stage(name, measured, exports, run, bench_settled, resumes=True))
+        if config.speed_budgets(place):
+            decided = functools.partial(_decided, config, place)
+            run = functools.partial(_decide, steps, place)
+            stages.append(Stage(decide_stage(place), decided, (name, *exports), run, bench_settled))
     return stages
 
 
-def model_settings(config: ReleaseConfig) -> dict[str, Any]:
-    """What the dense model depends on, and with it every stage: beside the model, code and packages."""
-    stated = config.model.model_dump(mode="json", exclude={"device"})
-    model = stated | {"identity": identity(config.model.reference)}
-    return {"seed": config.seed, "model": model, **made_with()}
+def _measured(config: ReleaseConfig, place: str) -> dict[str, Any]:
+    # Other places and devices change nothing here.
+    shared = _without(config.bench, "targets", "devices", "n_ctx", "anchor", "decide_s")
+    if config.bench.anchor:
+        shared["anchor"] = identity(config.bench.anchor)
+    return shared | {"target": place, "details": place_details(place), "cpu": cpu_model()}
 
 
-def _dense(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
-    return {
-        **model_settings(config),
-        "calibration": identities(config.prune.calibration),
-        "windows": [config.prune.nsamples, config.prune.seqlen],
-        "moments": steps.needs_moments,
-    }
-
-
-def _pruned(config: ReleaseConfig) -> dict[str, Any]:
-    counted = {"vocabulary_text": identities(config.prune.vocabulary_text)}
-    files = {"in_gguf": makes_gguf((*config.prune.for_quant, *config.export.names))}
-    return dataclasses.asdict(config.prune_settings()) | counted | files
-
-
-def recovery_settings(settings: RecoverConfig, seed: int) -> dict[str, Any]:
-    """What a checkpoint that was trained depends on beside the one before."""
-    training = dataclasses.asdict(settings.settings(seed)) | {"report_to": None}
-    data = {"data": identities(settings.data), "validation": identities(settings.validation)}
-    return training | data
-
-
-def _measured_on(config: ReleaseConfig) -> dict[str, Any]:
-    evaluate = config.evaluate
-    texts = {name: identities(getattr(evaluate, name)) for name in ("text", "chats")}
-    windows = {"windows": [evaluate.seqlen, evaluate.max_windows]}
-    return windows | texts
-
-
-def _files_judged(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
-    return _judged(config, steps) | {"files": list(config.evaluate.files)}
-
-
-def _judged(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
-    evaluate = config.evaluate
-    settings = _without(evaluate, "files", "task_data")
-    settings |= {name: identities(getattr(evaluate, name)) for name in ("text", "chats")}
-    settings["tasks"] = [[name, tasks_sha256(name, evaluate.task_data)] for name in evaluate.tasks]
-    if evaluate.task_data is not None:
-        settings["task_data"] = identity(str(evaluate.task_data))
-    settings["metrics"] = [[name, metric_sha256(name)] for name in evaluate.metrics]
-    return settings | {"prompts": list(steps.prompts)}
-
-
-def _bench(config: ReleaseConfig, steps: Steps, place: str, exports: tuple[str, ...]) -> Stage:
-    if config.bench.anchor and not Path(config.bench.anchor).is_file():
-        raise InputError("no such file", field="bench.anchor", value=config.bench.anchor)
-
-    def settings() -> dict[str, Any]:
-        # Other places and devices change nothing here.
-        shared = _without(config.bench, "targets", "devices", "n_ctx", "anchor", "decide_s")
-        if config.bench.anchor:
-            shared["anchor"] = identity(config.bench.anchor)
-        return shared | {"target": place, "details": place_details(place), "cpu": cpu_model()}
-
-    run = functools.partial(steps.bench, place)
-    return Stage(bench_stage(place), settings, exports, run, bench_settled, resumes=True)
-
-
-def _decide(config: ReleaseConfig, steps: Steps, place: str, exports: tuple[str, ...]) -> Stage:
+def _decided(config: ReleaseConfig, place: str) -> dict[str, Any]:
     budgets = config.speed_budgets(place)
+    limits = {"budgets": [one.model_dump(mode="json") for one in budgets], "decide_s": config.bench.decide_s}
+    if config.baseline and any(one.relative_to == "baseline" for one in budgets):
+        limits["baseline"] = identity(str(config.baseline.file))
+    return limits
 
-    def settings() -> dict[str, Any]:
-        against = any(one.relative_to == "baseline" for one in budgets)
-        known = {"baseline": identity(str(config.baseline.file))} if against and config.baseline else {}
-        limits = {
-            "budgets": [one.model_dump(mode="json") for one in budgets],
-            "decide_s": config.bench.decide_s,
-        }
-        return limits | known
 
-    def run(output: Path, progress: Progress) -> None:
-        measure_on(steps, place, load_baseline(config), output, progress)
-
-    return Stage(decide_stage(place), settings, (bench_stage(place), *exports), run, bench_settled)
+def _decide(steps: Steps, place: str, output: Path, progress: Progress) -> None:
+    measure_on(steps, place, load_baseline(steps.config), output, progress)
 
 
 def _without(section: Any, *names: str) -> dict[str, Any]:

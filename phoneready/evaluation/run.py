@@ -206,8 +206,10 @@ def sampling_for(models: Sequence[LanguageModel], settings: EvaluationSettings) 
         hashes = {model.sha256, model.source_sha256}
         cards = (row.sampling for row in BUILTIN_MODELS.values() if row.sha256 in hashes)
         recommended = recommended or model.stated_sampling or next(cards, {})
-    chosen = {**recommended, **settings.asked_sampling}
-    if "temperature" not in chosen and not recommended:
+    chosen = dict(recommended)
+    if settings.temperature is not None:
+        chosen["temperature"] = settings.temperature
+    if not chosen:
         names = " and ".join(model.name for model in models)
         raise InputError(
             f"no settings to sample at come with {names}", allowed="--temperature T, or evaluate.temperature"

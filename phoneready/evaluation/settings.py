@@ -7,8 +7,8 @@ from types import MappingProxyType
 
 from cfsp.evaluation.task_results import READS as OF_TASKS
 from cfsp.evaluation.task_results import TaskSettings
-from cfsp.settings import SEED, Reads, Setting, Settings, setting
-from cfsp.text.choosing import TEMPERATURE, TOP_K, TOP_P
+from cfsp.settings import SEED, Reads, Settings, setting
+from cfsp.text.choosing import TEMPERATURE
 from cfsp.text.settings import TEXT_FORMS
 
 
@@ -33,10 +33,6 @@ class WindowSettings(Settings):
         return (*(("text", one) for one in self.text), *(("chats", one) for one in self.chats))
 
 
-def _of_sampled(of: Setting) -> Setting:
-    return replace(of, help=f"Of sampled answers: {of.help[0].lower()}{of.help[1:]}", shown="as recommended")
-
-
 @dataclass(frozen=True)
 class TextSettings(WindowSettings):
     """Texts to measure on, questions to ask, own metrics."""
@@ -52,21 +48,15 @@ class TextSettings(WindowSettings):
     sampled: bool = setting(
         False, "Also sample answers, as the reference model, or else the model, recommends."
     )
-    temperature: float | None = setting(None, _of_sampled(TEMPERATURE))
-    top_p: float | None = setting(None, _of_sampled(TOP_P))
-    top_k: int | None = setting(None, _of_sampled(TOP_K))
+    temperature: float | None = setting(
+        None, replace(TEMPERATURE, help="Temperature of sampled answers.", shown="as recommended")
+    )
     metrics: tuple[str, ...] = setting(
         (),
         "Own metrics, FILE.py:FUNCTION or MODULE:FUNCTION.",
         option="--metric",
         metavar="MODULE:FUNCTION,...",
     )
-
-    @property
-    def asked_sampling(self) -> dict[str, float]:
-        """What is asked of sampled answers, by names of `cfsp.text.choosing.Sampling`."""
-        asked = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k")}
-        return {name: value for name, value in asked.items() if value is not None}
 
     @property
     def n_sets(self) -> int:
@@ -82,9 +72,7 @@ class JudgementSettings(TaskSettings, TextSettings):
 READS: Reads = MappingProxyType(
     {
         **OF_TASKS,
-        **dict.fromkeys(
-            ("temperature", "top_p", "top_k"), (lambda asked: asked.sampled, "without sampled answers")
-        ),
+        "temperature": (lambda asked: asked.sampled, "without sampled answers"),
     }
 )
 

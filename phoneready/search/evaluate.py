@@ -43,7 +43,7 @@ from phoneready.evaluation.run import text_windows
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.evaluation.side_by_side import JudgedText, measure_file
 from phoneready.figures.verdict import MISSED
-from phoneready.release.identities import identities, identity
+from phoneready.release.inputs import identities, identity
 from phoneready.release.pruning_budget import with_fitting_widths
 from phoneready.release.steps import load_stage, run_recovery, shortcoming_of
 from phoneready.report.plots import speed_span

@@ -27,7 +27,7 @@ from phoneready.evaluation.dominance import FRONTIER, UNDECIDED, choose, excess,
 from phoneready.evaluation.run import check_texts
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.verdict import INCONCLUSIVE, MISSED, PASS
-from phoneready.release.before_work import check_training
+from phoneready.release.inputs import check_training
 from phoneready.search.evaluate import Evaluator, Subject
 from phoneready.search.point import AUTO, BISECT, GRID, OPTUNA, STEPS, Point, SearchSettings
 from phoneready.search.record import EvaluatedPoint, SearchRecord, format_search, outcome_of

@@ -44,6 +44,9 @@ GONE: Mapping[str, str] = MappingProxyType(
         "prune.coarse_metric": "the angular distance, which is the only one",
         "recover.optimizer": "AdamW, which is the only one",
         "recover.end_weight": "nothing: answers ended no sooner (docs/results/recovery.md)",
+        **dict.fromkeys(
+            ("evaluate.top_p", "evaluate.top_k"), "evaluate.temperature, or generation_config.json"
+        ),
     }
 )
 """A key of earlier versions -> what to use instead."""

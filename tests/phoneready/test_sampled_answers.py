@@ -67,9 +67,8 @@ def test_both_models_are_sampled_alike(dense: str, stating: str, shown: Callable
 def test_what_is_asked_for_goes_before_what_is_recommended(
     dense: str, stating: str, shown: Callable[..., Any]
 ) -> None:
-    asked = ["--temperature", "0.9", "--top-p", "0.5", "--top-k", "0"]
-    found = shown("eval", stating, *ASKED, *asked)["sampled"]["settings"]
-    assert found == NEUTRAL | {"temperature": 0.9, "top_p": 0.5, "repetition_penalty": 1.05}
+    found = shown("eval", stating, *ASKED, "--temperature", "0.9")["sampled"]["settings"]
+    assert found == NEUTRAL | {"temperature": 0.9, "top_k": 50, "repetition_penalty": 1.05}
     found = shown("eval", stating, "--against", dense, *ASKED)["sampled"]["settings"]
     assert found["temperature"] == 0.6, "the reference states none"
     found = shown("eval", dense, *ASKED, "--temperature", "2")["sampled"]["settings"]
@@ -154,11 +153,9 @@ def test_a_release_plans_the_figure_where_it_is_asked_for() -> None:
     assert [key.item for key in planned_figures(config) if key.metric == "degenerate_sampled"] == [
         "checkpoint"
     ]
-    assert config.evaluate.settings(1, ("Once",)).asked_sampling == {"temperature": 0.3}
     without = parse_config(head + "temperature = 0.3\n", where="x")
     assert without.warnings == ("evaluate.temperature has no effect without sampled answers",)
-    assert without.evaluate.asked_sampling == {}
-    with pytest.raises(InputError, match=r"evaluate\.top_p: .*out of range"):
+    with pytest.raises(InputError, match=r"evaluate\.top_p: is gone; use evaluate\.temperature"):
         parse_config(head + "sampled = true\ntop_p = 1.5\n", where="x")
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from cfsp.progress import Progress, no_progress
 from phoneready.recipe import explain_release, release_stages
-from phoneready.release import dependencies
-from phoneready.release.dependencies import ROOT, made_with
+from phoneready.release import inputs
+from phoneready.release.inputs import ROOT, made_with
 from phoneready.release.stages import claim_folder, run_stages
 from phoneready.settings.schema import ReleaseConfig
 
@@ -91,10 +91,8 @@ def test_any_change_of_the_code_runs_every_stage(
 def test_another_version_of_a_package_runs_every_stage(
     folder: Path, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = dependencies.installed_version
-    monkeypatch.setattr(
-        dependencies, "installed_version", lambda name: "99" if name == package else before(name)
-    )
+    before = inputs.installed_version
+    monkeypatch.setattr(inputs, "installed_version", lambda name: "99" if name == package else before(name))
     found = run_again(folder)
     assert tuple(found) == ALL
     assert f'packages.{package} was "{before(package)}" and is "99"' in found["dense"]
