@@ -53,7 +53,7 @@ from exporters.onnx.weights import HEAD_PARTS, weight_of
 from exporters.parity import Reference, choose_windows, reference_of
 from exporters.parity import compare as compare_logits
 from exporters.settings import ExportSettings
-from phoneready.console import prepare_torch
+from phoneready.console import MakeOptions, prepare_torch
 from phoneready.exporting import export_model
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.presentation.table import table_of
@@ -90,7 +90,7 @@ def export_one(
     formats: dict[str, Any] = {one.setting: (name,) if one is family else () for one in FAMILIES.values()}
     text = calibration if "calibration" in family.find(name).reads else ()
     request = ExportSettings(**formats, calibration=text)
-    return export_model(str(checkpoint), output, request)
+    return export_model(str(checkpoint), output, request, MakeOptions())
 
 
 def file_row(record: ExportRecord, seconds: float, q4_0_bytes: int) -> dict[str, str]:

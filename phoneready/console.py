@@ -10,15 +10,33 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 from cfsp.errors import PhonereadyError
 from cfsp.memory import keep_freed_memory
 from cfsp.progress import Progress
+from cfsp.settings import DEVICE, THREADS, Settings, setting
 from runtime_bench.presentation.markup import printable
 
 PLAIN_INTERVAL_S = 15.0
 """Without a terminal, a step that goes on is mentioned this often."""
+
+
+@dataclass(frozen=True)
+class ReadOptions(Settings):
+    """Options of commands that read a model."""
+
+    threads: Annotated[int | None, THREADS] = None
+    trust_remote_code: bool = setting(False, "Run model code that a folder or hub model brings along.")
+    json: bool = setting(False, "Print the result as one JSON document.")
+
+
+@dataclass(frozen=True)
+class MakeOptions(ReadOptions):
+    """Options of commands that make something of a model."""
+
+    device: Annotated[str, DEVICE] = "auto"
+    force: bool = setting(False, "Replace an existing output.")
 
 
 @dataclass(frozen=True)

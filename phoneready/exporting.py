@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from cfsp.devices import CPU
+from cfsp.devices import find_device
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, no_space_as_input_error, refuse_existing, scratch_directory
 from cfsp.models.checkpoint import PLAN_FILE, save_checkpoint
@@ -27,11 +27,12 @@ from cfsp.records import read_record
 from cfsp.settings import Reads
 from cfsp.text.respelling import respelling
 from cfsp.text.settings import SELF
-from exporters.export_record import ExportFormat, ExportRecord
+from exporters.export_record import ExportRecord
 from exporters.families import FAMILIES, find_format
 from exporters.job import has_dtype
 from exporters.provenance import file_stem
 from exporters.settings import READS, ExportSettings, read_by_formats
+from phoneready.console import MakeOptions
 from phoneready.text import load_calibration
 
 NO_TEXT = "none"
@@ -51,24 +52,24 @@ def export_model(
     reference: str,
     output: Path,
     request: ExportSettings,
+    how: MakeOptions,
     *,
-    trust_remote_code: bool = False,
-    device: torch.device = CPU,
     dtype: str = "auto",
-    n_threads: int | None = None,
-    force: bool = False,
     warnings: tuple[str, ...] = (),
     before: Callable[[ExportSettings], None] = lambda request: None,
     progress: Progress = no_progress,
 ) -> tuple[ExportRecord, ...]:
-    """Export; of several families each has a folder of its own in `output`, and one alone is `output` itself.
+    """Export a checkpoint folder, or whatever else `load_model` takes, into a folder that the caller has claimed.
+
+    Of several families each has a folder of its own in `output`, and a single one is `output` itself. `before` is
+    called with what is made, before a model is read; `warnings` are for the record.
 
     Raises:
         InputError: As the families' exports, or a model or calibration text that cannot be read.
         LimitError: Something is too far from the checkpoint. Nothing is left.
     """
-    refuse_existing(output, force=force, inputs=[Path(reference), *map(Path, request.calibration)])
-    formats = request.formats
+    refuse_existing(output, force=how.force, inputs=[Path(reference), *map(Path, request.calibration)])
+    formats, no_text = request.formats, NO_TEXT in request.calibration
     if not formats:
         raise InputError("no format asked for", field="formats", allowed=", ".join(FAMILIES))
     rows = [find_format(name) for name in request.names]
@@ -76,40 +77,60 @@ def export_model(
         file_stem(request.name)
     for family in formats:
         FAMILIES[family].require()
-    _check(rows, request)
-    if is_checkpoint(reference):
-        _check_dtype(Path(reference), dtype)
-    else:
+    mixed = [row.name for row in rows if row.needs_text and not row.is_sized]
+    if mixed and no_text:
+        raise InputError(f"{mixed[0]} wants text to choose layers by", field="calibration", value=NO_TEXT)
+    if request.tune_scales and no_text:
+        raise InputError("scales are trained on text", field="calibration", value=NO_TEXT)
+    if no_text and len(request.calibration) > 1:
+        raise InputError("`none` stands alone", field="calibration", value=request.calibration)
+    if not is_checkpoint(reference):
         request = replace(request, dense=request.dense or reference)
+    elif dtype in NARROW and not has_dtype(Path(reference), dtype):
+        why = f"files hold a checkpoint's own weights, and those of {reference} are not all of that"
+        raise InputError(why, field="dtype", value=dtype, allowed="auto, float32")
     before(request)
+    device = find_device(how.device)
     load = partial(
         load_model,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=how.trust_remote_code,
         device=device,
         dtype=dtype,
         may_stream=True,
         progress=progress,
     )
-    with _checkpoint(reference, output, request.seed, load) as checkpoint:
-        return _export(
-            checkpoint,
-            output,
-            request,
-            load,
+    with ExitStack() as stack:
+        checkpoint = Path(reference)
+        if not is_checkpoint(reference):
+            # A dense model is saved beside the output, and only for as long.
+            loaded = load(reference)
+            checkpoint = stack.enter_context(scratch_directory(output)) / "model"
+            with no_space_as_input_error(output):
+                save_checkpoint(loaded, checkpoint, seed=request.seed)
+            del loaded
+        wants_text = reads_text(request, read_rounded_format(checkpoint))
+        options = request.options(
+            _calibration(checkpoint, request, load, progress) if wants_text else None,
+            name=request.name,
+            opset=request.opset,
             device=str(device),
             dtype=dtype,
-            n_threads=n_threads,
-            force=force,
+            n_threads=how.threads,
             warnings=warnings,
+            force=how.force,
             progress=progress,
         )
-
-
-def _check_dtype(checkpoint: Path, dtype: str) -> None:
-    """Raise InputError where 16 bits are asked for that a folder does not have: files hold the weights that it has."""
-    if dtype in NARROW and not has_dtype(checkpoint, dtype):
-        why = f"files hold a checkpoint's own weights, and those of {checkpoint} are not all of that"
-        raise InputError(why, field="dtype", value=dtype, allowed="auto, float32")
+        if len(formats) == 1:
+            ((family, names),) = formats.items()
+            return FAMILIES[family].export(checkpoint, output, names, options)
+        with atomic_directory(output, force=how.force) as folder:
+            return tuple(
+                replace(record, file=f"{family}/{record.file}")
+                for family, names in formats.items()
+                for record in FAMILIES[family].export(
+                    checkpoint, folder / family, names, replace(options, force=False)
+                )
+            )
 
 
 def is_checkpoint(reference: str) -> bool:
@@ -117,85 +138,22 @@ def is_checkpoint(reference: str) -> bool:
     return Path(reference).is_dir() and not is_folded(Path(reference))
 
 
-@contextmanager
-def _checkpoint(reference: str, output: Path, seed: int, load: _Load) -> Iterator[Path]:
-    """The folder that is exported; of a model that is none a dense one, beside the output and only for as long."""
-    if is_checkpoint(reference):
-        yield Path(reference)
-        return
-    loaded = load(reference)
-    with scratch_directory(output) as scratch:
-        with no_space_as_input_error(output):
-            save_checkpoint(loaded, scratch / "model", seed=seed)
-        del loaded
-        yield scratch / "model"
-
-
-def _export(
-    checkpoint: Path,
-    output: Path,
-    request: ExportSettings,
-    load: _Load,
-    *,
-    device: str,
-    dtype: str,
-    n_threads: int | None,
-    force: bool,
-    warnings: tuple[str, ...],
-    progress: Progress,
-) -> tuple[ExportRecord, ...]:
-    formats = request.formats
-    wants_text = reads_text(request, read_rounded_format(checkpoint))
-    options = request.options(
-        _calibration(checkpoint, request, load, progress) if wants_text else None,
-        name=request.name,
-        opset=request.opset,
-        device=device,
-        dtype=dtype,
-        n_threads=n_threads,
-        warnings=warnings,
-        force=force,
-        progress=progress,
-    )
-    if len(formats) == 1:
-        ((family, names),) = formats.items()
-        return FAMILIES[family].export(checkpoint, output, names, options)
-    inner = replace(options, force=False)
-    with atomic_directory(output, force=force) as folder:
-        return tuple(
-            _within(family, record)
-            for family, names in formats.items()
-            for record in FAMILIES[family].export(checkpoint, folder / family, names, inner)
-        )
-
-
 def reads_text(request: ExportSettings, trained: RoundedFormat | None = None) -> bool:
-    """Whether text makes a difference to any of the formats but the one whose numbers a checkpoint has."""
-    rows = (row for row in map(find_format, request.names) if trained is None or row.name != trained.format)
-    return NO_TEXT not in request.calibration and any(_reads_text(row, request) for row in rows)
+    """Whether text makes a difference to a format, and there is some or it is worth sampling.
 
-
-def _reads_text(row: ExportFormat, request: ExportSettings) -> bool:
-    """Whether text makes a difference to a format, and there is some or it is worth sampling."""
-    rounds = "gptq" not in row.reads or request.gptq or request.imatrix
-    wants = row.needs_text or (request.tune_scales and "tune_scales" in row.reads)
-    return wants or bool("calibration" in row.reads and request.calibration and rounds)
-
-
-def _within(folder: str, record: ExportRecord) -> ExportRecord:
-    """The record as it is from the folder above."""
-    return replace(record, file=f"{folder}/{record.file}")
-
-
-def _check(rows: Sequence[ExportFormat], request: ExportSettings) -> None:
-    """Refuse what cannot be made before anything is."""
-    mixed = [row.name for row in rows if row.needs_text and not row.is_sized]
-    if mixed and NO_TEXT in request.calibration:
-        raise InputError(f"{mixed[0]} wants text to choose layers by", field="calibration", value=NO_TEXT)
-    if request.tune_scales and NO_TEXT in request.calibration:
-        raise InputError("scales are trained on text", field="calibration", value=NO_TEXT)
-    if NO_TEXT in request.calibration and len(request.calibration) > 1:
-        raise InputError("`none` stands alone", field="calibration", value=request.calibration)
+    The format whose numbers a checkpoint has is left out.
+    """
+    if NO_TEXT in request.calibration:
+        return False
+    for row in map(find_format, request.names):
+        if trained is not None and row.name == trained.format:
+            continue
+        rounds = "gptq" not in row.reads or request.gptq or request.imatrix
+        if row.needs_text or (request.tune_scales and "tune_scales" in row.reads):
+            return True
+        if "calibration" in row.reads and request.calibration and rounds:
+            return True
+    return False
 
 
 def _calibration(checkpoint: Path, request: ExportSettings, load: _Load, progress: Progress) -> torch.Tensor:

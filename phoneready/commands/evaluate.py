@@ -65,6 +65,7 @@ class GateOptions(Settings):
 class RunOptions(Settings):
     """What runs the models, and how."""
 
+    against: str | None = setting(None, "Reference model, usually the dense one.", metavar="MODEL")
     runtime: str | None = setting(
         None,
         f"What runs MODEL: torch (a .gguf file is dequantized), {_RUNTIMES}.",
@@ -89,7 +90,6 @@ def evaluate(
     gate: GateOptions,
     run: RunOptions,
     place: PlaceSettings,
-    against: str | None = setting(None, "Reference model, usually the dense one.", metavar="MODEL"),
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -97,42 +97,9 @@ def evaluate(
 
     Every figure is printed with its text and its number of tokens: without these it means nothing.
     """
-    from phoneready.evaluation.gate import check_gate, compare_with_baseline, read_tolerances
+    from phoneready.evaluation.gate import check_gate, compare_with_baseline, gate_table, read_tolerances
 
     limits = read_tolerances(gate.tolerance)
-    _check(settings, questions, gate)
-    settings, unread = as_read(settings, READS)
-    place, untaken = as_read(place, PLACE_READS, (place.on,))
-    warnings = (*unread, *untaken)
-    warn(warnings)
-    if gate.save is not None:
-        refuse_existing(gate.save, force=True, like=_RECORD)
-    prepare_torch(run.threads)
-    from cfsp.devices import find_device
-    from phoneready.evaluation.evaluation_record import Evaluation
-    from phoneready.evaluation.models import OpenSettings
-
-    settings = _asked(settings, questions if place.is_here else replace(questions, no_text=True))
-    check_place(place, settings)
-    earlier = read_record(Evaluation, gate.baseline) if gate.baseline else None
-    longest = settings.seqlen if settings.text or settings.chats else 1
-    device = find_device(run.device)
-    opening = OpenSettings(longest, trust_remote_code, run.threads, device, run.cache_type, run.dtype)
-    with show_progress() as progress:
-        judged = _judge((model, run.runtime), against, settings, opening, place, progress)
-    result = replace(judged, warnings=warnings)
-    if gate.save:
-        write_record(gate.save, result)
-    rows: tuple[GateRow, ...] = ()
-    if earlier and gate.baseline:
-        rows = compare_with_baseline(result, earlier, limits, where=gate.baseline)
-    payload = record_to_json(result) | ({"gate": [asdict(row) for row in rows]} if earlier else {})
-    write_result(_report(result, settings, rows), payload, as_json=json)
-    check_gate(rows)
-
-
-def _check(settings: EvaluationSettings, questions: QuestionOptions, gate: GateOptions) -> None:
-    """Refuse options that contradict each other."""
     asked = {
         "--prompts": questions.prompts_file is not None,
         "--prompt": bool(settings.prompts),
@@ -141,35 +108,58 @@ def _check(settings: EvaluationSettings, questions: QuestionOptions, gate: GateO
     together = [name for name, given in asked.items() if given]
     texts = settings.text or settings.chats
     replaced = gate.save and gate.baseline and gate.save.resolve() == gate.baseline.resolve()
-    wrong = (
+    for contradiction, refusal in (
         (gate.tolerance and gate.baseline is None, "--tolerance is of the gate: give --baseline too"),
         (replaced, "--save would overwrite the --baseline that is compared with: name another file"),
         (settings.sampled and questions.no_prompts, "--sampled is of answers: leave out --no-prompts"),
         (len(together) > 1, f"{' and '.join(together)}: give one of them"),
         (questions.no_text and texts, "--no-text with --text or --chats: give one of the two"),
-    )
-    for contradiction, refusal in wrong:
+    ):
         if contradiction:
             raise InputError(refusal)
-
-
-def _asked(settings: EvaluationSettings, questions: QuestionOptions) -> EvaluationSettings:
-    """With the built-in text and prompts if nothing else is asked for."""
+    settings, unread = as_read(settings, READS)
+    place, untaken = as_read(place, PLACE_READS, (place.on,))
+    warnings = (*unread, *untaken)
+    warn(warnings)
+    if gate.save is not None:
+        refuse_existing(gate.save, force=True, like=_RECORD)
+    prepare_torch(run.threads)
+    from cfsp.devices import find_device
     from cfsp.evaluation.language_model import CHECK_PROMPTS
+    from phoneready.evaluation.evaluation_record import Evaluation
+    from phoneready.evaluation.models import OpenSettings
     from phoneready.evaluation.run import check_texts, read_prompts
+    from phoneready.evaluation.tables import evaluation_text
 
-    prompts = settings.prompts or (() if questions.no_prompts else CHECK_PROMPTS)
     if questions.prompts_file is not None:
-        prompts = read_prompts(questions.prompts_file)
-    builtin = not (settings.text or settings.chats or questions.no_text)
-    settings = replace(settings, text=(BUILTIN_TEXT,) if builtin else settings.text, prompts=prompts)
+        settings = replace(settings, prompts=read_prompts(questions.prompts_file))
+    elif not (settings.prompts or questions.no_prompts):
+        settings = replace(settings, prompts=CHECK_PROMPTS)
+    if not texts and not questions.no_text and place.is_here:
+        settings = replace(settings, text=(BUILTIN_TEXT,))
     check_texts(settings)
-    return settings
+    check_place(place, settings)
+    earlier = read_record(Evaluation, gate.baseline) if gate.baseline else None
+    longest = settings.seqlen if settings.text or settings.chats else 1
+    device = find_device(run.device)
+    opening = OpenSettings(longest, trust_remote_code, run.threads, device, run.cache_type, run.dtype)
+    with show_progress() as progress:
+        judged = _judge(model, run, settings, opening, place, progress)
+    result = replace(judged, warnings=warnings)
+    if gate.save:
+        write_record(gate.save, result)
+    rows: tuple[GateRow, ...] = ()
+    if earlier and gate.baseline:
+        rows = compare_with_baseline(result, earlier, limits, where=gate.baseline)
+    payload = record_to_json(result) | ({"gate": [asdict(row) for row in rows]} if earlier else {})
+    parts = (evaluation_text(result, settings.seqlen), gate_table(rows).markdown())
+    write_result("\n".join(part for part in parts if part), payload, as_json=json)
+    check_gate(rows)
 
 
 def _judge(
-    subject: tuple[str, str | None],
-    against: str | None,
+    model: str,
+    run: RunOptions,
     settings: EvaluationSettings,
     opening: OpenSettings,
     place: PlaceSettings,
@@ -184,7 +174,7 @@ def _judge(
     from phoneready.forecasts.texts import judged_windows
     from phoneready.text import WRITERS
 
-    model, chosen = subject[0], runtime_for(*subject)
+    against, chosen = run.against, runtime_for(model, run.runtime)
     own = own_cache(chosen)
     of_reference = replace(opening, cache_type=None)
     if against is None and place.is_here and opening.cache_type not in (None, own):
@@ -207,25 +197,3 @@ def _judge(
             dense = stack.enter_context(open_language_model(against, other, of_reference, progress=progress))
         result = judge(judged, dense, settings, writers=WRITERS, progress=progress)
         return replace(result, place=judged.place()) if isinstance(judged, FarLanguageModel) else result
-
-
-def _report(result: Evaluation, settings: EvaluationSettings, rows: tuple[GateRow, ...]) -> str:
-    from phoneready.evaluation.gate import gate_table
-    from phoneready.evaluation.tables import (
-        cache_note,
-        figure_tables,
-        format_answers,
-        place_notes,
-        text_table,
-        vocabulary_note,
-    )
-
-    parts = []
-    if result.texts:
-        parts += [text_table(result).markdown()]
-        parts += [f"Windows of {settings.seqlen} tokens, each without context before it.\n"]
-        parts += [f"{note}\n" for note in (vocabulary_note(result), cache_note(result)) if note]
-    parts += [table.markdown() for table in figure_tables(result)]
-    parts += [f"{line}\n" for line in place_notes(result)]
-    parts += [format_answers(result), gate_table(rows).markdown()]
-    return "\n".join(part for part in parts if part)

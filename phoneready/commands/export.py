@@ -16,16 +16,8 @@ from cfsp.settings import as_read
 from cfsp.text.settings import SELF
 from exporters.export_record import ExportManifest, ExportRecord
 from exporters.settings import ExportSettings
-from phoneready.commands.options import (
-    DeviceOption,
-    DtypeOption,
-    ForceOption,
-    JsonOption,
-    ThreadsOption,
-    TrustOption,
-    was_given,
-)
-from phoneready.console import prepare_torch, show_progress, warn, write_result
+from phoneready.commands.options import DtypeOption, was_given
+from phoneready.console import MakeOptions, prepare_torch, show_progress, warn, write_result
 
 if TYPE_CHECKING:
     from cfsp.progress import Progress
@@ -43,19 +35,15 @@ def export(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to create.", show_default=False)],
     settings: ExportSettings,
-    trust_remote_code: TrustOption = False,
-    force: ForceOption = False,
-    device: DeviceOption = "auto",
+    how: MakeOptions,
     dtype: DtypeOption = "auto",
-    threads: ThreadsOption = None,
-    json: JsonOption = False,
 ) -> None:
     """Write a model as GGUF files or ONNX folders, reopen each in its runtime and hold it against the model.
 
     With both kinds the output has a folder for each. What is too far from the checkpoint fails the export: nothing
     is left, and the exit status is 1.
     """
-    prepare_torch(threads)
+    prepare_torch(how.threads)
     from cfsp.devices import find_device
     from phoneready.exporting import EXPORT_READS, export_model
     from phoneready.forecasts.said import Machine
@@ -64,23 +52,20 @@ def export(
         settings = replace(settings, quants=())
     settings, warnings = as_read(settings, EXPORT_READS)
     warn(warnings)
-    machine = Machine(device=find_device(device))  # the proof has float32, whatever is asked for
+    machine = Machine(device=find_device(how.device))  # the proof has float32, whatever is asked for
     with claim_output(output), show_progress() as progress:
         records = export_model(
             model,
             output,
             settings,
-            trust_remote_code=trust_remote_code,
-            device=find_device(device),
+            how,
             dtype=dtype,
-            n_threads=threads,
-            force=force,
             warnings=warnings,
             before=partial(_foretell, model, output, machine, progress),
             progress=progress,
         )
     record = ExportManifest(records, warnings)
-    write_result(format_exports(records, output), record_to_json(record), as_json=json)
+    write_result(format_exports(records, output), record_to_json(record), as_json=how.json)
 
 
 def _foretell(
@@ -112,19 +97,14 @@ def _foretell(
 
 
 def format_exports(records: Sequence[ExportRecord], output: Path) -> str:
-    """Size, stored types, and how close each file is to the checkpoint."""
+    """Size, stored types, how close each file is to the checkpoint, and how each kind of file was proven."""
     from phoneready.report.tables import proof_table
 
-    notes = [f"{record.file}: {warning}" for record in records for warning in record.warnings]
-    return "\n".join([proof_table(records).markdown(), *notes, *_proofs(records), f"Written to {output}."])
-
-
-def _proofs(records: Sequence[ExportRecord]) -> list[str]:
-    """How each kind of file was proven, once a kind."""
+    lines = [proof_table(records).markdown()]
+    lines += [f"{record.file}: {warning}" for record in records for warning in record.warnings]
     firsts: dict[str, ExportRecord] = {}
     for record in records:
         firsts.setdefault(record.format, record)
-    lines = []
     for first in firsts.values():
         parity, strings = first.parity, first.tokenizer_strings
         where = f"{parity.text}, {parity.n_windows} windows of {parity.seqlen} tokens"
@@ -136,4 +116,4 @@ def _proofs(records: Sequence[ExportRecord]) -> list[str]:
                 f"Quantized from {first.blocks.n_blocks} blocks that were held against the checkpoint one by one, as "
                 f"float32: {first.blocks.max_difference:.1e} of the largest logit at most."
             )
-    return lines
+    return "\n".join([*lines, f"Written to {output}."])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -163,52 +163,49 @@ def _described(settings: Sampling) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in ({"temperature": 1.0} | stated).items())
 
 
-def format_answers(evaluation: Evaluation) -> str:
-    """The answers of the reference model and the model below each other, question by question."""
-    lines = []
-    columns = list(_columns(evaluation))
+def evaluation_text(evaluation: Evaluation, seqlen: int) -> str:
+    """All of it, for people."""
+    parts = []
+    if evaluation.texts:
+        parts += [text_table(evaluation).markdown()]
+        parts += [f"Windows of {seqlen} tokens, each without context before it.\n"]
+        model, against = evaluation.model, evaluation.against
+        cache = ""
+        if model.cache_type is not None:
+            cache = f"Keys and values of {model.reference} are in {model.cache_type}"
+            if against is not None:
+                theirs = f"in {against.cache_type}" if against.cache_type else "as in proofs"
+                cache += f", and those of {against.reference} {theirs}"
+            cache += "."
+        parts += [f"{note}\n" for note in (vocabulary_note(evaluation), cache) if note]
+    parts += [table.markdown() for table in figure_tables(evaluation)]
+    if (place := evaluation.place) is not None:
+        missed = fell_back(place.asked_backend, place.backends)
+        computed = f"{place.backends} (not {missed})" if missed else place.backends
+        threads = "1 thread" if place.n_threads == 1 else f"{place.n_threads} threads"
+        cache = f", keys and values in {place.cache_type}" if place.cache_type else ""
+        parts.append(
+            f"Judged on {place.target} in {evaluation.model.runtime}: {computed}, {threads}{cache}.\n"
+        )
+        if place.same_tokens is False:
+            parts.append(
+                "Its own tokenizer cuts texts otherwise than the one here, whose tokens were used.\n"
+            )
+    answers: list[str] = []
     for index, prompt in enumerate(evaluation.prompts):
-        lines.append(f"Q: {prompt}")
-        for name, texts, why in columns:
-            flag = f" [{why[index]}]" if why[index] else ""
-            lines.append(f"{name}{flag}: {' '.join(texts[index].split())}")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _columns(evaluation: Evaluation) -> Iterator[tuple[str, Sequence[str], Sequence[str | None]]]:
-    """(name, answers, why each is degenerate) of whatever answered."""
-    for how, of in evaluation.answer_sets.items():
-        if (why := of.degeneration) is not None:
-            texts, reasons = (of.against_answers, of.answers), (why.against_reasons, why.reasons)
-            rows = zip(NAMES, texts, reasons, strict=True)
-            yield from ((name + how, said, reason) for name, said, reason in rows if said)
-
-
-def cache_note(result: Evaluation) -> str:
-    """Types of keys and values, if one was asked for."""
-    if result.model.cache_type is None:
-        return ""
-    note = f"Keys and values of {result.model.reference} are in {result.model.cache_type}"
-    if result.against is None:
-        return f"{note}."
-    cache = result.against.cache_type
-    return f"{note}, and those of {result.against.reference} {f'in {cache}' if cache else 'as in proofs'}."
-
-
-def place_notes(evaluation: Evaluation) -> list[str]:
-    """Where the model ran, when not on this machine."""
-    place = evaluation.place
-    if place is None:
-        return []
-    missed = fell_back(place.asked_backend, place.backends)
-    computed = f"{place.backends} (not {missed})" if missed else place.backends
-    threads = "1 thread" if place.n_threads == 1 else f"{place.n_threads} threads"
-    cache = f", keys and values in {place.cache_type}" if place.cache_type else ""
-    notes = [f"Judged on {place.target} in {evaluation.model.runtime}: {computed}, {threads}{cache}."]
-    if place.same_tokens is False:
-        notes.append("Its own tokenizer cuts texts otherwise than the one here, whose tokens were used.")
-    return notes
+        answers.append(f"Q: {prompt}")
+        for how, of in evaluation.answer_sets.items():
+            if (why := of.degeneration) is None:
+                continue
+            sides = zip(
+                NAMES, (of.against_answers, of.answers), (why.against_reasons, why.reasons), strict=True
+            )
+            for name, said, reasons in sides:
+                if said:
+                    flag = f" [{reasons[index]}]" if reasons[index] else ""
+                    answers.append(f"{name}{how}{flag}: {' '.join(said[index].split())}")
+        answers.append("")
+    return "\n".join(part for part in (*parts, "\n".join(answers)) if part)
 
 
 def _tasks(evaluation: Evaluation, names: tuple[str, str]) -> Table[Sequence[str]]:
