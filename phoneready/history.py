@@ -23,9 +23,9 @@ from cfsp.errors import InputError, LimitError
 from cfsp.files import write_text
 from cfsp.reading import read_json_lines
 from cfsp.records import record_from_json, record_to_json
+from phoneready.figures.budgets import format_figure
 from phoneready.figures.figure_set import DENSE, Figure, FigureSet
 from phoneready.figures.metrics import FigureKey, recorded_metric
-from phoneready.figures.verdict import format_figure
 from runtime_bench.presentation.markup import escape_markdown
 from runtime_bench.presentation.table import table_of_cells
 from runtime_bench.records.judgement import Samples, judge

@@ -38,10 +38,9 @@ from cfsp.progress import Progress
 from exporters.families import FAMILIES, makes_gguf
 from phoneready.console import prepare_torch
 from phoneready.evaluation.metrics import check_directions, metric_sha256
-from phoneready.figures.budgets import select
+from phoneready.figures.budgets import Verdicts, select
 from phoneready.figures.figure_set import DENSE, PRUNED, FigureSet, check_same_model, read_baseline
-from phoneready.figures.gate_files import write_verdicts
-from phoneready.figures.verdict import Verdicts
+from phoneready.figures.gate import write_verdicts
 from phoneready.history import append_entry, entry_of
 from phoneready.publish.manifest import ReleaseManifest
 from phoneready.publish.publish import publish
@@ -50,8 +49,7 @@ from phoneready.release.collect import collect_figures
 from phoneready.release.decide import measure_on
 from phoneready.release.foretold import foretell_stage
 from phoneready.release.inputs import check_inputs, identities, identity, made_with
-from phoneready.release.live import stage_figures
-from phoneready.release.results import read_figures
+from phoneready.release.results import read_figures, stage_figures
 from phoneready.release.stages import (
     RUNNING,
     Stage,
@@ -62,7 +60,7 @@ from phoneready.release.stages import (
     stage_folder,
 )
 from phoneready.release.steps import RECOVERY_STAGE, Steps, bench_settled, bench_stage, decide_stage
-from phoneready.settings.planned import planned_figures
+from phoneready.settings.release import planned_figures
 from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.environment import cpu_model
 from runtime_bench.targets.places import place_details

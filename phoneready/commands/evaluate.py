@@ -24,7 +24,7 @@ from phoneready.figures.metrics import TOLERANCES
 if TYPE_CHECKING:
     from cfsp.progress import Progress
     from phoneready.evaluation.evaluation_record import Evaluation
-    from phoneready.evaluation.gate import GateRow
+    from phoneready.evaluation.figures import GateRow
     from phoneready.evaluation.models import OpenSettings
 
 _RECORD = record_head("evaluation")
@@ -97,7 +97,7 @@ def evaluate(
 
     Every figure is printed with its text and its number of tokens: without these it means nothing.
     """
-    from phoneready.evaluation.gate import check_gate, compare_with_baseline, gate_table, read_tolerances
+    from phoneready.evaluation.figures import check_gate, compare_with_baseline, gate_table, read_tolerances
 
     limits = read_tolerances(gate.tolerance)
     asked = {

@@ -13,7 +13,7 @@ from cfsp.settings import setting
 from exporters.onnx import VARIANTS
 from phoneready.commands.options import SET
 from phoneready.console import ReadOptions, note, prepare_torch, show_progress, warn, write_result
-from phoneready.figures.gate_files import badge, check_verdicts, verdict_rows
+from phoneready.figures.gate import badge, check_verdicts, verdict_rows
 
 
 def release(

@@ -1,9 +1,17 @@
-"""What files of one model lose on the same windows of text, so that each can be compared with all others."""
+"""What files of one model lose on the same windows of text, and which of them are beaten, told from the text's noise.
+
+Losses are compared window by window. The difference of two files' bits per byte is a ratio of sums over windows,
+
+    D = sum of d_w / sum of n_w,    var(D) = m / (m - 1) sum of (d_w - D n_w)^2 / (sum of n_w)^2
+
+with d_w the difference of bits and n_w the bytes of window w of m (Cochran, Sampling Techniques, 2.11), and its 95 %
+interval takes Student's t with m - 1 degrees of freedom. One window says nothing of noise.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pydantic import NonNegativeFloat, PositiveInt
@@ -11,6 +19,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from cfsp.evaluation.perplexity import tokens_per_byte
 from cfsp.validation import Share
 from phoneready.evaluation.evaluation_record import text_name
+from runtime_bench.records.summary import NORMAL_95
 
 
 @dataclass(frozen=True)
@@ -105,3 +114,144 @@ class MeasuredFile:
 def _mean(weighted: Iterable[tuple[float | None, int]]) -> float | None:
     known = [(value, weight) for value, weight in weighted if value is not None]
     return sum(value * weight for value, weight in known) / sum(w for _, w in known) if known else None
+
+
+VERDICTS = FRONTIER, UNDECIDED, DOMINATED = "frontier", "within noise", "dominated"
+_T_95 = (12.706, 4.303)
+"""Student's t for one degree of freedom and for two; the expansion serves from three on."""
+
+
+@dataclass(frozen=True)
+class Excess:
+    """Bits per byte that one file loses more than another, with a 95 % interval over the windows of text."""
+
+    bits: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a file stands to those that are no larger.
+
+    Attributes:
+        file: Its name.
+        verdict: One of VERDICTS.
+        by: The file that it is dominated by, or not told apart from; None on the frontier.
+    """
+
+    file: str
+    verdict: str
+    by: str | None
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best of some files.
+
+    Attributes:
+        best: The file with the fewest bits per byte; None of no files.
+        dense: The best dense one; None where there is none.
+        excess: What `dense` loses more than `best`; None where they are one file, or there is none.
+    """
+
+    best: str | None
+    dense: str | None
+    excess: Excess | None
+
+
+@dataclass(frozen=True)
+class Choice(Best):
+    """The best file of a size.
+
+    Attributes:
+        at_bytes: The size: no file is larger.
+    """
+
+    at_bytes: int
+
+
+def excess(one: MeasuredFile, other: MeasuredFile) -> Excess:
+    """Bits per byte that `one` loses more than `other`, on the same windows."""
+    pairs = [
+        pair for a, b in zip(one.texts, other.texts, strict=True) for pair in zip(a.nats, b.nats, strict=True)
+    ]
+    differences = [(a - b) / math.log(2) for a, b in pairs]
+    sizes = [n for text in one.texts for n in text.n_bytes]
+    count, total = len(sizes), sum(sizes)
+    bits = sum(differences) / total
+    if count < 2:
+        return Excess(bits, None, None)
+    spread = sum((d - bits * n) ** 2 for d, n in zip(differences, sizes, strict=True))
+    half = _student(count - 1) * math.sqrt(spread * count / (count - 1)) / total
+    return Excess(bits, bits - half, bits + half)
+
+
+def standing(point: MeasuredFile, points: Iterable[MeasuredFile]) -> Standing:
+    """A file against all that are no larger.
+
+    Dominated: one of them loses surely no more, and is smaller or loses less. Within noise: of one of them it cannot be
+    told whether it loses more. On the frontier: all of them surely lose more. Of several that dominate, a dense one is
+    named first, then the best.
+    """
+    rivals = [one for one in points if one is not point and one.file_bytes <= point.file_bytes]
+    beating, open_ = [], []
+    for rival in rivals:
+        difference = excess(rival, point)
+        strict = rival.file_bytes < point.file_bytes or difference.bits < 0
+        if difference.high is not None and difference.high <= 0:
+            beating += [rival] if strict else []
+        elif difference.low is None or difference.low <= 0:
+            open_.append(rival)
+    for verdict, named in ((DOMINATED, beating), (UNDECIDED, open_)):
+        if named:
+            first = min(named, key=lambda one: (not one.is_dense, one.bits_per_byte))
+            return Standing(point.file, verdict, first.file)
+    return Standing(point.file, FRONTIER, None)
+
+
+def best_of(points: Iterable[MeasuredFile]) -> Best:
+    """The best of files, and the best dense one."""
+    fitting = list(points)
+    best, dense = _best(fitting), _best([point for point in fitting if point.is_dense])
+    differ = best is not None and dense is not None and best is not dense
+    return Best(
+        best.file if best else None,
+        dense.file if dense else None,
+        excess(dense, best) if differ and dense and best else None,
+    )
+
+
+def choose(points: Iterable[MeasuredFile], at_bytes: int) -> Choice:
+    """The best file of a size or less, and the best dense one."""
+    best = best_of(point for point in points if point.file_bytes <= at_bytes)
+    return Choice(best.best, best.dense, best.excess, at_bytes)
+
+
+def telling_sizes(points: Sequence[MeasuredFile]) -> tuple[int, ...]:
+    """Sizes of the dense files, and of smaller ones: of those at which one file is the best, the least."""
+    sizes = sorted({point.file_bytes for point in points})
+    dense = {point.file_bytes for point in points if point.is_dense}
+    least_size_of: dict[str | None, int] = {}
+    for size in sizes:
+        if size in dense or size < min(dense, default=0):
+            least_size_of.setdefault(choose(points, size).best, size)
+    return tuple(sorted(least_size_of.values()))
+
+
+def _best(points: Sequence[MeasuredFile]) -> MeasuredFile | None:
+    return min(points, key=lambda point: (point.bits_per_byte, point.file_bytes, point.file), default=None)
+
+
+def _student(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t; Abramowitz and Stegun, 26.7.5."""
+    if degrees <= len(_T_95):
+        return _T_95[degrees - 1]
+    z = NORMAL_95
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return math.fsum(term / float(degrees) ** power for power, term in enumerate(terms))

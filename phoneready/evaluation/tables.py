@@ -7,13 +7,12 @@ from dataclasses import asdict
 from typing import Any
 
 from cfsp.text.choosing import Sampling
-from phoneready.evaluation.dominance import DOMINATED, UNDECIDED, Standing
 from phoneready.evaluation.evaluation_record import (
     Degeneration,
     Evaluation,
     TextResult,
 )
-from phoneready.evaluation.measured_file import MeasuredFile, MeasuredText
+from phoneready.evaluation.measured_file import DOMINATED, UNDECIDED, MeasuredFile, MeasuredText, Standing
 from phoneready.figures.metrics import METRICS
 from runtime_bench.presentation.table import Column, Table, table_of_cells
 from runtime_bench.records.reported import fell_back

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,21 +12,24 @@ from pathlib import Path
 import pydantic
 
 from cfsp.errors import InputError
-from cfsp.files import write_json, write_text
+from cfsp.files import atomic_directory, atomic_file, write_json, write_text
 from cfsp.models.checkpoint import read_checkpoint_info
 from cfsp.models.folder_format import NOTICE_PATTERNS
 from cfsp.models.reference import load_tokenizer
 from cfsp.records import named_loss, read_record, write_record
 from cfsp.validation import describe_problems
+from phoneready.figures.budgets import VERDICTS_FILE
 from phoneready.figures.figure_set import FIGURES_FILE, PRUNED
-from phoneready.figures.gate_files import JUNIT_FILE, SUMMARY_FILE
-from phoneready.figures.verdict import VERDICTS_FILE
-from phoneready.publish.bom import BOM_FILE, make_bom
-from phoneready.publish.contents import describe_files, is_inside, write_sums
-from phoneready.publish.manifest import MANIFEST_FILE, ReleaseManifest, make_manifest
-from phoneready.publish.model_card import model_card_text
-from phoneready.publish.modelfile import modelfile_text
-from phoneready.publish.placing import place
+from phoneready.figures.gate import JUNIT_FILE, SUMMARY_FILE
+from phoneready.publish.manifest import (
+    MANIFEST_FILE,
+    ReleaseManifest,
+    describe_files,
+    is_inside,
+    make_manifest,
+    write_sums,
+)
+from phoneready.publish.model_card import BOM_FILE, make_bom, model_card_text, modelfile_text
 from phoneready.release.results import ReleaseFigures, read_figures
 from phoneready.release.stages import StageRecord, claim_folder
 from phoneready.release.steps import Steps
@@ -151,3 +155,34 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def place(source: Path, destination: Path) -> None:
+    """Make a file, or all files of a folder, appear at `destination`; what is there already stays untouched.
+
+    A file is given a second name. The files of a folder are copied: onnx and onnx-ir refuse weights beside a graph
+    that have more than one name.
+    """
+    if source.is_file():
+        if destination.exists() and destination.samefile(source):
+            return
+        with atomic_file(destination) as temporary:
+            temporary.unlink()
+            try:
+                os.link(source, temporary)
+            except OSError:
+                shutil.copyfile(source, temporary)
+        return
+    files = {path.relative_to(source): path for path in source.rglob("*") if path.is_file()}
+    there = {path.relative_to(destination) for path in destination.rglob("*") if path.is_file()}
+    if there == set(files) and all(_is_copy(file, destination / name) for name, file in files.items()):
+        return
+    with atomic_directory(destination, own=True) as folder:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+
+
+def _is_copy(source: Path, copy: Path) -> bool:
+    """Whether a file has another's size and time, as a copy has, and is not that file by a second name."""
+    of_source, of_copy = source.stat(), copy.stat()
+    same = (of_source.st_size, of_source.st_mtime_ns) == (of_copy.st_size, of_copy.st_mtime_ns)
+    return same and not os.path.samestat(of_source, of_copy)

@@ -16,10 +16,9 @@ from typing import Any
 
 from cfsp.errors import PhonereadyError
 from cfsp.progress import Progress
-from phoneready.figures.budgets import select
+from phoneready.figures.budgets import INCONCLUSIVE, select
 from phoneready.figures.figure_set import DENSE, PRUNED, FigureSet
 from phoneready.figures.gate import differing, judge
-from phoneready.figures.verdict import INCONCLUSIVE
 from phoneready.release.collect import benchmark_figures
 from phoneready.release.steps import BENCH_FILE, Steps, bench_named
 from runtime_bench.measuring.measure import SeenFile

@@ -6,13 +6,15 @@ import contextlib
 import dataclasses
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import safetensors.torch
 import torch
 
 from cfsp.devices import find_device
-from cfsp.errors import PhonereadyError
+from cfsp.errors import InputError, PhonereadyError
 from cfsp.evaluation.language_model import PROMPTS, LanguageModel, answer
 from cfsp.evaluation.tasks import check_chat_tasks, load_chat_tasks
 from cfsp.evaluation.torch_model import RememberedModel, TorchLanguageModel
@@ -30,21 +32,27 @@ from cfsp.text.tokens import tokens_sha256
 from exporters.families import FAMILIES, ROUNDING, family_of, find_format
 from exporters.provenance import file_stem
 from phoneready.evaluation.evaluation_record import Evaluation, ModelIdentity
+from phoneready.evaluation.measured_file import MeasuredFile
 from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
-from phoneready.evaluation.run import evaluate, sampling_for, text_windows
+from phoneready.evaluation.run import (
+    JudgedText,
+    evaluate,
+    measure_file,
+    sampling_for,
+    shortened,
+    text_windows,
+)
 from phoneready.evaluation.settings import EvaluationSettings
-from phoneready.evaluation.side_by_side import JudgedText, measure_file, shortened
 from phoneready.figures.figure_set import DENSE, PRUNED
 from phoneready.figures.metrics import CHECKPOINT
-from phoneready.release.artifact import SIDE_BY_SIDE_FILE, Answers, Artifact, FileLosses, SideBySide
-from phoneready.release.live import rows_so_far
 from phoneready.release.pruning_budget import fitting_settings, shape_check
 from phoneready.release.stages import stage_folder
-from phoneready.settings.schema import BenchConfig, ModelConfig, RecoverConfig, ReleaseConfig
-from phoneready.settings.structures import Structures
+from phoneready.settings.schema import BenchConfig, ModelConfig, RecoverConfig, ReleaseConfig, Structures
 from phoneready.text import WRITERS, load_calibration
+from runtime_bench.devices.model_facts import FACTS, ModelFacts
 from runtime_bench.files import size_of
 from runtime_bench.measuring.measure import SeenFile, run_bench
+from runtime_bench.presentation.record_table import speed_text
 from runtime_bench.records.bench_record import DOES_NOT_FIT, BenchRecord
 from runtime_bench.records.jsonl import append_jsonl, read_jsonl
 from runtime_bench.targets import Target
@@ -312,8 +320,16 @@ class Steps:
             target = open_place(place)
         except PhonereadyError as error:
             target = Unreachable(place, str(error))
-        progress, tell = rows_so_far(progress)
-        records = bench_named(names, self.config.bench, settings, target, progress, tell, done)
+        latest = ""
+
+        def tell(record: BenchRecord) -> None:
+            nonlocal latest
+            latest = f": {Path(record.model_filename).name} {row_text(record)}"
+
+        def report(description: str, done: int, total: int) -> None:
+            progress(description + latest, done, total)
+
+        records = bench_named(names, self.config.bench, settings, target, report, tell, done)
         file.unlink(missing_ok=True)
         append_jsonl(file, records)
 
@@ -418,3 +434,97 @@ def shortcoming_of(checkpoint: Path) -> str | None:
 
 def _save_windows(input_ids: torch.Tensor, output: Path) -> None:
     safetensors.torch.save_file({"input_ids": input_ids.contiguous()}, output / CALIBRATION_FILE)
+
+
+def row_text(record: BenchRecord) -> str:
+    aside = f", {record.fallback} did not compute" if record.fallback else ""
+    return f"{record.test} {speed_text(record) + aside if record.ok else f'failed: {record.failure}'}"
+
+
+SIDE_BY_SIDE_FILE = "side-by-side.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A GGUF file or the folder of an ONNX variant.
+
+    Attributes:
+        role: `dense` or `pruned`, as in Figure.
+        item: The quantization or variant.
+        name: What it is called in the release folder.
+        root: The file, or the folder.
+        path: What a benchmark opens: the file, or the graph in the folder that gives the last position's logits.
+    """
+
+    role: str
+    item: str
+    name: str
+    root: Path
+    path: Path
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What a projection needs to know of it, of formats that are projected."""
+        return FACTS[family_of(self.item).name](self.path)
+
+
+@dataclass(frozen=True)
+class FileLosses(MeasuredFile):
+    """What an export loses.
+
+    Attributes:
+        role: `dense` or `pruned`.
+        item: The quantization or variant.
+    """
+
+    role: str
+    item: str
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing was removed."""
+        return self.role == DENSE
+
+    @property
+    def label(self) -> str:
+        """The file, for people."""
+        return f"{self.role} {self.item}"
+
+    @property
+    def family(self) -> str:
+        """What it is held against: files of the same family."""
+        return family_of(self.item).name
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """All exports on the same windows of text."""
+
+    KIND: ClassVar[str] = "side-by-side"
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    files: tuple[FileLosses, ...]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Greedy answers of exports, each in its own runtime, in the chat template where the model has one.
+
+    Attributes:
+        prompts: The questions.
+        answers: Name of an export to its answers.
+    """
+
+    KIND: ClassVar[str] = "answers"
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    prompts: tuple[str, ...]
+    answers: dict[str, tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise InputError("empty", field="prompts")
+        for file, answers in self.answers.items():
+            if len(answers) != len(self.prompts):
+                told = f"{len(answers)} answers to {len(self.prompts)} prompts"
+                raise InputError(told, field=f"answers, {file}")

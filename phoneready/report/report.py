@@ -10,12 +10,12 @@ from typing import Any
 from cfsp.records import read_record
 from cfsp.units import format_bytes
 from exporters.export_record import ExportRecord
-from phoneready.evaluation.dominance import DOMINATED
+from phoneready.evaluation.measured_file import DOMINATED
 from phoneready.evaluation.tables import WHAT_STANDINGS_MEAN, figure_tables, measured_on, vocabulary_note
-from phoneready.figures.verdict import INCONCLUSIVE, MISSED, VERDICTS_FILE, BudgetVerdict, Verdicts
+from phoneready.figures.budgets import INCONCLUSIVE, MISSED, VERDICTS_FILE, BudgetVerdict, Verdicts
 from phoneready.release.results import ReleaseFigures
-from phoneready.report import assets, tables
-from phoneready.report.plots import DARK, make_plots, usable
+from phoneready.report import plots, tables
+from phoneready.report.plots import usable
 from phoneready.report.tables import COMPARED, NOTHING, SIDES, TONES, Mark, Row
 from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.devices.model_facts import ModelFacts
@@ -65,13 +65,13 @@ def read_verdicts(folder: Path) -> Verdicts | None:
 
 def render_page(report: ReportInput) -> str:
     """The page as HTML, complete in itself; without plotly (the extra `report`) it says what the plots need."""
-    figures, plotly = report.figures, assets.plotly_script()
+    figures, plotly = report.figures, plots.plotly_script()
     groups = bench_groups(figures.bench)
     first = groups[0] if groups else None
     verdicts = report.verdicts.verdicts if report.verdicts else ()
-    plots = make_plots(figures, groups) if plotly else []
+    made = plots.make_plots(figures, groups) if plotly else []
     context = _contents(report) | {
-        "plots": plots,
+        "plots": made,
         "outcome": _outcome(verdicts),
         "baseline": report.verdicts.baseline if report.verdicts else None,
         "verdicts": tables.verdict_rows(verdicts) if verdicts else None,
@@ -81,14 +81,14 @@ def render_page(report: ReportInput) -> str:
         "first_group": first,
         "evaluation": figure_tables(figures.evaluation, SIDES),
         "groups": [
-            (one, assets.KINDS[one.kind], tables.group_table(figures, one), tables.record_table(one))
+            (one, plots.KINDS[one.kind], tables.group_table(figures, one), tables.record_table(one))
             for one in groups
         ],
         "projections": _projections(report),
-        "meaning_of_projected": assets.KINDS["projected"],
+        "meaning_of_projected": plots.KINDS["projected"],
     }
-    shown = {plot.id: plot.figure for plot in plots}
-    return assets.render_page("report.html.j2", context, shown, plotly, DARK)
+    shown = {plot.id: plot.figure for plot in made}
+    return plots.render_page("report.html.j2", context, shown, plotly, plots.DARK)
 
 
 def render_report(report: ReportInput) -> str:
@@ -101,7 +101,7 @@ def render_report(report: ReportInput) -> str:
         "groups": bench_groups(figures.bench),
         "threads": ", ".join(str(n) for n in dict.fromkeys(r.n_threads for r in figures.bench)),
     }
-    return assets.render_markdown("phoneready.report", "report.md.j2", context)
+    return plots.render_markdown("phoneready.report", "report.md.j2", context)
 
 
 def _contents(report: ReportInput) -> dict[str, Any]:

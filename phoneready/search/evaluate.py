@@ -39,10 +39,9 @@ from cfsp.text.tokens import TokenWindows
 from exporters.checkpoint_reader import read_config
 from exporters.gguf.family import GGUF
 from exporters.provenance import file_stem
-from phoneready.evaluation.run import text_windows
+from phoneready.evaluation.run import JudgedText, measure_file, text_windows
 from phoneready.evaluation.settings import EvaluationSettings
-from phoneready.evaluation.side_by_side import JudgedText, measure_file
-from phoneready.figures.verdict import MISSED
+from phoneready.figures.budgets import MISSED
 from phoneready.release.inputs import identities, identity
 from phoneready.release.pruning_budget import with_fitting_widths
 from phoneready.release.steps import load_stage, run_recovery, shortcoming_of

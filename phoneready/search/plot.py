@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from cfsp.units import megabytes
-from phoneready.evaluation.dominance import DOMINATED
-from phoneready.report.assets import plotly_script, render_page
-from phoneready.report.plots import BITS, DARK, Axis, loss_figure
+from phoneready.evaluation.measured_file import DOMINATED
+from phoneready.report.plots import BITS, DARK, Axis, loss_figure, plotly_script, render_page
 from phoneready.search.record import EvaluatedPoint, SearchRecord, conditions, search_table, sentences
 
 _SIZE: Axis = Axis("file size, MB", lambda one: one.file_bytes / 1e6)

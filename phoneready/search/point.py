@@ -16,7 +16,7 @@ from cfsp.validation import Share
 from exporters.families import required_multiple
 from exporters.gguf.family import GGUF
 from phoneready.evaluation.settings import WindowSettings
-from phoneready.figures.verdict import INCONCLUSIVE, MISSED, PASS
+from phoneready.figures.budgets import INCONCLUSIVE, MISSED, PASS
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.targets.places import check_place
 

@@ -11,10 +11,9 @@ from cfsp.errors import InputError
 from cfsp.recovery.settings import settled, token_budget
 from cfsp.units import format_bytes, megabytes
 from cfsp.validation import Seed, Share
-from phoneready.evaluation.dominance import DOMINATED, Choice, Excess, Standing
-from phoneready.evaluation.measured_file import MeasuredFile
+from phoneready.evaluation.measured_file import DOMINATED, Choice, Excess, MeasuredFile, Standing
 from phoneready.evaluation.tables import WHAT_STANDINGS_MEAN, loss_columns, measured_on, standing_column
-from phoneready.figures.verdict import INCONCLUSIVE, MISSED, PASS
+from phoneready.figures.budgets import INCONCLUSIVE, MISSED, PASS
 from phoneready.search.point import Held, Point
 from phoneready.settings.schema import RecoverConfig
 from runtime_bench.presentation.markup import escape_markdown

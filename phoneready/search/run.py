@@ -23,10 +23,10 @@ from cfsp.recovery.data import check_readable
 from cfsp.text.settings import BUILTIN_TEXT
 from cfsp.units import megabytes
 from exporters.gguf.family import GGUF
-from phoneready.evaluation.dominance import FRONTIER, UNDECIDED, choose, excess, standing, telling_sizes
+from phoneready.evaluation.measured_file import FRONTIER, UNDECIDED, choose, excess, standing, telling_sizes
 from phoneready.evaluation.run import check_texts
 from phoneready.evaluation.settings import EvaluationSettings
-from phoneready.figures.verdict import INCONCLUSIVE, MISSED, PASS
+from phoneready.figures.budgets import INCONCLUSIVE, MISSED, PASS
 from phoneready.release.inputs import check_training
 from phoneready.search.evaluate import Evaluator, Subject
 from phoneready.search.point import AUTO, BISECT, GRID, OPTUNA, STEPS, Point, SearchSettings

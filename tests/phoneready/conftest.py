@@ -22,10 +22,10 @@ from cfsp.pruning.settings import PruneSettings
 from exporters.export_record import ExportRecord, ParityReport
 from phoneready.evaluation.evaluation_record import Degeneration, Evaluation, ModelIdentity, TextResult
 from phoneready.evaluation.measured_file import MeasuredText
-from phoneready.figures.verdict import BudgetVerdict, Verdicts
+from phoneready.figures.budgets import BudgetVerdict, Verdicts
 from phoneready.main import main
-from phoneready.release.artifact import Answers, FileLosses
 from phoneready.release.results import ReleaseFigures
+from phoneready.release.steps import Answers, FileLosses
 from phoneready.report.report import ReportInput
 from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.devices.model_facts import ModelFacts

@@ -20,8 +20,7 @@ import pytest
 from cfsp.files import sha256_file
 from cfsp.models.checkpoint import CheckpointInfo
 from cfsp.models.shape import ModelShape
-from phoneready.publish.contents import describe_files
-from phoneready.publish.manifest import ReleasedFile, make_manifest
+from phoneready.publish.manifest import ReleasedFile, describe_files, make_manifest
 from phoneready.publish.publish import seal_release
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

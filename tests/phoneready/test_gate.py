@@ -13,12 +13,10 @@ import pytest
 
 from cfsp.errors import InconclusiveError, InputError, LimitError
 from cfsp.records import read_record, write_record
-from phoneready.figures.budgets import BudgetConfig
+from phoneready.figures.budgets import BudgetConfig, BudgetVerdict, Verdicts
 from phoneready.figures.figure_set import Figure, FigureSet, check_same_model, read_baseline
-from phoneready.figures.gate import judge_all, paired_interval
-from phoneready.figures.gate_files import badge, check_verdicts, write_verdicts
+from phoneready.figures.gate import badge, check_verdicts, judge_all, paired_interval, write_verdicts
 from phoneready.figures.metrics import FigureKey
-from phoneready.figures.verdict import BudgetVerdict, Verdicts
 from phoneready.settings.release import parse_config
 from runtime_bench.records.bench_record import MeasuredOn
 

@@ -19,7 +19,7 @@ from phoneready.evaluation.evaluation_record import Degeneration, Evaluation, Mo
 from phoneready.figures.figure_set import Figure, FigureSet, read_baseline
 from phoneready.figures.metrics import FigureKey
 from phoneready.history import HistoryEntry, HistoryFigure, read_entries
-from phoneready.release.artifact import Answers
+from phoneready.release.steps import Answers
 
 VALUES = ["Infinity", "-Infinity", "NaN", "1e400", "-1.0", '"12"', "true", "[1]"]
 KEY = FigureKey("perplexity", "checkpoint")

@@ -22,8 +22,7 @@ from phoneready.figures.figure_set import FigureSet, read_baseline
 from phoneready.figures.gate import judge_all
 from phoneready.history import check_history, entry_of, format_history, make_history
 from phoneready.main import main
-from phoneready.settings.planned import planned_figures
-from phoneready.settings.release import parse_config
+from phoneready.settings.release import parse_config, planned_figures
 from phoneready.settings.schema import ReleaseConfig
 
 TinyPath = Callable[..., Path]

@@ -16,9 +16,9 @@ import pytest
 
 from cfsp.files import sha256_file
 from cfsp.records import read_record
+from phoneready.figures.budgets import Verdicts
 from phoneready.figures.figure_set import FigureSet
 from phoneready.figures.metrics import FigureKey
-from phoneready.figures.verdict import Verdicts
 from phoneready.history import HISTORY_FILE, read_entries
 from phoneready.main import main
 from phoneready.publish.manifest import verify_release

@@ -23,13 +23,16 @@ from cfsp.models.checkpoint import CheckpointInfo
 from cfsp.models.shape import ModelShape
 from cfsp.pruning.axes.vocabulary import VocabularyPlan
 from phoneready.main import app, main
-from phoneready.publish.bom import make_bom
-from phoneready.publish.contents import Content, describe_files, read_sums
-from phoneready.publish.manifest import ReleaseManifest, make_manifest, verify_release
-from phoneready.publish.model_card import model_card_text
-from phoneready.publish.modelfile import modelfile_text
-from phoneready.publish.placing import place
-from phoneready.publish.publish import seal_release
+from phoneready.publish.manifest import (
+    Content,
+    ReleaseManifest,
+    describe_files,
+    make_manifest,
+    read_sums,
+    verify_release,
+)
+from phoneready.publish.model_card import make_bom, model_card_text, modelfile_text
+from phoneready.publish.publish import place, seal_release
 from phoneready.publish.single_commands import single_commands
 from phoneready.release.steps import model_stem
 from phoneready.report.report import ReportInput, render_page, render_report

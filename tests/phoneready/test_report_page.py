@@ -17,8 +17,7 @@ from cfsp.pruning.axes.parts import GroupRemoval, Removal
 from cfsp.pruning.axes.vocabulary import TokenKind, VocabularyPlan
 from cfsp.records import write_record
 from phoneready.evaluation.evaluation_record import Vocabularies
-from phoneready.report.assets import plot_text, script_json, spelled_out
-from phoneready.report.plots import make_plots
+from phoneready.report.plots import make_plots, plot_text, script_json, spelled_out
 from phoneready.report.report import (
     ReportInput,
     beaten,

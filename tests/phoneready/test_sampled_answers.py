@@ -21,8 +21,7 @@ from phoneready.evaluation.run import sampling_for
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.main import main
 from phoneready.release.stages import stage_folder
-from phoneready.settings.planned import planned_figures
-from phoneready.settings.release import parse_config
+from phoneready.settings.release import parse_config, planned_figures
 
 TinyPath = Callable[..., Path]
 ASKED = [

@@ -20,17 +20,17 @@ pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
 from cfsp.errors import InconclusiveError, InputError, LimitError
 from cfsp.records import read_record, record_from_json, record_to_json
-from phoneready.evaluation.dominance import (
+from phoneready.evaluation.measured_file import (
     DOMINATED,
     FRONTIER,
     UNDECIDED,
+    MeasuredText,
     choose,
     excess,
     standing,
     telling_sizes,
 )
-from phoneready.evaluation.measured_file import MeasuredText
-from phoneready.figures.verdict import INCONCLUSIVE, MISSED, PASS
+from phoneready.figures.budgets import INCONCLUSIVE, MISSED, PASS
 from phoneready.main import main
 from phoneready.search import run as search_run
 from phoneready.search.plot import render_search
