@@ -60,6 +60,7 @@ def run_beside(
                     done(process.name)
                     continue
                 if isinstance(told, Exception):
+                    process.join(STOP_S)
                     raise told
                 description, so_far, total = told
                 progress(f"{process.name}, {description}", so_far, total)
