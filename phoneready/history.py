@@ -60,20 +60,8 @@ class HistoryFigure:
 
 @dataclass(frozen=True)
 class HistoryEntry:
-    """A run.
-
-    Attributes:
-        id: Hash of what was made, measured and decided: the same only for a run that found everything done.
-        time: UTC time of its end, RFC 3339.
-        label: What the user calls it, such as a version.
-        source: Reference of the dense model.
-        source_sha256: Hash of its weights, if known.
-        outcome: The budgets' verdict.
-        settings: What was made, such as the prune ratio.
-        versions: Package -> version.
-        stages: Stage -> its key.
-        figures: Everything that was measured.
-    """
+    """A run: what was made, measured and decided. `id` is a hash of that: a run that found everything done has it
+    again."""
 
     KIND: ClassVar[str] = "history-entry"
     SCHEMA_VERSION: ClassVar[int] = 1
@@ -124,16 +112,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Anomaly:
-    """A figure that left what was usual before.
+    """A figure that left what was usual before, and the run that began it.
 
     Attributes:
-        series: Its name.
-        role: `pruned` or `dense`.
-        run: Number of the run that began it.
-        name: That run's name.
         before: Median of the runs before.
-        after: The figure.
-        unit: Of both.
         noise: Relative spread that it was compared with; 0 of exact figures.
         worse: Whether the change is for the worse; None if nobody says which way is.
         changed: What that run did otherwise than the one before.

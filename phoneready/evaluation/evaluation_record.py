@@ -19,15 +19,10 @@ from cfsp.validation import Seed, Share, WhereSet
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which model, and what ran it.
+    """Which model, by its reference and its weights' hash, and what ran it; `rounded`: the 16 bits it was read in.
 
-    Attributes:
-        reference: As it was given.
-        runtime: A name in `phoneready.evaluation.models.RUNTIMES`.
-        sha256: Hash of its weights' file or files, where known.
-        source_sha256: Hash of the dense model's weights that it was made from, where it says so.
-        cache_type: Type of its keys and values where one was asked for; else they are those of proofs.
-        rounded: 16 bits that its weights were rounded to when they were read.
+    `source_sha256` is of the dense model's weights that it was made from, `cache_type` of keys and values, where one
+    was asked for: else they are as in proofs.
     """
 
     reference: str
@@ -40,14 +35,8 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class Vocabularies:
-    """Two that differ, so that predictions are not compared token by token.
-
-    Attributes:
-        tokens: Size of the model's.
-        against_tokens: Size of the reference model's.
-        is_part: Whether all of the model's tokens are among the reference's: divergence is then taken over them, where
-            tokens of the reference end; else it is not.
-    """
+    """Sizes of two that differ; `is_part`: all of the model's tokens are among the reference's. Divergence is then
+    taken over them, where tokens of the reference end; else there is none."""
 
     tokens: PositiveInt
     against_tokens: PositiveInt
@@ -56,22 +45,11 @@ class Vocabularies:
 
 @dataclass(frozen=True)
 class TextResult:
-    """Figures on one text.
+    """Figures on one text, `text` or `chats`, in windows of `seqlen` tokens.
 
-    Attributes:
-        kind: `text` or `chats`.
-        source: The reference.
-        seqlen: Tokens in a window.
-        n_tokens: Predicted tokens; the reference model's where there is a divergence.
-        windows_sha256: Hash of the token ids.
-        perplexity: Of the model.
-        divergence: From the reference model, where there is one of the same vocabulary, or of a larger one that has
-            all of the model's tokens; perplexities are then a token of the reference's.
-        n_bytes: Bytes of text that the predicted tokens spell.
-        bits_per_byte: Of the model, which figures of other vocabularies may be compared with.
-        against_bits_per_byte: The reference model's, on the same bytes.
-        tokens_per_byte: Tokens that the model's tokenizer needs for a byte of these.
-        against_tokens_per_byte: The reference model's.
+    With a reference model of the same vocabulary, or of a larger one that has all of the model's tokens, there is a
+    divergence, and tokens and perplexities are the reference's. Bits per byte of the text, and tokens that each
+    tokenizer needs for one, may be compared with those of other vocabularies.
     """
 
     kind: str
@@ -90,20 +68,8 @@ class TextResult:
 
 @dataclass(frozen=True)
 class Degeneration:
-    """How many of the answers are degenerate; see cfsp.text.degeneration.
-
-    Attributes:
-        prompts_sha256: Hash of the prompts.
-        n_prompts: Their number.
-        max_new_tokens: Longest answer.
-        share: Share of degenerate answers.
-        by_reason: Reason -> share.
-        reasons: Reason of each answer, None for a good one.
-        against_share: The reference model's share.
-        against_by_reason: The reference model's by reason.
-        against_reasons: The reference model's reasons.
-        difference_points: share minus against_share in percentage points.
-    """
+    """How many of the answers are degenerate (cfsp.text.degeneration), as shares, also by reason, and in percentage
+    points beside the reference model's; `reasons` are of each answer, None for a good one."""
 
     prompts_sha256: str
     n_prompts: int
@@ -119,15 +85,7 @@ class Degeneration:
 
 @dataclass(frozen=True)
 class SampledAnswers:
-    """Answers to the same prompts that were sampled, of both models with the same settings by the same numbers.
-
-    Attributes:
-        settings: How.
-        seed: Of the numbers.
-        degeneration: Of these answers.
-        answers: The model's.
-        against_answers: The reference model's.
-    """
+    """Sampled answers to the same prompts, of both models with the same settings and random numbers."""
 
     settings: Sampling
     seed: Seed
@@ -138,14 +96,7 @@ class SampledAnswers:
 
 @dataclass(frozen=True)
 class MetricResult:
-    """A figure of an own metric.
-
-    Attributes:
-        name: `module:function`, with `.key` behind it where the function returns several.
-        value: The figure.
-        higher_is_better: Direction, where the function states it.
-        unit: Where the function states it.
-    """
+    """A figure of an own metric, `module:function[.key]`; direction and unit if the function states them."""
 
     name: str
     value: float
@@ -155,17 +106,9 @@ class MetricResult:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model was judged, when not on this machine; what its engine does not say is None.
+    """Where a model was judged, if not on this machine; what its engine does not say is None.
 
-    Attributes:
-        target: As `bench --on` has it.
-        n_threads: Threads there.
-        backends: What computed there.
-        asked_backend: What was to compute, where something was asked for.
-        versions: Of the engine there.
-        system_info: The engine's own line about the machine.
-        cache_type: Of keys and values there.
-        same_tokens: Whether the tokenizer there cuts texts as the one here does, whose ids were used.
+    `same_tokens`: whether the tokenizer there cuts texts as the one here, whose ids were used.
     """
 
     target: str
@@ -180,25 +123,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model judged.
-
-    Attributes:
-        model: What was judged.
-        against: The reference model, where there is one.
-        seed: Seed of sampled chats and answers.
-        texts: One entry a text.
-        prompts: Questions.
-        answers: The model's, greedy.
-        against_answers: The reference model's, greedy.
-        degeneration: Of the answers, where there are any.
-        tasks: Results of tasks.
-        against_tasks: The reference model's, in the same order.
-        metrics: Own metrics.
-        vocabularies: Of both, where they differ.
-        place: Where the model ran, when not on this machine.
-        sampled: Sampled answers, where they were asked for.
-        warnings: What was asked for and has had no effect.
-    """
+    """A model judged, beside a reference model if there is one: an entry a text, greedy answers to each prompt, tasks
+    in the same order, own metrics. What was asked for and has had no effect is in `warnings`."""
 
     KIND: ClassVar[str] = "evaluation"
     SCHEMA_VERSION: ClassVar[int] = 2
@@ -240,7 +166,7 @@ def text_name(kind: str, reference: str) -> str:
 
 def repeated_text(text: Iterable[str], chats: Iterable[str]) -> str | None:
     """A name that two of the references have, so that their figures could not be told apart."""
-    names = [*(text_name("text", one) for one in text), *(text_name("chats", one) for one in chats)]
+    names = [text_name(kind, one) for kind, all_ in (("text", text), ("chats", chats)) for one in all_]
     return next((name for position, name in enumerate(names) if name in names[:position]), None)
 
 

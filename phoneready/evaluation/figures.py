@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cfsp.errors import InconclusiveError, InputError, LimitError
 from cfsp.evaluation.task_results import TaskMetric, TaskResult
-from phoneready.evaluation.evaluation_record import Degeneration, Evaluation, TextResult, text_name
+from phoneready.evaluation.evaluation_record import Evaluation, text_name
 from phoneready.figures.budgets import INCONCLUSIVE, MISSED, PASS, BudgetConfig
 from phoneready.figures.figure_set import DENSE, PRUNED, Figure
 from phoneready.figures.gate import differences, judge
@@ -21,22 +21,58 @@ from runtime_bench.presentation.table import Column, Table
 
 
 def evaluation_figures(item: str, subject: str, evaluation: Evaluation) -> Iterator[Figure]:
-    """What an evaluation found, of the dense model too."""
+    """What an evaluation found of `subject`, and of the dense model; `item` as in FigureKey."""
     dense = evaluation.against.reference if evaluation.against else "dense"
+    names = {PRUNED: subject, DENSE: dense}
+
+    def figure(
+        role: str, metric: str, value: float | None, conditions: dict[str, str], on: str | None
+    ) -> Figure:
+        key, unit = FigureKey(metric, item, on=on), metric_of(metric).unit
+        return Figure(key, role, names[role], unit, value, conditions=dict(conditions))
+
+    all_tokens: dict[str, str] = {}
     for text in evaluation.texts:
-        yield from _text_figures(item, subject, dense, text)
+        name = text_name(text.kind, text.source)
+        tokens = {f"tokens of {name}": text.windows_sha256}
+        all_tokens |= tokens
+        values = {"perplexity": text.perplexity}
+        for metric in ("bits_per_byte", "tokens_per_byte"):
+            own, theirs = getattr(text, metric), getattr(text, f"against_{metric}")
+            if own is not None:
+                values[metric] = own
+            if theirs is not None:
+                yield figure(DENSE, metric, theirs, tokens, name)
+        if (d := text.divergence) is not None:
+            values |= {
+                one: getattr(d, one) for one in ("perplexity_ratio", "kl_mean", "kl_p99_9", "same_top1")
+            }
+            yield figure(DENSE, "perplexity", d.reference_perplexity, tokens, name)
+        for metric, value in values.items():
+            yield figure(PRUNED, metric, value, tokens, name)
     yield from task_figures(item, PRUNED, subject, evaluation.tasks)
     yield from task_figures(item, DENSE, dense, evaluation.against_tasks)
-    for metric, answers, conditions in _answers(evaluation):
-        for role, name, share in ((PRUNED, subject, answers.share), (DENSE, dense, answers.against_share)):
-            yield Figure(FigureKey(metric, item), role, name, "share", share, conditions=dict(conditions))
+    answered = []
+    if (greedy := evaluation.degeneration) is not None:
+        answered.append(("degenerate", greedy, {"prompts": greedy.prompts_sha256}))
+    if (sampled := evaluation.sampled) is not None:
+        found, settings = sampled.degeneration, {k: f"{v:g}" for k, v in asdict(sampled.settings).items()}
+        others = {"seed of sampled answers": f"{sampled.seed}", "max_new_tokens": f"{found.max_new_tokens}"}
+        answered.append(
+            ("degenerate_sampled", found, {"prompts": found.prompts_sha256, **others, **settings})
+        )
+    for metric, answers, conditions in answered:
+        yield figure(PRUNED, metric, answers.share, conditions, None)
+        yield figure(DENSE, metric, answers.against_share, conditions, None)
     # Own metrics are taken over all texts.
-    texts = {name: value for text in evaluation.texts for name, value in _tokens(text).items()}
-    texts["texts of own metrics"] = ", ".join(text_name(text.kind, text.source) for text in evaluation.texts)
+    all_tokens["texts of own metrics"] = ", ".join(
+        text_name(one.kind, one.source) for one in evaluation.texts
+    )
     for own in evaluation.metrics:
         key, higher = FigureKey(own.name, item), own.higher_is_better
+        conditions = dict(all_tokens)
         yield Figure(
-            key, PRUNED, subject, own.unit, own.value, higher_is_better=higher, conditions=dict(texts)
+            key, PRUNED, subject, own.unit, own.value, higher_is_better=higher, conditions=conditions
         )
 
 
@@ -47,59 +83,20 @@ def score_figure(item: str, role: str, subject: str, task: TaskResult, score: Ta
         for name in ("version", "sha256", "limit", "num_fewshot", "n_items")
     } | {f"metric of {task.task}": score.name}
     metric = "accuracy" if score.higher_is_better else "perplexity"
+    # Which items were answered rightly, if that is what the figure says.
+    share = score.right.count("1") / len(score.right) if score.right else math.nan
+    right = (score.right,) if math.isclose(share, score.value, abs_tol=1e-9) else ()
     return Figure(
         FigureKey(metric, item, on=task.task), role, subject, metric_of(metric).unit, score.value,
-        stderr=score.stderr, conditions=conditions, right=_right(score),
+        stderr=score.stderr, conditions=conditions, right=right,
     )  # fmt: skip
-
-
-def _right(score: TaskMetric) -> tuple[str, ...]:
-    """Which items were answered rightly, where that is what the figure says."""
-    share = score.right.count("1") / len(score.right) if score.right else math.nan
-    return (score.right,) if math.isclose(share, score.value, abs_tol=1e-9) else ()
-
-
-def _answers(evaluation: Evaluation) -> Iterator[tuple[str, Degeneration, dict[str, str]]]:
-    """(metric, what was found, what must be equal) of greedy and of sampled answers, where there are any."""
-    greedy, sampled = evaluation.degeneration, evaluation.sampled
-    if greedy is not None:
-        yield "degenerate", greedy, {"prompts": greedy.prompts_sha256}
-    if sampled is not None:
-        found, settings = sampled.degeneration, {k: f"{v:g}" for k, v in asdict(sampled.settings).items()}
-        others = {"seed of sampled answers": f"{sampled.seed}", "max_new_tokens": f"{found.max_new_tokens}"}
-        yield "degenerate_sampled", found, {"prompts": found.prompts_sha256, **others, **settings}
-
-
-def _tokens(text: TextResult) -> dict[str, str]:
-    return {f"tokens of {text_name(text.kind, text.source)}": text.windows_sha256}
-
-
-def _text_figures(item: str, subject: str, dense: str, text: TextResult) -> Iterator[Figure]:
-    name, conditions, d = text_name(text.kind, text.source), _tokens(text), text.divergence
-    values = {"perplexity": text.perplexity}
-    for metric in ("bits_per_byte", "tokens_per_byte"):
-        own, theirs = getattr(text, metric), getattr(text, f"against_{metric}")
-        if own is not None:
-            values[metric] = own
-        if theirs is not None:
-            key, unit = FigureKey(metric, item, on=name), metric_of(metric).unit
-            yield Figure(key, DENSE, dense, unit, theirs, conditions=conditions)
-    if d is not None:
-        relative = ("perplexity_ratio", "kl_mean", "kl_p99_9", "same_top1")
-        values |= {metric: getattr(d, metric) for metric in relative}
-        key = FigureKey("perplexity", item, on=name)
-        yield Figure(key, DENSE, dense, "", d.reference_perplexity, conditions=conditions)
-    for metric, value in values.items():
-        unit = metric_of(metric).unit
-        yield Figure(FigureKey(metric, item, on=name), PRUNED, subject, unit, value, conditions=conditions)
 
 
 def task_figures(item: str, role: str, subject: str, tasks: Sequence[TaskResult]) -> Iterator[Figure]:
     """The accuracy in each task, and their mean."""
-    figures = []
-    for task in tasks:
-        if task.accuracy is not None:
-            figures.append(score_figure(item, role, subject, task, task.accuracy))
+    figures = [
+        score_figure(item, role, subject, task, task.accuracy) for task in tasks if task.accuracy is not None
+    ]
     yield from figures
     if figures:
         all_right = tuple(right for f in figures for right in f.right)
@@ -117,16 +114,12 @@ class GateRow:
     """One comparison.
 
     Attributes:
-        metric: Name of the figure.
-        baseline: Before.
-        now: Now.
         stderr: Standard error of `now`, of accuracies.
-        change: Of the kind: the greater, the worse; None without a ratio, and for a figure that is only reported.
-        allowed: Most that is allowed; None for a figure that is only reported.
-        kind: `ratio` (now / baseline), `increase` (now - baseline) or `drop` (baseline - now).
+        change: Of the kind `ratio` (now / baseline), `increase` (now - baseline) or `drop` (baseline - now): the
+            greater, the worse; None without a ratio.
+        allowed: Most that is allowed; None, as kind and reason, of a figure that is only reported.
         ok: Whether the change is surely allowed.
         outcome: One of OUTCOMES.
-        reason: Of the outcome, for people; None for a figure that is only reported.
     """
 
     metric: str

@@ -26,18 +26,9 @@ from runtime_bench.records.summary import NORMAL_95
 class MeasuredText:
     """What a file loses on one text, window by window, beside what the dense model in float32 loses.
 
-    Attributes:
-        kind: `text` or `chats`.
-        source: The reference.
-        seqlen: Tokens in a window, of the dense model's.
-        windows_sha256: Hash of their ids.
-        n_tokens: Tokens that the file predicts.
-        n_bytes: Bytes that they spell, of each window.
-        nats: -ln p of each window.
-        dense_nats: The dense model's.
-        kl_mean: Mean KL divergence from the dense model, nats; with fewer tokens, over these, where a dense one ends.
-            None in records of versions that did not measure it there.
-        same_top1: Share of the same positions where both put the same token first.
+    `n_tokens` are those that the file predicts, `n_bytes` what they spell in each window, `nats` -ln p of each window.
+    With fewer tokens than the dense model's, `kl_mean` (nats) and `same_top1` are over these, where a dense one ends;
+    records of versions that did not measure them have None.
     """
 
     kind: str
@@ -132,13 +123,8 @@ class Excess:
 
 @dataclass(frozen=True)
 class Standing:
-    """How a file stands to those that are no larger.
-
-    Attributes:
-        file: Its name.
-        verdict: One of VERDICTS.
-        by: The file that it is dominated by, or not told apart from; None on the frontier.
-    """
+    """How a file stands to those that are no larger: a verdict of VERDICTS, and the file that dominates it, or that it
+    is not told apart from; None on the frontier."""
 
     file: str
     verdict: str
@@ -146,28 +132,12 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Best:
-    """The best of some files.
-
-    Attributes:
-        best: The file with the fewest bits per byte; None of no files.
-        dense: The best dense one; None where there is none.
-        excess: What `dense` loses more than `best`; None where they are one file, or there is none.
-    """
+class Choice:
+    """The best file of `at_bytes` or less, the best dense one, and what that loses more; None where there is none."""
 
     best: str | None
     dense: str | None
     excess: Excess | None
-
-
-@dataclass(frozen=True)
-class Choice(Best):
-    """The best file of a size.
-
-    Attributes:
-        at_bytes: The size: no file is larger.
-    """
-
     at_bytes: int
 
 
@@ -210,22 +180,16 @@ def standing(point: MeasuredFile, points: Iterable[MeasuredFile]) -> Standing:
     return Standing(point.file, FRONTIER, None)
 
 
-def best_of(points: Iterable[MeasuredFile]) -> Best:
-    """The best of files, and the best dense one."""
-    fitting = list(points)
-    best, dense = _best(fitting), _best([point for point in fitting if point.is_dense])
-    differ = best is not None and dense is not None and best is not dense
-    return Best(
-        best.file if best else None,
-        dense.file if dense else None,
-        excess(dense, best) if differ and dense and best else None,
-    )
-
-
 def choose(points: Iterable[MeasuredFile], at_bytes: int) -> Choice:
     """The best file of a size or less, and the best dense one."""
-    best = best_of(point for point in points if point.file_bytes <= at_bytes)
-    return Choice(best.best, best.dense, best.excess, at_bytes)
+
+    def best_of(some: Sequence[MeasuredFile]) -> MeasuredFile | None:
+        return min(some, key=lambda one: (one.bits_per_byte, one.file_bytes, one.file), default=None)
+
+    fitting = [point for point in points if point.file_bytes <= at_bytes]
+    best, dense = best_of(fitting), best_of([point for point in fitting if point.is_dense])
+    more = excess(dense, best) if best is not None and dense is not None and best is not dense else None
+    return Choice(best.file if best else None, dense.file if dense else None, more, at_bytes)
 
 
 def telling_sizes(points: Sequence[MeasuredFile]) -> tuple[int, ...]:
@@ -237,10 +201,6 @@ def telling_sizes(points: Sequence[MeasuredFile]) -> tuple[int, ...]:
         if size in dense or size < min(dense, default=0):
             least_size_of.setdefault(choose(points, size).best, size)
     return tuple(sorted(least_size_of.values()))
-
-
-def _best(points: Sequence[MeasuredFile]) -> MeasuredFile | None:
-    return min(points, key=lambda point: (point.bits_per_byte, point.file_bytes, point.file), default=None)
 
 
 def _student(degrees: int) -> float:

@@ -20,16 +20,8 @@ from exporters.families import FAMILIES
 
 @dataclass(frozen=True)
 class OpenSettings:
-    """How to open a model.
-
-    Attributes:
-        seqlen: Longest window that will be run.
-        trust_remote_code: Let transformers run code that a folder or hub model brings along.
-        threads: Threads outside torch; torch's number where None.
-        device: Where torch computes.
-        cache_type: Of keys and values, one that the runtime can be asked for; None for that of proofs.
-        dtype: What torch keeps weights in, a name in `cfsp.precision.DTYPES`.
-    """
+    """How to open a model: the longest window that will be run, threads outside torch (None: torch's number), the type
+    of keys and values (None: that of proofs), and what torch keeps weights in (`cfsp.precision.DTYPES`)."""
 
     seqlen: int = 1024
     trust_remote_code: bool = False

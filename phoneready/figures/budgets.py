@@ -22,14 +22,9 @@ class BudgetConfig(Section):
     """A limit on figures of one metric.
 
     Attributes:
-        metric: A name in METRICS; ttft, pp and tg with their number of tokens; or an own metric.
         files: Quantizations, variants or `checkpoint`; all that have the metric when empty. So are the others.
-        targets: As in `bench.targets`.
-        devices: As in `bench.devices`.
-        threads: Thread counts.
         on: `text`, `chats`, a reference or a task.
         at_most: Upper limit: a number in the metric's unit, or with its unit, such as "80 MB".
-        at_least: Lower limit.
         relative_to: What the limit is a multiple of; the figure itself is limited if None.
         difference: The limit is on figure minus reference instead of figure over reference.
     """
@@ -168,19 +163,10 @@ OUTCOMES = MISSED, INCONCLUSIVE, PASS = "missed", "inconclusive", "pass"
 
 @dataclass(frozen=True)
 class BudgetVerdict:
-    """One figure held against its budget.
+    """One figure held against its budget: an outcome of OUTCOMES, and a sentence that says why.
 
-    Attributes:
-        metric: What is limited, such as `file_bytes` or `tg128`.
-        subject: The file, or the checkpoint, that it was found on.
-        target: Where it was measured, as in benchmark records; None for what depends on no machine.
-        limit: The budget for people, such as `at most 1.05 x dense`.
-        value: The figure, in the unit of the limit (a ratio where the limit is one); None where it is not known.
-        low: Lower end of its interval; None where there is none.
-        high: Upper end.
-        outcome: One of OUTCOMES.
-        reason: For people, one sentence.
-        unit: Of value, low and high: `bytes`, `ms`, `t/s`, `J`, `nats`, `share`, `x` for a ratio, or nothing.
+    `limit` is the budget for people, such as `at most 1.05 x dense`; value and interval are in `unit`: `bytes`, `ms`,
+    `t/s`, `J`, `nats`, `share`, `x` for a ratio, or nothing.
     """
 
     metric: str
@@ -204,15 +190,7 @@ class BudgetVerdict:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """verdicts.json: every budget of a release.
-
-    Attributes:
-        outcome: The worst of all; `pass` where there are no budgets.
-        source: Reference of the dense model.
-        source_sha256: Hash of its weights, where known.
-        baseline: File that figures were compared with, or None.
-        verdicts: In the order of the budgets.
-    """
+    """verdicts.json: every budget of a release, and the worst outcome of all; `pass` if there are no budgets."""
 
     KIND: ClassVar[str] = "verdicts"
     SCHEMA_VERSION: ClassVar[int] = 1

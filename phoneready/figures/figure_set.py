@@ -122,14 +122,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class FigureSet:
-    """figures.json.
-
-    Attributes:
-        source: Reference of the dense model.
-        source_sha256: Hash of its weights, where known.
-        seed: Of the release.
-        figures: All of them.
-    """
+    """figures.json: all figures of a release, with the dense model's reference and its weights' hash, if known."""
 
     KIND: ClassVar[str] = "release-figures"
     SCHEMA_VERSION: ClassVar[int] = 1

@@ -170,7 +170,7 @@ class FigureKey:
         metric: A name in METRICS, with its number of tokens.
         item: Quantization, ONNX variant, or CHECKPOINT.
         place: Target or device, as the configuration names it; None for what depends on no machine.
-        n_threads: Threads, of benchmarks; None where the configuration leaves them to the target.
+        n_threads: Of benchmarks; None if the configuration leaves them to the target.
         on: Text (`text builtin:python-docs`) or task; None for all tasks, or where there is neither.
     """
 

@@ -50,10 +50,9 @@ class ReleaseManifest:
         shape: Of the pruned model.
         contents: Every file of the release but this one and SHA256SUMS, with its hash.
         kinds: How each group of figures came about.
-        config: The configuration, without the credentials of URLs in it.
+        config: Without the credentials of URLs in it.
         commands: Single commands that make the pruned files.
         stages: Stage -> its key.
-        seconds: Stage -> its duration.
         warnings: What the configuration says and has had no effect.
     """
 

@@ -37,18 +37,7 @@ from runtime_bench.records.jsonl import read_jsonl
 
 @dataclass(frozen=True)
 class ReleaseFigures:
-    """What the stages of a release found out.
-
-    Attributes:
-        source: The dense model.
-        plan: The applied plan.
-        evaluation: Of the pruned checkpoint against the dense one.
-        dense: Exports of the dense model, one a quantization or variant.
-        pruned: Exports of the pruned model.
-        answers: What the files answer.
-        bench: Benchmark records of all files.
-        losses: What all files lose on the same windows; empty where no text was named.
-    """
+    """What the stages of a release found out; `losses` of all files on the same windows, if a text was named."""
 
     source: ModelSource
     plan: PruningPlan

@@ -72,13 +72,9 @@ class StageRecord:
     """What makes a stage's folder a finished one.
 
     Attributes:
-        name: The stage.
-        key: Hash of its settings and of the keys of the stages before it.
-        settings: As they were.
-        inputs: The stages before it and their keys.
+        key: Hash of its settings and of the keys of the stages before it, which `inputs` has by name.
         files: Path inside the folder to size in bytes.
-        seconds: Time it took.
-        threads: Threads that it was given; None where nobody said how many.
+        threads: That it was given; None if nobody said how many.
     """
 
     KIND: ClassVar[str] = "stage"

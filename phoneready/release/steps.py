@@ -101,13 +101,7 @@ def model_stem(config: ReleaseConfig, source: str, role: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """The stages' work for one configuration and release folder.
-
-    Attributes:
-        config: What to make.
-        folder: The release folder.
-        threads: Threads outside torch and the benchmark; torch's number where None.
-    """
+    """The stages' work for one configuration and release folder; threads are those outside torch and the benchmark."""
 
     config: ReleaseConfig
     folder: Path
@@ -446,15 +440,7 @@ SIDE_BY_SIDE_FILE = "side-by-side.json"
 
 @dataclass(frozen=True)
 class Artifact:
-    """A GGUF file or the folder of an ONNX variant.
-
-    Attributes:
-        role: `dense` or `pruned`, as in Figure.
-        item: The quantization or variant.
-        name: What it is called in the release folder.
-        root: The file, or the folder.
-        path: What a benchmark opens: the file, or the graph in the folder that gives the last position's logits.
-    """
+    """A GGUF file or the folder of an ONNX variant, `root`; benchmarks open `path`, the file or its main graph."""
 
     role: str
     item: str
@@ -470,12 +456,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class FileLosses(MeasuredFile):
-    """What an export loses.
-
-    Attributes:
-        role: `dense` or `pruned`.
-        item: The quantization or variant.
-    """
+    """What an export loses, of the `dense` or the `pruned` role, by its quantization or variant."""
 
     role: str
     item: str
@@ -508,12 +489,7 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class Answers:
-    """Greedy answers of exports, each in its own runtime, in the chat template where the model has one.
-
-    Attributes:
-        prompts: The questions.
-        answers: Name of an export to its answers.
-    """
+    """Greedy answers of exports by their names, each in its own runtime, in the chat template if the model has one."""
 
     KIND: ClassVar[str] = "answers"
     SCHEMA_VERSION: ClassVar[int] = 1

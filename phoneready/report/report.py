@@ -34,18 +34,8 @@ _MODELS = ("dense model", "pruned one")
 
 @dataclass(frozen=True)
 class ReportInput:
-    """Everything that the reports show.
-
-    Attributes:
-        config: What was asked for.
-        figures: What the stages found.
-        versions: Packages and runtimes.
-        commands: What makes the pruned files, command by command.
-        seconds: Stage -> its duration.
-        projected: Name of a pruned file -> what its projection onto devices needs.
-        devices: Those devices.
-        verdicts: Of the budgets; None if none are set.
-    """
+    """Everything that the reports show: `projected` has what a pruned file's projection onto `devices` needs, by its
+    name."""
 
     config: ReleaseConfig
     figures: ReleaseFigures
