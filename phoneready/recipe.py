@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ import torch
 from cfsp.devices import CPU, find_device
 from cfsp.errors import InputError, require_extra
 from cfsp.evaluation.tasks import needs_harness, tasks_sha256
+from cfsp.extent import Extent, Needs
 from cfsp.files import writable_place
 from cfsp.memory import usable_memory
 from cfsp.models.checkpoint import read_checkpoint_info
@@ -47,7 +48,6 @@ from phoneready.publish.publish import publish
 from phoneready.release.beside import Work
 from phoneready.release.collect import collect_figures
 from phoneready.release.decide import measure_on
-from phoneready.release.foretold import foretell_stage
 from phoneready.release.inputs import check_inputs, identities, identity, made_with
 from phoneready.release.results import read_figures, stage_figures
 from phoneready.release.stages import (
@@ -60,6 +60,14 @@ from phoneready.release.stages import (
     stage_folder,
 )
 from phoneready.release.steps import RECOVERY_STAGE, Steps, bench_settled, bench_stage, decide_stage
+from phoneready.room import (
+    check_room,
+    drawing_needs,
+    exporting_needs,
+    judging_needs,
+    pruning_needs,
+    recovering_needs,
+)
 from phoneready.settings.release import planned_figures
 from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.environment import cpu_model
@@ -109,7 +117,7 @@ def run_release(
         def shown(stage: str, state: str) -> None:
             show(stage, state)
             if state == RUNNING:
-                foretell_stage(config, folder, stage, tell)
+                check_stage_room(config, folder, stage)
 
         def beside() -> Work | None:
             """Two stages at once if there are threads and memory for both, and no GPU that they would have to share."""
@@ -144,6 +152,39 @@ def run_release(
         append_entry(folder, entry)
         shutil.rmtree(Steps(config, folder, threads).recovery_work, ignore_errors=True)
         return manifest, verdicts
+
+
+def check_stage_room(config: ReleaseConfig, folder: Path, name: str) -> None:
+    """Raise InputError if memory, or a disk, has too little room for what a stage needs at least."""
+    prune, export, final = config.prune, config.export, Steps(config, folder, None).final
+    seqlen, kept = prune.seqlen, config.model.dtype
+    needs: Callable[[Sequence[Extent]], Needs]
+    what, read = "eval", tuple[str, ...]((final, "dense"))
+    if name == "dense":
+        what, read = "prune", ()
+        moments = Steps(config, folder, None).needs_moments
+        needs = functools.partial(drawing_needs, windows=prune.nsamples, seqlen=seqlen, moments=moments)
+    elif name == "prune":
+        what, read = "prune", ("dense",)
+        settings = config.prune_settings()
+        needs = functools.partial(pruning_needs, settings=settings, windows=prune.nsamples, seqlen=seqlen)
+    elif name == RECOVERY_STAGE and config.recover:
+        # Training, and the proof of an export, keep weights in float32 whatever is asked for.
+        what, read, kept = "recover", ("prune",), "float32"
+        needs = functools.partial(recovering_needs, settings=config.recover)
+    elif name in ("export-dense", "export-pruned"):
+        what, read, kept = "export", ("dense" if name == "export-dense" else final,), "float32"
+        windows = min(prune.nsamples, export.rounding_windows or prune.nsamples)
+        needs = functools.partial(exporting_needs, settings=export, windows=windows, seqlen=seqlen)
+    elif name in ("evaluate", "side-by-side", "evaluate-files"):
+        few_bits = (name != "evaluate", False)
+        needs = functools.partial(judging_needs, seqlen=config.evaluate.seqlen, few_bits=few_bits)
+    else:
+        return
+    models = [str(stage_folder(folder, stage) / "model") for stage in read] or [config.model.reference]
+    check_room(
+        what, models, needs, stage_folder(folder, name), device=find_device(config.model.device), kept=kept
+    )
 
 
 def _run_one(

@@ -15,7 +15,6 @@ from cfsp.settings import check_settings as check_fields
 from cfsp.text.settings import SELF, TEXT_FORMS
 
 if TYPE_CHECKING:
-    from cfsp.forecast import Extent
     from cfsp.recovery.rounding import Rounding
 
 
@@ -72,9 +71,6 @@ VALIDATIONS = 10
 
 HELD_OUT_SHARE = 0.1
 """Most of the data that is held out if no validation data is given."""
-
-_STATES = 8
-"""Tensors as large as the hidden states that a block keeps for the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -351,15 +347,3 @@ def learning_rate_share(warmup_ratio: float, steps: int, step: int) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
-
-
-def training_bytes(
-    settings: Training, student: Extent, teacher: Extent | None, *, teacher_itemsize: int = 4
-) -> int:
-    """Bytes that training holds: float32 weights, gradients, AdamW's two moments, the teacher, hidden states."""
-    method = method_of(settings)
-    trained = not (method.adapter or method.through_rounding)
-    held = (16 if trained else 4) * student.n_weights
-    held += teacher_itemsize * teacher.n_weights if teacher else 0
-    states = student.states_bytes(settings.batch_size * settings.seqlen)
-    return held + _STATES * len(student.blocks) * states

@@ -236,17 +236,6 @@ def load_documents(reference: str) -> list[Document]:
     return kept
 
 
-def most_tokens(reference: str) -> int | None:
-    """Tokens that a text has at most, by its size: tokenizers make no more than one of a byte.
-
-    None where only reading it tells, as chats, rows and data sets, and what cannot be read.
-    """
-    if reference == BUILTIN_TEXT:
-        return sum(len((document.text or "").encode()) for document in load_documents(reference))
-    path = Path(reference)
-    return path.stat().st_size if _READERS.get(path.suffix) is _read_text and path.is_file() else None
-
-
 def document_ids(document: Document, tokenizer: Any, limit: int | None = None) -> array[int]:
     """Token ids of a document, without special tokens; a chat is rendered in the model's own template.
 

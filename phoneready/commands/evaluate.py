@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -169,9 +170,7 @@ def _judge(
     from phoneready.evaluation.elsewhere import FarLanguageModel
     from phoneready.evaluation.models import TORCH, open_language_model, own_cache, runtime_for
     from phoneready.evaluation.run import evaluate as judge
-    from phoneready.forecasts.said import Machine, foretell
-    from phoneready.forecasts.stages import Judging
-    from phoneready.forecasts.texts import judged_windows
+    from phoneready.room import check_room, judging_needs
     from phoneready.text import WRITERS
 
     against, chosen = run.against, runtime_for(model, run.runtime)
@@ -184,10 +183,11 @@ def _judge(
     with ExitStack() as stack:
         if place.is_here:
             pairs = [(model, chosen), *([(against, other)] if against and other else [])]
-            questions, few_bits = len(settings.prompts) * settings.n_sets, tuple(r != TORCH for _, r in pairs)
-            asked = Judging(judged_windows(settings), questions, settings.max_new_tokens, few_bits)
-            machine = Machine(device=opening.device, kept=opening.dtype)
-            foretell("eval", tuple(name for name, _ in pairs), asked, machine=machine, progress=progress)
+            needs = partial(
+                judging_needs, seqlen=opening.seqlen, few_bits=tuple(runtime != TORCH for _, runtime in pairs)
+            )
+            names = [name for name, _ in pairs]
+            check_room("eval", names, needs, device=opening.device, kept=opening.dtype, progress=progress)
             opened = open_language_model(model, chosen, opening, progress=progress)
             judged = stack.enter_context(opened)
         else:

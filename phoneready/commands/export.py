@@ -6,22 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from cfsp.files import claim_output
 from cfsp.records import record_to_json
 from cfsp.settings import as_read
-from cfsp.text.settings import SELF
 from exporters.export_record import ExportManifest, ExportRecord
 from exporters.settings import ExportSettings
 from phoneready.commands.options import DtypeOption, was_given
 from phoneready.console import MakeOptions, prepare_torch, show_progress, warn, write_result
-
-if TYPE_CHECKING:
-    from cfsp.progress import Progress
-    from phoneready.forecasts.said import Machine
 
 
 def export(
@@ -45,15 +40,25 @@ def export(
     """
     prepare_torch(how.threads)
     from cfsp.devices import find_device
-    from phoneready.exporting import EXPORT_READS, export_model
-    from phoneready.forecasts.said import Machine
+    from phoneready.exporting import EXPORT_READS, export_model, is_checkpoint, reads_text
+    from phoneready.room import check_room, exporting_needs
 
     if settings.onnx and not was_given(context, "quants"):
         settings = replace(settings, quants=())
     settings, warnings = as_read(settings, EXPORT_READS)
     warn(warnings)
-    machine = Machine(device=find_device(how.device))  # the proof has float32, whatever is asked for
     with claim_output(output), show_progress() as progress:
+
+        def before(request: ExportSettings) -> None:
+            count = request.nsamples if request.rounding_windows is None else request.rounding_windows
+            windows = min(count, request.nsamples) if reads_text(request) else None
+            saved = not is_checkpoint(model)
+            needs = partial(
+                exporting_needs, settings=request, windows=windows, seqlen=request.seqlen, is_saved=saved
+            )
+            # The proof has float32, whatever is asked for.
+            check_room("export", (model,), needs, output, device=find_device(how.device), progress=progress)
+
         records = export_model(
             model,
             output,
@@ -61,39 +66,11 @@ def export(
             how,
             dtype=dtype,
             warnings=warnings,
-            before=partial(_foretell, model, output, machine, progress),
+            before=before,
             progress=progress,
         )
     record = ExportManifest(records, warnings)
     write_result(format_exports(records, output), record_to_json(record), as_json=how.json)
-
-
-def _foretell(
-    model: str, output: Path, machine: Machine, progress: Progress, request: ExportSettings
-) -> None:
-    from phoneready.exporting import is_checkpoint, reads_text
-    from phoneready.forecasts.said import foretell
-    from phoneready.forecasts.stages import Exporting, Windows
-
-    text = Windows(request.nsamples, request.seqlen).most(request.rounding_windows)
-    asked = Exporting(
-        request.names,
-        text if reads_text(request) else None,
-        request.gptq,
-        request.tune_scales,
-        is_saved=not is_checkpoint(model),
-    )
-    written = (request.calibration or (SELF,)) if asked.text else ()
-    foretell(
-        "export",
-        (model,),
-        asked,
-        output,
-        text=written,
-        writer=request.dense,
-        machine=machine,
-        progress=progress,
-    )
 
 
 def format_exports(records: Sequence[ExportRecord], output: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,9 +97,8 @@ def prune(
     from cfsp.processes import count, first_ahead, require_alike
     from cfsp.pruning.plan import PruningPlan
     from cfsp.pruning.prune import plan_model, prune_model
-    from phoneready.forecasts.said import Machine, foretell
-    from phoneready.forecasts.stages import Pruning, Windows
     from phoneready.release.pruning_budget import fitting_settings, shape_check
+    from phoneready.room import check_room, pruning_needs
     from phoneready.text import load_calibration
 
     decided = {row.name for row in declared(PruneOptions)} - _BESIDE_PLAN
@@ -117,15 +117,17 @@ def prune(
             ready = replace(ready, settings=replace(ready.settings, dtype=settings.products))
         references = references if was_given(context, "calibration") else ready.calibration
     with shared_passes(wanted, how.device) as (writes, progress):
-        device, forecast = find_device(how.device), ready.settings if ready else chosen
+        device = find_device(how.device)
         if writes:
-            shared = Windows(math.ceil(settings.nsamples / count()), settings.seqlen)
-            asked = Pruning(forecast, shared, only_plan=plan_only is not None, has_plan=ready is not None)
-            machine = Machine(forecast.dtype, device, settings.kept)
-            foretell(
-                "prune", (model,), asked, output,
-                text=references, machine=machine, tell=note_once, progress=progress,
-            )  # fmt: skip
+            needs = partial(
+                pruning_needs,
+                settings=ready.settings if ready else chosen,
+                windows=math.ceil(settings.nsamples / count()),
+                seqlen=settings.seqlen,
+                only_plan=plan_only is not None,
+                has_plan=ready is not None,
+            )
+            check_room("prune", (model,), needs, output, device=device, kept=settings.kept, progress=progress)
         loaded = load_model(
             model,
             trust_remote_code=how.trust_remote_code,

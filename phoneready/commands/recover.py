@@ -14,7 +14,6 @@ from cfsp.recovery.settings import (
     RecoveryReferences,
     RecoverySettings,
     reads_teacher,
-    token_budget,
     training_as_read,
 )
 from cfsp.settings import no_effect, setting
@@ -63,10 +62,16 @@ def recover(
     refuse_existing(output, force=force, inputs=inputs)
     with one_voice():
         prepare_torch(threads)
+        from cfsp.devices import find_device
         from cfsp.recovery.recover import RecoveryJob, check_outcome
         from cfsp.recovery.recover import recover as run_recovery
         from exporters.families import ROUNDING
+        from phoneready.room import check_room, recovering_needs
         from phoneready.text import WRITERS
+
+        def before() -> None:
+            needs = partial(recovering_needs, settings=settings)
+            check_room("recover", (checkpoint,), needs, output, device=find_device(device))
 
         with show_progress() as progress:
             result = run_recovery(
@@ -84,24 +89,13 @@ def recover(
                 ),
                 writers=WRITERS,
                 rounding=ROUNDING,
-                before=partial(_foretell, checkpoint, output, settings, device),
+                before=before,
                 progress=progress,
             )
         if result.is_main:
             text = format_recovery(result.record, output)
             write_result(text, record_to_json(result.record), as_json=json)
         check_outcome(result.record, output)
-
-
-def _foretell(checkpoint: str, output: Path, settings: RecoverySettings, device: str) -> None:
-    """How long epochs are is known on the way alone."""
-    from cfsp.devices import find_device
-    from phoneready.forecasts.said import Machine, foretell
-    from phoneready.forecasts.stages import Recovering
-
-    if token_budget(settings) is not None:
-        machine = Machine(settings.dtype, find_device(device))
-        foretell("recover", (checkpoint,), Recovering(settings), output, machine=machine)
 
 
 def format_recovery(record: RecoveryRecord, output: Path) -> str:

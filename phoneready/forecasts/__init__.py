@@ -1,1 +1,0 @@
-"""What a stage will take, said before it begins."""
