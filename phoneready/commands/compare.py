@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +17,6 @@ from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import (
     INCONCLUSIVE,
     TOO_NOISY,
-    Compared,
     ComparisonSettings,
     Incomparable,
     by_model,
@@ -59,75 +57,36 @@ def compare(
     --fail-on, they are an error.
     """
     quiet_libraries()
-
-    output = "json" if json else output
-    files = {path: _read(path) for path in (base, *(new or ()))}
-    anchors = [record for records in files.values() for record in records if record.is_anchor]
-    first, others = _sides(files, base, new or [], base_model)
+    files: dict[Path, list[BenchRecord]] = {}
+    anchors: list[BenchRecord] = []
+    for path in (base, *(new or ())):
+        records = read_jsonl(path)
+        anchors += [record for record in records if record.is_anchor]
+        files[path] = [record for record in records if not record.is_anchor]
+        if not files[path]:
+            raise InputError(f"{path} holds no records of models")
+    models = by_model(files[base])
+    name = next(iter(models))
+    if base_model is not None:
+        named = [one for one in models if base_model in (one, Path(one).name, Path(one).stem)]
+        if len(named) != 1:
+            what = f"{base} has {'several models' if named else 'no model'} of that name"
+            raise InputError(what, field="--base-model", value=base_model, allowed=", ".join(models))
+        (name,) = named
+    elif new and len(models) > 1:
+        raise InputError(f"{base} has {len(models)} models", field="--base-model", allowed=", ".join(models))
+    first = models.pop(name)
+    others = [one for path in new for one in by_model(files[path]).values()] if new else [*models.values()]
+    if not others:
+        raise InputError(f"{base} has one model; give records to hold against it", field="NEW")
     rows = [row for other in others for row in compare_models(first, other, settings, anchors)]
     apart = [row for row in rows if isinstance(row, Incomparable)]
     if len(apart) == len(rows):
         telling = next((row for row in apart if row.base and row.new), apart[0])
         raise InputError(f"nothing is comparable: {incomparable_text(telling)}")
-    write_result(format_comparison(rows, output), None, as_json=False)
-    _check(rows, fail_on)
-
-
-def _sides(
-    files: Mapping[Path, list[BenchRecord]], base: Path, new: list[Path], base_model: str | None
-) -> tuple[list[BenchRecord], list[list[BenchRecord]]]:
-    """Records of the base, and of each model held against it.
-
-    Raises:
-        InputError: A file without records, no such model, or nothing to hold against the base.
-    """
-
-    models = by_model(_measured(files[base]))
-    name = next(iter(models)) if base_model is None else _find(base_model, models, base)
-    if base_model is None and new and len(models) > 1:
-        raise InputError(f"{base} has {len(models)} models", field="--base-model", allowed=", ".join(models))
-    first = models.pop(name)
-    others = (
-        [records for path in new for records in by_model(_measured(files[path])).values()]
-        if new
-        else [*models.values()]
-    )
-    if not others:
-        raise InputError(f"{base} has one model; give records to hold against it", field="NEW")
-    return first, others
-
-
-def _measured(records: Sequence[BenchRecord]) -> list[BenchRecord]:
-    """Records of the models themselves; anchors are no models of a comparison."""
-    return [record for record in records if not record.is_anchor]
-
-
-def _read(path: Path) -> list[BenchRecord]:
-
-    records = read_jsonl(path)
-    if not _measured(records):
-        raise InputError(f"{path} holds no records of models")
-    return records
-
-
-def _find(name: str, models: dict[str, list[BenchRecord]], path: Path) -> str:
-    files = [file for file in models if name in (file, Path(file).name, Path(file).stem)]
-    if len(files) != 1:
-        what = "several models" if files else "no model"
-        raise InputError(
-            f"{path} has {what} of that name", field="--base-model", value=name, allowed=", ".join(models)
-        )
-    return files[0]
-
-
-def _check(rows: list[Compared], gate: tuple[str, ...]) -> None:
-    """Hold the verdicts against the gate; what is not comparable was not held against anything.
-
-    Raises:
-        LimitError: Names every row with a verdict of the gate, and with a gate every one that has none.
-    """
-
-    gate = (*gate, TOO_NOISY) if INCONCLUSIVE in gate else gate
+    write_result(format_comparison(rows, "json" if json else output), None, as_json=False)
+    # What is not comparable was not held against anything.
+    gate = (*fail_on, TOO_NOISY) if INCONCLUSIVE in fail_on else fail_on
     names = short_names(row.new for row in rows if row.new)
     caught = []
     for row in rows if gate else ():

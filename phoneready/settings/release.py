@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,7 +24,7 @@ from exporters.onnx import find_variant
 from exporters.settings import READS as FILES
 from phoneready.evaluation.evaluation_record import repeated_text, text_name
 from phoneready.evaluation.settings import READS as JUDGING
-from phoneready.figures.budgets import SELECTORS, BudgetConfig, fits, select
+from phoneready.figures.budgets import SELECTORS, fits, select
 from phoneready.figures.metrics import (
     ANY_MEMBER,
     CHECKPOINT,
@@ -79,10 +79,7 @@ def load_config(
 ) -> ReleaseConfig:
     """Read a release.toml, or the embedded demo's for None; relative paths in it start at its folder.
 
-    Args:
-        path: The file.
-        overrides: Such as `prune.prune_ratio=0.3`; the value is TOML.
-        trust_remote_code: Let transformers run code that the model brings along; only a person may say so, no file.
+    Overrides are such as `prune.prune_ratio=0.3`, with a TOML value. Only a person may let a model's code run, no file.
 
     Raises:
         InputError: Missing, no TOML, or with errors; the message names all of them. What nothing reads is no error: its
@@ -110,7 +107,7 @@ def parse_config(text: str, *, where: str, overrides: Sequence[str] = ()) -> Rel
         line = next((lines[place] for place in around if place in lines), None)
         return "" if line is None else f"line {line}: "
 
-    def described(problems: Sequence[_Problem]) -> list[str]:
+    def described(problems: Iterable[_Problem]) -> list[str]:
         return [f"{name(place)}{place_of(place)}: {message}" for place, message in problems]
 
     if isinstance(model := values.get("model"), dict) and _TRUST in model:
@@ -149,14 +146,9 @@ def with_variants(config: ReleaseConfig, names: Sequence[str]) -> ReleaseConfig:
     """The configuration with other ONNX variants; raises InputError if the rest of it does not go with them."""
     variants = tuple(dict.fromkeys(find_variant(name).name for name in names))
     changed = config.model_copy(update={"export": dataclasses.replace(config.export, onnx=variants)})
-    check_sections(changed, f"with --onnx {','.join(names)}: ")
+    if problems := [f"{place_of(place)}: {message}" for place, message in _problems_between(changed)]:
+        raise InputError(f"with --onnx {','.join(names)}: {'; '.join(problems)}")
     return _as_read(changed)
-
-
-def check_sections(config: ReleaseConfig, prefix: str = "") -> None:
-    """Raise InputError for sections of a changed configuration that contradict each other."""
-    if problems := [f"{place_of(place)}: {message}" for place, message in _problems_between(config)]:
-        raise InputError(prefix + "; ".join(problems))
 
 
 def beside(config: ReleaseConfig, folder: Path) -> ReleaseConfig:
@@ -256,7 +248,7 @@ def _problems_beside(values: Mapping[str, Any], faults: Sequence[Location]) -> l
         sound = [number for number in range(len(values["budgets"])) if number not in faulty]
         rest["budgets"] = [values["budgets"][number] for number in sound]
     try:
-        found = _problems_between(ReleaseConfig.model_validate(rest))
+        found = list(_problems_between(ReleaseConfig.model_validate(rest)))
     except pydantic.ValidationError:
         return []
     problems: list[_Problem] = []
@@ -267,46 +259,35 @@ def _problems_beside(values: Mapping[str, Any], faults: Sequence[Location]) -> l
     return problems
 
 
-def _problems_between(config: ReleaseConfig) -> list[_Problem]:
-    """Contradictions between sections."""
-    return [*_of_models(config), *_of_files(config), *_of_places(config), *budget_problems(config)]
+def _problems_between(config: ReleaseConfig) -> Iterator[_Problem]:
+    """Contradictions between sections: what cannot be pruned, trained, judged, written, or measured at a target."""
+    prune, training, export, bench = config.prune, config.recover, config.export, config.bench
 
+    def not_exported(name: str) -> str:
+        return f"not exported (got {name!r}); allowed: {', '.join(export.names)}"
 
-def _of_models(config: ReleaseConfig) -> Iterator[_Problem]:
-    """What cannot be pruned, trained or judged so."""
-    prune, training = config.prune, config.recover
     if training is not None:
-        yield from _complaint("recover", training, training.check)
-        name = training.for_quant
-        if name is not None and find_format(name).name not in config.export.names:
-            yield ("recover", "for_quant"), _not_exported(name, config)
+        try:
+            training.check()
+        except InputError as error:
+            at_key = bool(error.field) and hasattr(training, error.field)
+            yield (("recover", error.field), error.problem) if at_key else (("recover",), str(error))
+        if training.for_quant is not None and find_format(training.for_quant).name not in export.names:
+            yield ("recover", "for_quant"), not_exported(training.for_quant)
         if config.learns_nothing:
             message = "nothing is removed, and a model learns nothing from its own distribution"
             yield ("recover", "loss"), f"{message}; allowed: next-token or both, or something to prune"
     if config.evaluate.metrics and prune.vocabulary:
-        yield (
-            ("evaluate", "metrics"),
-            "own metrics read token ids of one vocabulary, and tokens go; leave out prune.vocabulary",
-        )
+        message = "own metrics read token ids of one vocabulary, and tokens go; leave out prune.vocabulary"
+        yield ("evaluate", "metrics"), message
     if name := repeated_text(config.evaluate.text, config.evaluate.chats):
         yield ("evaluate", name.partition(" ")[0]), f"two have the name {name!r}; rename one of the files"
-
-
-def _of_files(config: ReleaseConfig) -> Iterator[_Problem]:
-    """Files that are to be measured or judged and are not exported, or cannot be written."""
-    for section in ("bench", "evaluate"):
-        for name in getattr(config, section).files:
-            if name not in config.export.names:
-                yield (section, "files"), _not_exported(name, config)
-    needed = [name for name in config.export.quants if find_quant(name).needs_imatrix]
-    if needed and not config.export.imatrix:
+    for section, files in (("bench", bench.files), ("evaluate", config.evaluate.files)):
+        yield from (((section, "files"), not_exported(one)) for one in files if one not in export.names)
+    needed = [name for name in export.quants if find_quant(name).needs_imatrix]
+    if needed and not export.imatrix:
         yield ("export", "imatrix"), f"{', '.join(needed)} cannot be written without an importance matrix"
-
-
-def _of_places(config: ReleaseConfig) -> Iterator[_Problem]:
-    """Targets that cannot run what is to be measured there, or not in that way."""
-    bench = config.bench
-    measured = {name: family_of(name) for name in bench.measured(config.export.names)}
+    measured = {name: family_of(name) for name in bench.measured(export.names)}
     others = [name for name, family in measured.items() if family is not BASE]
     folders = [place_slug(place) for place in bench.targets]
     if len(set(folders)) < len(folders):
@@ -330,19 +311,7 @@ def _of_places(config: ReleaseConfig) -> Iterator[_Problem]:
             known = ", ".join(family.cache_types) or "none"
             message = f"{family.runtime} cannot run {name} with {bench.cache_type}; allowed: {known}"
             yield ("bench", "cache_type"), f"{message}, or other names in files"
-
-
-def _not_exported(name: str, config: ReleaseConfig) -> str:
-    return f"not exported (got {name!r}); allowed: {', '.join(config.export.names)}"
-
-
-def _complaint(name: str, section: object, check: Callable[[], object]) -> Iterator[_Problem]:
-    """What a check says of a section, at the key that it names."""
-    try:
-        check()
-    except InputError as error:
-        at_key = bool(error.field) and hasattr(section, error.field)
-        yield ((name, error.field), error.problem) if at_key else ((name,), str(error))
+    yield from budget_problems(config)
 
 
 def _as_read(config: ReleaseConfig) -> ReleaseConfig:
@@ -370,43 +339,30 @@ def planned_figures(config: ReleaseConfig) -> Iterator[FigureKey]:
 
     Tasks may be folders or groups whose members show only when they are read: they are planned as one, with `on` None.
     """
+    bench, evaluate = config.bench, config.evaluate
     for item in config.export.names:
         yield FigureKey("file_bytes", item)
-    yield from _benchmarks(config)
-    for device in config.bench.devices:
-        for item in config.bench.measured(config.export.projected):
-            for metric in metrics_from(PROJECTION):
-                yield FigureKey(metric, item, device)
-    for item in (CHECKPOINT, *config.evaluate.files):
-        yield from _judgements(config, item)
+    for place in bench.targets:
+        for item in bench.measured(config.export.names):
+            for n_threads in bench.n_threads or (None,):
+                yield from (FigureKey(metric, item, place, n_threads) for metric in bench.metrics)
+    for device in bench.devices:
+        for item in bench.measured(config.export.projected):
+            yield from (FigureKey(metric, item, device) for metric in metrics_from(PROJECTION))
+    texts = [text_name(kind, one) for kind in ("text", "chats") for one in getattr(evaluate, kind)]
+    for item in (CHECKPOINT, *evaluate.files):
+        for name in texts:
+            yield from (FigureKey(metric, item, on=name) for metric in metrics_from(TEXT))
+        if evaluate.tasks:
+            yield FigureKey("accuracy", item)
+            yield FigureKey("mean_accuracy", item)
+        yield FigureKey("degenerate", item)
+        if evaluate.sampled:
+            yield FigureKey("degenerate_sampled", item)
+        yield from (FigureKey(name + ANY_MEMBER, item) for name in evaluate.metrics)
 
 
-def _benchmarks(config: ReleaseConfig) -> Iterator[FigureKey]:
-    threads = config.bench.n_threads or (None,)
-    for place in config.bench.targets:
-        for item in config.bench.measured(config.export.names):
-            for n_threads in threads:
-                for metric in config.bench.metrics:
-                    yield FigureKey(metric, item, place, n_threads)
-
-
-def _judgements(config: ReleaseConfig, item: str) -> Iterator[FigureKey]:
-    evaluate = config.evaluate
-    for kind, references in (("text", evaluate.text), ("chats", evaluate.chats)):
-        for reference in references:
-            for metric in metrics_from(TEXT):
-                yield FigureKey(metric, item, on=text_name(kind, reference))
-    if evaluate.tasks:
-        yield FigureKey("accuracy", item)
-        yield FigureKey("mean_accuracy", item)
-    yield FigureKey("degenerate", item)
-    if evaluate.sampled:
-        yield FigureKey("degenerate_sampled", item)
-    for name in evaluate.metrics:
-        yield FigureKey(name + ANY_MEMBER, item)
-
-
-def budget_problems(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
+def budget_problems(config: ReleaseConfig) -> Iterator[_Problem]:
     """Where budgets ask for what the configuration does not produce, and what it does."""
     keys = list(planned_figures(config))
     for position, budget in enumerate(config.budgets):
@@ -418,19 +374,15 @@ def budget_problems(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
             known = ", ".join(dict.fromkeys(key.metric for key in keys))
             yield (*place, "metric"), f"{budget.metric} is not measured here; allowed: {known}"
             continue
-        wrong = [problem for field in SELECTORS for problem in _strangers(budget, field, candidates)]
-        for field, message in wrong:
-            yield (*place, field), message
-        if not wrong and not select(budget, candidates):
+        fitting = True
+        for field, names in SELECTORS.items():
+            for value in getattr(budget, field):
+                if not any(fits(key, names, (value,)) for key in candidates):
+                    fitting = False
+                    there = dict.fromkeys(
+                        str(one) for key in candidates for one in names(key) if one is not None
+                    )
+                    allowed = ", ".join(there) or f"nothing: {budget.metric} is the same everywhere"
+                    yield (*place, field), f"{value} has no {budget.metric} here; allowed: {allowed}"
+        if fitting and not select(budget, candidates):
             yield place, f"nothing has {budget.metric} in this combination of {', '.join(SELECTORS)}"
-
-
-def _strangers(
-    budget: BudgetConfig, field: str, candidates: Sequence[FigureKey]
-) -> Iterator[tuple[str, str]]:
-    names = SELECTORS[field]
-    for value in getattr(budget, field):
-        if not any(fits(key, names, (value,)) for key in candidates):
-            known = dict.fromkeys(str(name) for key in candidates for name in names(key) if name is not None)
-            allowed = ", ".join(known) or f"nothing: {budget.metric} is the same everywhere"
-            yield field, f"{value} has no {budget.metric} here; allowed: {allowed}"
