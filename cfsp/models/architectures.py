@@ -146,7 +146,6 @@ def width_settings(settings: Mapping[str, Any], widths: Sequence[int]) -> dict[s
     """Settings from which the widths of all blocks follow, or where none say them, those of the widest in every block.
 
     Args:
-        settings: Of a configuration, with defaults filled in.
         widths: FFN width of every block.
     """
     row = FAMILIES[settings["model_type"]]

@@ -59,16 +59,11 @@ class Calls:
 
     What blocks leave for later ones of the same window is in these arguments, so each run of windows through the blocks
     has calls of its own.
-
-    Attributes:
-        common: Of every block, those that all windows share, as they are equally long.
-        own: Of every window, and of every block of it, those that it has alone.
-        shared: Name of that in which blocks leave keys and values for others; empty where none does.
     """
 
-    common: Sequence[Arguments]
-    own: Sequence[Sequence[Arguments]]
-    shared: str = ""
+    common: Sequence[Arguments]  # of every block, those that all windows share, as they are equally long
+    own: Sequence[Sequence[Arguments]]  # of every window, and of every block of it, those that it has alone
+    shared: str = ""  # name of that in which blocks leave keys and values for others; empty where none does
 
     def of(self, block: int, window: int = 0) -> dict[str, Any]:
         """Of a block, for a window."""
@@ -180,10 +175,8 @@ def last_hidden_states(
     They are those of a pass over each window after the other.
 
     Args:
-        model: A causal LM of the architecture table, in eval mode.
         input_ids: int64.
         what: Is done, in words.
-        progress: Told after each block.
     """
     layers = decoder_layers(model)
     hidden, calls = enter_blocks(model, layers, input_ids)

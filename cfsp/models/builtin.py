@@ -20,38 +20,24 @@ from cfsp.progress import Progress, no_progress
 
 @dataclass(frozen=True)
 class Member:
-    """A file in a wheel.
+    """A file in a wheel."""
 
-    Attributes:
-        requirement: Pinned pip requirement of the wheel.
-        path: Inside the wheel.
-    """
-
-    requirement: str
-    path: str
+    requirement: str  # pinned pip requirement of the wheel
+    path: str  # inside the wheel
 
 
 @dataclass(frozen=True)
 class BuiltinModel:
-    """A model that wheels on PyPI carry.
+    """A model that wheels on PyPI carry."""
 
-    Attributes:
-        parts: Of the GGUF file, in order.
-        terms: The licence text.
-        file: Name of the GGUF file.
-        sha256: Of the GGUF file.
-        name: Of the model.
-        base_model: Hub id of what was converted to the GGUF file.
-        sampling: How its model card says tokens are to be drawn, named as in a generation_config.json; empty where it
-            does not say it.
-    """
-
-    parts: tuple[Member, ...]
-    terms: Member
-    file: str
-    sha256: str
-    name: str
-    base_model: str
+    parts: tuple[Member, ...]  # of the GGUF file, in order
+    terms: Member  # the licence text
+    file: str  # name of the GGUF file
+    sha256: str  # of the GGUF file
+    name: str  # of the model
+    base_model: str  # hub id of what was converted to the GGUF file
+    # How its model card says tokens are to be drawn, named as in a generation_config.json; empty where it does not
+    # say it.
     sampling: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -111,7 +97,6 @@ def fetch_builtin(alias: str, *, progress: Progress = no_progress) -> Path:
 
     Args:
         alias: A key of BUILTIN_MODELS.
-        progress: Told when a download begins and ends.
 
     Raises:
         InputError: Unknown alias, no way to reach PyPI, or a file that is not the pinned one.
@@ -171,7 +156,6 @@ def download_distribution(requirement: str, folder: Path, *options: str, pattern
 
     Args:
         requirement: Such as `name==1.0`.
-        folder: Where pip puts it.
         options: Of `pip download`, such as `--only-binary`, `:all:`.
         pattern: Of the file's name.
     """

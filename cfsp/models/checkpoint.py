@@ -88,13 +88,10 @@ def save_checkpoint(
     """Write a model, pruned or dense, with its tokenizer, licence and provenance, atomically.
 
     Args:
-        loaded: The model as it is now; its shape is taken from the weights.
-        directory: Destination; replaced with `force`.
         plan: Stored as pruning_plan.json.
         input_moments: Module name to mean squared input per channel, (in_features,) float32.
         extra_records: File name to a record that is stored beside the others.
         rounded: Numbers of few bits that the weights stand for.
-        seed: Stored in the info.
 
     Raises:
         InputError: The folder exists, or cannot be written; the weights are not finite; the plan is another model's.
@@ -193,7 +190,6 @@ def load_pruned(directory: Path, dtype: torch.dtype | None = None, *, by_blocks:
 
     Args:
         directory: A folder written by `save_checkpoint`, or by `save_pretrained` of a model loaded from one.
-        dtype: Cast the weights to it; None keeps what is stored.
         by_blocks: Whether its weights, of one dtype, stay in their files; see `cfsp.models.offload`.
 
     Raises:

@@ -192,10 +192,6 @@ def dense_settings(settings: Mapping[str, Any], where: str) -> tuple[dict[str, A
 
     Some model types have heads of unlike sizes, which transformers states under `per_layer_config`, too.
 
-    Args:
-        settings: Of config.json.
-        where: File named in errors.
-
     Raises:
         InputError: A malformed `per_layer_config`.
     """
@@ -254,9 +250,7 @@ def shape_from_config(config: Mapping[str, Any], given: BlockSettings, where: st
     """The shape that a config.json states.
 
     Args:
-        config: Its keys, with Hugging Face's defaults filled in.
         given: What it states of single blocks, by `dense_settings`.
-        where: File named in errors.
 
     Raises:
         InputError: A block that does not exist, or a key that no block can have of its own.

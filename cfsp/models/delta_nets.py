@@ -22,19 +22,12 @@ OWN_NUMBERS: Mapping[str, tuple[str, str]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Tiling:
-    """Value heads in ggml's order along one axis.
+    """Value heads in ggml's order along one axis."""
 
-    Attributes:
-        groups: Key heads.
-        per_group: Value heads that read each of them.
-        axis: Of the tensor.
-        first: Where along it the value heads begin; what stands before stays.
-    """
-
-    groups: int
-    per_group: int
-    axis: int = 0
-    first: int = 0
+    groups: int  # key heads
+    per_group: int  # value heads that read each of them
+    axis: int = 0  # of the tensor
+    first: int = 0  # where along it the value heads begin; what stands before stays
 
     def order(self, count: int) -> npt.NDArray[np.intp]:
         """Of `count` places along the axis, which of the checkpoint's stands in each of the file's."""

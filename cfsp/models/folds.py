@@ -44,12 +44,7 @@ def folded_config(config: Any) -> Any:
 
 
 def folded(model: Any, where: str) -> Any:
-    """A model of the other type that computes what this one does, in eval mode; this one is of no more use.
-
-    Args:
-        model: A causal LM of a type in FOLDS.
-        where: File or folder named in errors.
-    """
+    """A model of the other type that computes what this one does, in eval mode; this one is of no more use."""
     fold, settings = FOLDS[model.config.model_type], model.config.to_dict()
     config, factors = folded_config(model.config), fold.factors(settings)
     check_factors(factors, where)

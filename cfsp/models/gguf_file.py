@@ -110,23 +110,14 @@ UNQUANTIZED = (
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """One tensor as it is stored.
+    """One tensor as it is stored."""
 
-    Attributes:
-        name: llama.cpp's name, such as "blk.0.ffn_up.weight".
-        shape: Outermost dimension first, as torch has it.
-        kind: The gguf package's quantization type.
-        data: (n_bytes,) uint8 view of the file.
-        offset: Where that begins in the file.
-        mapping: The file in memory.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    kind: Any
-    data: np.ndarray[Any, np.dtype[np.uint8]]
-    offset: int
-    mapping: mmap.mmap = field(repr=False, compare=False)
+    name: str  # llama.cpp's name, such as "blk.0.ffn_up.weight"
+    shape: tuple[int, ...]  # outermost dimension first, as torch has it
+    kind: Any  # the gguf package's quantization type
+    data: np.ndarray[Any, np.dtype[np.uint8]]  # (n_bytes,) uint8 view of the file
+    offset: int  # where that begins in the file
+    mapping: mmap.mmap = field(repr=False, compare=False)  # the file in memory
 
     def let_go(self) -> None:
         """Take its bytes out of memory, where the system can; who asks for them has them read anew."""

@@ -1,15 +1,14 @@
 """Models of GGUF files: configuration from the metadata, weights dequantized into a transformers model.
 
 transformers reads GGUF as well, but needs accelerate for it, differs between its major versions, and leaves out
-the special tokens and the scaling of rotary frequencies; so the architectures that can be pruned are read here.
+the special tokens and the scaling of rotary frequencies; so the families that can be pruned are read here.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from cfsp.errors import InputError
 from cfsp.models.architectures import keyless_blocks, stated_widths
 from cfsp.models.delta_nets import OWN_NUMBERS, a_log_of, tilings, widths
 from cfsp.models.families import FOLDS, family_of_gguf
-from cfsp.models.families.row import FULL, WINDOWED, Family, Mixer
+from cfsp.models.families.row import FULL, WINDOWED, Family
 from cfsp.models.folds import check_factors, times_
 from cfsp.models.gguf_file import (
     CONVOLUTIONS,
@@ -36,6 +35,7 @@ from cfsp.models.rope import split_pairs
 from cfsp.models.weights import check_memory, model_class, model_from_weights
 from cfsp.progress import Progress, no_progress
 from cfsp.reading import as_input_error
+from cfsp.validation import check_kinds, kinds
 
 # rope_freqs holds no weights but the scaling of rotary frequencies; see _rope_settings.
 _ROPE_FREQUENCIES = "rope_freqs.weight"
@@ -53,7 +53,7 @@ _STILL = 1e20
 """Divisors from which on nothing turns."""
 _LLAMA3_FACTORS = (8.0, 16.0, 32.0)
 _STEP = 4
-"""Of the blocks that attend, where a file does not say it; llama.cpp's number."""
+"""Of the blocks that attend, if a file does not say it; llama.cpp's number."""
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 _BLOCKS_OF_27B = 62
 _ROUNDING = 1.3
@@ -68,66 +68,60 @@ def config_from_gguf(file: GGUFFile) -> Any:
         InputError: The architecture cannot be pruned, or the metadata is incomplete or unsupported.
     """
     row = _row(file)
-    settings = _settings(file, row)
-    with as_input_error(f"{file.path}: metadata that does not fit together"):
-        return transformers.AutoConfig.for_model(row.model_type, **settings)
-
-
-def _settings(file: GGUFFile, row: Family) -> dict[str, Any]:
-    """Keyword arguments of the transformers configuration."""
+    own = {key: value for key in row.gguf_kinds if (value := file.hyperparameter(key)) is not None}
+    check_kinds(own, kinds(**row.gguf_kinds), str(file.path))
     shapes = {tensor.name: tensor.shape for tensor in file.tensors}
     heads, hidden = file.hyperparameter("attention.head_count"), file.hyperparameter("embedding_length")
-    if not heads or not hidden or "token_embd.weight" not in shapes:
+    if not heads or not hidden or _EMBEDDING not in shapes:
         raise InputError(
             f"{file.path} lacks the model's dimensions or its embeddings (a vocabulary-only file?)"
         )
     mixing = _mixing_settings(file, row, heads)
     _check_one(file, "attention.head_count", heads)
+    head_dim_key = "attention.key_length_swa" if row.own_heads else "attention.key_length"
+    ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
     settings: dict[str, Any] = {
-        "vocab_size": shapes["token_embd.weight"][0],
+        "vocab_size": shapes[_EMBEDDING][0],
         "hidden_size": hidden,
         "num_hidden_layers": drafting_blocks(file).start,
         "num_attention_heads": heads,
         **mixing,
-        "head_dim": file.hyperparameter(
-            "attention.key_length_swa" if row.own_heads else "attention.key_length", hidden // heads
-        ),
+        "head_dim": file.hyperparameter(head_dim_key, hidden // heads),
         "max_position_embeddings": file.hyperparameter("context_length", 2048),
         row.epsilon_setting: _shortest(file.require(f"{file.architecture}.attention.layer_norm_rms_epsilon")),
         "torch_dtype": "float32",
         **_rope_settings(file),
-        **_special_ids(file),
+        **{name: file.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in ids.items()},
     }
     settings |= _width_settings(file, row, settings)
     if row.has_windows:
         settings |= _window_settings(file, row, settings["num_hidden_layers"])
     settings |= _further_settings(file, row, settings)
-    if (
-        row.release > 4 and "rope_parameters" in settings
-    ):  # transformers 5 would keep what says the same again
-        settings = {
-            key: value for key, value in settings.items() if key not in ("rope_theta", "rope_scaling")
-        }
+    if row.release > 4 and "rope_parameters" in settings:
+        for key in ("rope_theta", "rope_scaling"):  # transformers 5 would keep what says the same again
+            settings.pop(key, None)
     if row.scale_setting:
         # What llama.cpp takes for granted, and for the largest model of the family by its number of blocks.
         largest = settings["num_hidden_layers"] == _BLOCKS_OF_27B
         settings[row.scale_setting] = hidden // heads if largest else settings["head_dim"]
     _check_shapes(file, shapes, settings)
     settings["tie_word_embeddings"] = _OUTPUT not in shapes or _is_stored_twice(file)
-    return settings | {key: f"blk.0.{name}.bias" in shapes for key, name in row.bias_settings.items()}
+    settings |= {key: f"blk.0.{name}.bias" in shapes for key, name in row.bias_settings.items()}
+    with as_input_error(f"{file.path}: metadata that does not fit together"):
+        return transformers.AutoConfig.for_model(row.model_type, **settings)
 
 
 def _mixing_settings(file: GGUFFile, row: Family, heads: int) -> dict[str, Any]:
-    """Key-value heads, and where something can take attention's place, in which blocks it does.
-
-    Raises:
-        InputError: Attentions differ between blocks.
-    """
+    """Key-value heads, and in which blocks something takes attention's place; raises InputError if those differ."""
     key, n_blocks = "attention.head_count_kv", drafting_blocks(file).start
     settings: dict[str, Any] = {}
     kv_heads = file.hyperparameter(key, heads)
     if row.mixer and row.mixer.step_key:
-        settings["layer_types"] = _stepped(file, row.mixer, n_blocks)
+        own, step = "attention.recurrent_layers", file.hyperparameter(row.mixer.step_key, _STEP)
+        recurrent = file.hyperparameter(own, [(block + 1) % step != 0 for block in range(n_blocks)])
+        if len(recurrent) < n_blocks or all(recurrent[:n_blocks]):
+            raise InputError(f"{file.path}: no block attends, or not one number for each", field=own)
+        settings["layer_types"] = [row.mixer.kind if one else FULL for one in recurrent[:n_blocks]]
     elif row.mixer and isinstance(kv_heads, list):
         if len(kv_heads) != n_blocks or not any(kv_heads) or file.hyperparameter("attention.sliding_window"):
             raise InputError(f"{file.path}: no {row.model_type} model has these", field=key, value=kv_heads)
@@ -140,25 +134,8 @@ def _mixing_settings(file: GGUFFile, row: Family, heads: int) -> dict[str, Any]:
     return {"num_key_value_heads": kv_heads} | settings
 
 
-def _stepped(file: GGUFFile, mixer: Mixer, n_blocks: int) -> list[str]:
-    """What every block is, where a file has a step or says it of each.
-
-    Raises:
-        InputError: It says it of fewer blocks than there are, or of all that they do not attend.
-    """
-    key, step = "attention.recurrent_layers", file.hyperparameter(mixer.step_key, _STEP)
-    recurrent = file.hyperparameter(key, [(block + 1) % step != 0 for block in range(n_blocks)])
-    if len(recurrent) < n_blocks or all(recurrent[:n_blocks]):
-        raise InputError(f"{file.path}: no block attends, or not one number for each", field=key)
-    return [mixer.kind if one else FULL for one in recurrent[:n_blocks]]
-
-
 def _further_settings(file: GGUFFile, row: Family, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What caps logits, and the rows of a further table of tokens.
-
-    Raises:
-        InputError: A cap in a model type that has none, or no windows where blocks with one have their own heads.
-    """
+    """What caps logits, the rows of a further table of tokens, a rope of a part of each head; raises InputError."""
     cap, further = file.hyperparameter("final_logit_softcapping", 0.0), {}
     if cap and not row.cap_setting:
         raise InputError(f"{file.path}: unsupported", field="final_logit_softcapping", value=cap, allowed="0")
@@ -166,34 +143,27 @@ def _further_settings(file: GGUFFile, row: Family, settings: Mapping[str, Any]) 
         raise InputError(f"{file.path}: no {row.model_type} model does without", field="sliding_window")
     if row.block_inputs:
         further[row.block_inputs.rows_setting] = settings["vocab_size"]
+    if row.cap_setting:
+        further[row.cap_setting] = _shortest(cap) if cap else None
     if row.partial_rope:
-        further["rope_parameters"] = _partial_rope(file, settings)
-    return further | ({row.cap_setting: _shortest(cap) if cap else None} if row.cap_setting else {})
-
-
-def _partial_rope(file: GGUFFile, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A rope of a part of each head, and how many of its frequencies turn by which place in an image.
-
-    Raises:
-        InputError: No even part of a head, or other frequencies than it has.
-    """
-    turned = file.hyperparameter("rope.dimension_count", settings["head_dim"])
-    sections = file.hyperparameter("rope.dimension_sections", [])[:3]
-    if turned > settings["head_dim"] or turned % 2:
-        allowed = f"an even number, at most {settings['head_dim']}"
-        raise InputError(
-            f"{file.path}: unsupported", field="rope.dimension_count", value=turned, allowed=allowed
-        )
-    if sections and (len(sections) < 3 or sum(sections) != turned // 2):
-        field, allowed = "rope.dimension_sections", f"three numbers, {turned // 2} together"
-        raise InputError(f"{file.path}: unsupported", field=field, value=sections, allowed=allowed)
-    return {
-        "rope_type": "default",
-        "rope_theta": settings["rope_theta"],
-        **settings.get("rope_scaling", {}),
-        "partial_rotary_factor": turned / settings["head_dim"],
-        **({"mrope_section": sections} if sections else {}),
-    }
+        head_dim = settings["head_dim"]
+        turned = file.hyperparameter("rope.dimension_count", head_dim)
+        # How many frequencies turn by which place in an image.
+        sections = file.hyperparameter("rope.dimension_sections", [])[:3]
+        if turned > head_dim or turned % 2:
+            field, allowed = "rope.dimension_count", f"an even number, at most {head_dim}"
+            raise InputError(f"{file.path}: unsupported", field=field, value=turned, allowed=allowed)
+        if sections and (len(sections) < 3 or sum(sections) != turned // 2):
+            field, allowed = "rope.dimension_sections", f"three numbers, {turned // 2} together"
+            raise InputError(f"{file.path}: unsupported", field=field, value=sections, allowed=allowed)
+        further["rope_parameters"] = {
+            "rope_type": "default",
+            "rope_theta": settings["rope_theta"],
+            **settings.get("rope_scaling", {}),
+            "partial_rotary_factor": turned / head_dim,
+            **({"mrope_section": sections} if sections else {}),
+        }
+    return further
 
 
 def _width_settings(file: GGUFFile, row: Family, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,16 +187,161 @@ def _each_block_has(file: GGUFFile, key: str) -> InputError:
     return InputError(f"{file.path} has a {key} for each block; use the checkpoint it was exported from")
 
 
+def _window_settings(file: GGUFFile, row: Family, n_blocks: int) -> dict[str, Any]:
+    """In which blocks attention sees only a window, how wide it is, and the base of the rope there.
+
+    A file that says nothing of single blocks has the step that transformers takes for granted, too.
+    """
+    window = file.hyperparameter("attention.sliding_window", 0)
+    if not window:
+        return {"layer_types": [FULL] * n_blocks} | ({"sliding_window": None} if row.rotates_windowed else {})
+    settings = {"sliding_window": window}
+    if key := row.window_rope_setting:
+        settings[key] = _shortest(file.hyperparameter("rope.freq_base_swa", 10000.0))
+    elif row.plain_window_rope:  # transformers 5 would take the family's own base for these blocks
+        rope, base = _rope_settings(file), file.hyperparameter("rope.freq_base_swa")
+        plain = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+        windowed = plain | ({"rope_theta": _shortest(base)} if base else {})
+        settings["rope_parameters"] = {FULL: plain | rope.get("rope_scaling", {}), WINDOWED: windowed}
+    key = "attention.sliding_window_pattern"
+    pattern = file.hyperparameter(key)
+    if pattern == 0:
+        pattern = [True] * n_blocks
+    if isinstance(pattern, list):
+        if len(pattern) < n_blocks:
+            raise InputError(
+                f"{file.path}: not one for each block", field=key, value=len(pattern), allowed=str(n_blocks)
+            )
+        settings["layer_types"] = [WINDOWED if windowed else FULL for windowed in pattern[:n_blocks]]
+    elif pattern is not None:
+        settings["sliding_window_pattern"] = pattern
+    return settings
+
+
+def _rope_settings(file: GGUFFile) -> dict[str, Any]:
+    """rope_theta and rope_scaling, which transformers 5 understands as well and renames.
+
+    Of the scaled kinds, yarn and Llama 3's are known: a file carries the latter's divisors of frequencies in place of
+    its settings.
+    """
+    theta = _shortest(file.hyperparameter("rope.freq_base", 10000.0))
+    kind = file.hyperparameter("rope.scaling.type", "none")
+    if kind == "yarn":
+        return {"rope_theta": theta, "rope_scaling": _yarn(file)}
+    if kind != "none":
+        allowed = "none, yarn"
+        raise InputError(f"{file.path}: unsupported", field="rope.scaling.type", value=kind, allowed=allowed)
+    stored = next((tensor for tensor in file.tensors if tensor.name == _ROPE_FREQUENCIES), None)
+    if stored is None:
+        return {"rope_theta": theta}
+    divisors = stored.dequantize()
+    turned = int((divisors == 1).sum())
+    if (divisors[:turned] == 1).all() and (divisors[turned:] >= _STILL).all():
+        share = turned / len(divisors)
+        scaling: dict[str, Any] = {"rope_type": "proportional", "partial_rotary_factor": share}
+        return {"rope_theta": theta, "rope_scaling": scaling}
+    for factor in _LLAMA3_FACTORS:
+        scaling = {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        if np.allclose(divisors, llama3_divisors(theta, 2 * len(divisors), scaling), rtol=1e-3):
+            return {"rope_theta": theta, "rope_scaling": scaling}
+    raise InputError(
+        f"{file.path}: {_ROPE_FREQUENCIES} is neither Llama 3's scaling nor a rope of a part of each head"
+    )
+
+
+def _yarn(file: GGUFFile) -> dict[str, Any]:
+    """transformers' settings of a yarn; raises InputError for constants of its own, or no factor above 1."""
+    prefix = f"{file.architecture}.rope.scaling."
+    factor = _shortest(file.require(f"{prefix}factor"))
+    own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
+    odd = {key: value for key, value in own.items() if key.startswith("yarn_") and value != _YARN.get(key)}
+    if odd or factor <= 1:
+        key, value = next(iter(odd.items()), ("factor", factor))
+        raise InputError(f"{file.path}: unsupported", field=f"rope.scaling.{key}", value=value)
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        # llama.cpp multiplies the magnitude that yarn derives from the factor.
+        "attention_factor": own.get("attn_factor", 1.0) * (0.1 * math.log(factor) + 1.0),
+        "original_max_position_embeddings": file.require(f"{prefix}original_context_length"),
+    }
+
+
+def llama3_divisors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> npt.NDArray[np.float32]:
+    """Divisors of rotary frequencies in Llama 3's scaling, (head_dim / 2,) float32: the tensor rope_freqs.weight.
+
+    With w = 2 pi / inv_freq, the wavelength, and L the original context, frequencies with w < L / high_freq_factor
+    stay, those with w > L / low_freq_factor are divided by the factor, and between the two the divisor is
+    interpolated: inv_freq' = (1 - s) * inv_freq / factor + s * inv_freq,
+    s = (L / w - low_freq_factor) / (high_freq_factor - low_freq_factor).
+    """
+    factor, low, high = (float(scaling[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+    context = float(scaling["original_max_position_embeddings"])
+    inv_freq = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    smooth = np.clip((context * inv_freq / (2 * math.pi) - low) / (high - low), 0.0, 1.0)
+    return (1.0 / ((1.0 - smooth) / factor + smooth)).astype(np.float32)
+
+
+def _shortest(value: float) -> float:
+    """The number that was meant by a stored float32: 1e-05 for 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _row(file: GGUFFile) -> Family:
+    windowed = bool(file.hyperparameter("attention.sliding_window"))
+    return family_of_gguf(file.architecture, str(file.path), windowed=windowed)
+
+
+def _check_shapes(file: GGUFFile, shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any]) -> None:
+    """Metadata that contradicts the tensors is caught before a model of the stated size is built."""
+    row, hidden, head_dim = _row(file), settings["hidden_size"], settings["head_dim"]
+    last, attending = settings["num_hidden_layers"] - 1, settings.get("layer_types", [FULL])
+    first = next((index for index, kind in enumerate(attending) if kind in (FULL, WINDOWED)), 0)
+    if attending[first] == FULL:
+        head_dim = settings.get(row.own_heads, head_dim)
+    q_rows = (2 if row.gated else 1) * settings["num_attention_heads"] * head_dim
+    expected = {
+        _EMBEDDING: (settings["vocab_size"], hidden),
+        f"blk.{first}.attn_q.weight": (q_rows, hidden),
+        f"blk.{first}.attn_k.weight": (settings["num_key_value_heads"] * head_dim, hidden),
+        f"blk.{last}.ffn_up.weight": (
+            stated_widths({"model_type": row.model_type, **settings})[last],
+            hidden,
+        ),
+    }
+    if "linear_num_key_heads" in settings and set(settings["layer_types"]) != {FULL}:
+        heads, keys = settings["linear_num_value_heads"], settings["linear_num_key_heads"]
+        if heads % keys:
+            raise InputError(
+                "no multiple of the key heads", field="ssm.time_step_rank", value=heads, allowed=f"{keys} n"
+            )
+        block = next(index for index, kind in enumerate(settings["layer_types"]) if kind != FULL)
+        key_width, value_width = widths(settings)
+        expected[f"blk.{block}.attn_qkv.weight"] = (2 * key_width + value_width, hidden)
+        expected[f"blk.{block}.ssm_out.weight"] = (hidden, value_width)
+    for name, shape in expected.items():
+        if shapes.get(name) != shape:
+            raise InputError(
+                f"{file.path}: the metadata does not fit the tensors",
+                field=name,
+                value=shapes.get(name),
+                allowed=str(shape),
+            )
+
+
 def model_from_gguf(
     file: GGUFFile, *, dtype: torch.dtype, by_blocks: bool = False, progress: Progress = no_progress
 ) -> Any:
     """The model of a GGUF file, dequantized, in eval mode.
 
     Args:
-        file: The file.
-        dtype: The weights are cast to it.
         by_blocks: Whether its weights stay in files, as float32; see `cfsp.models.offload`.
-        progress: Told after each tensor.
 
     Raises:
         InputError: As `config_from_gguf`; or tensors are missing, unknown, or of the wrong shape.
@@ -234,26 +349,23 @@ def model_from_gguf(
     config, where = config_from_gguf(file), str(file.path)
     n_weights = _weight_count(file, config)
     if by_blocks:
-        model = offloaded_copy(
-            config, _weights(file, config, torch.float32, progress), n_weights, where=where
-        )
+        weights = _weights(file, config, torch.float32, progress)
+        model = offloaded_copy(config, weights, n_weights, where=where)
     else:
         check_memory(n_weights, dtype, where)
-        weights = dict(_weights(file, config, dtype, progress))
-        model = model_from_weights(config, weights, dtype=dtype, where=where)
-    ends = [
-        i for i in (config.eos_token_id, file.metadata.get("tokenizer.ggml.eot_token_id")) if i is not None
-    ]
-    model.generation_config.eos_token_id = ends if len(set(ends)) > 1 else config.eos_token_id
-    model.generation_config.bos_token_id = config.bos_token_id
-    model.generation_config.pad_token_id = config.pad_token_id
+        read = dict(_weights(file, config, dtype, progress))
+        model = model_from_weights(config, read, dtype=dtype, where=where)
+    eos, generation = config.eos_token_id, model.generation_config
+    ends = [i for i in (eos, file.metadata.get("tokenizer.ggml.eot_token_id")) if i is not None]
+    generation.eos_token_id = ends if len(set(ends)) > 1 else eos
+    generation.bos_token_id, generation.pad_token_id = config.bos_token_id, config.pad_token_id
     if sampling := sampling_of_gguf(file):
-        model.generation_config.update(do_sample=True, **sampling)
+        generation.update(do_sample=True, **sampling)
     return model
 
 
 def sampling_of_gguf(file: GGUFFile) -> dict[str, Any]:
-    """How a file recommends to sample, under Hugging Face's names; empty where it says nothing.
+    """How a file recommends to sample, under Hugging Face's names; empty if it says nothing.
 
     A penalty is of the last tokens in llama.cpp, and of all here.
     """
@@ -267,15 +379,8 @@ def sampling_of_gguf(file: GGUFFile) -> dict[str, Any]:
 
 
 def keeping_of_gguf(file: GGUFFile, asked: str = AUTO) -> Keeping:
-    """How a file's weights are kept where it may be in other ways than whole; see `keeping_of`.
-
-    Files that they stay in hold them dequantized, as float32.
-
-    Raises:
-        InputError: As `config_from_gguf`.
-    """
-    n_weights = _weight_count(file, config_from_gguf(file))
-    return keeping_of(n_weights, torch.float32, asked)
+    """How a file's weights are kept if not whole, see `keeping_of`; files hold them dequantized, as float32."""
+    return keeping_of(_weight_count(file, config_from_gguf(file)), torch.float32, asked)
 
 
 def _weight_count(file: GGUFFile, config: Any) -> int:
@@ -293,6 +398,7 @@ def _weights(
     """
     row, names, factors = _row(file), _transformers_names(file, config), _factors(file, config)
     both, unread = _twice(file, config), _unread(file, config)
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for done, tensor in enumerate(file.tensors, 1):
         progress("reading GGUF", done, len(file.tensors))
         if tensor.name in unread or (both and tensor.name == _OUTPUT):
@@ -301,20 +407,46 @@ def _weights(
             raise InputError(
                 f"{file.path} has a tensor that {file.architecture} models do not have", value=tensor.name
             )
-        stored = max(both.values(), key=_bits) if tensor.name in both else tensor
+        stored, name = max(both.values(), key=_bits) if tensor.name in both else tensor, names[tensor.name]
         values = torch.from_numpy(stored.dequantize()).float()
         stored.let_go()
-        if row.layouts[0].interleaved_rope:
-            values = _split_halves(tensor.name, values, config)
-        in_mixer = row.mixer is not None and f".{row.mixer.module}." in names[tensor.name]
+        part = tensor.name.split(".")[-2]
+        if row.layouts[0].interleaved_rope and part in heads:
+            values = split_pairs(values, heads[part])
+        in_mixer = row.mixer is not None and f".{row.mixer.module}." in name
         if row.norm_offset and tensor.name.endswith("norm.weight") and not in_mixer:
             values -= row.norm_offset
-        if row.mixer and in_mixer and row.mixer.kind in _OF_MIXERS:
-            values = _OF_MIXERS[row.mixer.kind](names[tensor.name], values, config)
+        if in_mixer and hasattr(config, "linear_num_key_heads"):
+            values = _of_delta_net(name, values, vars(config))
         if tensor.name.endswith(CONVOLUTIONS):
             values = values.unsqueeze(1)  # torch's kernels have one input each
-        times_(names[tensor.name], values, factors)
-        yield names[tensor.name], values.to(dtype)
+        times_(name, values, factors)
+        yield name, values.to(dtype)
+
+
+def _of_delta_net(parameter: str, values: torch.Tensor, settings: Mapping[str, Any]) -> torch.Tensor:
+    """What a file stores of a gated delta net as transformers has it."""
+    keys, value_heads = settings["linear_num_key_heads"], settings["linear_num_value_heads"]
+    name, stored = parameter.removesuffix(".weight").rpartition(".")[2], values.numpy()
+    tiling = tilings(keys, value_heads, widths(settings)[0]).get(name)
+    stored = a_log_of(stored) if name == "A_log" else stored
+    return torch.from_numpy(stored if tiling is None else tiling.grouped(stored))
+
+
+def _transformers_names(file: GGUFFile, config: Any) -> dict[str, str]:
+    """llama.cpp's name of every tensor that the model can have -> transformers'."""
+    names, scalar = tensor_names(file.architecture, config.num_hidden_layers), _row(file).scalar
+    own = {**OWN_NUMBERS, scalar: (scalar, ".weight")}
+
+    def stored(module: str, kind: str) -> str:
+        if kind not in own:
+            return f"{names.get_name(module)}.{kind}"
+        called, suffix = own[kind]
+        return f"{names.get_name(f'{module}.{called}')}{suffix}"
+
+    with torch.device("meta"):
+        parameters = [name.rpartition(".") for name in model_class(config)(config).state_dict()]
+    return {stored(module, kind): f"{module}.{kind}" for module, _, kind in parameters}
 
 
 def _unread(file: GGUFFile, config: Any) -> frozenset[str]:
@@ -322,16 +454,11 @@ def _unread(file: GGUFFile, config: Any) -> frozenset[str]:
 
     The rope's, keys and values of blocks that read another block's, and what drafts further tokens.
     """
-    row, settings = _row(file), {"model_type": config.model_type, **vars(config)}
-    keyless = keyless_blocks(settings) if row.shared_keys else ()
-    parts = ("attn_k", "attn_v", "attn_k_norm")
-    return frozenset(
-        (
-            _ROPE_FREQUENCIES,
-            *(f"blk.{n}.{part}.weight" for n in keyless for part in parts),
-            *filter(is_drafting(file), (tensor.name for tensor in file.tensors)),
-        )
-    )
+    settings = {"model_type": config.model_type, **vars(config)}
+    keyless = keyless_blocks(settings) if _row(file).shared_keys else ()
+    keys = {f"blk.{n}.{part}.weight" for n in keyless for part in ("attn_k", "attn_v", "attn_k_norm")}
+    drafts = filter(is_drafting(file), (tensor.name for tensor in file.tensors))
+    return frozenset({_ROPE_FREQUENCIES, *keys, *drafts})
 
 
 def _factors(file: GGUFFile, config: Any) -> Mapping[str, float]:
@@ -343,20 +470,14 @@ def _factors(file: GGUFFile, config: Any) -> Mapping[str, float]:
         raise InputError(
             f"{file.path}: unsupported", field="rope.scaling.finetuned", value=False, allowed="true"
         )
-    factors = fold.factors(
-        config.to_dict() | {name: file.hyperparameter(key) for name, key in fold.gguf_keys.items()}
-    )
+    stated = {name: file.hyperparameter(key) for name, key in fold.gguf_keys.items()}
+    factors = fold.factors(config.to_dict() | stated)
     check_factors(factors, str(file.path))
     return factors
 
 
 def tying_note(file: GGUFFile, config: Any) -> str | None:
-    """What to say of a file whose output matrix is its embedding in other bits; None of any other.
-
-    Args:
-        file: The file.
-        config: Of `config_from_gguf`.
-    """
+    """What to say of a file whose output matrix is its embedding in other bits; None of any other."""
     both = _twice(file, config)
     if not both:
         return None
@@ -400,213 +521,3 @@ def _bits(tensor: GGUFTensor) -> int:
     """Of a weight, as the type's name has them: 4 for IQ4_NL."""
     digits = re.search(r"\d+", tensor.kind.name)
     return int(digits[0]) if digits else 0
-
-
-def _check_shapes(file: GGUFFile, shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any]) -> None:
-    """Metadata that contradicts the tensors is caught before a model of the stated size is built."""
-    hidden, head_dim = settings["hidden_size"], settings["head_dim"]
-    last, attending = settings["num_hidden_layers"] - 1, settings.get("layer_types", [FULL])
-    first = next((index for index, kind in enumerate(attending) if kind in (FULL, WINDOWED)), 0)
-    if attending[first] == FULL:
-        head_dim = settings.get(_row(file).own_heads, head_dim)
-    per_head = 2 if _row(file).gated else 1
-    width = stated_widths({"model_type": _row(file).model_type, **settings})[last]
-    expected = {
-        "token_embd.weight": (settings["vocab_size"], hidden),
-        f"blk.{first}.attn_q.weight": (per_head * settings["num_attention_heads"] * head_dim, hidden),
-        f"blk.{first}.attn_k.weight": (settings["num_key_value_heads"] * head_dim, hidden),
-        f"blk.{last}.ffn_up.weight": (width, hidden),
-        **_net_shapes(settings),
-    }
-    for name, shape in expected.items():
-        if shapes.get(name) != shape:
-            raise InputError(
-                f"{file.path}: the metadata does not fit the tensors",
-                field=name,
-                value=shapes.get(name),
-                allowed=str(shape),
-            )
-
-
-def _net_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Of the first gated delta net, if there is one.
-
-    Raises:
-        InputError: Value heads that key heads do not divide.
-    """
-    if "linear_num_key_heads" not in settings or set(settings["layer_types"]) == {FULL}:
-        return {}
-    heads, keys = settings["linear_num_value_heads"], settings["linear_num_key_heads"]
-    if heads % keys:
-        raise InputError(
-            "no multiple of the key heads", field="ssm.time_step_rank", value=heads, allowed=f"{keys} n"
-        )
-    block = next(index for index, kind in enumerate(settings["layer_types"]) if kind != FULL)
-    key_width, value_width = widths(settings)
-    return {
-        f"blk.{block}.attn_qkv.weight": (2 * key_width + value_width, settings["hidden_size"]),
-        f"blk.{block}.ssm_out.weight": (settings["hidden_size"], value_width),
-    }
-
-
-def _row(file: GGUFFile) -> Family:
-    windowed = bool(file.hyperparameter("attention.sliding_window"))
-    return family_of_gguf(file.architecture, str(file.path), windowed=windowed)
-
-
-def _shortest(value: float) -> float:
-    """The number that was meant by a stored float32: 1e-05 for 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
-
-
-def _special_ids(file: GGUFFile) -> dict[str, int | None]:
-    keys = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    return {name: file.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
-
-
-def _transformers_names(file: GGUFFile, config: Any) -> dict[str, str]:
-    """llama.cpp's name of every tensor that the model can have -> transformers'."""
-    names = tensor_names(file.architecture, config.num_hidden_layers)
-    own = {**OWN_NUMBERS, _row(file).scalar: (_row(file).scalar, ".weight")}
-
-    def stored(module: str, kind: str) -> str:
-        if kind not in own:
-            return f"{names.get_name(module)}.{kind}"
-        called, suffix = own[kind]
-        return f"{names.get_name(f'{module}.{called}')}{suffix}"
-
-    with torch.device("meta"):
-        parameters = [name.rpartition(".") for name in model_class(config)(config).state_dict()]
-    return {stored(module, kind): f"{module}.{kind}" for module, _, kind in parameters}
-
-
-def _of_delta_net(parameter: str, values: torch.Tensor, config: Any) -> torch.Tensor:
-    """What a file stores of a gated delta net as transformers has it."""
-    settings = vars(config)
-    keys, value_heads = settings["linear_num_key_heads"], settings["linear_num_value_heads"]
-    name, stored = parameter.removesuffix(".weight").rpartition(".")[2], values.numpy()
-    tiling = tilings(keys, value_heads, widths(settings)[0]).get(name)
-    stored = a_log_of(stored) if name == "A_log" else stored
-    return torch.from_numpy(stored if tiling is None else tiling.grouped(stored))
-
-
-_OF_MIXERS: Mapping[str, Callable[[str, torch.Tensor, Any], torch.Tensor]] = MappingProxyType(
-    {"linear_attention": _of_delta_net}
-)
-"""By what `layer_types` calls blocks that do not attend: (parameter, a file's values, configuration) -> its values."""
-
-
-def _split_halves(name: str, values: torch.Tensor, config: Any) -> torch.Tensor:
-    """Undo llama.cpp's interleaving: rows (2i, 2i + 1) of a head become rows (i, i + head_dim / 2)."""
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(
-        name.split(".")[-2]
-    )
-    return values if heads is None else split_pairs(values, heads)
-
-
-def _window_settings(file: GGUFFile, row: Family, n_blocks: int) -> dict[str, Any]:
-    """In which blocks attention sees a window alone, how wide it is, and the base of the rope there.
-
-    A file that says nothing of single blocks has the step that transformers takes for granted, too.
-    """
-    window = file.hyperparameter("attention.sliding_window", 0)
-    if not window:
-        return {"layer_types": [FULL] * n_blocks} | ({"sliding_window": None} if row.rotates_windowed else {})
-    settings = {"sliding_window": window}
-    if key := row.window_rope_setting:
-        settings[key] = _shortest(file.hyperparameter("rope.freq_base_swa", 10000.0))
-    elif row.plain_window_rope:  # transformers 5 would take the family's own base for these blocks
-        rope, base = _rope_settings(file), file.hyperparameter("rope.freq_base_swa")
-        plain = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-        windowed = plain | ({"rope_theta": _shortest(base)} if base else {})
-        settings["rope_parameters"] = {FULL: plain | rope.get("rope_scaling", {}), WINDOWED: windowed}
-    pattern = file.hyperparameter("attention.sliding_window_pattern")
-    if pattern == 0:
-        pattern = [True] * n_blocks
-    if isinstance(pattern, list):
-        if len(pattern) < n_blocks:
-            key = "attention.sliding_window_pattern"
-            raise InputError(
-                f"{file.path}: not one for each block", field=key, value=len(pattern), allowed=str(n_blocks)
-            )
-        settings["layer_types"] = [WINDOWED if windowed else FULL for windowed in pattern[:n_blocks]]
-    elif pattern is not None:
-        settings["sliding_window_pattern"] = pattern
-    return settings
-
-
-def _rope_settings(file: GGUFFile) -> dict[str, Any]:
-    """rope_theta and rope_scaling, which transformers 5 understands as well and renames.
-
-    Of the scaled kinds, yarn and Llama 3's are known: a file carries the latter's divisors of frequencies in place of
-    its settings.
-    """
-    theta = _shortest(file.hyperparameter("rope.freq_base", 10000.0))
-    kind = file.hyperparameter("rope.scaling.type", "none")
-    if kind == "yarn":
-        return {"rope_theta": theta, "rope_scaling": _yarn(file)}
-    if kind != "none":
-        allowed = "none, yarn"
-        raise InputError(f"{file.path}: unsupported", field="rope.scaling.type", value=kind, allowed=allowed)
-    stored = next((tensor for tensor in file.tensors if tensor.name == _ROPE_FREQUENCIES), None)
-    if stored is None:
-        return {"rope_theta": theta}
-    divisors = stored.dequantize()
-    turned = int((divisors == 1).sum())
-    if (divisors[:turned] == 1).all() and (divisors[turned:] >= _STILL).all():
-        share = turned / len(divisors)
-        return {
-            "rope_theta": theta,
-            "rope_scaling": {"rope_type": "proportional", "partial_rotary_factor": share},
-        }
-    for factor in _LLAMA3_FACTORS:
-        scaling = {
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
-        if np.allclose(divisors, llama3_divisors(theta, 2 * len(divisors), scaling), rtol=1e-3):
-            return {"rope_theta": theta, "rope_scaling": scaling}
-    raise InputError(
-        f"{file.path}: {_ROPE_FREQUENCIES} is neither Llama 3's scaling nor a rope of a part of each head"
-    )
-
-
-def _yarn(file: GGUFFile) -> dict[str, Any]:
-    """transformers' settings of a yarn.
-
-    Raises:
-        InputError: The file has constants of its own, or no factor above 1.
-    """
-    prefix = f"{file.architecture}.rope.scaling."
-    factor = _shortest(file.require(f"{prefix}factor"))
-    own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
-    odd = {key: value for key, value in own.items() if key.startswith("yarn_") and value != _YARN.get(key)}
-    if odd or factor <= 1:
-        key, value = next(iter(odd.items()), ("factor", factor))
-        raise InputError(f"{file.path}: unsupported", field=f"rope.scaling.{key}", value=value)
-    # llama.cpp multiplies the magnitude that yarn derives from the factor.
-    magnitude = own.get("attn_factor", 1.0) * (0.1 * math.log(factor) + 1.0)
-    return {
-        "rope_type": "yarn",
-        "factor": factor,
-        "attention_factor": magnitude,
-        "original_max_position_embeddings": file.require(f"{prefix}original_context_length"),
-    }
-
-
-def llama3_divisors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> npt.NDArray[np.float32]:
-    """Divisors of rotary frequencies in Llama 3's scaling, (head_dim / 2,) float32: the tensor rope_freqs.weight.
-
-    With w = 2 pi / inv_freq, the wavelength, and L the original context, frequencies with w < L / high_freq_factor
-    stay, those with w > L / low_freq_factor are divided by the factor, and between the two the divisor is
-    interpolated: inv_freq' = (1 - s) * inv_freq / factor + s * inv_freq,
-    s = (L / w - low_freq_factor) / (high_freq_factor - low_freq_factor).
-    """
-    factor, low, high = (float(scaling[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
-    context = float(scaling["original_max_position_embeddings"])
-    inv_freq = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    smooth = np.clip((context * inv_freq / (2 * math.pi) - low) / (high - low), 0.0, 1.0)
-    return (1.0 / ((1.0 - smooth) / factor + smooth)).astype(np.float32)

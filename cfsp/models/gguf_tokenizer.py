@@ -54,17 +54,12 @@ _CHINESE_AND_KANA = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """How text is split before byte-pair merging.
+    """How text is split before byte-pair merging."""
 
-    Attributes:
-        steps: Regular expressions. Each cuts the pieces of the one before into matches and what lies between.
-        ignore_merges: A piece that is a token as a whole is taken without merging.
-        add_bos: Whether the start token is added where the file does not say.
-    """
-
+    # Regular expressions. Each cuts the pieces of the one before into matches and what lies between.
     steps: tuple[str, ...]
-    ignore_merges: bool = False
-    add_bos: bool = False
+    ignore_merges: bool = False  # a piece that is a token as a whole is taken without merging
+    add_bos: bool = False  # whether the start token is added where the file does not say
 
 
 _DIGITS_THEN_GPT2 = PreTokenizer((_DIGIT, _GPT2))
@@ -123,24 +118,43 @@ _SPM_DEFAULT_IDS = MappingProxyType({"bos": 1, "eos": 2, "unknown": 0})
 def tokenizer_from_gguf(source: Path | GGUFFile) -> Any:
     """A PreTrainedTokenizerFast that gives the token ids llama.cpp gives for the same file.
 
-    Args:
-        source: The file, or what `read_gguf` made of it.
-
     Raises:
         InputError: Damaged file, no tokenizer in it, or an unknown tokenizer kind.
     """
     file = source if isinstance(source, GGUFFile) else read_gguf(source)
-    kind = file.require("tokenizer.ggml.model")
+    stated, kind = file.metadata.get, file.require("tokenizer.ggml.model")
     build = look_up(_BUILDERS, kind, f"{file.path}: unsupported tokenizer", field="tokenizer.ggml.model")
     tokens = [text or f"[EMPTY_{n}]" for n, text in enumerate(file.require("tokenizer.ggml.tokens"))]
-    types = list(file.metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens))
+    types = list(stated("tokenizer.ggml.token_type") or [1] * len(tokens))
     if len(set(tokens)) != len(tokens) or len(types) < len(tokens):
         raise InputError(f"{file.path}: damaged vocabulary (repeated tokens or missing token types)")
+    # Tokens that are found in text before anything else is done to it.
+    added = [
+        tokenizers.AddedToken(
+            text, special=what != _USER_DEFINED or text in _ALWAYS_CONTROL, normalized=False
+        )
+        for text, what in zip(tokens, types, strict=False)
+        if what in (_CONTROL, _UNKNOWN, _USER_DEFINED) or text in _ALWAYS_CONTROL
+    ]
     with as_input_error(f"{file.path}: the tokenizer cannot be built"):
         backend, add_bos = build(file, tokens, types)
-        backend.add_tokens(_added_tokens(tokens, types))
-    special = _special_tokens(file, tokens, kind)
-    _add_post_processor(backend, file, special, add_bos=add_bos)
+        backend.add_tokens(added)
+    special = {}
+    for role, key in _SPECIAL_KEYS.items():
+        default = _SPM_DEFAULT_IDS.get(key) if kind == SENTENCEPIECE else None
+        index = stated(f"tokenizer.ggml.{key}_token_id", default)
+        if index is not None and 0 <= index < len(tokens):
+            special[role] = tokens[index]
+    # Start and end tokens around a text, if the file (or its kind of tokenizer) asks for them.
+    bos = special.get("bos_token") if stated("tokenizer.ggml.add_bos_token", add_bos) else None
+    eos = special.get("eos_token") if stated("tokenizer.ggml.add_eos_token", False) else None
+    if bos or eos:
+        around = [part for part in (bos, "$A", eos) if part]
+        backend.post_processor = processors.TemplateProcessing(
+            single=around,
+            pair=around + [f"{part}:1" for part in (bos, "$B", eos) if part],
+            special_tokens=[(text, backend.token_to_id(text)) for text in {bos, eos} if text],
+        )
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         clean_up_tokenization_spaces=False,
@@ -148,26 +162,24 @@ def tokenizer_from_gguf(source: Path | GGUFFile) -> Any:
         model_max_length=file.hyperparameter("context_length"),
         **special,
     )
-    tokenizer.chat_template = file.metadata.get("tokenizer.chat_template")
+    tokenizer.chat_template = stated("tokenizer.chat_template")
     return tokenizer
 
 
 def _build_bpe(file: GGUFFile, tokens: Sequence[str], types: Sequence[int]) -> tuple[Any, bool]:
-    """Byte-level BPE, as GPT-2 has it."""
+    """Byte-level BPE, as GPT-2 has it; and whether a start token is added where the file does not say."""
     name = file.metadata.get("tokenizer.ggml.pre", "default")
     row = look_up(PRE_TOKENIZERS, name, f"{file.path}: unknown pre-tokenizer", field="tokenizer.ggml.pre")
     vocabulary = {text: n for n, text in enumerate(tokens)}
-    merges = [_split_merge(merge) for merge in file.require("tokenizer.ggml.merges")]
+    merges = []
+    for merge in file.require("tokenizer.ggml.merges"):
+        # The first part may itself begin with a space, so the separating one is looked for after it.
+        at = merge.index(" ", 1)
+        merges.append((merge[:at], merge[at + 1 :]))
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=row.ignore_merges))
     backend.pre_tokenizer = build_pre_tokenizer(row.steps)
     backend.decoder = decoders.ByteLevel()
     return backend, row.add_bos
-
-
-def _split_merge(merge: str) -> tuple[str, str]:
-    # The first part may itself begin with a space, so the separating one is looked for after it.
-    at = merge.index(" ", 1)
-    return merge[:at], merge[at + 1 :]
 
 
 def _build_spm(file: GGUFFile, tokens: Sequence[str], types: Sequence[int]) -> tuple[Any, bool]:
@@ -175,9 +187,15 @@ def _build_spm(file: GGUFFile, tokens: Sequence[str], types: Sequence[int]) -> t
     scores = file.require("tokenizer.ggml.scores")
     vocabulary = {text: n for n, text in enumerate(tokens)}
     unknown = tokens[file.metadata.get("tokenizer.ggml.unknown_token_id", _SPM_DEFAULT_IDS["unknown"])]
-    merges = _merges_from_scores(vocabulary, scores, types)
+    merges = []
+    for text, index in vocabulary.items():
+        for cut in range(1, len(text)) if types[index] not in (_CONTROL, _BYTE, _UNKNOWN) else ():
+            left, right = vocabulary.get(text[:cut]), vocabulary.get(text[cut:])
+            if left is not None and right is not None:
+                merges.append((-scores[index], index, left, right, (text[:cut], text[cut:])))
+    pairs = [pair for *_, pair in sorted(merges)]
     backend = tokenizers.Tokenizer(
-        models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+        models.BPE(vocabulary, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
     prefix = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
     space = normalizers.Replace(" ", "▁")
@@ -187,56 +205,7 @@ def _build_spm(file: GGUFFile, tokens: Sequence[str], types: Sequence[int]) -> t
     return backend, True
 
 
-def _merges_from_scores(
-    vocabulary: Mapping[str, int], scores: Sequence[float], types: Sequence[int]
-) -> list[tuple[str, str]]:
-    merges = []
-    for text, index in vocabulary.items():
-        if types[index] in (_CONTROL, _BYTE, _UNKNOWN):
-            continue
-        for cut in range(1, len(text)):
-            left, right = vocabulary.get(text[:cut]), vocabulary.get(text[cut:])
-            if left is not None and right is not None:
-                merges.append((-scores[index], index, left, right, (text[:cut], text[cut:])))
-    return [pair for *_, pair in sorted(merges)]
-
-
 _BUILDERS = MappingProxyType({BYTE_LEVEL: _build_bpe, SENTENCEPIECE: _build_spm})
-
-
-def _added_tokens(tokens: Sequence[str], types: Sequence[int]) -> list[Any]:
-    """Tokens that are found in text before anything else is done to it."""
-    return [
-        tokenizers.AddedToken(
-            text, special=kind != _USER_DEFINED or text in _ALWAYS_CONTROL, normalized=False
-        )
-        for text, kind in zip(tokens, types, strict=False)
-        if kind in (_CONTROL, _UNKNOWN, _USER_DEFINED) or text in _ALWAYS_CONTROL
-    ]
-
-
-def _special_tokens(file: GGUFFile, tokens: Sequence[str], kind: str) -> dict[str, str]:
-    by_role = {}
-    for role, key in _SPECIAL_KEYS.items():
-        default = _SPM_DEFAULT_IDS.get(key) if kind == SENTENCEPIECE else None
-        index = file.metadata.get(f"tokenizer.ggml.{key}_token_id", default)
-        if index is not None and 0 <= index < len(tokens):
-            by_role[role] = tokens[index]
-    return by_role
-
-
-def _add_post_processor(backend: Any, file: GGUFFile, special: Mapping[str, str], *, add_bos: bool) -> None:
-    """Start and end tokens around a text, where the file (or its kind of tokenizer) asks for them."""
-    bos = special.get("bos_token") if file.metadata.get("tokenizer.ggml.add_bos_token", add_bos) else None
-    eos = special.get("eos_token") if file.metadata.get("tokenizer.ggml.add_eos_token", False) else None
-    if bos is None and eos is None:
-        return
-    around = [part for part in (bos, "$A", eos) if part]
-    backend.post_processor = processors.TemplateProcessing(
-        single=around,
-        pair=around + [f"{part}:1" for part in (bos, "$B", eos) if part],
-        special_tokens=[(text, backend.token_to_id(text)) for text in {bos, eos} if text],
-    )
 
 
 def pre_tokenizer_name(tokenizer: Any) -> str:
@@ -274,7 +243,7 @@ def build_pre_tokenizer(steps: Sequence[str]) -> Any:
 
 
 def _steps_of(state: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The regular expressions a tokenizer.json splits by; None where it does something else besides."""
+    """The regular expressions a tokenizer.json splits by; None if it does something else besides."""
     normalizer = state.get("normalizer")
     # llama.cpp does not normalize; NFC changes nothing in text that is composed already, as most is.
     if state["model"]["type"] != "BPE" or (
@@ -284,20 +253,21 @@ def _steps_of(state: Mapping[str, Any]) -> tuple[str, ...] | None:
     parts = _flat(state.get("pre_tokenizer") or {}, "pretokenizers")
     if not parts or parts[-1].get("type") != "ByteLevel" or parts[-1].get("add_prefix_space"):
         return None
-    steps = [_steps_of_part(part) for part in parts]
-    return None if None in steps else tuple(step for some in steps for step in some or ())
-
-
-def _steps_of_part(part: Mapping[str, Any]) -> tuple[str, ...] | None:
-    kind = part.get("type")
-    if kind == "Digits":
-        return (_DIGIT if part["individual_digits"] else r"\p{N}+",)
-    if kind == "ByteLevel":
-        return (_GPT2,) if part.get("use_regex", True) else ()
-    if kind == "Split" and "Regex" in part["pattern"] and (part["behavior"], part["invert"]) in _KEEPING:
-        # Some files have line ends themselves in the place of their escapes.
-        return (part["pattern"]["Regex"].replace("\r", r"\r").replace("\n", r"\n"),)
-    return None
+    steps: list[str] = []
+    for part in parts:
+        kind = part.get("type")
+        if kind == "Digits":
+            steps.append(_DIGIT if part["individual_digits"] else r"\p{N}+")
+        elif kind == "ByteLevel":
+            steps += [_GPT2] if part.get("use_regex", True) else []
+        elif (
+            kind == "Split" and "Regex" in part["pattern"] and (part["behavior"], part["invert"]) in _KEEPING
+        ):
+            # Some files have line ends themselves in the place of their escapes.
+            steps.append(part["pattern"]["Regex"].replace("\r", r"\r").replace("\n", r"\n"))
+        else:
+            return None
+    return tuple(steps)
 
 
 def _flat(part: Mapping[str, Any], children: str) -> list[Mapping[str, Any]]:

@@ -65,8 +65,6 @@ def load_folder(
     """The model of a folder, in eval mode; a pruned checkpoint is loaded without running its code.
 
     Args:
-        folder: With config.json and safetensors.
-        dtype: The weights are cast to it.
         trust_remote_code: Let transformers run code that the folder brings along.
         by_blocks: Whether its weights stay in its files; see `cfsp.models.offload`.
 

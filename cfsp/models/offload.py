@@ -66,8 +66,6 @@ def keeping_of(n_weights: int, stored: torch.dtype | None, asked: str = AUTO) ->
     """The first way that has room: whole, if 16 bits are not asked for; in 16 bits, if files have no others; in files.
 
     Args:
-        n_weights: All of them.
-        stored: The dtype of all that the files hold; None if there are several.
         asked: A name in `cfsp.precision.DTYPES`.
 
     Raises:
@@ -299,12 +297,6 @@ def copied(model: Any) -> Any:
 def offloaded_model(config: Any, files: Sequence[Path], *, where: str, cls: Any = None) -> Any:
     """A model in eval mode whose weights stay in files.
 
-    Args:
-        config: transformers configuration.
-        files: safetensors files, which hold all of its weights in one dtype.
-        where: Folder named in errors.
-        cls: Model class; transformers' own for the configuration unless given.
-
     Raises:
         InputError: A file is damaged, or tensors are missing, unknown, or of the wrong shape.
     """
@@ -324,12 +316,6 @@ def offloaded_copy(
     config: Any, weights: Iterable[tuple[str, torch.Tensor]], n_weights: int, *, where: str
 ) -> Any:
     """A model in eval mode whose weights are in scratch files, one for each as it comes.
-
-    Args:
-        config: transformers configuration.
-        weights: Parameter names and tensors, float32; no two are in memory.
-        n_weights: All numbers in them.
-        where: File named in errors.
 
     Raises:
         InputError: No room for them; or they are missing, unknown, or of the wrong shape.

@@ -68,10 +68,8 @@ def load_model(
         dtype: Of the weights while they are not at hand, a name in `cfsp.precision.DTYPES`: bfloat16 and float16 round
             them, and keep 16 bits in memory; they are float32 while something computes with them.
         trust_remote_code: Let transformers run code that a folder or hub model brings along.
-        device: Where the model is put.
         may_stream: Whether weights that take too much memory may stay in files, or in 16 bits that they have; see
             `cfsp.models.offload`.
-        progress: Told about downloads and loading.
 
     Raises:
         InputError: The reference leads nowhere, or what it leads to cannot be used.
@@ -145,11 +143,7 @@ def find_model(reference: str | Path, *, progress: Progress = no_progress) -> Mo
 
 
 def load_tokenizer(reference: str | Path) -> Any:
-    """Load only the tokenizer of a reference.
-
-    Raises:
-        InputError: As `load_model`.
-    """
+    """Load only the tokenizer of a reference. Raises InputError: As `load_model`."""
     path = Path(_locate(reference, progress=no_progress, tokenizer_only=True).path or "")
     return tokenizer_from_gguf(path) if path.is_file() else load_folder_tokenizer(path)
 

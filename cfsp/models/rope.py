@@ -23,7 +23,6 @@ def stated_rope(settings: Mapping[str, Any], kind_of_block: str = "") -> dict[st
     """Base and scaling, from transformers 5's rope_parameters or transformers 4's rope_theta and rope_scaling.
 
     Args:
-        settings: Of a configuration, with defaults filled in.
         kind_of_block: Whose rope, where blocks of unlike kinds have unlike ones.
     """
     outside = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")

@@ -22,33 +22,24 @@ _RECORD, _TENSORS = "rounded.json", "rounded.safetensors"
 
 @dataclass(frozen=True)
 class RoundedFormat:
-    """What the numbers are.
-
-    Attributes:
-        format: What export calls it.
-        types: Tensor of a GGUF file, or layer of an ONNX variant -> how it is stored.
-        predicted_loss: Nats a token that the types cost, as predicted when they were chosen; None where they were not.
-    """
+    """What the numbers are."""
 
     KIND: ClassVar[str] = "rounded"
     SCHEMA_VERSION: ClassVar[int] = 1
 
-    format: str
-    types: dict[str, str]
+    format: str  # what export calls it
+    types: dict[str, str]  # tensor of a GGUF file, or layer of an ONNX variant -> how it is stored
+    # Nats a token that the types cost, as predicted when they were chosen; None where they were not.
     predicted_loss: float | None
 
 
 @dataclass(frozen=True)
 class RoundedNumbers:
-    """A file's matrices.
+    """A file's matrices."""
 
-    Attributes:
-        format: What they are.
-        tensors: Name -> what is stored: of a GGUF file a matrix's bytes, (rows, bytes of a row) uint8; of an ONNX
-            variant a layer's numbers and scales, as `exporters.onnx.block_quantize.Rounded` has them.
-    """
-
-    format: RoundedFormat
+    format: RoundedFormat  # what they are
+    # Name -> what is stored: of a GGUF file a matrix's bytes, (rows, bytes of a row) uint8; of an ONNX variant a
+    # layer's numbers and scales, as `exporters.onnx.block_quantize.Rounded` has them.
     tensors: Mapping[str, torch.Tensor]
 
     def save(self, folder: Path) -> None:

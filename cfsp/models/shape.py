@@ -7,7 +7,7 @@ every other difference where files are written.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from cfsp.errors import InputError
@@ -15,23 +15,15 @@ from cfsp.errors import InputError
 
 @dataclass(frozen=True)
 class BlockShape:
-    """What one decoder block is made of.
+    """What one decoder block is made of."""
 
-    Attributes:
-        origin: Which block of the dense model it was.
-        ffn_width: Channels of its FFN (intermediate_size).
-        kv_groups: Its key-value heads (num_key_value_heads), each with as many query heads as in every other block; 0
-            without attention, where something takes its place, and without keys of its own; None where a record does
-            not say.
-        has_attention: Whether it attends, or has what takes the place of that.
-        has_ffn: Whether it has an FFN.
-    """
-
-    origin: int
-    ffn_width: int
+    origin: int  # which block of the dense model it was
+    ffn_width: int  # channels of its FFN (intermediate_size)
+    # Its key-value heads (num_key_value_heads), each with as many query heads as in every other block; 0 without
+    # attention, where something takes its place, and without keys of its own; None where a record does not say.
     kv_groups: int | None = None
-    has_attention: bool = True
-    has_ffn: bool = True
+    has_attention: bool = True  # whether it attends, or has what takes the place of that
+    has_ffn: bool = True  # whether it has an FFN
 
     @property
     def is_keyless(self) -> bool:
@@ -41,15 +33,10 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What can differ between a pruned model and its dense model.
+    """What can differ between a pruned model and its dense model."""
 
-    Attributes:
-        vocab_size: Tokens; None where a record does not say.
-        blocks: First to last.
-    """
-
-    vocab_size: int | None
-    blocks: tuple[BlockShape, ...]
+    vocab_size: int | None  # tokens; None where a record does not say
+    blocks: tuple[BlockShape, ...]  # first to last
 
     @classmethod
     def of_ffn_widths(cls, widths: Sequence[int]) -> ModelShape:
@@ -109,11 +96,6 @@ class ModelShape:
             ),
         )
 
-    def without_groups(self, removed: Mapping[int, int]) -> ModelShape:
-        """The same model with so many key-value groups fewer in blocks of these origins."""
-        counts = [(block.kv_groups or 0) - removed.get(block.origin, 0) for block in self.blocks]
-        return self.with_kv_groups(counts) if removed else self
-
     def with_origins(self, other: ModelShape) -> ModelShape:
         """The same model with the origins that another record of it states; weights do not say them."""
         blocks = zip(self.blocks, other.blocks, strict=True)
@@ -141,8 +123,6 @@ def require_supported(shape: ModelShape, where: str, keyless: Collection[int] = 
     No file format is written for such models yet, and a file of the wrong shape would be worse than none.
 
     Args:
-        shape: Of a model.
-        where: File or folder named in the error.
         keyless: Blocks that mix tokens without keys of their own, in the model's type.
     """
     if not shape.blocks or not shape.blocks[0].has_attention:

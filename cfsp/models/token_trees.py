@@ -15,10 +15,9 @@ import copy
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import tokenizers
 
@@ -31,37 +30,16 @@ _UNKNOWN_PENALTY = 10.0
 
 @dataclass(frozen=True)
 class TokenTrees:
-    """What every token is made of.
+    """What every token is made of."""
 
-    Attributes:
-        size: One more than the largest id.
-        parts: Id -> ids that take the token's place where it is gone; for a token that merging makes its last two, for
-            a character that bytes can stand for these, for a token that only a lookup of whole words gives all pieces.
-        built_on: Id -> ids of the tokens that merging makes of it in the next step, or whose parts it is one of.
-        ranks: Id -> when merging learned it, 0 the first, or its place by score; tokens without `parts` have none.
-    """
-
-    size: int
+    size: int  # one more than the largest id
+    # Id -> ids that take the token's place where it is gone; for a token that merging makes its last two, for a
+    # character that bytes can stand for these, for a token that only a lookup of whole words gives all pieces.
     parts: Mapping[int, tuple[int, ...]]
+    # Id -> ids of the tokens that merging makes of it in the next step, or whose parts it is one of.
     built_on: Mapping[int, frozenset[int]]
+    # Id -> when merging learned it, 0 the first, or its place by score; tokens without `parts` have none.
     ranks: Mapping[int, int]
-
-
-class _Model(Protocol):
-    """How a kind of tokenizer comes from text to tokens.
-
-    Attributes:
-        vocab: Text -> id.
-        apart: Ids that stand for no text of their own: bytes of characters without a token, and what is unknown.
-        last: A rank after all others.
-    """
-
-    vocab: Mapping[str, int]
-    apart: frozenset[int]
-    last: int
-
-    def last_step(self, text: str) -> tuple[tuple[int, ...], int | None]:
-        """Ids of what a token is made of, none where nothing is; its rank, None where it is built on none of them."""
 
 
 def token_trees(tokenizer: Any) -> TokenTrees:
@@ -73,7 +51,7 @@ def token_trees(tokenizer: Any) -> TokenTrees:
         InputError: Neither BPE nor Unigram.
     """
     state = _state(tokenizer)
-    model = _kind(state).read(state["model"])
+    model = _kind(state)(state["model"])
     apart = model.apart | {added["id"] for added in state["added_tokens"]}
     parts: dict[int, tuple[int, ...]] = {}
     ranks: dict[int, int] = {}
@@ -90,7 +68,11 @@ def token_trees(tokenizer: Any) -> TokenTrees:
 
 
 class _Merges:
-    """BPE: a table of merges, the first learned first."""
+    """BPE: a table of merges, the first learned first.
+
+    `vocab`: text -> id. `apart`: ids that stand for no text of their own: bytes of characters without a token, and what
+    is unknown. `last`: a rank after all others.
+    """
 
     def __init__(self, model: Mapping[str, Any]) -> None:
         self.vocab: Mapping[str, int] = model["vocab"]
@@ -104,7 +86,7 @@ class _Merges:
         self.last = len(self.ranks)
 
     def last_step(self, text: str) -> tuple[tuple[int, ...], int | None]:
-        """See `_Model`."""
+        """Ids of what a token is made of, none if nothing is; its rank, None if it is built on none of them."""
         ways = self._ways.get(text, [])
         pieces: Sequence[str] = ways[0] if len(ways) == 1 else self._merged(text)
         rank = self.ranks.get((pieces[0], pieces[1])) if len(pieces) == 2 else None
@@ -120,12 +102,17 @@ class _Merges:
             best = min(itertools.pairwise(pieces), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
             if best not in self.ranks:
                 break
-            pieces = _merge(pieces, best)
+            merged, at = [], 0
+            while at < len(pieces):
+                joins = tuple(pieces[at : at + 2]) == best
+                merged.append("".join(best) if joins else pieces[at])
+                at += 2 if joins else 1
+            pieces = merged
         return pieces
 
     @staticmethod
     def cut(model: dict[str, Any], renumbered: Mapping[int, int]) -> None:
-        """See `_Kind`."""
+        """Leave tokenizer.json's model, in place, the tokens that have a new id."""
         known = {text: renumbered[index] for text, index in model["vocab"].items() if index in renumbered}
         model["vocab"] = known
         model["merges"] = [
@@ -136,7 +123,7 @@ class _Merges:
 
 
 class _Pieces:
-    """Unigram: a table of pieces with scores."""
+    """Unigram: a table of pieces with scores; its members are those of `_Merges`."""
 
     def __init__(self, model: Mapping[str, Any]) -> None:
         scores = [score for _, score in model["vocab"]]
@@ -150,7 +137,6 @@ class _Pieces:
         self.last = len(scores)
 
     def last_step(self, text: str) -> tuple[tuple[int, ...], int | None]:
-        """See `_Model`."""
         best: list[tuple[float, list[str]]] = [(0.0, [])]
         for end in range(1, len(text) + 1):
             ways = [
@@ -174,31 +160,15 @@ class _Pieces:
 
     @staticmethod
     def cut(model: dict[str, Any], renumbered: Mapping[int, int]) -> None:
-        """See `_Kind`."""
         model["vocab"] = [entry for index, entry in enumerate(model["vocab"]) if index in renumbered]
         if model.get("unk_id") is not None:
             model["unk_id"] = renumbered[model["unk_id"]]
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """A kind of tokenizer.
-
-    Attributes:
-        read: tokenizer.json's model -> how it comes to tokens.
-        cut: Leaves tokenizer.json's model, in place, the tokens that have a new id.
-    """
-
-    read: Callable[[Mapping[str, Any]], _Model]
-    cut: Callable[[dict[str, Any], Mapping[int, int]], None]
+_KINDS = {"BPE": _Merges, "Unigram": _Pieces}
 
 
-_KINDS: Mapping[str, _Kind] = MappingProxyType(
-    {"BPE": _Kind(_Merges, _Merges.cut), "Unigram": _Kind(_Pieces, _Pieces.cut)}
-)
-
-
-def _kind(state: Mapping[str, Any]) -> _Kind:
+def _kind(state: Mapping[str, Any]) -> type[_Merges | _Pieces]:
     """Of a tokenizer.json; raises InputError for one that is not in the table."""
     what = "the vocabulary of this kind of tokenizer cannot be trimmed"
     return look_up(_KINDS, str(state["model"].get("type")), what, field="tokenizer")
@@ -218,7 +188,6 @@ def trimmed_tokenizer(tokenizer: Any, kept: Sequence[int]) -> Any:
     """The tokenizer with some of its tokens, numbered anew in their old order.
 
     Args:
-        tokenizer: A transformers fast tokenizer of a kind that has `token_trees`.
         kept: Ids, ascending; all added tokens are among them, and of every token what it is built of.
     """
     state = _state(tokenizer)
@@ -242,16 +211,6 @@ def merge_pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     # Older files have "left right", newer ones ["left", "right"].
     pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
     return [(left, right) for left, right in pairs]
-
-
-def _merge(pieces: Sequence[str], pair: tuple[str, str]) -> list[str]:
-    merged: list[str] = []
-    at = 0
-    while at < len(pieces):
-        joins = tuple(pieces[at : at + 2]) == pair
-        merged.append("".join(pair) if joins else pieces[at])
-        at += 2 if joins else 1
-    return merged
 
 
 def _renumber_processor(processor: dict[str, Any], renumbered: Mapping[int, int]) -> None:

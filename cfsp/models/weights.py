@@ -74,13 +74,6 @@ def model_from_weights(
 ) -> Any:
     """A causal LM in eval mode with the given weights, all of them and no others.
 
-    Args:
-        config: transformers configuration.
-        weights: Parameter name to tensor.
-        dtype: Of the model; the tensors are cast to it.
-        where: File named in errors.
-        cls: Model class; transformers' own for the configuration unless given.
-
     Raises:
         InputError: Tensors are missing, unknown, or of the wrong shape.
     """
@@ -104,9 +97,6 @@ def check_size(config: Any, n_stored: int, where: str, *, cls: Any = None) -> No
 
     Args:
         config: transformers configuration; sizes that its file leaves out are those of the library's default model.
-        n_stored: Weights in the files.
-        where: File or folder named in errors.
-        cls: Model class; transformers' own for the configuration unless given.
 
     Raises:
         InputError: It states more than twice as many.
@@ -122,16 +112,7 @@ def check_size(config: Any, n_stored: int, where: str, *, cls: Any = None) -> No
 
 
 def check_memory(n_weights: int, dtype: torch.dtype, where: str) -> None:
-    """Refuse a model that does not fit into memory.
-
-    Args:
-        n_weights: Its weights.
-        dtype: That they will have.
-        where: File or folder named in errors.
-
-    Raises:
-        InputError: So much is not free.
-    """
+    """Raise InputError for a model that does not fit into memory."""
     kind = str(dtype).removeprefix("torch.")
     what = f"{where}: the model, {n_weights / 1e9:.2g} billion weights in {kind},"
     require_memory(n_weights * dtype.itemsize, what, "a smaller model, or a machine with more memory")
@@ -242,7 +223,11 @@ def safetensors_files(folder: Path) -> list[Path]:
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
     if (folder / INDEX_FILE).is_file():
-        return _shards(folder)
+        files = [folder / name for name in shard_names(folder / INDEX_FILE)]
+        missing = ", ".join(one.name for one in files if not one.is_file())
+        if missing or not files:
+            raise InputError(f"{folder / INDEX_FILE} names weight files that are missing: {missing}")
+        return files
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         raise InputError(
             f"{folder} holds pickled weights only, which can run code when they are read",
@@ -256,14 +241,6 @@ def shard_names(file: Path) -> list[str]:
     index = {"weight_map": None} | read_json_object(file)
     check_kinds(index, _INDEX, str(file))
     return sorted(set(index["weight_map"].values()))
-
-
-def _shards(folder: Path) -> list[Path]:
-    files = [folder / name for name in shard_names(folder / INDEX_FILE)]
-    missing = [one.name for one in files if not one.is_file()]
-    if missing or not files:
-        raise InputError(f"{folder / INDEX_FILE} names weight files that are missing: {', '.join(missing)}")
-    return files
 
 
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
