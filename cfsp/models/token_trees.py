@@ -165,7 +165,7 @@ class _Pieces:
             model["unk_id"] = renumbered[model["unk_id"]]
 
 
-_KINDS = {"BPE": _Merges, "Unigram": _Pieces}
+_KINDS: Mapping[str, type[_Merges | _Pieces]] = {"BPE": _Merges, "Unigram": _Pieces}
 
 
 def _kind(state: Mapping[str, Any]) -> type[_Merges | _Pieces]:
