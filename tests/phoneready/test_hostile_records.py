@@ -45,56 +45,38 @@ def _evaluation() -> Evaluation:
     return Evaluation(**given)
 
 
-def test_sound_records_are_read(tmp_path: Path) -> None:
-    path = _with_value(_figures(), tmp_path / "figures.json", "value", "11")
-    assert read_baseline(path, [KEY]).figures[0].value == 11
-    assert (
-        read_record(Evaluation, _with_value(_evaluation(), path, "perplexity", "11")).texts[0].perplexity
-        == 11
-    )
-
-
-@pytest.mark.parametrize("value", VALUES)
-def test_figures_that_no_release_has_are_no_baseline(value: str, tmp_path: Path) -> None:
-    path = _with_value(_figures(), tmp_path / "figures.json", "value", value)
-    with pytest.raises(InputError, match=r"figures\.json"):
-        read_baseline(path, [KEY])
-
-
-@pytest.mark.parametrize("value", [*VALUES, "0.0"])
-def test_perplexities_that_no_model_has_are_no_baseline(value: str, tmp_path: Path) -> None:
-    path = _with_value(_evaluation(), tmp_path / "eval.json", "perplexity", value)
-    with pytest.raises(InputError, match=r"eval\.json"):
-        read_record(Evaluation, path)
-
-
-@pytest.mark.parametrize("value", ["Infinity", "NaN", "1e400", '"12"'])
-def test_a_history_names_file_and_line(value: str, tmp_path: Path) -> None:
-    figure = HistoryFigure(KEY, "pruned", "", 12.5, None, {})
-    entry = HistoryEntry("0" * 64, "2026-01-01T00:00:00Z", None, "m", None, "pass", {}, {}, {}, (figure,))
-    path = _with_value(entry, tmp_path / "history.jsonl", "value", value)
-    path.write_text("\n" + path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-    with pytest.raises(InputError, match=r"history\.jsonl, line 2"):
-        read_entries(path)
-
-
-@pytest.mark.parametrize("metric", ["", "pp" + "9" * 5000])
-def test_a_history_of_no_metric_is_refused(metric: str, tmp_path: Path) -> None:
-    """Any other name may be that of an own metric that is not installed any more."""
+def _entry(metric: str = "perplexity") -> HistoryEntry:
     figure = HistoryFigure(FigureKey(metric, "checkpoint"), "pruned", "", 12.5, None, {})
-    entry = HistoryEntry("0" * 64, "2026-01-01T00:00:00Z", None, "m", None, "pass", {}, {}, {}, (figure,))
-    path = tmp_path / "history.jsonl"
-    path.write_text(json.dumps(record_to_json(entry)), encoding="utf-8")
-    with pytest.raises(InputError, match=r"history\.jsonl, line 1.*metric"):
-        read_entries(path)
+    return HistoryEntry("0" * 64, "2026-01-01T00:00:00Z", None, "m", None, "pass", {}, {}, {}, (figure,))
 
 
-@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 10**40, 1.5, "1", True])
-def test_a_seed_that_nothing_takes_is_refused(seed: Any, tmp_path: Path) -> None:
-    path = tmp_path / "figures.json"
-    path.write_text(json.dumps(record_to_json(_figures()) | {"seed": seed}), encoding="utf-8")
-    with pytest.raises(InputError, match="seed"):
-        read_record(FigureSet, path)
+def test_what_nobody_can_have_measured_is_no_baseline_and_no_history(tmp_path: Path) -> None:
+    figures, judged, history = (tmp_path / name for name in ("figures.json", "eval.json", "history.jsonl"))
+    _with_value(_figures(), figures, "value", "11")
+    assert read_baseline(figures, [KEY]).figures[0].value == 11
+    _with_value(_evaluation(), judged, "perplexity", "11")
+    assert read_record(Evaluation, judged).texts[0].perplexity == 11
+    for value in VALUES:
+        _with_value(_figures(), figures, "value", value)
+        with pytest.raises(InputError, match=r"figures\.json"):
+            read_baseline(figures, [KEY])
+    for value in (*VALUES, "0.0"):
+        _with_value(_evaluation(), judged, "perplexity", value)
+        with pytest.raises(InputError, match=r"eval\.json"):
+            read_record(Evaluation, judged)
+    for value in ("Infinity", "NaN", "1e400", '"12"'):
+        _with_value(_entry(), history, "value", value)
+        history.write_text("\n" + history.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+        with pytest.raises(InputError, match=r"history\.jsonl, line 2"):
+            read_entries(history)
+    for metric in ("", "pp" + "9" * 5000):  # any other name may be an own metric's, not installed any more
+        history.write_text(json.dumps(record_to_json(_entry(metric))), encoding="utf-8")
+        with pytest.raises(InputError, match=r"history\.jsonl, line 1.*metric"):
+            read_entries(history)
+    for seed in (2**63, -(2**63) - 1, 10**40, 1.5, "1", True):
+        figures.write_text(json.dumps(record_to_json(_figures()) | {"seed": seed}), encoding="utf-8")
+        with pytest.raises(InputError, match="seed"):
+            read_record(FigureSet, figures)
 
 
 def test_a_plan_has_an_entry_for_each_block() -> None:
