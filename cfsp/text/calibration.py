@@ -101,7 +101,7 @@ def _draw_windows(reference: str, loaded: LoadedModel, count: int, seqlen: int, 
             allowed=f"more text, or at most {len(stream) // seqlen} windows from it",
         )
     if not single:
-        return stream.view(count, seqlen)
+        return stream.view(count, seqlen).long()
     generator = random.Random(seed)
     starts = [generator.randint(0, len(stream) - seqlen) for _ in range(count)]
-    return torch.stack([stream[start : start + seqlen] for start in starts])
+    return torch.stack([stream[start : start + seqlen].long() for start in starts])

@@ -31,9 +31,9 @@ from cfsp.errors import InputError, require_extra
 from cfsp.reading import MAX_TEXT_BYTES, as_input_error, one_line, read_json_lines, read_text
 from cfsp.text.settings import BUILTIN_TEXT
 
-WHOLE = 2**21
+WHOLE = 2**19
 """Characters up to which a text is tokenized in one go; a token then takes some 250 bytes for a moment."""
-_PIECE = 2**20
+_PIECE = 2**17
 _OVERLAP = 2**12
 _AGREEING = 32
 _CHARACTERS = 8
@@ -76,8 +76,8 @@ def encode_long(tokenizer: Any, text: str, limit: int | None = None) -> array[in
     """
     size = _PIECE if limit is None else min(_PIECE, _CHARACTERS * limit + 2 * _OVERLAP)
     if len(text) <= (WHOLE if limit is None else size):
-        return array("q", encode(tokenizer, text))
-    ids: array[int] = array("q")
+        return array("i", encode(tokenizer, text))
+    ids = array("i")
     before: list[Token] = []
     for start in range(0, len(text) - _OVERLAP, size - _OVERLAP):
         # The last tokens before a cut may be others than the text's.
@@ -250,15 +250,18 @@ def document_ids(document: Document, tokenizer: Any, limit: int | None = None) -
 def join_documents(
     documents: Iterable[Document], tokenizer: Any, *, limit: int | None = None
 ) -> torch.Tensor:
-    """One token stream of many documents; plain texts are separated by the end-of-sequence token."""
-    stream: array[int] = array("q")
+    """One token stream of many documents, int32; plain texts are separated by the end-of-sequence token."""
+    stream = array("i")
     for index, document in enumerate(documents):
         if limit is not None and len(stream) >= limit:
             break
         if index and document.messages is None and tokenizer.eos_token_id is not None:
             stream.append(tokenizer.eos_token_id)
         stream += document_ids(document, tokenizer, limit)
-    return torch.from_numpy(np.array(stream[:limit], dtype=np.int64))
+    # Four bytes a token, and no copy: an endless line of one sign has a token a byte.
+    return torch.from_numpy(
+        np.frombuffer(stream, dtype=np.int32)[:limit] if stream else np.empty(0, np.int32)
+    )
 
 
 def token_windows(
@@ -277,7 +280,7 @@ def token_windows(
         raise InputError(
             f"{reference} has {len(stream)} tokens, too few for window {skip_windows + 1} of {seqlen}"
         )
-    ids = started(stream[: count * seqlen].view(count, seqlen)[skip_windows:stop], tokenizer)
+    ids = started(stream[: count * seqlen].view(count, seqlen)[skip_windows:stop].long(), tokenizer)
     return TokenWindows(ids, reference, tokens_sha256(ids))
 
 
