@@ -67,22 +67,6 @@ def test_what_decides_nothing_is_told_of_few_windows(tiny_model: Any) -> None:
     assert not torch.allclose(told, all_of_them, rtol=1e-9)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_linear_layers_match_their_weights_and_the_plan(tiny_model: Any, model_type: str) -> None:
-    row = FAMILIES[model_type]
-    dense = loaded(tiny_model, model_type)
-    full = model_shape(dense.model).ffn_widths
-    result = prune_model(dense, calibration(dense.model), PruneSettings(prune_ratio=0.4, align=1))
-    assert result.plan.shape.ffn_widths == model_shape(dense.model).ffn_widths
-    for layer, block, width in zip(decoder_layers(dense.model), result.plan.blocks, full, strict=True):
-        ffn = feed_forward(dense.model, layer)
-        assert len(block.kept) == block.width < width
-        for linear in (ffn.gate, ffn.up, ffn.down):
-            assert linear.weight.shape == (linear.out_features, linear.in_features)
-    moments = result.input_moments[f"model.layers.0.{row.mlp}.{row.down}"]
-    assert len(moments) == result.plan.shape.ffn_widths[0]
-
-
 @pytest.mark.parametrize(
     ("model_type", "settings", "overrides"),
     [
@@ -203,18 +187,6 @@ def test_what_a_block_lacks_goes_back_through_the_norm_after_its_ffn(tiny_model:
         assert left < 0.03 * (norm(given) - wanted).square().mean()
 
 
-@pytest.mark.parametrize("name", RECONSTRUCTIONS)
-def test_a_pruned_model_can_be_trained(tiny_model: Any, name: str) -> None:
-    pruned = loaded(tiny_model)
-    data = calibration(pruned.model)
-    prune_model(pruned, data, PruneSettings(prune_ratio=0.3, align=1, reconstruct=name))
-    pruned.model(input_ids=data.input_ids, labels=data.input_ids).loss.backward()
-    for layer in decoder_layers(pruned.model):
-        gradient = feed_forward(pruned.model, layer).down.weight.grad
-        assert gradient is not None
-        assert float(gradient.abs().max()) > 0
-
-
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 def test_each_block_is_solved_on_what_the_pruned_blocks_before_it_give(
     tiny_model: Any, model_type: str
@@ -253,16 +225,6 @@ def activations(model: Any, index: int, ids: torch.Tensor) -> dict[str, torch.Te
     for hook in hooks:
         hook.remove()
     return {name: value.double().flatten(0, 1) for name, value in kept.items()}
-
-
-def test_a_repair_without_windows_is_refused(tiny_model: Any) -> None:
-    first, second = loaded(tiny_model), loaded(tiny_model)
-    plan = prune_model(first, calibration(first.model), PruneSettings(align=1)).plan
-    before = {key: value.clone() for key, value in second.model.state_dict().items()}
-    with pytest.raises(InputError, match="calibration"):
-        apply_plan(second.model, plan)
-    for key, value in second.model.state_dict().items():
-        assert torch.equal(value, before[key])
 
 
 def test_dead_channels_go_first_and_cost_nothing(tiny_model: Any) -> None:
@@ -305,14 +267,6 @@ def test_plan_survives_json_and_reapplies_at_other_ratios(tiny_model: Any, tmp_p
         assert torch.equal(value, fresh.model.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, float("nan")])
-def test_a_plan_is_not_moved_to_a_ratio_out_of_range(tiny_model: Any, ratio: float) -> None:
-    dense = loaded(tiny_model)
-    plan = prune_model(dense, calibration(dense.model), PruneSettings(align=1, reconstruct="none")).plan
-    with pytest.raises(InputError, match=r"prune_ratio: out of range .*0 or more and below 1"):
-        plan.at_ratio(ratio)
-
-
 def test_statistics_do_not_depend_on_the_number_of_tokens(tiny_model: Any) -> None:
     dense = loaded(tiny_model)
     ids = calibration(dense.model).input_ids
@@ -332,14 +286,11 @@ def test_plan_of_another_model_is_refused(tiny_model: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"score": "best"}, "score.*activation_norm"),
         ({"score": "flap"}, "score: removed.*flap.*allowed: cfsp"),
         ({"reconstruct": "one-pass"}, "reconstruct: removed.*allowed: block-by-block"),
         ({"allocation": "fair"}, "allocation.*uniform"),
         ({"prune_ratio": 1.0}, "prune_ratio"),
-        ({"ridge": 0.0}, "ridge"),
         ({"strength": math.nan}, "strength"),
-        ({"align": 0}, "align"),
         ({"dtype": "float64"}, "dtype.*bfloat16"),
     ],
 )
@@ -390,13 +341,6 @@ def test_logits_that_are_not_finite_are_no_result(tiny_model: Any) -> None:
             divergence(pair[0].model, pair[1].model, windows)
 
 
-def test_divergence_of_a_model_from_itself_is_zero(tiny_model: Any) -> None:
-    dense = loaded(tiny_model)
-    windows = TokenWindows(calibration(dense.model).input_ids, "random", "")
-    result = divergence(dense.model, dense.model, windows)
-    assert (result.kl_mean, result.same_top1, result.perplexity_ratio) == (0.0, 1.0, 1.0)
-
-
 def test_divergence_counts_what_it_says(tiny_model: Any) -> None:
     a, b = loaded(tiny_model), loaded(tiny_model, "llama")
     with torch.no_grad():
@@ -407,6 +351,8 @@ def test_divergence_counts_what_it_says(tiny_model: Any) -> None:
         log_p = a.model(input_ids=ids).logits[:, :-1].log_softmax(-1)
         log_q = b.model(input_ids=ids).logits[:, :-1].log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    itself = divergence(a.model, a.model, TokenWindows(ids, "random", ""))
+    assert (itself.kl_mean, itself.same_top1, itself.perplexity_ratio) == (0.0, 1.0, 1.0)
     result = divergence(a.model, b.model, TokenWindows(ids, "random", ""))
     assert result.kl_mean == pytest.approx(float(kl.mean()), rel=1e-3)
     assert result.kl_median == pytest.approx(float(kl.flatten().sort().values[38]), rel=2e-2)
