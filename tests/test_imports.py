@@ -27,7 +27,7 @@ ROOMS = {
         {"options"},
         {"family"},
         {"checkpoint_reader", "parity", "matrices", "chats"},
-        {"job", "rounding", "slices"},
+        {"job", "quantize", "slices"},
         {"gguf", "onnx"},
         {"families"},
         {"settings"},

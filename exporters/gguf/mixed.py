@@ -29,7 +29,7 @@ from exporters.gguf.imatrix import Imatrix, floored
 from exporters.gguf.llama_library import FloatArray, rounded
 from exporters.gguf.size import padded
 from exporters.gguf.tensors import TensorSpec, tensor_specs
-from exporters.rounding.gradients import LOOKUP, WeightMoments, collect_weight_moments
+from exporters.quantize.gradients import LOOKUP, WeightMoments, collect_weight_moments
 
 GUIDED_TYPES = ("IQ3_S", "IQ3_XXS", "IQ2_S")
 """Of no use without an importance matrix."""

@@ -10,7 +10,7 @@ from cfsp.errors import InputError
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.rounded_numbers import RoundedNumbers
 from exporters.gguf.llama_library import dequantized
-from exporters.rounding.scaled import stands_for
+from exporters.quantize.scaled import stands_for
 
 
 def put_numbers(base: Path, path: Path, numbers: RoundedNumbers) -> int:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from exporters.gguf.fallbacks import block_of
 from exporters.gguf.llama_library import FloatArray, dequantized
-from exporters.rounding.grid import Grid
+from exporters.quantize.grid import Grid
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -31,9 +31,9 @@ from exporters.gguf.llama_library import stored as in_type
 from exporters.gguf.packing import PACKINGS, WHOLE_BLOCKS, StoredMatrix
 from exporters.gguf.tensors import TensorSpec, tensor_specs
 from exporters.matrices import slope_of
-from exporters.rounding.gptq import gptq_blocks, gptq_codes
-from exporters.rounding.refine import refine_codes
-from exporters.rounding.walk import Readings, alike, round_blocks
+from exporters.quantize.gptq import gptq_blocks, gptq_codes
+from exporters.quantize.refine import refine_codes
+from exporters.quantize.walk import Readings, alike, round_blocks
 
 _NOTHING, _LEAST = 1e-30, 2.0**-24
 """A scale for which every code stands for nothing, and the least that float16 holds."""

@@ -31,7 +31,7 @@ from exporters.gguf.packing import SCALES, StoredMatrix
 from exporters.gguf.quants import MIXED, QUANTS, find_quant
 from exporters.gguf.tensors import TensorSpec, tensor_specs
 from exporters.options import ExportOptions
-from exporters.rounding.scaled import factors_of, make_plain, train_blocks, train_norms
+from exporters.quantize.scaled import factors_of, make_plain, train_blocks, train_norms
 
 _TABLES = ("model.embed_tokens", "lm_head")
 """They are looked up, or read once for each token's logits: their numbers stay."""

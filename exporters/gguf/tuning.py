@@ -1,4 +1,4 @@
-"""Scales and norms of a written file, trained on a text end to end (`exporters.rounding.scale_tuning`).
+"""Scales and norms of a written file, trained on a text end to end (`exporters.quantize.scale_tuning`).
 
 The codes stay. What a row's numbers are proportional to, the float16 scales and minima of its blocks, is multiplied by
 one factor a row; norms are float32 in every file. So the file has as many bytes as before, and computes as fast.
@@ -24,7 +24,7 @@ from exporters.gguf.llama_library import dequantized
 from exporters.gguf.packing import SCALES, StoredMatrix
 from exporters.gguf.tensors import TensorSpec, tensor_specs
 from exporters.matrices import slope_of
-from exporters.rounding.scale_tuning import TunedScales, tune_scales
+from exporters.quantize.scale_tuning import TunedScales, tune_scales
 
 _TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LEARNING_RATE = 2e-3

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from exporters.onnx.variants import BlockFormat
-from exporters.rounding.gptq import gptq_codes
-from exporters.rounding.refine import refine_codes
+from exporters.quantize.gptq import gptq_codes
+from exporters.quantize.refine import refine_codes
 
 _ROWS = 128
 """Rows whose scales are looked for at once: they stay in the cache."""

@@ -23,7 +23,7 @@ from exporters.onnx.block_quantize import Rounded, round_nowhere, round_to_neare
 from exporters.onnx.quantize import QuantizedModel, quantize_linears
 from exporters.onnx.variants import HEAD, INT4, INT8, BlockFormat
 from exporters.onnx.weights import HEAD_PARTS, group_of, head_parts, is_tied, weight_of
-from exporters.rounding.gradients import WeightChange, predict_divergence
+from exporters.quantize.gradients import WeightChange, predict_divergence
 
 GRADIENT_WINDOWS = 4
 """Windows of the calibration text to predict losses from: what counts is the layers' order."""

@@ -26,8 +26,8 @@ from exporters.onnx.layers import (
 )
 from exporters.onnx.variants import HEAD, INT8, BlockFormat, FormatOf
 from exporters.onnx.weights import HEAD_PARTS, Weights, head_parts, is_tied, packed_names, read_weight
-from exporters.rounding.scale_tuning import tune_scales
-from exporters.rounding.walk import CORRECTION, Readings, alike, round_blocks
+from exporters.quantize.scale_tuning import tune_scales
+from exporters.quantize.walk import CORRECTION, Readings, alike, round_blocks
 
 Nearest = Callable[[torch.Tensor, BlockFormat], Rounded]
 _AT_ONCE = 2**24
@@ -142,7 +142,7 @@ def quantize_linears(
 def tune(
     model: Any, quantized: QuantizedModel, input_ids: torch.Tensor, *, progress: Progress = no_progress
 ) -> QuantizedModel:
-    """It with the scales and norms that `exporters.rounding.scale_tuning` finds on a text; arguments as there."""
+    """It with the scales and norms that `exporters.quantize.scale_tuning` finds on a text; arguments as there."""
     stored = {name: rounded.dequantized().to(model.device) for name, rounded in quantized.layers.items()}
     head = torch.cat([stored.pop(part) for part in HEAD_PARTS])
     table = head if is_tied(model) else model.get_input_embeddings().weight.detach()

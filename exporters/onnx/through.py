@@ -23,7 +23,7 @@ from exporters.onnx.block_quantize import Rounded
 from exporters.onnx.mixed import choose_few, measured_model, rounded_model
 from exporters.onnx.variants import INT8, VARIANTS, BlockFormat, Variant, find_variant
 from exporters.onnx.weights import HEAD_PARTS, check_blocks, is_tied, weight_of
-from exporters.rounding.scaled import factors_of, make_plain, stands_for, train_blocks, train_norms
+from exporters.quantize.scaled import factors_of, make_plain, stands_for, train_blocks, train_norms
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from cfsp.errors import InputError
 from exporters.export_record import ExportFormat, ParityLimits
-from exporters.rounding.grid import Grid
+from exporters.quantize.grid import Grid
 
 
 @dataclass(frozen=True)

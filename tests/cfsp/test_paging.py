@@ -27,7 +27,7 @@ from cfsp.pruning.settings import PruneSettings
 from cfsp.text.calibration import load_calibration
 from cfsp.text.self_sampling import sample_windows
 from cfsp.text.tokens import TokenWindows
-from exporters.rounding.gradients import LOOKUP, collect_weight_moments
+from exporters.quantize.gradients import LOOKUP, collect_weight_moments
 from phoneready.main import main
 
 PUT_AWAY = ("always", "bfloat16")

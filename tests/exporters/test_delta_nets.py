@@ -28,7 +28,7 @@ from exporters.gguf.imatrix import read_imatrix
 from exporters.gguf.quants import QUANTS
 from exporters.gguf.tensors import tensor_specs
 from exporters.options import ExportOptions
-from exporters.rounding.walk import round_blocks
+from exporters.quantize.walk import round_blocks
 from phoneready.main import main
 from runtime_bench.devices.model_facts import gguf_facts
 

@@ -28,7 +28,7 @@ from exporters.gguf.llama_library import rounded
 from exporters.gguf.mixed import Option, TypeCosts, drawn_rows, measure_types, solve
 from exporters.gguf.quants import limits_of_bits
 from exporters.options import ExportOptions
-from exporters.rounding.gradients import LOOKUP, collect_weight_moments
+from exporters.quantize.gradients import LOOKUP, collect_weight_moments
 
 MakeCheckpoint = Callable[..., Path]
 IDS = torch.randint(0, 384, (4, 96), generator=torch.Generator().manual_seed(3))

@@ -25,7 +25,7 @@ from exporters.gguf.packing import PACKINGS, WHOLE_BLOCKS, StoredMatrix
 from exporters.gguf.rounding import choose_numbers
 from exporters.gguf.tensors import tensor_specs
 from exporters.options import ExportOptions
-from exporters.rounding.gptq import round_to_codes_
+from exporters.quantize.gptq import round_to_codes_
 
 MakeCheckpoint = Callable[..., Path]
 # Of few tokens, so that inputs depend on each other, as those of trained models do.

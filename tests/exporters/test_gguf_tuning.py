@@ -22,7 +22,7 @@ from exporters.gguf.packing import PACKINGS, SCALES, WHOLE_BLOCKS, StoredMatrix
 from exporters.gguf.tensors import tensor_specs
 from exporters.gguf.tuning import tuned_tensor
 from exporters.options import ExportOptions
-from exporters.rounding.scale_tuning import TunedScales
+from exporters.quantize.scale_tuning import TunedScales
 
 MakeCheckpoint = Callable[..., Path]
 TEXT, UNSEEN = (

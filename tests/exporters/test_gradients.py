@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from exporters.rounding.gradients import WeightChange, collect_weight_moments, predict_divergence
+from exporters.quantize.gradients import WeightChange, collect_weight_moments, predict_divergence
 
 
 def kl_after(model, change, ids: torch.Tensor) -> float:
@@ -30,7 +30,7 @@ def test_the_model_is_left_as_it_was(tiny_model):
 
 @pytest.mark.parametrize("rows", [8192, 24])
 def test_the_divergence_of_a_changed_weight_is_predicted(tiny_model, monkeypatch, rows):
-    monkeypatch.setattr("exporters.rounding.gradients._ROWS", rows)
+    monkeypatch.setattr("exporters.quantize.gradients._ROWS", rows)
     model, _ = tiny_model()
     model.double()
     ids = torch.randint(3, model.config.vocab_size, (24, 16), generator=torch.Generator().manual_seed(0))

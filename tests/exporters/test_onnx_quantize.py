@@ -24,7 +24,7 @@ from exporters.onnx.layers import NBitsEmbedding, StackedEmbedding
 from exporters.onnx.quantize import QuantizedModel, quantize_linears
 from exporters.onnx.variants import HEAD, INT4, INT8, formats_without_text
 from exporters.onnx.weights import HEAD_PARTS, weight_of
-from exporters.rounding.gptq import RIDGE
+from exporters.quantize.gptq import RIDGE
 
 
 def weights(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

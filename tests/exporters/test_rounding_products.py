@@ -9,8 +9,8 @@ from cfsp.errors import InputError
 from cfsp.pruning.reconstruction import damped_cholesky
 from exporters.onnx.block_quantize import gptq, refine, round_to_nearest
 from exporters.onnx.variants import INT4
-from exporters.rounding.gptq import RIDGE
-from exporters.rounding.triangular import invert_lower_
+from exporters.quantize.gptq import RIDGE
+from exporters.quantize.triangular import invert_lower_
 
 
 @pytest.mark.parametrize("size", [1, 5, 128, 129, 300, 1700])
@@ -43,9 +43,9 @@ def test_a_wide_matrix_loses_hardly_more_in_coarser_products(
         asked.append(device_type)
         return torch.bfloat16
 
-    monkeypatch.setattr("exporters.rounding.gptq._EXACT_COLUMNS", columns - 1)
-    monkeypatch.setattr("exporters.rounding.refine._WIDE", columns - 1)
-    monkeypatch.setattr("exporters.rounding.refine.bulk_dtype", coarse)
+    monkeypatch.setattr("exporters.quantize.gptq._EXACT_COLUMNS", columns - 1)
+    monkeypatch.setattr("exporters.quantize.refine._WIDE", columns - 1)
+    monkeypatch.setattr("exporters.quantize.refine.bulk_dtype", coarse)
     assert lost() == pytest.approx(exact, rel=0.03)
     assert asked == ["cpu"]
 
@@ -58,10 +58,10 @@ def test_blocks_that_are_multiplied_together_know_what_those_before_them_changed
     x = torch.randn(512, 24, generator=generator) @ torch.randn(24, 560, generator=generator)
     gram = x.T @ x / len(x)
     first = round_to_nearest(weight, INT4)
-    monkeypatch.setattr("exporters.rounding.refine._WIDE", 0)
-    monkeypatch.setattr("exporters.rounding.refine.bulk_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr("exporters.quantize.refine._WIDE", 0)
+    monkeypatch.setattr("exporters.quantize.refine.bulk_dtype", lambda _: torch.bfloat16)
     together = refine(weight, gram, first)
-    monkeypatch.setattr("exporters.rounding.refine._TOGETHER", 1)
+    monkeypatch.setattr("exporters.quantize.refine._TOGETHER", 1)
     apart = refine(weight, gram, first)
     assert (together.q != apart.q).float().mean() < 0.5 * (apart.q != first.q).float().mean()
 
@@ -73,5 +73,5 @@ def test_what_float32_cannot_factor_is_factored_in_float64(monkeypatch: pytest.M
         damped_cholesky(gram.float(), RIDGE)
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     exact = gptq(weight, gram, INT4)
-    monkeypatch.setattr("exporters.rounding.gptq._EXACT_COLUMNS", 63)
+    monkeypatch.setattr("exporters.quantize.gptq._EXACT_COLUMNS", 63)
     assert torch.equal(gptq(weight, gram, INT4).q, exact.q)

@@ -13,8 +13,8 @@ import torch
 from cfsp.models.architectures import attention_of, block_linears, decoder_layers, spec_for
 from cfsp.precision import exact_products
 from cfsp.pruning.streaming import input_hook
-from exporters.rounding.gptq import RIDGE
-from exporters.rounding.walk import Readings, round_blocks
+from exporters.quantize.gptq import RIDGE
+from exporters.quantize.walk import Readings, round_blocks
 
 IDS = torch.randint(0, 300, (3, 32), generator=torch.Generator().manual_seed(3))
 
@@ -37,7 +37,7 @@ def test_each_layer_is_rounded_for_what_all_rounded_ones_before_it_give(
     tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, model_type: str, settings: dict[str, int]
 ) -> None:
     """Those of its own block, too: the inputs are those of a run of the model as it is in the end."""
-    monkeypatch.setattr("exporters.rounding.walk.bulk_products", exact_products)
+    monkeypatch.setattr("exporters.quantize.walk.bulk_products", exact_products)
     model = tiny_model(model_type, **settings)[0]
     linears = {name: linear for block in block_linears(model) for name, linear in block.items()}
     given = {name: linear.weight.detach().clone() for name, linear in linears.items()}
@@ -76,7 +76,7 @@ def test_inputs_are_summed_exactly_where_the_model_runs_in_rounded_products(
     tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sums rounded to bfloat16 are not positive definite beside massive channels, and GPTQ cannot solve them."""
-    monkeypatch.setattr("exporters.rounding.walk.bulk_products", _autocast)
+    monkeypatch.setattr("exporters.quantize.walk.bulk_products", _autocast)
     model = tiny_model("llama")[0]
     read: dict[str, torch.Tensor] = {}
 
@@ -106,7 +106,7 @@ def test_a_share_of_earlier_errors_is_taken_back(
     tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, model_type: str
 ) -> None:
     """W' is the least-squares answer, with GPTQ's ridge, to what outputs lack beside the exact stream."""
-    monkeypatch.setattr("exporters.rounding.walk.bulk_products", exact_products)
+    monkeypatch.setattr("exporters.quantize.walk.bulk_products", exact_products)
     model = tiny_model(model_type)[0]
     linears = {name: linear for block in block_linears(model) for name, linear in block.items()}
     given = {name: linear.weight.detach().clone() for name, linear in linears.items()}

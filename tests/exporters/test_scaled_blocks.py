@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from exporters.rounding.scaled import factors_of, make_plain, train_blocks
+from exporters.quantize.scaled import factors_of, make_plain, train_blocks
 
 
 def test_weight_decay_draws_to_the_stored_scales_and_not_to_zero() -> None:

@@ -29,7 +29,7 @@ from cfsp.models.offload import at_hand
 from cfsp.precision import bulk_products, exact_products
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.streaming import GramSum, input_hook
-from exporters.rounding.gptq import factored
+from exporters.quantize.gptq import factored
 
 CORRECTION = 0.4
 """Share of earlier layers' error that is taken back: c. Of SmolLM2-135M in Q4_0 0.35 and 0.5 leave 0.77 to 0.85 of the
