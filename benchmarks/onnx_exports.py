@@ -37,21 +37,23 @@ from cfsp.text.settings import SELF
 from cfsp.units import format_bytes
 from exporters.export_record import ExportRecord, ParityReport
 from exporters.families import DEFAULT_FORMAT, FAMILIES, family_of
-from exporters.onnx.block_quantize import Rounded, round_to_nearest
 from exporters.onnx.folder import find_graph
-from exporters.onnx.mixed import (
+from exporters.onnx.matrix import Rounded, round_to_nearest
+from exporters.onnx.quantize import (
     OFFSET_DIGITS,
+    QuantizedModel,
+    bytes_of,
     choose_few,
     choose_mixture,
-    measured_model,
+    measure,
+    quantize_linears,
     rounded_model,
-    stored_bytes,
+    tune,
 )
-from exporters.onnx.quantize import QuantizedModel, quantize_linears, tune
 from exporters.onnx.variants import INT4, INT8, BlockFormat
 from exporters.onnx.weights import HEAD_PARTS, weight_of
-from exporters.parity import Reference, choose_windows, reference_of
-from exporters.parity import compare as compare_logits
+from exporters.proof import Reference, choose_windows, reference_of
+from exporters.proof import compare as compare_logits
 from exporters.settings import ExportSettings
 from phoneready.console import MakeOptions, prepare_torch
 from phoneready.exporting import export_model
@@ -192,9 +194,10 @@ def mixed(arguments: argparse.Namespace) -> None:
     text = load_calibration(references, loaded, **sizes).input_ids
     windows = choose_windows(loaded.tokenizer, model.config.max_position_embeddings)
     reference = reference_of(model, replace(windows, ids=windows.ids[:2]))
-    nearest = measured_model(model, INT4, text)
+    nearest = QuantizedModel(quantize_linears(model, lambda *_: INT4, None))
+    losses = measure(model, INT4, text)
     small = rounded_model(model, INT4, (), text)
-    own = rounded_model(model, INT4, choose_few(model, nearest), text)
+    own = rounded_model(model, INT4, choose_few(model, INT4, losses), text)
 
     def with_head(head: Mapping[str, Rounded]) -> QuantizedModel:
         return replace(own, layers={**own.layers, **{name: head[name] for name in HEAD_PARTS}})
@@ -203,7 +206,7 @@ def mixed(arguments: argparse.Namespace) -> None:
         return {name: round_to_nearest(weight_of(model, name), form) for name in HEAD_PARTS}
 
     budget = taken_bytes(own.layers) + OFFSET_DIGITS * len(own.layers)
-    mixture = choose_mixture(nearest, taken_bytes(nearest.layers), budget)
+    mixture = choose_mixture(model, INT4, losses, taken_bytes(nearest.layers), budget)
     choices = {
         "nearest": nearest,
         "GPTQ, nothing taken back": QuantizedModel(
@@ -229,13 +232,13 @@ def mixed(arguments: argparse.Namespace) -> None:
 
 def taken_bytes(rounded: Mapping[str, Rounded]) -> int:
     """Of the weights as they are stored."""
-    return sum(map(stored_bytes, rounded.values()))
+    return sum(bytes_of((len(each.q), each.columns), each.form) for each in rounded.values())
 
 
 def torch_parity(model: Any, quantized: QuantizedModel, reference: Reference) -> ParityReport:
     """The model with its weights as they are stored, in torch, against itself."""
     # A tied embedding is the output matrix; an untied one stays as it is.
-    changed = [(weight_of(model, name), stored.dequantized()) for name, stored in quantized.layers.items()]
+    changed = [(weight_of(model, name), stored.dequantize()) for name, stored in quantized.layers.items()]
     changed += [(model.get_parameter(name).detach(), norm) for name, norm in quantized.norms.items()]
     kept = [weight.clone() for weight, _ in changed]
     for weight, stored in changed:

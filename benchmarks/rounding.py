@@ -1,4 +1,4 @@
-"""How long rounding one matrix takes, what it holds in memory and what it loses: GPTQ, then its refinement.
+"""How long rounding one matrix takes, what it holds in memory and what it loses: to the nearest, then for its inputs.
 
     python benchmarks/rounding.py --rows 4096 --columns 14336
 
@@ -16,8 +16,9 @@ from typing import TypeVar
 
 import torch
 
-from exporters.onnx.block_quantize import gptq, refine, round_to_nearest
+from exporters.onnx.matrix import round_to_nearest
 from exporters.onnx.variants import INT4
+from exporters.quantize.matrix import fit
 
 T = TypeVar("T")
 _TOKENS = 512
@@ -35,11 +36,9 @@ def main() -> None:
     weight = 0.02 * torch.randn(asked.rows, asked.columns, generator=generator)
     gram = gram_of_inputs(asked.columns, generator)
     nearest = timed("nearest", lambda: round_to_nearest(weight, INT4))
-    show(weight, nearest.dequantized(), gram)
-    rounded = timed("GPTQ", lambda: gptq(weight, gram, INT4))
-    show(weight, rounded.dequantized(), gram)
-    rounded = timed("refinement", lambda: refine(weight, gram, rounded))
-    show(weight, rounded.dequantized(), gram)
+    show(weight, nearest.dequantize(), gram)
+    rounded = timed("GPTQ and refinement", lambda: fit(weight, nearest, gram))
+    show(weight, rounded.dequantize(), gram)
     print(
         f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB, H {gram.nbytes / 2**30:.1f}"
     )

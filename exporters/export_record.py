@@ -13,7 +13,7 @@ class ParityLimits:
     """Bounds on a ParityReport's metrics; None is not checked. That to the difference of logits is for ones up to 10.
 
     What a graph computes is proven on its float32 file, in the logits, and a quantized file's numbers row by row
-    (`exporters.matrices`). The bounds of quantized files catch a runtime that computes something else with them.
+    (`exporters.proof`). The bounds of quantized files catch a runtime that computes something else with them.
     """
 
     max_logit_diff: float | None = None
@@ -138,6 +138,15 @@ class TensorFallback:
     actual: str
     row_length: int
     tensors: tuple[str, ...]
+
+    @property
+    def said(self) -> str:
+        """A warning."""
+        more = f" and {len(self.tensors) - 1} more" if len(self.tensors) > 1 else ""
+        return (
+            f"stored as {self.actual} instead of {self.asked}, for rows of {self.row_length}: "
+            f"{self.tensors[0]}{more}"
+        )
 
 
 @dataclass(frozen=True)

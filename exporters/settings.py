@@ -12,9 +12,9 @@ from cfsp.settings import SEED, Reads, Settings, setting
 from cfsp.text.settings import TEXT_FORMS
 from cfsp.units import parse_bytes
 from exporters.families import DEFAULT_FORMAT, FAMILIES, find_format
+from exporters.family import ExportOptions
 from exporters.gguf.family import GGUF
 from exporters.onnx.family import ONNX
-from exporters.options import ExportOptions
 
 if TYPE_CHECKING:
     import torch  # a command line is read without it

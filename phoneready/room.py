@@ -23,8 +23,8 @@ from cfsp.pruning.settings import PruneSettings
 from cfsp.recovery.settings import Training, method_of
 from exporters.export_record import ExportFormat
 from exporters.families import family_of, find_format
-from exporters.parity import PARITY_SEQLEN
-from exporters.rounding.walk import rounding_bytes
+from exporters.proof import PARITY_SEQLEN
+from exporters.quantize.walk import rounding_bytes
 from exporters.settings import FileSettings
 
 LESS = {

@@ -23,10 +23,10 @@ from cfsp.pruning.axes.parts import Removal
 from cfsp.pruning.outline import cut_to_shape
 from cfsp.pruning.plan import BlockPlan, PruningPlan, ScoreSummary
 from cfsp.pruning.settings import PruneSettings
+from exporters.family import ExportOptions
 from exporters.gguf.architecture import ChosenLayout, read_layout
 from exporters.gguf.files import draft_gguf
 from exporters.gguf.size import SizeTemplate, size_template
-from exporters.options import ExportOptions
 from runtime_bench.devices.model_facts import ModelFacts
 
 _TEMPLATE_WIDTH = 256

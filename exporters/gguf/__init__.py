@@ -14,8 +14,7 @@ from exporters.gguf.quants import MIXED, QUANTS, Quant, find_quant
 
 if TYPE_CHECKING:
     from exporters.gguf.export import export_gguf
-    from exporters.gguf.files import draft_gguf
-    from exporters.gguf.through import GGUFRounding
+    from exporters.gguf.files import GGUFRounding, draft_gguf
 
 __all__ = [
     "MIXED",
@@ -28,7 +27,7 @@ __all__ = [
     "find_quant",
 ]
 
-_HEAVY = {"export_gguf": "export", "draft_gguf": "files", "GGUFRounding": "through"}
+_HEAVY = {"export_gguf": "export", "draft_gguf": "files", "GGUFRounding": "files"}
 
 
 def __getattr__(name: str) -> Any:

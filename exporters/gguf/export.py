@@ -14,38 +14,31 @@ from typing import Any
 import numpy as np
 
 from cfsp.errors import InputError, LimitError
-from cfsp.models.gguf_file import GGUFTensor, read_gguf
-from cfsp.text.conversations import Conversation
+from cfsp.files import atomic_directory
+from cfsp.models.gguf_file import read_gguf
+from cfsp.models.shape import ModelShape
 from cfsp.text.tokens import tokens_sha256
 from exporters.chats import ReadChats, read_chats
-from exporters.export_record import BlockProof, ExportRecord, TensorFallback
-from exporters.gguf import llama_library, runtime
+from exporters.checkpoint_reader import open_tensors
+from exporters.export_record import BlockProof, ExportRecord
+from exporters.family import DEFAULT_OPTIONS, ExportOptions
+from exporters.gguf import runtime
 from exporters.gguf.architecture import ChosenLayout, read_layout
-from exporters.gguf.fallbacks import find_fallbacks
-from exporters.gguf.files import WrittenFile, find_rows, imatrix_for, measured, write_files
-from exporters.gguf.imatrix import stored_moments
-from exporters.gguf.llama_library import rounded
-from exporters.gguf.mixed import GUIDED_TYPES
-from exporters.gguf.quants import QUANT_NAMES, Quant, limits_of_bits
-from exporters.gguf.slices import prove_blocks
+from exporters.gguf.cache_types import PARITY_CACHE
+from exporters.gguf.files import Files, WrittenFile, find_rows, stored_moments
+from exporters.gguf.matrix import WHOLE_BLOCKS, StoredMatrix
+from exporters.gguf.metadata import add_hyperparameters
+from exporters.gguf.quants import QUANT_NAMES, QUANTS, limits_of_bits
+from exporters.gguf.runtime import FloatArray
+from exporters.gguf.size import find_fallbacks
+from exporters.gguf.tensors import tensor_specs
 from exporters.gguf.tokenizer_metadata import check_tokenizer, normalizes_to_nfc
-from exporters.job import (
-    UNTRAINED,
-    Job,
-    check_input,
-    load_checkpoint,
-    open_job,
-    settled,
-    write_manifest,
-)
-from exporters.matrices import check_matrix
-from exporters.options import DEFAULT_OPTIONS, ExportOptions
-from exporters.parity import check_limits
+from exporters.gguf.writer import PlainTensor, plain_rope_tensors, write_tensors
+from exporters.job import UNTRAINED, Job, check_input, settled
+from exporters.proof import Slice, check_limits, check_matrix, prove_slices
 
 _log = logging.getLogger(__name__)
-
-_TRAINED = "its numbers are those that training through this rounding has left, whatever the calibration text"
-"""A warning."""
+_BATCH = 128
 
 
 def export_gguf(
@@ -56,9 +49,9 @@ def export_gguf(
 ) -> tuple[ExportRecord, ...]:
     """Write output/<name>-<quant>.gguf for every quant, and output/export.json (an ExportManifest).
 
-    The float32 file is always written and proven first, as everything is quantized from it; it is kept only where it
-    is asked for. Of a model that is read block by block it is one in the model's own 16 bits, and the proof is one of
-    every block as float32 (`exporters.gguf.slices`).
+    The float32 file is always written and proven first, as everything is quantized from it; it is kept only if it is
+    asked for. Of a model that is read block by block it is one in the model's own 16 bits, and the proof is one of
+    every block as float32.
 
     Args:
         checkpoint: Hugging Face folder, pruned or dense.
@@ -79,80 +72,99 @@ def export_gguf(
         raise InputError("no quantization asked for", field="quants", allowed=QUANT_NAMES)
     check_input(checkpoint, output, force=settings.force)
     settings = settled(checkpoint, settings)
-    llama_library.runtime_version()
+    runtime.runtime_version()
     chosen = read_layout(checkpoint)  # what llama.cpp cannot represent is refused before the model is run
-    imatrix = imatrix_for(checkpoint, rows, settings)
-    # What stays in its files takes no memory while others are written; a model in memory is let go.
-    paged = load_checkpoint(checkpoint, by_blocks=True) if settings.by_blocks else None
-    with open_job(
-        checkpoint,
-        output,
-        load_checkpoint(checkpoint) if paged is None else paged,
-        settings,
-        chosen.context_length,
-    ) as job:
-        strings, records, chats, blocks, base = 0, {}, ReadChats(), None, None
-        for file in write_files(
-            checkpoint,
-            job.folder,
-            rows,
-            job.tokenizer,
-            job.provenance,
-            imatrix=imatrix,
-            judge=lambda quant, path: measured(quant, path, job.reference, job.n_threads, settings),
-            n_threads=job.n_threads,
-            settings=settings,
-        ):
-            if base is None:
-                base = file.path
-                strings = check_tokenizer(file.path, job.tokenizer)
-                chats = _read_chats(job, file.path)
-                blocks = None if paged is None else _prove_blocks(job, paged, chosen)
+    job = Job(checkpoint, output, settings, chosen.config, chosen.context_length)
+    files = Files(job, chosen, rows)
+    _ = job.reference  # unusable text is refused before anything is written
+    strings, records, chats, blocks = 0, {}, ReadChats(), None
+    with atomic_directory(output, force=settings.force) as job.folder:
+        for file in files.write():
+            if file.quant == files.first:
+                strings, chats = check_tokenizer(file.path, job.tokenizer), _read_chats(job, file.path)
+                blocks = prove_blocks(job, chosen) if settings.by_blocks else None
             else:
-                check_numbers(base, file)
+                check_numbers(files.base, file)
             if file.quant in rows or not settings.by_blocks:
-                records[file.quant] = replace(_prove(job, file, chosen, strings, chats), blocks=blocks)
-        return write_manifest(job, [records[row] for row in rows])
-
-
-def _prove_blocks(job: Job, model: Any, chosen: ChosenLayout) -> BlockProof:
-    return prove_blocks(
-        job.checkpoint,
-        model,
-        chosen,
-        job.reference.windows,
-        job.folder,
-        n_threads=job.n_threads,
-        progress=job.progress,
-    )
+                records[file.quant] = replace(_prove(files, file, strings, chats), blocks=blocks)
+        return job.write_manifest([records[row] for row in rows])
 
 
 def _read_chats(job: Job, path: Path) -> ReadChats:
     """What llama.cpp makes of chats that are rendered by the template."""
     with runtime.open_model(path, vocab_only=True) as model:
-
-        def read(_: Conversation, text: str) -> list[int]:
-            return model.tokenize(text)
-
+        read = lambda _, text: model.tokenize(text)  # noqa: E731
         return read_chats("llama.cpp", job.tokenizer, job.stops, read, model.is_end_of_generation)
 
 
-def _prove(job: Job, file: WrittenFile, chosen: ChosenLayout, strings: int, chats: ReadChats) -> ExportRecord:
+def check_numbers(base: Path, file: WrittenFile) -> None:
+    """Hold every tensor of a file against the one that it was quantized from.
+
+    Raises:
+        LimitError: One is missing, or is not the other's (`exporters.proof`).
+    """
+    exact = {tensor.name: tensor for tensor in read_gguf(base).tensors}
+    stored = {tensor.name: tensor for tensor in read_gguf(file.path).tensors}
+    if exact.keys() != stored.keys():
+        names = ", ".join(sorted(exact.keys() ^ stored.keys()))
+        raise LimitError(f"{file.path.name} has not the tensors of {base.name}: {names}")
+    for name, tensor in stored.items():
+        kind, from_ = tensor.kind.name, exact[name]
+        if kind == from_.kind.name:
+            # Training of scales changes norms.
+            is_tuned = bool(file.tuned_tensors) and len(tensor.shape) == 1
+            if not is_tuned and not np.array_equal(tensor.data, from_.data):
+                raise LimitError(f"{name} in {file.path.name} is not that of {base.name}")
+            continue
+        importance = file.imatrix.get(name)
+        if importance is None and kind in WHOLE_BLOCKS:
+            importance = np.ones(tensor.shape[-1], np.float32)
+
+        def plain(values: FloatArray, kind: str = kind, importance: Any = importance) -> FloatArray:
+            return StoredMatrix.nearest(values, kind, importance).values()
+
+        what, slope = f"{name} in {file.path.name}", file.slopes.get(name)
+        check_matrix(what, tensor.shape[0], from_.rows, tensor.rows, plain, slope)
+        tensor.let_go()
+        from_.let_go()
+
+
+def _prove(files: Files, file: WrittenFile, strings: int, chats: ReadChats) -> ExportRecord:
     """Reopen a file, compare it with the checkpoint, and describe it.
 
     Raises:
         LimitError: It is too far from the checkpoint.
     """
-    path, quant = file.path, file.quant
-    tensors = read_gguf(path).tensors
-    row = _with_limits(file, chosen, tensors)
-    if file.choice is None:
-        parity = measured(row, path, job.reference, job.n_threads, job.settings)
-    else:
-        parity = file.choice.held_to(job.settings.limits_of(row))
+    job, chosen, path, quant, row = files.job, files.chosen, file.path, file.quant, file.quant
+    tensors, mixture = read_gguf(path).tensors, file.mixture
+    if quant.base_type == "F32" and chosen.exact_limits is not None:
+        row = replace(quant, limits=chosen.exact_limits)
+    if mixture is not None:
+        matrices = [tensor for tensor in tensors if tensor.name in mixture.types]
+        n_weights = sum(math.prod(tensor.shape) for tensor in matrices)
+        bits = 8 * sum(int(tensor.data.nbytes) for tensor in matrices) / n_weights
+        row = replace(quant, limits=limits_of_bits(bits))
+    choice = file.choice
+    parity = choice.held_to(job.settings.limits_of(row)) if choice else files.measured(row, path)
     check_limits(parity, path.name)
-    fallbacks = find_fallbacks(tensors, quant) if file.mixture is None else ()
-    warnings = (*_warnings(job, file, chosen, fallbacks), *chats.warnings)
+    own: dict[str, Any] = {}
+    if mixture is not None:
+        own = {
+            "budget_bytes": quant.budget_bytes,
+            "chosen_types": mixture.types,
+            "predicted_loss": mixture.loss,
+        }
+    ids = job.settings.calibration
+    by_text = file.gptq_tensors or file.tuned_tensors or (mixture and not file.trained_tensors)
+    if ids is not None and (by_text or (file.imatrix and not stored_moments(job.checkpoint))):
+        own |= {
+            "calibration_sha256": tokens_sha256(ids),
+            "calibration_tokens": ids.numel(),
+            "gptq_tensors": file.gptq_tensors,
+            "tuned_tensors": file.tuned_tensors,
+        }
+    fallbacks = find_fallbacks(tensors, quant) if mixture is None else ()
+    warnings = (*_warnings(job, file, chosen), *(fallback.said for fallback in fallbacks), *chats.warnings)
     for warning in warnings:
         _log.warning("%s: %s", path.name, warning)
     return job.record(
@@ -172,90 +184,12 @@ def _prove(job: Job, file: WrittenFile, chosen: ChosenLayout, strings: int, chat
         tokenizer_strings=strings,
         chats=chats.equal,
         warnings=warnings,
-        runtime=llama_library.runtime_version(),
-        **_choice(job, file),
+        runtime=runtime.runtime_version(),
+        **own,
     )
 
 
-def check_numbers(base: Path, file: WrittenFile) -> None:
-    """Hold every tensor of a file against the one that it was quantized from.
-
-    Raises:
-        LimitError: One is missing, or is not the other's (`exporters.matrices`).
-    """
-    exact = {tensor.name: tensor for tensor in read_gguf(base).tensors}
-    stored = {tensor.name: tensor for tensor in read_gguf(file.path).tensors}
-    if exact.keys() != stored.keys():
-        names = ", ".join(sorted(exact.keys() ^ stored.keys()))
-        raise LimitError(f"{file.path.name} has not the tensors of {base.name}: {names}")
-    for name, tensor in stored.items():
-        kind, from_ = tensor.kind.name, exact[name]
-        if kind == from_.kind.name:
-            # Training of scales changes norms.
-            if not (file.tuned_tensors and len(tensor.shape) == 1) and not np.array_equal(
-                tensor.data, from_.data
-            ):
-                raise LimitError(f"{name} in {file.path.name} is not that of {base.name}")
-            continue
-        importance = file.imatrix.get(name)
-        if importance is None and kind in GUIDED_TYPES:
-            importance = np.ones(tensor.shape[-1], np.float32)
-        check_matrix(
-            f"{name} in {file.path.name}",
-            tensor.shape[0],
-            from_.rows,
-            tensor.rows,
-            partial(rounded, kind=kind, importance=importance),
-            file.slopes.get(name),
-        )
-        tensor.let_go()
-        from_.let_go()
-
-
-def _with_limits(file: WrittenFile, chosen: ChosenLayout, tensors: Sequence[GGUFTensor]) -> Quant:
-    """The file's row with the limits that it is held to: what computes it, or the bits of a mixture, may set them."""
-    quant = file.quant
-    if quant.base_type == "F32" and chosen.exact_limits is not None:
-        return replace(quant, limits=chosen.exact_limits)
-    if file.mixture is None:
-        return quant
-    matrices = [tensor for tensor in tensors if tensor.name in file.mixture.types]
-    n_weights = sum(math.prod(tensor.shape) for tensor in matrices)
-    return replace(quant, limits=limits_of_bits(8 * sum(int(t.data.nbytes) for t in matrices) / n_weights))
-
-
-def _choice(job: Job, file: WrittenFile) -> dict[str, Any]:
-    """What the record says of types that were chosen for a size, and of the text that a file was made for."""
-    return _mixture(file) | _text(job, file)
-
-
-def _mixture(file: WrittenFile) -> dict[str, Any]:
-    if file.mixture is None:
-        return {}
-    return {
-        "budget_bytes": file.quant.budget_bytes,
-        "chosen_types": file.mixture.types,
-        "predicted_loss": file.mixture.loss,
-    }
-
-
-def _text(job: Job, file: WrittenFile) -> dict[str, Any]:
-    ids = job.settings.calibration
-    by_text = file.gptq_tensors or file.tuned_tensors or (file.mixture and not file.trained_tensors)
-    is_measured = file.imatrix and not stored_moments(job.checkpoint)
-    if ids is None or not (by_text or is_measured):
-        return {}
-    return {
-        "calibration_sha256": tokens_sha256(ids),
-        "calibration_tokens": ids.numel(),
-        "gptq_tensors": file.gptq_tensors,
-        "tuned_tensors": file.tuned_tensors,
-    }
-
-
-def _warnings(
-    job: Job, file: WrittenFile, chosen: ChosenLayout, fallbacks: Sequence[TensorFallback]
-) -> Iterator[str]:
+def _warnings(job: Job, file: WrittenFile, chosen: ChosenLayout) -> Iterator[str]:
     config = chosen.config
     if chosen.padded_width is not None:
         yield (
@@ -272,12 +206,7 @@ def _warnings(
     if file.untrained:
         yield UNTRAINED
     if file.trained_tensors and job.settings.calibration is not None:
-        yield _TRAINED
-    for fallback in fallbacks:
-        yield (
-            f"stored as {fallback.actual} instead of {fallback.asked}, for rows of {fallback.row_length}: "
-            f"{fallback.tensors[0]}{f' and {more} more' if (more := len(fallback.tensors) - 1) else ''}"
-        )
+        yield "its numbers are those that training through this rounding has left, whatever the calibration text"
     if normalizes_to_nfc(job.tokenizer):
         yield "the tokenizer composes characters (NFC) and llama.cpp does not: give it composed text"
     if file.mixture and file.quant.budget_bytes and file.mixture.file_bytes > file.quant.budget_bytes:
@@ -285,3 +214,82 @@ def _warnings(
     yield from file.choice.warnings() if file.choice else ()
     if file.quant.uses_imatrix and not file.imatrix:
         yield f"{file.quant.name} is quantized without an importance matrix"
+
+
+def prove_blocks(job: Job, chosen: ChosenLayout) -> BlockProof:
+    """Run every block in torch and in llama.cpp, as files of a few of them: see `prove_slices`."""
+    limits = chosen.exact_limits or QUANTS["f32"].limits
+    return prove_slices(
+        job.model,
+        _runs(chosen),
+        job.reference.windows,
+        partial(_logits, job, chosen),
+        runtime="llama.cpp",
+        max_logit_diff=limits.max_logit_diff,
+        progress=job.progress,
+    )
+
+
+def _runs(chosen: ChosenLayout) -> list[range]:
+    """As few blocks at a time as the architecture counts them by, and of each run one that attends.
+
+    llama.cpp makes no context without, nor without what takes attention's place if the architecture has that.
+    """
+    layout, kv_heads = chosen.layout, chosen.config.kv_heads
+    windowed = chosen.config.narrowest is not None
+    step = math.lcm(
+        layout.unrotated_step or 1, layout.full_step or 1, (windowed and layout.windowed_depth) or 1
+    )
+
+    def is_complete(heads: Sequence[int]) -> bool:
+        return any(heads) and not (chosen.config.spec.mixer and all(heads))
+
+    runs: list[range] = []
+    for start in range(0, len(kv_heads), step):
+        stop = min(start + step, len(kv_heads))
+        if runs and not (is_complete(kv_heads[start:stop]) and is_complete(kv_heads[runs[-1].start : start])):
+            runs[-1] = range(runs[-1].start, stop)
+        else:
+            runs.append(range(start, stop))
+    return runs
+
+
+def _logits(job: Job, chosen: ChosenLayout, part: Slice) -> Iterator[FloatArray]:
+    """What llama.cpp makes of a slice, position by position."""
+    config, entering = chosen.config, part.entering
+    path, count = job.folder / f"blocks-{part.blocks.start}.gguf", len(entering)
+    blocks = tuple(replace(config.shape.blocks[block], origin=block) for block in part.blocks)
+    its = replace(chosen, config=config.with_shape(ModelShape(count, blocks)))
+    factor = config.hidden_size**0.5 if config.spec.scaled_embedding else 1.0
+
+    def plain(name: str, values: FloatArray) -> PlainTensor:
+        return PlainTensor(name, values.shape, "F32", lambda: values)
+
+    def add_metadata(writer: Any) -> None:
+        add_hyperparameters(writer, its)
+        writer.add_tokenizer_model("no_vocab")
+
+    try:
+        with open_tensors(job.checkpoint) as opened:
+            tensors = [*plain_rope_tensors(its), plain("token_embd.weight", (entering / factor).numpy())]
+            for spec in tensor_specs(chosen):
+                kind, _, rest = spec.name.partition(".")
+                number, _, rest = rest.partition(".")
+                if kind == "blk" and int(number) in part.blocks:
+                    name = f"blk.{int(number) - part.blocks.start}.{rest}"
+                    tensors.append(PlainTensor(name, spec.shape, "F32", partial(spec.build, opened)))
+            tensors.append(plain(chosen.name(f"model.{config.spec.last_norm}"), part.gain.numpy()))
+            if not (factor == 1 and chosen.layout.tied):
+                tensors.append(plain("output.weight", entering.numpy()))
+            write_tensors(path, chosen.layout.architecture, add_metadata, tensors, "writing a block")
+        with runtime.open_model(
+            path,
+            n_ctx=count,
+            n_threads=job.n_threads,
+            n_batch=_BATCH,
+            n_ubatch=_BATCH,
+            cache_type=PARITY_CACHE,
+        ) as model:
+            yield from model.iter_logits(np.arange(count))
+    finally:
+        path.unlink(missing_ok=True)

@@ -7,9 +7,8 @@ from typing import Any
 
 from cfsp.errors import InputError
 from exporters import gguf
-from exporters.family import ExportedModel, ExportFamily
+from exporters.family import ExportedModel, ExportFamily, FileOutline
 from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES
-from exporters.outline import FileOutline
 
 
 def _locate(folder: Path, stem: str, quant: str) -> ExportedModel:

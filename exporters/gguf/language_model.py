@@ -21,10 +21,10 @@ from cfsp.models.gguf_file import read_gguf
 from cfsp.models.gguf_model import sampling_of_gguf
 from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
 from cfsp.text.choosing import Chooser
+from exporters.family import FileOutline
 from exporters.gguf import runtime
 from exporters.gguf.cache_types import PARITY_CACHE
-from exporters.gguf.together import BATCH, SEQUENCES, continuation_rows, fitting, write_together
-from exporters.outline import FileOutline
+from exporters.gguf.runtime import BATCH, SEQUENCES, continuation_rows, fitting, write_together
 
 
 def outline_of(path: Path, n_ctx: int) -> FileOutline:

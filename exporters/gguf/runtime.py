@@ -1,31 +1,180 @@
-"""llama.cpp, through llama-cpp-python's low-level API: the one place that touches it, with llama_library.
+"""llama.cpp, through llama-cpp-python's low-level API: this file, and the quantizer in `matrix`, alone touch it.
 
-`open_model` gives a `LlamaModel`, which tokenizes, decodes and hands out logits.
-llama.cpp's own log is kept from the terminal; what it last complained about goes into error messages.
+`open_model` gives a `LlamaModel`, which tokenizes, decodes and hands out logits. llama.cpp's own log is kept from the
+terminal; what it last complained about goes into error messages. No torch: a process that only runs a file holds none.
+
+What is computed together decides how sums are rounded, so all that runs several sequences in one context does it by
+`continuation_rows` and `write_together`, and the native runner (runtime_bench/native/runner.cpp) as these do.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.metadata
+import re
 import sys
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cfsp.errors import InputError
+from cfsp.errors import InputError, MissingExtraError
+from cfsp.text.choosing import Chooser, greedy
 from exporters.gguf.cache_types import CACHE_TYPES, DEFAULT_CACHE, FLASH_AUTO, FLASH_ON
-from exporters.gguf.llama_batch import Entry, native_batch
-from exporters.gguf.llama_library import FloatArray, library, log
 
+FloatArray = npt.NDArray[np.float32]
+_DISTRIBUTION = "llama-cpp-python"
+# 0.3.36 renamed fields that the runtime sets (use_mmap became load_mode); the low-level API may move again in 0.4.
+_VERSIONS = ((0, 3, 36), (0, 4))
 _LOAD_MMAP = 1
 _ALL_LAYERS = -1
 _OF_PROCESSOR = ("CPU", "AMX")
 """How the names of buffers begin that are no GPU's."""
+_INFORMATION, _WARNING, _ERROR, _CONTINUED = 2, 3, 4, 5
+_BUFFER = re.compile(r"(\S+) model buffer size = +(\d+\.\d+) MiB")
+_FLASH = re.compile(r"Flash Attention (enabled|not supported)")
+SEQUENCES = 16
+"""In a context."""
+BATCH = 512
+"""Tokens of one call, and with all logits the rows of the output."""
+
+
+class Log:
+    """The last warnings and errors that llama.cpp logged, whole lines, and those that say how a file was opened."""
+
+    def __init__(self) -> None:
+        self._complaints: deque[str] = deque(maxlen=20)
+        self._facts: deque[str] = deque(maxlen=100)
+        self._open = ""
+        self._level = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, level: int, text: bytes | None, _: Any) -> None:
+        with self._lock:
+            self._level = self._level if level == _CONTINUED else level
+            if self._level not in (_INFORMATION, _WARNING, _ERROR):
+                return
+            *whole, self._open = (self._open + (text or b"").decode("utf-8", "replace")).split("\n")
+            lines = [line.strip() for line in whole if line.strip()]
+            self._facts.extend(line for line in lines if _BUFFER.search(line) or _FLASH.search(line))
+            if self._level != _INFORMATION:
+                self._complaints.extend(lines)
+
+    def clear(self) -> None:
+        """Forget everything, before a file is opened."""
+        with self._lock:
+            self._complaints.clear()
+            self._facts.clear()
+            self._open = ""
+
+    def last(self, count: int = 3) -> str:
+        """The newest complaints as one."""
+        with self._lock:
+            return "; ".join(list(self._complaints)[-count:]) or "llama.cpp gave no reason"
+
+    @property
+    def flash_attention(self) -> bool | None:
+        """Whether llama.cpp chose its flash kernel, where the choice was its own; None where it told of none."""
+        with self._lock:
+            found = [match[1] for line in self._facts if (match := _FLASH.search(line))]
+        return found[-1] == "enabled" if found else None
+
+    @property
+    def weight_buffers(self) -> dict[str, int]:
+        """Bytes of the weights by the buffer that holds them: `CPU_Mapped` are the file's pages, others are copies."""
+        with self._lock:
+            found = [match for line in self._facts if (match := _BUFFER.search(line))]
+        sizes: dict[str, int] = {}
+        for match in found:
+            sizes[match[1]] = sizes.get(match[1], 0) + round(float(match[2]) * 2**20)
+        return sizes
+
+
+log = Log()
+
+
+@functools.cache
+def library() -> Any:
+    """The llama_cpp module: imported, its version checked, its log redirected, its backend initialized."""
+    try:
+        import llama_cpp
+    except ImportError as error:
+        raise MissingExtraError(_DISTRIBUTION, "gguf") from error
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{_DISTRIBUTION} is installed but its library does not load: {error}") from error
+    version = importlib.metadata.version(_DISTRIBUTION)
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    if not _VERSIONS[0] <= numbers < _VERSIONS[1]:
+        low, high = (".".join(map(str, bound)) for bound in _VERSIONS)
+        raise InputError(
+            "this version is not supported", field=_DISTRIBUTION, value=version, allowed=f">={low},<{high}"
+        )
+    callback = llama_cpp.llama_log_callback(log)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    llama_cpp.phoneready_log_callback = callback  # C keeps only the address: the object must live as long
+    llama_cpp.llama_backend_init()
+    return llama_cpp
+
+
+def runtime_version() -> str:
+    """Names and versions of the binding and of llama.cpp.
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed.
+        InputError: Its version is not one that this module was written for.
+    """
+    version = library().llama_version().decode()
+    return f"{_DISTRIBUTION} {importlib.metadata.version(_DISTRIBUTION)}, llama.cpp {version}"
+
+
+def system_info() -> str:
+    """llama.cpp's line about the backends and processor features it was built with."""
+    return str(library().llama_print_system_info().decode("utf-8", "replace")).strip(" |")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One token of a batch.
+
+    Attributes:
+        token: Its id.
+        position: Its place in its sequences.
+        sequences: Sequences that it belongs to; it attends to what came before in them.
+        wanted: Whether the logits after it are wanted.
+    """
+
+    token: int
+    position: int
+    sequences: tuple[int, ...]
+    wanted: bool = False
+
+
+def _native_batch(entries: Sequence[Entry]) -> tuple[Any, list[Any]]:
+    """A llama_batch, and the arrays that it points to, which must live as long as it is used."""
+    lib = library()
+    count = len(entries)
+    ids = [(lib.llama_seq_id * len(e.sequences))(*e.sequences) for e in entries]
+    pointer = ctypes.POINTER(lib.llama_seq_id)
+    arrays: dict[str, Any] = {
+        "token": (lib.llama_token * count)(*(e.token for e in entries)),
+        "pos": (lib.llama_pos * count)(*(e.position for e in entries)),
+        "n_seq_id": (ctypes.c_int32 * count)(*(len(e.sequences) for e in entries)),
+        "seq_id": (pointer * count)(*(ctypes.cast(array, pointer) for array in ids)),
+        "logits": (ctypes.c_int8 * count)(*(e.wanted for e in entries)),
+    }
+    batch = lib.llama_batch()
+    batch.n_tokens = count
+    for name, array in arrays.items():
+        setattr(batch, name, ctypes.cast(array, type(getattr(batch, name))))
+    return batch, [*arrays.values(), ids]
 
 
 class LlamaModel:
@@ -197,7 +346,7 @@ class LlamaModel:
         """
         for start in range(0, len(entries), self._n_batch):
             piece = entries[start : start + self._n_batch]
-            batch, arrays = native_batch(piece)
+            batch, arrays = _native_batch(piece)
             self._run(batch)
             del arrays
             wanted = sum(entry.wanted for entry in piece)
@@ -291,24 +440,96 @@ def open_model(
         raise InputError(f"llama.cpp cannot load {path}: {log.last()}")
     context = None
     if not vocab_only:
-        context = lib.llama_init_from_model(
-            model, _context_params(n_ctx, n_threads, n_batch, n_ubatch, n_seq, cache_type, shared=shared)
-        )
+        settings, cache = lib.llama_context_default_params(), CACHE_TYPES[cache_type]
+        settings.n_ctx, settings.n_batch = n_ctx, min(n_batch, n_ctx)
+        settings.n_ubatch = min(n_ubatch, n_batch, n_ctx)
+        settings.n_threads = settings.n_threads_batch = n_threads
+        settings.n_seq_max, settings.kv_unified = n_seq, n_seq > 1 and shared
+        settings.type_k = settings.type_v = cache.ggml_type
+        settings.flash_attn_type = cache.flash_attention
+        settings.no_perf = True
+        context = lib.llama_init_from_model(model, settings)
         if not context:
             lib.llama_model_free(model)
             raise InputError(f"llama.cpp cannot make a context of {n_ctx} tokens for {path}: {log.last()}")
     return LlamaModel(path, model, context, cache_type)
 
 
-def _context_params(
-    n_ctx: int, n_threads: int, n_batch: int, n_ubatch: int, n_seq: int, cache_type: str, *, shared: bool
-) -> Any:
-    params = library().llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, min(n_batch, n_ctx), min(n_ubatch, n_batch, n_ctx)
-    params.n_threads = params.n_threads_batch = n_threads
-    params.n_seq_max, params.kv_unified = n_seq, n_seq > 1 and shared
-    cache = CACHE_TYPES[cache_type]
-    params.type_k = params.type_v = cache.ggml_type
-    params.flash_attn_type = cache.flash_attention
-    params.no_perf = True
-    return params
+def fitting(lengths: Sequence[int], shared: int, n_ctx: int, most: int = SEQUENCES) -> Iterator[slice]:
+    """Runs of sequences that can be computed at once.
+
+    Args:
+        lengths: Tokens of each, none more than fits alone.
+        shared: Tokens that all of them have in common, beside these.
+        n_ctx: Tokens that the context holds.
+        most: Sequences at once.
+    """
+    start, used = 0, shared
+    for index, length in enumerate(lengths):
+        if index - start == most or used + length > n_ctx:
+            yield slice(start, index)
+            start, used = index, shared
+        used += length
+    yield slice(start, len(lengths))
+
+
+def continuation_rows(
+    model: LlamaModel, context: Sequence[int], continuations: Sequence[Sequence[int]]
+) -> Iterator[FloatArray]:
+    """Logits after a context, and after all tokens but the last of each continuation in turn.
+
+    Yields:
+        (k, vocab_size) float32 for the next k of these. A view: use or copy it at once.
+    """
+    everyone, start = tuple(range(len(continuations))), len(context)
+    entries = [Entry(token, place, everyone) for place, token in enumerate(context[:-1])]
+    entries.append(Entry(context[-1], start - 1, everyone, wanted=True))
+    for sequence, continuation in enumerate(continuations):
+        entries += [
+            Entry(token, start + place, (sequence,), wanted=True)
+            for place, token in enumerate(continuation[:-1])
+        ]
+    model.clear()
+    yield from model.iter_entries(entries)
+
+
+def write_together(
+    model: LlamaModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    is_over: Callable[[list[int]], bool],
+    choosers: Sequence[Chooser] = (),
+) -> list[list[int]]:
+    """Continuations of prompts that fit the context together, without the token that ends them.
+
+    Args:
+        model: The file.
+        prompts: Token ids, at least one each.
+        max_new_tokens: Most tokens of a continuation.
+        is_over: Whether what was written ends there.
+        choosers: One for each prompt, of its tokens; greedy without any.
+    """
+    choosers = choosers or [greedy] * len(prompts)
+    answers: list[list[int]] = [[] for _ in prompts]
+    going = list(range(len(prompts)))
+    entries = [
+        Entry(token, place, (sequence,), wanted=place == len(prompt) - 1)
+        for sequence, prompt in enumerate(prompts)
+        for place, token in enumerate(prompt)
+    ]
+    model.clear()
+    while going:
+        rows = zip(going, chain.from_iterable(model.iter_entries(entries)), strict=True)
+        tokens = [choosers[one](prompts[one], answers[one], logits) for one, logits in rows]
+        entries, still = [], []
+        for sequence, token in zip(going, tokens, strict=True):
+            if model.is_end_of_generation(token):
+                continue
+            answer = answers[sequence]
+            answer.append(token)
+            if len(answer) < max_new_tokens and not is_over(answer):
+                place = len(prompts[sequence]) + len(answer) - 1
+                entries.append(Entry(token, place, (sequence,), wanted=True))
+                still.append(sequence)
+        going = still
+    return answers

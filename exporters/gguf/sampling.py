@@ -18,11 +18,9 @@ from cfsp.scratch import LargeScratch
 from cfsp.text.choosing import drawn_tokens
 from cfsp.text.self_sampling import STEPS_A_REPORT, Continue, Report, Writer, require_room, stop_ids
 from exporters.checkpoint_reader import read_config
+from exporters.family import ExportOptions
 from exporters.gguf.files import draft_gguf
-from exporters.gguf.llama_batch import Entry
-from exporters.gguf.llama_library import runtime_version
-from exporters.gguf.runtime import LlamaModel, open_model
-from exporters.options import ExportOptions
+from exporters.gguf.runtime import Entry, LlamaModel, open_model, runtime_version
 
 _QUANT = "Q8_0"
 """The smallest copy whose texts are the model's own: four bits would write what four bits write."""

@@ -13,9 +13,8 @@ from cfsp.errors import MissingExtraError
 from exporters.onnx.variants import VARIANTS, BlockFormat, Variant, find_variant
 
 if TYPE_CHECKING:
-    from exporters.onnx.export import export_onnx
-    from exporters.onnx.size import largest_size
-    from exporters.onnx.through import OnnxRounding
+    from exporters.onnx.export import export_onnx, largest_size
+    from exporters.onnx.quantize import OnnxRounding
 
 __all__ = [
     "VARIANTS",
@@ -27,7 +26,7 @@ __all__ = [
     "largest_size",
 ]
 
-_HEAVY = {"export_onnx": "export", "largest_size": "size", "OnnxRounding": "through"}
+_HEAVY = {"export_onnx": "export", "largest_size": "export", "OnnxRounding": "quantize"}
 _PACKAGES = {"onnx": "onnx", "onnx_ir": "onnx-ir"}
 
 

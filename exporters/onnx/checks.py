@@ -1,22 +1,38 @@
-"""What a graph on disk must look like, beyond computing the right numbers."""
+"""What a graph on disk must look like, and its matrices held against the model's."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+import torch
 
 from cfsp.errors import LimitError
+from cfsp.models.architectures import spec_for
+from cfsp.models.offload import at_hand
 from exporters.checkpoint_reader import ModelConfig
 from exporters.onnx.graph_builder import CONTRIB
+from exporters.onnx.layers import TABLE
+from exporters.onnx.matrix import Int8Rows, Rounded, round_rows, round_to_nearest
+from exporters.onnx.variants import HEAD
+from exporters.onnx.weights import HEAD_PARTS, is_tied, packed_names, read_weight
+from exporters.proof import FloatArray, check_matrix
 
 _PRODUCTS = ("MatMul", "FusedMatMul", "MatMulInteger", "MatMulNBits")
 _LOOK_UPS = ("Gather", "GatherBlockQuantized")
 _HEADS = ("logits", "lm_head")
 _OUTERMOST = re.compile(r"[./]")  # optimum has /lm_head/MatMul
+_STORED = re.compile(r"(.+?)(?:\.(\d))?\.weight(\.q[48])?")
+"""(module, which part of it if its rows are of unlike formats, bits)."""
+Sums = tuple[float, float]
+"""Of a matrix q w and w w, whose quotient is its slope (`exporters.proof`)."""
 
 
 def check_graph(path: Path, config: ModelConfig) -> None:
@@ -120,3 +136,99 @@ def _wanted_caches(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]
         else:
             for part in ("key", "value"):
                 yield f"past_key_values.{index}.{part}", (block.kv_groups or 0, config.head_dim)
+
+
+def check_numbers(path: Path, model: Any, chosen: Mapping[str, Sums] = MappingProxyType({})) -> None:
+    """Hold every matrix of a graph against the model's.
+
+    Args:
+        path: One of the product's own graphs.
+        model: What it was made from, float32.
+        chosen: By `slope_sums`, of layers whose numbers were chosen for a text.
+
+    Raises:
+        LimitError: A matrix is not the model's (`exporters.proof`), or there is none.
+    """
+    values = ir.load(path).graph.initializers
+    tensors = {name: value.const_value for name, value in values.items() if value.const_value is not None}
+    found = False
+    for name, tensor in tensors.items():
+        match = _STORED.fullmatch(name)
+        if match is None or len(tensor.shape) < 2:
+            continue
+        found, (module, part, bits) = True, match.groups()
+        names = _modules(model, module, part)
+        data, embedding = torch.from_numpy(np.array(tensor.numpy())), model.get_input_embeddings()
+        with at_hand(embedding):
+            exact = (
+                torch.cat([read_weight(model, one) for one in names])
+                if names
+                else embedding.weight.detach().float()
+            )
+        if data.ndim == 2 and f"{module}.weight" != TABLE:
+            data = data.T
+        scale = tensors[f"{name.removesuffix(bits)}.scale"].numpy() if bits else np.ones(0)
+        scales, n_bits = torch.from_numpy(np.array(scale)), int(bits[-1]) if bits else None
+        stored, plain = _as_read(data, scales, exact.shape[1], n_bits)
+        sums = [chosen[one] for one in names if one in chosen]
+        inner, squares = (sum(each) for each in zip(*sums, strict=True)) if sums else (0.0, 0.0)
+        check_matrix(
+            f"{name} in {path.name}",
+            len(exact),
+            _rows_of(exact),
+            _rows_of(stored),
+            partial(_rounded, plain),
+            inner / squares if squares else None,
+        )
+    if not found:
+        raise LimitError(f"{path.name} has no matrix that is known")
+
+
+def slope_sums(model: Any, layers: Mapping[str, Rounded]) -> dict[str, Sums]:
+    """Layer -> the sums of its slope, of numbers that were chosen for a text."""
+    found = {}
+    for name, layer in layers.items():
+        exact = read_weight(model, name)
+        found[name] = float((layer.dequantize() * exact).sum()), float(exact.square().sum())
+    return found
+
+
+def _modules(model: Any, module: str, part: str | None) -> Sequence[str]:
+    """The model's modules whose rows a stored matrix has; none for a token embedding that is no output matrix."""
+    if f"{module}.weight" == TABLE:
+        names: Sequence[str] = HEAD_PARTS if is_tied(model) else ()
+    else:
+        names = packed_names(_in_model(model, module))
+    return names if part is None else names[int(part) : int(part) + 1]
+
+
+def _in_model(model: Any, module: str) -> str:
+    """The model's own name of a module of the graph, in which all architectures have the same."""
+    spec = spec_for(model.config)
+    if module in ("logits", HEAD):  # it may be named as what it gives
+        return HEAD
+    names = {f"mlp.{part}_proj": f"{spec.mlp}.{getattr(spec, part)}" for part in ("gate", "up", "down")}
+    names["self_attn.o_proj"] = f"{spec.attention}.{spec.output}"
+    *_, block, part = module.split(".", 3)
+    part = names.get(part, part.replace("self_attn.", f"{spec.attention}."))
+    return f"{spec.layers}.{block}.{part}"
+
+
+def _as_read(
+    data: torch.Tensor, scales: torch.Tensor, columns: int, bits: int | None
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """What stored numbers stand for, (rows, columns), and what rounds rows to the nearest of the kind."""
+    if not bits:
+        return data, lambda rows: rows
+    if data.ndim == 2:
+        return Int8Rows(data, scales).dequantize(), lambda rows: round_rows(rows).dequantize()
+    stored = Rounded.from_packed(data, scales, columns, bits)
+    return stored.dequantize(), lambda rows: round_to_nearest(rows, stored.form).dequantize()
+
+
+def _rounded(plain: Callable[[torch.Tensor], torch.Tensor], rows: FloatArray) -> FloatArray:
+    return np.asarray(plain(torch.from_numpy(rows)).numpy())
+
+
+def _rows_of(matrix: torch.Tensor) -> Callable[[int, int], FloatArray]:
+    return lambda start, stop: matrix[start:stop].float().numpy()

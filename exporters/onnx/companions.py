@@ -10,29 +10,37 @@ onnx/model<suffix>.onnx_data            the weights of both
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import shutil
+import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from cfsp.child_process import child_environment, python_module
+from cfsp.errors import InputError
 from cfsp.files import write_json
 from cfsp.models.config_file import PER_BLOCK_LISTS
 from cfsp.models.folder_format import copy_notices, save_tokenizer
-from cfsp.reading import read_json
-from exporters.chats import ReadChats
+from cfsp.reading import one_line, read_json
+from cfsp.text.conversations import CONVERSATIONS, Conversation
+from exporters.chats import ReadChats, read_chats
 from exporters.checkpoint_reader import ModelConfig
+from exporters.job import Job
 from exporters.onnx.folder import GENAI_CONFIG, GRAPHS
-from exporters.onnx.genai_chats import genai_chats
-from exporters.onnx.job import OnnxJob
 from exporters.onnx.variants import Variant
 
+_SECONDS = 300.0
+"""For GenAI to answer."""
 # Of the checkpoint's config.json: code that does not come along, and keys that name torch's weights.
 _DROPPED = ("auto_map", "torch_dtype", "dtype", "quantization_config")
 
 
-def write_companions(job: OnnxJob, variant: Variant, folder: Path) -> ReadChats:
+def write_companions(job: Job, variant: Variant, folder: Path) -> ReadChats:
     """Write all of a variant's folder, which exists, but the graphs; returns what GenAI makes of chats with it."""
-    checkpoint, tokenizer = job.common.checkpoint, job.common.tokenizer
+    checkpoint, tokenizer = job.checkpoint, job.tokenizer
     save_tokenizer(tokenizer, folder)
     if tokenizer.chat_template:
         # transformers.js knows the template from here alone.
@@ -41,25 +49,25 @@ def write_companions(job: OnnxJob, variant: Variant, folder: Path) -> ReadChats:
     if (checkpoint / "generation_config.json").is_file():
         shutil.copy(checkpoint / "generation_config.json", folder)
     copy_notices(checkpoint, folder)
-    stored = _with_caches(read_json(checkpoint / "config.json"), job.common.config)
-    if job.common.config.kept_of_texts:
+    stored = _with_caches(read_json(checkpoint / "config.json"), job.config)
+    if job.config.kept_of_texts:
         # Which a folder may say in another way, that transformers alone knows.
         stored["layer_types"] = list(job.model.config.layer_types)
     write_json(folder / "config.json", _config(stored, variant))
     if variant.portable:
         return ReadChats()
-    ends = sorted(job.common.stops)
-    context_length = job.common.context_length
+    ends = sorted(job.stops)
+    context_length = job.context_length
     genai = _genai_config(variant, job.model.config, ends, context_length)
-    kv_heads = max(job.common.config.kv_heads)
+    kv_heads = max(job.config.kv_heads)
     genai["model"]["decoder"] |= {
-        "num_attention_heads": kv_heads * job.common.config.heads_per_group,
+        "num_attention_heads": kv_heads * job.config.heads_per_group,
         "num_hidden_layers": stored["num_hidden_layers"],
         "num_key_value_heads": kv_heads,
     }
-    _add_kept(genai["model"], stored, job.common.config)
+    _add_kept(genai["model"], stored, job.config)
     write_json(folder / GENAI_CONFIG, genai)
-    return genai_chats(job.common, folder)
+    return _genai_chats(job, folder)
 
 
 def _with_caches(stored: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
@@ -147,3 +155,51 @@ def _genai_config(variant: Variant, config: Any, ends: list[int], context_length
             "top_p": 1.0,
         },
     }
+
+
+def _genai_chats(job: Job, folder: Path) -> ReadChats:
+    """What ONNX Runtime GenAI makes of chats with a folder's tokenizer, template and stop tokens; nothing if it is not
+    installed. No weights are read."""
+    if not (folder / GENAI_CONFIG).is_file() or importlib.util.find_spec("onnxruntime_genai") is None:
+        return ReadChats()
+    found = _ask(folder)
+    if "error" in found:
+        return ReadChats(
+            warnings=(f"GenAI cannot read the folder's tokenizer: {one_line(found['error'], 160)}",)
+        )
+    answers = dict(zip((one.name for one in CONVERSATIONS), found["read"], strict=True))
+
+    def read(conversation: Conversation, _: str) -> list[int]:
+        answer = answers[conversation.name]
+        if "error" in answer:
+            raise InputError(answer["error"])
+        ids: list[int] = answer["ids"]
+        return ids
+
+    return read_chats("GenAI", job.tokenizer, job.stops, read, set(found["stops"]).__contains__)
+
+
+def _ask(folder: Path) -> dict[str, Any]:
+    """What `genai_worker` says."""
+    request = json.dumps([[list(c.messages), list(c.tools) or None, c.to_be_answered] for c in CONVERSATIONS])
+    try:
+        result = subprocess.run(
+            [*python_module("exporters.onnx.genai_worker"), str(folder)],
+            input=request,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            env=child_environment(),
+            timeout=_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"it has not answered within {_SECONDS:g} s"}
+    lines = result.stdout.splitlines()
+    if result.returncode or not lines:
+        return {"error": f"it ended with status {result.returncode}"}
+    with suppress(ValueError):
+        answer = json.loads(lines[-1])
+        if isinstance(answer, dict):
+            return answer
+    return {"error": f"its answer cannot be read: {lines[-1]}"}

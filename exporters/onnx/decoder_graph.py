@@ -26,16 +26,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import onnx.defs
+import onnx.helper
 import onnx_ir as ir
 
-from exporters.onnx.activations import ACTIVATIONS
-from exporters.onnx.graph_builder import CONTRIB, GraphBuilder, Numbers
+from cfsp.errors import InputError
+from exporters.onnx.graph_builder import ACTIVATIONS, CONTRIB, GraphBuilder, Numbers
 from exporters.onnx.layers import TOKENS, Embedding, Layer, join_heads, norm_heads, rms_norm, split_last
-from exporters.onnx.operators import ir_version_for, require_operators
 from exporters.onnx.runtime import CACHE_KEY, FIXED_CACHE
 from exporters.onnx.text_mixer import MixerCall, NewTokens, TextMixer, token_places
 
 OPSET = 21
+OPSETS = range(13, 24)
+"""What may be asked for: older ones give axes as attributes, newer ones have no kernels yet."""
+
+_RUNTIMES_OWN = frozenset({"SimplifiedLayerNormalization"})
+"""ONNX Runtime registers it in ONNX's domain, whose opsets do not know it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,10 +183,12 @@ def build_decoder(
         name=name,
         opset_imports={"": opset, CONTRIB: 1},
     )
-    require_operators(built, opset)
+    _require_operators(built, opset)
+    # The oldest file format that has the opset: older runtimes refuse newer ones.
+    opsets = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(CONTRIB, 1)]
     return ir.Model(
         built,
-        ir_version=ir_version_for(opset),
+        ir_version=int(onnx.helper.find_min_ir_version_for(opsets, ignore_unknown=True)),
         producer_name="phoneready",
         metadata_props={CACHE_KEY: FIXED_CACHE},
     )
@@ -465,3 +473,24 @@ class _Graph:
 
     def _norm(self, x: ir.Value, gamma: ir.Value, name: str) -> ir.Value:
         return rms_norm(self.builder, x, gamma, name, self.decoder.rms_norm_eps)
+
+
+def _require_operators(graph: ir.Graph, opset: int) -> None:
+    """Raise InputError where an opset lacks an operator, or has it with fewer inputs or without an attribute."""
+    for node in graph:
+        if node.domain or node.op_type in _RUNTIMES_OWN:
+            continue
+        lacks = _what_is_lacking(node, opset)
+        if lacks:
+            raise InputError(f"the graph wants {lacks}, which ONNX has not", field="opset", value=opset)
+
+
+def _what_is_lacking(node: ir.Node, opset: int) -> str | None:
+    try:
+        schema = onnx.defs.get_schema(node.op_type, opset)
+    except onnx.defs.SchemaError:
+        return node.op_type
+    if len(node.inputs) > schema.max_input:
+        return f"{node.op_type} with {len(node.inputs)} inputs"
+    unknown = node.attributes.keys() - schema.attributes.keys()
+    return f"{node.op_type} with {', '.join(sorted(unknown))}" if unknown else None

@@ -20,9 +20,8 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from exporters.onnx.activations import ACTIVATIONS, silu
 from exporters.onnx.causal_convolution import Kernels, convolve
-from exporters.onnx.graph_builder import CONTRIB, GraphBuilder, Numbers
+from exporters.onnx.graph_builder import ACTIVATIONS, CONTRIB, GraphBuilder, Numbers, silu
 from exporters.onnx.layers import TOKENS, Layer, norm_heads, split_last
 from exporters.onnx.text_mixer import MixerCall, NewTokens, count_column, token_places
 

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from exporters import onnx
-from exporters.family import ExportedModel, ExportFamily
+from exporters.family import ExportedModel, ExportFamily, FileOutline
 from exporters.onnx.folder import find_graph, is_onnx
-from exporters.outline import FileOutline
 
 
 def _locate(folder: Path, stem: str, variant: str) -> ExportedModel:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -99,3 +100,19 @@ def _tensor(name: str, value: npt.ArrayLike | torch.Tensor) -> ir.TensorProtocol
     if isinstance(value, torch.Tensor) and value.is_meta:
         return Unwritten(value, name)
     return ir.tensor(np.asarray(value, order="C"), name=name)
+
+
+def silu(builder: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
+    """x sigmoid(alpha x) with alpha = 1."""
+    return builder.op("QuickGelu", [x], name, alpha=1.0, domain=CONTRIB)
+
+
+def gelu_tanh(builder: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
+    """GELU in its approximation by tanh."""
+    return builder.op("FastGelu", [x], name, domain=CONTRIB)
+
+
+ACTIVATIONS: Mapping[str, Callable[[GraphBuilder, ir.Value, str], ir.Value]] = MappingProxyType(
+    {"silu": silu, "gelu_tanh": gelu_tanh}
+)
+"""Of an FFN, as `exporters.checkpoint_reader` names them."""

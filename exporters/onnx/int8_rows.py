@@ -21,34 +21,10 @@ import torch
 
 from exporters.onnx.graph_builder import GraphBuilder, Numbers
 from exporters.onnx.layers import TABLE, TOKENS, add_bias
+from exporters.onnx.matrix import ZERO_OF_ROWS, Int8Rows, round_rows
 from exporters.onnx.weights import Weights
 
-_LARGEST, _ZERO = 127, 128
-
-
-@dataclass(frozen=True)
-class Int8Rows:
-    """A matrix W (rows, columns): w = (data - 128) * scale of the row.
-
-    Attributes:
-        data: (rows, columns) uint8.
-        scales: (rows,) float32.
-    """
-
-    data: torch.Tensor
-    scales: torch.Tensor
-
-    def dequantized(self) -> torch.Tensor:
-        """The matrix that the runtime computes with, (rows, columns) float32."""
-        return (self.data.float() - _ZERO) * self.scales[:, None]
-
-
-def round_rows(weight: torch.Tensor) -> Int8Rows:
-    """The nearest numbers; a row of zeros has the scale one."""
-    largest = weight.detach().float().abs().amax(dim=1)
-    scales = torch.where(largest > 0, largest / _LARGEST, torch.ones_like(largest))
-    data = (weight.detach().float() / scales[:, None]).round().add(_ZERO).to(torch.uint8)
-    return Int8Rows(data, scales)
+_LARGEST = 127
 
 
 @dataclass(frozen=True)
@@ -80,7 +56,7 @@ class Int8Linear:
             turned = self.weight.data.shape[::-1]
             weight = builder.op("Transpose", [table], f"{stored}.transpose", shape=turned, perm=[1, 0])
         rounded, scale = _rounded(builder, x)
-        zero = builder.constant("zero_q8", np.uint8(_ZERO))
+        zero = builder.constant("zero_q8", np.uint8(ZERO_OF_ROWS))
         factors = [rounded, weight, zero, zero]
         product = builder.op(
             "MatMulInteger", factors, f"{name}.product", dtype=ir.DataType.INT32, shape=shape
@@ -146,4 +122,4 @@ def _rounded(builder: GraphBuilder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
 
 
 def _middle(builder: GraphBuilder) -> ir.Value:
-    return builder.constant("middle_q8", np.float32(_ZERO))
+    return builder.constant("middle_q8", np.float32(ZERO_OF_ROWS))

@@ -23,10 +23,9 @@ from cfsp.models.reference import load_tokenizer
 from cfsp.text.choosing import Chooser, greedy
 from cfsp.text.self_sampling import stated_sampling, stop_tokens
 from exporters.checkpoint_reader import read_config
+from exporters.family import FileOutline
 from exporters.onnx.folder import GRAPHS, find_graph, folder_of, told_context
-from exporters.onnx.runtime import open_model
-from exporters.onnx.texts import continuation_rows, write
-from exporters.outline import FileOutline
+from exporters.onnx.runtime import continuation_rows, open_model, write
 
 _BATCH = 256
 

@@ -12,8 +12,8 @@ from typing import Protocol
 
 import onnx_ir as ir
 
-from exporters.onnx.block_quantize import Rounded
 from exporters.onnx.graph_builder import CONTRIB, GraphBuilder, Numbers
+from exporters.onnx.matrix import Rounded
 
 TOKENS = ("batch_size", "sequence_length")
 """Leading dimensions of everything that is computed for each token."""

@@ -1,20 +1,23 @@
-"""Quantizing a model's layers for a variant, block after block, on text.
-
-The model is run as far as it is quantized already: every layer is rounded for the inputs that it will really get.
-"""
+"""A model in few bits for a variant: which layers get eight of them, what each is rounded to, what training leaves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from cfsp.models.architectures import block_linears, decoder_layers
+from cfsp.devices import CPU, moved
+from cfsp.errors import InputError
+from cfsp.models.architectures import block_linears, decoder_layers, spec_for
+from cfsp.models.checkpoint import load_pruned
 from cfsp.models.offload import at_hand
+from cfsp.models.rounded_numbers import RoundedFormat, RoundedNumbers
 from cfsp.progress import Progress, no_progress
-from exporters.onnx.block_quantize import Rounded, gptq, joined, refine, round_to_nearest
+from exporters.checkpoint_reader import read_config
 from exporters.onnx.layers import (
     TABLE,
     Embedding,
@@ -24,16 +27,39 @@ from exporters.onnx.layers import (
     StackedEmbedding,
     StackedLinear,
 )
-from exporters.onnx.variants import HEAD, INT8, BlockFormat, FormatOf
-from exporters.onnx.weights import HEAD_PARTS, Weights, head_parts, is_tied, packed_names, read_weight
-from exporters.quantize.scale_tuning import tune_scales
+from exporters.onnx.matrix import Rounded, joined, round_nowhere, round_to_nearest
+from exporters.onnx.variants import HEAD, INT4, INT8, VARIANTS, BlockFormat, FormatOf, Variant, find_variant
+from exporters.onnx.weights import (
+    HEAD_PARTS,
+    Weights,
+    check_blocks,
+    group_of,
+    head_parts,
+    is_tied,
+    packed_names,
+    read_weight,
+    weight_of,
+)
+from exporters.quantize.gradients import collect_weight_moments
+from exporters.quantize.matrix import Placed, fit, stands_for
+from exporters.quantize.mixture import GRADIENT_WINDOWS, ROWS, TABLE_ROWS, Option, draw, of_rows, solve
+from exporters.quantize.training import RoundedModel, tune_scales
 from exporters.quantize.walk import CORRECTION, Readings, alike, round_blocks
 
 Nearest = Callable[[torch.Tensor, BlockFormat], Rounded]
+Losses = Mapping[str, Mapping[BlockFormat, float]]
+"""Layer -> format -> nats a token that rounding it to the nearest costs."""
 _AT_ONCE = 2**24
 """Numbers that are rounded together: rows do not depend on each other, and each number takes 20 bytes meanwhile."""
 _LEARNING_RATE = 1e-3
 """Of scales and norms."""
+_Q4_0_RATIO = 1.1
+_FEW = 0.03
+"""Of the bytes that a token reads. On SmolLM2-135M, a fifth less is lost than without such layers."""
+_APART_BYTES = 180_000
+"""Two products more: 22 microseconds of one core that reads 8 GB/s, measured on SmolLM2-135M in ONNX Runtime 1.32."""
+OFFSET_DIGITS = 8
+"""A longer tensor's place in the file may take more digits, which the graph holds."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +67,12 @@ class QuantizedModel(Weights):
     """A model in few bits.
 
     Attributes:
-        layers: Every Linear of the blocks and the output matrix's parts, by `quantize_linears`.
-        losses: The divergence that the few bits of each cost, alone; empty where text did not tell.
+        layers: Every Linear of the blocks and the output matrix's parts.
         apart: What could be one layer is several all the same.
         nearest: Rounds what is no layer.
     """
 
     layers: Mapping[str, Rounded]
-    losses: Mapping[str, float] = field(default_factory=dict)
     apart: bool = False
     nearest: Nearest = round_to_nearest
 
@@ -63,7 +87,7 @@ class QuantizedModel(Weights):
         return StackedLinear(tuple(map(NBitsLinear, parts, biases)))
 
     def embedding(self, table: torch.Tensor, *, tied: bool) -> Embedding:
-        """See `Weights`; the output matrix where they are one, else the nearest of eight bits.
+        """See `Weights`; the output matrix if they are one, else the nearest of eight bits.
 
         Rows of a table that does not multiply are looked up one by one: no input weighs more, and its size costs no
         time.
@@ -109,18 +133,20 @@ def quantize_linears(
     linears = block_linears(model)
     result: dict[str, Rounded] = {}
 
-    def store(index: int, readings: Readings) -> dict[str, Rounded]:
-        forms = {name: format_of(name, index, len(linears)) for name in readings or linears[index]}
-        weights = {
-            name: readings[name].weight if readings else linears[index][name].weight.detach()
-            for name in forms
-        }
-        block = _rounded_layers(weights, forms, readings, nearest)
-        result.update(block)
-        return block
-
     def visit(index: int, readings: Readings) -> dict[str, torch.Tensor]:
-        return {name: rounded.dequantized() for name, rounded in store(index, readings).items()}
+        """Round Linears of a block; those of one format that read the same as one matrix."""
+        forms = {name: format_of(name, index, len(linears)) for name in readings or linears[index]}
+        found = {}
+        for names in alike(forms, readings):
+            each = [
+                readings[name].weight if readings else linears[index][name].weight.detach() for name in names
+            ]
+            gram = readings[names[0]].gram if readings else None
+            whole, start = _rounded(torch.cat(each), forms[names[0]], gram, nearest), 0
+            for name, weight in zip(names, each, strict=True):
+                found[name] = whole.rows(slice(start, start := start + len(weight)))
+        result.update((name, found[name]) for name in forms)
+        return {name: found[name].dequantize() for name in forms} if readings else {}
 
     gram = None
     if input_ids is not None:
@@ -128,7 +154,7 @@ def quantize_linears(
     else:
         for index, layer in enumerate(decoder_layers(model)):
             with at_hand(layer):
-                store(index, {})
+                visit(index, {})
             progress("quantizing", index + 1, len(linears) + 1)
     head = format_of(HEAD, len(linears), len(linears))
     output = model.get_output_embeddings()
@@ -139,16 +165,20 @@ def quantize_linears(
     return result
 
 
-def tune(
-    model: Any, quantized: QuantizedModel, input_ids: torch.Tensor, *, progress: Progress = no_progress
-) -> QuantizedModel:
-    """It with the scales and norms that `exporters.quantize.scale_tuning` finds on a text; arguments as there."""
-    stored = {name: rounded.dequantized().to(model.device) for name, rounded in quantized.layers.items()}
-    head = torch.cat([stored.pop(part) for part in HEAD_PARTS])
-    table = head if is_tied(model) else model.get_input_embeddings().weight.detach()
-    tuned = tune_scales(model, stored, head, table, input_ids, _LEARNING_RATE, progress=progress)
-    scaled = {name: quantized.layers[name].scaled(rows[:, None]) for name, rows in tuned.rows.items()}
-    return replace(quantized, layers={**quantized.layers, **scaled}, norms=tuned.norms)
+def _rounded(weight: torch.Tensor, form: BlockFormat, gram: torch.Tensor | None, nearest: Nearest) -> Rounded:
+    parts = torch.split(weight, max(1, _AT_ONCE // weight.shape[1]))
+    # Eight bits lose nothing that compensation could win back.
+    if gram is None or form.bits == 8:
+        return joined([nearest(part, form) for part in parts])
+    each = (part.to(gram.device) for part in parts)
+    importance = gram.diagonal()
+    return joined([fit(one, round_to_nearest(one, form, importance), gram) for one in each]).to(weight.device)
+
+
+def outline_in(model: Any, format_of: FormatOf, *, apart: bool = False) -> QuantizedModel:
+    """A model in few bits as large as it is, whose numbers are nowhere."""
+    layers = quantize_linears(model, format_of, None, nearest=round_nowhere)
+    return QuantizedModel(layers, apart=apart, nearest=round_nowhere)
 
 
 def with_nearest(model: Any, quantized: QuantizedModel) -> QuantizedModel:
@@ -160,27 +190,226 @@ def with_nearest(model: Any, quantized: QuantizedModel) -> QuantizedModel:
     return replace(quantized, layers=layers, norms={})
 
 
-def _rounded_layers(
-    weights: Mapping[str, torch.Tensor],
-    forms: Mapping[str, BlockFormat],
-    readings: Readings,
-    nearest: Nearest,
-) -> dict[str, Rounded]:
-    """Linears of a block; those of one format that read the same are rounded as one matrix."""
+def measure(
+    model: Any,
+    form: BlockFormat,
+    input_ids: torch.Tensor,
+    *,
+    device: str = "cpu",
+    progress: Progress = no_progress,
+) -> Losses:
+    """What each layer loses in a format and in eight bits, by some rows: see `exporters.quantize.mixture`.
+
+    Args:
+        model: A causal LM of the architecture table, float32, on the CPU; unchanged.
+        form: Of few bits.
+        input_ids: Calibration text, (nsamples, seqlen).
+        device: Where to compute.
+        progress: Told about the gradients.
+    """
+    linears = [name for block in block_linears(model) for name in block]
+    with moved(model, device):
+        ids = input_ids[:GRADIENT_WINDOWS]
+        moments = collect_weight_moments(model, [*linears, HEAD], ids, progress=progress)
+    rows = head_parts(model.config.vocab_size)
+    losses: dict[str, dict[BlockFormat, float]] = {}
+    for name in (*linears, *HEAD_PARTS):
+        weight = read_weight(model, name)
+        own = of_rows(moments[HEAD], rows[name]) if name in rows else moments[name]
+        sample = draw(weight, own, TABLE_ROWS if name in rows else ROWS)
+        some = weight[sample.rows]
+        losses[name] = {
+            each: float(sample.cost(round_to_nearest(some, each).dequantize() - some).sum())
+            for each in (form, INT8)
+        }
+    return losses
+
+
+def choose_mixture(
+    model: Any, form: BlockFormat, losses: Losses, size_bytes: int, budget_bytes: int
+) -> tuple[str, ...]:
+    """The layers to store in eight bits so that a file has a size.
+
+    Args:
+        model: A causal LM of the architecture table.
+        form: Of all other layers.
+        losses: By `measure`.
+        size_bytes: Of the file that has all of it in few bits, with all apart that can be one layer.
+        budget_bytes: Of the file with the mixture.
+
+    Raises:
+        InputError: Not even few bits fit the budget.
+    """
+    left = budget_bytes - size_bytes - OFFSET_DIGITS * len(losses)
+    if left < 0:
+        raise InputError(
+            "four bits for every layer take more",
+            field="mixed_bytes",
+            value=budget_bytes,
+            allowed=f"{budget_bytes - left} or more",
+        )
+    return _choose(model, form, losses, left, apart_bytes=0)
+
+
+def choose_few(model: Any, form: BlockFormat, losses: Losses) -> tuple[str, ...]:
+    """The few layers that gain most from eight bits for the time that they cost, until a token takes 3 % longer.
+
+    A token takes the time to read the weights, so the price is in bytes, too. What can be one layer is one as long as
+    it has one format; two products more cost what reading `_APART_BYTES` does. Arguments as for `choose_mixture`.
+    """
+    return _choose(model, form, losses, left_for_few(model, form), apart_bytes=_APART_BYTES)
+
+
+def _choose(
+    model: Any, form: BlockFormat, losses: Losses, left_bytes: int, apart_bytes: int
+) -> tuple[str, ...]:
+    # With normed heads, q, k and v are apart already.
+    normed = spec_for(model.config).head_norms is not None
+    options: dict[str, list[Option[tuple[str, ...]]]] = {}
+    for name in losses:
+        group = group_of(name)
+        if name != group[0]:
+            continue
+        for formats in product((form, INT8), repeat=len(group)):
+            stored = dict(zip(group, formats, strict=True))
+            n_bytes = sum(bytes_of(weight_of(model, one).shape, each) for one, each in stored.items())
+            if len({*formats}) > 1 and not (normed and name not in HEAD_PARTS):
+                n_bytes += apart_bytes
+            eight = tuple(one for one, each in stored.items() if each == INT8)
+            loss = sum(losses[one][each] for one, each in stored.items())
+            options.setdefault(name, []).append(Option(eight, n_bytes, loss))
+    least = sum(min(option.n_bytes for option in each) for each in options.values())
+    chosen = {one for option in solve(options, least + left_bytes).values() for one in option.kind}
+    return tuple(name for name in losses if name in chosen)
+
+
+def left_for_few(model: Any, form: BlockFormat) -> int:
+    """What the few layers may cost, in bytes."""
+    linears = [name for block in block_linears(model) for name in block]
+    total = sum(bytes_of(weight_of(model, name).shape, form) for name in (*linears, *HEAD_PARTS))
+    return int(_FEW * total)
+
+
+def largest_of_few(model: Any, form: BlockFormat) -> tuple[QuantizedModel, int]:
+    """The model that takes most before its few layers are chosen, and the bytes that these can take more."""
+    left = left_for_few(model, form)
+    outlined = outline_in(model, lambda *_: form, apart=left >= _APART_BYTES)
+    return outlined, left + OFFSET_DIGITS * len(outlined.layers)
+
+
+def default_budget(model: Any) -> int:
+    """1.1 times what weights take in GGUF's Q4_0: 4.5 bits in the blocks' matrices, 8.5 in the embedding and a head."""
+    blocks = sum(
+        bytes_of(linear.weight.shape, INT4) for block in block_linears(model) for linear in block.values()
+    )
+    embedding = bytes_of(model.get_input_embeddings().weight.shape, INT8)
+    tables = embedding * (1 if is_tied(model) else 2)
+    vectors = sum(4 * parameter.numel() for parameter in model.parameters() if parameter.ndim != 2)
+    return int(_Q4_0_RATIO * (blocks + tables + vectors))
+
+
+def bytes_of(shape: Sequence[int], form: BlockFormat) -> int:
+    """Of a matrix: its numbers, and a float16 scale a block."""
+    rows, columns = shape
+    return rows * -(-columns // form.block_size) * (form.block_size * form.bits // 8 + 2)
+
+
+def rounded_model(
+    model: Any,
+    form: BlockFormat,
+    eight_bits: Sequence[str],
+    input_ids: torch.Tensor,
+    *,
+    device: str = "cpu",
+    progress: Progress = no_progress,
+) -> QuantizedModel:
+    """Round all layers for a text.
+
+    Args:
+        model: A causal LM of the architecture table, float32, on the CPU; unchanged.
+        form: Of all layers but some.
+        eight_bits: Those that get the nearest of eight bits.
+        input_ids: Calibration text, (nsamples, seqlen).
+        device: Where to compute.
+        progress: Told after each block.
+    """
+    with moved(model, device):
+        layers = quantize_linears(
+            model, lambda name, *_: INT8 if name in eight_bits else form, input_ids, progress=progress
+        )
+    parts = [name for name in HEAD_PARTS if name in eight_bits]
+    nearest = {name: round_to_nearest(weight_of(model, name), INT8) for name in parts}
+    return QuantizedModel({name: rounded.to(CPU) for name, rounded in layers.items()} | nearest)
+
+
+def tune(
+    model: Any, quantized: QuantizedModel, input_ids: torch.Tensor, *, progress: Progress = no_progress
+) -> QuantizedModel:
+    """It with the scales and norms that `tune_scales` finds on a text; arguments as there."""
+    stored = {name: rounded.dequantize().to(model.device) for name, rounded in quantized.layers.items()}
+    head = torch.cat([stored.pop(part) for part in HEAD_PARTS])
+    table = head if is_tied(model) else model.get_input_embeddings().weight.detach()
+    tuned = tune_scales(model, stored, head, table, input_ids, _LEARNING_RATE, progress=progress)
+    scaled = {name: quantized.layers[name].scaled(rows[:, None]) for name, rows in tuned.rows.items()}
+    return replace(quantized, layers={**quantized.layers, **scaled}, norms=tuned.norms)
+
+
+class OnnxRounding:
+    """See `cfsp.recovery.rounding.Rounding`."""
+
+    def check(self, name: str) -> None:
+        """See `Rounding`: what is chosen for a size, or loses nothing to speak of, is not trained through."""
+        known = [row.name for row in VARIANTS.values() if row.calibrated and not row.mixed]
+        if find_variant(name).name not in known:
+            allowed = ", ".join(known)
+            raise InputError("cannot be trained through", field="for_quant", value=name, allowed=allowed)
+
+    def start(
+        self, checkpoint: Path, name: str, input_ids: torch.Tensor, device: str, progress: Progress
+    ) -> RoundedModel:
+        """See `Rounding`: numbers and which layers get eight bits are chosen for a text, as export chooses them."""
+        variant = find_variant(name)
+        check_blocks(read_config(checkpoint).spec)
+        assert variant.form is not None
+        model = load_pruned(checkpoint, torch.float32)
+        losses = measure(model, variant.form, input_ids, device=device, progress=progress)
+        names = choose_few(model, variant.form, losses)
+        few = rounded_model(model, variant.form, names, input_ids, device=device, progress=progress)
+        others = {}
+        if not is_tied(model):
+            embedding = model.get_input_embeddings()
+            table = next(name for name, module in model.named_modules() if module is embedding)
+            others[f"{table}.weight"] = few.nearest(embedding.weight.detach(), INT8).dequantize()
+        types = {name: str(layer.form.bits) for name, layer in few.layers.items()}
+        placed = {name: _placed(name, layer) for name, layer in few.layers.items()}
+        return RoundedModel(RoundedFormat(variant.name, types, None), placed, others)
+
+
+def _placed(name: str, layer: Rounded) -> Placed:
+    def hold(model: Any, values: torch.Tensor) -> None:
+        weight_of(model, name).copy_(values)
+
+    modules = () if name in HEAD_PARTS else (name,)
+    return Placed(layer, hold, lambda factors: factors[0], modules, layer.form.block_size)
+
+
+def trained_layers(model: Any, variant: Variant, numbers: RoundedNumbers) -> dict[str, Rounded]:
+    """The layers of a checkpoint that has a variant's numbers.
+
+    Raises:
+        InputError: They are not what its weights stand for, or not of its shape.
+    """
+    assert variant.form is not None
+    forms: dict[str, BlockFormat] = {str(form.bits): form for form in (variant.form, INT8)}
     layers = {}
-    for names in alike(forms, readings):
-        each = [weights[name] for name in names]
-        gram = readings[names[0]].gram if readings else None
-        whole, start = _rounded(torch.cat(each), forms[names[0]], gram, nearest), 0
-        for name, weight in zip(names, each, strict=True):
-            layers[name] = whole.rows(slice(start, start := start + len(weight)))
-    return {name: layers[name] for name in weights}
-
-
-def _rounded(weight: torch.Tensor, form: BlockFormat, gram: torch.Tensor | None, nearest: Nearest) -> Rounded:
-    parts = torch.split(weight, max(1, _AT_ONCE // weight.shape[1]))
-    # Eight bits lose nothing that compensation could win back.
-    if gram is None or form.bits == 8:
-        return joined([nearest(part, form) for part in parts])
-    moved = (part.to(gram.device) for part in parts)
-    return joined([refine(part, gram, gptq(part, gram, form)) for part in moved]).to(weight.device)
+    for name, bits in numbers.format.types.items():
+        weight = weight_of(model, name).float()
+        q, scales = (numbers.tensors.get(f"{name}.{part}") for part in ("q", "scales"))
+        if q is None or scales is None or bits not in forms or scales.shape != q.shape[:2]:
+            raise InputError(f"the checkpoint's rounded numbers are not whole: {name}")
+        layer = Rounded(q, scales, weight.shape[1], forms[bits])
+        fits = q.shape[0] == len(weight) and q[0].numel() >= weight.shape[1]
+        if not fits or not stands_for(layer.dequantize(), weight):
+            raise InputError(f"the checkpoint's rounded numbers are not what its weights stand for: {name}")
+        layers[name] = layer
+    return layers

@@ -8,7 +8,7 @@ keep of a text that do not attend is given anew each time by both, and knows not
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cfsp.errors import InputError, require_extra
+from cfsp.text.choosing import Chooser, greedy
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -259,3 +260,55 @@ def open_model(
     except Exception as error:  # its exceptions have no common base
         raise InputError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0][:200]}") from error
     return OnnxModel(path, session, n_ctx, n_batch)
+
+
+def continuation_rows(
+    model: OnnxModel, context: Sequence[int], continuations: Sequence[Sequence[int]]
+) -> FloatArray:
+    """Logits after a context, and after all tokens but the last of each continuation in turn, (n, vocab_size).
+
+    After each continuation the cache is rewound, or the context is read again.
+    """
+    rows = [_read(model, context)[-1:]]
+    for continuation in continuations:
+        if len(continuation) > 1:
+            if model.can_rewind:
+                model.rewind(len(context))
+            elif model.n_past != len(context):
+                _read(model, context)
+            rows.append(model.decode(continuation[:-1]).copy())
+    return np.concatenate(rows)
+
+
+def write(
+    model: OnnxModel,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    ends: Collection[int],
+    is_over: Callable[[list[int]], bool],
+    choose: Chooser = greedy,
+) -> list[int]:
+    """Continuation of a prompt, without the token that ends it.
+
+    Args:
+        model: The graph.
+        prompt: Token ids, at least one.
+        max_new_tokens: Most tokens of the continuation.
+        ends: Tokens that end a text.
+        is_over: Whether what was written ends there.
+        choose: Chooses its tokens.
+    """
+    answer: list[int] = []
+    logits = _read(model, prompt)
+    while (token := choose(prompt, answer, logits[-1])) not in ends:
+        answer.append(token)
+        if len(answer) == max_new_tokens or is_over(answer):
+            break
+        logits = model.decode([token])
+    return answer
+
+
+def _read(model: OnnxModel, tokens: Sequence[int]) -> FloatArray:
+    """Logits of the last piece of a text that nothing comes before."""
+    *_, last = model.iter_logits(np.asarray(tokens, dtype=np.int64))
+    return last.copy()

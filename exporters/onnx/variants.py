@@ -8,7 +8,6 @@ from types import MappingProxyType
 
 from cfsp.errors import InputError
 from exporters.export_record import ExportFormat, ParityLimits
-from exporters.quantize.grid import Grid
 
 
 @dataclass(frozen=True)
@@ -27,11 +26,6 @@ class BlockFormat:
     def half(self) -> int:
         """The q that means zero."""
         return 1 << (self.bits - 1)
-
-    @property
-    def grid(self) -> Grid:
-        """What a block can hold."""
-        return Grid(tuple(map(float, range(-self.half, self.half))), self.block_size)
 
 
 INT4, INT4_B128, INT8 = BlockFormat(4, 32), BlockFormat(4, 128), BlockFormat(8, 32)

@@ -147,7 +147,7 @@ def decoder_of(model: Any, weights: Weights) -> Decoder:
 
 
 def slice_of(model: Any, block: int, entering: torch.Tensor, gain: torch.Tensor) -> Decoder:
-    """A block of a causal LM as a decoder of its own, float32: see `exporters.slices`.
+    """A block of a causal LM as a decoder of its own, float32: see `exporters.proof`.
 
     Args:
         model: A causal LM of the architecture table.

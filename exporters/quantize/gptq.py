@@ -11,26 +11,24 @@ import torch
 from cfsp.devices import exact
 from cfsp.errors import InputError
 from cfsp.pruning.reconstruction import damped_cholesky
-from exporters.quantize.grid import Grid
-from exporters.quantize.triangular import invert_lower_
+from exporters.quantize import Grid
 
 RIDGE = 0.1
 """Relative to the mean of a Gram matrix's diagonal. On SmolLM2-135M, 0.05 to 0.1 lose less than 0.01 and 0.2."""
 _EXACT_COLUMNS = 4096
 """Up to so many columns H is factored in float64. Of more it would take most of the time, and the ridge bounds what
-float32 loses: of 4096 x 14336 numbers (benchmarks/rounding.py) both lose 0.000956 of the output's mean square. What
-float32 cannot factor is factored in float64."""
+float32 loses: of 4096 x 14336 numbers (benchmarks/rounding.py) both lose 0.000956 of the output's mean square."""
 _LAZY_COLUMNS = 64
-"""What so many columns lost is taken from all that come after them in one product."""
+"""What so many columns lost is taken from all later ones in one product."""
+_SMALL, _WIDTH = 128, 512
+"""Inverting a triangular matrix: rows that are solved for at once, and the width of its products."""
 
 
 def gptq_codes(weight: torch.Tensor, scales: torch.Tensor, grid: Grid, gram: torch.Tensor) -> torch.Tensor:
     """GPTQ (Frantar et al., arXiv 2210.17323): each column's error is made up for by the columns after it.
 
-    Columns are rounded one by one, those with the largest inputs first, as the last ones have nobody to make up for
-    them; what column j loses, e_j = (w_j - q_j) / U_jj, is taken from the later ones as e_j U_j, where U is the upper
-    Cholesky factor of (H + RIDGE mean(diag H) I)^-1. Blocks keep their scales, since a block's columns do not follow
-    each other.
+    Columns with the largest inputs go first. What column j loses, e_j = (w_j - q_j) / U_jj, is taken from the later
+    ones as e_j U_j, where U is the upper Cholesky factor of (H + RIDGE mean(diag H) I)^-1. Blocks keep their scales.
 
     Args:
         weight: W, (rows, columns) float32, without the offsets of its blocks.
@@ -73,8 +71,7 @@ def gptq_blocks(
 ) -> None:
     """GPTQ block after block, for formats in which a block's numbers cannot be chosen one by one.
 
-    What block B loses, E = (W_B - Q_B) U_BB^-1, is taken from the later columns as E U_B; the blocks with the largest
-    inputs go first. Inside a block nothing is made up for.
+    What block B loses, E = (W_B - Q_B) U_BB^-1, is taken from the later columns as E U_B.
 
     Args:
         weight: W, (rows, columns) float32.
@@ -98,7 +95,7 @@ def gptq_blocks(
 
 
 def round_to_codes_(values: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """The code nearest to each value, in its place; the lower one of two that are as near, where they are uneven."""
+    """The code nearest to each value, in its place; the lower of two that are as near, where codes are uneven."""
     if grid.codes[-1] - grid.codes[0] == len(grid.codes) - 1:
         return values.round_().clamp_(grid.codes[0], grid.codes[-1])
     nearest = _nearest_codes(grid.codes, values.device)
@@ -119,22 +116,15 @@ def _nearest_codes(codes: tuple[float, ...], device: torch.device) -> torch.Tens
 
 
 def _upper_factor_of_inverse(gram: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """U, upper triangular float32, with U^T U = (H + RIDGE mean(diag H) I)^-1, H's columns and rows being in an order.
+    """U, upper triangular float32, with U^T U = (H + RIDGE mean(diag H) I)^-1 for H in an order of its columns.
 
     H from its last row to its first is L L^T; U is L^-1 turned back. One matrix of H's size is held beside H.
-
-    Raises:
-        InputError: H is not finite or cannot be inverted.
     """
     return invert_lower_(factored(gram, order.flip(0))).float().flip(0, 1)
 
 
 def factored(gram: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
     """L with L L^T = H + RIDGE mean(diag H) I; float32 where that serves.
-
-    Args:
-        gram: H, (columns, columns); unchanged.
-        order: Of H's columns and rows; as they are unless given.
 
     Raises:
         InputError: H is not finite or cannot be factored.
@@ -147,3 +137,28 @@ def factored(gram: torch.Tensor, order: torch.Tensor | None = None) -> torch.Ten
         with suppress(InputError):
             return damped_cholesky(ordered(gram.float()), RIDGE)
     return damped_cholesky(ordered(exact(gram)), RIDGE)
+
+
+def invert_lower_(matrix: torch.Tensor) -> torch.Tensor:
+    """The inverse of a lower triangular matrix (n, n), in its place.
+
+    [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]: two halves, and two products with triangular matrices.
+    Solving for the columns of I takes two to three times as long, and a second matrix.
+    """
+    size = len(matrix)
+    if size <= _SMALL:
+        identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+        return matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=False))
+    half = size // 2
+    first, second = invert_lower_(matrix[:half, :half]), invert_lower_(matrix[half:, half:])
+    below = matrix[half:, :half]
+    reached = torch.empty_like(below)  # B A^-1
+    for start in range(0, half, _WIDTH):
+        columns = slice(start, start + _WIDTH)
+        reached[:, columns] = below[:, start:] @ first[start:, columns]
+    for start in range(0, size - half, _WIDTH):
+        rows = slice(start, start + _WIDTH)
+        stop = min(rows.stop, size - half)
+        below[rows] = second[rows, :stop] @ reached[:stop]
+    below.neg_()
+    return matrix

@@ -14,7 +14,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,72 +33,6 @@ from cfsp.pruning.streaming import gradient_hook
 _HEAD_CHUNK = 256
 LOOKUP = "lookup"
 """The token embedding as what looks a token up, apart from the output matrix that it may be, too."""
-
-
-_ROWS = 8192
-"""Of a change that are in memory at once."""
-
-
-@dataclass(frozen=True)
-class WeightChange:
-    """A change of a Linear's weight.
-
-    Attributes:
-        module: Name of the Linear.
-        matrix: Some rows -> those of C (rows, in_features) float32; it is called for each window, a few rows at a time,
-            so that not all have to be held.
-        rows: Of the weight, to which C is added.
-    """
-
-    module: str
-    matrix: Callable[[slice], torch.Tensor]
-    rows: slice = field(default_factory=lambda: slice(None))
-
-    def slopes(self, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-        """g_t^T C x_t of every token t, for inputs (tokens, in_features) and gradients at the output (tokens, rows)."""
-        total, g = g.new_zeros(len(g)), g[:, self.rows]
-        for start in range(0, g.shape[1], _ROWS):
-            some = slice(start, min(start + _ROWS, g.shape[1]))
-            total += (g[:, some] * (x @ self.matrix(some).T)).sum(1)
-        return total
-
-
-def predict_divergence(
-    model: Any,
-    changes: Mapping[str, WeightChange],
-    input_ids: torch.Tensor,
-    *,
-    progress: Progress = no_progress,
-) -> dict[str, float]:
-    """KL(model || model with one Linear's weight changed), to second order, for each of many Linears at once.
-
-    A change C of a weight moves the output for token t by C x_t, which costs E[(g_t^T C x_t)^2] / 2: the Fisher
-    matrix's quadratic form, with what tokens do to each other through it left out.
-
-    Args:
-        model: A causal LM of the architecture table, in eval mode; unchanged.
-        changes: By any name.
-        input_ids: (nsamples, seqlen) int64.
-        progress: Told after each window, or block.
-
-    Returns:
-        Name -> nats a token.
-
-    Raises:
-        InputError: A prediction is not finite.
-    """
-    totals = dict.fromkeys(changes, 0.0)
-
-    def add(name: str, x: torch.Tensor, g: torch.Tensor) -> None:
-        totals[name] += float(changes[name].slopes(x, g).square().sum())
-
-    watched = [(model.get_submodule(change.module), partial(add, name)) for name, change in changes.items()]
-    _run_backwards(model, watched, input_ids, progress)
-    result = {name: total / input_ids.numel() / 2 for name, total in totals.items()}
-    for name, value in result.items():
-        if not math.isfinite(value):
-            raise InputError("gradients are not finite; check the weights and their dtype", field=name)
-    return result
 
 
 @dataclass

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from cfsp.precision import bulk_dtype
+from exporters.quantize import Grid
 from exporters.quantize.gptq import RIDGE, round_to_codes_
-from exporters.quantize.grid import Grid
 
 _ROUNDS = 4
 """On SmolLM2-135M, one takes a tenth of GPTQ's loss away, four an eighth, and more hardly anything."""

@@ -110,7 +110,10 @@ def round_blocks(
                 with block.rounded_when_read(partial(visit, index)):
                     hidden = run_layer(layer, hidden, calls.of(index))
             progress("quantizing", index + 1, len(layers) + 1)
-        return _head_gram(model, hidden)
+        total = GramSum(hidden.shape[-1], hidden.device)
+        for window in torch.split(hidden, 1, dim=-3):
+            total.add(leave_blocks(model, window)[0].float())
+        return total.mean(hidden.shape[-3:-1].numel())
 
 
 def rounding_bytes(tokens: int, widest: int) -> int:
@@ -137,14 +140,6 @@ def _with_attention_sink(x: torch.Tensor) -> torch.Tensor:
     weighted = x.float().clone()
     weighted[0] *= max(1.0, _SINK_SHARE * len(x)) ** 0.5
     return weighted
-
-
-def _head_gram(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """X^T X / T of the output matrix's inputs, from the last block's outputs."""
-    total = GramSum(hidden.shape[-1], hidden.device)
-    for window in torch.split(hidden, 1, dim=-3):
-        total.add(leave_blocks(model, window)[0].float())
-    return total.mean(hidden.shape[-3:-1].numel())
 
 
 def _sums_of(model: Any, layer: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, nn.Module]:
@@ -226,58 +221,56 @@ class _Block:
     def _readings(self, names: tuple[str, ...], x: torch.Tensor) -> dict[str, Reading]:
         """Of layers that read x, (..., windows, seqlen, in_features)."""
         weigh = _with_attention_sink if names[0].endswith(_ATTENTION) else torch.Tensor.float
-        gram = _input_gram(x, weigh)
+        total = GramSum(x.shape[-1], x.device)
+        for window in x:
+            total.add(weigh(window).float())
+        gram = total.mean(x.shape[:-1].numel())
         weights = [self._linears[name].weight.detach().float() for name in names]
         exact = self._exact.pop(names[0], None)
         if exact is not None:
-            wanted, given = (kept.pop(names[0], None) for kept in (self._exact_sums, self._own_sums))
-            drift = _Drift(x, exact, given, wanted, weigh)
-            weights = drift.taken_back(weights, gram, self._correction)
+            sums = (self._own_sums.pop(names[0], None), self._exact_sums.pop(names[0], None))
+            weights = _taken_back(weights, gram, self._correction, weigh, (x, exact), sums)
         return {name: Reading(gram, weight) for name, weight in zip(names, weights, strict=True)}
 
 
-@dataclass(frozen=True)
-class _Drift:
-    """How far the rounded stream has come off the exact one where layers read, (windows, seqlen, features) each.
+def _taken_back(
+    weights: Sequence[torch.Tensor],
+    gram: torch.Tensor,
+    share: float,
+    weigh: Callable[[torch.Tensor], torch.Tensor],
+    streams: tuple[torch.Tensor, torch.Tensor],
+    sums: tuple[torch.Tensor | None, torch.Tensor | None],
+) -> list[torch.Tensor]:
+    """Weights (rows, columns) that take a share of the drift back: W' = W + c L^T X (H + RIDGE mean(diag H) I)^-1 / T.
 
-    Attributes:
-        x: What they read.
-        exact: What they would read in the exact stream, x*.
-        sum: The residual sum that their output is added to, h; None where it is not added as it is.
-        exact_sum: The same of the exact stream, h*.
+    L, (T, rows), is what outputs lack, (X* - X) W^T + h* - h. Without sums, and where there are more rows than
+    columns, inputs are corrected in place of outputs: (X* - X)^T X is the smaller product.
+
+    Args:
+        weights: Of the layers that read the same.
+        gram: Of what they read.
+        share: c.
         weigh: A window of inputs (seqlen, features) -> them, times the roots of what tokens count.
+        streams: X and X*, what they read and would read in the exact stream, (windows, seqlen, features).
+        sums: h and h*, the residual sums that the output is added to; None if it is not added as it is.
     """
-
-    x: torch.Tensor
-    exact: torch.Tensor
-    sum: torch.Tensor | None
-    exact_sum: torch.Tensor | None
-    weigh: Callable[[torch.Tensor], torch.Tensor]
-
-    def taken_back(
-        self, weights: Sequence[torch.Tensor], gram: torch.Tensor, share: float
-    ) -> list[torch.Tensor]:
-        """Weights (rows, columns) that take a share of it back: W' = W + c L^T X (H + RIDGE mean(diag H) I)^-1 / T.
-
-        L, (T, rows), is what outputs lack, (X* - X) W^T + h* - h. Without sums, and where there are more rows than
-        columns, inputs are corrected in place of outputs: (X* - X)^T X is the smaller product.
-        """
-        whole = torch.cat(list(weights))
-        rows, columns = whole.shape
-        of_outputs = self.sum is not None or rows < columns
-        total = exact_zeros(rows if of_outputs else columns, columns, device=whole.device)
-        for n, (x, exact) in enumerate(zip(self.x, self.exact, strict=True)):
-            lack = (exact - x).float()
-            if of_outputs:
-                lack = lack @ whole.T
-            if self.sum is not None and self.exact_sum is not None:
-                lack += self.exact_sum[n] - self.sum[n]
-            total += (self.weigh(lack).T @ self.weigh(x)).to(total.device)
-        total *= share / self.x.shape[:-1].numel()
-        factor = factored(gram)
-        change = torch.cholesky_solve(total.T.to(factor), factor).T.to(whole)
-        whole = whole + (change if of_outputs else whole @ change)
-        return list(torch.split(whole, [len(weight) for weight in weights]))
+    whole = torch.cat(list(weights))
+    rows, columns = whole.shape
+    (own, exact), (own_sum, exact_sum) = streams, sums
+    of_outputs = own_sum is not None or rows < columns
+    total = exact_zeros(rows if of_outputs else columns, columns, device=whole.device)
+    for n, (x, wanted) in enumerate(zip(own, exact, strict=True)):
+        lack = (wanted - x).float()
+        if of_outputs:
+            lack = lack @ whole.T
+        if own_sum is not None and exact_sum is not None:
+            lack += exact_sum[n] - own_sum[n]
+        total += (weigh(lack).T @ weigh(x)).to(total.device)
+    total *= share / own.shape[:-1].numel()
+    factor = factored(gram)
+    change = torch.cholesky_solve(total.T.to(factor), factor).T.to(whole)
+    whole = whole + (change if of_outputs else whole @ change)
+    return list(torch.split(whole, [len(weight) for weight in weights]))
 
 
 @contextmanager
@@ -287,11 +280,3 @@ def _inputs(modules: Mapping[str, nn.Module], kept: dict[str, torch.Tensor]) -> 
         for name, module in modules.items():
             stack.enter_context(input_hook(module, partial(kept.__setitem__, name)))
         yield
-
-
-def _input_gram(x: torch.Tensor, weigh: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """X^T X / T of inputs (windows, seqlen, in_features), each window as it is weighed."""
-    total = GramSum(x.shape[-1], x.device)
-    for window in x:
-        total.add(weigh(window).float())
-    return total.mean(x.shape[:-1].numel())

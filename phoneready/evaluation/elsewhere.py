@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from cfsp.evaluation.language_model import Branches, Score
     from cfsp.text.choosing import Chooser
-    from exporters.outline import FileOutline
+    from exporters.family import FileOutline
     from phoneready.evaluation.evaluation_record import Place
     from phoneready.evaluation.models import OpenSettings
     from phoneready.evaluation.settings import EvaluationSettings

@@ -61,8 +61,7 @@ class Point:
     @property
     def bits(self) -> float:
         """Bits per weight of most matrices."""
-
-        from exporters.gguf.fallbacks import block_of
+        from exporters.gguf.matrix import block_of
         from exporters.gguf.quants import find_quant
 
         elements, size = block_of(find_quant(self.quant).base_type)

@@ -9,9 +9,15 @@ from types import MappingProxyType
 
 from cfsp.errors import InputError
 from exporters.gguf.cache_types import DEFAULT_CACHE
-from exporters.gguf.llama_library import runtime_version, system_info
-from exporters.gguf.runtime import LlamaModel, open_model
-from exporters.gguf.together import continuation_rows, fitting, write_together
+from exporters.gguf.runtime import (
+    LlamaModel,
+    continuation_rows,
+    fitting,
+    open_model,
+    runtime_version,
+    system_info,
+    write_together,
+)
 from runtime_bench.engines import EngineFacts, Session, SessionSettings
 from runtime_bench.engines.scoring import continuation_scores, ends_at
 from runtime_bench.records.reported import EngineSettings

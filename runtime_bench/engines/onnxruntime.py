@@ -11,8 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from exporters.onnx.folder import folder_of
-from exporters.onnx.runtime import PREFILL_TOKENS, OnnxModel, open_model, runtime_version
-from exporters.onnx.texts import continuation_rows, write
+from exporters.onnx.runtime import (
+    PREFILL_TOKENS,
+    OnnxModel,
+    continuation_rows,
+    open_model,
+    runtime_version,
+    write,
+)
 from runtime_bench.engines import EngineFacts, Session, SessionSettings, file_facts
 from runtime_bench.engines.scoring import continuation_scores, ends_at
 from runtime_bench.records.reported import EngineSettings

@@ -15,7 +15,7 @@
 
 namespace runner {
 
-// What is computed together is what exporters/gguf/together.py computes together, so that rounding is the same.
+// What is computed together is what exporters/gguf/runtime.py computes together, so that rounding is the same.
 
 // Runs of sequences of these lengths that are computed at once, beside tokens that all of them share: (first, behind).
 inline std::vector<std::pair<size_t, size_t>> fitting(const std::vector<size_t> & lengths, size_t shared,

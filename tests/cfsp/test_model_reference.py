@@ -112,8 +112,8 @@ def test_folder_gives_the_model_in_it(model_type: str, tiny_model: Any, tiny_fol
 @pytest.fixture
 def two_tables(tiny_model: Any, write_gguf: Any, tmp_path: Path) -> Callable[..., tuple[Any, Path]]:
     """A model with an output matrix of its own, and llama.cpp's file of it with the embedding and that in two types."""
-    llama_library = pytest.importorskip("exporters.gguf.llama_library")
     pytest.importorskip("llama_cpp")
+    from exporters.gguf.matrix import quantize
 
     def make(difference: float, embedding: str, output: str) -> tuple[Any, Path]:
         model, tokenizer = tiny_model("qwen2", False)
@@ -123,7 +123,7 @@ def two_tables(tiny_model: Any, write_gguf: Any, tmp_path: Path) -> Callable[...
             model.lm_head.weight.copy_(table + difference * noise)
         write_gguf(tmp_path / "plain.gguf", model, tokenizer)
         types = {"token_embd.weight": embedding, "output.weight": output}
-        llama_library.quantize(tmp_path / "plain.gguf", tmp_path / "file.gguf", 7, types=types)
+        quantize(tmp_path / "plain.gguf", tmp_path / "file.gguf", 7, types=types)
         return model, tmp_path / "file.gguf"
 
     return make

@@ -77,7 +77,7 @@ from cfsp.pruning.moments import collect_input_moments
 from cfsp.text.tokens import TokenWindows
 from exporters.onnx.decoder_graph import Attention
 from exporters.onnx.weights import Weights, decoder_of
-from exporters.parity import reference_of
+from exporters.proof import reference_of
 
 def read(model, ids):
     "What pruning and exports read of a model."

@@ -19,8 +19,8 @@ from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.moments import collect_input_moments
 from cfsp.pruning.surgery import cut_channels, cut_groups, remove_attention, set_config_shape
 from exporters.export_record import ParityLimits
+from exporters.family import ExportOptions
 from exporters.gguf.language_model import GGUFLanguageModel
-from exporters.options import ExportOptions
 
 MakeCheckpoint = Callable[..., Path]
 JudgedAlike = Callable[..., None]

@@ -30,7 +30,7 @@ from exporters.gguf.architecture import read_layout
 from exporters.gguf.files import draft_gguf
 from exporters.gguf.writer import write_gguf
 from exporters.onnx import export_onnx
-from exporters.parity import compare, reference_of
+from exporters.proof import compare, reference_of
 from exporters.provenance import read_provenance
 from exporters.quantize.gradients import LOOKUP, collect_weight_moments
 from phoneready.main import main

@@ -19,7 +19,7 @@ from cfsp.text.tokens import encode
 from exporters.chats import read_chats
 from exporters.export_record import ExportRecord
 from exporters.gguf.export import export_gguf
-from exporters.onnx import genai_chats
+from exporters.onnx import companions
 from exporters.onnx.export import export_onnx
 
 TinyModel = Callable[..., tuple[Any, Any]]
@@ -136,8 +136,8 @@ def test_a_worker_that_gives_no_answer_is_a_warning(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: str, said: str
 ) -> None:
     pytest.importorskip("onnxruntime_genai", reason="the onnx extra is not installed")
-    monkeypatch.setattr(genai_chats, "python_module", lambda _: [sys.executable, "-c", worker])
-    monkeypatch.setattr(genai_chats, "_SECONDS", 3.0)
+    monkeypatch.setattr(companions, "python_module", lambda _: [sys.executable, "-c", worker])
+    monkeypatch.setattr(companions, "_SECONDS", 3.0)
     (record,) = export_onnx(saved(*tiny_model(), tmp_path / "tiny"), tmp_path / "onnx", ["fp32"])
     assert record.chats == ()
     assert f"GenAI cannot read the folder's tokenizer: {said}" in record.warnings

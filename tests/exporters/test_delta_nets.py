@@ -22,12 +22,11 @@ from cfsp.models.gguf_model import model_from_gguf
 from cfsp.models.reference import load_model
 from exporters.checkpoint_reader import open_tensors
 from exporters.export_record import ParityLimits
+from exporters.family import ExportOptions
 from exporters.gguf.architecture import read_layout
 from exporters.gguf.export import export_gguf
-from exporters.gguf.imatrix import read_imatrix
-from exporters.gguf.quants import QUANTS
+from exporters.gguf.files import draft_files
 from exporters.gguf.tensors import tensor_specs
-from exporters.options import ExportOptions
 from exporters.quantize.walk import round_blocks
 from phoneready.main import main
 from runtime_bench.devices.model_facts import gguf_facts
@@ -87,7 +86,7 @@ def test_a_file_is_judged_as_its_checkpoint_is(
     judged_alike(files, 1e-3, n_ids=40, context=9, last=21, n_tokens=32)
 
 
-def test_value_heads_are_ordered_as_ggml_repeats_key_heads(files: tuple[Path, Path]) -> None:
+def test_value_heads_are_ordered_as_ggml_repeats_key_heads(files: tuple[Path, Path], tmp_path: Path) -> None:
     """Rows and columns of a file go back to what they came from, and importances go with their columns."""
     specs = {spec.name: spec for spec in tensor_specs(read_layout(files[0]))}
     with open_tensors(files[0]) as tensors:
@@ -100,7 +99,8 @@ def test_value_heads_are_ordered_as_ggml_repeats_key_heads(files: tuple[Path, Pa
         (source, _), *_ = specs["blk.0.ssm_out.weight"].sources
         moments = safetensors.torch.load_file(files[0] / "input_moments.safetensors")
         heads = moments[source.removesuffix(".weight")].view(2, 2, 16)
-    importance = read_imatrix(files[0], [QUANTS["Q4_K_M"]])["blk.0.ssm_out.weight"]
+    _, (file,) = draft_files(files[0], tmp_path, ["Q4_K_M"], OPTIONS)
+    importance = file.imatrix["blk.0.ssm_out.weight"]
     np.testing.assert_allclose(importance, heads.swapaxes(0, 1).reshape(-1), rtol=1e-5)
 
 
@@ -111,7 +111,7 @@ def test_numbers_are_chosen_for_what_columns_read(
 
     Nothing is taken back of what is lost before it, so that the checkpoint's is the weight to be near to.
     """
-    monkeypatch.setattr("exporters.gguf.rounding.round_blocks", partial(round_blocks, correction=0.0))
+    monkeypatch.setattr("exporters.gguf.numbers.round_blocks", partial(round_blocks, correction=0.0))
     options = replace(OPTIONS, calibration=WINDOWS)
     export_gguf(files[0], tmp_path / "out", ("Q4_0", "mixed:200kB"), options)
     model = load_model(files[0]).model

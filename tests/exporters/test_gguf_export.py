@@ -31,12 +31,12 @@ from cfsp.text.tokens import TokenWindows
 from exporters.checkpoint_reader import read_config
 from exporters.export_record import ExportManifest, ExportRecord, ParityLimits
 from exporters.families import required_multiple
-from exporters.gguf import QUANTS, export_gguf, llama_library, runtime
+from exporters.family import ExportOptions
+from exporters.gguf import QUANTS, export_gguf, matrix, runtime
 from exporters.gguf import writer as writer_module
 from exporters.gguf.writer import write_gguf
 from exporters.job import MANIFEST_FILE
-from exporters.options import ExportOptions
-from exporters.parity import check_limits, compare, reference_of
+from exporters.proof import check_limits, compare, reference_of
 from exporters.provenance import read_provenance
 
 WIDTHS = (96, 64, 128, 40)
@@ -161,7 +161,7 @@ def test_the_rows_that_need_an_importance_matrix_are_llama_cpps(wide: Path, tmp_
     written = set()
     for name, quant in QUANTS.items():
         with contextlib.suppress(InputError):
-            llama_library.quantize(source, tmp_path / "file.gguf", quant.ftype)
+            matrix.quantize(source, tmp_path / "file.gguf", quant.ftype)
             written.add(name)
     assert written == {name for name, quant in QUANTS.items() if not quant.needs_imatrix}
 
@@ -480,7 +480,7 @@ def test_limits_tell_a_broken_quantized_file_from_a_good_one(
                 writer_module, "tensor_specs", lambda *a: [_forget_permutation(spec) for spec in original(*a)]
             )
         write_gguf(pruned, tmp_path / "f32.gguf", tokenizer, read_provenance(pruned))
-    llama_library.quantize(tmp_path / "f32.gguf", tmp_path / "q.gguf", QUANTS["Q8_0"].ftype)
+    matrix.quantize(tmp_path / "f32.gguf", tmp_path / "q.gguf", QUANTS["Q8_0"].ftype)
     with runtime.open_model(tmp_path / "q.gguf", n_ctx=WINDOWS.shape[1], cache_type="f32") as opened:
         reference = reference_of(load_pruned(pruned), TokenWindows(WINDOWS, "random", ""))
         report = compare(reference, opened.iter_logits, limits)

@@ -21,14 +21,13 @@ from cfsp.models.gguf_file import read_gguf
 from cfsp.text.tokens import TokenWindows
 from exporters.export_record import ParityLimits
 from exporters.families import family_of, find_format
-from exporters.gguf import QUANTS, export_gguf, find_quant, mixed
-from exporters.gguf.files import draft_gguf
-from exporters.gguf.imatrix import read_imatrix
-from exporters.gguf.llama_library import rounded
-from exporters.gguf.mixed import Option, TypeCosts, drawn_rows, measure_types, solve
+from exporters.family import ExportOptions
+from exporters.gguf import QUANTS, export_gguf, files, find_quant
+from exporters.gguf.files import Files, draft_files, draft_gguf
+from exporters.gguf.matrix import StoredMatrix
 from exporters.gguf.quants import limits_of_bits
-from exporters.options import ExportOptions
 from exporters.quantize.gradients import LOOKUP, collect_weight_moments
+from exporters.quantize.mixture import Option, drawn_rows, solve
 
 MakeCheckpoint = Callable[..., Path]
 IDS = torch.randint(0, 384, (4, 96), generator=torch.Generator().manual_seed(3))
@@ -47,20 +46,24 @@ def checkpoint(make_checkpoint: MakeCheckpoint, request: pytest.FixtureRequest) 
     return make_checkpoint(model_type, tied=tied, widths=(512, 256, 96, 40), intermediate_size=512)
 
 
+def measured(checkpoint: Path, folder: Path, **settings: Any) -> Files:
+    """Files of which types are measured."""
+    found, _ = draft_files(checkpoint, folder, ["f32", "mixed:1B"], options(must_fit=False, **settings))
+    return found
+
+
 @pytest.fixture(scope="module")
-def costs(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> TypeCosts:
-    base = draft_gguf(checkpoint, tmp_path_factory.mktemp("base"), ["f32"], options())["f32"]
-    return measure_types(checkpoint, base, IDS, read_imatrix(checkpoint, [QUANTS["Q4_0"]]))
+def costs(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return measured(checkpoint, tmp_path_factory.mktemp("base"))
 
 
-def bounds(costs: TypeCosts) -> tuple[int, int]:
-    """Of the smallest and the largest file."""
-    each = costs.options.values()
-    return tuple(costs.rest_bytes + sum(one[i].n_bytes for one in each) for i in (0, -1))  # type: ignore[return-value]
+def bounds(costs: Files) -> tuple[int, int]:
+    """Of the smallest file and of the one that loses least."""
+    return costs.mixture(1, IDS).file_bytes, costs.mixture(10**8, IDS).file_bytes
 
 
 def test_a_file_has_the_types_and_bytes_that_were_chosen(
-    checkpoint: Path, costs: TypeCosts, tmp_path: Path
+    checkpoint: Path, costs: Files, tmp_path: Path
 ) -> None:
     least, most = bounds(costs)
     size = (2 * least + most) // 3
@@ -70,41 +73,38 @@ def test_a_file_has_the_types_and_bytes_that_were_chosen(
     (record,) = export_gguf(checkpoint, tmp_path / "out", [name], options(limits=loose))
     assert record.quant == name_of_file
     assert record.file == f"m-{name_of_file}.gguf"
-    assert size - 400 * len(costs.options) < record.file_bytes <= size
+    assert size - 400 * len(costs.options or ()) < record.file_bytes <= size
     assert record.budget_bytes == size
     assert record.calibration_tokens == IDS.numel()
     stored = {tensor.name: tensor.kind.name for tensor in read_gguf(tmp_path / "out" / record.file).tensors}
-    assert record.chosen_types == {name: stored[name] for name in costs.options}
+    assert record.chosen_types == {name: stored[name] for name in costs.options or ()}
     assert len(set(record.chosen_types.values()) - {"F16"}) > 1
-    assert record.imatrix_tensors == len(costs.options)
+    assert record.imatrix_tensors == len(costs.options or ())
     drafts = draft_gguf(checkpoint, tmp_path, [name], options())
     assert drafts[name_of_file].read_bytes() == (tmp_path / "out" / record.file).read_bytes()
 
 
-def test_more_bytes_lose_less(costs: TypeCosts) -> None:
+def test_more_bytes_lose_less(costs: Files) -> None:
     least, most = bounds(costs)
-    losses = [costs.choose(int(size)).loss for size in np.linspace(least, most, 6)]
+    losses = [costs.mixture(int(size), IDS).loss for size in np.linspace(least, most, 6)]
     assert losses == sorted(losses, reverse=True)
     assert losses[0] > 5 * losses[-1]
 
 
-def test_a_size_that_nothing_fits_says_the_smallest(
-    checkpoint: Path, costs: TypeCosts, tmp_path: Path
-) -> None:
+def test_a_size_that_nothing_fits_says_the_smallest(checkpoint: Path, costs: Files, tmp_path: Path) -> None:
     least, _ = bounds(costs)
     small = f"mixed:{least - 1}"
     with pytest.raises(InputError, match=rf"no types are small enough.*{least} bytes or more"):
         export_gguf(checkpoint, tmp_path / "out", [small], options())
     assert not (tmp_path / "out").exists()
-    assert costs.choose(least).file_bytes == least
+    assert costs.mixture(least, IDS).file_bytes == least
     (path,) = draft_gguf(checkpoint, tmp_path, [small], options(must_fit=False)).values()
     assert path.stat().st_size == least
 
 
 def test_without_importance_matrix_no_type_wants_one(checkpoint: Path, tmp_path: Path) -> None:
-    base = draft_gguf(checkpoint, tmp_path, ["f32"], options())["f32"]
-    costs = measure_types(checkpoint, base, IDS, None)
-    assert costs.imatrix == {}
+    costs = measured(checkpoint, tmp_path, use_imatrix=False)
+    assert costs.mixed_imatrix == {}
     least, _ = bounds(costs)
     (path,) = draft_gguf(checkpoint, tmp_path, [f"mixed:{least}"], options(use_imatrix=False)).values()
     assert not {"IQ3_S", "IQ3_XXS", "IQ2_S"} & {tensor.kind.name for tensor in read_gguf(path).tensors}
@@ -117,14 +117,15 @@ def test_types_are_chosen_by_text(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_rounding_is_the_quantizers(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     checkpoint = make_checkpoint("llama", widths=(512, 256, 512, 512), intermediate_size=512)
-    imatrix = read_imatrix(checkpoint, [QUANTS["Q4_0"]])
-    paths = draft_gguf(checkpoint, tmp_path, ["f32", "Q2_K", "IQ3_S", "IQ4_NL", "Q4_0"], options(gptq=False))
-    base = {tensor.name: tensor for tensor in read_gguf(paths.pop("f32")).tensors}
-    for path in paths.values():
-        tensors = {tensor.name: tensor for tensor in read_gguf(path).tensors}
+    names = ["f32", "Q2_K", "IQ3_S", "IQ4_NL", "Q4_0"]
+    _, (plain, *written) = draft_files(checkpoint, tmp_path, names, options(gptq=False))
+    base = {tensor.name: tensor for tensor in read_gguf(plain.path).tensors}
+    for file in written:
+        tensors = {tensor.name: tensor for tensor in read_gguf(file.path).tensors}
         for name in ("blk.1.ffn_down.weight", "blk.2.attn_q.weight"):
-            found = rounded(base[name].dequantize(), tensors[name].kind.name, imatrix[name])
-            assert np.array_equal(found, tensors[name].dequantize()), (path.name, name)
+            kind = tensors[name].kind.name
+            found = StoredMatrix.nearest(base[name].dequantize(), kind, file.imatrix[name])
+            assert np.array_equal(found.values(), tensors[name].dequantize()), (file.path.name, name)
 
 
 def test_predicted_loss_is_the_measured_divergence(make_checkpoint: MakeCheckpoint) -> None:
@@ -166,14 +167,13 @@ def test_drawn_rows_know_a_sum_of_which_few_rows_are_most() -> None:
 
 
 def test_some_rows_say_how_much_more_a_slow_type_costs(
-    checkpoint: Path, costs: TypeCosts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    checkpoint: Path, costs: Files, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(mixed, "_SLOW", {})
-    base = draft_gguf(checkpoint, tmp_path, ["f32"], options())["f32"]
-    exact = measure_types(checkpoint, base, IDS, read_imatrix(checkpoint, [QUANTS["Q4_0"]]))
+    monkeypatch.setattr(files, "_SLOW", {})
+    exact = measured(checkpoint, tmp_path)
 
-    def slow(of: TypeCosts) -> dict[str, float]:
-        return {name: o.loss for name, each in of.options.items() for o in each if o.kind == "IQ2_S"}
+    def slow(of: Files) -> dict[str, float]:
+        return {name: o.loss for name, each in (of.options or {}).items() for o in each if o.kind == "IQ2_S"}
 
     assert slow(costs)
     assert slow(costs) != slow(exact)

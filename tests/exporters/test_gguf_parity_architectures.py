@@ -22,7 +22,7 @@ from exporters.export_record import ParityReport
 from exporters.gguf import runtime
 from exporters.gguf.architecture import ChosenLayout, read_layout
 from exporters.gguf.writer import write_gguf
-from exporters.parity import compare, reference_of
+from exporters.proof import compare, reference_of
 from exporters.provenance import read_provenance
 
 WIDTHS = (96, 64, 128, 32)

@@ -16,15 +16,12 @@ from cfsp.errors import InputError
 from cfsp.models.gguf_file import GGUFTensor, read_gguf
 from exporters.checkpoint_reader import open_tensors
 from exporters.export_record import ExportRecord, ParityLimits
+from exporters.family import ExportOptions
 from exporters.gguf import QUANTS, export_gguf
 from exporters.gguf.architecture import read_layout
-from exporters.gguf.fallbacks import block_of
 from exporters.gguf.files import draft_gguf
-from exporters.gguf.llama_library import stored
-from exporters.gguf.packing import PACKINGS, WHOLE_BLOCKS, StoredMatrix
-from exporters.gguf.rounding import choose_numbers
+from exporters.gguf.matrix import PACKINGS, WHOLE_BLOCKS, StoredMatrix, block_of, choose_numbers
 from exporters.gguf.tensors import tensor_specs
-from exporters.options import ExportOptions
 from exporters.quantize.gptq import round_to_codes_
 
 MakeCheckpoint = Callable[..., Path]
@@ -42,15 +39,19 @@ def matrix(rows: int, columns: int, seed: int = 0) -> np.ndarray[Any, np.dtype[n
     return np.random.default_rng(seed).standard_normal((rows, columns), dtype=np.float32)
 
 
+def some_codes(kind: str, values: np.ndarray[Any, Any]) -> torch.Tensor:
+    codes = torch.tensor(PACKINGS[kind].grid.codes)
+    return codes[torch.from_numpy(np.random.default_rng(1).integers(0, len(codes), values.shape))]
+
+
 @pytest.mark.parametrize("kind", PACKINGS)
 def test_codes_stand_where_ggml_reads_them(kind: str) -> None:
     grid, values = PACKINGS[kind].grid, matrix(6, 512)
     values[3, :256] = 0
-    written = StoredMatrix(kind, stored(values, kind, None))
-    codes = np.random.default_rng(1).integers(0, len(grid.codes), values.shape).astype(np.uint8)
-    scales, offsets = (part.repeat(grid.block_size, 1) for part in written.scales_and_offsets())
-    expected = scales * np.array(grid.codes, dtype=np.float32)[codes] + offsets
-    np.testing.assert_allclose(written.with_codes(codes).values(), expected, rtol=1e-5, atol=1e-6)
+    written, codes = StoredMatrix.nearest(values, kind, None), some_codes(kind, values)
+    scales, offsets = (part.repeat_interleave(grid.block_size, 1) for part in written.scales_and_offsets())
+    found = written.with_codes(codes.T)
+    np.testing.assert_allclose(found.values(), scales * codes + offsets, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", PACKINGS)
@@ -65,11 +66,9 @@ def test_the_nearest_code_is_chosen(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind, row in PACKINGS.items() if row.grid.free_scales])
 def test_free_scales_are_stored_as_they_are(kind: str) -> None:
-    grid, values = PACKINGS[kind].grid, matrix(4, 64)
-    written = StoredMatrix(kind, stored(values, kind, None))
-    codes = np.random.default_rng(1).integers(0, len(grid.codes), values.shape).astype(np.uint8)
-    scales = np.random.default_rng(2).random((4, 2)).astype(np.float16).astype(np.float32)
-    found, offsets = written.with_codes(codes, scales).scales_and_offsets()
+    values = matrix(4, 64)
+    written, scales = StoredMatrix.nearest(values, kind, None), torch.rand(4, 2).half().float()
+    found, offsets = written.with_codes(some_codes(kind, values).T, scales).scales_and_offsets()
     np.testing.assert_allclose(found, scales, rtol=1e-5)
     np.testing.assert_allclose(offsets, written.scales_and_offsets()[1], atol=2e-5)
 
@@ -85,7 +84,7 @@ def test_chosen_numbers_lose_less_of_the_output_than_the_quantizers(kind: str) -
     def lost(found: StoredMatrix) -> float:
         return float((x @ (torch.from_numpy(found.values()) - weight).T).square().mean())
 
-    first = StoredMatrix(kind, stored(weight.numpy(), kind, gram.diagonal().numpy()))
+    first = StoredMatrix.nearest(weight.numpy(), kind, gram.diagonal().numpy())
     found = choose_numbers(weight, first, gram)
     assert lost(found) < (0.5 if kind in PACKINGS else 0.8) * lost(first)
     assert found.data.shape == first.data.shape
@@ -94,7 +93,7 @@ def test_chosen_numbers_lose_less_of_the_output_than_the_quantizers(kind: str) -
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "IQ4_NL", "Q4_K"])
 def test_what_lies_on_its_grid_is_kept(kind: str) -> None:
-    first = StoredMatrix(kind, stored(matrix(16, 256), kind, None))
+    first = StoredMatrix.nearest(matrix(16, 256), kind, None)
     exact = torch.from_numpy(first.values())
     x = torch.randn(300, 256, generator=torch.Generator().manual_seed(0))
     found = choose_numbers(exact, first, x.T @ x / len(x))
@@ -113,7 +112,7 @@ def test_blocks_of_nothing_take_nothing_from_the_others(kind: str, size: float) 
     def lost(found: StoredMatrix) -> float:
         return float((x @ (torch.from_numpy(found.values()) - weight).T).square().mean())
 
-    first = StoredMatrix(kind, stored(weight.numpy(), kind, gram.diagonal().numpy()))
+    first = StoredMatrix.nearest(weight.numpy(), kind, gram.diagonal().numpy())
     found = choose_numbers(weight, first, gram)
     assert lost(found) < 0.8 * lost(first)
     assert np.isfinite(found.values()).all()
@@ -212,7 +211,7 @@ def test_some_rows_at_a_time_are_all_rows(
     values = []
     # 100: a part has rows of two matrices that read the same, as gate and up do.
     for rows in (8192, 100):
-        monkeypatch.setattr("exporters.gguf.rounding._ROWS", rows)
+        monkeypatch.setattr("exporters.gguf.numbers._ROWS", rows)
         (tmp_path / str(rows)).mkdir()
         file = draft_gguf(checkpoint, tmp_path / str(rows), ["Q4_0"], options())["Q4_0"]
         values.append({name: tensor.dequantize() for name, tensor in _tensors(file).items()})
@@ -232,7 +231,7 @@ def test_text_that_the_model_makes_nothing_finite_of_is_refused(
     make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     weight = torch.from_numpy(matrix(4, 64))
-    first = StoredMatrix("Q4_0", stored(weight.numpy(), "Q4_0", None))
+    first = StoredMatrix.nearest(weight.numpy(), "Q4_0", None)
     with pytest.raises(InputError):
         choose_numbers(weight, first, torch.full((64, 64), float("nan")))
 

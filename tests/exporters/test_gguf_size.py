@@ -15,11 +15,11 @@ from cfsp.errors import InputError
 from cfsp.models.families import FAMILIES
 from cfsp.models.shape import ModelShape
 from exporters.export_record import ParityLimits
+from exporters.family import ExportOptions
 from exporters.gguf import QUANTS, export_gguf
 from exporters.gguf.architecture import read_layout
 from exporters.gguf.files import draft_gguf
 from exporters.gguf.size import size_template
-from exporters.options import ExportOptions
 
 MakeCheckpoint = Callable[..., Path]
 NAMED = ExportOptions(name="template")

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from cfsp.errors import LimitError
-from cfsp.models.checkpoint import load_pruned, save_checkpoint
+from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.offload import VARIABLE, WHOLE, Keeping, keeping_of_files
 from cfsp.models.source import LoadedModel, ModelSource
-from cfsp.text.tokens import TokenWindows
 from exporters.export_record import BlockProof, ExportRecord
+from exporters.family import ExportOptions
 from exporters.gguf import export_gguf
 from exporters.gguf.architecture import ChosenLayout, read_layout
-from exporters.gguf.slices import prove_blocks
-from exporters.options import ExportOptions
+from exporters.gguf.export import prove_blocks
+from exporters.job import Job
 
 pytest.importorskip("llama_cpp")
 
@@ -30,9 +30,10 @@ WIDTHS = (96, 128, 64, 96)
 
 
 def proof(checkpoint: Path, scratch: Path, chosen: ChosenLayout | None = None) -> BlockProof:
-    windows = TokenWindows(IDS, "given", "0" * 64)
-    model = load_pruned(checkpoint, torch.float32, by_blocks=keeping_of_files(checkpoint).in_files)
-    return prove_blocks(checkpoint, model, chosen or read_layout(checkpoint), windows, scratch, n_threads=1)
+    by_blocks = keeping_of_files(checkpoint).in_files
+    options = ExportOptions(parity_windows=IDS, dtype="float32", by_blocks=by_blocks, n_threads=1)
+    chosen = chosen or read_layout(checkpoint)
+    return prove_blocks(Job(checkpoint, scratch, options, chosen.config, chosen.context_length), chosen)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_scales_are_not_trained_where_that_takes_the_whole_model(
 
 def test_a_wrong_block_leaves_nothing(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "always")
-    monkeypatch.setattr("exporters.slices.LARGEST_LOGIT", 1e9)
+    monkeypatch.setattr("exporters.proof.LARGEST_LOGIT", 1e9)
     with pytest.raises(LimitError, match=r"block 0 is too far .* above 1e-12"):
         export_gguf(half, tmp_path / "out", ("Q8_0",), ExportOptions(parity_windows=IDS))
     assert not (tmp_path / "out").exists()

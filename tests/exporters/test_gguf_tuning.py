@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,12 @@ pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
 from cfsp.models.gguf_file import GGUFTensor, read_gguf
 from exporters.export_record import ExportRecord, ParityLimits
+from exporters.family import ExportOptions
 from exporters.gguf import QUANTS, export_gguf
 from exporters.gguf.architecture import read_layout
-from exporters.gguf.llama_library import stored
-from exporters.gguf.packing import PACKINGS, SCALES, WHOLE_BLOCKS, StoredMatrix
-from exporters.gguf.tensors import tensor_specs
-from exporters.gguf.tuning import tuned_tensor
-from exporters.options import ExportOptions
-from exporters.quantize.scale_tuning import TunedScales
+from exporters.gguf.matrix import PACKINGS, SCALES, WHOLE_BLOCKS, StoredMatrix
+from exporters.gguf.numbers import FileNumbers
+from exporters.quantize.training import TunedScales
 
 MakeCheckpoint = Callable[..., Path]
 TEXT, UNSEEN = (
@@ -51,10 +48,12 @@ def test_every_type_that_a_file_may_have_can_be_scaled() -> None:
 def test_rows_are_multiplied_where_ggml_reads_them(kind: str) -> None:
     values = np.random.default_rng(0).standard_normal((5, 512), dtype=np.float32)
     importance = np.ones(512, dtype=np.float32) if kind in WHOLE_BLOCKS else None
-    written = StoredMatrix(kind, stored(values, kind, importance))
-    factors = np.array([1, 0.5, 1.03, 0.97, 2], dtype=np.float32)
+    written = StoredMatrix.nearest(values, kind, importance)
+    factors = torch.tensor([1, 0.5, 1.03, 0.97, 2])
     found = written.scaled(factors[:, None])
-    np.testing.assert_allclose(found.values(), written.values() * factors[:, None], rtol=3e-3, atol=5e-3)
+    np.testing.assert_allclose(
+        found.values(), written.values() * factors[:, None].numpy(), rtol=3e-3, atol=5e-3
+    )
     np.testing.assert_array_equal(found.data[0], written.data[0])
 
 
@@ -90,15 +89,15 @@ def test_factors_are_those_of_the_modules_rows(
 ) -> None:
     checkpoint = make_checkpoint(model_type, **settings)
     (file,) = export(checkpoint, tmp_path / "out", ("Q8_0",))
-    stored_as = tensors(tmp_path / "out" / file.file)
-    specs = [spec for spec in tensor_specs(read_layout(checkpoint)) if len(spec.shape) == 2]
+    path = tmp_path / "out" / file.file
+    numbers = FileNumbers(path, path, read_layout(checkpoint))
+    specs = [spec for spec in numbers.specs if spec.is_matrix]
     shapes = {name.removesuffix(".weight"): shape for spec in specs for name, shape in spec.sources}
     rows = {name: 2.0 ** (torch.arange(shape[0]) % 5) for name, shape in shapes.items()}
     for spec in specs:
-        tensor = stored_as[spec.name]
-        data = tuned_tensor(spec, tensor, TunedScales(rows, {}))
-        assert data is not None
-        before, after = (spec.split(t.dequantize()) for t in (tensor, replace(tensor, data=data.reshape(-1))))
+        tuned = numbers.tuned(spec, TunedScales(rows, {}))
+        assert isinstance(tuned, StoredMatrix)
+        before, after = (spec.split(each.values()) for each in (numbers.matrix(spec), tuned))
         for name, values in before.items():
             factors = rows[name.removesuffix(".weight")].numpy()[:, None]
             np.testing.assert_array_equal(after[name], values * factors)

@@ -14,10 +14,10 @@ from cfsp.errors import InputError
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.reference import load_tokenizer
 from exporters.export_record import ParityLimits
+from exporters.family import ExportOptions
 from exporters.gguf.export import export_gguf
 from exporters.onnx import export_onnx
 from exporters.onnx.runtime import open_model
-from exporters.options import ExportOptions
 from runtime_bench.devices.model_facts import gguf_facts
 
 WINDOWS = torch.randint(0, 384, (2, 96), generator=torch.Generator().manual_seed(0))

@@ -20,13 +20,13 @@ from cfsp.errors import LimitError
 from cfsp.models.checkpoint import load_pruned
 from cfsp.models.gguf_file import read_gguf
 from exporters.export_record import ParityLimits
+from exporters.family import ExportOptions
 from exporters.gguf import QUANTS, export_gguf
 from exporters.gguf.export import check_numbers
-from exporters.gguf.files import WrittenFile, draft_file, draft_gguf
-from exporters.gguf.packing import SCALES, StoredMatrix
+from exporters.gguf.files import WrittenFile, draft_files, draft_gguf
+from exporters.gguf.matrix import SCALES, StoredMatrix
 from exporters.onnx import VARIANTS, export_onnx
-from exporters.onnx.stored import check_numbers as check_graph_numbers
-from exporters.options import ExportOptions
+from exporters.onnx.checks import check_numbers as check_graph_numbers
 
 MakeCheckpoint = Callable[..., Path]
 IDS = torch.randint(0, 24, (8, 96), generator=torch.Generator().manual_seed(3))
@@ -63,7 +63,7 @@ def _two_heads(name: str, kind: str, rows: Rows) -> Rows | None:
 def _scales_of_a_block(factor: float, name: str, kind: str, rows: Rows) -> Rows | None:
     if not name.startswith("blk.1.") or kind not in SCALES:
         return None
-    return StoredMatrix(kind, rows).scaled(np.full((len(rows), 1), factor, np.float32)).data
+    return StoredMatrix(kind, rows).scaled(torch.full((len(rows), 1), factor)).data
 
 
 def _embedding_row(name: str, kind: str, rows: Rows) -> Rows | None:
@@ -99,7 +99,7 @@ def _damaged(file: WrittenFile, fault: Callable[[str, str, Rows], Rows | None]) 
 def test_a_broken_matrix_of_a_gguf_file_is_found(
     checkpoint: Path, base: Path, tmp_path: Path, quant: str, gptq: bool
 ) -> None:
-    file = draft_file(checkpoint, tmp_path, quant, replace(OPTIONS, gptq=gptq))
+    _, (file,) = draft_files(checkpoint, tmp_path, [quant], replace(OPTIONS, gptq=gptq))
     check_numbers(base, file)
     for fault in FAULTS.values():
         with pytest.raises(LimitError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ from far_device import FAR, far_device
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cfsp.pruning.outline import outline
+from exporters.family import ExportOptions
 from exporters.onnx import largest_size
-from exporters.onnx.mixed import choose_few, measured_model, rounded_model
-from exporters.onnx.quantize import QuantizedModel, tune
+from exporters.onnx.quantize import QuantizedModel, choose_few, measure, rounded_model, tune
 from exporters.onnx.variants import INT4
-from exporters.options import ExportOptions
 from exporters.provenance import Provenance
 
 pytestmark = pytest.mark.usefixtures("no_avx512_bf16")  # a device that is not there has none
@@ -86,19 +84,19 @@ def test_an_onnx_variant(tiny_model: Callable[..., Any]) -> None:
         model = tiny_model()[0]
         model.set_attn_implementation("eager")
         with computing(device, float64):
-            measured = measured_model(model, INT4, IDS, device=device)
-            names = choose_few(model, measured)
+            losses = measure(model, INT4, IDS, device=device)
+            names = choose_few(model, INT4, losses)
             mixture = rounded_model(model, INT4, names, IDS, device=device)
             model.to(device)
             model.tie_weights()
-            made.append(replace(tune(model, mixture, IDS), losses=measured.losses))
-    here, *elsewhere = made
-    for there in elsewhere:
+            made.append((losses, tune(model, mixture, IDS)))
+    (losses, here), *elsewhere = made
+    for its, there in elsewhere:
+        assert its == losses
         assert_equal(here, there)
 
 
 def assert_equal(here: QuantizedModel, there: QuantizedModel) -> None:
-    assert here.losses == there.losses
     for name, layer in here.layers.items():
         assert torch.equal(layer.q, there.layers[name].q), name
         assert torch.equal(layer.scales, there.layers[name].scales), name

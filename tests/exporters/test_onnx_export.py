@@ -27,13 +27,13 @@ from cfsp.models.reference import load_tokenizer
 from cfsp.records import read_record
 from exporters.checkpoint_reader import read_config
 from exporters.export_record import ExportManifest, ExportRecord, ParityLimits
+from exporters.family import ExportOptions
 from exporters.job import MANIFEST_FILE
 from exporters.onnx import VARIANTS, export_onnx
 from exporters.onnx.checks import check_graph
 from exporters.onnx.folder import is_onnx
 from exporters.onnx.language_model import OnnxLanguageModel
 from exporters.onnx.runtime import OnnxModel, open_model
-from exporters.options import ExportOptions
 
 MakeCheckpoint = Callable[..., Path]
 WIDTHS = (96, 64, 128, 40)

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from exporters.onnx.decoder_graph import Attention, Block, Decoder, Rope, build_decoder
-from exporters.onnx.graph_file import save_graph
+from exporters.onnx.export import save_graph
 from exporters.onnx.layers import FloatEmbedding, FloatLinear
 
 HIDDEN, HEADS, HEAD_DIM, WIDTH, POSITIONS = 256, 4, 64, 48, 16

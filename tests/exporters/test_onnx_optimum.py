@@ -20,10 +20,10 @@ import pytest
 import torch
 
 from cfsp.models.checkpoint import load_pruned
+from exporters.family import ExportOptions
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
 from exporters.onnx.runtime import open_model
-from exporters.options import ExportOptions
 
 pytestmark = pytest.mark.everything
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -13,18 +12,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfsp.errors import InputError
 from cfsp.models.architectures import block_linears
 from exporters.onnx import BlockFormat
-from exporters.onnx.block_quantize import Rounded, gptq, joined, refine, round_to_nearest
 from exporters.onnx.decoder_graph import OPSET
 from exporters.onnx.graph_builder import CONTRIB, GraphBuilder
 from exporters.onnx.int8_rows import Int8Weights
 from exporters.onnx.layers import NBitsEmbedding, StackedEmbedding
+from exporters.onnx.matrix import Rounded, joined, round_to_nearest
 from exporters.onnx.quantize import QuantizedModel, quantize_linears
 from exporters.onnx.variants import HEAD, INT4, INT8, formats_without_text
 from exporters.onnx.weights import HEAD_PARTS, weight_of
-from exporters.quantize.gptq import RIDGE
+from exporters.quantize.matrix import fit
 
 
 def weights(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -52,7 +50,7 @@ def test_no_number_moves_further_than_its_step(
     assert int(rounded.q.max()) < 2**bits
     step = rounded.scales.float().abs().repeat_interleave(block_size, 1)[:, :columns]
     inside = weight.abs() <= step * (form.half - 1)
-    error = (rounded.dequantized() - weight).abs()
+    error = (rounded.dequantize() - weight).abs()
     assert bool((error <= 0.5001 * step)[inside].all())
 
 
@@ -62,103 +60,13 @@ def test_a_matrix_on_its_grid_is_kept(bits: int) -> None:
     q = torch.randint(0, 2**bits, (6, 2, 32), generator=torch.Generator().manual_seed(0)).float()
     q[..., 0] = 0  # the extreme, so that the grid is found
     weight = ((q - form.half) * 0.25).flatten(1)
-    torch.testing.assert_close(round_to_nearest(weight, form).dequantized(), weight, atol=0, rtol=0)
+    torch.testing.assert_close(round_to_nearest(weight, form).dequantize(), weight, atol=0, rtol=0)
 
 
 def test_zeros_stay_zeros() -> None:
     rounded = round_to_nearest(torch.zeros(3, 64), INT4)
     assert bool(torch.isfinite(rounded.scales).all())
-    assert float(rounded.dequantized().abs().max()) == 0
-
-
-@pytest.mark.parametrize("columns", [64, 72])
-def test_gptq_loses_less_of_the_output_than_nearest_numbers(columns: int) -> None:
-    weight, x, form = weights(48, columns), correlated_inputs(columns), INT4
-    gram = x.T @ x / len(x)
-
-    def lost(approximation: torch.Tensor) -> float:
-        return float((x @ (weight - approximation).T).square().mean())
-
-    nearest = lost(round_to_nearest(weight, form, gram.diagonal()).dequantized())
-    assert lost(gptq(weight, gram, form).dequantized()) < 0.5 * nearest
-
-
-def test_gptq_of_independent_inputs_is_nearest_numbers() -> None:
-    weight, form = weights(8, 64), INT4
-    found = gptq(weight, torch.eye(64), form)
-    assert torch.equal(found.q, round_to_nearest(weight, form, torch.ones(64)).q)
-
-
-def test_gptq_takes_the_largest_inputs_first_wherever_they_stand() -> None:
-    weight, form = weights(8, 32), INT4
-    x = correlated_inputs(32) * torch.linspace(0.5, 4, 32)
-    gram = x.T @ x / len(x)
-    order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
-    moved = gptq(weight[:, order], gram[order][:, order], form).dequantized()
-    torch.testing.assert_close(moved, gptq(weight, gram, form).dequantized()[:, order], atol=0, rtol=0)
-
-
-@pytest.mark.parametrize(("columns", "form"), [(64, INT4), (72, INT4), (200, BlockFormat(4, 128))])
-def test_refining_takes_loss_away_and_keeps_what_is_exact(columns: int, form: BlockFormat) -> None:
-    weight, x = weights(48, columns), correlated_inputs(columns)
-    weight[5] = 0
-    weight[6, : form.block_size] = 0
-    gram = x.T @ x / len(x)
-    first = gptq(weight, gram, form)
-    refined = refine(weight, gram, first)
-
-    def lost(rounded: Rounded) -> torch.Tensor:
-        return (x @ (weight - rounded.dequantized()).T).square().mean(0)
-
-    assert float(lost(refined).mean()) < 0.97 * float(lost(first).mean())
-    assert bool(torch.isfinite(refined.scales).all())
-    assert float(refined.dequantized()[5].abs().max()) == 0
-    assert refined.q.dtype == torch.uint8
-    assert refined.q.shape == first.q.shape
-    exact, off = refined.dequantized(), replace(refined, scales=(refined.scales * 1.05).half())
-    torch.testing.assert_close(refine(exact, gram, refined).dequantized(), exact, rtol=2e-3, atol=1e-4)
-    torch.testing.assert_close(refine(exact, gram, off).dequantized(), exact, rtol=2e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("least", [1e-7, 1e-9])
-def test_numbers_smaller_than_float16_become_zeros(least: float) -> None:
-    weight = weights(3, 64)
-    weight[1] = 0
-    weight[1, 5] = least
-    weight[2, :32] = 0
-    weight[2, 3] = least
-    x = correlated_inputs(64)
-    gram = x.T @ x / len(x)
-    found = gptq(weight, gram, INT4)
-    for rounded in (found, refine(weight, gram, found)):
-        values = rounded.dequantized()
-        assert values.isfinite().all()
-        assert (values[1].abs() <= 1e-6).all()
-        assert (values - weight).abs().max() < 0.5
-        lost = (values - weight)[2]
-        assert lost @ gram @ lost < 0.02 * (weight[2] @ gram @ weight[2])
-
-
-@pytest.mark.parametrize("columns", [64, 72])
-def test_gptq_makes_up_for_each_column_by_those_after_it(columns: int) -> None:
-    """Against the definition, column by column in double precision with H^-1 itself (Frantar et al., eq. 3)."""
-    x = correlated_inputs(columns).double()
-    gram = x.T @ x / len(x)
-    weight = weights(5, columns)
-    found = gptq(weight, gram.float(), INT4)
-    damped = gram + RIDGE * gram.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
-    order = gram.diagonal().argsort(descending=True).tolist()
-    scales = found.scales.double().repeat_interleave(32, 1)
-    left, done = weight.double().clone(), []
-    for j in order:
-        rest = [i for i in order if i not in done]
-        inverse = torch.linalg.inv(damped[rest][:, rest])
-        here = rest.index(j)
-        number = (left[:, j] / scales[:, j]).round().clamp(-8, 7)
-        error = (left[:, j] - number * scales[:, j]) / inverse[here, here]
-        assert torch.equal(number + 8, found.q.flatten(1)[:, j].double())
-        left[:, rest] -= error[:, None] * inverse[here]
-        done.append(j)
+    assert float(rounded.dequantize().abs().max()) == 0
 
 
 @pytest.mark.usefixtures("no_avx512_bf16")
@@ -173,7 +81,8 @@ def test_layers_that_read_the_same_are_rounded_as_each_alone(tiny_model: Callabl
     gram = flat.T @ flat / len(flat)
     for part in ("q_proj", "k_proj", "v_proj"):
         (linear,) = (linear for name, linear in first.items() if name.endswith(part))
-        alone = refine(linear.weight.detach(), gram, gptq(linear.weight.detach(), gram, INT4))
+        weight = linear.weight.detach()
+        alone = fit(weight, round_to_nearest(weight, INT4, gram.diagonal()), gram)
         (rounded,) = (one for name, one in found.items() if name.endswith(f"layers.0.self_attn.{part}"))
         assert (rounded.q != alone.q).float().mean() < 0.01
         assert rounded.q.shape == alone.q.shape
@@ -212,25 +121,12 @@ def test_a_large_matrix_is_rounded_to_nearest_a_few_rows_at_a_time(
         assert torch.equal(parts[name].scales, rounded.scales)
 
 
-def test_inputs_that_are_never_seen_count_alike() -> None:
-    weight = weights(8, 64)
-    nearest = round_to_nearest(weight, INT4)
-    refined = refine(weight, torch.zeros(64, 64), nearest)
-    before, after = (float((weight - r.dequantized()).square().mean()) for r in (nearest, refined))
-    assert 0.8 * before < after < before
-
-
-def test_gptq_refuses_a_gram_matrix_that_is_not_finite() -> None:
-    with pytest.raises(InputError):
-        gptq(weights(4, 32), torch.full((32, 32), float("nan")), INT4)
-
-
 def test_important_inputs_decide_the_scale() -> None:
     weight = torch.cat([weights(64, 31), torch.full((64, 1), 12.0)], 1)
     importance = torch.ones(32)
     importance[31] = 1e-6
     form = INT4
-    plain, guided = (round_to_nearest(weight, form, i).dequantized() for i in (None, importance))
+    plain, guided = (round_to_nearest(weight, form, i).dequantize() for i in (None, importance))
 
     def loss(approximation: torch.Tensor) -> float:
         return float(((weight - approximation).square() * importance).sum())
@@ -244,7 +140,7 @@ def test_packed_bytes_hold_the_low_number_first() -> None:
     assert torch.equal(data & 15, rounded.q[..., 0::2])
     assert torch.equal(data >> 4, rounded.q[..., 1::2])
     both = joined([rounded, rounded])
-    assert torch.equal(both.dequantized(), torch.cat([rounded.dequantized()] * 2))
+    assert torch.equal(both.dequantize(), torch.cat([rounded.dequantize()] * 2))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -264,7 +160,7 @@ def test_the_output_matrix_is_rounded_for_what_it_multiplies(
     found = {text is None: quantize_linears(model, form_of, text) for text in (ids, None)}
     guided, nearest = (joined([found[key][part] for part in HEAD_PARTS]) for key in (False, True))
     guided_loss, nearest_loss = (
-        float((x @ (stored.dequantized() - head).T).square().mean()) for stored in (guided, nearest)
+        float((x @ (stored.dequantize() - head).T).square().mean()) for stored in (guided, nearest)
     )
     assert guided_loss < 0.8 * nearest_loss
     embedding = QuantizedModel(found[False]).embedding(table, tied=tied)
@@ -282,9 +178,9 @@ def test_values_of_the_first_token_count_for_all_that_attend_to_it(tiny_model: C
     form, rows = INT4, x.flatten(0, 1)
     aware = quantize_linears(model, lambda *_: form, ids)["model.layers.0.self_attn.v_proj"]
     gram = rows.T @ rows / len(rows)
-    unaware = refine(v_proj, gram, gptq(v_proj, gram, form))
+    unaware = fit(v_proj, round_to_nearest(v_proj, form, gram.diagonal()), gram)
     aware_loss, unaware_loss = (
-        float((x[:, 0] @ (stored.dequantized() - v_proj).T).square().mean()) for stored in (aware, unaware)
+        float((x[:, 0] @ (stored.dequantize() - v_proj).T).square().mean()) for stored in (aware, unaware)
     )
     assert aware_loss < 0.8 * unaware_loss
 
@@ -293,7 +189,7 @@ def become(model: Any, rounded: Mapping[str, Rounded]) -> None:
     """Let a model compute with what is stored."""
     with torch.no_grad():
         for name, stored in rounded.items():
-            weight_of(model, name).copy_(stored.dequantized())
+            weight_of(model, name).copy_(stored.dequantize())
 
 
 def test_layers_are_rounded_for_what_the_rounded_layers_before_give(tiny_model: Callable[..., Any]) -> None:
@@ -359,7 +255,7 @@ def test_rows_of_an_embedding_are_looked_up_as_they_are_stored(columns: int, bit
     file = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
     ids = torch.tensor([[3, 10, 0], [10, 1, 2]])
     (found,) = onnxruntime.InferenceSession(file).run(None, {"ids": ids.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), rounded.dequantized()[ids])
+    torch.testing.assert_close(torch.from_numpy(found), rounded.dequantize()[ids])
 
 
 @pytest.mark.parametrize("columns", [64, 40])
@@ -377,7 +273,7 @@ def test_a_table_of_two_formats_is_one_table(columns: int) -> None:
     file = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
     ids = torch.tensor([[3, 10, 0, 4], [10, 1, 2, 5]])
     found, products = onnxruntime.InferenceSession(file).run(None, {"ids": ids.numpy()})
-    stored = torch.cat([first.dequantized(), rest.dequantized()])
+    stored = torch.cat([first.dequantize(), rest.dequantize()])
     torch.testing.assert_close(torch.from_numpy(found), stored[ids])
     exact = stored[ids] @ stored.T
     assert float((torch.from_numpy(products) - exact).norm() / exact.norm()) < 0.02

@@ -15,9 +15,9 @@ from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.offload import VARIABLE
 from cfsp.models.source import LoadedModel, ModelSource
 from exporters.export_record import ExportRecord, ParityLimits
+from exporters.family import ExportOptions
 from exporters.job import UNTRAINED
 from exporters.onnx import export_onnx
-from exporters.options import ExportOptions
 
 pytest.importorskip("onnxruntime")
 
@@ -79,7 +79,7 @@ def test_files_are_the_same_but_for_scales_that_are_not_trained(
         with monkeypatch.context() as patch:
             patch.setenv(VARIABLE, stream)
             if stream == "never":
-                patch.setattr("exporters.onnx.writer.tune", lambda _, mixture, *__, **___: mixture)
+                patch.setattr("exporters.onnx.export.tune", lambda _, mixture, *__, **___: mixture)
             options = replace(OPTIONS, calibration=calibration)
             made[stream] = export_onnx(half, tmp_path / stream, ("int4", "int8"), options)
     for whole, sliced in zip(made["never"], made["always"], strict=True):
@@ -101,7 +101,7 @@ def test_a_variant_of_floats_is_made_of_the_whole_model(
 
 def test_a_wrong_block_leaves_nothing(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "always")
-    monkeypatch.setattr("exporters.slices.LARGEST_LOGIT", 1e9)
+    monkeypatch.setattr("exporters.proof.LARGEST_LOGIT", 1e9)
     with pytest.raises(LimitError, match=r"block 0 is too far .* in ONNX Runtime.* above"):
         export_onnx(half, tmp_path / "out", ("int8",), OPTIONS)
     assert not (tmp_path / "out").exists()

@@ -16,11 +16,11 @@ from cfsp.evaluation.language_model import Branches
 from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.reference import load_model
 from exporters.export_record import ParityLimits
+from exporters.family import ExportOptions
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
 from exporters.onnx.language_model import OnnxLanguageModel
 from exporters.onnx.runtime import open_model
-from exporters.options import ExportOptions
 from phoneready.main import main
 
 TinyPath = Callable[..., Path]

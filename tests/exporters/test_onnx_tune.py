@@ -24,7 +24,7 @@ def divergence(model: Any, quantized: QuantizedModel) -> float:
     changed = copy.deepcopy(model)
     with torch.inference_mode():
         for name, stored in quantized.layers.items():
-            weight_of(changed, name).copy_(stored.dequantized())
+            weight_of(changed, name).copy_(stored.dequantize())
         for name, norm in quantized.norms.items():
             changed.get_parameter(name).copy_(norm)
         before, after = (m(UNSEEN).logits.log_softmax(-1) for m in (model, changed))

@@ -11,7 +11,7 @@ import torch
 
 from cfsp.errors import LimitError
 from cfsp.text.tokens import TokenWindows
-from exporters.parity import Reference, check_limits, compare
+from exporters.proof import Reference, check_limits, compare
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cfsp.errors import InputError
-from exporters.gguf import llama_library, runtime
+from exporters.gguf import matrix, runtime
 from exporters.gguf.quants import QUANTS
 
 IDS = list(range(20, 84))
@@ -48,7 +48,7 @@ def test_facts(model_file: Path) -> None:
         assert model.n_params == model.size_bytes / 4
         assert model.description.startswith("llama")
     model.close()
-    assert "llama.cpp" in llama_library.runtime_version()
+    assert "llama.cpp" in runtime.runtime_version()
 
 
 def test_a_full_context_and_unknown_tokens(model_file: Path) -> None:
@@ -72,18 +72,17 @@ def test_load_errors_have_a_reason(tmp_path: Path, model_file: Path) -> None:
 
 def test_quantizing_refuses_with_a_reason(tmp_path: Path, model_file: Path) -> None:
     with pytest.raises(InputError, match="cannot quantize"):
-        llama_library.quantize(tmp_path / "none.gguf", tmp_path / "out.gguf", QUANTS["Q8_0"].ftype)
+        matrix.quantize(tmp_path / "none.gguf", tmp_path / "out.gguf", QUANTS["Q8_0"].ftype)
     wrong = {"blk.0.ffn_up.weight": np.ones(7, dtype=np.float32)}
     with pytest.raises(InputError, match="size"):
-        llama_library.quantize(model_file, tmp_path / "out.gguf", QUANTS["Q4_0"].ftype, imatrix=wrong)
+        matrix.quantize(model_file, tmp_path / "out.gguf", QUANTS["Q4_0"].ftype, imatrix=wrong)
 
 
-def test_nothing_reaches_the_terminal_and_torch_stays_out(model_file: Path, tmp_path: Path) -> None:
+def test_nothing_reaches_the_terminal_and_torch_stays_out(model_file: Path) -> None:
     script = (
-        "import sys\nfrom pathlib import Path\nfrom exporters.gguf import llama_library, runtime\n"
+        "import sys\nfrom pathlib import Path\nfrom exporters.gguf import runtime\n"
         f"path = Path({str(model_file)!r})\n"
         "with runtime.open_model(path, n_ctx=64) as model: model.decode([5, 6, 7])\n"
-        f"llama_library.quantize(path, Path({str(tmp_path / 'q.gguf')!r}), 7)\n"
         "assert 'torch' not in sys.modules\n"
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

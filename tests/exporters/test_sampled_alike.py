@@ -15,11 +15,11 @@ from cfsp.evaluation.language_model import LanguageModel
 from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.reference import load_model
 from cfsp.text.choosing import Chooser, Sampling, choosers
+from exporters.family import ExportOptions
 from exporters.gguf.files import draft_gguf
 from exporters.gguf.language_model import GGUFLanguageModel
 from exporters.onnx import export_onnx
 from exporters.onnx.language_model import OnnxLanguageModel
-from exporters.options import ExportOptions
 
 IDS = torch.randint(3, 320, (40,), generator=torch.Generator().manual_seed(0)).tolist()
 PROMPTS = [IDS[:5], IDS[5:18], IDS[18:21], IDS[18:22]]

@@ -17,9 +17,9 @@ from cfsp.models.architectures import attention_of, decoder_layers
 from cfsp.models.gguf_file import CONVOLUTIONS, read_gguf
 from cfsp.models.reference import load_model
 from cfsp.pruning.axes.parts import candidate_blocks
+from exporters.family import ExportOptions
 from exporters.gguf.architecture import read_layout
 from exporters.onnx import export_onnx
-from exporters.options import ExportOptions
 from phoneready.main import main
 
 TinyPath = Callable[..., Path]

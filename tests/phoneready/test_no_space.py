@@ -13,8 +13,8 @@ import pytest
 from cfsp.errors import InputError
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.progress import Progress
+from exporters.family import ExportOptions
 from exporters.gguf.export import export_gguf
-from exporters.options import ExportOptions
 
 TinyPath = Callable[..., Path]
 SmallDisk = Callable[[str], Path]

@@ -21,11 +21,11 @@ import psutil
 import pytest
 
 from cfsp.errors import InputError, PhonereadyError, require_extra
+from exporters.family import ExportOptions
 from exporters.gguf.runtime import open_model as open_gguf
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
 from exporters.onnx.runtime import open_model as open_onnx
-from exporters.options import ExportOptions
 from runtime_bench.browser import packages
 from runtime_bench.browser.calibration import calibrate, corrected_rate
 from runtime_bench.browser.chromium import (

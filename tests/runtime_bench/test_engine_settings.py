@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from cfsp.settings import settings_of
+from exporters.family import ExportOptions
 from exporters.gguf.runtime import LlamaModel, open_model
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
-from exporters.options import ExportOptions
 from runtime_bench.engines import SessionSettings, llama_cpp, onnxruntime
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.presentation.record_table import format_table, record_table, settings_text

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from cfsp.errors import InputError
+from exporters.family import ExportOptions
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
-from exporters.options import ExportOptions
 from runtime_bench.engines import ENGINES, SessionSettings
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.process import run_worker

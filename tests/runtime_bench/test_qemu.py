@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from cfsp.errors import InputError
-from exporters.gguf.llama_library import quantize
+from exporters.gguf.matrix import quantize
 from exporters.gguf.runtime import open_model
 from runtime_bench.engines import SessionSettings
 from runtime_bench.process import exchange

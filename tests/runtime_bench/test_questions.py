@@ -14,8 +14,8 @@ import pytest
 
 from cfsp.evaluation.language_model import Branches, LanguageModel
 from exporters.families import FAMILIES
+from exporters.family import ExportOptions
 from exporters.onnx import export_onnx
-from exporters.options import ExportOptions
 from runtime_bench.engines import SessionSettings
 from runtime_bench.native.build import build_runner
 from runtime_bench.process import exchange

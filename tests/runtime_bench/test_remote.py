@@ -22,9 +22,9 @@ from loopback import HOSTILE, ROOT, Device, files_in, running, script, until
 
 from cfsp.errors import InputError
 from cfsp.settings import as_read
+from exporters.family import ExportOptions
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
-from exporters.options import ExportOptions
 from phoneready.main import main
 from runtime_bench.measuring.matrix import run_matrix
 from runtime_bench.measuring.measure import run_bench

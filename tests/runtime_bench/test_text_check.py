@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from exporters.family import ExportOptions
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
-from exporters.options import ExportOptions
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.measuring.text_check import BEGINNINGS, check_text, judge
 from runtime_bench.presentation.record_table import format_table

@@ -1,10 +1,10 @@
-"""Matrices in blocks of few bits: rounding to nearest, and GPTQ. Tensors in, tensors out.
+"""Matrices of few bits in ONNX graphs. Tensors in, tensors out.
 
-A block is `block_size` neighbouring inputs of one output. Its numbers are stored as q in 0 .. 2^bits - 1 with
+*Blocks*: `block_size` neighbouring inputs of one output. A block's numbers are stored as q in 0 .. 2^bits - 1 with
 
     w = (q - 2^(bits-1)) * scale
 
-which is ONNX Runtime's symmetric MatMulNBits without stored zero points.
+which is ONNX Runtime's symmetric MatMulNBits without stored zero points. *Rows* of int8 are what MatMulInteger reads.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from dataclasses import dataclass, replace
 import torch
 
 from exporters.onnx.variants import BlockFormat
-from exporters.quantize.gptq import gptq_codes
-from exporters.quantize.refine import refine_codes
+from exporters.quantize import Grid
 
 _ROWS = 128
 """Rows whose scales are looked for at once: they stay in the cache."""
 # 1 is among them: a block that lies on a grid already is kept.
 _FACTORS = tuple(round(0.7 + 0.025 * i, 3) for i in range(15))
+_LARGEST, ZERO_OF_ROWS = 127, 128
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A matrix of few bits.
+    """A matrix of blocks: see `exporters.quantize.matrix.QuantizedMatrix`.
 
     Attributes:
         q: (rows, blocks, block_size) uint8.
@@ -41,9 +41,34 @@ class Rounded:
     columns: int
     form: BlockFormat
 
-    def dequantized(self) -> torch.Tensor:
-        """The matrix that the runtime computes with, (rows, columns) float32."""
-        return values_of(self.q, self.scales.float(), self.form).flatten(1)[:, : self.columns]
+    @property
+    def grid(self) -> Grid:
+        """See `QuantizedMatrix`."""
+        return Grid(tuple(map(float, range(-self.form.half, self.form.half))), self.form.block_size)
+
+    def dequantize(self) -> torch.Tensor:
+        """See `QuantizedMatrix`."""
+        values = (self.q.float() - self.form.half) * self.scales.float()[..., None]
+        return values.flatten(1)[:, : self.columns]
+
+    def scales_and_offsets(self) -> tuple[torch.Tensor, None]:
+        """See `QuantizedMatrix`."""
+        return self.scales.float(), None
+
+    def with_codes(self, codes: torch.Tensor, scales: torch.Tensor | None = None) -> Rounded:
+        """See `QuantizedMatrix`."""
+        q = self.q.flatten(1).clone()
+        q[:, : self.columns] = (codes + self.form.half).to(torch.uint8).T
+        scales = self.scales if scales is None else scales.half()
+        return replace(self, q=q.view_as(self.q), scales=scales)
+
+    def scaled(self, factors: torch.Tensor) -> Rounded:
+        """See `QuantizedMatrix`."""
+        return replace(self, scales=(self.scales.float() * factors).half())
+
+    def pack(self) -> dict[str, torch.Tensor]:
+        """See `QuantizedMatrix`."""
+        return {".q": self.q, ".scales": self.scales}
 
     def packed(self) -> torch.Tensor:
         """q as MatMulNBits reads it, (rows, blocks, block_size * bits / 8); of two 4-bit numbers the first is low."""
@@ -55,16 +80,6 @@ class Rounded:
         q = data if bits == 8 else torch.stack([data & 15, data >> 4], -1).flatten(-2)
         return cls(q, scales, columns, BlockFormat(bits, q.shape[-1]))
 
-    def codes(self) -> torch.Tensor:
-        """Those of the grid, (columns, rows) float32."""
-        return self.q.flatten(1)[:, : self.columns].T.float() - self.form.half
-
-    def with_codes(self, codes: torch.Tensor) -> Rounded:
-        """It with others, (columns, rows)."""
-        q = self.q.flatten(1).clone()
-        q[:, : self.columns] = (codes + self.form.half).to(torch.uint8).T
-        return replace(self, q=q.view_as(self.q))
-
     def rows(self, rows: slice) -> Rounded:
         """Some of its rows."""
         return replace(self, q=self.q[rows], scales=self.scales[rows])
@@ -72,10 +87,6 @@ class Rounded:
     def to(self, device: torch.device) -> Rounded:
         """It on a device."""
         return replace(self, q=self.q.to(device), scales=self.scales.to(device))
-
-    def scaled(self, factors: torch.Tensor) -> Rounded:
-        """It with its blocks times factors, (rows, blocks), or (rows, 1) for all blocks of a row."""
-        return replace(self, scales=(self.scales.float() * factors).half())
 
 
 def round_to_nearest(
@@ -88,15 +99,21 @@ def round_to_nearest(
         form: How to store it.
         importance: (columns,) mean squared inputs, by which an input's error counts; equal unless given.
     """
-    blocks = _in_blocks(weight, form.block_size)
-    counts = weight.new_ones(weight.shape[1]) if importance is None else importance
-    counts = _in_blocks(counts[None], form.block_size)[0]
+
+    def in_blocks(matrix: torch.Tensor) -> torch.Tensor:
+        """(rows, columns) -> (rows, blocks, block_size), padded with zeros."""
+        padding = -matrix.shape[1] % form.block_size
+        return torch.nn.functional.pad(matrix.float(), (0, padding)).view(len(matrix), -1, form.block_size)
+
+    blocks = in_blocks(weight)
+    counts = in_blocks((weight.new_ones(weight.shape[1]) if importance is None else importance)[None])[0]
     scales = torch.cat([_best_scales(rows, counts, form) for rows in torch.split(blocks, _ROWS)])
-    return Rounded(levels(blocks, scales, form), scales.half(), weight.shape[1], form)
+    q = (blocks / scales[..., None]).round().add(form.half).clamp(0, 2 * form.half - 1).to(torch.uint8)
+    return Rounded(q, scales.half(), weight.shape[1], form)
 
 
 def round_nowhere(weight: torch.Tensor, form: BlockFormat) -> Rounded:
-    """What `round_to_nearest` makes of a weight on torch's meta device: there, too, and without its arithmetic."""
+    """What `round_to_nearest` makes of a weight, without numbers: it is on torch's meta device."""
     rows, columns = weight.shape
     row = _rounded_row(columns, form)
     q, scales = (part.to("meta").expand(rows, *part.shape[1:]) for part in (row.q, row.scales))
@@ -108,47 +125,10 @@ def _rounded_row(columns: int, form: BlockFormat) -> Rounded:
     return round_to_nearest(torch.zeros(1, columns), form)
 
 
-def gptq(weight: torch.Tensor, gram: torch.Tensor, form: BlockFormat) -> Rounded:
-    """By `gptq_codes`, with the scales that suit the weights as they are.
-
-    Args:
-        weight: W, (rows, columns) float32.
-        gram: H = X^T X / T of the layer's inputs, (columns, columns).
-        form: How to store it.
-
-    Raises:
-        InputError: H is not finite or cannot be inverted.
-    """
-    nearest = round_to_nearest(weight, form, gram.diagonal())
-    return nearest.with_codes(gptq_codes(weight, nearest.scales.float(), form.grid, gram))
-
-
-def refine(weight: torch.Tensor, gram: torch.Tensor, rounded: Rounded) -> Rounded:
-    """By `refine_codes`; arguments as for `gptq`, whose result it brings closer."""
-    codes, scales = refine_codes(weight, rounded.codes(), rounded.scales.float(), rounded.form.grid, gram)
-    return replace(rounded, scales=scales.half()).with_codes(codes)
-
-
-def values_of(q: torch.Tensor, scales: torch.Tensor, form: BlockFormat) -> torch.Tensor:
-    """What q (..., block_size) stands for, given scales (...)."""
-    return (q.float() - form.half) * scales[..., None]
-
-
-def levels(values: torch.Tensor, scales: torch.Tensor, form: BlockFormat) -> torch.Tensor:
-    """Nearest q of values (..., block_size), given scales (...)."""
-    return (values / scales[..., None]).round().add(form.half).clamp(0, 2 * form.half - 1).to(torch.uint8)
-
-
 def joined(parts: Sequence[Rounded]) -> Rounded:
     """Matrices of one format and the same inputs as one, their rows after each other."""
     first = parts[0]
     return replace(first, q=torch.cat([p.q for p in parts]), scales=torch.cat([p.scales for p in parts]))
-
-
-def _in_blocks(matrix: torch.Tensor, size: int) -> torch.Tensor:
-    """(rows, columns) -> (rows, blocks, size), padded with zeros."""
-    padding = -matrix.shape[1] % size
-    return torch.nn.functional.pad(matrix.float(), (0, padding)).view(len(matrix), -1, size)
 
 
 def _best_scales(blocks: torch.Tensor, counts: torch.Tensor, form: BlockFormat) -> torch.Tensor:
@@ -171,3 +151,28 @@ def _best_scales(blocks: torch.Tensor, counts: torch.Tensor, form: BlockFormat) 
         lowest = torch.minimum(loss, lowest)
     best = best.half().float()
     return torch.where(best == 0, torch.ones_like(best), best)  # less than float16 holds: zeros
+
+
+@dataclass(frozen=True)
+class Int8Rows:
+    """A matrix W (rows, columns) in int8 with a scale for each row: w = (data - 128) * scale.
+
+    Attributes:
+        data: (rows, columns) uint8.
+        scales: (rows,) float32.
+    """
+
+    data: torch.Tensor
+    scales: torch.Tensor
+
+    def dequantize(self) -> torch.Tensor:
+        """The matrix that the runtime computes with, (rows, columns) float32."""
+        return (self.data.float() - ZERO_OF_ROWS) * self.scales[:, None]
+
+
+def round_rows(weight: torch.Tensor) -> Int8Rows:
+    """The nearest numbers; a row of zeros has the scale one."""
+    largest = weight.detach().float().abs().amax(dim=1)
+    scales = torch.where(largest > 0, largest / _LARGEST, torch.ones_like(largest))
+    data = (weight.detach().float() / scales[:, None]).round().add(ZERO_OF_ROWS).to(torch.uint8)
+    return Int8Rows(data, scales)

@@ -1,0 +1,202 @@
+"""GPTQ and coordinate descent: against their definitions, against nearest numbers, and the algebra they rest on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cfsp.errors import InputError
+from cfsp.pruning.reconstruction import damped_cholesky
+from exporters.onnx import BlockFormat
+from exporters.onnx.matrix import Rounded, round_to_nearest
+from exporters.onnx.variants import INT4
+from exporters.quantize.gptq import RIDGE, gptq_codes, invert_lower_
+from exporters.quantize.refine import refine_codes
+
+
+def weights(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated_inputs(columns: int, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(512, 24, generator=generator) @ torch.randn(24, columns, generator=generator)
+
+
+def gptq(weight: torch.Tensor, gram: torch.Tensor, form: BlockFormat) -> Rounded:
+    nearest = round_to_nearest(weight, form, gram.diagonal())
+    return nearest.with_codes(gptq_codes(weight, nearest.scales.float(), nearest.grid, gram))
+
+
+def refine(weight: torch.Tensor, gram: torch.Tensor, rounded: Rounded) -> Rounded:
+    codes = (rounded.q.flatten(1)[:, : rounded.columns].float() - rounded.form.half).T
+    return rounded.with_codes(*refine_codes(weight, codes, rounded.scales.float(), rounded.grid, gram))
+
+
+@pytest.mark.parametrize("columns", [64, 72])
+def test_gptq_loses_less_of_the_output_than_nearest_numbers(columns: int) -> None:
+    weight, x, form = weights(48, columns), correlated_inputs(columns), INT4
+    gram = x.T @ x / len(x)
+
+    def lost(approximation: torch.Tensor) -> float:
+        return float((x @ (weight - approximation).T).square().mean())
+
+    nearest = lost(round_to_nearest(weight, form, gram.diagonal()).dequantize())
+    assert lost(gptq(weight, gram, form).dequantize()) < 0.5 * nearest
+
+
+def test_gptq_of_independent_inputs_is_nearest_numbers() -> None:
+    weight, form = weights(8, 64), INT4
+    found = gptq(weight, torch.eye(64), form)
+    assert torch.equal(found.q, round_to_nearest(weight, form, torch.ones(64)).q)
+
+
+def test_gptq_takes_the_largest_inputs_first_wherever_they_stand() -> None:
+    weight, form = weights(8, 32), INT4
+    x = correlated_inputs(32) * torch.linspace(0.5, 4, 32)
+    gram = x.T @ x / len(x)
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    moved = gptq(weight[:, order], gram[order][:, order], form).dequantize()
+    torch.testing.assert_close(moved, gptq(weight, gram, form).dequantize()[:, order], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(("columns", "form"), [(64, INT4), (72, INT4), (200, BlockFormat(4, 128))])
+def test_refining_takes_loss_away_and_keeps_what_is_exact(columns: int, form: BlockFormat) -> None:
+    weight, x = weights(48, columns), correlated_inputs(columns)
+    weight[5] = 0
+    weight[6, : form.block_size] = 0
+    gram = x.T @ x / len(x)
+    first = gptq(weight, gram, form)
+    refined = refine(weight, gram, first)
+
+    def lost(rounded: Rounded) -> torch.Tensor:
+        return (x @ (weight - rounded.dequantize()).T).square().mean(0)
+
+    assert float(lost(refined).mean()) < 0.97 * float(lost(first).mean())
+    assert bool(torch.isfinite(refined.scales).all())
+    assert float(refined.dequantize()[5].abs().max()) == 0
+    assert refined.q.dtype == torch.uint8
+    assert refined.q.shape == first.q.shape
+    exact, off = refined.dequantize(), replace(refined, scales=(refined.scales * 1.05).half())
+    torch.testing.assert_close(refine(exact, gram, refined).dequantize(), exact, rtol=2e-3, atol=1e-4)
+    torch.testing.assert_close(refine(exact, gram, off).dequantize(), exact, rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("least", [1e-7, 1e-9])
+def test_numbers_smaller_than_float16_become_zeros(least: float) -> None:
+    weight = weights(3, 64)
+    weight[1] = 0
+    weight[1, 5] = least
+    weight[2, :32] = 0
+    weight[2, 3] = least
+    x = correlated_inputs(64)
+    gram = x.T @ x / len(x)
+    found = gptq(weight, gram, INT4)
+    for rounded in (found, refine(weight, gram, found)):
+        values = rounded.dequantize()
+        assert values.isfinite().all()
+        assert (values[1].abs() <= 1e-6).all()
+        assert (values - weight).abs().max() < 0.5
+        lost = (values - weight)[2]
+        assert lost @ gram @ lost < 0.02 * (weight[2] @ gram @ weight[2])
+
+
+@pytest.mark.parametrize("columns", [64, 72])
+def test_gptq_makes_up_for_each_column_by_those_after_it(columns: int) -> None:
+    """Against the definition, column by column in double precision with H^-1 itself (Frantar et al., eq. 3)."""
+    x = correlated_inputs(columns).double()
+    gram = x.T @ x / len(x)
+    weight = weights(5, columns)
+    found = gptq(weight, gram.float(), INT4)
+    damped = gram + RIDGE * gram.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+    order = gram.diagonal().argsort(descending=True).tolist()
+    scales = found.scales.double().repeat_interleave(32, 1)
+    left, done = weight.double().clone(), []
+    for j in order:
+        rest = [i for i in order if i not in done]
+        inverse = torch.linalg.inv(damped[rest][:, rest])
+        here = rest.index(j)
+        number = (left[:, j] / scales[:, j]).round().clamp(-8, 7)
+        error = (left[:, j] - number * scales[:, j]) / inverse[here, here]
+        assert torch.equal(number + 8, found.q.flatten(1)[:, j].double())
+        left[:, rest] -= error[:, None] * inverse[here]
+        done.append(j)
+
+
+def test_inputs_that_are_never_seen_count_alike() -> None:
+    weight = weights(8, 64)
+    nearest = round_to_nearest(weight, INT4)
+    refined = refine(weight, torch.zeros(64, 64), nearest)
+    before, after = (float((weight - r.dequantize()).square().mean()) for r in (nearest, refined))
+    assert 0.8 * before < after < before
+
+
+def test_gptq_refuses_a_gram_matrix_that_is_not_finite() -> None:
+    with pytest.raises(InputError):
+        gptq(weights(4, 32), torch.full((32, 32), float("nan")), INT4)
+
+
+@pytest.mark.parametrize("size", [1, 5, 128, 129, 300, 1700])
+def test_a_triangular_matrix_is_inverted_in_its_place(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    matrix = torch.randn(size, size, generator=generator, dtype=torch.float64).tril() / size**0.5
+    matrix.diagonal().add_(3)
+    inverse = matrix.clone()
+    assert invert_lower_(inverse) is inverse
+    assert torch.equal(inverse, inverse.tril())
+    torch.testing.assert_close(inverse @ matrix, torch.eye(size, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("columns", [200, 256, 560])
+def test_a_wide_matrix_loses_hardly_more_in_coarser_products(
+    monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, columns, generator=generator)
+    x = torch.randn(512, 24, generator=generator) @ torch.randn(24, columns, generator=generator)
+    gram = (x.T @ x / len(x)).double()
+
+    def lost() -> float:
+        rounded = refine(weight, gram, gptq(weight, gram, INT4))
+        return float((x @ (weight - rounded.dequantize()).T).square().mean())
+
+    exact, asked = lost(), []
+
+    def coarse(device_type: str) -> torch.dtype:
+        asked.append(device_type)
+        return torch.bfloat16
+
+    monkeypatch.setattr("exporters.quantize.gptq._EXACT_COLUMNS", columns - 1)
+    monkeypatch.setattr("exporters.quantize.refine._WIDE", columns - 1)
+    monkeypatch.setattr("exporters.quantize.refine.bulk_dtype", coarse)
+    assert lost() == pytest.approx(exact, rel=0.03)
+    assert asked == ["cpu"]
+
+
+def test_blocks_that_are_multiplied_together_know_what_those_before_them_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, 560, generator=generator)
+    x = torch.randn(512, 24, generator=generator) @ torch.randn(24, 560, generator=generator)
+    gram = x.T @ x / len(x)
+    first = round_to_nearest(weight, INT4)
+    monkeypatch.setattr("exporters.quantize.refine._WIDE", 0)
+    monkeypatch.setattr("exporters.quantize.refine.bulk_dtype", lambda _: torch.bfloat16)
+    together = refine(weight, gram, first)
+    monkeypatch.setattr("exporters.quantize.refine._TOGETHER", 1)
+    apart = refine(weight, gram, first)
+    assert (together.q != apart.q).float().mean() < 0.5 * (apart.q != first.q).float().mean()
+
+
+def test_what_float32_cannot_factor_is_factored_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = (1 + RIDGE) * (1 - 1e-9)  # one less than what would make the damped matrix singular
+    gram = torch.block_diag(*[torch.tensor([[1.0, pair], [pair, 1.0]], dtype=torch.float64)] * 32)
+    with pytest.raises(InputError):
+        damped_cholesky(gram.float(), RIDGE)
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    exact = gptq(weight, gram, INT4)
+    monkeypatch.setattr("exporters.quantize.gptq._EXACT_COLUMNS", 63)
+    assert torch.equal(gptq(weight, gram, INT4).q, exact.q)
