@@ -61,6 +61,13 @@ _TOLERATED = (
     *(("kl-increase", "kl_mean"), ("top1-drop", "same_top1"), ("accuracy-drop", "accuracy")),
     *(("degenerate-increase", "degenerate"), ("metric-change", "own")),
 )
+_OF_TARGETS = {
+    "runner": "runner=FILE",
+    "ndk": "ndk=DIR",
+    "remote-folder": "folder=DIR",
+    "ssh-config": "config=FILE",
+    "retries": "retries=N",
+}
 _SEARCH = "`phoneready search MODEL`"
 GONE: MappingProxyType[str, str] = MappingProxyType(
     {
@@ -69,6 +76,23 @@ GONE: MappingProxyType[str, str] = MappingProxyType(
             (f"prune --target-{name}" for name in ("size", "parameters", "speed", "axes")), f"use {_SEARCH}"
         ),
         "bench --idle": "energy is metered while samples run, all that the meter sees",
+        "bench --memory": "use --on constrained:400M",
+        "bench --cores": "use --on constrained:cores=0+1",
+        "bench --device": "use --on constrained:DEVICE or browser:DEVICE",
+        "bench --score": "use --on browser:score=NUMBER",
+        **{
+            f"{command} --{option}": f"write it behind the target, as in ssh:HOST,{key}"
+            for command in ("bench", "eval", "devices clean")
+            for option, key in _OF_TARGETS.items()
+        },
+        "bench --clean": "use `phoneready devices clean TARGET`",
+        "bench --at-once": "all machines are measured at the same time",
+        "bench --cold": "use --regime cold",
+        "bench --seed": "the random tokens are always the same",
+        **{
+            f"bench --{name}": f"set {key} in [bench] of a release"
+            for name, key in (("delay", "delay_s"), ("nominal-c", "nominal_c"), ("unplugged", "unplugged"))
+        },
         "compare --plot": "use --format csv",
         "compare --quality": "use --format csv, and `eval --json`",
         **dict.fromkeys(("eval --ratios", "eval --csv"), "use `phoneready search MODEL --ratios`"),

@@ -71,7 +71,7 @@ from phoneready.room import (
 from phoneready.settings.release import planned_figures
 from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.environment import cpu_model
-from runtime_bench.targets.places import place_details
+from runtime_bench.targets.table import target_details
 
 _TIMES_THE_WEIGHTS = 8
 """What a stage holds at most, by the bytes of the dense model's weights; exports of SmolLM2-135M take 6.7."""
@@ -324,7 +324,7 @@ def _measured(config: ReleaseConfig, place: str) -> dict[str, Any]:
     shared = _without(config.bench, "targets", "devices", "n_ctx", "anchor", "decide_s")
     if config.bench.anchor:
         shared["anchor"] = identity(config.bench.anchor)
-    return shared | {"target": place, "details": place_details(place), "cpu": cpu_model()}
+    return shared | {"target": place, "details": target_details(place), "cpu": cpu_model()}
 
 
 def _decided(config: ReleaseConfig, place: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from cfsp.errors import InputError
-from cfsp.settings import SEED, Reads, Settings, check_settings, setting
+from cfsp.settings import Reads, Settings, check_settings, setting
 from cfsp.units import parse_seconds
 from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES
 
@@ -158,20 +158,22 @@ class SamplingSettings(Settings):
         off="Do not let each file write first; degenerate text voids speeds.",
     )
     delay_s: float = setting(
-        0.0, "Seconds to pause before each process, to cool off.", ge=0, le=86_400, option="--delay"
+        0.0, "Seconds to pause before each process, to cool off.", ge=0, le=86_400, option=None
     )
     wait_nominal_s: float = setting(
         0.0,
-        "Seconds to wait at most before each process until clocks are free, nothing is hotter than --nominal-c and the "
+        "Seconds to wait at most before each process until clocks are free, nothing is hotter than 45 °C and the "
         "system reports no heat; a row for which that is not enough fails.",
         ge=0,
         le=86_400,
         option="--wait-nominal",
     )
     nominal_c: float = setting(
-        45.0, "Degrees Celsius that no thermal zone may be above to be nominal.", ge=-40, le=150
+        45.0, "Degrees Celsius that no thermal zone may be above to be nominal.", ge=-40, le=150, option=None
     )
-    unplugged: bool = setting(False, "Count a device as nominal only while no power comes from outside.")
+    unplugged: bool = setting(
+        False, "Count a device as nominal only while no power comes from outside.", option=None
+    )
     energy: bool = setting(
         False,
         "Also read energy meters, RAPL's or an unplugged battery's: joules a token of pp and tg.",
@@ -232,15 +234,12 @@ class BenchSettings(SamplingSettings):
         metavar="TIME",
     )
     load: bool = True  # Whether load is measured by itself (every process notes its load time anyway)
-    cold_load: bool = setting(
-        False, "Load from the disk: have the file forgotten before each load.", option="--cold"
-    )
     n_batch: int = setting(2048, "Most tokens given to the engine at once.", ge=1, option=None)
     n_ubatch: int = setting(512, "Most tokens it computes at once.", ge=1, option=None)
     spread_limit: float = setting(
         1.25, "p90 / p50 above which a row is measured once more.", gt=1, option=None
     )
-    seed: int = setting(0, SEED)
+    seed: int = setting(0, "Seed of the random tokens.", option=None)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -286,21 +285,12 @@ def _check_regimes(settings: BenchSettings) -> None:
             raise InputError(problem, field=option, value=value, allowed=allowed)
 
 
-def _loads_from_cache(settings: BenchSettings) -> bool:
-    """Whether anything opens its file, and would find it in the page cache."""
-    opening = [REGIMES[name] for name in settings.regimes if not REGIMES[name].opened_before]
-    return any(one.page_cache is None for one in opening) and (settings.load or any(settings.start))
-
-
 _WAITS = (lambda asked: asked.wait_nominal_s > 0, "without a time for --wait-nominal")
-SAMPLING_READS: Reads = MappingProxyType(
+READS: Reads = MappingProxyType(
     {
         "unplugged": _WAITS,
         "nominal_c": _WAITS,
     }
-)
-READS: Reads = MappingProxyType(
-    {**SAMPLING_READS, "cold_load": (_loads_from_cache, "where nothing opens the file with --regime fresh")}
 )
 
 

@@ -12,7 +12,7 @@ from cfsp.errors import InputError
 from cfsp.settings import setting
 from cfsp.units import format_bytes
 from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES
-from phoneready.commands.options import JsonOption, NdkOption, RemoteFolderOption, SshConfigOption
+from phoneready.commands.options import JsonOption
 from phoneready.console import show_progress, write_result
 from runtime_bench.devices.model_facts import gguf_facts
 from runtime_bench.devices.profile import find_profile, load_profiles
@@ -26,7 +26,7 @@ from runtime_bench.presentation.device_table import (
     profile_table,
     profile_to_json,
 )
-from runtime_bench.targets.table import TargetOptions, open_remote
+from runtime_bench.targets.table import open_remote
 
 
 def list_devices(json: JsonOption = False) -> None:
@@ -86,7 +86,9 @@ def build_runner(
         choices="runtime_bench.native.targets:RUNNER_BACKENDS",
         shown="nothing",
     ),
-    ndk: NdkOption = None,
+    ndk: Path | None = setting(
+        None, "Folder of the Android NDK, to build the runner for Android with.", metavar="DIR"
+    ),
     json: JsonOption = False,
 ) -> None:
     """Build the program that measures GGUF files on machines without Python; prints where it is.
@@ -103,14 +105,15 @@ def build_runner(
 
 
 def clean(
-    target: Annotated[str, typer.Argument(help="ssh:HOST or adb:SERIAL.", metavar="TARGET")],
-    remote_folder: RemoteFolderOption = None,
-    ssh_config: SshConfigOption = None,
+    target: Annotated[
+        str,
+        typer.Argument(help="ssh:HOST or adb:SERIAL, with the options of `bench --on`.", metavar="TARGET"),
+    ],
     json: JsonOption = False,
 ) -> None:
     """Remove what `bench` pushed to another machine."""
 
-    remote = open_remote(target, TargetOptions(remote_folder=remote_folder, ssh_config=ssh_config))
+    remote = open_remote(target)
     removed = remote.clean()
     text = f"{remote.name}: {removed} file{'' if removed == 1 else 's'} removed"
     write_result(text, {"target": remote.name, "removed": removed}, as_json=json)

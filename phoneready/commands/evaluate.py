@@ -17,7 +17,6 @@ from exporters.families import FAMILIES
 from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES, PARITY_CACHE
 from phoneready.commands.options import JsonOption, ModelArgument, TrustOption
 from phoneready.console import prepare_torch, show_progress, warn, write_result
-from phoneready.evaluation.elsewhere import READS as PLACE_READS
 from phoneready.evaluation.elsewhere import PlaceSettings, check_place, open_elsewhere
 from phoneready.evaluation.settings import READS, EvaluationSettings
 from phoneready.figures.metrics import TOLERANCES
@@ -119,8 +118,7 @@ def evaluate(
         if contradiction:
             raise InputError(refusal)
     settings, unread = as_read(settings, READS)
-    place, untaken = as_read(place, PLACE_READS, (place.on,))
-    warnings = (*unread, *untaken)
+    warnings = unread
     warn(warnings)
     if gate.save is not None:
         refuse_existing(gate.save, force=True, like=_RECORD)

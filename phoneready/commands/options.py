@@ -6,7 +6,6 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
@@ -25,7 +24,6 @@ from cfsp.settings import (
     setting_in,
     settings_of,
 )
-from runtime_bench.targets.table import TargetOptions
 
 MODEL_HELP = "smollm2-135m or gemma3-270m (built in), a Hugging Face folder, a .gguf file, or a hub id."
 
@@ -49,10 +47,6 @@ DEBUG = inspect.Parameter(
 SET: tuple[str, ...] = setting(
     (), "Override a setting. The value is TOML: prune.prune_ratio=0.3.", option="--set", metavar="KEY=VALUE"
 )
-_REMOTE = {row.name: row for row in declared(TargetOptions)}
-NdkOption = Annotated[Path | None, _REMOTE["ndk"].setting]
-RemoteFolderOption = Annotated[str | None, _REMOTE["remote_folder"].setting]
-SshConfigOption = Annotated[Path | None, _REMOTE["ssh_config"].setting]
 
 
 @dataclass(frozen=True)

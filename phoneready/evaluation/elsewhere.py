@@ -9,20 +9,18 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol, cast
 
 from cfsp.errors import InputError, PhonereadyError
 from cfsp.progress import Progress, no_progress
-from cfsp.settings import Reads, Settings, declared, setting
+from cfsp.settings import Settings, declared, setting
 from runtime_bench.engines import EngineFacts, SessionSettings
 from runtime_bench.questions import Answer, AnswerRequest, Question, Scoring, Spelling, Writing
 from runtime_bench.questions import write_questions as write_to
 from runtime_bench.targets import Answering
-from runtime_bench.targets.table import READS as TARGET_READS
-from runtime_bench.targets.table import TARGETS, TargetOptions, find_row, open_targets
+from runtime_bench.targets.table import TARGETS, open_target, parse_target
 from runtime_bench.workload import BenchSettings
 
 if TYPE_CHECKING:
@@ -46,7 +44,6 @@ SPELLED = (
 """Texts that both tokenizers cut."""
 _JUDGED = "--text, --chats, --tasks, --prompt, --prompts"
 _PLACES = ", ".join(row.form for name, row in TARGETS.items() if row.answers or name == HERE)
-_TARGET = {row.name: row.setting for row in declared(TargetOptions)}
 _BENCH = {row.name: row.setting for row in declared(BenchSettings)}
 
 
@@ -58,36 +55,20 @@ class PlaceSettings(Settings):
         HERE, f"Where MODEL reads texts, does its tasks and writes its answers: {_PLACES}.", metavar="TARGET"
     )
     backend: str | None = setting(None, _BENCH["backend"])
-    runner: Path | None = setting(None, _TARGET["runner"])
-    ndk: Path | None = setting(None, _TARGET["ndk"])
-    remote_folder: str | None = setting(None, _TARGET["remote_folder"])
-    ssh_config: Path | None = setting(None, _TARGET["ssh_config"])
-    retries: int = setting(TargetOptions.retries, _TARGET["retries"])
 
     @property
     def is_here(self) -> bool:
         """Whether the model runs on this machine."""
         return self.on == HERE
 
-    @property
-    def target_options(self) -> TargetOptions:
-        """What the target is opened with."""
-        names = {option.name for option in fields(self)} & {option.name for option in fields(TargetOptions)}
-        return TargetOptions(**{name: getattr(self, name) for name in names})
-
-
-READS: Reads = MappingProxyType(dict(TARGET_READS))
-"""Used with the names of the targets, which here are one."""
-
 
 def check_place(place: PlaceSettings, settings: EvaluationSettings) -> None:
     """Raise InputError for what a place has no use for, or cannot do, before anything is opened."""
     if place.is_here:
-        open_targets([HERE], place.target_options)
         if place.backend is not None:
             raise InputError("--backend is for another place: give --on TARGET, too")
         return
-    if not find_row(place.on)[0].answers:
+    if not parse_target(place.on)[0].answers:
         raise InputError("cannot be asked about texts", field="--on", value=place.on, allowed=_PLACES)
     needs: dict[str, object] = {"--metric": settings.metrics, "--sampled": settings.sampled}
     for option in (option for option, asked in needs.items() if asked):
@@ -238,7 +219,7 @@ def open_elsewhere(
         raise InputError("no exported file", field="model", value=reference, allowed=kinds)
     family.check_claim(reference)
     check_cache(runtime, opening.cache_type)
-    (target,) = open_targets([place.on], place.target_options, progress)
+    target = open_target(place.on, progress)
     target.require(runtime)
     outline = family.outline(reference, MAX_CONTEXT)
     session = SessionSettings(

@@ -28,7 +28,7 @@ from runtime_bench.records.bench_record import BenchRecord, MeasuredOn
 from runtime_bench.records.fairness import has_speed
 from runtime_bench.records.jsonl import append_jsonl
 from runtime_bench.targets import Target
-from runtime_bench.targets.places import open_place
+from runtime_bench.targets.table import open_target
 
 logger = logging.getLogger(__name__)
 LOOKS = 5
@@ -58,7 +58,7 @@ def measure_on(
         return [turns for turns in dict.fromkeys(t for t, is_open in found if is_open) if turns not in failed]
 
     try:
-        target = open_place(place) if still_open() else None
+        target = open_target(place) if still_open() else None
     except PhonereadyError as error:
         logger.warning("%s: not measured on: %s", place, error)
         target = None

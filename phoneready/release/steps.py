@@ -56,7 +56,7 @@ from runtime_bench.presentation.record_table import speed_text
 from runtime_bench.records.bench_record import DOES_NOT_FIT, BenchRecord
 from runtime_bench.records.jsonl import append_jsonl, read_jsonl
 from runtime_bench.targets import Target
-from runtime_bench.targets.places import Unreachable, open_place, place_slug
+from runtime_bench.targets.table import Unreachable, open_target, target_slug
 from runtime_bench.workload import BenchSettings
 
 CALIBRATION_FILE = "calibration.safetensors"
@@ -69,12 +69,12 @@ _ANSWER_CONTEXT = 1024
 
 def bench_stage(place: str) -> str:
     """The stage that measures at a place."""
-    return f"bench-{place_slug(place)}"
+    return f"bench-{target_slug(place)}"
 
 
 def decide_stage(place: str) -> str:
     """The stage that measures on there until budgets are decided."""
-    return f"decide-{place_slug(place)}"
+    return f"decide-{target_slug(place)}"
 
 
 def bench_settled(output: Path) -> bool:
@@ -311,7 +311,7 @@ class Steps:
         settings = self.config.bench.settings(self.config.seed)
         target: Target
         try:
-            target = open_place(place)
+            target = open_target(place)
         except PhonereadyError as error:
             target = Unreachable(place, str(error))
         latest = ""

@@ -56,7 +56,7 @@ from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.devices.projection import DEFAULT_CONTEXT, project
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.records.fairness import has_speed
-from runtime_bench.targets.places import open_place
+from runtime_bench.targets.table import open_target
 from runtime_bench.workload import BenchSettings
 
 _GENERATED = 64
@@ -527,7 +527,7 @@ class Evaluator:
             check_text=False,
             seed=self.subject.seed,
         )
-        (record,) = run_bench([path], settings, self.progress, target=open_place(place))
+        (record,) = run_bench([path], settings, self.progress, target=open_target(place))
         middle, low, high = speed_span(record) if has_speed(record) else (None, None, None)
         return Speed(
             place,

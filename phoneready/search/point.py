@@ -18,7 +18,7 @@ from exporters.gguf.family import GGUF
 from phoneready.evaluation.settings import WindowSettings
 from phoneready.figures.budgets import INCONCLUSIVE, MISSED, PASS
 from runtime_bench.devices.profile import find_profile, load_profiles
-from runtime_bench.targets.places import check_place
+from runtime_bench.targets.table import check_target
 
 STRATEGIES = GRID, BISECT, STEPS, OPTUNA = "grid", "bisect", "steps", "optuna"
 AUTO = "auto"
@@ -188,7 +188,7 @@ class SearchSettings(WindowSettings):
     target: str | None = setting(
         None,
         "Where speed and memory are measured, as bench --on.",
-        look_up=check_place,
+        look_up=check_target,
         shown="local if there is a limit on them, else nowhere",
     )
 

@@ -36,8 +36,8 @@ from phoneready.figures.metrics import (
 )
 from phoneready.settings.schema import COUNTED, RecoverConfig, ReleaseConfig
 from phoneready.settings.template import demo_config_text
-from runtime_bench.targets.places import place_slug, row_of_place
-from runtime_bench.workload import SAMPLING_READS as SAMPLING
+from runtime_bench.targets.table import parse_target, target_slug
+from runtime_bench.workload import READS as SAMPLING
 
 GONE: Mapping[str, str] = MappingProxyType(
     {
@@ -289,20 +289,23 @@ def _problems_between(config: ReleaseConfig) -> Iterator[_Problem]:
         yield ("export", "imatrix"), f"{', '.join(needed)} cannot be written without an importance matrix"
     measured = {name: family_of(name) for name in bench.measured(export.names)}
     others = [name for name, family in measured.items() if family is not BASE]
-    folders = [place_slug(place) for place in bench.targets]
+    folders = [target_slug(place) for place in bench.targets]
     if len(set(folders)) < len(folders):
         yield ("bench", "targets"), f"two have one name on disk: {', '.join(bench.targets)}"
     for place in bench.targets:
-        row = row_of_place(place)
+        row, _, options = parse_target(place)
         if others and row.gguf_only:
             message = f"{place} runs GGUF files only, not {', '.join(others)}; name others in files"
             yield ("bench", "targets"), message
         if bench.cache_type is not None and not row.tells_cache:
             yield ("bench", "cache_type"), f"the engines of {place} cannot be told the type of their cache"
-        if bench.backend not in (None, "cpu") and row.has_runner and len(others) < len(measured):
-            message = (
-                f"the runner that a release has for {place} computes on the processor; see bench --runner"
-            )
+        if (
+            bench.backend not in (None, "cpu")
+            and row.has_runner
+            and not options.runner
+            and len(others) < len(measured)
+        ):
+            message = f"the runner that is built for {place} computes on the processor; see runner= in docs/targets.md"
             yield ("bench", "backend"), message
     if anchor := bench.anchor:
         measured.update((anchor, family) for family in FAMILIES.values() if family.claims(anchor))

@@ -30,7 +30,7 @@ from phoneready.figures.metrics import ENERGY_OF, metric_of
 from runtime_bench.devices.model_facts import FACTS
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.devices.projection import CONTEXT, DEFAULT_CONTEXT
-from runtime_bench.targets.places import check_place
+from runtime_bench.targets.table import check_target
 from runtime_bench.workload import BenchSettings, SamplingSettings, workloads_of
 
 
@@ -149,7 +149,7 @@ class BenchConfig(SamplingSettings):
     targets: tuple[str, ...] = setting(
         ("local",),
         'Where: "constrained:400M", "constrained:pixel-8a", ...; docs/targets.md.',
-        look_up=check_place,
+        look_up=check_target,
     )
     devices: tuple[str, ...] = setting(
         (), "Profiles for which memory and speed are projected: phoneready devices list.", look_up=_profile_id

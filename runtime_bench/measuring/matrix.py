@@ -24,13 +24,11 @@ def run_matrix(
     engine: str | None = None,
     anchor: Path | None = None,
     on_record: Callable[[BenchRecord], None] = lambda record: None,
-    at_once: int | None = None,
 ) -> list[BenchRecord]:
     """Measure every file on every target. What cannot be measured is a failed row with its reason; the rest goes on.
 
-    Other machines are measured at the same time, each in a thread of its own, which here does little but wait; where
-    there are more than `at_once`, one begins when another one is done, in the order of the targets. This machine's own
-    targets come after them, one by one: nothing else is done here while it is measured.
+    Other machines are measured at the same time, each in a thread of its own, which here does little but wait. This
+    machine's own targets come after them, one by one: nothing else is done here while it is measured.
 
     Args:
         files: Exported model files.
@@ -40,7 +38,6 @@ def run_matrix(
         engine: Key of ENGINES; each file's default one unless given.
         anchor: A file that takes turns with the others on every target.
         on_record: Called with each record as soon as it is complete, from one thread at a time.
-        at_once: Most other machines that are measured at the same time; all unless given.
 
     Returns:
         `run_bench`'s records of each target, in the order of the targets.
@@ -70,25 +67,16 @@ def run_matrix(
         )
 
     remotes = [target for target in targets if isinstance(target, Remote)]
-    by_target = _beside_each_other(remotes, measure, at_once or len(remotes)) if remotes else {}
+    by_target: dict[int, list[BenchRecord]] = {}
+    with ThreadPoolExecutor(max(1, len(remotes))) as pool:
+        futures = {id(remote): pool.submit(measure, remote) for remote in remotes}
+        try:
+            by_target |= {key: future.result() for key, future in futures.items()}
+        except BaseException:  # Ctrl-C among them: what runs elsewhere is ended before anybody waits for it
+            for remote in remotes:
+                remote.stop()
+            raise
     for target in targets:
         if id(target) not in by_target:
             by_target[id(target)] = measure(target)
     return [record for target in targets for record in by_target[id(target)]]
-
-
-def _beside_each_other(
-    remotes: Sequence[Remote], measure: Callable[[Target], list[BenchRecord]], at_once: int
-) -> dict[int, list[BenchRecord]]:
-    """The records of other machines, so many of which are measured at the same time, by `id` of the target."""
-    with ThreadPoolExecutor(at_once) as pool:
-        futures = {id(remote): pool.submit(measure, remote) for remote in remotes}
-        try:
-            return {key: future.result() for key, future in futures.items()}
-        except BaseException:
-            # Ctrl-C among them: what runs elsewhere is ended before anybody waits for it, and nothing more begins.
-            for future in futures.values():
-                future.cancel()
-            for remote in remotes:
-                remote.stop()
-            raise

@@ -79,7 +79,6 @@ class Row:
 def row_of(session: Session, file: MeasuredFile, workload: Workload, threads: int) -> Row:
     """A row of which nothing is measured yet."""
     settings, regime = session.settings, REGIMES[workload.regime]
-    load = "cold" if settings.cold_load else "warm"
     request = WorkerRequest(
         path=str(file.path),
         engine=file.engine,
@@ -96,7 +95,7 @@ def row_of(session: Session, file: MeasuredFile, workload: Workload, threads: in
         seconds=settings.sustained_s if regime.lasting else 0.0,
         seed=settings.seed,
         energy=settings.energy and workload.is_rate,
-        page_cache=regime.page_cache or (load if workload.opens else "as_found"),
+        page_cache=regime.page_cache or ("warm" if workload.opens else "as_found"),
     )
     return Row(file, request)
 

@@ -1,11 +1,10 @@
 """Records as text: Markdown in llama-bench's columns, JSON, JSON Lines, CSV. Units are converted only
-here. And thread counts of a file side by side, which is best and what the others give, and depths of its context."""
+here. And thread counts of a file side by side, which is best and what the others give."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
 
 from cfsp.errors import InputError
@@ -227,29 +226,6 @@ def format_sweep(records: Sequence[BenchRecord]) -> str:
         )
         rows.append(row)
     return table_of(rows, right=("test",)).markdown()
-
-
-def format_depths(records: Sequence[BenchRecord]) -> str:
-    """A Markdown table with a row for each file and test that was measured at several depths, a column for each depth;
-    empty without any."""
-    groups: dict[tuple[str, str, str, str, int], dict[int, BenchRecord]] = {}
-    for record in records:
-        test = replace(record.timed, n_depth=0).test
-        key = (record.model_filename, record.engine, record.target, test, record.n_threads)
-        groups.setdefault(key, {})[record.n_depth] = record
-    deep = {key: group for key, group in groups.items() if len(group) > 1}
-    names, rows = short_names(record.model_filename for record in records), []
-    depths = sorted({depth for group in deep.values() for depth in group})
-    for (file, _, target, test, threads), group in deep.items():
-        row = {"target": target} if len({record.target for record in records}) > 1 else {}
-        row |= {"file": names[file]} if len(names) > 1 else {}
-        row |= {"test": test, "threads": str(threads), "cache": _cache(next(iter(group.values()))) or NOTHING}
-        rows.append(row | {f"t/s @ d{depth}": _at_depth(group.get(depth)) for depth in depths})
-    return table_of(rows, right=("test", "threads", *(f"t/s @ d{depth}" for depth in depths))).markdown()
-
-
-def _at_depth(record: BenchRecord | None) -> str:
-    return NOTHING if record is None else _speed(record) or NOTHING
 
 
 def _point(record: BenchRecord, best: BenchRecord | None) -> str:

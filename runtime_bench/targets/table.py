@@ -1,66 +1,62 @@
-"""What `bench --on` can name: a row for each kind of target. Whatever follows a colon is the target's address. Other
-distributions add rows by entry point (cfsp.plugins). Every command imports this: what takes long to import waits."""
+"""Targets by name: KIND, or KIND:ADDRESS, with options behind commas. `bench --on`, `eval --on` and releases take them.
+
+local                            this machine as it is
+constrained:400M                 with that much memory
+constrained:pixel-8a,cores=0+1   with what one application may use on that device, on those cores
+browser:pixel-8a                 a browser that stands for that device's
+ssh:HOST,folder=/data/bench      another machine
+
+Other distributions add rows by entry point (cfsp.plugins). Every command imports this: what takes long to import waits.
+"""
 
 from __future__ import annotations
 
+import re
+import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cfsp import plugins
 from cfsp.errors import InputError
 from cfsp.progress import Progress, no_progress
-from cfsp.settings import Reads, Settings, setting
+from cfsp.reading import read_text
 from cfsp.units import parse_bytes
-from runtime_bench.devices.profile import find_profile, load_profiles
+from runtime_bench.devices.profile import DeviceProfile, find_profile, load_profiles
 from runtime_bench.devices.projection import memory_limit
-from runtime_bench.targets import LOCAL, Target
+from runtime_bench.environment import environment_of
+from runtime_bench.records.bench_record import Environment
+from runtime_bench.records.reported import Conditions, unknown_conditions
+from runtime_bench.targets import LOCAL, Target, ThisMachine
 from runtime_bench.targets.adb import Adb
-from runtime_bench.targets.constrained import Constrained
+from runtime_bench.targets.constrained import Constrained, check_memory
 from runtime_bench.targets.ssh import Ssh
 from runtime_bench.targets.transport import Transport
+from runtime_bench.worker import WorkerRequest, WorkerResult
 
 if TYPE_CHECKING:
     from runtime_bench.targets.remote import Remote
 
+CONSTRAINED = "constrained"
+ALL_DEVICES, LISTED = "adb:*", "@"
+_ADB_S = 60.0
+
 
 @dataclass(frozen=True)
-class TargetOptions(Settings):
-    """Options of targets, as they were given; each is for some of them. Their names are the options' names."""
+class TargetOptions:
+    """What may stand behind a target's address, as KEY=VALUE; memory and device stand there by themselves."""
 
-    memory: str | None = setting(
-        None, "Memory that a constrained run may use, as 400M or 2G.", metavar="SIZE"
-    )
-    cores: tuple[int, ...] = setting(
-        (), "Cores that a constrained run may use, as 0,1.", ge=0, le=4095, metavar="N,..."
-    )
-    device: str | None = setting(
-        None, "Take limits from this device's profile: memory, or the score of its browser.", metavar="NAME"
-    )
-    score: float | None = setting(None, "Slow the browser's page down to this score.", gt=0, metavar="NUMBER")
-    runner: Path | None = setting(
-        None, "Native program to measure GGUF files with, here or on other machines.", shown="built here once"
-    )
-    ndk: Path | None = setting(
-        None, "Folder of the Android NDK, to build the runner for Android with.", metavar="DIR"
-    )
-    remote_folder: str | None = setting(
-        None,
-        "Where to put files on other machines: an absolute path.",
-        metavar="DIR",
-        shown="a cache folder there",
-    )
-    ssh_config: Path | None = setting(None, "Configuration of the ssh client, instead of your own.")
-    retries: int = setting(
-        2,
-        "How often a connection to another machine that broke, or could not be made, is tried again in all.",
-        ge=0,
-        le=1000,
-        metavar="N",
-    )
+    memory: int | None = None  # bytes that a run may use
+    device: str | None = None  # whose limit of memory, or browser's score, is taken
+    cores: tuple[int, ...] = ()  # that a run may use, as 0+1
+    score: float | None = None  # to which the browser's page is slowed down
+    runner: Path | None = None  # native program to measure GGUF files with; else one is built once
+    ndk: Path | None = None  # folder of the Android NDK, to build it with
+    folder: str | None = None  # there, absolute, for what is pushed
+    config: Path | None = None  # of the ssh client
+    retries: int = 2  # of a connection that broke or could not be made, in all
 
 
 @dataclass(frozen=True)
@@ -71,35 +67,23 @@ class TargetRow:
     # Makes it from its address, the options and what shows the progress of building it
     open: Callable[[str, TargetOptions, Progress], Target]
     takes: frozenset[str] = frozenset()  # Options that are for it
-    gguf_only: bool = False  # Whether it runs GGUF files alone
+    gguf_only: bool = False  # Whether it runs only GGUF files
     answers: bool = False  # Whether it is `runtime_bench.targets.Answering`
     has_runner: bool = False  # Whether GGUF files run in the native runner there
     tells_cache: bool = True  # Whether its engines can be told the type of their cache
 
 
-def open_targets(
-    names: Sequence[str], options: TargetOptions, progress: Progress = no_progress
-) -> list[Target]:
-    """Where to measure: each target once. Nothing is connected to yet.
+def open_target(name: str, progress: Progress = no_progress) -> Target:
+    """The target of a name. Another machine is not connected to yet.
 
     Raises:
-        InputError: Unknown, an option that none of the targets can do, or a target that cannot be used.
+        InputError: Unknown, an option that it does not take, or a target that cannot be used.
     """
-    rows = [find_row(name) for name in dict.fromkeys(names)]
-    taken = frozenset[str]().union(*(row.takes for row, _ in rows))
-    given = [option.name for option in fields(options) if getattr(options, option.name) != option.default]
-    strange = [name for name in given if name not in taken]
-    if strange:
-        option = f"--{strange[0].replace('_', '-')}"
-        raise InputError("not for this target", field=option, allowed=_takers(strange[0]))
-    if options.runner is not None and len(rows) > 1 and TARGETS["native"] in (row for row, _ in rows):
-        raise InputError(
-            "one program, for this machine or for others", field="--runner", allowed="one target"
-        )
-    return [row.open(address, options, progress) for row, address in rows]
+    row, address, options = parse_target(name)
+    return row.open(address, options, progress)
 
 
-def open_remote(name: str, options: TargetOptions) -> Remote:
+def open_remote(name: str) -> Remote:
     """Another machine.
 
     Raises:
@@ -107,35 +91,181 @@ def open_remote(name: str, options: TargetOptions) -> Remote:
     """
     from runtime_bench.targets.remote import Remote
 
-    (target,) = open_targets([name], options)
+    target = open_target(name)
     if not isinstance(target, Remote):
         raise InputError("not another machine", field="target", value=name, allowed="ssh:HOST, adb:SERIAL")
     return target
 
 
-def find_row(name: str) -> tuple[TargetRow, str]:
-    """The row of a target and its address; nothing is opened.
+def check_target(name: str) -> str:
+    """The name, if there can be such a target; nothing is opened.
 
     Raises:
-        InputError: There is none, or the address is missing or too much.
+        InputError: There cannot.
     """
-    kind, colon, address = name.partition(":")
+    row, address, options = parse_target(name)
+    if address:
+        row.open(address, options, no_progress)  # which checks the address, and connects to nothing
+    return name
+
+
+def target_details(name: str) -> dict[str, Any]:
+    """What a target's name refers to and that may change while the name stays."""
+    device = parse_target(name)[2].device
+    return _profile(device).model_dump(mode="json") if device else {}
+
+
+def target_slug(name: str) -> str:
+    """The name as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")
+
+
+def parse_target(name: str) -> tuple[TargetRow, str, TargetOptions]:
+    """A name's row, address and options.
+
+    Raises:
+        InputError: There is no such target, the address is missing or too much, or an option is not for it.
+    """
+    kind, colon, rest = name.partition(":")
     others = plugins.load_plugins(plugins.TARGETS, TARGETS)
     row = others[kind].load(TargetRow) if kind in others else TARGETS.get(kind)
-    if row is None or bool(colon) != (":" in row.form) or (colon and not address):
+    parts = rest.split(",") if colon else []
+    address = parts.pop(0) if row and ":" in row.form and parts else ""
+    if row is None or (":" in row.form) != bool(address) or "" in parts or (parts and not row.takes):
         forms = ", ".join([*(known.form for known in TARGETS.values()), *others])
         raise InputError("unknown target", field="--on", value=name, allowed=forms)
-    return row, address
+    given: dict[str, Any] = {}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not equals:
+            key, value = ("memory" if part[0].isdecimal() else "device"), part
+        if key not in row.takes or not value:
+            known = ", ".join(f"{one}=" for one in sorted(row.takes))
+            raise InputError(
+                f"{part}: not for this target", field="--on", value=name, allowed=known or row.form
+            )
+        try:
+            given[key] = _READ.get(key, str)(value)
+        except ValueError as error:
+            raise InputError(f"{part}: {error}", field="--on", value=name) from None
+    options = TargetOptions(**given)
+    if kind == CONSTRAINED and options == TargetOptions():
+        forms = "constrained:SIZE, constrained:DEVICE, either or neither with cores=0+1 after a comma"
+        raise InputError("no limit", field="--on", value=name, allowed=forms)
+    return row, address, options
+
+
+def every_target(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of single targets that names stand for, each once, in order; nothing is opened.
+
+    `adb:*` is every device that `adb devices` lists, whatever its state: one that cannot be used is to be told of.
+    `@FILE` are the lines of a file, without empty ones and what follows a #.
+
+    Raises:
+        InputError: No adb, no device, or a file that cannot be read or lists nothing.
+    """
+    found: list[str] = []
+    for name in names:
+        if name.partition(",")[0] == ALL_DEVICES:
+            options = name.removeprefix(ALL_DEVICES)
+            try:
+                command = ["adb", "devices"]
+                done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_ADB_S)
+            except FileNotFoundError:
+                raise InputError("adb is not installed", field="--on", value=name) from None
+            except subprocess.TimeoutExpired:
+                raise InputError("adb does not answer", field="--on", value=name) from None
+            serials = [line.partition("\t")[0] for line in done.stdout.splitlines() if "\t" in line]
+            if not serials:
+                allowed = "a device that adb devices lists"
+                raise InputError("no device is attached", field="--on", value=name, allowed=allowed)
+            found += [f"adb:{serial}{options}" for serial in serials]
+        elif name.startswith(LISTED):
+            lines = read_text(Path(name.removeprefix(LISTED))).splitlines()
+            listed = [text for line in lines if (text := line.partition("#")[0].strip())]
+            if not listed or any(one.startswith(LISTED) for one in listed):
+                raise InputError("lists no targets", field="--on", value=name, allowed="a target a line")
+            found += every_target(listed)
+        else:
+            found.append(name)
+    return tuple(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class Unreachable(ThisMachine):
+    """A target that could not be opened: every run there fails with the reason."""
+
+    name: str
+    reason: str
+
+    pushes = True
+    """Whatever is asked of it, its row says why it could not be opened."""
+
+    @property
+    def kind(self) -> str:
+        """What its numbers would have been."""
+        return "constrained-host" if self.name.startswith(CONSTRAINED) else "measured"
+
+    def require(self, engine: str) -> None:
+        """See `Target`."""
+
+    def environment(self) -> Environment:
+        """See `Target`."""
+        return environment_of({}, cpus_usable=None, platform="unknown", versions={})
+
+    def conditions(self) -> Conditions:
+        """See `Target`."""
+        return unknown_conditions(self.reason)
+
+    def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
+        """See `Target`."""
+        return WorkerResult(error=self.reason)
+
+
+def _profile(name: str) -> DeviceProfile:
+    return find_profile(name, load_profiles()).profile
+
+
+def _memory(text: str) -> int:
+    memory = parse_bytes(text, "--on")
+    check_memory(memory)
+    return memory
+
+
+def _cores(text: str) -> tuple[int, ...]:
+    names = text.split("+")
+    if not all(name.isdecimal() and int(name) < 4096 for name in names):
+        raise ValueError("not core numbers; allowed: such as cores=0+1")
+    return tuple(map(int, names))
+
+
+def _retries(text: str) -> int:
+    if not text.isdecimal() or int(text) > 1000:
+        raise ValueError("not a number up to 1000")
+    return int(text)
+
+
+_READ: MappingProxyType[str, Callable[[str], Any]] = MappingProxyType(
+    {
+        "memory": _memory,
+        "device": lambda text: _profile(text).id,
+        "cores": _cores,
+        "score": float,
+        "retries": _retries,
+        **dict.fromkeys(("runner", "ndk", "config"), lambda text: Path(text).expanduser()),
+    }
+)
+"""How the options are read that are no text."""
 
 
 def _constrained(_: str, options: TargetOptions, progress: Progress) -> Target:
-    if options.memory and options.device:
-        raise InputError("one of --memory and --device says the limit, not both", field="--memory")
-    memory = parse_bytes(options.memory, "--memory") if options.memory else None
+    memory = options.memory
+    if memory and options.device:
+        raise InputError("either a size or a device says the limit, not both", field="--on")
     if options.device:
-        memory, why = memory_limit(find_profile(options.device, load_profiles()).profile)
+        memory, why = memory_limit(_profile(options.device))
         if memory is None:
-            raise InputError(why, field="--device", value=options.device, allowed="--memory SIZE")
+            raise InputError(why, field="--on", value=options.device, allowed="constrained:SIZE")
     return Constrained(memory, options.cores)
 
 
@@ -144,7 +274,7 @@ def _browser(_: str, options: TargetOptions, progress: Progress) -> Target:
 
     if options.device is None:
         return Browser(target_score=options.score)
-    return browser_of(find_profile(options.device, load_profiles()).profile, options.score)
+    return browser_of(_profile(options.device), options.score)
 
 
 def _native(_: str, options: TargetOptions, progress: Progress) -> Target:
@@ -155,7 +285,7 @@ def _native(_: str, options: TargetOptions, progress: Progress) -> Target:
         return Native(build_runner("native", progress=progress))
     program = options.runner.resolve()
     if not program.is_file():
-        raise InputError("no such program", field="--runner", value=str(options.runner))
+        raise InputError("no such program", field="runner", value=str(options.runner))
     return Native(program)
 
 
@@ -172,52 +302,34 @@ def _remote(transport: Transport, options: TargetOptions) -> Target:
         transport,
         runner=options.runner,
         ndk=options.ndk,
-        folder=options.remote_folder,
+        folder=options.folder,
         retries=options.retries,
     )
 
 
-_LIMITS = frozenset({"memory", "cores", "device"})
-_PLACES = frozenset({"runner", "ndk", "remote_folder", "retries"})
+_THERE = frozenset({"runner", "ndk", "folder", "retries"})
 TARGETS: MappingProxyType[str, TargetRow] = MappingProxyType(
     {
         "local": TargetRow("local", lambda address, options, progress: LOCAL),
         "native": TargetRow(
             "native", _native, frozenset({"runner"}), gguf_only=True, answers=True, has_runner=True
         ),
-        "constrained": TargetRow("constrained", _constrained, _LIMITS),
+        CONSTRAINED: TargetRow(CONSTRAINED, _constrained, frozenset({"memory", "cores", "device"})),
         "browser": TargetRow("browser", _browser, frozenset({"device", "score"}), tells_cache=False),
         "ssh": TargetRow(
             "ssh:HOST",
-            lambda host, options, _: _remote(Ssh(host, options.ssh_config), options),
-            _PLACES | {"ssh_config"},
+            lambda host, options, _: _remote(Ssh(host, options.config), options),
+            _THERE | {"config"},
             answers=True,
             has_runner=True,
         ),
         "adb": TargetRow(
             "adb:SERIAL",
             lambda serial, options, _: _remote(Adb(serial), options),
-            _PLACES,
+            _THERE,
             answers=True,
             has_runner=True,
         ),
         "qemu-aarch64": TargetRow("qemu-aarch64", _qemu, gguf_only=True, answers=True, has_runner=True),
     }
 )
-
-
-def _is_taken(option: str, _: object, names: Sequence[str]) -> bool:
-    return any(option in find_row(name)[0].takes for name in names)
-
-
-def _takers(option: str) -> str:
-    return ", ".join(f"--on {row.form}" for row in TARGETS.values() if option in row.takes)
-
-
-READS: Reads = MappingProxyType(
-    {
-        option: (partial(_is_taken, option), f"without {_takers(option)}")
-        for option in ("ndk", "remote_folder", "ssh_config", "retries")
-    }
-)
-"""Of options that say how another machine is reached, used with the names of the targets."""

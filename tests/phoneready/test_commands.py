@@ -81,12 +81,11 @@ def test_options_that_nothing_reads_are_named_and_change_nothing(
     assert plans[0] == plans[1]
 
     asked = ["eval", dense, "--seqlen", "32", "--windows", "1", "--no-prompts", "--save", str(saved)]
-    assert main([*asked, "--limit", "8", "--temperature", "0.5", "--retries", "3"]) == 0
+    assert main([*asked, "--limit", "8", "--temperature", "0.5"]) == 0
     said = warned(capsys)
     assert said == [
         "--limit has no effect without tasks",
         "--temperature has no effect without sampled answers",
-        "--retries has no effect without --on ssh:HOST, --on adb:SERIAL",
     ]
     assert json.loads(saved.read_text("utf-8"))["warnings"] == said
 
@@ -146,15 +145,6 @@ def test_export_and_bench(
             )
     assert all(graph.is_file() for graph in graphs)
 
-    idle = ["--clean", "--retries", "3", "--unplugged", "--nominal-c", "30"]
-    capsys.readouterr()
-    assert main(["bench", str(file), *sizes, *idle]) == 0
-    assert warned(capsys) == [
-        "--unplugged has no effect without a time for --wait-nominal",
-        "--nominal-c has no effect without a time for --wait-nominal",
-        "--retries has no effect without --on ssh:HOST, --on adb:SERIAL",
-        "--clean has no effect without --on and another machine",
-    ]
     # What would be lost, or destroyed, after all is measured is refused before.
     before = {path: path.stat().st_size for path in tmp_path.rglob("*")}
     onnx = output / "onnx" / "fp32" / "onnx" / "model.onnx"

@@ -240,7 +240,7 @@ ONNX = '[export]\nquants = ["Q4_0"]\nonnx = ["fp32"]\n[bench]\n'
         (ONNX + 'cache_type = "q8_0"', "bench.cache_type: onnxruntime cannot run fp32 with q8_0; allowed: none"),
         ('[bench]\ncache_type = "q8_0"\ntargets = ["browser"]', "the engines of browser cannot be told"),
         ('[bench]\ncache_type = "q8_0"\nanchor = "ref.onnx"', "onnxruntime cannot run ref.onnx with q8_0"),
-        ('[bench]\nbackend = "vulkan"\ntargets = ["ssh:pi"]', "bench.backend: the runner that a release has"),
+        ('[bench]\nbackend = "vulkan"\ntargets = ["ssh:pi"]', "bench.backend: the runner that is built for"),
         (ONNX + 'targets = ["native"]', "bench.targets: native runs GGUF files only, not fp32"),
         ('[bench]\ntargets = ["ssh:a-b", "ssh:a_b"]', "bench.targets: two have one name on disk"),
         ('[stores]\npack = "m"', "line 3: stores: is gone"),

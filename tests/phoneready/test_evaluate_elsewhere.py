@@ -56,7 +56,7 @@ def test_tasks_on_a_device_give_what_they_give_here(
     shown: Shown,
 ) -> None:
     asked = [gguf, "--tasks", tasks, *QUICK]
-    where = [*device.options, "--runner", str(runner), "--remote-folder", str(far)]
+    where = device.on(runner=runner, folder=far)
     here = shown("eval", *asked, "--no-text")
     there = shown("eval", *asked, *where)
     assert there["tasks"] == here["tasks"]
@@ -64,14 +64,14 @@ def test_tasks_on_a_device_give_what_they_give_here(
     assert there["answers"] == here["answers"]
     assert there["texts"] == []
     place = there["place"]
-    assert place["target"] == device.options[1]
+    assert place["target"] == device.name
     assert (place["backends"], place["cache_type"], place["same_tokens"]) == ("CPU", "f32", True)
     assert "place" not in here
     # The questions are gone, what is needed again stays.
     assert set(files_in(far)) == {"model.gguf", "runner"}
     assert main(["eval", *asked, *where, "--limit", "2"]) == 0
     said = capsys.readouterr().out
-    assert f"Judged on {device.options[1]} in llama.cpp: CPU, 1 thread, keys and values in f32." in said
+    assert f"Judged on {device.name} in llama.cpp: CPU, 1 thread, keys and values in f32." in said
 
 
 @pytest.mark.everything
@@ -85,7 +85,7 @@ def test_the_native_runner_gives_what_is_given_here(
     shown: Shown,
     refused: Refused,
 ) -> None:
-    where = [*device.options, "--runner", str(runner_for("native")), "--remote-folder", str(far)]
+    where = device.on(runner=runner_for("native"), folder=far)
     saved = tmp_path / "here.json"
     text = ["--text", "builtin:python-docs", "--seqlen", "200", "--windows", "3"]
     here = shown("eval", gguf, "--tasks", tasks, *QUICK, *text, "--save", str(saved))
@@ -97,7 +97,7 @@ def test_the_native_runner_gives_what_is_given_here(
     short = shown("eval", gguf, *QUICK, *where, "--cache-type", "f16")
     assert short["place"]["cache_type"] == "f16"
     said = refused("eval", gguf, *QUICK, *where, "--backend", "gpu")
-    assert said == f"error: {device.options[1]}: the runner was built without the backend gpu; it has cpu\n"
+    assert said == f"error: {device.name}: the runner was built without the backend gpu; it has cpu\n"
 
 
 def test_onnx_is_judged_by_a_python_there(
@@ -105,7 +105,7 @@ def test_onnx_is_judged_by_a_python_there(
 ) -> None:
     monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path / "cache"))
     asked = [dense_onnx, "--tasks", tasks, *QUICK]
-    where = ["--on", "ssh:board", "--ssh-config", str(board.config), "--remote-folder", str(tmp_path / "far")]
+    where = ["--on", f"ssh:board,config={board.config},folder={tmp_path / 'far'}"]
     here = shown("eval", *asked, "--no-text")
     there = shown("eval", *asked, *where)
     assert (there["tasks"], there["answers"]) == (here["tasks"], here["answers"])
@@ -118,7 +118,7 @@ def test_texts_are_as_likely_there_as_here(
 ) -> None:
     """Alone, and beside another model, of which then bits per byte are compared and no distributions."""
     asked = [gguf, "--text", "builtin:python-docs", "--seqlen", "48", "--windows", "10", "--no-prompts"]
-    where = [*device.options, "--runner", str(runner), "--remote-folder", str(far), "--threads", "1"]
+    where = [*device.on(runner=runner, folder=far), "--threads", "1"]
     saved = tmp_path / "here.json"
     here = shown("eval", *asked, "--save", str(saved))["texts"][0]
     result = shown("eval", *asked, *where, "--baseline", str(saved))
@@ -139,12 +139,12 @@ def test_a_device_that_vanishes_leaves_one_line_and_no_record(
         until(lambda: running(tmp_path / "awake"), "the run does not begin")
         device.vanish()
 
-    where = [*device.options, "--runner", str(sleeper), "--remote-folder", str(far), "--retries", "0"]
+    where = device.on(runner=sleeper, folder=far, retries=0)
     saved = tmp_path / "saved.json"
     thread = threading.Thread(target=vanish)
     thread.start()
     said = refused("eval", gguf, "--tasks", tasks, *QUICK, *where, "--save", saved)
     thread.join()
-    assert f"{device.options[1]}: the device went away" in said
+    assert f"{device.name}: the device went away" in said
     assert not saved.exists()
     until(lambda: not running(tmp_path / "awake"), "the run goes on there")

@@ -107,16 +107,20 @@ bench | bench
 bench --nonsense | --nonsense
 bench missing.gguf | missing.gguf
 bench missing.gguf --on the-moon | the-moon
-bench missing.gguf --memory 1G | --memory
-bench missing.gguf --on constrained | constrained
-bench missing.gguf --on constrained --memory much | much
-bench missing.gguf --on constrained --memory 1K | memory
-bench missing.gguf --on constrained --cores 9999 | cores
-bench missing.gguf --on constrained --memory 1G --device pixel-8a | --device
+bench missing.gguf --memory 1G | use --on constrained:400M
+bench missing.gguf --on constrained | no limit
+bench missing.gguf --on constrained:much | much
+bench missing.gguf --on constrained:1K | too little
+bench missing.gguf --on constrained:cores=9999 | cores
+bench missing.gguf --on constrained:1G,pixel-8a | not both
+bench missing.gguf --on local:1G | unknown target
+bench missing.gguf --on ssh:x,cores=1 | cores=1: not for this target
+bench missing.gguf --on ssh:x,retries=many | retries=many: not a number
+bench missing.gguf --retries 1 | behind the target, as in ssh:HOST,retries=N
 bench FILE -r 1e30 | -r
 bench FILE -r 1000000000000 | -r
 bench FILE -t 3000000000 | -t
-bench FILE --delay inf | --delay
+bench FILE --wait-nominal inf | --wait-nominal
 compare missing missing | missing
 devices show nokia-3310 | nokia-3310
 devices fit missing.gguf | missing.gguf
@@ -151,11 +155,11 @@ eval FILE --on ssh:board --sampled | --sampled needs the probability of every to
 eval FILE --on ssh:board --metric a:b | --metric needs the probability of every token
 eval FILE --on ssh:board --no-prompts | nothing to judge
 eval FILE --on browser | cannot be asked about texts
-eval FILE --on constrained | cannot be asked about texts
+eval FILE --on constrained:400M | cannot be asked about texts
 eval FILE --on telnet:x | unknown target
 eval FILE --on ssh:board --runtime torch | no exported file
 eval FILE --backend gpu | --backend is for another place
-eval FILE --runner program | --runner: not for this target
+eval FILE --runner program | behind the target, as in ssh:HOST,runner=FILE
 """
 
 

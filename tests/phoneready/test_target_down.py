@@ -18,9 +18,9 @@ from phoneready.release import steps
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.jsonl import read_jsonl
 from runtime_bench.targets import Target
-from runtime_bench.targets.places import open_place
 from runtime_bench.targets.remote import Remote
 from runtime_bench.targets.ssh import Ssh
+from runtime_bench.targets.table import open_target
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
@@ -101,11 +101,11 @@ def test_what_was_measured_is_kept_and_the_next_run_measures_what_is_missing(
 
         def opened(name: str) -> Target:
             if name == "local":
-                return open_place(name)
+                return open_target(name)
             far = {"runner": runner, "folder": str(tmp_path / "far")}
             return Leaving(Ssh("board", board.config), after=after, leave=board.kill, **far)
 
-        monkeypatch.setattr(steps, "open_place", opened)
+        monkeypatch.setattr(steps, "open_target", opened)
         status = main(["release", str(config), "-o", str(out), "--threads", "1"])
         assert status == (0 if budget() == "pass" else 3)
         for line in (["report", str(out)], ["verify", str(out)], ["history", str(out)]):

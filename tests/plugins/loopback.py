@@ -45,7 +45,16 @@ class Device:
     target: Callable[..., Remote]
     vanish: Callable[[], None]
     come_back: Callable[[], None]
-    options: list[str]
+    address: str
+
+    def on(self, **options: object) -> list[str]:
+        """The option that names it."""
+        return ["--on", ",".join([self.address, *(f"{key}={value}" for key, value in options.items())])]
+
+    @property
+    def name(self) -> str:
+        """As records have it."""
+        return self.address.partition(",")[0]
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +97,11 @@ def adb_environment(phones: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def device(request: pytest.FixtureRequest, far: Path, runner: Path) -> Iterator[Device]:
     if request.param == "ssh":
         board = request.getfixturevalue("board")
-        options = ["--on", "ssh:board", "--ssh-config", str(board.config)]
 
         def target(**changes: Any) -> Remote:
             return Remote(Ssh("board", board.config), **({"runner": runner, "folder": str(far)} | changes))
 
-        yield Device(target, board.kill, board.start, options)
+        yield Device(target, board.kill, board.start, f"ssh:board,config={board.config}")
         board.kill()
         board.start()
         return
@@ -104,7 +112,7 @@ def device(request: pytest.FixtureRequest, far: Path, runner: Path) -> Iterator[
     def target(**changes: Any) -> Remote:
         return Remote(Adb(serial), **({"runner": runner, "folder": str(far)} | changes))
 
-    yield Device(target, lambda: phones.kill(serial), lambda: phones.start(), ["--on", f"adb:{serial}"])
+    yield Device(target, lambda: phones.kill(serial), lambda: phones.start(), f"adb:{serial}")
     phones.kill_all()
 
 

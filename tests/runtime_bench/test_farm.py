@@ -14,12 +14,8 @@ from loopback import ROOT, running, script, until
 
 from cfsp.errors import InputError
 from phoneready.main import main
-from runtime_bench.measuring.matrix import run_matrix
 from runtime_bench.records.jsonl import read_jsonl
-from runtime_bench.targets.adb import Adb
-from runtime_bench.targets.names import every_target
-from runtime_bench.targets.remote import Remote
-from runtime_bench.workload import BenchSettings
+from runtime_bench.targets.table import every_target
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="daemons from Debian")
 
@@ -63,7 +59,10 @@ def test_ten_devices_of_which_three_fail(
         PYTHONPATH='{ROOT}' exec '{sys.executable}' -P -m runtime_bench.worker""",
     )
     record, devices = tmp_path / "rows.jsonl", tmp_path / "devices.txt"
-    devices.write_text("# the farm\nadb:*\n\nssh:board  # a board beside it\n")
+    options = f"runner={runner},folder={tmp_path / 'far'},retries=1"
+    devices.write_text(
+        f"# the farm\nadb:*,{options}\n\nssh:board,config={board.config},{options}  # a board beside it\n"
+    )
 
     def vanish() -> None:
         """One dies in the middle of its first file, one is gone when its second one begins."""
@@ -73,9 +72,7 @@ def test_ten_devices_of_which_three_fail(
 
     thread = threading.Thread(target=vanish)
     thread.start()
-    where = ["--on", f"@{devices}", "--ssh-config", str(board.config), "--runner", str(runner)]
-    where += ["--remote-folder", str(tmp_path / "far"), "--at-once", "10", "--retries", "1"]
-    status = main(["bench", *map(str, files), *SIZES, *where, "--record", str(record)])
+    status = main(["bench", *map(str, files), *SIZES, "--on", f"@{devices}", "--record", str(record)])
     thread.join()
     captured = capsys.readouterr()
 
@@ -102,32 +99,6 @@ def test_ten_devices_of_which_three_fail(
     until(lambda: not running(tmp_path / "awake"), "a run goes on there")
 
 
-def test_no_more_devices_at_once_than_are_asked_for(
-    farm: Any, tiny_gguf: Callable[..., Path], tmp_path: Path
-) -> None:
-    """Each run notes itself while it goes on; what it counts is how many do."""
-    (tmp_path / "going").mkdir()
-    counted = f"""
-        me={tmp_path}/going/$$; : >$me
-        ls {tmp_path}/going | wc -l >>{tmp_path}/counts
-        PYTHONPATH='{ROOT}' '{sys.executable}' -P -m runtime_bench.worker
-        status=$?; rm $me; exit $status"""
-    runner = script(tmp_path / "runner", counted)
-    folder = str(tmp_path / "far")
-    targets = [
-        Remote(Adb(f"127.0.0.1:{port}"), runner=runner, folder=folder)
-        for port in range(FIRST_PORT, FIRST_PORT + 6)
-    ]
-    settings = BenchSettings(
-        check_text=False, n_prompt=(), n_gen=(4,), ttft=(), load=False, repetitions=1, n_threads=(1,)
-    )
-    records = run_matrix([tiny_gguf()], settings, targets, at_once=2)
-    assert [(row.target, row.failure) for row in records] == [(one.name, None) for one in targets]
-    counts = [int(line) for line in (tmp_path / "counts").read_text().split()]
-    assert len(counts) == 6
-    assert max(counts) <= 2
-
-
 def test_lines_of_records_come_one_by_one(
     farm: Any,
     tiny_gguf: Callable[..., Path],
@@ -135,8 +106,8 @@ def test_lines_of_records_come_one_by_one(
     runner: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    where = ["--on", name(FIRST_PORT), "--on", name(FIRST_PORT + 1), "--runner", str(runner)]
-    where += ["--remote-folder", str(tmp_path / "far")]
+    options = f"runner={runner},folder={tmp_path / 'far'}"
+    where = [word for port in (FIRST_PORT, FIRST_PORT + 1) for word in ("--on", f"{name(port)},{options}")]
     assert main(["bench", str(tiny_gguf()), *SIZES, *where, "-o", "jsonl"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert sorted(row["target"] for row in rows) == [name(FIRST_PORT), name(FIRST_PORT + 1)]

@@ -34,7 +34,7 @@ from runtime_bench.native.toolchain import find_toolchain
 from runtime_bench.process import exchange, measure_in, run_worker
 from runtime_bench.records.jsonl import record_to_json
 from runtime_bench.targets.native import Native
-from runtime_bench.targets.table import TargetOptions, open_targets
+from runtime_bench.targets.table import open_target
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings, Workload
 
@@ -308,16 +308,14 @@ def test_its_records_are_those_of_the_python_worker(runner: Path, model: Path) -
         assert native.peak_rss_bytes < python.peak_rss_bytes
 
 
-def test_a_given_program_must_be_there_and_is_for_one_machine(tmp_path: Path) -> None:
+def test_a_given_program_must_be_there(tmp_path: Path) -> None:
     program = tmp_path / "runner"
-    with pytest.raises(InputError, match="--runner: no such program"):
-        open_targets(["native"], TargetOptions(runner=program))
+    with pytest.raises(InputError, match="runner: no such program"):
+        open_target(f"native:runner={program}")
     program.touch()
-    (target,) = open_targets(["native"], TargetOptions(runner=Path(os.path.relpath(program))))
+    target = open_target(f"native:runner={os.path.relpath(program)}")
     assert isinstance(target, Native)
     assert target.command == [str(program)]
-    with pytest.raises(InputError, match="--runner: one program, for this machine or for others"):
-        open_targets(["native", "ssh:pi"], TargetOptions(runner=program))
 
 
 def test_the_native_target_runs_gguf_files_only(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import Incomparable, compare, compare_records
 from runtime_bench.records.crowding import crowding
 from runtime_bench.targets import LOCAL, Local
-from runtime_bench.targets.places import Unreachable
+from runtime_bench.targets.table import Unreachable
 from runtime_bench.targets.transport import StoppedError
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import READS, BenchSettings, Workload, workloads_of
@@ -113,9 +113,6 @@ def test_what_cannot_be_measured_is_refused(changes: dict[str, Any], match: str)
     [
         ({"unplugged": True}, "--unplugged has no effect without a time for --wait-nominal"),
         ({"nominal_c": 30.0}, "--nominal-c has no effect without a time for --wait-nominal"),
-        ({"idle_s": 9.0}, "--idle has no effect without --energy"),
-        ({"regimes": ("cold",), "cold_load": True}, "--cold has no effect where nothing opens"),
-        ({"load": False, "start": (), "cold_load": True}, "--cold has no effect where nothing opens"),
     ],
 )
 def test_what_has_no_effect_is_warned_of(changes: dict[str, Any], warning: str) -> None:
@@ -124,7 +121,6 @@ def test_what_has_no_effect_is_warned_of(changes: dict[str, Any], warning: str) 
     assert said.startswith(warning)
     assert read == replace(SETTINGS, **{name: value for name, value in changes.items() if name not in READS})
     assert as_read(replace(SETTINGS, unplugged=True, wait_nominal_s=5.0), READS)[1] == ()
-    assert as_read(replace(SETTINGS, cold_load=True), READS)[1] == ()
 
 
 class Elsewhere(Local):

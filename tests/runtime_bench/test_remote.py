@@ -21,7 +21,6 @@ import pytest
 from loopback import HOSTILE, ROOT, Device, files_in, running, script, until
 
 from cfsp.errors import InputError
-from cfsp.settings import as_read
 from exporters.family import ExportOptions
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
@@ -35,7 +34,7 @@ from runtime_bench.targets import LOCAL, remote
 from runtime_bench.targets.adb import Adb
 from runtime_bench.targets.remote import Remote
 from runtime_bench.targets.ssh import Ssh
-from runtime_bench.targets.table import READS, TargetOptions, open_remote, open_targets
+from runtime_bench.targets.table import open_remote, open_target
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings
 
@@ -222,9 +221,8 @@ def test_what_was_pushed_is_removed_and_nothing_else(
     assert bench(tiny_gguf(), device.target()).ok
     own = far / "diary.txt"
     own.write_text("not pushed by phoneready")
-    name, options = device.options[1], [*device.options[2:], "--remote-folder", str(far), "--json"]
-    assert main(["devices", "clean", name, *options]) == 0
-    assert json.loads(capsys.readouterr().out) == {"target": name, "removed": 2}
+    assert main(["devices", "clean", device.on(folder=far)[1], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"target": device.name, "removed": 2}
     assert list(far.iterdir()) == [own]
     own.unlink()
     assert device.target().clean() == 0
@@ -308,8 +306,8 @@ def test_nothing_runs_on_when_we_are_ended(
     far: Path,
     ending: signal.Signals,
 ) -> None:
-    options = ["-n", "4", "-t", "1", "--no-text-check", "--runner", str(sleeper), "--remote-folder", str(far)]
-    command = [sys.executable, "-m", "phoneready", "bench", str(tiny_gguf()), *options, *device.options]
+    options = ["-n", "4", "-t", "1", "--no-text-check", *device.on(runner=sleeper, folder=far)]
+    command = [sys.executable, "-m", "phoneready", "bench", str(tiny_gguf()), *options]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         until(lambda: running(tmp_path / "awake"), "the run does not begin")
         process.send_signal(ending)
@@ -519,7 +517,7 @@ def test_onnx_without_a_python_there(daemons: ModuleType, tiny_onnx: Path, tmp_p
 )
 def test_names_that_are_none(name: str) -> None:
     with pytest.raises(InputError, match="--on"):
-        open_targets([name], TargetOptions())
+        open_target(name)
 
 
 @pytest.mark.parametrize(
@@ -532,7 +530,7 @@ def test_names_that_are_none(name: str) -> None:
     ],
 )
 def test_names_of_hosts(host: str, words: list[str]) -> None:
-    target = open_remote(f"ssh:{host}", TargetOptions())
+    target = open_remote(f"ssh:{host}")
     command = target.transport.command("true")
     assert target.name == f"ssh:{host}"
     assert command[-len(words) :] == words
@@ -540,17 +538,6 @@ def test_names_of_hosts(host: str, words: list[str]) -> None:
     assert not any("StrictHostKeyChecking" in word for word in command)
 
 
-def test_options_that_nobody_uses() -> None:
-    for names, options in (
-        (["local"], TargetOptions(memory="1G")),
-        (["constrained"], TargetOptions(runner=Path("runner"))),
-    ):
-        with pytest.raises(InputError, match="not for this target"):
-            open_targets(names, options)
-    for names in (["adb:x"], ["local", "constrained"]):
-        read, (warning,) = as_read(TargetOptions(ssh_config=Path("config")), READS, names)
-        assert read == TargetOptions()
-        assert warning == "--ssh-config has no effect without --on ssh:HOST"
-    assert as_read(TargetOptions(retries=3), READS, ["local", "ssh:x"])[1] == ()
+def test_what_is_not_another_machine() -> None:
     with pytest.raises(InputError, match="not another machine"):
-        open_remote("local", TargetOptions())
+        open_remote("local")

@@ -1,11 +1,10 @@
-"""Thread counts and depths side by side."""
+"""Thread counts side by side."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from runtime_bench.presentation.record_table import best_threads, format_depths, format_sweep
-from runtime_bench.records.reported import EngineSettings
+from runtime_bench.presentation.record_table import best_threads, format_sweep
 from runtime_bench.workload import Workload
 
 
@@ -37,24 +36,3 @@ def test_void_and_emulated_rows_are_never_the_best(make_record: Any) -> None:
 def test_one_count_makes_no_sweep(make_record: Any) -> None:
     assert format_sweep([make_record(), make_record(Workload("load"))]) == ""
     assert format_sweep([]) == ""
-
-
-def test_depths_stand_beside_each_other(make_record: Any) -> None:
-    def row(kind: str, depth: int, ns: int, **fields: Any) -> Any:
-        sizes = {"n_prompt": 512} if kind == "pp" else {"n_gen": 10}
-        settings = EngineSettings("q8_0", flash_attention=True)
-        workload = Workload(kind, n_depth=depth, **sizes)
-        return make_record(workload, samples_ns=(ns,) * 2, engine_settings=settings, **fields)
-
-    rows = [row("tg", depth, ns) for depth, ns in ((4096, 4 * 10**9), (512, 10**9), (1024, 2 * 10**9))]
-    failed = row("pp", 1024, 1, status="failed", failure="timeout")
-    header, _, tg, pp = format_depths([*rows, row("pp", 512, 10**9), failed, make_record()]).splitlines()
-    titles = [cell.strip() for cell in header.strip("|").split("|")]
-    assert titles == ["test", "threads", "cache", "t/s @ d512", "t/s @ d1024", "t/s @ d4096"]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (tg, pp)]
-    assert cells[0] == ["tg10", "2", "q8_0, flash", "10.00 ± 0.00", "5.00 ± 0.00", "2.50 ± 0.00"]
-    assert cells[1] == ["pp512", "2", "q8_0, flash", "512.00 ± 0.00", "failed: timeout", "-"]
-
-
-def test_one_depth_makes_no_table(make_record: Any) -> None:
-    assert format_depths([make_record(), make_record(Workload("load"))]) == ""

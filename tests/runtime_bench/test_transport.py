@@ -13,9 +13,9 @@ import pytest
 from cfsp.errors import InputError
 from runtime_bench.targets import far_machine, remote, remote_cache
 from runtime_bench.targets.bundle import plain_bundle
-from runtime_bench.targets.places import check_place
 from runtime_bench.targets.remote import Remote
 from runtime_bench.targets.remote_cache import RemoteCache
+from runtime_bench.targets.table import check_target
 from runtime_bench.targets.transport import FarError, FarShell
 from runtime_bench.worker import SessionSettings, WorkerRequest
 from runtime_bench.workload import Workload
@@ -92,9 +92,9 @@ def test_a_machine_that_never_answers_is_asked_once(tmp_path: Path, monkeypatch:
 )
 def test_a_place_that_cannot_be_is_refused_before_anything_is_done(name: str) -> None:
     with pytest.raises(InputError):
-        check_place(name)
+        check_target(name)
 
 
 def test_a_place_that_may_be_is_not_connected_to() -> None:
     for name in ("ssh:me@nowhere.invalid:22", "adb:nothing", "constrained:400M,cores=4000", "local"):
-        assert check_place(name) == name
+        assert check_target(name) == name
