@@ -21,7 +21,7 @@ def test_skipped(number):
     pytest.skip({reason!r})
 """
 MODULE = "import pytest\npytest.importorskip('no_such_package', reason='no_such_package is not installed')\n"
-GRADLE, LIMIT = "no Gradle here", "no memory limit can be set here: /sys cannot be written"
+GRADLE = "no Gradle here"
 
 
 def run(folder: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -46,13 +46,9 @@ def run(folder: Path, *options: str, **variables: str) -> subprocess.CompletedPr
 @pytest.mark.parametrize(
     ("reason", "variables", "status"),
     [
-        ("no npm here", {"CI": "1"}, 1),
+        (GRADLE, {"CI": "1"}, 1),  # two of them, and one is expected
         ("no npm here", {"PHONEREADY_COUNT_SKIPS": "1"}, 1),
         ("no npm here", {"CI": "1", "PHONEREADY_ALLOW_SKIPS": "1"}, 0),
-        ("no npm here", {}, 0),
-        (GRADLE, {"CI": "1"}, 1),  # two of them, and one is expected
-        (LIMIT, {"CI": "1"}, 0),
-        ("no network of its own for adbd: unshare failed", {"CI": "1"}, 1),
     ],
 )
 def test_more_skips_than_expected_fail_a_session_that_counts(
@@ -66,12 +62,10 @@ def test_more_skips_than_expected_fail_a_session_that_counts(
     assert ("PHONEREADY_ALLOW_SKIPS=1" in result.stdout) == bool(status)
 
 
-@pytest.mark.parametrize("options", [(), ("-n", "2")], ids=["alone", "xdist"])
-def test_a_whole_file_that_is_skipped_counts(tmp_path: Path, options: tuple[str, ...]) -> None:
-    if options:
-        pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+def test_a_whole_file_that_is_skipped_counts(tmp_path: Path) -> None:
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     (tmp_path / "test_it.py").write_text(MODULE, encoding="utf-8")
     (tmp_path / "test_other.py").write_text("def test_runs():\n    pass\n", encoding="utf-8")
-    result = run(tmp_path, *options, CI="1")
+    result = run(tmp_path, "-n", "2", CI="1")
     assert result.returncode == 1, result.stdout
     assert "1 skipped where 0 may be: no_such_package is not installed" in result.stdout

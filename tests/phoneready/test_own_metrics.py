@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +21,6 @@ from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.figure_set import FigureSet, read_baseline
 from phoneready.figures.gate import judge_all
 from phoneready.history import check_history, entry_of, format_history, make_history
-from phoneready.main import main
 from phoneready.settings.release import parse_config, planned_figures
 from phoneready.settings.schema import ReleaseConfig
 
@@ -147,7 +146,11 @@ def test_histories_follow_own_metrics(module: str, tiny_folder: TinyPath) -> Non
 
 
 def test_a_plugin_brings_a_metric(
-    tiny_folder: TinyPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dense: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shown: Callable[..., Any],
+    refused: Callable[..., str],
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "metrics_of_a_plugin.py").write_text(MODULE, encoding="utf-8")
@@ -156,13 +159,11 @@ def test_a_plugin_brings_a_metric(
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some-metrics\nVersion: 1.0\n")
     points = "[phoneready.metrics]\nseven = metrics_of_a_plugin:plain\ntorn = no_such_module_of_a_plugin:f\n"
     (info / "entry_points.txt").write_text(points)
-    asked = ["eval", str(tiny_folder()), "--seqlen", "32", "--windows", "1", "--no-prompts", "--json"]
-    assert main([*asked, "--metric", "seven"]) == 0
-    result = json.loads(capsys.readouterr().out)["metrics"]
+    asked = ["eval", dense, "--seqlen", "32", "--windows", "1", "--no-prompts"]
+    result = shown(*asked, "--metric", "seven")["metrics"]
     assert result == [{"name": "seven", "value": 7.0, "higher_is_better": True, "unit": ""}]
     assert len(metric_sha256("seven")) == 64
     text = '[model]\nreference = "m"\n[evaluate]\nmetrics = ["seven"]\n[[budgets]]\nmetric = "seven"\n'
     check_directions(parse_config(text + "at_least = 6\n", where="x").budgets)
-    assert main([*asked, "--metric", "torn"]) == 2
-    message = capsys.readouterr().err
-    assert "plugin torn of some-metrics 1.0 cannot be imported" in message
+    said = refused(*asked, "--metric", "torn")
+    assert "plugin torn of some-metrics 1.0 cannot be imported" in said
