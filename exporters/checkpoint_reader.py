@@ -33,21 +33,13 @@ ACTIVATIONS: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True)
 class DeltaNet:
-    """Sizes of the gated delta nets that take attention's place in some blocks.
+    """Sizes of the gated delta nets that take attention's place in some blocks."""
 
-    Attributes:
-        key_heads: Each is read by as many value heads.
-        value_heads: All of them.
-        key_head_dim: Numbers of a key head, and of a query.
-        value_head_dim: Numbers of a value head.
-        length: Tokens that the convolution before queries, keys and values sees.
-    """
-
-    key_heads: int
-    value_heads: int
-    key_head_dim: int
-    value_head_dim: int
-    length: int
+    key_heads: int  # each is read by as many value heads
+    value_heads: int  # all of them
+    key_head_dim: int  # numbers of a key head, and of a query
+    value_head_dim: int  # numbers of a value head
+    length: int  # tokens that the convolution before queries, keys and values sees
 
     @property
     def key_width(self) -> int:
@@ -67,50 +59,40 @@ class DeltaNet:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What an export needs to know of config.json, in Hugging Face's names, whichever release wrote it.
-
-    Attributes:
-        shape: Vocabulary and blocks, which differ in FFN widths, in key-value heads and in whether they attend.
-        heads_per_group: Query heads that read one key-value head.
-        rotated: Whether each block rotates its queries and keys.
-        windows: Of each block, how many tokens attention sees, itself included; None where all.
-        activation: Of the FFN, a name in ACTIVATIONS.
-        score_scale: What attention's scores are multiplied by.
-        rope_theta: Base of the rotary frequencies.
-        rope_scaling: The rope parameters of a scaled rope, with `rope_type`; None for the plain one.
-        convolution_length: Tokens that a convolution sees which takes attention's place in some blocks; 0 without.
-        window_rope_theta: The base in blocks with a window, where their rope is a plain one of their own.
-        delta_net: What takes attention's place in some blocks; None where that is no gated delta net.
-        rotary_dim: Numbers of a head that are rotated, where these are fewer than all may be; None where they are all.
-        rope_sections: Of the frequencies, how many turn by time, height and width of an image; texts have one position.
-        full_head_dim: head_dim in blocks that see everything, where that of the others is said apart; None otherwise.
-        sharing_blocks: How many of the last blocks read another block's keys and values.
-        block_inputs: Numbers of a token that every block gets beside its hidden state.
-        logit_cap: c, where logits are c tanh(z / c) of the output matrix's products z; None where they are these.
-    """
+    """What an export needs to know of config.json, in Hugging Face's names, whichever release wrote it."""
 
     model_type: str
+    # Vocabulary and blocks, which differ in FFN widths, in key-value heads and in whether they attend.
     shape: ModelShape
     hidden_size: int
-    heads_per_group: int
+    heads_per_group: int  # query heads that read one key-value head
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
     tie_word_embeddings: bool
-    rotated: tuple[bool, ...]
+    rotated: tuple[bool, ...]  # whether each block rotates its queries and keys
+    # Of each block, how many tokens attention sees, itself included; None where all.
     windows: tuple[int | None, ...]
-    activation: str
-    score_scale: float
-    rope_theta: float
+    activation: str  # of the FFN, a name in ACTIVATIONS
+    score_scale: float  # what attention's scores are multiplied by
+    rope_theta: float  # base of the rotary frequencies
+    # The rope parameters of a scaled rope, with `rope_type`; None for the plain one.
     rope_scaling: Mapping[str, Any] | None
+    # The base in blocks with a window, where their rope is a plain one of their own.
     window_rope_theta: float | None = None
+    # Tokens that a convolution sees which takes attention's place in some blocks; 0 without.
     convolution_length: int = 0
+    # What takes attention's place in some blocks; None where that is no gated delta net.
     delta_net: DeltaNet | None = None
+    # Numbers of a head that are rotated, where these are fewer than all may be; None where they are all.
     rotary_dim: int | None = None
+    # Of the frequencies, how many turn by time, height and width of an image; texts have one position.
     rope_sections: tuple[int, ...] = ()
+    # Head_dim in blocks that see everything, where that of the others is said apart; None otherwise.
     full_head_dim: int | None = None
-    sharing_blocks: int = 0
-    block_inputs: int = 0
+    sharing_blocks: int = 0  # how many of the last blocks read another block's keys and values
+    block_inputs: int = 0  # numbers of a token that every block gets beside its hidden state
+    # C, where logits are c tanh(z / c) of the output matrix's products z; None where they are these.
     logit_cap: float | None = None
 
     @property
@@ -332,15 +314,10 @@ def open_tensors(folder: Path) -> Iterator[CheckpointTensors]:
 
 @dataclass(frozen=True)
 class CheckpointTensors:
-    """Tensors of a folder's open files.
+    """Tensors of a folder's open files."""
 
-    Attributes:
-        folder: Hugging Face folder.
-        handles: Name of every stored tensor -> its open file.
-    """
-
-    folder: Path
-    handles: Mapping[str, Any]
+    folder: Path  # Hugging Face folder
+    handles: Mapping[str, Any]  # name of every stored tensor -> its open file
 
     def read(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         """One tensor as float32.

@@ -28,18 +28,12 @@ QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 @dataclass(frozen=True)
 class ChosenLayout:
-    """A layout and the model that goes into it.
+    """A layout and the model that goes into it."""
 
-    Attributes:
-        config: The model.
-        stored: Names of the checkpoint's tensors.
-        layout: The architecture.
-        padded_width: Width to which every block is zero-padded; None where each keeps its own.
-    """
-
-    config: ModelConfig
-    stored: frozenset[str]
-    layout: Layout
+    config: ModelConfig  # the model
+    stored: frozenset[str]  # names of the checkpoint's tensors
+    layout: Layout  # the architecture
+    # Width to which every block is zero-padded; None where each keeps its own.
     padded_width: int | None = None
 
     @property
@@ -136,37 +130,31 @@ def holds_fewer_blocks(model_type: str, *, windowed: bool) -> bool:
     )
 
 
-_Obstacles = tuple[tuple[object, str], ...]
-"""Whether something stands in the way, and what."""
-
-
 def _obstacle(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> str | None:
     """Why a layout cannot hold the model, its widths aside; of several reasons the first."""
-    obstacles = (
-        *_obstacles_of_blocks(layout, config, stored),
-        *_obstacles_of_positions(layout, config),
-        *_obstacles_of_numbers(layout, config),
-    )
-    return next((reason for is_there, reason in obstacles if is_there), None)
-
-
-def _obstacles_of_blocks(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> _Obstacles:
-    """What blocks have and lack."""
-    misplaced, mixer = _biased(stored) - layout.biases, config.spec.mixer
-    stay = layout.unrotated_step or (layout.windowed_depth and config.narrowest)
+    misplaced, mixer, net = _biased(stored) - layout.biases, config.spec.mixer, config.delta_net
+    step, depth = layout.unrotated_step, layout.windowed_depth
+    stay = step or (depth and config.narrowest)
     instead = (
         "channels and tokens can go (--prune-ratio, --vocabulary)"
         if stay
         else "whole blocks can go (--blocks)"
     )
-    return (
+    # Of the last two blocks with keys of their own the first has a window and the second none.
+    own = config.windows[: config.num_hidden_layers - config.sharing_blocks]
+    shares_last_two = len(own) > 1 and own[-2] is not None and own[-1] is None
+    rope = (config.rope_scaling or {}).get("rope_type")
+    widths = {config.head_dim * config.heads_per_group * n for n in config.kv_heads if n}
+    scale = 1.0 if layout.plain_scores else config.head_dim**-0.5
+    obstacles = (
+        # What blocks have and lack.
         (misplaced, f"no bias on {', '.join(sorted(misplaced))}"),
         (
             config.shape.without_attention and not layout.attention_free,
             f"no blocks without attention, {instead}",
         ),
         (
-            config.sharing_blocks and not (layout.shares_keys and _shares_last_two(config)),
+            config.sharing_blocks and not (layout.shares_keys and shares_last_two),
             "keys and values for later blocks from the last two before them alone, the first of which has a window",
         ),
         (config.block_inputs and not layout.takes_inputs, "nothing of a token but its hidden state"),
@@ -178,14 +166,7 @@ def _obstacles_of_blocks(layout: Layout, config: ModelConfig, stored: frozenset[
             not (config.shape.has_equal_heads or layout.per_layer_sizes),
             f"as many heads in every block, {instead}",
         ),
-    )
-
-
-def _obstacles_of_positions(layout: Layout, config: ModelConfig) -> _Obstacles:
-    """Windows and ropes."""
-    step, depth = layout.unrotated_step, layout.windowed_depth
-    rope = (config.rope_scaling or {}).get("rope_type")
-    return (
+        # Windows and ropes.
         (
             depth and (config.num_hidden_layers == depth) != (config.narrowest is not None),
             f"windows in models of {depth} blocks and in no others",
@@ -209,21 +190,7 @@ def _obstacles_of_positions(layout: Layout, config: ModelConfig) -> _Obstacles:
             config.rope_sections and not _turn_all(config),
             "sections of the rope (mrope_section) that hold each of a head's frequencies",
         ),
-    )
-
-
-def _turn_all(config: ModelConfig) -> bool:
-    """Whether llama.cpp turns all frequencies of a text: each third by one section, and no more than a head has."""
-    sections, total = config.rope_sections, sum(config.rope_sections)
-    places = (frequency % total for frequency in range((config.rotary_dim or 0) // 2)) if total else [0]
-    return total <= config.head_dim and all(place < 3 * sections[place % 3] for place in places)
-
-
-def _obstacles_of_numbers(layout: Layout, config: ModelConfig) -> _Obstacles:
-    """Sizes, and what is computed from them."""
-    widths = {config.head_dim * config.heads_per_group * n for n in config.kv_heads if n}
-    scale = 1.0 if layout.plain_scores else config.head_dim**-0.5
-    return (
+        # Sizes, and what is computed from them.
         (not (layout.untied or config.tie_word_embeddings), "tied embeddings only"),
         (config.tie_word_embeddings and not layout.tied, "untied embeddings only"),
         (
@@ -231,25 +198,25 @@ def _obstacles_of_numbers(layout: Layout, config: ModelConfig) -> _Obstacles:
             "head_dim must be hidden_size / num_attention_heads",
         ),
         (
-            config.delta_net and config.delta_net.key_head_dim != config.delta_net.value_head_dim,
+            net and net.key_head_dim != net.value_head_dim,
             "key heads and value heads of a delta net of one size",
         ),
         (config.activation != layout.activation, f"{layout.activation} as activation"),
         (
             not math.isclose(config.score_scale, scale),
-            "attention's scores as they are"
-            if layout.plain_scores
-            else "attention's scores times 1 / sqrt(head_dim)",
+            f"attention's scores {'as they are' if layout.plain_scores else 'times 1 / sqrt(head_dim)'}",
         ),
         (len(set(config.head_dims)) > 1 and not layout.own_heads, "one head_dim in all blocks"),
         (config.logit_cap and not layout.caps_logits, "logits without a cap"),
     )
+    return next((reason for is_there, reason in obstacles if is_there), None)
 
 
-def _shares_last_two(config: ModelConfig) -> bool:
-    """Whether of the last two blocks with keys of their own the first has a window and the second none."""
-    own = config.windows[: config.num_hidden_layers - config.sharing_blocks]
-    return len(own) > 1 and own[-2] is not None and own[-1] is None
+def _turn_all(config: ModelConfig) -> bool:
+    """Whether llama.cpp turns all frequencies of a text: each third by one section, and no more than a head has."""
+    sections, total = config.rope_sections, sum(config.rope_sections)
+    places = (frequency % total for frequency in range((config.rotary_dim or 0) // 2)) if total else [0]
+    return total <= config.head_dim and all(place < 3 * sections[place % 3] for place in places)
 
 
 def _biased(stored: frozenset[str]) -> set[str]:

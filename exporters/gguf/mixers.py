@@ -17,27 +17,17 @@ FloatArray = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class BlockTensor:
-    """A tensor of a block that is no matrix of all blocks, nor a norm before or behind one.
+    """A tensor of a block that is no matrix of all blocks, nor a norm before or behind one."""
 
-    Attributes:
-        parameter: In the checkpoint, behind the block's name.
-        shape: There.
-        module: By whose name the gguf package knows it.
-        suffix: Of the name in the file.
-        stored: Shape in the file.
-        tiling: How value heads are ordered there; None where they are as in the checkpoint.
-        compute: What is made of the values; None for nothing.
-        is_plain: Stored in float32 always.
-    """
-
-    parameter: str
-    shape: tuple[int, ...]
-    module: str
-    suffix: str
-    stored: tuple[int, ...]
+    parameter: str  # in the checkpoint, behind the block's name
+    shape: tuple[int, ...]  # there
+    module: str  # by whose name the gguf package knows it
+    suffix: str  # of the name in the file
+    stored: tuple[int, ...]  # shape in the file
+    # How value heads are ordered there; None where they are as in the checkpoint.
     tiling: Tiling | None = None
-    compute: Callable[[FloatArray], FloatArray] | None = None
-    is_plain: bool = False
+    compute: Callable[[FloatArray], FloatArray] | None = None  # what is made of the values; None for nothing
+    is_plain: bool = False  # stored in float32 always
 
     @property
     def is_linear(self) -> bool:

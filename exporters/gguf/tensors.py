@@ -31,26 +31,18 @@ class Tensors(Protocol):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of the file and the checkpoint's tensors that it is made of.
+    """One tensor of the file and the checkpoint's tensors that it is made of."""
 
-    Attributes:
-        name: llama.cpp's name.
-        shape: In the file, outermost dimension first; where the sources are smaller, zeros are added.
-        sources: Checkpoint names and their shapes; more than one are stacked along the first dimension, none are zeros.
-        interleave_heads: Number of heads whose rotary halves are interleaved; 0 leaves the rows alone.
-        offset: What is added to every number.
-        compute: What else is made of them; None for nothing.
-        tiling: How value heads of a delta net are ordered; None where there are none, or all are as in the sources.
-        is_plain: Stored in float32 always.
-    """
-
-    name: str
+    name: str  # llama.cpp's name
+    # In the file, outermost dimension first; where the sources are smaller, zeros are added.
     shape: tuple[int, ...]
+    # Checkpoint names and their shapes; more than one are stacked along the first dimension, none are zeros.
     sources: tuple[tuple[str, tuple[int, ...]], ...]
-    interleave_heads: int = 0
-    offset: float = 0.0
-    is_plain: bool = False
-    compute: Callable[[FloatArray], FloatArray] | None = None
+    interleave_heads: int = 0  # number of heads whose rotary halves are interleaved; 0 leaves the rows alone
+    offset: float = 0.0  # what is added to every number
+    is_plain: bool = False  # stored in float32 always
+    compute: Callable[[FloatArray], FloatArray] | None = None  # what else is made of them; None for nothing
+    # How value heads of a delta net are ordered; None where there are none, or all are as in the sources.
     tiling: Tiling | None = None
 
     @property

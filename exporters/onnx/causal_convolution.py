@@ -23,15 +23,10 @@ _END = np.iinfo(np.int64).max
 
 @dataclass(frozen=True)
 class Kernels:
-    """What each channel is multiplied by.
+    """What each channel is multiplied by."""
 
-    Attributes:
-        weights: (length, channels), the earliest token's first.
-        bias: (channels,), or None.
-    """
-
-    weights: Numbers
-    bias: Numbers | None = None
+    weights: Numbers  # (length, channels), the earliest token's first
+    bias: Numbers | None = None  # (channels,), or None
 
     @property
     def length(self) -> int:

@@ -50,100 +50,63 @@ class Rope:
 
     The graph says how its tables come about, and a runtime computes them when it loads the file: of 32,768 positions
     and heads of 256 numbers they would take 32 MiB in it.
-
-    Attributes:
-        name: Goes before the names of its tables.
-        frequencies: (head_dim / 2,) float32.
-        scale: Of both tables.
-        positions: Rows of a table.
     """
 
-    name: str
-    frequencies: npt.NDArray[np.float32]
-    scale: float
-    positions: int
+    name: str  # goes before the names of its tables
+    frequencies: npt.NDArray[np.float32]  # (head_dim / 2,) float32
+    scale: float  # of both tables
+    positions: int  # rows of a table
 
 
 @dataclass(frozen=True)
 class Attention:
-    """A block's attention, with the norm before it.
+    """A block's attention, with the norm before it."""
 
-    Attributes:
-        num_key_value_heads: Its key-value heads, each with as many query heads as in every block.
-        input_norm: (hidden_size,) norm before it; None where it reads the residual sum as it is.
-        qkv: One layer with the rows of q, then k, then v; or the three, where heads are normed or stored unlike.
-        q_norm: (head_dim,) norm of each head's query, (all heads' numbers,) one norm of them together, or None.
-        k_norm: The same of keys.
-        o_proj: Attention's output.
-        normed_after_rope: Whether queries and keys are normed after they are rotated.
-        gated: Whether rows of a gate stand behind those of each head's query: its sigmoid multiplies what o_proj reads.
-        rope: What rotates queries and keys; None where nothing does.
-        scale: What scores are multiplied by.
-        window: How many tokens are seen, the one that looks included; None where all.
-        output_norm: (hidden_size,) norm of o_proj's output, or None.
-    """
-
-    num_key_value_heads: int
-    input_norm: Numbers | None
+    num_key_value_heads: int  # its key-value heads, each with as many query heads as in every block
+    input_norm: Numbers | None  # (hidden_size,) norm before it; None where it reads the residual sum as it is
+    # One layer with the rows of q, then k, then v; or the three, where heads are normed or stored unlike.
     qkv: tuple[Layer, ...]
-    o_proj: Layer
-    scale: float
-    rope: Rope | None
-    window: int | None = None
-    output_norm: Numbers | None = None
+    o_proj: Layer  # attention's output
+    scale: float  # what scores are multiplied by
+    rope: Rope | None  # what rotates queries and keys; None where nothing does
+    window: int | None = None  # how many tokens are seen, the one that looks included; None where all
+    output_norm: Numbers | None = None  # (hidden_size,) norm of o_proj's output, or None
+    # (head_dim,) norm of each head's query, (all heads' numbers,) one norm of them together, or None.
     q_norm: Numbers | None = None
-    k_norm: Numbers | None = None
-    normed_after_rope: bool = False
+    k_norm: Numbers | None = None  # the same of keys
+    normed_after_rope: bool = False  # whether queries and keys are normed after they are rotated
+    # Whether rows of a gate stand behind those of each head's query: its sigmoid multiplies what o_proj reads.
     gated: bool = False
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block's weights.
+    """A block's weights."""
 
-    Attributes:
-        mixer: Attention, or what takes its place; None in a block that has neither.
-        ffn_norm: (hidden_size,) norm before the FFN; None where it reads the residual sum as it is.
-        gate_proj: FFN, to this block's width.
-        up_proj: FFN, to this block's width.
-        down_proj: FFN, back to hidden_size.
-        output_norm: (hidden_size,) norm of down_proj's output, or None.
-    """
-
+    # Attention, or what takes its place; None in a block that has neither.
     mixer: Attention | TextMixer | None
+    # (hidden_size,) norm before the FFN; None where it reads the residual sum as it is.
     ffn_norm: Numbers | None
-    gate_proj: Layer
-    up_proj: Layer
-    down_proj: Layer
-    output_norm: Numbers | None = None
+    gate_proj: Layer  # FFN, to this block's width
+    up_proj: Layer  # FFN, to this block's width
+    down_proj: Layer  # FFN, back to hidden_size
+    output_norm: Numbers | None = None  # (hidden_size,) norm of down_proj's output, or None
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A whole model's weights.
+    """A whole model's weights."""
 
-    Attributes:
-        heads_per_group: Query heads that read one key-value head.
-        head_dim: Numbers of a head.
-        rms_norm_eps: Of all norms.
-        embedding: The token embedding.
-        blocks: First to last.
-        final_norm: (hidden_size,).
-        head: The output matrix; the embedding's own where they are tied.
-        activation: Of the FFNs, a name in ACTIVATIONS.
-        embedding_scale: What embeddings are multiplied by.
-        dtype: Of everything computed between the ends; logits are float32 always.
-    """
-
-    heads_per_group: int
-    head_dim: int
-    rms_norm_eps: float
-    embedding: Embedding
-    blocks: tuple[Block, ...]
-    final_norm: Numbers
-    head: Layer
-    activation: str = "silu"
-    embedding_scale: float = 1.0
+    heads_per_group: int  # query heads that read one key-value head
+    head_dim: int  # numbers of a head
+    rms_norm_eps: float  # of all norms
+    embedding: Embedding  # the token embedding
+    blocks: tuple[Block, ...]  # first to last
+    final_norm: Numbers  # (hidden_size,)
+    head: Layer  # the output matrix; the embedding's own where they are tied
+    activation: str = "silu"  # of the FFNs, a name in ACTIVATIONS
+    embedding_scale: float = 1.0  # what embeddings are multiplied by
+    # Of everything computed between the ends; logits are float32 always.
     dtype: ir.DataType = ir.DataType.FLOAT
 
 

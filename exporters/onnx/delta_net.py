@@ -31,38 +31,22 @@ _LENGTH_EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class DeltaNet:
-    """See `exporters.onnx.text_mixer.TextMixer`.
-
-    Attributes:
-        input_norm: (hidden_size,) norm before it; None where it reads the residual sum as it is.
-        in_proj_qkv: Queries and keys of all key heads, and values of all value heads.
-        in_proj_z: The gate of what it gives.
-        in_proj_b: Of each value head, how much of a token is written.
-        in_proj_a: Of each value head, how fast its state fades.
-        kernels: Of the convolution of queries, keys and values.
-        rates: (value_heads,) float32, all below 0.
-        bias: (value_heads,) float32.
-        norm: (value_head_dim,) of each head's output.
-        out_proj: Its output.
-        key_heads: Each is read by as many value heads.
-        rms_norm_eps: Of `norm`.
-        activation: Behind the convolution, a name in ACTIVATIONS.
-    """
+    """See `exporters.onnx.text_mixer.TextMixer`."""
 
     module: ClassVar[str] = "linear_attn"
-    input_norm: Numbers | None
-    in_proj_qkv: Layer
-    in_proj_z: Layer
-    in_proj_b: Layer
-    in_proj_a: Layer
-    kernels: Kernels
-    rates: Numbers
-    bias: Numbers
-    norm: Numbers
-    out_proj: Layer
-    key_heads: int
-    rms_norm_eps: float
-    activation: str
+    input_norm: Numbers | None  # (hidden_size,) norm before it; None where it reads the residual sum as it is
+    in_proj_qkv: Layer  # queries and keys of all key heads, and values of all value heads
+    in_proj_z: Layer  # the gate of what it gives
+    in_proj_b: Layer  # of each value head, how much of a token is written
+    in_proj_a: Layer  # of each value head, how fast its state fades
+    kernels: Kernels  # of the convolution of queries, keys and values
+    rates: Numbers  # (value_heads,) float32, all below 0
+    bias: Numbers  # (value_heads,) float32
+    norm: Numbers  # (value_head_dim,) of each head's output
+    out_proj: Layer  # its output
+    key_heads: int  # each is read by as many value heads
+    rms_norm_eps: float  # of `norm`
+    activation: str  # behind the convolution, a name in ACTIVATIONS
 
     @property
     def _value_heads(self) -> int:

@@ -45,16 +45,11 @@ class Embedding(Protocol):
 
 @dataclass(frozen=True)
 class FloatLinear:
-    """Weights as they are.
+    """Weights as they are."""
 
-    Attributes:
-        weight: W (out_features, in_features).
-        bias: b (out_features,), or None.
-        table_name: Of the embedding whose rows these are, multiplied as they are stored; else W^T is stored.
-    """
-
-    weight: Numbers
-    bias: Numbers | None = None
+    weight: Numbers  # w (out_features, in_features)
+    bias: Numbers | None = None  # b (out_features,), or None
+    # Of the embedding whose rows these are, multiplied as they are stored; else W^T is stored.
     table_name: str | None = None
 
     @property
@@ -92,17 +87,11 @@ class FloatEmbedding:
 
 @dataclass(frozen=True)
 class NBitsLinear:
-    """Weights of few bits, multiplied by MatMulNBits with float32 activations.
+    """Weights of few bits, multiplied by MatMulNBits with float32 activations."""
 
-    Attributes:
-        weight: W in blocks.
-        bias: b (out_features,), or None.
-        stored_name: Prefix of the stored tensors; a tied head names the embedding's.
-    """
-
-    weight: Rounded
-    bias: Numbers | None = None
-    stored_name: str | None = None
+    weight: Rounded  # w in blocks
+    bias: Numbers | None = None  # b (out_features,), or None
+    stored_name: str | None = None  # prefix of the stored tensors; a tied head names the embedding's
 
     @property
     def out_features(self) -> int:
@@ -174,13 +163,9 @@ class NBitsEmbedding:
 
 @dataclass(frozen=True)
 class StackedLinear:
-    """Layers of the same inputs as one: the outputs of the first, then those of the next.
+    """Layers of the same inputs as one: the outputs of the first, then those of the next."""
 
-    Attributes:
-        parts: First rows first.
-    """
-
-    parts: tuple[Layer, ...]
+    parts: tuple[Layer, ...]  # first rows first
 
     @property
     def out_features(self) -> int:
@@ -195,15 +180,10 @@ class StackedLinear:
 
 @dataclass(frozen=True)
 class StackedEmbedding:
-    """Two tables as one, for rows of unlike formats.
+    """Two tables as one, for rows of unlike formats."""
 
-    Attributes:
-        first: Of the first tokens.
-        rest: Of all others.
-    """
-
-    first: NBitsEmbedding
-    rest: NBitsEmbedding
+    first: NBitsEmbedding  # of the first tokens
+    rest: NBitsEmbedding  # of all others
 
     def look_up(self, builder: GraphBuilder, ids: ir.Value, name: str) -> ir.Value:
         """See `Embedding`: both tables are asked, with an id that each has, and one of them is believed."""

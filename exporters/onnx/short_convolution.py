@@ -23,20 +23,13 @@ from exporters.onnx.text_mixer import MixerCall
 
 @dataclass(frozen=True)
 class ShortConvolution:
-    """See `exporters.onnx.text_mixer.TextMixer`.
-
-    Attributes:
-        input_norm: (hidden_size,) norm before it; None where it reads the residual sum as it is.
-        in_proj: The gate b, the gate c and x, of all tokens.
-        kernels: Of hidden_size channels.
-        out_proj: The convolution's output.
-    """
+    """See `exporters.onnx.text_mixer.TextMixer`."""
 
     module: ClassVar[str] = "conv"
-    input_norm: Numbers | None
-    in_proj: Layer
-    kernels: Kernels
-    out_proj: Layer
+    input_norm: Numbers | None  # (hidden_size,) norm before it; None where it reads the residual sum as it is
+    in_proj: Layer  # the gate b, the gate c and x, of all tokens
+    kernels: Kernels  # of hidden_size channels
+    out_proj: Layer  # the convolution's output
 
     @property
     def kept(self) -> Mapping[str, ir.Shape]:

@@ -13,34 +13,21 @@ from exporters.onnx.graph_builder import GraphBuilder, Numbers
 
 @dataclass(frozen=True, eq=False)
 class NewTokens:
-    """Those of a call.
+    """Those of a call."""
 
-    Attributes:
-        count: Of each row, how many are no padding, (batch_size,) int64.
-        length: sequence_length, () int64.
-    """
-
-    count: ir.Value
-    length: ir.Value
+    count: ir.Value  # of each row, how many are no padding, (batch_size,) int64
+    length: ir.Value  # sequence_length, () int64
 
 
 @dataclass(frozen=True, eq=False)
 class MixerCall:
-    """Where a mixer's nodes go, and what of the text they read and leave.
+    """Where a mixer's nodes go, and what of the text they read and leave."""
 
-    Attributes:
-        builder: Of the graph.
-        prefix: The module's name, which begins those of the nodes.
-        tokens: Of this call.
-        pasts: What is kept of the text before, by its kind.
-        presents: Names of what is kept of the text then, by its kind.
-    """
-
-    builder: GraphBuilder
-    prefix: str
-    tokens: NewTokens
-    pasts: Mapping[str, ir.Value]
-    presents: Mapping[str, str]
+    builder: GraphBuilder  # of the graph
+    prefix: str  # the module's name, which begins those of the nodes
+    tokens: NewTokens  # of this call
+    pasts: Mapping[str, ir.Value]  # what is kept of the text before, by its kind
+    presents: Mapping[str, str]  # names of what is kept of the text then, by its kind
 
 
 class TextMixer(Protocol):

@@ -88,14 +88,10 @@ def packed_names(name: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """How a model's weights are stored: as the checkpoint has them, unless a variant overrides it.
+    """How a model's weights are stored: as the checkpoint has them, unless a variant overrides it."""
 
-    Attributes:
-        dtype: Of norms, rotary tables, what is computed, and here of all.
-        norms: Parameter name -> the weight of a norm that is not the checkpoint's.
-    """
-
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float32  # of norms, rotary tables, what is computed, and here of all
+    # Parameter name -> the weight of a norm that is not the checkpoint's.
     norms: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def layer(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Layer:

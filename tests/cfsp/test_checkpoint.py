@@ -63,12 +63,19 @@ def auto_load(folder: Path, *, trust: bool) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
 
 
-@pytest.mark.parametrize("widths", [DIFFERENT, UNIFORM, (32, 128, 128, 128)])
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(
+    ("model_type", "tied", "widths"),
+    [
+        *((name, number % 2 == 0, DIFFERENT) for number, name in enumerate(FAMILIES)),
+        ("llama", False, UNIFORM),
+        ("gemma4_text", True, UNIFORM),
+    ],
+)
 def test_round_trip(
     model_type: str, tied: bool, widths: tuple[int, ...], tiny_model: Any, tmp_path: Path
 ) -> None:
+    if model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip("transformers 4")
     loaded = pruned(tiny_model, widths, model_type, tied)
     logits = loaded.model(IDS).logits
     folder = tmp_path / "checkpoint"
@@ -95,9 +102,8 @@ def test_round_trip(
     )
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
-def test_saving_again_through_transformers(model_type: str, tiny_model: Any, tmp_path: Path) -> None:
-    loaded = pruned(tiny_model, DIFFERENT, model_type)
+def test_saving_again_through_transformers(tiny_model: Any, tmp_path: Path) -> None:
+    loaded = pruned(tiny_model, DIFFERENT)
     save_checkpoint(loaded, tmp_path / "first")
     for number, model in enumerate(
         (load_pruned(tmp_path / "first"), auto_load(tmp_path / "first", trust=True))
@@ -125,22 +131,13 @@ def test_different_widths_are_written_as_transformers_documents_them(tiny_model:
     code, _, name = config["auto_map"]["AutoModelForCausalLM"].partition(".")
     assert name == "PrunedLlamaForCausalLM"
     assert (tmp_path / "checkpoint" / f"{code}.py").is_file()
-
-
-def test_uniform_widths_need_no_code(tiny_model: Any, tmp_path: Path) -> None:
-    save_checkpoint(pruned(tiny_model, UNIFORM), tmp_path / "checkpoint")
-    config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
+    with pytest.raises(RuntimeError):  # rather than load the dense shape
+        auto_load(tmp_path / "checkpoint", trust=False)
+    save_checkpoint(pruned(tiny_model, UNIFORM), tmp_path / "uniform")
+    config = json.loads((tmp_path / "uniform" / "config.json").read_text())
     assert config["intermediate_size"] == 64
     assert not {"auto_map", "per_layer_config"} & set(config)
-    assert not list((tmp_path / "checkpoint").glob("*.py"))
-
-
-def test_different_widths_without_trust_fail_instead_of_loading_the_dense_shape(
-    tiny_model: Any, tmp_path: Path
-) -> None:
-    save_checkpoint(pruned(tiny_model, DIFFERENT), tmp_path / "checkpoint")
-    with pytest.raises(RuntimeError):
-        auto_load(tmp_path / "checkpoint", trust=False)
+    assert not list((tmp_path / "uniform").glob("*.py"))
 
 
 def test_a_checkpoint_made_uniform_loses_its_code(tiny_model: Any, tmp_path: Path) -> None:
@@ -152,8 +149,8 @@ def test_a_checkpoint_made_uniform_loses_its_code(tiny_model: Any, tmp_path: Pat
     assert torch.equal(auto_load(tmp_path / "second", trust=False)(IDS).logits, loaded.model(IDS).logits)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_dtype_is_kept(dtype: torch.dtype, tiny_model: Any, tmp_path: Path) -> None:
+def test_dtype_is_kept(tiny_model: Any, tmp_path: Path) -> None:
+    dtype = torch.bfloat16
     loaded = pruned(tiny_model, DIFFERENT)
     loaded.model.to(dtype)
     info = save_checkpoint(loaded, tmp_path / "checkpoint")
@@ -272,22 +269,14 @@ def test_widths_that_disagree_with_the_weights(checkpoint: Path) -> None:
     refused(checkpoint)
 
 
-@pytest.mark.parametrize(
-    "own",
-    [
-        {"num_attention_heads": 2},
-        {"num_key_value_heads": 0},
-        {"hidden_act": "gelu"},
-        {"intermediate_size": True},
-    ],
-)
-def test_blocks_that_differ_in_more_than_widths(own: dict[str, Any], checkpoint: Path) -> None:
+def test_blocks_that_differ_in_more_than_widths(checkpoint: Path) -> None:
     """They were loaded, and exported, as if the key was not there."""
     widths = {str(i): {"intermediate_size": n} for i, n in enumerate(DIFFERENT)}
-    change_json(checkpoint / "config.json", per_layer_config=widths | {"1": widths["1"] | own})
-    assert "config.json" in refused(checkpoint)
-    with pytest.raises(InputError, match=r"config\.json"):
-        read_config(checkpoint)
+    for own in ({"num_attention_heads": 2}, {"num_key_value_heads": 0}, {"intermediate_size": True}):
+        change_json(checkpoint / "config.json", per_layer_config=widths | {"1": widths["1"] | own})
+        assert "config.json" in refused(checkpoint)
+        with pytest.raises(InputError, match=r"config\.json"):
+            read_config(checkpoint)
 
 
 def test_info_that_disagrees_with_the_weights(checkpoint: Path) -> None:

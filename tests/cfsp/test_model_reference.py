@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ import transformers
 
 from cfsp.errors import InputError
 from cfsp.models import builtin
-from cfsp.models.builtin import BUILTIN_MODELS, BuiltinModel, cache_directory
+from cfsp.models.builtin import BUILTIN_MODELS, cache_directory
 from cfsp.models.checkpoint import read_checkpoint_info, save_checkpoint
 from cfsp.models.families import FAMILIES
 from cfsp.models.gguf_file import GGUFFile, read_gguf
@@ -42,11 +43,11 @@ def one_line_error(reference: Any, **kwargs: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("model_type", list(FAMILIES))
+@pytest.mark.parametrize(("number", "model_type"), enumerate(FAMILIES))
 def test_gguf_file_gives_the_model_it_was_written_from(
-    model_type: str, tied: bool, tiny_model: Any, tiny_gguf: Any
+    number: int, model_type: str, tiny_model: Any, tiny_gguf: Any
 ) -> None:
+    tied = number % 2 == 0
     original, tokenizer = tiny_model(model_type, tied)
     path = tiny_gguf(model_type, tied)
     loaded = load_model(path)
@@ -64,7 +65,7 @@ def test_gguf_file_gives_the_model_it_was_written_from(
     assert len(loaded.source.sha256 or "") == 64
 
 
-@pytest.mark.parametrize("factor", [8.0, 16.0, 32.0])
+@pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama_3_scaling_is_restored_from_its_frequency_divisors(
     tmp_path: Path, tiny_model: Any, write_gguf: Any, factor: float
 ) -> None:
@@ -97,10 +98,9 @@ def test_a_yarn_that_is_not_known_is_refused(own: dict[str, float], said: str) -
         _rope_settings(GGUFFile(Path("x.gguf"), keys, ()))
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_folder_gives_the_model_in_it(model_type: str, tiny_model: Any, tiny_folder: Any) -> None:
-    original, tokenizer = tiny_model(model_type)
-    folder = tiny_folder(model_type)
+def test_folder_gives_the_model_in_it(tiny_model: Any, tiny_folder: Any) -> None:
+    original, tokenizer = tiny_model("qwen2")
+    folder = tiny_folder("qwen2")
     (folder / "README.md").write_text("---\nlicense: mit\nbase_model:\n- someone/something\n---\n# Title\n")
     loaded = load_model(folder)
     assert torch.equal(loaded.model(IDS).logits, original(IDS).logits)
@@ -230,20 +230,16 @@ def test_built_in_model_answers(smollm2_gguf: Path) -> None:
     assert loaded.source.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({"PHONEREADY_CACHE": "/a/b"}, "/a/b"),
-        ({"XDG_CACHE_HOME": "/x"}, "/x/phoneready"),
-        ({"HOME": "/home/me"}, "/home/me/.cache/phoneready"),
-    ],
-)
-def test_cache_directory(variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PHONEREADY_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
+    for name, value, expected in (
+        ("HOME", "/home/me", "/home/me/.cache/phoneready"),
+        ("XDG_CACHE_HOME", "/x", "/x/phoneready"),
+        ("PHONEREADY_CACHE", "/a/b", "/a/b"),
+    ):
         monkeypatch.setenv(name, value)
-    assert cache_directory() == Path(expected)
+        assert cache_directory() == Path(expected)
 
 
 def test_built_in_model_that_is_not_the_pinned_one_is_refused(
@@ -289,16 +285,15 @@ def test_hub_model_without_a_network() -> None:
     assert "cannot be fetched from the hub" in one_line_error("nobody/no-such-model@main")
 
 
-@pytest.mark.parametrize("sharded", [False, True])
 def test_of_a_hub_model_only_the_weights_that_are_read_are_fetched(
-    sharded: bool, tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer = tiny_model()
-    model.save_pretrained(tmp_path / "model", max_shard_size="200KB" if sharded else "1GB")
+    model.save_pretrained(tmp_path / "model", max_shard_size="200KB")
     tokenizer.save_pretrained(tmp_path / "model")
     files = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
     commit, weights = "1" * 40, {name for name in files if name.endswith(".safetensors")}
-    assert (len(weights) > 1) == sharded
+    assert len(weights) > 1
     files |= {"consolidated.safetensors": b"0" * 8, "adapter_model.safetensors": b"1" * 8}
 
     class Hub(BaseHTTPRequestHandler):
@@ -351,119 +346,100 @@ def test_of_a_hub_model_only_the_weights_that_are_read_are_fetched(
     assert torch.equal(loaded.model(IDS).logits, model(IDS).logits)
 
 
-def test_folder_without_tokenizer(tiny_folder: Any) -> None:
-    folder = tiny_folder()
-    for file in folder.glob("tokenizer*"):
-        file.unlink()
-    assert "no tokenizer" in one_line_error(folder)
+INDEX = {"metadata": {}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+UP = "model.layers.1.mlp.up_proj.weight"
 
 
-def test_folder_with_damaged_tokenizer(tiny_folder: Any) -> None:
-    folder = tiny_folder()
-    text = (folder / "tokenizer.json").read_text()
-    (folder / "tokenizer.json").write_text(text[: len(text) // 2])
-    assert "tokenizer" in one_line_error(folder)
-
-
-@pytest.mark.parametrize("damage", ["cut", "header", "empty", "junk"])
-def test_damaged_safetensors(damage: str, tiny_folder: Any) -> None:
-    folder = tiny_folder()
-    file = folder / "model.safetensors"
-    data = file.read_bytes()
-    damaged = {
-        "cut": data[: len(data) // 2],
-        "header": b"\xff" * 16 + data[16:],
-        "empty": b"",
-        "junk": b"junk" * 99,
-    }
-    file.write_bytes(damaged[damage])
-    assert str(folder) in one_line_error(folder)
-
-
-def test_missing_and_unknown_tensors(tiny_folder: Any) -> None:
-    folder = tiny_folder()
+def with_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
     file = folder / "model.safetensors"
     weights = safetensors.torch.load_file(file)
-    taken = weights.pop("model.layers.1.mlp.up_proj.weight")
+    change(weights)
     safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
-    assert "missing tensors: model.layers.1.mlp.up_proj.weight" in one_line_error(folder)
-    weights |= {
-        "model.layers.1.mlp.up_proj.weight": taken,
-        "model.layers.9.mlp.up_proj.weight": taken.clone(),
-    }
-    safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
-    assert "model.layers.9.mlp.up_proj.weight" in one_line_error(folder)
 
 
-def test_missing_shard(tiny_folder: Any) -> None:
-    folder = tiny_folder()
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    index = {
-        "metadata": {},
-        "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"},
-    }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "model-00002-of-00002.safetensors" in one_line_error(folder)
+def with_settings(folder: Path, **settings: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def with_tokens(folder: Path) -> None:
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.add_tokens(["<one>", "<more>"])
+    tokenizer.save_pretrained(folder)
+
+
+def pickled(folder: Path) -> None:
+    torch.save(safetensors.torch.load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def damaged(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+WRONG: dict[str, list[Callable[[Path], Any]]] = {
+    "has no tokenizer": [lambda folder: [file.unlink() for file in folder.glob("tokenizer*")]],
+    "the tokenizer in": [damaged("tokenizer.json", lambda data: data[: len(data) // 2])],
+    "damaged or cut short": [
+        damaged("model.safetensors", lambda data: data[: len(data) // 2]),
+        damaged("model.safetensors", lambda data: b"\xff" * 16 + data[16:]),
+        damaged("model.safetensors", lambda _: b""),
+    ],
+    f"missing tensors: {UP}": [lambda folder: with_tensors(folder, lambda weights: weights.pop(UP))],
+    "model.layers.9.a": [
+        lambda folder: with_tensors(
+            folder, lambda weights: weights.update({"model.layers.9.a": torch.ones(2)})
+        )
+    ],
+    "model-2.safetensors": [
+        lambda folder: (
+            (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+            and (folder / "model.safetensors.index.json").write_text(json.dumps(INDEX))
+        )
+    ],
+    "pickled": [pickled],
+    "has no weights": [lambda folder: (folder / "model.safetensors").unlink()],
+    "llama, mistral, qwen2, qwen3, smollm3": [
+        # It is judged before weights are read.
+        lambda folder: (
+            damaged("model.safetensors", lambda _: b"")(folder) and with_settings(folder, model_type="gpt2")
+        ),
+        lambda folder: with_settings(folder, model_type="gpt2"),
+    ],
+    "holds an adapter": [
+        lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}'),
+        lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
+    ],
+    "awq": [lambda folder: with_settings(folder, quantization_config={"quant_method": "awq"})],
+    "mlp": [lambda folder: with_settings(folder, intermediate_size=96)],
+    "not valid JSON": [damaged("config.json", lambda _: b"{")],
+    "tokens but the model embeds only": [with_tokens],
+}
+
+
+def test_folders_that_hold_no_such_model(tiny_folder: Any, tmp_path: Path) -> None:
+    whole, folder = tiny_folder(), tmp_path / "folder"
+    for said, changes in WRONG.items():
+        for change in changes:
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(whole, folder)
+            change(folder)
+            assert said in one_line_error(folder)
+
+
 def test_weights_that_are_not_finite(
-    value: float, tiny_folder: Any, tiny_model: Any, write_gguf: Any, tmp_path: Path
+    tiny_folder: Any, tiny_model: Any, write_gguf: Any, tmp_path: Path
 ) -> None:
     folder = tiny_folder()
     file = folder / "model.safetensors"
     weights = safetensors.torch.load_file(file)
-    weights["model.layers.2.mlp.down_proj.weight"][0, 0] = value
+    weights["model.layers.2.mlp.down_proj.weight"][0, 0] = float("inf")
     safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
     assert "model.layers.2.mlp.down_proj.weight" in one_line_error(folder)
     model, tokenizer = tiny_model()
     model.load_state_dict(weights, strict=False)
     write_gguf(tmp_path / "bad.gguf", model, tokenizer, {})
     assert "model.layers.2.mlp.down_proj.weight" in one_line_error(tmp_path / "bad.gguf")
-
-
-def test_pickled_weights_are_refused(tiny_folder: Any) -> None:
-    folder = tiny_folder()
-    torch.save(safetensors.torch.load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    assert "pickled" in one_line_error(folder)
-    (folder / "pytorch_model.bin").unlink()
-    assert "no weights" in one_line_error(folder)
-
-
-def test_architecture_is_judged_before_weights_are_read(tiny_folder: Any) -> None:
-    folder = tiny_folder()
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
-    (folder / "model.safetensors").write_bytes(b"never looked at")
-    message = one_line_error(folder)
-    assert "gpt2" in message
-    assert "llama, mistral, qwen2, qwen3, smollm3" in message
-
-
-@pytest.mark.parametrize("beside", [True, False])
-def test_an_adapter_is_no_model(tiny_folder: Any, beside: bool) -> None:
-    folder = tiny_folder()
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
-    if not beside:
-        (folder / "config.json").unlink()
-    assert "holds an adapter" in one_line_error(folder)
-
-
-def test_quantized_folder_is_refused(tiny_folder: Any) -> None:
-    folder = tiny_folder()
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
-    assert "awq" in one_line_error(folder)
-
-
-def test_config_that_contradicts_the_weights(tiny_folder: Any) -> None:
-    folder = tiny_folder()
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
-    assert str(folder) in one_line_error(folder)
-    (folder / "config.json").write_text("{")
-    assert "not valid JSON" in one_line_error(folder)
 
 
 def test_code_in_a_folder_is_not_run(tiny_folder: Any, tmp_path: Path) -> None:
@@ -476,14 +452,6 @@ def test_code_in_a_folder_is_not_run(tiny_folder: Any, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     load_model(folder)
     assert not marker.exists()
-
-
-def test_tokenizer_larger_than_the_embeddings(tiny_folder: Any) -> None:
-    folder = tiny_folder()
-    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    tokenizer.add_tokens(["<one>", "<more>"])
-    tokenizer.save_pretrained(folder)
-    assert "tokens but the model embeds only" in one_line_error(folder)
 
 
 def test_gguf_cut_short_anywhere(tiny_gguf: Any, tmp_path: Path) -> None:
@@ -529,13 +497,6 @@ def test_loading_writes_nothing_to_the_terminal(tiny_folder: Any, tiny_gguf: Any
     environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-
-
-def test_every_built_in_row_is_pinned() -> None:
-    for row in BUILTIN_MODELS.values():
-        assert isinstance(row, BuiltinModel)
-        assert all("==" in member.requirement for member in (row.terms, *row.parts))
-        assert len(row.sha256) == 64
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what the kernel tells of a process's pages")

@@ -127,22 +127,23 @@ def test_it_is_pruned_and_exported(
     assert f"{LOADED[model_type]}:" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
+def test_what_cannot_be_taken(tiny_model: TinyModel, tmp_path: Path) -> None:
+    folder, _ = saved(tiny_model, tmp_path / "whole", "gemma3")
+    file, generation = folder / "config.json", folder / "generation_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    for change, said in (
         ({"text_config": None}, "nothing is said of the text model"),
         ({"text_config": {"model_type": "mixtral"}}, "unsupported architecture"),
         ({"quantization_config": {"quant_method": "fp8"}}, "holds quantized weights"),
-    ],
-)
-def test_what_cannot_be_taken(
-    tiny_model: TinyModel, tmp_path: Path, change: dict[str, Any], said: str
-) -> None:
-    folder, _ = saved(tiny_model, tmp_path / "whole", "gemma3")
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | change), encoding="utf-8")
-    with pytest.raises(InputError, match=said):
-        load_model(folder)
+    ):
+        file.write_text(json.dumps(settings | change), encoding="utf-8")
+        with pytest.raises(InputError, match=said):
+            load_model(folder)
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    for wrong in ({"max_new_tokens": -5}, {"cache_implementation": "nonsense"}):
+        generation.write_text(json.dumps(wrong), encoding="utf-8")
+        with pytest.raises(InputError, match="generation_config"):
+            load_model(folder)
 
 
 @torch.inference_mode()
@@ -157,16 +158,6 @@ def test_what_config_leaves_to_defaults(tiny_model: TinyModel, tmp_path: Path, m
         del settings["text_config"]["model_type"]
     file.write_text(json.dumps(settings), encoding="utf-8")
     torch.testing.assert_close(load_model(folder).model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("settings", [{"max_new_tokens": -5}, {"cache_implementation": "nonsense"}])
-def test_generation_settings_that_cannot_be_used(
-    tiny_model: TinyModel, tmp_path: Path, settings: dict[str, Any]
-) -> None:
-    folder, _ = saved(tiny_model, tmp_path / "whole", "gemma3")
-    (folder / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    with pytest.raises(InputError, match="generation_config"):
-        load_model(folder)
 
 
 def test_a_missing_tensor_is_named(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -239,34 +239,27 @@ def test_onnx_is_refused_in_a_line(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
+def test_what_llama_cpp_would_compute_otherwise_is_refused(tiny_folder: TinyPath) -> None:
+    for overrides, said in (
         ({"layer_types": [FULL] * 4, "num_kv_shared_layers": 0}, "a window in some block"),
         ({"layer_types": [FULL, WINDOWED, WINDOWED, FULL]}, "from the last two before them alone"),
         ({"attention_bias": True}, "no bias on"),
-    ],
-)
-def test_what_llama_cpp_would_compute_otherwise_is_refused(
-    tiny_folder: TinyPath, overrides: dict[str, Any], said: str
-) -> None:
-    with pytest.raises(InputError, match=f"gemma4: .*{said}"):
-        read_layout(tiny_folder(NAME, **overrides))
+    ):
+        with pytest.raises(InputError, match=f"gemma4: .*{said}"):
+            read_layout(tiny_folder(NAME, **overrides))
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
+def test_folders_of_no_such_model(tiny_folder: TinyPath) -> None:
+    file = tiny_folder(NAME) / "config.json"
+    own = json.loads(file.read_text())
+    for settings, said in (
         ({"enable_moe_block": True}, "unsupported, with experts beside the FFN"),
         ({"attention_k_eq_v": True}, "unsupported, with values that are the keys"),
         ({"vocab_size_per_layer_input": 300}, "vocab_size_per_layer_input 300 is not vocab_size 384"),
         ({"num_kv_shared_layers": 4}, "leaves none of 4 blocks to read from"),
         ({"model_type": "llama"}, "final_logit_softcapping"),
-    ],
-)
-def test_folders_of_no_such_model(tiny_folder: TinyPath, settings: dict[str, Any], said: str) -> None:
-    file = tiny_folder(NAME) / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-    with pytest.raises(InputError, match=said) as caught:
-        load_model(file.parent)
-    assert "\n" not in str(caught.value)
+    ):
+        file.write_text(json.dumps(own | settings))
+        with pytest.raises(InputError, match=said) as caught:
+            load_model(file.parent)
+        assert "\n" not in str(caught.value)
