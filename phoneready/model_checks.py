@@ -23,7 +23,6 @@ from cfsp.models.reference import find_model, load_tokenizer
 from cfsp.models.shape import BlockShape, ModelShape
 from cfsp.models.token_trees import token_trees
 from cfsp.models.weights import model_class
-from cfsp.pruning.axes.parts import attentions_stay, blocks_stay, groups_stay
 from cfsp.text.conversations import CONVERSATIONS, rendered, shows_tools, turn_end
 from exporters.checkpoint_reader import ModelConfig, open_tensors, read_config
 from exporters.gguf.architecture import ChosenLayout, choose_layout
@@ -175,7 +174,7 @@ def _channels(model: _Model) -> str:
 
 
 def _groups(model: _Model) -> str:
-    if reason := groups_stay(model.config.spec):
+    if reason := model.config.spec.groups_stay:
         raise InputError(reason)
     if max(model.config.kv_heads) < 2:
         raise InputError("each block has one key-value head, and it stays")
@@ -183,7 +182,7 @@ def _groups(model: _Model) -> str:
 
 
 def _attentions(model: _Model) -> str:
-    if reason := attentions_stay(model.config.spec):
+    if reason := model.config.spec.attentions_stay:
         raise InputError(reason)
     if model.config.num_hidden_layers < 2:
         raise InputError("the first block's attention stays")
@@ -192,7 +191,7 @@ def _attentions(model: _Model) -> str:
 
 def _blocks(model: _Model) -> str:
     blocks = model.config.shape.blocks
-    if reason := blocks_stay(model.config.spec):
+    if reason := model.config.spec.blocks_stay:
         raise InputError(reason)
     if len(blocks) < 2:
         raise InputError("one block stays")

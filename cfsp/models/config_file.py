@@ -219,14 +219,6 @@ def check_generation_config(folder: Path) -> bool:
     return True
 
 
-def read_chat_template(file: Path) -> str | None:
-    """The template of a chat_template.json; raises InputError for one of another kind."""
-    settings = read_json_object(file)
-    check_kinds(settings, kinds(chat_template=str | None), str(file))
-    template: str | None = settings.get("chat_template")
-    return template
-
-
 def check_tokenizer_files(folder: Path) -> None:
     """Raise InputError where a folder's tokenizer, or what lies beside it, would harm the libraries that read it."""
     file = folder / "tokenizer.json"

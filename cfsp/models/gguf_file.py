@@ -292,17 +292,14 @@ def _parse(content: mmap.mmap) -> tuple[dict[str, Any], tuple[GGUFTensor, ...]]:
         rows.append((name, shape, gguf.GGMLQuantizationType(cursor.number("<I")), cursor.number("<Q")))
     alignment = int(metadata.get("general.alignment", 32))
     start = -(-cursor.at // alignment) * alignment
-    return metadata, tuple(_tensor(cursor, start, *row) for row in rows)
-
-
-def _tensor(
-    cursor: _Cursor, start: int, name: str, shape: tuple[int, ...], kind: Any, offset: int
-) -> GGUFTensor:
-    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    if not shape or shape[-1] % block:
-        raise ValueError(f"tensor {name} of shape {shape} is not made of whole {kind.name} blocks")
-    cursor.at = start + offset
-    count = math.prod(shape) // block * block_bytes
-    place = cursor.take(count)
-    data = np.frombuffer(cursor.content, np.uint8, count, place)
-    return GGUFTensor(name, shape, kind, data, place, cursor.content)
+    tensors = []
+    for name, shape, kind, offset in rows:
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        if not shape or shape[-1] % block:
+            raise ValueError(f"tensor {name} of shape {shape} is not made of whole {kind.name} blocks")
+        cursor.at = start + offset
+        count = math.prod(shape) // block * block_bytes
+        place = cursor.take(count)
+        data = np.frombuffer(content, np.uint8, count, place)
+        tensors.append(GGUFTensor(name, shape, kind, data, place, content))
+    return metadata, tuple(tensors)

@@ -27,7 +27,6 @@ from cfsp.models.config_file import (
     check_generation_config,
     check_tokenizer_files,
     dense_settings,
-    read_chat_template,
     read_model_config,
 )
 from cfsp.models.families import fold_of, text_model_of
@@ -46,6 +45,7 @@ from cfsp.models.weights import (
     weight_count,
 )
 from cfsp.reading import as_input_error, panicking_silently, read_json_object
+from cfsp.validation import check_kinds, kinds
 
 _CARD_CHARACTERS = 2**16
 """Of README.md, in which its front matter must end."""
@@ -202,7 +202,9 @@ def load_folder_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> A
     template = folder / "chat_template.json"
     if tokenizer.chat_template is None and template.is_file():
         # Where a folder has other parts, this is what prepares all of them.
-        tokenizer.chat_template = read_chat_template(template)
+        settings = read_json_object(template)
+        check_kinds(settings, kinds(chat_template=str | None), str(template))
+        tokenizer.chat_template = settings.get("chat_template")
     # The general class would add token_type_ids, which none of the supported models takes.
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return tokenizer

@@ -74,10 +74,17 @@ def load_model(
     Raises:
         InputError: The reference leads nowhere, or what it leads to cannot be used.
     """
-    source = _locate(reference, progress=progress, code=trust_remote_code)
+    source = find_model(reference, progress=progress, code=trust_remote_code)
     path, stored, own = Path(source.path or ""), None, None
-    # A GPU reads no files.
-    chosen = partial(_chosen, asked=dtype, may_stream=may_stream and device == CPU)
+    may_stream = may_stream and device == CPU  # a GPU reads no files
+
+    def chosen(ask: Callable[[str], Keeping]) -> Keeping:
+        """How weights are kept: whole if nothing else is asked for or allowed, and in files only if that is."""
+        if not may_stream and dtype not in NARROW:
+            return WHOLE
+        keeping = ask(dtype)
+        return Keeping(keeping.dtype) if keeping.in_files and not may_stream else keeping
+
     if path.is_file():
         file = read_gguf(path)
         tokenizer, keeping = tokenizer_from_gguf(file), chosen(partial(keeping_of_gguf, file))
@@ -97,7 +104,12 @@ def load_model(
         model = load_folder(path, dtype=read, trust_remote_code=code, by_blocks=keeping.in_files)
         source = folder_source(path, source)
         progress(f"loading {source.name}", 1, 1)
-    _cast(model, keeping, dtype, str(path))
+    if dtype in NARROW and not keeping.in_files:
+        cast_weights(model, NARROW[dtype])
+    check_finite(model, str(path))  # after they are rounded, too
+    let_go(model)
+    if dtype in NARROW and keeping.is_whole:
+        cast_weights(model, torch.float32)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise InputError(
@@ -111,47 +123,23 @@ def load_model(
     return LoadedModel(model, tokenizer, source, stored)
 
 
-def _chosen(ask: Callable[[str], Keeping], *, asked: str, may_stream: bool) -> Keeping:
-    """How weights are kept: whole where nothing else is asked for or allowed, and in files only where that is."""
-    if not may_stream and asked not in NARROW:
-        return WHOLE
-    keeping = ask(asked)
-    return Keeping(keeping.dtype) if keeping.in_files and not may_stream else keeping
-
-
-def _cast(model: Any, keeping: Keeping, asked: str, where: str) -> None:
-    """Round a model's weights to what is asked for, and keep them so where they are not kept whole.
-
-    Raises:
-        InputError: They are not finite, or not any more.
-    """
-    if asked in NARROW and not keeping.in_files:
-        cast_weights(model, NARROW[asked])
-    check_finite(model, where)
-    let_go(model)
-    if asked in NARROW and keeping.is_whole:
-        cast_weights(model, torch.float32)
-
-
-def find_model(reference: str | Path, *, progress: Progress = no_progress) -> ModelSource:
-    """Find, or fetch, what a reference stands for, and read none of it; its path is a GGUF file or a folder.
-
-    Raises:
-        InputError: The reference leads nowhere.
-    """
-    return _locate(reference, progress=progress)
-
-
 def load_tokenizer(reference: str | Path) -> Any:
-    """Load only the tokenizer of a reference. Raises InputError: As `load_model`."""
-    path = Path(_locate(reference, progress=no_progress, tokenizer_only=True).path or "")
+    """Load only the tokenizer of a reference; raises InputError as `load_model`."""
+    path = Path(find_model(reference, tokenizer_only=True).path or "")
     return tokenizer_from_gguf(path) if path.is_file() else load_folder_tokenizer(path)
 
 
-def _locate(
-    reference: str | Path, *, progress: Progress, tokenizer_only: bool = False, code: bool = False
+def find_model(
+    reference: str | Path,
+    *,
+    progress: Progress = no_progress,
+    tokenizer_only: bool = False,
+    code: bool = False,
 ) -> ModelSource:
-    """Find, or fetch, what a reference stands for; the result's path is a GGUF file or a folder."""
+    """Find, or fetch, what a reference stands for, and read none of it; its path is a GGUF file or a folder.
+
+    `code`: a hub model's own Python files are fetched, too. Raises InputError if the reference leads nowhere.
+    """
     text = str(reference)
     path = Path(reference)
     if text in BUILTIN_MODELS:

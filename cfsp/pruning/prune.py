@@ -19,7 +19,6 @@ from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.parts import (
     GroupRemoval,
     Removal,
-    attentions_stay,
     check_attentions,
     plan_attentions,
     plan_blocks,
@@ -217,7 +216,7 @@ def check_removals(model: Any, settings: PruneSettings) -> None:
     """
     if settings.blocks:
         removable_blocks(model, int(settings.blocks))
-    if settings.attentions and (reason := attentions_stay(spec_for(model.config))):
+    if settings.attentions and (reason := spec_for(model.config).attentions_stay):
         raise InputError(reason, field="attentions", value=settings.attentions, allowed="0")
     if settings.attentions:
         others = len(decoder_layers(model)) - int(settings.blocks) - 1

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cfsp.errors import InputError
-from cfsp.models.families import FAMILIES
 from cfsp.models.families.row import Layout
 from cfsp.models.gguf_file import tensor_names
 from cfsp.models.shape import ModelShape
@@ -106,28 +105,6 @@ def choose_layout(config: ModelConfig, stored: frozenset[str]) -> ChosenLayout:
             f"llama.cpp has no architecture for this {config.model_type} model ({'; '.join(obstacles)})"
         )
     return padded
-
-
-def _layouts(model_type: str) -> tuple[Layout, ...]:
-    return FAMILIES[model_type].layouts if model_type in FAMILIES else ()
-
-
-def holds_blocks_without_attention(model_type: str) -> bool:
-    """Whether some architecture of llama.cpp holds a model of this type in which blocks have no attention."""
-    return any(layout.attention_free for layout in _layouts(model_type))
-
-
-def holds_unlike_blocks(model_type: str, *, tied: bool) -> bool:
-    """Whether some architecture of llama.cpp holds a model of this type whose blocks have unlike widths and heads."""
-    return any(layout.per_layer_sizes and (tied or layout.untied) for layout in _layouts(model_type))
-
-
-def holds_fewer_blocks(model_type: str, *, windowed: bool) -> bool:
-    """Whether some architecture of llama.cpp holds a model of this type, with windows or without, less any block."""
-    return any(
-        not layout.unrotated_step and not (windowed and layout.windowed_depth)
-        for layout in _layouts(model_type)
-    )
 
 
 def _obstacle(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> str | None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import model_shape
+from cfsp.models.architectures import model_shape, spec_for
 from cfsp.models.shape import ModelShape
 from cfsp.pruning.settings import PruneSettings
 from cfsp.scratch import LargeScratch
@@ -16,7 +16,6 @@ from exporters.checkpoint_reader import read_config
 from exporters.families import makes_gguf
 from exporters.gguf.architecture import (
     choose_layout,
-    holds_unlike_blocks,
 )
 from phoneready.settings.schema import PruneConfig
 
@@ -82,7 +81,7 @@ def with_fitting_widths(settings: PruneSettings, model: Any, files: Collection[s
     Blocks that are unlike already stay so.
     """
     config, widths = model.config, set(model_shape(model).ffn_widths)
-    held = holds_unlike_blocks(config.model_type, tied=config.tie_word_embeddings)
+    held = spec_for(config).holds_unlike_blocks(tied=config.tie_word_embeddings)
     if held or len(widths) > 1 or not makes_gguf(files):
         return settings
     return replace(settings, uniform_width=True)

@@ -19,10 +19,7 @@ from cfsp.models.families import FAMILIES
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.axes.parts import (
     GroupRemoval,
-    attentions_stay,
-    blocks_stay,
     candidate_blocks,
-    groups_stay,
     plan_blocks,
     removable_attentions,
 )
@@ -67,7 +64,7 @@ def divergence(expected: torch.Tensor, actual: torch.Tensor) -> float:
 def test_every_axis_of_a_family(tiny_loaded: Any, tmp_path: Path, model_type: str) -> None:
     """All that may go goes at once, and the checkpoint loads with and without us; what stays says why."""
     row = FAMILIES[model_type]
-    reasons = {"blocks": blocks_stay(row), "attentions": attentions_stay(row), "kv_groups": groups_stay(row)}
+    reasons = {"blocks": row.blocks_stay, "attentions": row.attentions_stay, "kv_groups": row.groups_stay}
     amounts: dict[str, Any] = {"blocks": 1, "attentions": 1, "kv_groups": 0.4}
     for axis in (axis for axis, reason in reasons.items() if reason):
         with pytest.raises(InputError, match=reasons[axis]):
@@ -344,5 +341,5 @@ def test_a_config_without_the_first_attention_is_refused(tiny_loaded: Any, tmp_p
 
 
 def test_no_block_is_a_candidate_whose_number_counts(tiny_loaded: Any) -> None:
-    name = next(name for name, row in FAMILIES.items() if blocks_stay(row))
+    name = next(name for name, row in FAMILIES.items() if row.blocks_stay)
     assert candidate_blocks(tiny_loaded(name).model) == []

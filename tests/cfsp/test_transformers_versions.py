@@ -144,7 +144,7 @@ def checkpoints(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
                 if kind == "different" and not tied:
                     if not row.mixer:
                         remove_attention(decoder_layers(model)[2])
-                    if row.cuts_heads:
+                    if not row.groups_stay:
                         cut_groups(decoder_layers(model)[1].self_attn, (1,))
                 loaded = LoadedModel(model, tokenizer, ModelSource("tiny", "hub", "tiny"))
                 save_checkpoint(loaded, folder / f"{model_type}-{'tied' if tied else 'untied'}-{kind}")

@@ -208,10 +208,27 @@ class Family:
         return self.mixer is not None
 
     @property
-    def cuts_heads(self) -> bool:
-        """Whether heads can go: not where a norm sees all of them, which then counts what stays as something else."""
-        joint = self.head_norms is not None and self.head_norms.joint
-        return not (self.mixer or self.shared_keys or joint)
+    def blocks_stay(self) -> str | None:
+        """Why no block can be pruned; None if some can."""
+        if self.block_inputs or self.shared_keys:
+            return "every block has a part of its own in what is read of a token, or reads a certain block's keys"
+        return None
+
+    @property
+    def attentions_stay(self) -> str | None:
+        """Why no attention can be pruned, nor a part of one; None if some can."""
+        if self.mixer:
+            return "few blocks attend, as something else takes the place of attention in the others, and these stay"
+        if self.shared_keys:
+            return "blocks read keys and values of other blocks, and all attentions stay as they are"
+        return None
+
+    @property
+    def groups_stay(self) -> str | None:
+        """Why no key-value group can be pruned; None if some can."""
+        if self.head_norms is not None and self.head_norms.joint:
+            return "one norm sees all heads of a block, and without some it would change the others"
+        return self.attentions_stay
 
     @property
     def goes_on(self) -> bool:
@@ -222,6 +239,10 @@ class Family:
     def own_arguments(self) -> tuple[str, ...]:
         """Names of a block's arguments that every text has of its own."""
         return tuple(part.argument for part in (self.block_inputs, self.shared_keys) if part)
+
+    def holds_unlike_blocks(self, *, tied: bool) -> bool:
+        """Whether some layout holds a model whose blocks have unlike widths and heads."""
+        return any(layout.per_layer_sizes and (tied or layout.untied) for layout in self.layouts)
 
     @property
     def not_in_graphs(self) -> str | None:

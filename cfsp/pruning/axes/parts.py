@@ -29,7 +29,6 @@ from torch import nn
 from cfsp.errors import InputError
 from cfsp.models.architectures import attention_of, decoder_layers, model_shape, output_logits, spec_for
 from cfsp.models.block_pass import Calls, computing, enter_blocks, leave_blocks, run_layer
-from cfsp.models.families.row import Family
 from cfsp.processes import mine, number_summed
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.surgery import group_channels
@@ -99,33 +98,9 @@ class GroupRemoval:
         return total - sum(map(len, self.kept)), total
 
 
-def blocks_stay(spec: Family) -> str | None:
-    """Why no block of a model type can go; None if some can."""
-    if spec.block_inputs or spec.shared_keys:
-        return "every block has a part of its own in what is read of a token, or reads a certain block's keys"
-    return None
-
-
-def attentions_stay(spec: Family) -> str | None:
-    """Why no attention of a model type can go, nor a part of one; None if some can."""
-    if spec.mixer:
-        return (
-            "few blocks attend, as something else takes the place of attention in the others, and these stay"
-        )
-    if spec.shared_keys:
-        return "blocks read keys and values of other blocks, and all attentions stay as they are"
-    return None
-
-
-def groups_stay(spec: Family) -> str | None:
-    """Why no group of a model type can go; None if some can."""
-    one_norm = "one norm sees all heads of a block, and without some it would change the others"
-    return attentions_stay(spec) or (None if spec.cuts_heads else one_norm)
-
-
 def candidate_blocks(model: Any) -> list[int]:
     """Blocks that may go: all but the first, and the first that attends, from which libraries tell a text's length."""
-    if blocks_stay(spec_for(model.config)):
+    if spec_for(model.config).blocks_stay:
         return []
     attending = [bool(attention_of(model, layer)) for layer in decoder_layers(model)]
     return [index for index in range(1, len(attending)) if index != attending.index(True)]
@@ -134,7 +109,7 @@ def candidate_blocks(model: Any) -> list[int]:
 def removable_blocks(model: Any, count: int) -> list[int]:
     """Those of which so many may go; raises InputError if there are not so many."""
     candidates = candidate_blocks(model)
-    if reason := blocks_stay(spec_for(model.config)):
+    if reason := spec_for(model.config).blocks_stay:
         raise InputError(reason, field="blocks", value=count, allowed="0")
     if not 0 < count <= len(candidates):
         allowed = f"at most {len(candidates)}"
@@ -144,7 +119,7 @@ def removable_blocks(model: Any, count: int) -> list[int]:
 
 def removable_attentions(model: Any, gone: frozenset[int]) -> list[int]:
     """Blocks that can do without their attention: all that stay and have one, but the first of each kind."""
-    if attentions_stay(spec_for(model.config)):
+    if spec_for(model.config).attentions_stay:
         return []
     layers = enumerate(decoder_layers(model))
     stay = [index for index, layer in layers if index not in gone and attention_of(model, layer)]
@@ -164,7 +139,7 @@ def check_attentions(candidates: Sequence[int], count: int) -> None:
 
 def removable_groups(model: Any) -> list[int]:
     """Groups of blocks that have several, numbered as a `Probe` does; none where one norm sees all heads."""
-    if not spec_for(model.config).cuts_heads:
+    if spec_for(model.config).groups_stay:
         return []
     parts = model_shape(model).most_kv_groups
     return [parts * index + g for index, n in enumerate(_group_counts(model)) if n > 1 for g in range(n)]
@@ -176,7 +151,7 @@ def removable_count(model: Any, ratio: float, without: frozenset[int] = frozense
     Raises:
         InputError: It is none, or more than can go; or no group of such a model can go.
     """
-    if reason := groups_stay(spec_for(model.config)):
+    if reason := spec_for(model.config).groups_stay:
         raise InputError(f"{model.config.model_type}: {reason}", field="kv_groups", value=ratio)
     counts = [n for index, n in enumerate(_group_counts(model)) if n and index not in without]
     total = sum(counts)
