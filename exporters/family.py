@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from cfsp.models.offload import Keeping
     from cfsp.recovery.rounding import Rounding
-    from exporters.provenance import Provenance
 
 
 @dataclass(frozen=True)
@@ -143,9 +142,6 @@ class ExportFamily:
         claims: Whether a reference is a file or folder of this family.
         needs: Import name -> distribution, of what an export wants.
         extra: Extra of phoneready that brings them.
-        draft: Writes the same files into a folder, not proven, if their size follows from the shape of the model alone;
-            None if only an export shows it, or if `largest_size` does without files.
-        largest_size: (outline of a model, format, origin) -> most bytes of its files, if they follow from its shape.
         through: What lets training go through its rounding; None if nothing does.
         for_size: A further format, `NAME:SIZE`, whose row is made for the size.
         cache_types: Types of the key-value cache that its runtime can be asked for.
@@ -165,8 +161,6 @@ class ExportFamily:
     claims: Callable[[str], bool]
     needs: Mapping[str, str]
     extra: str
-    draft: Callable[[Path, Path, Sequence[str], ExportOptions], Mapping[str, Path]] | None = None
-    largest_size: Callable[[Any, str, Provenance], int] | None = None
     for_size: str | None = None
     through: Callable[[], Rounding] | None = None
     cache_types: tuple[str, ...] = ()

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
-from torch import nn
 
 from cfsp.models.architectures import attention_of, decoder_layers, feed_forward, model_shape
 from cfsp.models.shape import ModelShape
 from cfsp.pruning.axes.vocabulary import cut_rows
 from cfsp.pruning.surgery import cut_channels, cut_groups, remove_attention, remove_blocks, set_config_shape
-
-
-def outline(model: Any) -> Any:
-    """A copy of a model, on the CPU, whose parameters, float32, are on torch's meta device: shapes without numbers."""
-    nowhere = {
-        id(parameter): nn.Parameter(torch.empty(parameter.shape, device="meta"), requires_grad=False)
-        for parameter in model.parameters()
-    }
-    return copy.deepcopy(model, nowhere | {id(buffer): buffer.cpu() for buffer in model.buffers()})
 
 
 def cut_to_shape(model: Any, shape: ModelShape) -> None:

@@ -44,7 +44,6 @@ GGUF = ExportFamily(
     claims=lambda reference: Path(reference).suffix == ".gguf",
     needs={"llama_cpp": "llama-cpp-python"},
     extra="gguf",
-    draft=lambda *request: gguf.draft_gguf(*request),
     for_size=gguf.MIXED,
     through=lambda: gguf.GGUFRounding(),
     cache_types=MEASURED_CACHES,

@@ -13,7 +13,7 @@ from cfsp.errors import MissingExtraError
 from exporters.onnx.variants import VARIANTS, BlockFormat, Variant, find_variant
 
 if TYPE_CHECKING:
-    from exporters.onnx.export import export_onnx, largest_size
+    from exporters.onnx.export import export_onnx
     from exporters.onnx.quantize import OnnxRounding
 
 __all__ = [
@@ -23,10 +23,9 @@ __all__ = [
     "Variant",
     "export_onnx",
     "find_variant",
-    "largest_size",
 ]
 
-_HEAVY = {"export_onnx": "export", "largest_size": "export", "OnnxRounding": "quantize"}
+_HEAVY = {"export_onnx": "export", "OnnxRounding": "quantize"}
 _PACKAGES = {"onnx": "onnx", "onnx_ir": "onnx-ir"}
 
 

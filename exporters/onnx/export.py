@@ -10,7 +10,6 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -42,7 +41,6 @@ from exporters.onnx.quantize import (
     choose_few,
     choose_mixture,
     default_budget,
-    largest_of_few,
     measure,
     outline_in,
     quantize_linears,
@@ -320,32 +318,6 @@ def _save(job: Job, labels: Labels, weights: Weights, folder: Path) -> WrittenGr
     last.metadata_props.update(every.metadata_props)
     ir.save(last, last_path)
     return WrittenGraphs(path, last_path, data)
-
-
-def largest_size(model: Any, variant: str, origin: Provenance) -> int:
-    """Most bytes that the graph with all logits and its weights take, which is what `ExportRecord.file_bytes` says.
-
-    It is the size to the byte, unless text chooses which layers get eight bits: then as much is added as these may
-    take.
-
-    Args:
-        model: Outline of a causal LM of the architecture table (`cfsp.pruning.outline`), which has no numbers.
-        variant: One whose size follows from the shape.
-        origin: As the checkpoint will say.
-
-    Raises:
-        InputError: Unknown variant, or a model that the graph cannot compute.
-    """
-    row, room = find_variant(variant), 0
-    weights: Weights
-    if row.form is None:
-        weights = _without_blocks(row)
-    elif row.calibrated:
-        weights, room = largest_of_few(model, row.form)
-    else:
-        weights = outline_in(model, formats_without_text(row.form, spec_for(model.config).down))
-    labels = Labels(row, origin, SOME_HASH if row.calibrated else None)
-    return labels.size_of(decoder_of(model, weights)) + room
 
 
 def _opened(job: Job, path: Path) -> closing[OnnxModel]:

@@ -41,6 +41,5 @@ ONNX = ExportFamily(
     claims=is_onnx,
     needs={"onnx": "onnx", "onnx_ir": "onnx-ir", "onnxruntime": "onnxruntime"},
     extra="onnx",
-    largest_size=lambda *request: onnx.largest_size(*request),
     through=lambda: onnx.OnnxRounding(),
 )

@@ -290,13 +290,6 @@ def left_for_few(model: Any, form: BlockFormat) -> int:
     return int(_FEW * total)
 
 
-def largest_of_few(model: Any, form: BlockFormat) -> tuple[QuantizedModel, int]:
-    """The model that takes most before its few layers are chosen, and the bytes that these can take more."""
-    left = left_for_few(model, form)
-    outlined = outline_in(model, lambda *_: form, apart=left >= _APART_BYTES)
-    return outlined, left + OFFSET_DIGITS * len(outlined.layers)
-
-
 def default_budget(model: Any) -> int:
     """1.1 times what weights take in GGUF's Q4_0: 4.5 bits in the blocks' matrices, 8.5 in the embedding and a head."""
     blocks = sum(

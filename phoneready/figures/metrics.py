@@ -1,4 +1,4 @@
-"""The metrics: one row each, which budgets, `eval --baseline`, tune, history, reports and the documentation read."""
+"""The metrics: one row each, which budgets, `eval --baseline`, history, reports and the documentation read."""
 
 from __future__ import annotations
 
@@ -39,11 +39,8 @@ class Metric:
         sampled: A figure is the median of noisy samples: ratios have an interval, differences have none.
         metered: A figure's low and high are what its meter may be wrong, beside the noise of its samples.
         against_dense: Whether it can be given relative to the dense model's; a divergence from that model cannot.
-        best: The figure of a perfect model; pruning moves figures away from it. None of what pruning improves.
-        slope: Expected d log(distance from best) / d log(share removed).
         tolerance: How much worse than its baseline `eval --baseline` lets it be; None of what is not compared there.
         tolerates_ratio: The tolerance is of now / baseline; else of the difference between them.
-        fixed: It is the tokenizer's: no channel, block or group that goes changes it.
     """
 
     name: str
@@ -56,26 +53,13 @@ class Metric:
     sampled: bool = False
     metered: bool = False
     against_dense: bool = True
-    best: float | None = None
-    slope: float = 0.0
     tolerance: float | None = None
     tolerates_ratio: bool = False
-    fixed: bool = False
-
-    @property
-    def is_quality(self) -> bool:
-        """Whether it gets worse with every channel that goes; else it is a cost, which gets better."""
-        return self.source in (TEXT, TASK, ANSWERS, OWN)
 
     @property
     def is_speed(self) -> bool:
         """Whether it is measured in time."""
         return self.source == BENCH and self.unit in ("ms", "t/s")
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether widths alone settle it, of GGUF files."""
-        return self.source in (FILE, PROJECTION)
 
 
 _ROWS = (
@@ -94,48 +78,47 @@ _ROWS = (
         BENCH, "J", sized=True, sampled=True, metered=True,
     ),
     Metric(
-        "perplexity", "perplexity", "exp of the mean loss on a text", TEXT, best=0.0, slope=0.3,
+        "perplexity", "perplexity", "exp of the mean loss on a text", TEXT,
         tolerance=1.02, tolerates_ratio=True,
     ),
     Metric(
         "bits_per_byte", "bits per byte", "loss on a text over its bytes, whatever the vocabulary", TEXT, "bits",
-        best=0.0, slope=0.3,
         tolerance=1.02, tolerates_ratio=True,
     ),
     Metric(
         "tokens_per_byte", "tokens per byte", "tokens of its tokenizer over a text's bytes: its time and context",
-        TEXT, "tokens", fixed=True,
+        TEXT, "tokens",
         tolerance=1.02, tolerates_ratio=True,
     ),
     Metric(
         "perplexity_ratio", "perplexity ratio", "perplexity over the dense model's on the same tokens", TEXT, "x",
-        against_dense=False, best=1.0, slope=1.2,
+        against_dense=False,
     ),
     Metric(
         "kl_mean", "KL mean", "mean KL(dense || model) over tokens", TEXT, "nats",
-        against_dense=False, best=0.0, slope=1.2,
+        against_dense=False,
         tolerance=0.01,
     ),
     Metric(
         "kl_p99_9", "KL p99.9", "99.9th percentile of KL(dense || model)", TEXT, "nats",
-        against_dense=False, best=0.0, slope=0.8,
+        against_dense=False,
     ),
     Metric(
         "same_top1", "same top-1", "tokens for which both put the same one first", TEXT, "share", True,
-        against_dense=False, best=1.0, slope=0.7, tolerance=0.01,
+        against_dense=False, tolerance=0.01,
     ),
     Metric(
-        "accuracy", "accuracy", "share of right answers of a task", TASK, "share", True, best=1.0, slope=0.2,
+        "accuracy", "accuracy", "share of right answers of a task", TASK, "share", True,
         tolerance=0.02,
     ),
-    Metric("mean_accuracy", "mean accuracy", "mean over all tasks", TASK, "share", True, best=1.0, slope=0.2),
+    Metric("mean_accuracy", "mean accuracy", "mean over all tasks", TASK, "share", True),
     Metric(
         "degenerate", "degenerate answers", "answers that are empty, loop, echo or are no language", ANSWERS, "share",
-        best=0.0, slope=0.5, tolerance=0.05,
+        tolerance=0.05,
     ),
     Metric(
         "degenerate_sampled", "degenerate answers, sampled", "the same of sampled answers, where they are asked for",
-        ANSWERS, "share", best=0.0, slope=0.5, tolerance=0.05,
+        ANSWERS, "share", tolerance=0.05,
     ),
     Metric("projected_memory_bytes", "projected memory", "what a GGUF file would need there", PROJECTION, "bytes"),
     Metric("projected_pp", "projected prompt processing", "speed there, a band", PROJECTION, "t/s", True),
@@ -146,7 +129,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType({row.name: row for row in _ROWS
 
 OWN_METRIC = Metric(
     "MODULE:FUNCTION", "own metric", "what evaluate.metrics names; it says its unit and direction itself", OWN,
-    higher_is_better=None, against_dense=False, slope=0.2,
+    higher_is_better=None, against_dense=False,
     tolerance=0.02,
 )  # fmt: skip
 

@@ -38,6 +38,7 @@ from cfsp.text.settings import SELF
 from cfsp.text.tokens import TokenWindows
 from exporters.checkpoint_reader import read_config
 from exporters.gguf.family import GGUF
+from exporters.gguf.files import draft_gguf
 from exporters.provenance import file_stem
 from phoneready.evaluation.run import JudgedText, measure_file, text_windows
 from phoneready.evaluation.settings import EvaluationSettings
@@ -433,8 +434,7 @@ class Evaluator:
             n_threads=self._n_threads,
             progress=self.progress,
         )
-        assert GGUF.draft is not None
-        ((_, made),) = GGUF.draft(checkpoint, drafts, (point.quant,), options).items()
+        ((_, made),) = draft_gguf(checkpoint, drafts, (point.quant,), options).items()
         fsync_file(made)
         return made.replace(self.folder / made.name)
 

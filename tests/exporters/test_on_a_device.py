@@ -12,12 +12,9 @@ import torch
 from far_device import FAR, far_device
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cfsp.pruning.outline import outline
 from exporters.family import ExportOptions
-from exporters.onnx import largest_size
 from exporters.onnx.quantize import QuantizedModel, choose_few, measure, rounded_model, tune
 from exporters.onnx.variants import INT4
-from exporters.provenance import Provenance
 
 pytestmark = pytest.mark.usefixtures("no_avx512_bf16")  # a device that is not there has none
 
@@ -63,18 +60,6 @@ def test_a_gguf_file(
             files = draft_gguf(checkpoint, folder, [quant], options)
         written += [path.read_bytes() for path in files.values()]
     assert written[0] == written[1] == written[2]
-
-
-def test_the_size_of_an_onnx_variant(tiny_model: Callable[..., Any]) -> None:
-    sizes = []
-    for device in ("cpu", FAR.type):
-        model = tiny_model()[0]
-        with computing(device):
-            model.to(device)
-            model.tie_weights()
-        # Without numbers nothing is computed there.
-        sizes.append(largest_size(outline(model), "int8", Provenance("m", "m")))
-    assert sizes[0] == sizes[1]
 
 
 @pytest.mark.everything
