@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -186,6 +186,7 @@ def read_config(folder: Path) -> ModelConfig:
     activation = look_up(ACTIVATIONS, stated, message, field=spec.activation_setting)
     head_dim = _head_dim(config)
     rope = rope_of(config, FULL)
+    sizes = {name: config[key] for name, key in spec.mixer.sizes.items()} if spec.mixer else {}
     return ModelConfig(
         model_type=config["model_type"],
         shape=shape,
@@ -207,36 +208,11 @@ def read_config(folder: Path) -> ModelConfig:
         rope_sections=tuple(rope.get("mrope_section") or _SECTIONS) if spec.partial_rope else (),
         full_head_dim=_full_head_dim(read, shape, head_dim) if spec.own_heads else None,
         logit_cap=logit_cap(read),
-        **_of_blocks(config, spec),
+        delta_net=DeltaNet(**sizes) if "key_heads" in sizes else None,
+        convolution_length=0 if "key_heads" in sizes else sizes.get("length", 0),
+        sharing_blocks=config[spec.shared_keys.count_setting] if spec.shared_keys else 0,
+        block_inputs=config[spec.block_inputs.size_setting] if spec.block_inputs else 0,
     )
-
-
-def _of_blocks(config: Mapping[str, Any], spec: Family) -> dict[str, Any]:
-    """What blocks get and share beside a hidden state of a token, and what they have in attention's place."""
-    return {
-        **(_MIXER_SIZES[spec.mixer.kind](config) if spec.mixer else {}),
-        "sharing_blocks": config[spec.shared_keys.count_setting] if spec.shared_keys else 0,
-        "block_inputs": config[spec.block_inputs.size_setting] if spec.block_inputs else 0,
-    }
-
-
-def _delta_net(config: Mapping[str, Any]) -> DeltaNet:
-    return DeltaNet(
-        key_heads=config["linear_num_key_heads"],
-        value_heads=config["linear_num_value_heads"],
-        key_head_dim=config["linear_key_head_dim"],
-        value_head_dim=config["linear_value_head_dim"],
-        length=config["linear_conv_kernel_dim"],
-    )
-
-
-_MIXER_SIZES: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = MappingProxyType(
-    {
-        "conv": lambda config: {"convolution_length": config["conv_L_cache"]},
-        "linear_attention": lambda config: {"delta_net": _delta_net(config)},
-    }
-)
-"""What `layer_types` calls blocks in which something takes attention's place -> its sizes, fields of `ModelConfig`."""
 
 
 def _score_scale(config: Mapping[str, Any], spec: Family, head_dim: int) -> float:
@@ -249,8 +225,7 @@ def _score_scale(config: Mapping[str, Any], spec: Family, head_dim: int) -> floa
 def _full_head_dim(config: Any, shape: ModelShape, head_dim: int) -> int:
     """head_dim in blocks that see everything, of a transformers config that says it of each block.
 
-    Raises:
-        InputError: They differ in it, or some that see a window from the rest of those.
+    Raises InputError: they differ in it, or some that see a window from the rest of those.
     """
     sizes = [int(config.per_layer_config[index].head_dim) for index in range(len(shape.blocks))]
     windows = windows_of_blocks(config)
@@ -298,8 +273,7 @@ def _window_theta(config: Mapping[str, Any], spec: Family) -> float | None:
 def open_tensors(folder: Path) -> Iterator[CheckpointTensors]:
     """The safetensors files of a Hugging Face folder, opened.
 
-    Raises:
-        InputError: No safetensors, or a file is missing, damaged or cut short.
+    Raises InputError: no safetensors, or a file is missing, damaged or cut short.
     """
     from safetensors import safe_open
 

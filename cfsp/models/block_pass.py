@@ -73,10 +73,6 @@ class Calls:
         """The same for another run of the windows that goes on from here: neither sees what the other leaves."""
         return Calls(self.common, [self._copied(blocks) for blocks in self.own], self.shared)
 
-    def first(self) -> Calls:
-        """The same of the first window alone."""
-        return Calls(self.common, self.own[:1], self.shared)
-
     def together(self) -> Calls:
         """The same for a run of all windows beside each other, as one, from the first block on."""
         blocks = [

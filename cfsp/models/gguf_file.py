@@ -176,8 +176,7 @@ class GGUFFile:
 def drafting_blocks(file: GGUFFile) -> range:
     """Blocks behind the model's own, that draft further tokens; a file that counts such has tensors of theirs.
 
-    Raises:
-        InputError: They are all that there is.
+    Raises InputError: they are all that there is.
     """
     key, count = "nextn_predict_layers", file.require(f"{file.architecture}.block_count")
     drafting = file.hyperparameter(key, 0)
@@ -211,8 +210,7 @@ def tensor_names(architecture: str, blocks: int) -> Any:
 def read_gguf(path: Path) -> GGUFFile:
     """Open a GGUF file.
 
-    Raises:
-        InputError: Not there, not GGUF, damaged, or cut short; or with metadata that no library should be given.
+    Raises InputError: not there, not GGUF, damaged, or cut short; or with metadata that no library should be given.
     """
     try:
         with path.open("rb") as stream:

@@ -64,8 +64,7 @@ _LEAST_DIFFERENCE, _MOST_DIFFERENCE, _CHUNK_ROWS = 0.005, 0.5, 4096
 def config_from_gguf(file: GGUFFile) -> Any:
     """transformers configuration of a GGUF file, special token ids included.
 
-    Raises:
-        InputError: The architecture cannot be pruned, or the metadata is incomplete or unsupported.
+    Raises InputError: the architecture cannot be pruned, or the metadata is incomplete or unsupported.
     """
     row = _row(file)
     own = {key: value for key in row.gguf_kinds if (value := file.hyperparameter(key)) is not None}
@@ -393,8 +392,7 @@ def _weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters by transformers' names, dequantized one after the other; of what is stored twice, one.
 
-    Raises:
-        InputError: A tensor is unknown.
+    Raises InputError: a tensor is unknown.
     """
     row, names, factors = _row(file), _transformers_names(file, config), _factors(file, config)
     both, unread = _twice(file, config), _unread(file, config)

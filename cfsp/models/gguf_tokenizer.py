@@ -118,8 +118,7 @@ _SPM_DEFAULT_IDS = MappingProxyType({"bos": 1, "eos": 2, "unknown": 0})
 def tokenizer_from_gguf(source: Path | GGUFFile) -> Any:
     """A PreTrainedTokenizerFast that gives the token ids llama.cpp gives for the same file.
 
-    Raises:
-        InputError: Damaged file, no tokenizer in it, or an unknown tokenizer kind.
+    Raises InputError: damaged file, no tokenizer in it, or an unknown tokenizer kind.
     """
     file = source if isinstance(source, GGUFFile) else read_gguf(source)
     stated, kind = file.metadata.get, file.require("tokenizer.ggml.model")
@@ -211,8 +210,7 @@ _BUILDERS = MappingProxyType({BYTE_LEVEL: _build_bpe, SENTENCEPIECE: _build_spm}
 def pre_tokenizer_name(tokenizer: Any) -> str:
     """llama.cpp's `tokenizer.ggml.pre` for a byte-level BPE tokenizer, found by its structure.
 
-    Raises:
-        InputError: No known structure matches; the message names the known ones.
+    Raises InputError: no known structure matches; the message names the known ones.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     steps = _steps_of(state)

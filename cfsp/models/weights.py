@@ -74,8 +74,7 @@ def model_from_weights(
 ) -> Any:
     """A causal LM in eval mode with the given weights, all of them and no others.
 
-    Raises:
-        InputError: Tensors are missing, unknown, or of the wrong shape.
+    Raises InputError: tensors are missing, unknown, or of the wrong shape.
     """
     builder = cls or model_class(config)
     check_size(config, sum(tensor.numel() for tensor in weights.values()), where, cls=builder)
@@ -121,8 +120,7 @@ def check_memory(n_weights: int, dtype: torch.dtype, where: str) -> None:
 def uniform_dtype(files: Iterable[Path]) -> torch.dtype | None:
     """In which all tensors of safetensors files are stored; None where they differ, or are no plain numbers.
 
-    Raises:
-        InputError: A file is damaged.
+    Raises InputError: a file is damaged.
     """
     kinds = set()
     for file in files:
@@ -134,8 +132,7 @@ def uniform_dtype(files: Iterable[Path]) -> torch.dtype | None:
 def weight_count(files: Iterable[Path], *, tied: bool) -> int:
     """Weights in safetensors files, by their heads; of tied ones the output matrix counts for nothing.
 
-    Raises:
-        InputError: A file is damaged.
+    Raises InputError: a file is damaged.
     """
     total = 0
     for file in files:
@@ -217,8 +214,7 @@ def _pieces(parameter: torch.Tensor) -> Iterable[torch.Tensor]:
 def safetensors_files(folder: Path) -> list[Path]:
     """The weight files of a Hugging Face folder, in order of name.
 
-    Raises:
-        InputError: None there (pickled weights are refused), or a shard is missing.
+    Raises InputError: none there (pickled weights are refused), or a shard is missing.
     """
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]

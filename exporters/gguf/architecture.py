@@ -71,11 +71,7 @@ class ChosenLayout:
 
 
 def read_layout(checkpoint: Path) -> ChosenLayout:
-    """The layout of a Hugging Face folder.
-
-    Raises:
-        InputError: No usable checkpoint, or no layout can represent it.
-    """
+    """The layout of a Hugging Face folder; raises InputError: no usable checkpoint, or no layout can represent it."""
     with open_tensors(checkpoint) as tensors:
         return choose_layout(read_config(checkpoint), frozenset(tensors.handles))
 

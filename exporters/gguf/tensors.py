@@ -10,11 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cfsp.errors import InputError
-from cfsp.models.delta_nets import Tiling
+from cfsp.models.delta_nets import OWN_NUMBERS, Tiling, rates_of, tilings
 from cfsp.models.shape import BlockShape
 from exporters.checkpoint_reader import ModelConfig
 from exporters.gguf.architecture import QKV, ChosenLayout
-from exporters.gguf.mixers import BlockTensor, mixer_tensors
 
 FloatArray = npt.NDArray[np.float32]
 _UNREAD = ("k_proj", "v_proj", "k_norm")
@@ -53,8 +52,7 @@ class TensorSpec:
     def build(self, tensors: Tensors) -> FloatArray:
         """Read the sources and make the tensor, float32.
 
-        Raises:
-            InputError: A source is missing, of another shape, or not finite.
+        Raises InputError: a source is missing, of another shape, or not finite.
         """
         if not self.sources:
             return np.zeros(self.shape, dtype=np.float32)
@@ -110,8 +108,7 @@ def join_halves(values: FloatArray, heads: int) -> FloatArray:
 def tensor_specs(chosen: ChosenLayout) -> list[TensorSpec]:
     """All tensors of the file, in file order.
 
-    Raises:
-        InputError: The checkpoint has tensors that have no place in the file.
+    Raises InputError: the checkpoint has tensors that have no place in the file.
     """
     config = chosen.config
     embedding = (config.vocab_size, config.hidden_size)
@@ -166,10 +163,10 @@ def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
         sources = tuple((f"{prefix}.{module}.weight", shapes.pop(module)) for module in QKV)
         rows = sum(shape[0] for _, shape in sources)
         yield TensorSpec(chosen.name(f"{prefix}.{QKV[0]}"), (rows, config.hidden_size), sources)
-    if config.shape.blocks[block].is_keyless:
-        for tensor in mixer_tensors(config):
-            shapes.pop(tensor.module, None)
-            yield _block_spec(chosen, prefix, tensor)
+    if config.shape.blocks[block].is_keyless and config.spec.mixer:
+        for module in _mixer_linears(config):
+            del shapes[module]
+        yield from _mixer_specs(chosen, prefix)
     for module, shape in shapes.items():
         source, stored = f"{prefix}.{module}", in_file[module]
         interleave = heads.get(module, 0) if chosen.layout.interleaved_rope else 0
@@ -184,15 +181,57 @@ def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
         yield TensorSpec(chosen.name(scalar), (1,), ((scalar, (1,)),))
 
 
-def _block_spec(chosen: ChosenLayout, block: str, tensor: BlockTensor) -> TensorSpec:
-    return TensorSpec(
-        chosen.name(f"{block}.{tensor.module}").removesuffix(".weight") + tensor.suffix,
-        tensor.stored,
-        ((f"{block}.{tensor.parameter}", tensor.shape),),
-        is_plain=tensor.is_plain,
-        compute=tensor.compute,
-        tiling=tensor.tiling,
-    )
+def _mixer_linears(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of what takes attention's place in a block, every Linear inside the block -> shape of its weight."""
+    size, net, mixer = config.hidden_size, config.delta_net, config.spec.mixer
+    shapes: dict[str, tuple[int, ...]] = {"in_proj": (3 * size, size), "out_proj": (size, size)}
+    if net:
+        shapes = {
+            "in_proj_qkv": (net.channels, size),
+            "in_proj_z": (net.value_width, size),
+            "in_proj_b": (net.value_heads, size),
+            "in_proj_a": (net.value_heads, size),
+            "out_proj": (size, net.value_width),
+        }
+    return {f"{mixer.module}.{part}": shape for part, shape in shapes.items()} if mixer else {}
+
+
+def _mixer_specs(chosen: ChosenLayout, block: str) -> Iterator[TensorSpec]:
+    """What takes attention's place in a block."""
+    config, mixer, net = chosen.config, chosen.config.spec.mixer, chosen.config.delta_net
+    assert mixer is not None  # of a model type with such blocks
+    linears, order = _mixer_linears(config), {}
+    parts: tuple[str, ...] = ("conv", "in_proj", "out_proj")
+    kernels = (config.hidden_size, config.convolution_length)
+    if net:
+        order = dict(tilings(net.key_heads, net.value_heads, net.key_width))
+        parts = (
+            "in_proj_qkv",
+            "in_proj_z",
+            "conv1d",
+            "dt_bias",
+            "A_log",
+            "in_proj_b",
+            "in_proj_a",
+            "norm",
+            "out_proj",
+        )
+        kernels = (net.channels, net.length)
+    for part in parts:
+        called, suffix = OWN_NUMBERS.get(part, (part, ".weight"))
+        target = chosen.name(f"{block}.{mixer.module}.{called}").removesuffix(".weight") + suffix
+        source = f"{block}.{mixer.module}.{part}{'' if part in OWN_NUMBERS else '.weight'}"
+        tiling = order.get(part)
+        if part.startswith("conv"):  # as torch has them, (channels, 1, length)
+            sources = ((source, (kernels[0], 1, kernels[1])),)
+            yield TensorSpec(target, kernels, sources, is_plain=True, tiling=tiling)
+            continue
+        shape = linears.get(f"{mixer.module}.{part}")
+        if shape is None:
+            assert net is not None
+            shape = (net.value_head_dim,) if part == "norm" else (net.value_heads,)
+        compute = rates_of if part == "A_log" else None
+        yield TensorSpec(target, shape, ((source, shape),), compute=compute, tiling=tiling)
 
 
 def _block_shapes(config: ModelConfig, block: BlockShape, head_dim: int) -> dict[str, tuple[int, ...]]:
@@ -223,7 +262,7 @@ def _mixing_shapes(config: ModelConfig, block: BlockShape, head_dim: int) -> dic
     """The same of the matrices that mix tokens: attention's, with keys of its own or without, or its place's."""
     hidden, spec = config.hidden_size, config.spec
     if block.is_keyless and spec.mixer:
-        return {tensor.module: tensor.shape for tensor in mixer_tensors(config) if tensor.is_linear}
+        return _mixer_linears(config)
     groups = config.shape.most_kv_groups if block.is_keyless else block.kv_groups or 0
     kv = groups * head_dim
     q = kv * config.heads_per_group

@@ -10,7 +10,7 @@ Read `build_decoder` from top to bottom: embedding, blocks, last norm, output ma
 with the FFN's own width and the attention's own heads in every block, and without the first two lines in a block
 without attention. In some families what is added goes through a norm of its own, in place of h or beside it, silu is
 another function, or a short convolution or a gated delta net takes attention's place in some blocks
-(`exporters.onnx.text_mixer`).
+(`exporters.onnx.mixers`).
 The residual sum x and the next norm are one operator, so x is handed on as (x so far, what is still to be added).
 
 Inputs and outputs have the names and shapes that optimum, transformers.js and ONNX Runtime GenAI agree on:
@@ -33,8 +33,8 @@ import onnx_ir as ir
 from cfsp.errors import InputError
 from exporters.onnx.graph_builder import ACTIVATIONS, CONTRIB, GraphBuilder, Numbers
 from exporters.onnx.layers import TOKENS, Embedding, Layer, join_heads, norm_heads, rms_norm, split_last
+from exporters.onnx.mixers import MixerCall, NewTokens, TextMixer, token_places
 from exporters.onnx.runtime import CACHE_KEY, FIXED_CACHE
-from exporters.onnx.text_mixer import MixerCall, NewTokens, TextMixer, token_places
 
 OPSET = 21
 OPSETS = range(13, 24)

@@ -28,12 +28,9 @@ from cfsp.models.families.row import FULL, WINDOWED, Family
 from cfsp.models.offload import at_hand
 from cfsp.models.rope import steady_context
 from exporters.checkpoint_reader import ACTIVATIONS, rope_of
-from exporters.onnx.causal_convolution import Kernels
 from exporters.onnx.decoder_graph import Attention, Block, Decoder, Rope
-from exporters.onnx.delta_net import DeltaNet
 from exporters.onnx.layers import Embedding, FloatEmbedding, FloatLinear, Layer
-from exporters.onnx.short_convolution import ShortConvolution
-from exporters.onnx.text_mixer import TextMixer
+from exporters.onnx.mixers import DeltaNet, Kernels, ShortConvolution, TextMixer
 from exporters.onnx.variants import HEAD
 
 _PACKED, _PARTS = "qkv_proj", ("q_proj", "k_proj", "v_proj")

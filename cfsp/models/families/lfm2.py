@@ -36,7 +36,7 @@ FAMILIES = (
             "full_attn_idxs": list[int] | None,
         },
         output="out_proj",
-        mixer=Mixer("conv", "conv", "a short convolution"),
+        mixer=Mixer("conv", "conv", "a short convolution", {"length": "conv_L_cache"}),
         mlp="feed_forward",
         gate="w1",
         up="w3",

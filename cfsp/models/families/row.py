@@ -37,8 +37,9 @@ class Mixer:
     """What mixes tokens in attention's place in some blocks."""
 
     module: str
-    kind: str  # what `layer_types` calls such a block; exporters know its tensors and its graph by it
+    kind: str  # what `layer_types` calls such a block; exporters know its graph by it
     name: str
+    sizes: Mapping[str, str]  # what exporters call its sizes -> settings
     step_key: str = (
         ""  # GGUF: each so many blocks one attends; empty if numbers of key-value heads say which do
     )
