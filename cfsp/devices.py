@@ -74,17 +74,15 @@ def placed(model: Any, device: torch.device | str, *, instead: str = CPU.type) -
     return model.to(device)
 
 
-def _free_of_cuda(device: torch.device) -> int:
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0] + kept)
-
-
-def _free_of_mps(_: torch.device) -> int:
-    return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
-
-
 _FREE_BYTES: Mapping[str, Callable[[torch.device], int]] = MappingProxyType(
-    {"cuda": _free_of_cuda, "mps": _free_of_mps}
+    {
+        "cuda": lambda device: int(
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        ),
+        "mps": lambda device: int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()),
+    }
 )
 """Kind of a device -> what a model may take of its memory; a CPU is asked before a model is loaded."""
 

@@ -63,7 +63,6 @@ UPGRADES: Mapping[tuple[str, int], Callable[[Fields], Fields]] = MappingProxyTyp
         },
         ("pruning_plan", 2): _without_metric,
         ("release-manifest", 3): _shape_of_widths,
-        ("frontier", 1): lambda fields: {**fields, "recovery": named_loss(fields.get("recovery"))},
     }
 )
 """(kind, schema version) -> what makes that version's fields the next one's."""

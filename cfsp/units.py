@@ -13,7 +13,6 @@ _BYTES: Mapping[str, int] = MappingProxyType(
     | {letter + more: 2 ** (10 * i) for i, letter in enumerate("kmg", 1) for more in ("", "ib")}
     | {letter + "b": 10 ** (3 * i) for i, letter in enumerate("kmg", 1)}
 )
-_COUNTS: Mapping[str, int] = MappingProxyType({"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9})
 _MS: Mapping[str, float] = MappingProxyType({"ms": 1.0, "s": 1e3, "us": 1e-3})
 _SECONDS: Mapping[str, float] = MappingProxyType({"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0})
 
@@ -49,15 +48,6 @@ def parse_bytes(text: str, field: str) -> int:
         InputError: It is none; `field` is named.
     """
     return round(_parse(text, _BYTES, field, "such as 400M, 400 MiB or 420 MB"))
-
-
-def parse_count(text: str, field: str) -> int:
-    """A number such as `100M` or `1.5 B`, in powers of 1000.
-
-    Raises:
-        InputError: It is none; `field` is named.
-    """
-    return round(_parse(text, _COUNTS, field, "such as 100M or 1.5B"))
 
 
 def parse_ms(text: str, field: str) -> float:

@@ -299,11 +299,6 @@ def run_chat_task(model: LanguageModel, task: ChatTask, *, progress: Progress = 
     return TaskResult(task.name, _VERSION, task.source, task.sha256, n_items, task.limit, 0, tuple(metrics))
 
 
-def check_chat_task(model: LanguageModel, task: ChatTask) -> None:
-    """Raise InputError where a model cannot be asked: see `run_chat_task`."""
-    _asked(model, task)
-
-
 def _asked(model: LanguageModel, task: ChatTask) -> list[tuple[list[int], int]]:
     """Each chat up to where the model has to answer, and most tokens of its answer; short enough for every runtime."""
     tokenizer = model.tokenizer
@@ -405,7 +400,7 @@ def load_chat_tasks(settings: TaskSettings) -> tuple[ChatTask, ...]:
 def check_chat_tasks(model: LanguageModel, chats: Sequence[ChatTask]) -> None:
     """Raise InputError where a model cannot be asked these chats, before anything is measured."""
     for task in chats:
-        check_chat_task(model, task)
+        _asked(model, task)
 
 
 def needs_harness(name: str) -> bool:

@@ -84,15 +84,8 @@ def remaining_scores(
 ) -> npt.NDArray[np.float64]:
     """What is drawn from by softmax, in the order and with the meaning of transformers' logits processors.
 
-    Tokens of one score at a limit all stay.
-
-    Args:
-        logits: (vocab_size,).
-        before: Tokens of the text, the prompt's among them.
-        sampling: How.
-
-    Returns:
-        (vocab_size,), the greatest 0; -inf for what cannot be drawn.
+    Tokens of one score at a limit all stay. Logits are (vocab_size,); of the result the greatest is 0, and what cannot
+    be drawn is -inf. `before` are tokens of the text, the prompt's among them.
     """
     scores: npt.NDArray[np.float64] = logits.astype(np.float64)
     seen = np.unique(np.asarray(before, dtype=np.int64))
@@ -101,35 +94,20 @@ def remaining_scores(
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused when it is drawn from
         # Less the greatest first: over a tiny temperature it would be infinite, too.
         scores = (scores - scores.max()) / sampling.temperature
-    for least in (_least_of_top_k, _least_of_top_p, _least_of_min_p):
-        scores[scores < least(scores, sampling)] = -np.inf
+    if count := min(sampling.top_k, len(scores)):
+        scores[scores < np.partition(scores, -count)[-count]] = -np.inf
+    if sampling.top_p < 1:
+        rising = np.sort(scores)
+        below = np.exp(rising).cumsum()
+        first = np.searchsorted(below, (1 - sampling.top_p) * below[-1], side="right")
+        scores[scores < rising[min(first, len(rising) - 1)]] = -np.inf
+    if sampling.min_p:
+        scores[scores < np.log(sampling.min_p)] = -np.inf
     return scores
 
 
-def _least_of_top_k(scores: npt.NDArray[np.float64], sampling: Sampling) -> float:
-    count = min(sampling.top_k, len(scores))
-    return float(np.partition(scores, -count)[-count]) if count else -np.inf
-
-
-def _least_of_top_p(scores: npt.NDArray[np.float64], sampling: Sampling) -> float:
-    if sampling.top_p == 1:
-        return -np.inf
-    rising = np.sort(scores)
-    below = np.exp(rising).cumsum()
-    first = np.searchsorted(below, (1 - sampling.top_p) * below[-1], side="right")
-    return float(rising[min(first, len(rising) - 1)])
-
-
-def _least_of_min_p(scores: npt.NDArray[np.float64], sampling: Sampling) -> float:
-    return float(np.log(sampling.min_p)) if sampling.min_p else -np.inf
-
-
 def drawn_tokens(logits: npt.NDArray[Any], uniform: Sequence[float]) -> list[int]:
-    """A token of each row, drawn from softmax(logits) by a number in [0, 1).
-
-    Args:
-        logits: (rows, vocab_size).
-        uniform: Of each row.
+    """A token of each row, drawn from softmax(logits), (rows, vocab_size), by a number in [0, 1) of each.
 
     Raises:
         InputError: Logits that are not finite.

@@ -26,7 +26,7 @@ from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.axes.vocabulary import Counts, VocabularyPlan, plan_vocabulary, token_order
+from cfsp.pruning.axes.vocabulary import Counts, VocabularyPlan, plan_vocabulary
 from cfsp.pruning.block_by_block import apply_plan
 from cfsp.pruning.moments import collect_input_moments, moment_windows, spread_windows
 from cfsp.pruning.plan import PruningPlan, make_plan
@@ -249,10 +249,7 @@ class Evaluator:
         """
         if size not in self._vocabularies:
             sources = self._counted or self.calibration.sources
-            order = token_order(self.loaded, self._counts)
-            self._vocabularies[size] = plan_vocabulary(
-                self.loaded, self._counts, size, sources=sources, order=order
-            )
+            self._vocabularies[size] = plan_vocabulary(self.loaded, self._counts, size, sources=sources)
         return self._vocabularies[size]
 
     @property

@@ -38,8 +38,6 @@ Counts = npt.NDArray[np.float64]
 """How often the text has every token, (tokens,)."""
 _SPLIT_NATS = 6.0
 """What a split costs at the least; measured are 4 to 8 nats for each further token of a text."""
-_LEFT = 0.6
-"""Share of these nats that held-out texts of several kinds lose, where rows have learned to spell (spelling.py)."""
 _SHORT, _SHORT_PRIOR = 5.0, 0.25
 """Tokens of text for each token that there is, below which a text is short; what is expected of each beside it then."""
 _UNSEEN = 3.0
@@ -107,36 +105,38 @@ class VocabularyPlan:
 
 
 def plan_vocabulary(
-    loaded: LoadedModel,
-    counts: Counts,
-    size: int,
-    *,
-    sources: Sequence[str],
-    order: TokenOrder | None = None,
+    loaded: LoadedModel, counts: Counts, size: int, *, sources: Sequence[str]
 ) -> VocabularyPlan:
     """Choose the tokens that a vocabulary of `size` keeps.
 
     Bytes, characters that bytes cannot stand for, added and special tokens, and all that the chat template writes are
-    kept, and what these are built of.
+    kept, and what these are built of. Of rows that no token has, as many are kept as `size` is above the tokens.
 
     Args:
         loaded: The dense model.
         counts: How often the text has every token.
-        size: Tokens to keep; of rows that no token has, as many as it is more than there are tokens.
+        size: Rows to keep.
         sources: References of the text, for the record.
-        order: In which order tokens go by these counts, where that is known already.
 
     Raises:
         InputError: More tokens than there are, or fewer than must be kept; a tokenizer that cannot be trimmed.
     """
-    trees = token_trees(loaded.tokenizer)
-    rows = int(loaded.model.get_input_embeddings().weight.shape[0])
-    tokens = len(loaded.tokenizer)
-    removed = (order or token_order(loaded, counts)).removed
-    padding = padding_rows(loaded.tokenizer, rows)
-    check_vocabulary(size, tokens + len(padding), tokens - len(removed))
+    trees, tokenizer = token_trees(loaded.tokenizer), loaded.tokenizer
+    rows, tokens = int(loaded.model.get_input_embeddings().weight.shape[0]), len(tokenizer)
+    removed, ids = token_order(loaded, counts), sorted(tokenizer.get_vocab().values())
+    padding = range(max(ids) + 1, rows)
+    most = tokens + len(padding)
+    if not 0 < size <= most:
+        raise InputError("out of range", field="vocabulary", value=size, allowed=f"1 to {most}")
+    if size < tokens - len(removed):
+        raise InputError(
+            "smaller than what has to stay: bytes, special tokens and what the chat template writes",
+            field="vocabulary",
+            value=size,
+            allowed=f"at least {tokens - len(removed)}",
+        )
     gone = set(removed[: max(0, tokens - size)])
-    kept = (*kept_tokens(loaded.tokenizer, gone), *padding[: max(0, size - tokens)])
+    kept = (*(index for index in ids if index not in gone), *padding[: max(0, size - tokens)])
     before = float(counts.sum())
     after = float(
         sum(counts[index] * len(spelled(index, gone, trees)) for index in np.flatnonzero(counts).tolist())
@@ -147,46 +147,10 @@ def plan_vocabulary(
         sources=tuple(sources),
         counted_tokens=int(before),
         growth=after / before if before else 1.0,
-        by_script=kinds_by_script(loaded.tokenizer, counts, kept),
-        by_count=kinds_by_count(loaded.tokenizer.get_vocab().values(), counts, kept),
+        by_script=kinds_by_script(tokenizer, counts, kept),
+        by_count=kinds_by_count(ids, counts, kept),
         counts=tuple(np.rint(counts).astype(int).tolist()),
     )
-
-
-def check_vocabulary(size: int, most: int, least: int) -> None:
-    """Raise InputError for a number of tokens that no vocabulary can keep.
-
-    Args:
-        size: Tokens to keep.
-        most: That there are, and rows behind them.
-        least: That have to stay.
-    """
-    if not 0 < size <= most:
-        raise InputError("out of range", field="vocabulary", value=size, allowed=f"1 to {most}")
-    if size < least:
-        raise InputError(
-            "smaller than what has to stay: bytes, special tokens and what the chat template writes",
-            field="vocabulary",
-            value=size,
-            allowed=f"at least {least}",
-        )
-
-
-def token_order(loaded: LoadedModel, counts: Counts) -> TokenOrder:
-    """In which order the model's tokens go; raises InputError for a tokenizer that cannot be trimmed."""
-    trees = token_trees(loaded.tokenizer)
-    expected = expected_counts(trees, counts, scripts_of(loaded.tokenizer))
-    return order_tokens(trees, expected, required_tokens(loaded))
-
-
-def kept_tokens(tokenizer: Any, gone: Collection[int]) -> tuple[int, ...]:
-    """Ids of a tokenizer without those that go, ascending."""
-    return tuple(index for index in sorted(tokenizer.get_vocab().values()) if index not in gone)
-
-
-def padding_rows(tokenizer: Any, rows: int) -> range:
-    """Rows of an embedding of so many that no token has, behind all those that one has."""
-    return range(max(tokenizer.get_vocab().values()) + 1, rows)
 
 
 def count_tokens(ids: Iterable[Sequence[int]], size: int) -> Counts:
@@ -198,15 +162,7 @@ def count_tokens(ids: Iterable[Sequence[int]], size: int) -> Counts:
 
 
 def count_alike(texts: Sequence[Iterable[Sequence[int]]], size: int) -> Counts:
-    """How often every token stands in the texts, each of which counts as much as any other, however long it is.
-
-    Args:
-        texts: Documents' token ids, text by text.
-        size: Rows of the embedding.
-
-    Returns:
-        (size,); the sum is the number of all tokens.
-    """
+    """How often every token stands in the texts, each of which counts as much as any other; the sum stays."""
     counts = [count_tokens(text, size) for text in texts]
     alike = sum(each.sum() for each in counts) / len(counts)
     weighed = np.stack([each * (alike / max(each.sum(), 1.0)) for each in counts])
@@ -227,13 +183,6 @@ def required_tokens(loaded: LoadedModel) -> frozenset[int]:
 
 def cut_vocabulary(loaded: LoadedModel, plan: VocabularyPlan) -> LoadedModel:
     """Give the model the rows of the kept tokens alone, in place, and a tokenizer to match.
-
-    Args:
-        loaded: The dense model.
-        plan: Which tokens are kept.
-
-    Returns:
-        The same model with the trimmed tokenizer.
 
     Raises:
         InputError: The plan was made for another vocabulary.
@@ -298,28 +247,14 @@ def _named_ids(config: Any) -> Iterable[tuple[str, list[int]]]:
                 yield name, ids
 
 
-@dataclass(frozen=True)
-class TokenOrder:
-    """The order in which tokens go.
+def token_order(loaded: LoadedModel, counts: Counts) -> list[int]:
+    """Ids of all tokens that may go, the cheapest first: one leaf of the token trees after the other.
 
-    Attributes:
-        removed: Ids, the cheapest first; all that may go.
-        losses: What it costs when the first 0, 1, ... of them are gone, nats a token of the counted text as the dense
-            model reads it, (len(removed) + 1,).
+    Raises:
+        InputError: A tokenizer that cannot be trimmed.
     """
-
-    removed: tuple[int, ...]
-    losses: npt.NDArray[np.float64]
-
-
-def order_tokens(trees: TokenTrees, expected: Counts, required: frozenset[int]) -> TokenOrder:
-    """Take away one leaf after the other.
-
-    Args:
-        trees: What tokens are built of.
-        expected: How often text has every token, of `expected_counts`.
-        required: Ids that stay.
-    """
+    trees, required = token_trees(loaded.tokenizer), required_tokens(loaded)
+    expected = expected_counts(trees, counts, scripts_of(loaded.tokenizer))
     users = {part: len(of_part) for part, of_part in trees.built_on.items()}
     # What a token says is what it said before any was removed; how often it is needed grows with its users' end.
     needed = expected.copy()
@@ -339,7 +274,7 @@ def order_tokens(trees: TokenTrees, expected: Counts, required: frozenset[int]) 
 
     for index in sorted(trees.ranks, key=lambda token: trees.ranks[token]):
         best[index] = min(nats[index], parts_cost(index))
-    total, removed, costs = float(needed.sum()), list[int](), [0.0]
+    removed = list[int]()
     queue = [key(index) for index in trees.parts if may_go(index)]
     heapq.heapify(queue)
     while queue:
@@ -348,7 +283,6 @@ def order_tokens(trees: TokenTrees, expected: Counts, required: frozenset[int]) 
             heapq.heappush(queue, current)
             continue
         removed.append(index)
-        costs.append(current[0])
         for part in trees.parts[index]:
             needed[part] += needed[index]
         for part in set(trees.parts[index]):
@@ -356,7 +290,7 @@ def order_tokens(trees: TokenTrees, expected: Counts, required: frozenset[int]) 
                 users[part] -= 1
                 if may_go(part):
                     heapq.heappush(queue, key(part))
-    return TokenOrder(tuple(removed), _LEFT * np.cumsum(costs) / total)
+    return removed
 
 
 def expected_counts(trees: TokenTrees, counts: Counts, scripts: Mapping[int, str]) -> Counts:
