@@ -17,7 +17,7 @@ from cfsp.errors import InputError, look_up
 from cfsp.models.architectures import keyless_blocks, logit_cap, rotated_blocks, windows_of_blocks
 from cfsp.models.config_file import dense_settings, read_model_config, shape_from_config
 from cfsp.models.families import FAMILIES
-from cfsp.models.families.row import FULL, WINDOWED, Family
+from cfsp.models.families.row import FULL, WINDOWED, Family, head_dim_of
 from cfsp.models.rope import alpha_rope, stated_rope, steady_context
 from cfsp.models.shape import ModelShape, require_supported
 from cfsp.models.weights import safetensors_files
@@ -184,7 +184,7 @@ def read_config(folder: Path) -> ModelConfig:
     message = "no exported graph computes this activation"
     stated = config.get(spec.activation_setting, "silu")
     activation = look_up(ACTIVATIONS, stated, message, field=spec.activation_setting)
-    head_dim = _head_dim(config)
+    head_dim = head_dim_of(config)
     rope = rope_of(config, FULL)
     sizes = {name: config[key] for name, key in spec.mixer.sizes.items()} if spec.mixer else {}
     return ModelConfig(
@@ -246,11 +246,7 @@ def rope_of(config: Mapping[str, Any], kind_of_block: str) -> Mapping[str, Any]:
     """
     rope = stated_rope(config, kind_of_block)
     is_alpha = FAMILIES[config["model_type"]].alpha_rope
-    return alpha_rope(rope, _head_dim(config)) if is_alpha else rope
-
-
-def _head_dim(config: Mapping[str, Any]) -> int:
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    return alpha_rope(rope, head_dim_of(config)) if is_alpha else rope
 
 
 def _window_theta(config: Mapping[str, Any], spec: Family) -> float | None:

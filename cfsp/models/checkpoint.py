@@ -88,7 +88,6 @@ def save_checkpoint(
     """Write a model, pruned or dense, with its tokenizer, licence and provenance, atomically.
 
     Args:
-        plan: Stored as pruning_plan.json.
         input_moments: Module name to mean squared input per channel, (in_features,) float32.
         extra_records: File name to a record that is stored beside the others.
         rounded: Numbers of few bits that the weights stand for.
@@ -188,12 +187,9 @@ def _save_license(source: ModelSource, folder: Path) -> None:
 def load_pruned(directory: Path, dtype: torch.dtype | None = None, *, by_blocks: bool = False) -> Any:
     """Load a checkpoint's model in eval mode, without running code from the folder.
 
-    Args:
-        directory: A folder written by `save_checkpoint`, or by `save_pretrained` of a model loaded from one.
-        by_blocks: Whether its weights, of one dtype, stay in their files; see `cfsp.models.offload`.
-
-    Raises:
-        InputError: Not a checkpoint, damaged, or its shape, plan and weights disagree.
+    The folder was written by `save_checkpoint`, or by `save_pretrained` of a model loaded from one. `by_blocks`: its
+    weights, of one dtype, stay in their files, see `cfsp.models.offload`. Raises InputError for one that is damaged, or
+    whose shape, plan and weights disagree.
     """
     where, file = str(directory), directory / "config.json"
     settings = read_model_config(directory)

@@ -239,13 +239,9 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def shape_from_config(config: Mapping[str, Any], given: BlockSettings, where: str) -> ModelShape:
-    """The shape that a config.json states.
+    """The shape that a config.json states, `given` of single blocks by `dense_settings`.
 
-    Args:
-        given: What it states of single blocks, by `dense_settings`.
-
-    Raises:
-        InputError: A block that does not exist, or a key that no block can have of its own.
+    Raises InputError for a block that does not exist, or a key that no block can have of its own.
     """
     count = config["num_hidden_layers"]
     if any(not 0 <= index < count for index in given):

@@ -46,10 +46,7 @@ class Tiling:
 def tilings(key_heads: int, value_heads: int, key_width: int) -> Mapping[str, Tiling]:
     """Of a net's modules, and parameters of its own, by name; none where each key head has one value head.
 
-    Args:
-        key_heads: Of the net.
-        value_heads: Of the net, a multiple of them.
-        key_width: Numbers of all key heads.
+    `key_width`: numbers of all key heads.
     """
     per_group = value_heads // key_heads
     if per_group == 1:

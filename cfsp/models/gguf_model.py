@@ -21,7 +21,6 @@ from cfsp.models.architectures import keyless_blocks, stated_widths
 from cfsp.models.delta_nets import OWN_NUMBERS, a_log_of, tilings, widths
 from cfsp.models.families import FOLDS, family_of_gguf
 from cfsp.models.families.row import FULL, WINDOWED, Family
-from cfsp.models.folds import check_factors, times_
 from cfsp.models.gguf_file import (
     CONVOLUTIONS,
     GGUFFile,
@@ -32,7 +31,7 @@ from cfsp.models.gguf_file import (
 )
 from cfsp.models.offload import AUTO, Keeping, keeping_of, offloaded_copy
 from cfsp.models.rope import split_pairs
-from cfsp.models.weights import check_memory, model_class, model_from_weights
+from cfsp.models.weights import check_factors, check_memory, model_class, model_from_weights, times_
 from cfsp.progress import Progress, no_progress
 from cfsp.reading import as_input_error
 from cfsp.validation import check_kinds, kinds
@@ -339,11 +338,8 @@ def model_from_gguf(
 ) -> Any:
     """The model of a GGUF file, dequantized, in eval mode.
 
-    Args:
-        by_blocks: Whether its weights stay in files, as float32; see `cfsp.models.offload`.
-
-    Raises:
-        InputError: As `config_from_gguf`; or tensors are missing, unknown, or of the wrong shape.
+    `by_blocks`: its weights stay in files, as float32, see `cfsp.models.offload`. Raises InputError as
+    `config_from_gguf`, or if tensors are missing, unknown, or of the wrong shape.
     """
     config, where = config_from_gguf(file), str(file.path)
     n_weights = _weight_count(file, config)

@@ -29,12 +29,12 @@ from cfsp.models.config_file import (
     dense_settings,
     read_model_config,
 )
-from cfsp.models.families import fold_of, text_model_of
-from cfsp.models.folds import folded, is_folded
+from cfsp.models.families import FOLDS, fold_of, text_model_of
 from cfsp.models.offload import AUTO, NARROW, WHOLE, Keeping, keeping_of_files, offloaded_model
 from cfsp.models.source import ModelSource
 from cfsp.models.weights import (
     OUTPUT_MATRIX,
+    check_factors,
     check_loading,
     check_memory,
     check_size,
@@ -42,6 +42,7 @@ from cfsp.models.weights import (
     quiet_transformers,
     safetensors_files,
     sha256_files,
+    times_,
     weight_count,
 )
 from cfsp.reading import as_input_error, panicking_silently, read_json_object
@@ -56,6 +57,9 @@ _PREFIXES = {
     "model.language_model.": "model.",
     "lm_head.": "lm_head.",
 }
+_OF_THE_TYPE = ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map")
+"""Settings that say which type it is, or were made for it."""
+_ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -64,12 +68,8 @@ def load_folder(
 ) -> Any:
     """The model of a folder, in eval mode; a pruned checkpoint is loaded without running its code.
 
-    Args:
-        trust_remote_code: Let transformers run code that the folder brings along.
-        by_blocks: Whether its weights stay in its files; see `cfsp.models.offload`.
-
-    Raises:
-        InputError: The folder is incomplete, damaged, of an unsupported kind, or holds pickled weights only.
+    `by_blocks`: its weights stay in its files, see `cfsp.models.offload`. Raises InputError for a folder that is
+    incomplete, damaged, of an unsupported kind, or holds only pickled weights.
     """
     settings = read_model_config(folder)
     files, where = safetensors_files(folder), str(folder)
@@ -148,6 +148,43 @@ def text_names(folder: Path, names: Iterable[str]) -> dict[str, str]:
         if prefix is not None:
             found[name] = prefixes[prefix] + name.removeprefix(prefix)
     return found
+
+
+def is_folded(folder: Path) -> bool:
+    """Whether a folder's model is loaded as one of another type, or a part of what it holds."""
+    file = folder / "config.json"
+    return is_text_part(folder) or fold_of(read_json_object(file) if file.is_file() else {}) is not None
+
+
+def folded_config(config: Any) -> Any:
+    """The configuration of the other type; one of a type that is not folded is returned as it is."""
+    settings = config.to_dict()
+    fold = fold_of(settings)
+    if fold is None:
+        return config
+    changed = fold.settings(settings)
+    known = transformers.CONFIG_MAPPING[fold.target]().to_dict().keys() - {*_OF_THE_TYPE}
+    if not changed.keys().isdisjoint(_ROPE):
+        known -= {*_ROPE}
+    kept = {key: value for key, value in settings.items() if key in known}
+    return transformers.AutoConfig.for_model(fold.target, **{**kept, **changed})
+
+
+def folded(model: Any, where: str) -> Any:
+    """A model of the other type that computes what this one does, in eval mode; this one is of no more use."""
+    fold, settings = FOLDS[model.config.model_type], model.config.to_dict()
+    config, factors = folded_config(model.config), fold.factors(settings)
+    check_factors(factors, where)
+    tied = settings["tie_word_embeddings"]
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if not tied or name != OUTPUT_MATRIX:
+            weights |= fold.tensors(name, tensor, settings)
+    for name, tensor in weights.items():
+        times_(name, tensor, factors)
+    made = model_from_weights(config, weights, dtype=model.dtype, where=where)
+    made.generation_config = model.generation_config
+    return made
 
 
 def keeping_of_folder(folder: Path, asked: str = AUTO) -> Keeping:

@@ -26,11 +26,16 @@ from cfsp.models.builtin import BUILTIN_MODELS, fetch_builtin
 from cfsp.models.config_file import read_model_config
 from cfsp.models.families import fold_of
 from cfsp.models.folder_format import NOTICE_PATTERNS
-from cfsp.models.folds import is_folded
 from cfsp.models.gguf_file import GGUFFile, read_gguf
 from cfsp.models.gguf_model import keeping_of_gguf, model_from_gguf, tying_note
 from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
-from cfsp.models.hf_folder import folder_source, keeping_of_folder, load_folder, load_folder_tokenizer
+from cfsp.models.hf_folder import (
+    folder_source,
+    is_folded,
+    keeping_of_folder,
+    load_folder,
+    load_folder_tokenizer,
+)
 from cfsp.models.offload import AUTO, NARROW, WHOLE, Keeping, held_model, let_go
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.weights import (

@@ -22,8 +22,7 @@ _STILL = 1e20
 def stated_rope(settings: Mapping[str, Any], kind_of_block: str = "") -> dict[str, Any]:
     """Base and scaling, from transformers 5's rope_parameters or transformers 4's rope_theta and rope_scaling.
 
-    Args:
-        kind_of_block: Whose rope, where blocks of unlike kinds have unlike ones.
+    `kind_of_block`: whose rope, where blocks of unlike kinds have unlike ones.
     """
     outside = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
     merged = {key: settings[key] for key in outside if settings.get(key) is not None}
@@ -35,12 +34,7 @@ def stated_rope(settings: Mapping[str, Any], kind_of_block: str = "") -> dict[st
 
 
 def alpha_rope(rope: Rope, head_dim: int) -> Rope:
-    """A `dynamic` rope with an alpha as what it is, a plain one of base theta alpha^(d / (d - 2)); others as they are.
-
-    Args:
-        rope: `stated_rope`'s, of a model type that computes such ropes.
-        head_dim: d.
-    """
+    """A `dynamic` rope with an alpha as the plain one it is, of base theta alpha^(d / (d - 2)); others as they are."""
     alpha = rope.get("alpha")
     if rope["rope_type"] != "dynamic" or not alpha:
         return rope
@@ -63,11 +57,6 @@ def partial_rope(rope: Rope, head_dim: int, context: int) -> dict[str, Any]:
 
     With the rows in the order of `partial_rows` the divisors are f_i theta^(2i/r - 2i/d) for i < r / 2, and without end
     for the others. transformers' `longrope` takes divisors one by one: a list for short texts, and one for long ones.
-
-    Args:
-        rope: `stated_rope`'s.
-        head_dim: d.
-        context: max_position_embeddings.
     """
     turned, theta = _turned(rope, head_dim), float(rope["rope_theta"])
     if rope["rope_type"] == "default" and turned == head_dim:
@@ -123,12 +112,7 @@ def long_magnitude(rope: Rope, context: int) -> float:
 
 
 def steady_context(rope: Rope, context: int) -> int:
-    """Longest context in which a rope's frequencies stay what they are; a `longrope` has others for longer texts.
-
-    Args:
-        rope: `stated_rope`'s.
-        context: max_position_embeddings.
-    """
+    """Longest context in which a rope's frequencies stay what they are; a `longrope` has others for longer texts."""
     return min(_original(rope, context), context) if rope.get("rope_type") == "longrope" else context
 
 

@@ -94,11 +94,8 @@ def model_from_weights(
 def check_size(config: Any, n_stored: int, where: str, *, cls: Any = None) -> None:
     """Refuse a configuration of a far larger model than is stored: transformers would make all that is missing.
 
-    Args:
-        config: transformers configuration; sizes that its file leaves out are those of the library's default model.
-
-    Raises:
-        InputError: It states more than twice as many.
+    Sizes that its file leaves out are those of the library's default model. Raises InputError for one that states more
+    than twice as many weights.
     """
     with quiet_transformers(), torch.device("meta"), as_input_error(f"{where} cannot be used"):
         model = (cls or transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])(config)
@@ -263,3 +260,20 @@ def sha256_files(files: Iterable[Path]) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def times_(name: str, tensor: torch.Tensor, factors: Mapping[str, float]) -> None:
+    """Multiply a parameter, by its name, in its place; one without a factor is left alone."""
+    factor = factors.get(name.split(".")[-2])
+    if factor is not None:
+        with torch.no_grad():
+            tensor.mul_(factor)
+
+
+def check_factors(factors: Mapping[str, float], where: str) -> None:
+    """Raise InputError for a factor that no model can have."""
+    for name, factor in factors.items():
+        if not 1e-6 < factor < 1e6:
+            raise InputError(
+                f"{where}: {name} would be multiplied by this", value=factor, allowed="1e-6 to 1e6"
+            )
