@@ -82,8 +82,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if not isinstance(item, pytest.Function):
             continue
-        family = item.callspec.params.get("model_type", "llama") if hasattr(item, "callspec") else "llama"
-        of_many = family not in FEW and item.path.stem.removeprefix("test_") in PARTS
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        of_many = (
+            params.get("model_type", "llama") not in FEW and item.path.stem.removeprefix("test_") in PARTS
+        )
+        of_many |= params.get("shell", "sh") not in ("sh", "busybox")
         if of_many or EVERYTHING.intersection(item.fixturenames):
             item.add_marker("everything")
     if "real" in config.option.markexpr:
@@ -332,57 +335,6 @@ def sure_folder(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory)
     return make
 
 
-_GGUF_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "self_attn.query_layernorm": "attn_q_norm",
-    "self_attn.key_layernorm": "attn_k_norm",
-    "self_attn.q_layernorm": "attn_q_norm",
-    "self_attn.k_layernorm": "attn_k_norm",
-    "self_attn.out_proj": "attn_output",
-    "conv.in_proj": "shortconv.in_proj",
-    "conv.out_proj": "shortconv.out_proj",
-    "conv.conv": "shortconv.conv",
-    "per_layer_input_gate": "inp_gate",
-    "per_layer_projection": "proj",
-    "post_per_layer_input_norm": "post_norm",
-    "feed_forward.w1": "ffn_gate",
-    "feed_forward.w2": "ffn_down",
-    "feed_forward.w3": "ffn_up",
-    "operator_norm": "attn_norm",
-    "ffn_norm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-_DELTA_NET = {
-    "linear_attn.in_proj_qkv": "attn_qkv",
-    "linear_attn.in_proj_z": "attn_gate",
-    "linear_attn.in_proj_b": "ssm_beta",
-    "linear_attn.in_proj_a": "ssm_alpha",
-    "linear_attn.conv1d": "ssm_conv1d",
-    "linear_attn.norm": "ssm_norm",
-    "linear_attn.out_proj": "ssm_out",
-}
-_GGUF_ENDS = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "model.embedding_norm.weight": "token_embd_norm.weight",
-    "model.embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
-    "model.per_layer_model_projection.weight": "per_layer_model_proj.weight",
-    "model.per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
-}
-_ADDED_NORMS = _GGUF_NAMES | {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
 _GGUF_ARCHITECTURES = {
     "qwen3_5_text": "qwen35",
     "mistral": "llama",
@@ -398,37 +350,27 @@ def _gguf_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """llama.cpp's names and layout; the llama architecture interleaves the rotary halves of q and k."""
     config = model.config
     row = FAMILIES.get(config.model_type, FAMILIES["llama"])
-    llama = config.model_type in _INTERLEAVED
-    names = _ADDED_NORMS if row.added_norms else _GGUF_NAMES
-    if config.model_type == "qwen3_5_text":
-        names = _GGUF_NAMES | _DELTA_NET | {"post_attention_layernorm": "post_attention_norm"}
+    written = _GGUF_ARCHITECTURES.get(config.model_type, config.model_type)
+    known = {name: each for each, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(known.get(written, gguf.MODEL_ARCH.LLAMA), config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        module, _, kind = name.rpartition(".")
         if name.endswith("norm.weight") and "linear_attn" not in name:
             tensor = tensor + row.norm_offset
-        if name.startswith("model.layers."):
-            _, _, block, rest = name.split(".", 3)
-            if rest == row.scalar:
-                yield f"blk.{block}.layer_output_scale.weight", tensor
-                continue
-            module, kind = rest.rsplit(".", 1)
-            if llama and module in ("self_attn.q_proj", "self_attn.k_proj"):
-                heads = config.num_attention_heads if "q_proj" in module else config.num_key_value_heads
-                halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
-                tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
-            if module in ("conv.conv", "linear_attn.conv1d"):
-                tensor = tensor.squeeze(1)
-            if module.startswith("linear_attn"):
-                tensor = _value_heads_in_turns(rest.removeprefix("linear_attn."), tensor, config)
-            if module == "linear_attn":  # a number of each head
-                stored = ("ssm_a", -tensor.exp()) if kind == "A_log" else ("ssm_dt.bias", tensor)
-                yield f"blk.{block}.{stored[0]}", stored[1]
-                continue
-            yield f"blk.{block}.{names[module]}.{kind}", tensor
-        elif name == "lm_head.weight":
-            if not config.tie_word_embeddings:
-                yield "output.weight", tensor
-        else:
-            yield _GGUF_ENDS[name], tensor
+        if config.model_type in _INTERLEAVED and module.endswith(("self_attn.q_proj", "self_attn.k_proj")):
+            heads = config.num_attention_heads if "q_proj" in module else config.num_key_value_heads
+            halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+            tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
+        if module.endswith(("conv.conv", "linear_attn.conv1d")):
+            tensor = tensor.squeeze(1)
+        if ".linear_attn." in name:
+            tensor = _value_heads_in_turns(name.partition(".linear_attn.")[2], tensor, config)
+        tensor = -tensor.exp() if kind == "A_log" else tensor
+        stored = names.get_name(name.replace("dt_bias", "dt_proj.bias"), try_suffixes=(".weight", ".bias"))
+        assert stored is not None, name
+        yield f"{stored}.weight" if stored.endswith("output_scale") else stored, tensor
 
 
 def _value_heads_in_turns(name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:

@@ -243,7 +243,7 @@ for place in range(1000):
 """
 
 
-@pytest.mark.parametrize("before", ["old", "nothing"])
+@pytest.mark.parametrize("before", ["old", pytest.param("nothing", marks=pytest.mark.everything)])
 @pytest.mark.parametrize("stop", ["kill", "interrupt"])
 @pytest.mark.parametrize("kind", ["file", "folder", "folder aside", "own folder", "own folder aside"])
 def test_wherever_a_replacement_is_stopped_the_old_or_the_new_one_is_there(
