@@ -152,11 +152,7 @@ def stated_widths(settings: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def width_settings(settings: Mapping[str, Any], widths: Sequence[int]) -> dict[str, Any]:
-    """Settings from which the widths of all blocks follow, or where none say them, those of the widest in every block.
-
-    Args:
-        widths: FFN width of every block.
-    """
+    """Settings from which the widths of all blocks follow, or if none say them, those of the widest in every block."""
     row = FAMILIES[settings["model_type"]]
     one = {"intermediate_size": widths[0]}
     if stated_widths({**settings, **one}) == tuple(widths):

@@ -119,8 +119,6 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         InputError: Missing or malformed, an adapter beside it, an architecture that has no row, quantized weights, or
             values that are of the wrong kind, out of range, or do not fit together; all are named.
     """
-    import transformers
-
     file, where = folder / "config.json", str(folder / "config.json")
     if (folder / "adapter_config.json").is_file():
         raise InputError(
@@ -156,6 +154,8 @@ def read_model_config(folder: Path) -> dict[str, Any]:
             check_kinds(part, _ROPE, f"{where}: {key}")
     if isinstance(row, Family):
         _refuse(settings, row, where)
+    import transformers
+
     release = row.release if isinstance(row, Family) else 0
     if model_type not in transformers.CONFIG_MAPPING or int(transformers.__version__.split(".")[0]) < release:
         raise InputError(

@@ -99,12 +99,7 @@ CONVOLUTIONS = ("shortconv.conv.weight", "ssm_conv1d.weight")
 A block that has one of them has no keys.
 """
 _TABLE, _FURTHER_TABLE, _HEAD = "token_embd.weight", "per_layer_token_embd.weight", "output.weight"
-UNQUANTIZED = (
-    *CONVOLUTIONS,
-    "per_layer_model_proj.weight",
-    *("altup_correct_coef.weight", "altup_predict_coef.weight", "altup_router.weight"),
-    *("altup_proj.weight", "altup_unembd_proj.weight", "laurel_l.weight", "laurel_r.weight"),
-)
+UNQUANTIZED = (*CONVOLUTIONS, "per_layer_model_proj.weight")
 """How names of matrices end that its quantizer leaves as they are."""
 
 

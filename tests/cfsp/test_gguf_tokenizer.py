@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,53 +188,48 @@ def test_tiny_tokenizer_survives_the_way_through_gguf(
     assert rebuilt.special_tokens_map == original.special_tokens_map
 
 
-@pytest.mark.parametrize("name", sorted(PRE_TOKENIZERS))
-def test_every_row_is_found_again_by_its_structure(name: str, tiny_tokenizer: Any) -> None:
-    backend = tokenizers.Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str())
-    backend.pre_tokenizer = build_pre_tokenizer(PRE_TOKENIZERS[name].steps)
-    backend.model.ignore_merges = PRE_TOKENIZERS[name].ignore_merges
-    found = pre_tokenizer_name(transformers.PreTrainedTokenizerFast(tokenizer_object=backend))
-    assert PRE_TOKENIZERS[found].steps == PRE_TOKENIZERS[name].steps
-    assert PRE_TOKENIZERS[found].ignore_merges == PRE_TOKENIZERS[name].ignore_merges
+def with_splitting(tokenizer: Any, **parts: Any) -> Any:
+    """The same tokenizer with other parts."""
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.model.ignore_merges = parts.pop("ignore_merges", False)
+    for name, part in parts.items():
+        setattr(backend, name, part)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-def test_a_composing_normalizer_does_not_hide_the_name(tiny_tokenizer: Any) -> None:
-    backend = tokenizers.Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str())
-    backend.normalizer = tokenizers.normalizers.NFC()
-    assert pre_tokenizer_name(transformers.PreTrainedTokenizerFast(tokenizer_object=backend)) == "smollm"
+def test_every_row_is_found_again_by_its_structure(tiny_tokenizer: Any) -> None:
+    for row in PRE_TOKENIZERS.values():
+        splitting = build_pre_tokenizer(row.steps)
+        made = with_splitting(tiny_tokenizer, pre_tokenizer=splitting, ignore_merges=row.ignore_merges)
+        found = PRE_TOKENIZERS[pre_tokenizer_name(made)]
+        assert (found.steps, found.ignore_merges) == (row.steps, row.ignore_merges)
+    # A normalizer that composes does not hide the name.
+    composing = with_splitting(tiny_tokenizer, normalizer=tokenizers.normalizers.NFC())
+    assert pre_tokenizer_name(composing) == "smollm"
 
 
-@pytest.mark.parametrize(
-    "pre_tokenizer",
-    [
+def test_unknown_structure_names_the_known(tiny_tokenizer: Any) -> None:
+    cut = [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel(use_regex=False)]
+    for unknown in (
         pre_tokenizers.Whitespace(),
         pre_tokenizers.ByteLevel(add_prefix_space=True),
-        pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel(use_regex=False)]
-        ),
-    ],
-)
-def test_unknown_structure_names_the_known(pre_tokenizer: Any, tiny_tokenizer: Any) -> None:
-    backend = tokenizers.Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str())
-    backend.pre_tokenizer = pre_tokenizer
-    with pytest.raises(InputError, match="smollm"):
-        pre_tokenizer_name(transformers.PreTrainedTokenizerFast(tokenizer_object=backend))
+        pre_tokenizers.Sequence(cut),
+    ):
+        with pytest.raises(InputError, match="smollm"):
+            pre_tokenizer_name(with_splitting(tiny_tokenizer, pre_tokenizer=unknown))
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
+def test_unusable_tokenizer_metadata(tiny_gguf: Any) -> None:
+    file = read_gguf(tiny_gguf())
+    for key, value, message in (
         ("tokenizer.ggml.model", "bert", "unsupported tokenizer.*gpt2, llama"),
         ("tokenizer.ggml.pre", "never-heard-of", "unknown pre-tokenizer.*smollm"),
         ("tokenizer.ggml.tokens", None, "lacks the GGUF metadata key tokenizer.ggml.tokens"),
         ("tokenizer.ggml.tokens", ["a", "a"], "damaged vocabulary"),
         ("tokenizer.ggml.merges", ["q zzz"], "cannot be built"),
-    ],
-)
-def test_unusable_tokenizer_metadata(key: str, value: Any, message: str, tiny_gguf: Any) -> None:
-    file = read_gguf(tiny_gguf())
-    metadata = {k: v for k, v in file.metadata.items() if k != key} | (
-        {key: value} if value is not None else {}
-    )
-    with pytest.raises(InputError, match=message):
-        tokenizer_from_gguf(type(file)(file.path, metadata, file.tensors))
+    ):
+        metadata = {k: v for k, v in file.metadata.items() if k != key} | (
+            {} if value is None else {key: value}
+        )
+        with pytest.raises(InputError, match=message):
+            tokenizer_from_gguf(replace(file, metadata=metadata))
