@@ -21,8 +21,8 @@ from cfsp.models.rounded_numbers import RoundedFormat, read_rounded_format
 from cfsp.models.source import LoadedModel
 from cfsp.models.token_trees import trimmed_tokenizer
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.moments import spread_windows
 from cfsp.pruning.plan import PruningPlan
+from cfsp.pruning.statistics import spread_windows
 from cfsp.records import read_record
 from cfsp.settings import Reads
 from cfsp.text.respelling import respelling

@@ -17,9 +17,9 @@ from cfsp.extent import Extent, Needs, read_extent, require_room
 from cfsp.models.offload import WHOLE, may_keep_states, scratch_bytes
 from cfsp.models.reference import find_model
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.moments import MOMENT_WINDOWS
 from cfsp.pruning.prune import TOLD_WINDOWS
 from cfsp.pruning.settings import PruneSettings
+from cfsp.pruning.statistics import MOMENT_WINDOWS
 from cfsp.recovery.settings import Training, method_of
 from exporters.export_record import ExportFormat
 from exporters.families import family_of, find_format

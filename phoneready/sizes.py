@@ -20,9 +20,9 @@ from cfsp.models.offload import copied
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.pruning.axes.parts import Removal
-from cfsp.pruning.outline import cut_to_shape
 from cfsp.pruning.plan import BlockPlan, PruningPlan, ScoreSummary
 from cfsp.pruning.settings import PruneSettings
+from cfsp.pruning.surgery import cut_to_shape
 from exporters.family import ExportOptions
 from exporters.gguf.architecture import ChosenLayout, read_layout
 from exporters.gguf.files import draft_gguf

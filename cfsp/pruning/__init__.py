@@ -1,1 +1,10 @@
-"""CFSP: statistics, scores, plans, cuts and their closed-form repair."""
+"""CFSP (arXiv 2409.13199) and what goes beyond it, in the order in which `prune.prune_model` does it.
+
+statistics.py       coarse scores of blocks, and what fine ones read
+scoring.py          fine scores of channels inside a block
+allocation.py       widths of the blocks
+plan.py             what goes, written down
+surgery.py          the cut
+block_by_block.py   the repair
+axes/               tokens of the vocabulary; blocks, attentions and key-value groups
+"""

@@ -43,9 +43,7 @@ from cfsp.processes import mine, number_summed, summed
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.parts import attention_left_out
 from cfsp.pruning.plan import PruningPlan, check_plan_fits
-from cfsp.pruning.reconstruction import solve_change
-from cfsp.pruning.statistics import BlockStatistics
-from cfsp.pruning.streaming import GramSum, input_hook, output_hook
+from cfsp.pruning.statistics import BlockStatistics, input_hook, output_hook
 from cfsp.pruning.surgery import (
     cut_channels,
     cut_groups,
@@ -313,3 +311,71 @@ class _Columns:
         n_tokens = round(number_summed(self.n_tokens))
         change = solve_change(self.gram.mean(n_tokens), summed(self.missing).div_(n_tokens), ridge)
         return (exact(self.columns) + change).to(self.columns)
+
+
+_GRAM_TILE = 384
+
+
+class GramSum:
+    """Running X^T X of batches of X, in float64; only the upper tiles are multiplied, which is what costs."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._upper = exact_zeros(width, width, device=device)
+
+    def add(self, x: torch.Tensor) -> None:
+        """Add one batch, (tokens, width) float32."""
+        width = self._upper.shape[0]
+        for start in range(0, width, _GRAM_TILE):
+            rows = slice(start, min(start + _GRAM_TILE, width))
+            self._upper[rows, start:] += (x[:, rows].T @ x[:, start:]).to(self._upper.device)
+
+    def mean(self, n_tokens: int) -> torch.Tensor:
+        """X^T X / T, the whole symmetric matrix (width, width) float64; it takes the sum's place, which is over.
+
+        The sum, like T, is that of all processes.
+        """
+        result, width = summed(self._upper), self._upper.shape[0]
+        for start in range(0, width, _GRAM_TILE):
+            tile = slice(start, start + _GRAM_TILE)
+            square = result[tile, tile]
+            square.copy_(square.triu() + square.triu(1).T)
+            result[start + _GRAM_TILE :, tile] = result[tile, start + _GRAM_TILE :].T
+        return result.div_(n_tokens)
+
+
+def damped_cholesky(gram: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Lower Cholesky factor of H + ridge mean(diag H) I, for H (n, n) float64, in its place.
+
+    Raises:
+        InputError: `ridge` is not positive, or the matrix is not finite or still singular.
+    """
+    if not ridge > 0:
+        raise InputError("out of range", field="ridge", value=ridge, allowed="above 0")
+    gram.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny))
+    info = torch.empty((), dtype=torch.int32, device=gram.device)
+    # LAPACK's order of columns: of the other one it would make a copy, as large as H.
+    torch.linalg.cholesky_ex(gram.mT, upper=True, out=(gram.mT, info))
+    if int(info) != 0:
+        raise InputError("the reconstruction cannot be solved; raise the ridge", field="ridge", value=ridge)
+    return gram
+
+
+def solve_change(gram: torch.Tensor, missing: torch.Tensor, ridge: float) -> torch.Tensor:
+    """The change of the kept weights that best makes up for what is missing.
+
+    Delta = M^T (H_SS + lambda mean(diag H_SS) I)^-1 minimizes ||E - X_S Delta^T||^2 / T plus the ridge times
+    ||Delta||^2, E (T x d) being what the output lacks. At lambda = 0 it is ordinary least squares; a large lambda
+    leaves the kept weights alone, where shrinking the weights themselves would fade channels that are rarely active.
+
+    Args:
+        gram: H_SS, (n_kept, n_kept) float64; changed in place.
+        missing: M = X_S^T E / T, (n_kept, hidden_size) float64.
+        ridge: lambda > 0, relative to the mean of the diagonal.
+
+    Returns:
+        (hidden_size, n_kept) float64.
+
+    Raises:
+        InputError: `ridge` is not positive, or the system cannot be solved.
+    """
+    return torch.cholesky_solve(missing, damped_cholesky(gram, ridge)).T

@@ -36,10 +36,15 @@ from cfsp.pruning.axes.vocabulary import (
     plan_vocabulary,
 )
 from cfsp.pruning.block_by_block import apply_plan
-from cfsp.pruning.moments import collect_input_moments, moment_windows, spread_windows
 from cfsp.pruning.plan import PruningPlan, check_plan_fits, make_plan
 from cfsp.pruning.settings import PruneSettings
-from cfsp.pruning.statistics import BlockStatistics, collect_statistics
+from cfsp.pruning.statistics import (
+    BlockStatistics,
+    collect_input_moments,
+    collect_statistics,
+    moment_windows,
+    spread_windows,
+)
 from cfsp.settings import check_settings
 from cfsp.text.calibration import Calibration
 from cfsp.text.respelling import respelling

@@ -7,23 +7,24 @@ block's input and output (T x hidden_size), X (T x intermediate_size) the input 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from cfsp.devices import CPU, exact_sum, exact_zeros
+from cfsp.devices import CPU, exact, exact_sum, exact_zeros
 from cfsp.errors import InputError
-from cfsp.models.architectures import decoder_layers, feed_forward
-from cfsp.models.block_pass import Calls, StoredStates, enter_blocks, run_layer
+from cfsp.models.architectures import block_linears, decoder_layers, feed_forward
+from cfsp.models.block_pass import Calls, StoredStates, enter_blocks, run_layer, run_windows
 from cfsp.models.offload import at_hand, may_keep_states
 from cfsp.processes import mine, number_summed, summed
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.moments import sums_of_squares
-from cfsp.pruning.streaming import input_hook
 
 
 @dataclass(frozen=True)
@@ -132,3 +133,86 @@ def _stream(
         with suppress(InputError):
             return DenseStream(windows, StoredStates())
     return None
+
+
+MOMENT_WINDOWS = 16
+"""Windows behind the activation moments that quantizers use; more does not change what they choose."""
+
+
+def moment_windows(input_ids: torch.Tensor) -> torch.Tensor:
+    """The calibration windows that activation moments are measured on."""
+    return spread_windows(input_ids, MOMENT_WINDOWS)
+
+
+def spread_windows(input_ids: torch.Tensor, count: int | None) -> torch.Tensor:
+    """At most `count` of the windows, spread so that every source is among them; all where there is no count."""
+    if count is None:
+        return input_ids
+    step = max(1, len(input_ids) // count)
+    return input_ids[::step][:count]
+
+
+def collect_input_moments(
+    model: Any, input_ids: torch.Tensor, *, progress: Progress = no_progress
+) -> dict[str, torch.Tensor]:
+    """Mean squared input of every Linear inside the blocks: module name -> (in_features,) float32.
+
+    It is what llama.cpp calls an importance matrix; `input_ids` are (nsamples, seqlen) int64.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    windows = mine(input_ids)
+
+    def add(name: str, x: torch.Tensor) -> None:
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        total = sums_of_squares(x)
+        sums[name] = sums[name] + total if name in sums else total
+
+    layers, linears = decoder_layers(model), block_linears(model)
+    with torch.inference_mode():
+        hidden, calls = enter_blocks(model, layers, windows)
+        for index, layer in enumerate(layers):
+            with at_hand(layer), ExitStack() as stack:
+                for name, linear in linears[index].items():
+                    stack.enter_context(input_hook(linear, partial(add, name)))
+                hidden = run_windows(layer, index, hidden, calls)
+            progress("measuring activations", index + 1, len(layers))
+    n_tokens = number_summed(windows.numel())
+    return {name: (summed(total) / n_tokens).float().cpu() for name, total in sums.items()}
+
+
+def sums_of_squares(x: torch.Tensor) -> torch.Tensor:
+    """Of (tokens, channels) float32 each channel's sum over the tokens, (channels,) float64."""
+    channels = x.T.contiguous()
+    return exact(torch.bmm(channels[:, None, :], channels[:, :, None]).flatten())
+
+
+def output_hook(linear: nn.Linear, receive: Callable[[torch.Tensor, torch.Tensor], None]) -> RemovableHandle:
+    """Hand a Linear's input and output to `receive` each time it has run,."""
+    return linear.register_forward_hook(lambda _, args, output: receive(args[0], output))
+
+
+def input_hook(module: nn.Module, receive: Callable[[torch.Tensor], None]) -> RemovableHandle:
+    """Hand a module's input to `receive` each time it runs,."""
+    return module.register_forward_pre_hook(lambda _, args: receive(args[0]))
+
+
+def gradient_hook(
+    linear: nn.Linear, receive: Callable[[torch.Tensor, torch.Tensor], None]
+) -> RemovableHandle:
+    """Hand a Linear's input and the gradient at its output, (tokens, features) float32, to `receive`.
+
+    Passes without gradients are not watched.
+    """
+
+    def watch(x: torch.Tensor, output: torch.Tensor) -> None:
+        if not output.requires_grad:
+            return
+        kept = x.detach()
+
+        def add(gradient: torch.Tensor) -> None:
+            g = gradient.detach().reshape(-1, gradient.shape[-1]).float()
+            receive(kept.reshape(len(g), -1).float(), g)
+
+        output.register_hook(add)  # type: ignore[no-untyped-call]
+
+    return output_hook(linear, watch)

@@ -10,11 +10,16 @@ from torch import nn
 
 from cfsp.models.architectures import (
     FeedForward,
+    attention_of,
+    decoder_layers,
+    feed_forward,
     model_shape,
     stated_widths,
     width_settings,
 )
 from cfsp.models.config_file import PER_BLOCK_LISTS
+from cfsp.models.shape import ModelShape
+from cfsp.pruning.axes.vocabulary import cut_rows
 
 
 def cut_channels(ffn: FeedForward, kept: torch.Tensor, down_weight: torch.Tensor | None = None) -> None:
@@ -103,3 +108,24 @@ def _keep_inputs(linear: nn.Linear, kept: torch.Tensor, weight: torch.Tensor | N
 
 def _parameter(old: torch.Tensor, values: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(values.detach().clone().contiguous().to(old.dtype), requires_grad=old.requires_grad)
+
+
+def cut_to_shape(model: Any, shape: ModelShape) -> None:
+    """Give a model a shape with less of anything, in place: the first of everything is kept.
+
+    The origin of each block of the shape says which of the model's it is; what the shape does not say stays.
+    """
+    known, layers = model_shape(model), decoder_layers(model)
+    with torch.no_grad():
+        if shape.vocab_size not in (None, known.vocab_size):
+            cut_rows(model, torch.arange(shape.vocab_size))
+        for block in shape.blocks:
+            layer, was = layers[block.origin], known.blocks[block.origin]
+            if block.ffn_width != was.ffn_width:
+                cut_channels(feed_forward(model, layer), torch.arange(block.ffn_width))
+            if was.has_attention and not block.has_attention:
+                remove_attention(layer)
+            elif block.kv_groups not in (None, was.kv_groups):
+                cut_groups(attention_of(model, layer), range(block.kv_groups))
+    remove_blocks(model, frozenset(range(len(layers))) - {block.origin for block in shape.blocks})
+    set_config_shape(model)

@@ -29,8 +29,8 @@ from cfsp.models.source import LoadedModel
 from cfsp.models.weights import cast_weights
 from cfsp.precision import product_dtype, products_in
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.moments import collect_input_moments, moment_windows
 from cfsp.pruning.plan import PruningPlan
+from cfsp.pruning.statistics import collect_input_moments, moment_windows
 from cfsp.records import read_record
 from cfsp.recovery.adapter import add_adapter, importance_ranks, merge_adapter
 from cfsp.recovery.data import RecoveryData, TrainingMix, check_readable, load_recovery_data

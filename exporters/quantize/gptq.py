@@ -10,7 +10,7 @@ import torch
 
 from cfsp.devices import exact
 from cfsp.errors import InputError
-from cfsp.pruning.reconstruction import damped_cholesky
+from cfsp.pruning.block_by_block import damped_cholesky
 from exporters.quantize import Grid
 
 RIDGE = 0.1

@@ -28,7 +28,7 @@ from cfsp.models.architectures import decoder_layers, output_logits, state_size,
 from cfsp.models.block_pass import StoredStates, enter_blocks, leave_blocks, run_layer, run_windows
 from cfsp.models.offload import at_hand, is_paged, require_scratch
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.streaming import gradient_hook
+from cfsp.pruning.statistics import gradient_hook
 
 _HEAD_CHUNK = 256
 LOOKUP = "lookup"

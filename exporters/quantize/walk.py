@@ -28,7 +28,8 @@ from cfsp.models.block_pass import Arguments, enter_blocks, leave_blocks, run_la
 from cfsp.models.offload import at_hand
 from cfsp.precision import bulk_products, exact_products
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.streaming import GramSum, input_hook
+from cfsp.pruning.block_by_block import GramSum
+from cfsp.pruning.statistics import input_hook
 from exporters.quantize.gptq import factored
 
 CORRECTION = 0.4

@@ -23,8 +23,8 @@ from cfsp.models.reference import load_model, load_tokenizer
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress
-from cfsp.pruning.moments import collect_input_moments, moment_windows, spread_windows
 from cfsp.pruning.prune import prune_model
+from cfsp.pruning.statistics import collect_input_moments, moment_windows, spread_windows
 from cfsp.records import read_record, write_record
 from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord
 from cfsp.text.calibration import Calibration, check_seqlen

@@ -28,10 +28,9 @@ from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.vocabulary import Counts, VocabularyPlan, plan_vocabulary
 from cfsp.pruning.block_by_block import apply_plan
-from cfsp.pruning.moments import collect_input_moments, moment_windows, spread_windows
 from cfsp.pruning.plan import PruningPlan, make_plan
 from cfsp.pruning.prune import Removals, check_removals, counts_of, prune_model, statistics_for, trim
-from cfsp.pruning.statistics import BlockStatistics
+from cfsp.pruning.statistics import BlockStatistics, collect_input_moments, moment_windows, spread_windows
 from cfsp.records import read_record, tool_version, write_record
 from cfsp.text.calibration import Calibration, check_seqlen
 from cfsp.text.settings import SELF

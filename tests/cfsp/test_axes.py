@@ -27,7 +27,7 @@ from cfsp.pruning.block_by_block import apply_plan
 from cfsp.pruning.plan import PruningPlan
 from cfsp.pruning.prune import PruneResult, prune_model
 from cfsp.pruning.settings import PruneSettings
-from cfsp.pruning.streaming import output_hook
+from cfsp.pruning.statistics import output_hook
 from cfsp.records import read_record, record_from_json, record_to_json
 from cfsp.text.calibration import Calibration
 

@@ -18,11 +18,10 @@ from cfsp.models.architectures import added_norms, decoder_layers, feed_forward,
 from cfsp.models.families import FAMILIES
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.block_by_block import _Columns, _Norm, apply_plan
-from cfsp.pruning.moments import spread_windows
 from cfsp.pruning.plan import PruningPlan
 from cfsp.pruning.prune import TOLD_WINDOWS, plan_model, prune_model
 from cfsp.pruning.settings import RECONSTRUCTIONS, PruneSettings
-from cfsp.pruning.statistics import collect_statistics
+from cfsp.pruning.statistics import collect_statistics, spread_windows
 from cfsp.records import read_record, write_record
 from cfsp.text import self_sampling
 from cfsp.text.calibration import Calibration, load_calibration

@@ -8,9 +8,8 @@ import torch
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, feed_forward
 from cfsp.models.families import FAMILIES
-from cfsp.pruning.moments import collect_input_moments
-from cfsp.pruning.statistics import collect_statistics
-from cfsp.pruning.streaming import GramSum
+from cfsp.pruning.block_by_block import GramSum
+from cfsp.pruning.statistics import collect_input_moments, collect_statistics
 
 
 def windows(model: Any, count: int = 5, seqlen: int = 24) -> torch.Tensor:

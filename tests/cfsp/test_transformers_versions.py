@@ -73,7 +73,7 @@ from pathlib import Path
 import torch, transformers
 from cfsp.models.checkpoint import load_pruned, save_checkpoint
 from cfsp.models.reference import load_model
-from cfsp.pruning.moments import collect_input_moments
+from cfsp.pruning.statistics import collect_input_moments
 from cfsp.text.tokens import TokenWindows
 from exporters.onnx.decoder_graph import Attention
 from exporters.onnx.weights import Weights, decoder_of

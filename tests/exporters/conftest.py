@@ -16,7 +16,7 @@ from cfsp.models.architectures import decoder_layers, feed_forward
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
-from cfsp.pruning.moments import collect_input_moments
+from cfsp.pruning.statistics import collect_input_moments
 from cfsp.pruning.surgery import cut_channels, cut_groups, remove_attention, set_config_shape
 from exporters.export_record import ParityLimits
 from exporters.family import ExportOptions

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cfsp.errors import InputError
-from cfsp.pruning.reconstruction import damped_cholesky
+from cfsp.pruning.block_by_block import damped_cholesky
 from exporters.onnx import BlockFormat
 from exporters.onnx.matrix import Rounded, round_to_nearest
 from exporters.onnx.variants import INT4

@@ -12,7 +12,7 @@ import torch
 
 from cfsp.models.architectures import attention_of, block_linears, decoder_layers, spec_for
 from cfsp.precision import exact_products
-from cfsp.pruning.streaming import input_hook
+from cfsp.pruning.statistics import input_hook
 from exporters.quantize.gptq import RIDGE
 from exporters.quantize.walk import Readings, round_blocks
 
