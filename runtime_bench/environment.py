@@ -23,14 +23,8 @@ FACT_FILES = (
     "/proc/meminfo",
     "/proc/loadavg",
     f"{_CPUFREQ}/scaling_governor",
-    f"{_CPUFREQ}/scaling_max_freq",
-    f"{_CPUFREQ}/cpuinfo_max_freq",
-    "/sys/class/thermal/thermal_zone[0-9]*/type",
-    "/sys/class/thermal/thermal_zone[0-9]*/temp",
 )
 """Patterns of the files that `environment_of` reads; the machine decides which are there and may be read."""
-_COLDEST_C, _HOTTEST_C = -40.0, 150.0
-"""Zones that are not connected report values far outside."""
 
 
 def cpu_model(cpuinfo: str | None = None) -> str | None:
@@ -72,9 +66,6 @@ def environment_of(
         memory_bytes=int(memory[1]) * 1024 if memory else None,
         platform=platform,
         versions=dict(versions),
-        core_max_khz=_clocks(files, "cpuinfo_max_freq"),
-        core_cap_khz=_clocks(files, "scaling_max_freq"),
-        temperatures_c=_temperatures(files),
     )
 
 
@@ -104,46 +95,6 @@ def _of_cores(files: Mapping[str, str], name: str) -> Iterator[str]:
         if match and text.strip():
             by_core[int(match[1])] = text.strip()
     return (by_core[core] for core in sorted(by_core))
-
-
-def _clocks(files: Mapping[str, str], name: str) -> tuple[int, ...]:
-    texts = list(_of_cores(files, name))
-    return tuple(map(int, texts)) if all(text.isdecimal() for text in texts) else ()
-
-
-def _temperatures(files: Mapping[str, str]) -> dict[str, float]:
-    """Thermal zones by their kind; several of a kind keep the hottest."""
-    hottest: dict[str, float] = {}
-    for path, text in files.items():
-        folder, _, name = path.rpartition("/")
-        kind = files.get(f"{folder}/type", "").strip()
-        if name != "temp" or not kind or not re.fullmatch(r"-?\d+", text.strip()):
-            continue
-        celsius = int(text) / 1000  # millidegrees, as the kernel documents
-        if _COLDEST_C < celsius < _HOTTEST_C:
-            hottest[kind] = max(celsius, hottest.get(kind, celsius))
-    return hottest
-
-
-def clock_cap(*looks: Environment) -> float | None:
-    """Least share of its highest clock that any core was allowed in any look; None where no clocks are shown.
-
-    A phone that is hot lowers the highest clock of its cores (`scaling_max_freq` below `cpuinfo_max_freq`), and says so
-    before and after a run. The clock of the moment is no help: between two runs cores idle at their lowest. A machine
-    that shows neither clocks nor zones, as most virtual machines, gives None.
-    """
-    shares = [
-        cap / most
-        for look in looks
-        if len(look.core_cap_khz) == len(look.core_max_khz)
-        for cap, most in zip(look.core_cap_khz, look.core_max_khz, strict=True)
-    ]
-    return min(shares, default=None)
-
-
-def hottest_c(*looks: Environment) -> float | None:
-    """Hottest thermal zone in any look; None without zones."""
-    return max((zone for look in looks for zone in look.temperatures_c.values()), default=None)
 
 
 def read_fact(path: str) -> str:

@@ -21,7 +21,7 @@ from runtime_bench.presentation.markup import printable
 from runtime_bench.presentation.record_table import format_sweep, format_table, speed_text
 from runtime_bench.presentation.table import short_names
 from runtime_bench.records.bench_record import BenchRecord
-from runtime_bench.records.compare import Compared, by_model, compare
+from runtime_bench.records.compare import against_the_first
 from runtime_bench.records.jsonl import append_jsonl, check_appendable, record_to_line
 from runtime_bench.targets.browser import BROWSER_ENGINES
 from runtime_bench.targets.table import ALL_DEVICES, TARGETS, every_target, open_target, parse_target
@@ -107,13 +107,7 @@ def bench(
         if output == "md" and len(settings.n_threads) > 1:
             text += "\n" + format_sweep(records)
         if output == "md" and len(files) > 1:
-            # Every file against the first one of its engine on its target.
-            rows: list[Compared] = []
-            models = [one for one in records if not one.is_anchor]
-            for place in dict.fromkeys((one.target, one.engine) for one in models):
-                base, *rest = by_model([r for r in models if (r.target, r.engine) == place]).values()
-                rows += [row for one in rest for row in compare(base, one)]
-            text += "\n" + format_comparison(rows)
+            text += "\n" + format_comparison(against_the_first(records))
         write_result(text, None, as_json=False)
     _check_measured(records, several=len(targets) > 1)
 

@@ -167,14 +167,10 @@ def _measure_group(
 def _interleave(session: Session, rows: Sequence[Row], counter: _Counter) -> None:
     """A B A B; a file that failed is not tried again."""
     tried = [row for row in rows if row.failure is None]
-    before = session.target.environment()
     for samples in shares(session.settings, rows[0].request.workload):
         for row in tried:
             if row.failure is None:
                 _measure_once(session, row, samples, next(counter.numbers))
-                after = session.target.environment()
-                row.looks.append((before, after))
-                before = after
             counter.step()
 
 

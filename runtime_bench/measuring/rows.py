@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from runtime_bench.engines import EngineFacts, SessionSettings
-from runtime_bench.environment import clock_cap, hottest_c
 from runtime_bench.files import size_of
 from runtime_bench.measuring.text_check import TextCheck
 from runtime_bench.records import summary
@@ -51,8 +50,6 @@ class Row:
     request: WorkerRequest  # What each process is asked for, but for the number of its samples
     results: list[WorkerResult] = field(default_factory=list)  # Of the processes
     sequence: list[int] = field(default_factory=list)  # For each sample the number of its process
-    # The machine before and after each process
-    looks: list[tuple[Environment, Environment]] = field(default_factory=list)
     started: str | None = None  # UTC time at which the first process began
 
     @property
@@ -115,8 +112,6 @@ def record_of(session: Session, row: Row, first: Row, environment: Environment) 
         contention=tuple(r.contention for r in results),
         conditions=tuple(r.conditions for r in results),
         energy=tuple(r.energy for r in results) if row.request.energy else (),
-        clock_caps=tuple(clock_cap(*looks) for looks in row.looks),
-        hottest_c=tuple(hottest_c(*looks) for looks in row.looks),
         text_sample=check.texts[0] if check.texts else None,
         degenerate=check.degenerate,
     )
@@ -142,7 +137,6 @@ def with_more(record: BenchRecord, more: BenchRecord, offset: int) -> BenchRecor
 _OF_SAMPLES = ("samples_ns", "cpu_samples_ns", "waited_samples_ns", "held_samples_ns")
 _OF_PROCESSES = (
     *("load_samples_ns", "page_cache_shares", "peak_rss_samples_bytes", "contention", "conditions", "energy"),
-    *("clock_caps", "hottest_c"),
 )
 
 

@@ -13,7 +13,7 @@ from runtime_bench.presentation.record_table import format_speed
 from runtime_bench.presentation.table import NOTHING, Column, Table, indented_json, short_names, table_of
 from runtime_bench.records.bench_record import EMULATED
 from runtime_bench.records.compare import Compared, Comparison, Incomparable
-from runtime_bench.records.crowding import CROWDED_SHARE
+from runtime_bench.records.fairness import CROWDED_SHARE
 
 SCHEMA_VERSION = 1
 NOT_COMPARABLE = "not comparable"

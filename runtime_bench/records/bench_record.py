@@ -47,10 +47,6 @@ class Environment:
     platform: str  # Operating system and instruction set
     versions: dict[str, str]  # Names of libraries to their versions
     system_info: str | None = None  # The engine's line about the processor features it uses
-    core_max_khz: _PositiveInts = ()  # Highest clock of each core that says it
-    core_cap_khz: _PositiveInts = ()  # Highest clock that the system lets each of them have just then
-    # Thermal zones' kinds to degrees Celsius, just before the first sample
-    temperatures_c: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,11 +107,6 @@ class BenchRecord:
     # (killed); the worst of all processes
     memory_verdict: str | None = None
     reread_bytes: _Size = None  # Bytes of files that were read again, the most of any process
-    # For each process, the least share of its highest clock that any core was allowed around it; None where
-    # the machine shows no clocks
-    clock_caps: tuple[float | None, ...] = ()
-    # For each process, the hottest thermal zone around it, degrees Celsius; None without zones
-    hottest_c: tuple[float | None, ...] = ()
     # What the file writes, the first of a few continuations; None where that was not checked
     text_sample: str | None = None
     # Why all it writes is degenerate, which voids the row's speed; None where it is not

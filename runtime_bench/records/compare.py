@@ -293,3 +293,13 @@ def _row_name(row: _Row) -> str:
     *place, cache, test, threads = row
     where = ", ".join(filter(None, [*place, f"cache of {cache}" if cache else None]))
     return f"{test} with {threads} thread{'s' if threads > 1 else ''} ({where})"
+
+
+def against_the_first(records: Sequence[BenchRecord]) -> list[Compared]:
+    """Every file against the first one of its engine on its target; anchors are left out."""
+    rows: list[Compared] = []
+    models = [record for record in records if not record.is_anchor]
+    for place in dict.fromkeys((one.target, one.engine) for one in models):
+        base, *others = by_model([r for r in models if (r.target, r.engine) == place]).values()
+        rows += [row for other in others for row in compare(base, other)]
+    return rows

@@ -1,7 +1,7 @@
 """Whether a row was measured under fair conditions, and if not, since when and why.
 
 Rows that were throttled, or disturbed by the device's own state, are shown and never ranked with fair ones. What other
-programs took from a row (`runtime_bench.records.crowding`) disturbs it, too, and has a remedy: processor time.
+programs took from a row disturbs it, too, and has a remedy: processor time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from itertools import accumulate
 from typing import Any
 
 from runtime_bench.records.bench_record import EMULATED, BenchRecord
-from runtime_bench.records.crowding import crowding, stealing
 from runtime_bench.records.reported import Conditions
 
 VERDICTS = FAIR, THROTTLED, DISTURBED, NOT_KNOWN = "fair", "throttled", "disturbed", "not known"
@@ -31,6 +30,9 @@ _LEAST_HALF = 2
 """Fewest samples on each side of a fall."""
 _LEAST_HELD_NS, _LEAST_CLOCK_S = 5_000_000, 0.02
 """Less than that is a hiccup, however short the sample."""
+
+CROWDED_SHARE = 0.1
+"""Of their time that threads may go without a core before a row counts as crowded."""
 
 
 @dataclass(frozen=True)
@@ -88,55 +90,10 @@ def _watched(record: BenchRecord) -> Iterator[tuple[int, Conditions]]:
     yield from ((i, one) for i, one in enumerate(record.conditions, 1) if one is not None)
 
 
-@dataclass(frozen=True)
-class _Threshold:
-    """A series of which no value may be beyond a limit."""
-
-    series: str
-    beyond: Callable[[Any], bool]  # Whether a value is
-    worst: Callable[..., Any]  # Of several values
-    reason: Callable[[Any], str]  # What that was, of the worst
-    verdict: str = THROTTLED  # On the row
-
-    def __call__(self, record: BenchRecord) -> Fairness | None:
-        first: tuple[int, float] | None = None
-        values = []
-        for process, conditions in _watched(record):
-            told = [(at, value) for at, value in conditions.during_samples(self.series) if self.beyond(value)]
-            first = first or ((process, told[0][0]) if told else None)
-            values += [value for _, value in told]
-        return Fairness(self.verdict, self.reason(self.worst(values)), *first) if first else None
-
-
-def _capped(record: BenchRecord) -> Fairness | None:
-    """A cap that came or went while samples were timed."""
-    seen = [(process, at, cap) for process, one in _watched(record) for at, cap in one.during_samples("caps")]
-    limit = (1 - CAP_LIMIT) * max((cap for *_, cap in seen), default=0.0)
-    low = [one for one in seen if one[2] < limit]
-    if not low:
-        return None
-    worst = min(cap for *_, cap in low)
-    return Fairness(THROTTLED, f"clocks were capped at {worst:.0%} of the highest", *low[0][:2])
-
-
-def _capped_around(record: BenchRecord) -> Fairness | None:
-    """By looks before and after each process, where nobody looked during it or the cap was gone by then."""
-    known = [cap for cap in record.clock_caps if cap is not None]
-    least = (1 - CAP_LIMIT) * max(known, default=0.0)
-    low = [cap for cap in known if cap < least]
-    if not low:
-        return None
-    return Fairness(
-        THROTTLED,
-        f"{len(low)} of {len(record.clock_caps)} processes ran with clocks capped by more than {CAP_LIMIT:.0%}, "
-        f"down to {min(low):.0%} of the highest",
-    )
-
-
 def capped_at(record: BenchRecord) -> float | None:
     """The share of its highest clock that every core of a row was allowed at best; None where nothing tells."""
-    looks = [cap for _, one in _watched(record) for _, cap in one.during_samples("caps")]
-    return max(looks or [cap for cap in record.clock_caps if cap is not None], default=None)
+    caps = [cap for _, one in _watched(record) for _, cap in one.during_samples("caps")]
+    return max(caps, default=None)
 
 
 def capped_apart(*of_rows: float | None) -> str | None:
@@ -145,6 +102,49 @@ def capped_apart(*of_rows: float | None) -> str | None:
     if not caps or min(caps) >= (1 - CAP_LIMIT) * max(caps):
         return None
     return f"one ran with clocks capped at {min(caps):.0%} of the highest, another at {max(caps):.0%}"
+
+
+def _slowed(record: BenchRecord) -> Fairness | None:
+    """The first process and second at which a series is beyond its limit."""
+    caps = [cap for _, one in _watched(record) for _, cap in one.during_samples("caps")]
+    free = (1 - CAP_LIMIT) * max(caps, default=0.0)  # a cap that stays favours no file
+    limits: tuple[tuple[str, Callable[[Any], bool], Callable[..., Any], str], ...] = (
+        ("caps", lambda cap: cap < free, min, "clocks were capped at {:.0%} of the highest"),
+        ("thermal_status", lambda status: status > 0, max, "the system's thermal status was {}"),
+        (
+            *("held_share", lambda share: share > QUOTA_LIMIT, max),
+            "a quota of its control group held it for up to {:.0%} of the time",
+        ),
+    )
+    for series, beyond, worst, reason in limits:
+        if found := [one for one in _values(record, series) if beyond(one[2])]:
+            return Fairness(THROTTLED, reason.format(worst(value for *_, value in found)), *found[0][:2])
+    return _held(record) or _fell_behind(record)
+
+
+def _changed(record: BenchRecord) -> Fairness | None:
+    """A state that was not the same in all of the run: with whatever changes it, the speed does. Or power was saved."""
+    for process, at, saved in _values(record, "low_power"):
+        if saved:
+            return Fairness(DISTURBED, "the system saved power", process, at)
+    for series, reason in _STATES.items():
+        states = list(_values(record, series))
+        for process, at, value in states:
+            if value != states[0][2]:
+                return Fairness(DISTURBED, reason, process, at)
+    return None
+
+
+def _values(record: BenchRecord, series: str) -> Iterator[tuple[int, float, Any]]:
+    """(process, second, value) of a series during samples."""
+    for process, one in _watched(record):
+        yield from ((process, at, value) for at, value in one.during_samples(series))
+
+
+_STATES = {
+    "charging": "power from outside came or went",
+    "screen_on": "the screen went on or off",
+}
 
 
 def _held(record: BenchRecord) -> Fairness | None:
@@ -182,25 +182,6 @@ def _fell_behind(record: BenchRecord) -> Fairness | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Change:
-    """A state that was not the same in all of the run: with whatever changes it, the speed does."""
-
-    series: str
-    reason: str
-
-    def __call__(self, record: BenchRecord) -> Fairness | None:
-        states = [
-            (process, at, value)
-            for process, one in _watched(record)
-            for at, value in one.during_samples(self.series)
-        ]
-        for process, at, value in states:
-            if value != states[0][2]:
-                return Fairness(DISTURBED, self.reason, process, at)
-        return None
-
-
 def _clock(record: BenchRecord) -> Fairness | None:
     """A sample that took another time by the clock that goes on while the machine sleeps."""
     for place, (ns, span) in enumerate(zip(record.samples_ns, _spans(record), strict=True)):
@@ -213,26 +194,7 @@ def _clock(record: BenchRecord) -> Fairness | None:
     return None
 
 
-_JUDGES: tuple[Callable[[BenchRecord], Fairness | None], ...] = (
-    _capped,
-    _capped_around,
-    _Threshold(
-        "thermal_status", lambda status: status > 0, max, lambda s: f"the system's thermal status was {s}"
-    ),
-    _Threshold(
-        "held_share",
-        lambda share: share > QUOTA_LIMIT,
-        max,
-        lambda share: f"a quota of its control group held it for up to {share:.0%} of the time",
-    ),
-    _held,
-    _fell_behind,
-    _Threshold("low_power", lambda on: on, max, lambda _: "the system saved power", DISTURBED),
-    _Change("low_power", "the system began or ceased to save power"),
-    _Change("charging", "power from outside came or went"),
-    _Change("screen_on", "the screen went on or off"),
-    _clock,
-)
+_JUDGES = (_slowed, _changed, _clock)
 """What can be unfair, the likeliest cause of a lower speed first."""
 
 
@@ -276,3 +238,54 @@ def _stolen(record: BenchRecord, process: int) -> float:
     """Cores that the host of a virtual machine took away while a process ran."""
     known = record.contention[process] if process < len(record.contention) else None
     return known.stolen_cores if known else 0.0
+
+
+def crowding(record: BenchRecord) -> str | None:
+    """Why the clock on the wall tells more of other programs than of the file; None where nothing says so."""
+    shares = [share for share in (_waiting(record), _taken(record)) if share is not None]
+    # Threads wait a little for each other on an idle machine, too: where both are known, both have to say it.
+    share = max(min(shares, default=0.0), _held_up(record))
+    return f"other programs took {share:.0%} of the time of its threads" if share > CROWDED_SHARE else None
+
+
+def stealing(record: BenchRecord) -> str | None:
+    """Why its processor time tells no more than the clock: a host took the cores away; None where it did not."""
+    known = [one.stolen_cores for one in record.contention if one is not None]
+    share = statistics.fmean(known) / record.n_threads if known else 0.0
+    taken = f"the host of this machine took {share:.0%} of the time of its threads"
+    return taken if share > CROWDED_SHARE else None
+
+
+def has_processor_time(record: BenchRecord) -> bool:
+    """Whether its processor time tells of the file, too. Several threads spend it in waiting for each other, and where
+    another chip computes it tells of next to nothing."""
+    timed = len(record.cpu_samples_ns) == len(record.samples_ns) > 0
+    return timed and record.n_threads == 1 and record.on_processor
+
+
+def _waiting(record: BenchRecord) -> float | None:
+    """Share of their time that its threads waited for a core; more threads than cores wait for each other."""
+    if len(record.waited_samples_ns) != len(record.samples_ns) or not record.samples_ns or _too_many(record):
+        return None
+    return sum(record.waited_samples_ns) / (sum(record.samples_ns) * record.n_threads)
+
+
+def _taken(record: BenchRecord) -> float | None:
+    """Share of the cores that its threads need and others used."""
+    known = [one.others_cores + one.stolen_cores for one in record.contention if one is not None]
+    cores = record.environment.cpus_usable
+    if not known or not cores or _too_many(record):
+        return None
+    return max(0.0, statistics.fmean(known) + record.n_threads - cores) / record.n_threads
+
+
+def _held_up(record: BenchRecord) -> float:
+    """Share of its time that a single thread did not compute. Of several nobody can tell: they wait for each other; nor
+    of one that waits for another chip."""
+    if not has_processor_time(record) or None in record.held_samples_ns:  # it waited for the disk
+        return 0.0
+    return 1 - sum(record.cpu_samples_ns) / sum(record.samples_ns)
+
+
+def _too_many(record: BenchRecord) -> bool:
+    return record.n_threads > (record.environment.cpus_usable or record.n_threads)

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 RECORD_TYPE = "bench"
 _HEAD = f'{{"record_type":"{RECORD_TYPE}"'.encode()
 SCHEMA_VERSION = 1
+_GONE = {"clock_caps", "hottest_c", "core_max_khz", "core_cap_khz", "temperatures_c", "energy_accounts"}
+"""What records of earlier versions have, beside what `conditions` say."""
 BOUNDS = Bounds(depth=7, text=8192, items=10_000, magnitude=2**63 - 1)
 """The most that a record holds."""
 
@@ -78,7 +80,9 @@ def record_from_json(payload: Any, *, where: str) -> BenchRecord:
         )
     check_bounded(payload, where, BOUNDS)
     extra = {"record_type", "schema_version", "tool_version", *_DERIVED}
-    fields = {key: value for key, value in payload.items() if key not in extra}
+    fields = {key: value for key, value in payload.items() if key not in extra | _GONE}
+    if isinstance(machine := fields.get("environment"), dict):
+        fields["environment"] = {key: value for key, value in machine.items() if key not in _GONE}
     return fields_from_json(BenchRecord, fields, where=where)
 
 

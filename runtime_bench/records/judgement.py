@@ -13,8 +13,7 @@ from typing import TypedDict
 
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import EMULATED, BenchRecord
-from runtime_bench.records.crowding import has_processor_time
-from runtime_bench.records.fairness import capped_apart, capped_at, noise
+from runtime_bench.records.fairness import capped_apart, capped_at, has_processor_time, noise
 from runtime_bench.records.summary import (
     CONFIDENCE,
     RESAMPLES,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import EMULATED, THRASHES, BenchRecord
-from runtime_bench.records.crowding import crowding, stealing
 from runtime_bench.records.energy import energy
-from runtime_bench.records.fairness import CAP_LIMIT, capped_at, unfair
+from runtime_bench.records.fairness import CAP_LIMIT, capped_at, crowding, stealing, unfair
 
 
 def note_of(record: BenchRecord) -> str | None:

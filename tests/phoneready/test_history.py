@@ -34,7 +34,14 @@ from phoneready.settings.release import parse_config
 from runtime_bench.environment import describe_environment
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.jsonl import append_jsonl
-from runtime_bench.records.reported import Contention, EngineSettings, Joules, Metered, ProcessEnergy
+from runtime_bench.records.reported import (
+    Conditions,
+    Contention,
+    EngineSettings,
+    Joules,
+    Metered,
+    ProcessEnergy,
+)
 
 ENVIRONMENT = replace(describe_environment(), cpus_usable=2)
 
@@ -145,7 +152,7 @@ def test_an_emulators_clock_makes_no_figure() -> None:
 
 def test_speeds_at_pinned_clocks_are_figures_of_their_own() -> None:
     free = bench_record("pruned.gguf", [10**9] * 5)
-    pinned = replace(free, clock_caps=(0.6,) * 5)
+    pinned = replace(free, conditions=tuple(Conditions((0.0,), caps=(cap,)) for cap in (0.6,) * 5))
     before, now = (
         {
             one.key.metric: one

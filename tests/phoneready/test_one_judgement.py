@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from phoneready.commands.bench import _against_the_first
 from phoneready.figures.budgets import BudgetConfig
 from phoneready.figures.figure_set import DENSE, PRUNED, Figure
 from phoneready.figures.gate import judge
@@ -22,9 +21,10 @@ from phoneready.settings.release import parse_config
 from runtime_bench.measuring.rows import with_more
 from runtime_bench.presentation.comparison_table import format_comparison
 from runtime_bench.records.bench_record import BenchRecord, MeasuredOn
-from runtime_bench.records.compare import Comparison, Incomparable, compare_records
+from runtime_bench.records.compare import Comparison, Incomparable, against_the_first, compare_records
 from runtime_bench.records.groups import bench_groups
 from runtime_bench.records.jsonl import append_jsonl
+from runtime_bench.records.reported import Conditions
 from runtime_bench.workload import Workload
 
 CONFIG = parse_config('[model]\nreference = "m"\n[bench]\nn_threads = [1]\n', where="the test's")
@@ -122,7 +122,7 @@ def test_a_gpu_that_fell_back_ends_no_report(make_report_input: Callable[..., Re
     page = render_page(replace(report, figures=figures))
     assert "not comparable" in page
     assert ratio_plot(figures, bench_groups(figures.bench)[0], 0) is None
-    assert "not comparable" in format_comparison(_against_the_first(list(fell_back)))
+    assert "not comparable" in format_comparison(against_the_first(list(fell_back)))
 
 
 def test_a_command_shows_what_is_comparable_and_names_the_rest(
@@ -206,7 +206,10 @@ def test_report_and_budget_alike_hold_rows_at_other_clocks_apart(
     pair: Any, cap: float, is_apart: bool
 ) -> None:
     dense, pruned = pair(TG, WALL * 2, cpu_samples_ns=())
-    sides = [replace(dense, clock_caps=(1.0,)), replace(pruned, clock_caps=(cap,))]
+    sides = [
+        replace(dense, conditions=(Conditions((0.0,), caps=(1.0,)),)),
+        replace(pruned, conditions=(Conditions((0.0,), caps=(cap,)),)),
+    ]
     found, figures = compare_records(*sides), figures_of(*sides)
     assert isinstance(found, Comparison)
     assert ("clocks capped" in str(found.reason)) == is_apart

@@ -30,7 +30,7 @@ from phoneready.report.report import (
 from phoneready.report.tables import Mark, comparison_table, losses_table, width_table
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.groups import bench_groups
-from runtime_bench.records.reported import Contention
+from runtime_bench.records.reported import Conditions, Contention
 
 MakeReportInput = Callable[..., ReportInput]
 SECTIONS = ("verdicts", "figures", "pruning", "devices", "answers", "proof", "method")
@@ -278,10 +278,15 @@ def test_nothing_of_a_hostile_text_is_markdown(name: str, make_report_input: Mak
 
 
 def test_remarks_on_samples_are_told_as_they_are(make_record: Any) -> None:
-    hot, pinned = make_record(clock_caps=(1.0, *(0.5,) * 4)), make_record(clock_caps=(0.5,) * 5)
+    hot, pinned = (
+        make_record(conditions=tuple(Conditions((0.0,), caps=(cap,)) for cap in (1.0, *(0.5,) * 4))),
+        make_record(conditions=tuple(Conditions((0.0,), caps=(cap,)) for cap in (0.5,) * 5)),
+    )
     thrashing = make_record(memory_verdict="thrashes", memory_limit_bytes=400 * 2**20, reread_bytes=2**30)
     notes = bench_notes([hot, thrashing, pinned])
-    assert notes[0].startswith("throttled: 4 of 5 processes ran with clocks capped")
+    assert notes[0].startswith(
+        "throttled from second 0.0 of process 2: clocks were capped at 50% of the highest"
+    )
     assert notes[1].startswith("thrashes: under the limit of 400 MiB")
     assert notes[2].startswith("clocks were capped at 50% of the highest all the time")
 

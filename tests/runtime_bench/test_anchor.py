@@ -17,6 +17,7 @@ from runtime_bench.presentation.comparison_table import format_comparison
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import Incomparable, compare
 from runtime_bench.records.jsonl import append_jsonl
+from runtime_bench.records.reported import Conditions
 from runtime_bench.records.summary import quotient_interval, ratio_interval
 from runtime_bench.workload import BenchSettings
 
@@ -89,7 +90,7 @@ def test_sessions_without_one_anchor_are_not_compared(session: Sessions, other: 
 def test_an_anchor_that_was_throttled_says_nothing(session: Sessions) -> None:
     old, beside_old = session("old", 1000, 500)
     new, beside_new = session("new", 900, 500)
-    hot = replace(beside_new, clock_caps=(1.0, *(0.5,) * 5))
+    hot = replace(beside_new, conditions=tuple(Conditions((0.0,), caps=(cap,)) for cap in (1.0, *(0.5,) * 5)))
     (found,) = compare([old], [new], anchors=[beside_old, hot])
     assert (found.verdict, found.ratio) == ("too noisy to tell", None)
     assert str(found.reason).startswith("new's anchor: throttled")

@@ -18,7 +18,7 @@ from runtime_bench.records.compare import (
     compare,
     compare_records,
 )
-from runtime_bench.records.crowding import crowding
+from runtime_bench.records.fairness import crowding
 from runtime_bench.records.reported import Contention
 from runtime_bench.workload import Workload
 

@@ -282,4 +282,6 @@ def test_only_the_same_meter_of_the_same_machine_is_compared(make_record: Any) -
     )
     assert why(energy=()) == "new: energy was not asked for"
     assert why(energy=(ProcessEnergy(hidden="only root may"),) * 2) == "new: only root may"
-    assert why(clock_caps=(1.0, 0.5)).startswith("new: throttled")
+    assert why(conditions=tuple(Conditions((0.0,), caps=(cap,)) for cap in (1.0, 0.5))).startswith(
+        "new: throttled"
+    )

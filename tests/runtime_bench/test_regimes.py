@@ -17,7 +17,7 @@ from runtime_bench.measuring.rows import shares
 from runtime_bench.presentation.record_table import format_table
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import Incomparable, compare, compare_records
-from runtime_bench.records.crowding import crowding
+from runtime_bench.records.fairness import crowding
 from runtime_bench.targets import LOCAL, Local
 from runtime_bench.targets.table import Unreachable
 from runtime_bench.targets.transport import StoppedError

@@ -11,10 +11,8 @@ import psutil
 import pytest
 
 from cfsp.errors import InputError
-from runtime_bench.targets import far_machine, remote, remote_cache
-from runtime_bench.targets.bundle import plain_bundle
-from runtime_bench.targets.remote import Remote
-from runtime_bench.targets.remote_cache import RemoteCache
+from runtime_bench.targets import remote
+from runtime_bench.targets.remote import Remote, RemoteCache, plain_bundle
 from runtime_bench.targets.table import check_target
 from runtime_bench.targets.transport import FarError, FarShell
 from runtime_bench.worker import SessionSettings, WorkerRequest
@@ -62,10 +60,10 @@ def test_a_large_file_may_be_hashed_there_for_longer_than_it_may_stall(
     slow.chmod(0o755)
     model = tmp_path / "model.gguf"
     model.write_bytes(bytes(2**20))
-    monkeypatch.setattr(remote_cache, "_STALL_S", 0.5)
+    monkeypatch.setattr(remote, "_STALL_S", 0.5)
     shell = FarShell(Program(f"PATH={slow.parent}:$PATH; export PATH"))
     for rate, arrives in ((2**20 / 60, True), (2**30, False)):
-        monkeypatch.setattr(remote_cache, "_HASHED_PER_S", rate)
+        monkeypatch.setattr(remote, "_HASHED_PER_S", rate)
         cache = RemoteCache(shell, str(tmp_path / f"far {arrives}"))
         if arrives:
             assert Path(cache.have(model, plain_bundle)).read_bytes() == model.read_bytes()
@@ -75,7 +73,7 @@ def test_a_large_file_may_be_hashed_there_for_longer_than_it_may_stall(
 
 
 def test_a_machine_that_never_answers_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (far_machine, remote):
+    for module in (remote,):
         monkeypatch.setattr(module, "ANSWER_S", 0.5)
     asked = tmp_path / "asked"
     silent = Remote(Program(f"echo >>{asked}; sleep 60"))
