@@ -34,8 +34,7 @@ def test_what_files_say() -> None:
         {
             "/proc/meminfo": "MemFree: 1 kB\nMemTotal:        8052964 kB\n",
             "/proc/loadavg": "0.52 0.58 0.59 1/467 12345\n",
-            f"{CPU}/cpu10/cpufreq/scaling_governor": "performance
-",
+            f"{CPU}/cpu10/cpufreq/scaling_governor": "performance\n",
             f"{CPU}/cpu0/cpufreq/scaling_governor": "schedutil\n",
         },
         cpus_usable=8,
