@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*.md"))]
 
 
 def tool(name: str) -> ModuleType:
@@ -36,9 +36,21 @@ def test_the_command_line_page_is_what_the_help_pages_say() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    found = [(page, t) for page in PAGES for t in re.findall(r"\]\(([^)#\s]+)", page.read_text("utf-8"))]
-    broken = [f"{page.name}: {t}" for page, t in found if "://" not in t and not (page.parent / t).exists()]
-    assert not broken
+    found = [(page, t) for page in PAGES for t in re.findall(r"\]\(([^)\s]+)", page.read_text("utf-8"))]
+    assert not [
+        f"{page.name}: {t}" for page, t in found if "://" not in t and not _leads(page, *t.split("#", 1))
+    ]
+
+
+def _leads(page: Path, file: str, anchor: str = "") -> bool:
+    other = page.parent / file if file else page
+    return other.exists() and (not anchor or anchor in _anchors(other))
+
+
+def _anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def _words(text: str) -> set[str]:
