@@ -72,11 +72,8 @@ def apply_plan(
     untouched, so a plan that removes nothing changes nothing.
 
     Args:
-        model: The dense model the plan was made for.
-        plan: What to keep.
         statistics: Of the dense model; what its blocks gave is not computed again if these kept it.
         input_ids: Calibration windows (nsamples, seqlen), which the repair needs.
-        progress: Told after each block.
 
     Raises:
         InputError: The plan belongs to another model, the repair has no windows, or a block cannot be solved.
@@ -116,15 +113,9 @@ def _prune_block_by_block(
 ) -> None:
     """Cut and solve every block, first to last, in place; one that keeps all is left as it is.
 
-    Blocks that go are not taken out yet, and are what they were. Memory beyond the model: up to five times the hidden
-    states of the windows, and one block's Gram matrix.
-
-    Args:
-        model: The dense model.
-        plan: What to keep.
-        windows: Calibration windows of this process.
-        kept: What the dense blocks give for them; None if they have to be run.
-        progress: Told after each block.
+    Blocks that go are not taken out yet, and are what they were. `kept` is what the dense blocks give for the windows
+    of this process; None if they have to be run. Memory beyond the model: up to five times the hidden states of the
+    windows, and one block's Gram matrix.
     """
     layers, groups = decoder_layers(model), plan.narrowed
     changed = [
@@ -183,19 +174,12 @@ def _prune_block(
     calls: Calls,
     after: Callable[[torch.Tensor, int], torch.Tensor],
 ) -> list[torch.Tensor]:
-    """Cut a block's channels and solve its down_proj.
+    """Cut a block's channels, solve its down_proj, and return the pruned stream after it.
 
     Args:
-        model: The dense model, pruned up to this block.
-        plan: What to keep.
-        index: Of the block.
-        pruned: Each window's pruned stream before the block, (..., 1, seqlen, hidden_size).
+        pruned: Each window's pruned stream before the block, (..., 1, seqlen, hidden_size); `calls` are of it.
         wanted: The dense stream after it and the blocks after it that go, h*.
-        calls: Of the pruned stream.
         after: From the block's output and the number of its window to that of the blocks after it that go.
-
-    Returns:
-        The pruned stream after it.
     """
     layer, silent = decoder_layers(model)[index], index in plan.silent
     ffn, kept = feed_forward(model, layer), torch.tensor(plan.blocks[index].kept)
@@ -268,13 +252,7 @@ class _Norm:
 
 
 class _Columns:
-    """The least-squares problem of a Linear of whose inputs some stay.
-
-    Args:
-        linear: As it still is.
-        kept: (n_kept,) int64 input channels, ascending.
-        norm: What its output goes through.
-    """
+    """The least-squares problem of a Linear, as it still is, of whose inputs `kept`, (n_kept,) ascending, stay."""
 
     def __init__(self, linear: nn.Linear, kept: torch.Tensor, norm: _Norm) -> None:
         self.linear, self.kept, self.norm = linear, kept, norm
@@ -285,13 +263,7 @@ class _Columns:
         self.n_tokens = 0
 
     def observe(self, x: torch.Tensor, given: torch.Tensor, *lacks: torch.Tensor) -> None:
-        """Add to the sums.
-
-        Args:
-            x: The Linear's input, (1, seqlen, in_features).
-            given: Its output, (1, seqlen, out_features).
-            lacks: What should come out of the norm beside what does, as `given`.
-        """
+        """Add the Linear's input and output, (1, seqlen, features), and what should come out of the norm besides."""
         kept_x = x[..., self.kept]
         # The bias, where there is one, is in both terms and cancels.
         missing = given - nn.functional.linear(kept_x, self.columns, self.linear.bias)

@@ -202,16 +202,7 @@ def make_plan(
     attention: Removal | None = None,
     kv_groups: GroupRemoval | None = None,
 ) -> PruningPlan:
-    """Decide which channels every block keeps; the model is not changed.
-
-    Args:
-        loaded: The dense model.
-        statistics: Of one pass of it over the calibration text.
-        calibration: Where that text came from, for the record.
-        settings: How to prune; the plan records the dtype that products had.
-        depth: Which whole blocks go; channels are removed from the others.
-        attention: Which of the others lose their attention.
-        kv_groups: Which key-value groups the rest keep.
+    """Decide which channels every block keeps, beside blocks, attentions and groups that go; the model is not changed.
 
     Raises:
         InputError: An unknown name or a value out of range in the settings.

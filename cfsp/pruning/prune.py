@@ -139,11 +139,7 @@ def plan_model(
     only_plan: bool = False,
     progress: Progress = no_progress,
 ) -> Planned:
-    """Decide what goes; tokens of the vocabulary are gone afterwards. Arguments as in `prune_model`, `statistics_for`.
-
-    Raises:
-        InputError: Settings that do not fit the model.
-    """
+    """Decide what goes; tokens of the vocabulary are gone afterwards. As `prune_model`, `statistics_for`."""
     check_settings(settings)
     settings = with_counts(loaded.model, settings)
     check_removals(loaded.model, settings)

@@ -23,12 +23,9 @@ from cfsp.pruning.axes.vocabulary import cut_rows
 
 
 def cut_channels(ffn: FeedForward, kept: torch.Tensor, down_weight: torch.Tensor | None = None) -> None:
-    """Keep only some channels of a gated MLP; the Linear layers stay the same objects.
+    """Keep only some channels of a gated MLP, (n_kept,) ascending; the Linear layers stay the same objects.
 
-    Args:
-        ffn: The block's MLP.
-        kept: (n_kept,) int64 channel indices, ascending.
-        down_weight: (hidden_size, n_kept) to use instead of the kept columns.
+    `down_weight`, (hidden_size, n_kept), takes the place of the kept columns.
     """
     for linear in (ffn.gate, ffn.up):
         _keep_outputs(linear, kept)
@@ -38,12 +35,9 @@ def cut_channels(ffn: FeedForward, kept: torch.Tensor, down_weight: torch.Tensor
 
 
 def cut_groups(attention: Any, groups: Sequence[int], o_weight: torch.Tensor | None = None) -> None:
-    """Keep only some key-value heads of an attention, with the query heads that read them.
+    """Keep only some key-value heads of an attention, ascending, with the query heads that read them.
 
-    Args:
-        attention: Of a block.
-        groups: Indices of key-value heads, ascending.
-        o_weight: (hidden_size, n_kept) to use instead of the kept columns of o_proj.
+    `o_weight`, (hidden_size, n_kept), takes the place of the kept columns of o_proj.
     """
     inputs = group_channels(attention, attention.o_proj.in_features, groups)
     rows = group_channels(attention, attention.k_proj.out_features, groups)

@@ -21,9 +21,7 @@ ChunkLoss = Callable[[torch.Tensor, slice], LossAndGradient]
 def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> LossAndGradient:
     """Cross entropy  -sum_t log softmax(z_t)[y_t], in nats; its gradient is  softmax(z_t) - onehot(y_t).
 
-    Args:
-        logits: z (n, vocab_size) float32.
-        targets: y (n,) int64.
+    z are (n, vocab_size) float32, y (n,) int64.
     """
     probabilities = F.softmax(logits, dim=-1)
     chosen = targets[:, None]
@@ -38,10 +36,7 @@ def distillation_loss(
 
     T^2 keeps the gradient's size,  T * (softmax(z_t / T) - softmax(teacher_t / T)),  independent of T.
 
-    Args:
-        logits: z (n, vocab_size) float32.
-        teacher_logits: (n, vocab_size) float32.
-        temperature: T.
+    Logits are (n, vocab_size) float32.
     """
     # Dividing by one would cost as much as a softmax.
     student, teacher = (z if temperature == 1 else z / temperature for z in (logits, teacher_logits))

@@ -33,13 +33,7 @@ teacher_ids and teacher_places."""
 
 
 class Teacher(nn.Module):
-    """The dense model; it is never trained or saved.
-
-    Args:
-        model: A causal LM.
-        respelling: How the student spells its tokens, where it has fewer.
-        temperature: What its logits will be divided by.
-    """
+    """The dense model, which is never trained or saved; its logits will be divided by the temperature."""
 
     def __init__(self, model: Any, respelling: Respelling | None = None, temperature: float = 1.0) -> None:
         super().__init__()

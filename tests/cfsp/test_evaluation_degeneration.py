@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cfsp.text.degeneration import CHECKS, degenerate, system_text
+from cfsp.text.degeneration import degenerate, system_text
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 PROSE = (
@@ -63,24 +63,17 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("name", GOOD)
-def test_good_texts_pass(name: str) -> None:
-    assert degenerate(GOOD[name], "Tell me something.", SYSTEM) is None
+TEXTS: list[tuple[str | None, str]] = [
+    *((None, text) for text in GOOD.values()),
+    *(("loop", text) for text in LOOPS.values()),
+    *(("non_language", text) for text in BROKEN.values()),
+    *(("empty", text) for text in ("", " \n\t", "...", '"', "---\n---")),
+]
 
 
-@pytest.mark.parametrize("name", LOOPS)
-def test_loops(name: str) -> None:
-    assert degenerate(LOOPS[name]) == "loop"
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_no_language(name: str) -> None:
-    assert degenerate(BROKEN[name]) == "non_language"
-
-
-@pytest.mark.parametrize("text", ["", " \n\t", "...", '"', "---\n---"])
-def test_nothing_said(text: str) -> None:
-    assert degenerate(text) == "empty"
+@pytest.mark.parametrize(("reason", "text"), TEXTS)
+def test_why_a_text_is_degenerate(reason: str | None, text: str) -> None:
+    assert degenerate(text, "Tell me something.", SYSTEM) == reason
 
 
 def test_the_system_prompt_is_not_an_answer() -> None:
@@ -97,10 +90,6 @@ def test_the_prompt_is_not_an_answer_but_may_be_quoted() -> None:
     assert degenerate(answer, prompt) is None
     assert degenerate("What is 2+2?", "What is 2+2?") == "echo"
     assert degenerate("What is 2+2? It is 4.", "What is 2+2?") is None
-
-
-def test_every_reason_is_named_by_its_check() -> None:
-    assert set(CHECKS) == {"empty", "loop", "echo", "non_language"}
 
 
 def test_system_prompt_of_a_template(tiny_tokenizer: Any) -> None:

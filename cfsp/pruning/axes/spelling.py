@@ -101,11 +101,7 @@ def teach_spellings(
 ) -> None:
     """Change rows of the dense model's output matrix (and of the embedding where it is the same) in place.
 
-    Args:
-        loaded: The dense model, with all of its rows.
-        plan: Which tokens are kept; one without counts changes nothing.
-        windows: Calibration windows (n_windows, seqlen) in the dense model's ids.
-        progress: Told about each step.
+    A plan without counts changes nothing. Windows (n_windows, seqlen) are in the dense model's ids.
 
     Raises:
         InputError: The plan's counts are not one a row.

@@ -299,11 +299,6 @@ def expected_counts(trees: TokenTrees, counts: Counts, scripts: Mapping[int, str
     Tokens that a text does not have are in all about as frequent in other text of its kind as those that it has once
     (Good 1953, who names Turing): that many of each script's, so that English says nothing of Bengali. They go to its
     tokens by their ranks. A short text says little even of that: there a part of a token is expected of each, by rank.
-
-    Args:
-        trees: What tokens are built of.
-        counts: How often the text has every token.
-        scripts: Of every id.
     """
     prior = np.zeros(len(counts))
     of_script: dict[str, list[int]] = {}
@@ -324,13 +319,7 @@ def expected_counts(trees: TokenTrees, counts: Counts, scripts: Mapping[int, str
 def kinds_by_script(
     tokenizer: Any, counts: npt.NDArray[np.float64], kept: Sequence[int]
 ) -> tuple[TokenKind, ...]:
-    """By the script of a token's first letter, the largest first; tokens without letters are kinds of their own.
-
-    Args:
-        tokenizer: The dense model's.
-        counts: How often the text has every token, (tokens,).
-        kept: Ids that stay.
-    """
+    """By the script of a token's first letter, the largest first; tokens without letters are kinds of their own."""
     special = set(tokenizer.all_special_ids)
     scripts = {
         index: _SPECIAL if index in special else script for index, script in scripts_of(tokenizer).items()
