@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
@@ -13,7 +13,6 @@ from typer.models import OptionInfo
 
 from cfsp.errors import InputError
 from cfsp.settings import (
-    DEVICE,
     DTYPE,
     SEED,
     THREADS,
@@ -34,7 +33,6 @@ TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run model code that a folder or hub model brings along.")
 ]
 SeedOption = Annotated[int, SEED]
-DeviceOption = Annotated[str, DEVICE]
 DtypeOption = Annotated[str, DTYPE]
 ThreadsOption = Annotated[int | None, THREADS]
 DEBUG = inspect.Parameter(
@@ -50,30 +48,13 @@ SET: tuple[str, ...] = setting(
 
 
 @dataclass(frozen=True)
-class Renamed:
-    """For `Annotated[SomeSettings, Renamed(...)]`: the same settings for another purpose, where names are taken.
-
-    Attributes:
-        purpose: What the help says before the setting's own, such as `Sweep: `.
-        options: Field -> option, where it has another one here; None where it has none.
-    """
-
-    purpose: str
-    options: Mapping[str, str | None]
-
-
-TRAINING = Renamed("Recovery: ", {"seqlen": "--training-seqlen", "dtype": "--training-dtype"})
-"""Settings of training in commands that read calibration text, and keep weights in a type, as well."""
-
-
-@dataclass(frozen=True)
 class _Group:
     """What stands for one parameter of a command.
 
     Attributes:
         parameter: Its name.
         kind: The settings class that the command is given; None for a single value.
-        rows: Name of a field to its declaration, which for renamed settings has the parameter's name before its own.
+        rows: Name of a field to its declaration.
     """
 
     parameter: str
@@ -148,25 +129,10 @@ def _group(parameter: inspect.Parameter, hint: Any) -> _Group | None:
         return _Group(name, None, {name: Declared(name, hint, default.default, carried)})
     if (carried := setting_in(hint)) is not None:
         return _Group(name, None, {name: Declared(name, get_args(hint)[0], default, carried)})
-    kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-    if not (isinstance(kind, type) and issubclass(kind, Settings)):
+    if not (isinstance(hint, type) and issubclass(hint, Settings)):
         return None
-    rows = {row.name: row for row in declared(kind)}
-    for renamed in (one for one in get_args(hint)[1:] if isinstance(one, Renamed)):
-        rows = {field: _renamed(row, renamed, f"{name}_{field}") for field, row in rows.items()}
-    return _Group(name, kind, {field: row for field, row in rows.items() if row.setting.option is not None})
-
-
-def _uncapitalized(sentence: str) -> str:
-    """A sentence as the rest of another one; a name with capitals inside, such as LoRA, stays as it is."""
-    rest = sentence.split()[0][1:]
-    return sentence if rest != rest.lower() else sentence[0].lower() + sentence[1:]
-
-
-def _renamed(row: Declared, renamed: Renamed, name: str) -> Declared:
-    option = renamed.options.get(row.name, row.setting.option or row.options[-1])
-    text = renamed.purpose + _uncapitalized(row.setting.help)
-    return replace(row, name=name, setting=replace(row.setting, option=option, help=text))
+    rows = {row.name: row for row in declared(hint) if row.setting.option is not None}
+    return _Group(name, hint, rows)
 
 
 def _option(row: Declared) -> inspect.Parameter:

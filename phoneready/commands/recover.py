@@ -17,9 +17,8 @@ from cfsp.recovery.settings import (
     training_as_read,
 )
 from cfsp.settings import no_effect, setting
-from phoneready.commands.options import DeviceOption, ForceOption, JsonOption, ThreadsOption, TrustOption
 from phoneready.commands.processes import note_once, one_voice
-from phoneready.console import prepare_torch, show_progress, warn, write_result
+from phoneready.console import MakeOptions, prepare_torch, show_progress, warn, write_result
 
 if TYPE_CHECKING:
     from cfsp.recovery.recovery_record import RecoveryRecord
@@ -39,15 +38,11 @@ def recover(
     ],
     references: RecoveryReferences,
     settings: RecoverySettings,
+    how: MakeOptions,
     teacher: str | None = setting(
         None, "Dense model.", metavar="MODEL", shown="what the checkpoint was pruned from"
     ),
     work: Path | None = setting(None, "Folder for training's own checkpoints.", shown="DIR.work"),
-    device: DeviceOption = "auto",
-    force: ForceOption = False,
-    trust_remote_code: TrustOption = False,
-    threads: ThreadsOption = None,
-    json: JsonOption = False,
 ) -> None:
     """Train a pruned checkpoint, and merge what was learnt: widths and speed stay the same.
 
@@ -59,9 +54,9 @@ def recover(
         warnings += (no_effect("--teacher", "without --loss distill or both, or the reference self"),)
     warn(warnings, note_once)
     inputs = [Path(name) for name in (checkpoint, teacher, *references.texts) if name]
-    refuse_existing(output, force=force, inputs=inputs)
+    refuse_existing(output, force=how.force, inputs=inputs)
     with one_voice():
-        prepare_torch(threads)
+        prepare_torch(how.threads)
         from cfsp.devices import find_device
         from cfsp.recovery.recover import RecoveryJob, check_outcome
         from cfsp.recovery.recover import recover as run_recovery
@@ -71,7 +66,7 @@ def recover(
 
         def before() -> None:
             needs = partial(recovering_needs, settings=settings)
-            check_room("recover", (checkpoint,), needs, output, device=find_device(device))
+            check_room("recover", (checkpoint,), needs, output, device=find_device(how.device))
 
         with show_progress() as progress:
             result = run_recovery(
@@ -83,9 +78,9 @@ def recover(
                     references.validation,
                     teacher=teacher,
                     work=work,
-                    device=device,
-                    force=force,
-                    trust_remote_code=trust_remote_code,
+                    device=how.device,
+                    force=how.force,
+                    trust_remote_code=how.trust_remote_code,
                 ),
                 writers=WRITERS,
                 rounding=ROUNDING,
@@ -94,7 +89,7 @@ def recover(
             )
         if result.is_main:
             text = format_recovery(result.record, output)
-            write_result(text, record_to_json(result.record), as_json=json)
+            write_result(text, record_to_json(result.record), as_json=how.json)
         check_outcome(result.record, output)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
 from cfsp.errors import MissingExtraError
 from cfsp.settings import pick, setting
@@ -12,7 +11,6 @@ from cfsp.text.settings import CalibrationSettings
 from phoneready.commands.options import (
     JsonOption,
     ModelArgument,
-    Renamed,
     SeedOption,
     ThreadsOption,
     TrustOption,
@@ -21,10 +19,17 @@ from phoneready.console import note, prepare_torch, show_progress, write_result
 from phoneready.search.point import SearchSettings
 
 
+@dataclass(frozen=True)
+class SearchCalibration(CalibrationSettings):
+    """Text to prune and round by, in windows of the search's own length."""
+
+    seqlen: int = setting(CalibrationSettings.seqlen, "Tokens in a calibration window.", option=None)
+
+
 def search(
     model: ModelArgument,
     settings: SearchSettings,
-    calibration: Annotated[CalibrationSettings, Renamed("Pruning and rounding: ", {"seqlen": None})],
+    calibration: SearchCalibration,
     output: Path = setting(
         Path("search"), "Folder to make; continued when it holds a search.", option="-o --output"
     ),
