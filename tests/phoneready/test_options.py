@@ -72,5 +72,5 @@ def test_an_option_that_two_settings_would_have_is_an_error_of_the_command() -> 
     def command(given: Given, again: Given) -> None:
         raise AssertionError
 
-    with pytest.raises(TypeError, match="command has .*--ratios"):
+    with pytest.raises(TypeError, match=r"command has .*--ratios"):
         with_settings(command)
