@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -58,12 +59,19 @@ def publish(
     steps = Steps(config, folder, None)
     checkpoint = read_checkpoint_info(steps.checkpoint(steps.final))
     manifest = make_manifest(config, figures, checkpoint, stages)
-    before = _published_before(folder)
-    names = []
+    before: set[str] = set()  # models and licences that an earlier release left
+    with contextlib.suppress(InputError):
+        earlier = read_record(ReleaseManifest, folder / MANIFEST_FILE)
+        before = {c.path for c in earlier.contents if any(fnmatch(c.path, p) for p in NOTICE_PATTERNS)}
+        before = {name for name in before | {file.file for file in earlier.files} if is_inside(name)}
+    names, final = [], steps.checkpoint(steps.final)
     for artifact in steps.artifacts():
         place(artifact.root, folder / artifact.name)
         names.append(artifact.name)
-    licenses = _copy_licenses(steps.checkpoint(steps.final), folder)
+    notices = [file for pattern in NOTICE_PATTERNS for file in sorted(final.glob(pattern))]
+    for file in notices:
+        place(file, folder / file.name)
+    licenses = [file.name for file in notices]
     # Hashes from when the models were made: what changes on the disk since then does not become right.
     models = describe_files(folder, names, {r.file: r.sha256 for r in (*figures.dense, *figures.pruned)})
     manifest = replace(manifest, contents=models)
@@ -74,7 +82,10 @@ def publish(
     made = describe_files(folder, [*licenses, *_MADE], {})
     sealed = seal_release(folder, replace(manifest, contents=(*models, *made)))
     for name in before - {*licenses, *(file.file for file in manifest.files)}:
-        _remove(folder / name)
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
     return sealed
 
 
@@ -85,13 +96,6 @@ def seal_release(folder: Path, manifest: ReleaseManifest) -> ReleaseManifest:
     write_record(folder / MANIFEST_FILE, manifest)
     write_sums(folder, [*contents, *describe_files(folder, [MANIFEST_FILE], {})])
     return manifest
-
-
-def _copy_licenses(checkpoint: Path, folder: Path) -> list[str]:
-    files = [file for pattern in NOTICE_PATTERNS for file in sorted(checkpoint.glob(pattern))]
-    for file in files:
-        place(file, folder / file.name)
-    return [file.name for file in files]
 
 
 def write_reports(
@@ -140,23 +144,6 @@ def rewrite_reports(folder: Path) -> ReleaseManifest:
         return seal_release(folder, replace(manifest, contents=(*kept, *made.values())))
 
 
-def _published_before(folder: Path) -> set[str]:
-    """Models and licences that an earlier release left."""
-    try:
-        manifest = read_record(ReleaseManifest, folder / MANIFEST_FILE)
-    except InputError:
-        return set()
-    licenses = {c.path for c in manifest.contents if any(fnmatch(c.path, p) for p in NOTICE_PATTERNS)}
-    return {name for name in licenses | {file.file for file in manifest.files} if is_inside(name)}
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def place(source: Path, destination: Path) -> None:
     """Make a file, or all files of a folder, appear at `destination`; what is there already stays untouched.
 
@@ -175,14 +162,14 @@ def place(source: Path, destination: Path) -> None:
         return
     files = {path.relative_to(source): path for path in source.rglob("*") if path.is_file()}
     there = {path.relative_to(destination) for path in destination.rglob("*") if path.is_file()}
-    if there == set(files) and all(_is_copy(file, destination / name) for name, file in files.items()):
+
+    def is_copied(name: Path) -> bool:
+        """By its size and time, as a copy has them, and not by a second name."""
+        one, other = files[name].stat(), (destination / name).stat()
+        same = (one.st_size, one.st_mtime_ns) == (other.st_size, other.st_mtime_ns)
+        return same and not os.path.samestat(one, other)
+
+    if there == set(files) and all(map(is_copied, files)):
         return
     with atomic_directory(destination, own=True) as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True)
-
-
-def _is_copy(source: Path, copy: Path) -> bool:
-    """Whether a file has another's size and time, as a copy has, and is not that file by a second name."""
-    of_source, of_copy = source.stat(), copy.stat()
-    same = (of_source.st_size, of_source.st_mtime_ns) == (of_copy.st_size, of_copy.st_mtime_ns)
-    return same and not os.path.samestat(of_source, of_copy)

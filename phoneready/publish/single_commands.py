@@ -12,79 +12,54 @@ from cfsp.settings import declared, pick
 from exporters.families import find_format, makes_gguf
 from exporters.settings import ExportSettings
 from phoneready.release.results import ReleaseFigures
-from phoneready.settings.schema import RecoverConfig, ReleaseConfig
+from phoneready.settings.schema import ReleaseConfig
 
 
 def single_commands(
     config: ReleaseConfig, figures: ReleaseFigures, threads: Mapping[str, int | None]
 ) -> tuple[str, ...]:
-    """The commands, in order; the last one writes the release's model files, byte for byte."""
-    made: list[tuple[str, list[object]]] = [("prune", _prune(config, figures))]
-    final = "checkpoint"
-    if config.recover is not None:
-        made.append(("recover", _recover(config, config.recover)))
-        final = "recovered"
-    made += [("evaluate", _judge(config, figures, final)), ("export-pruned", _export(config, figures, final))]
-    return tuple(
-        shlex.join(["phoneready", *map(str, words), *map(str, _threads(threads.get(stage)))])
-        for stage, words in made
-    )
+    """The commands, in order; the last one writes the release's model files, byte for byte.
 
+    Each has the threads that its stage had; without a number a command has as many as by itself.
+    """
+    asked, model, made = config.prune, config.model, config.export.names
+    seed: tuple[object, ...] = ("--seed", config.seed)
+    opened = ["--trust-remote-code"] if model.trust_remote_code else []
+    opened += [] if model.device == "auto" else ["--device", model.device]
+    kept = [] if model.dtype == AUTO else ["--dtype", model.dtype]
 
-def _prune(config: ReleaseConfig, figures: ReleaseFigures) -> list[object]:
-    asked = config.prune
     # Without a name one of GGUF is meant.
-    named = asked.for_quant or (() if makes_gguf(config.export.names) else config.export.names)
-    settings = dataclasses.replace(asked, align=figures.plan.settings.align, for_quant=named)
-    without = set() if asked.vocabulary else {"vocabulary_text"}
-    words = ["prune", config.model.reference, "-o", "checkpoint", *option_words(settings, without)]
-    if config.model.dtype != settings.dtype:
-        words += ["--weights-dtype", config.model.dtype]
-    return [*words, "--seed", config.seed, *_opened(config)]
-
-
-def _recover(config: ReleaseConfig, section: RecoverConfig) -> list[object]:
-    settings = dataclasses.replace(section, patience=section.patience or 0, report_to=())
-    words: list[object] = ["recover", "checkpoint", "-o", "recovered"]
-    if reads_teacher(section, section.texts):
-        words += ["--teacher", config.model.reference]
-    return [*words, *option_words(settings), "--seed", config.seed, *_opened(config)]
-
-
-def _judge(config: ReleaseConfig, figures: ReleaseFigures, checkpoint: str) -> list[object]:
-    settings = config.evaluate.settings(config.seed + 1, figures.evaluation.prompts)
-    words = ["eval", checkpoint, "--against", config.model.reference, *option_words(settings)]
-    words += [*_opened(config), *_kept(config)]
-    return words if settings.text or settings.chats else [*words, "--no-text"]
-
-
-def _export(config: ReleaseConfig, figures: ReleaseFigures, checkpoint: str) -> list[object]:
+    named = asked.for_quant or (() if makes_gguf(made) else made)
+    pruning = dataclasses.replace(asked, align=figures.plan.settings.align, for_quant=named)
+    words = option_words(pruning, set() if asked.vocabulary else {"vocabulary_text"})
+    weights = [] if model.dtype == pruning.dtype else ["--weights-dtype", model.dtype]
+    commands: dict[str, tuple[object, ...]] = {
+        "prune": ("prune", model.reference, "-o", "checkpoint", *words, *weights, *seed, *opened)
+    }
+    final = "checkpoint"
+    if (training := config.recover) is not None:
+        settings = dataclasses.replace(training, patience=training.patience or 0, report_to=())
+        teacher = ["--teacher", model.reference] if reads_teacher(training, training.texts) else []
+        words = (*teacher, *option_words(settings))
+        commands["recover"] = ("recover", final, "-o", "recovered", *words, *seed, *opened)
+        final = "recovered"
+    judging = config.evaluate.settings(config.seed + 1, figures.evaluation.prompts)
+    no_text = [] if judging.text or judging.chats else ["--no-text"]
+    words = (*option_words(judging), *opened, *kept, *no_text)
+    commands["evaluate"] = ("eval", final, "--against", model.reference, *words)
     record = figures.pruned[0]
     name = record.file.removesuffix(".gguf").removesuffix(f"-{record.quant}")
-    settings = pick(ExportSettings, config.export, name=name, seed=config.seed, rounding_windows=None)
-    if any("calibration" in find_format(name).reads for name in config.export.names):
-        prune = config.prune
-        settings = dataclasses.replace(
-            settings, calibration=prune.calibration, nsamples=prune.nsamples, seqlen=prune.seqlen,
-            rounding_windows=config.export.rounding_windows, dense=config.model.reference,
+    exporting = pick(ExportSettings, config.export, name=name, seed=config.seed, rounding_windows=None)
+    if any("calibration" in find_format(one).reads for one in made):
+        exporting = dataclasses.replace(
+            exporting, calibration=asked.calibration, nsamples=asked.nsamples, seqlen=asked.seqlen,
+            rounding_windows=config.export.rounding_windows, dense=model.reference,
         )  # fmt: skip
-    return ["export", checkpoint, "-o", "exports", *option_words(settings), *_opened(config), *_kept(config)]
-
-
-def _kept(config: ReleaseConfig) -> list[object]:
-    """What weights are kept in, where that is not the command's default."""
-    return [] if config.model.dtype == AUTO else ["--dtype", config.model.dtype]
-
-
-def _threads(count: int | None) -> list[object]:
-    return ["--threads", count] if count else []
-
-
-def _opened(config: ReleaseConfig) -> list[object]:
-    """How a model is opened: with code of its own, on a device that is not the command's default."""
-    device = config.model.device
-    trust = ["--trust-remote-code"] if config.model.trust_remote_code else []
-    return [*trust, *([] if device == "auto" else ["--device", device])]
+    commands["export-pruned"] = ("export", final, "-o", "exports", *option_words(exporting), *opened, *kept)
+    return tuple(
+        shlex.join(map(str, ("phoneready", *command, *(("--threads", count) if count else ()))))
+        for command, count in ((command, threads.get(stage)) for stage, command in commands.items())
+    )
 
 
 def option_words(settings: object, without: Collection[str] = ()) -> Iterable[object]:

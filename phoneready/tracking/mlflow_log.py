@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from cfsp.errors import require_extra
 from cfsp.reading import as_input_error
 from cfsp.records import read_record
 from phoneready.figures.budgets import VERDICTS_FILE, Verdicts
-from phoneready.figures.figure_set import FIGURES_FILE, PRUNED, Figure, FigureSet
+from phoneready.figures.figure_set import FIGURES_FILE, PRUNED, FigureSet
 from phoneready.history import HISTORY_FILE, read_entries
 from phoneready.publish.manifest import MANIFEST_FILE, ReleaseManifest
 from phoneready.settings.schema import TrackingConfig
@@ -46,10 +46,35 @@ def log_release(tracking: TrackingConfig, folder: Path, *, label: str | None = N
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import mlflow
+    import mlflow.entities
 
     manifest = read_record(ReleaseManifest, folder / MANIFEST_FILE)
     figures = read_record(FigureSet, folder / FIGURES_FILE)
-    tags = _tags(folder, manifest)
+    tags = {
+        _ID: read_entries(folder / HISTORY_FILE)[-1].id,
+        "phoneready.source": manifest.source.reference,
+        "phoneready.source_sha256": manifest.source.sha256 or "",
+        "phoneready.outcome": read_record(Verdicts, folder / VERDICTS_FILE).outcome,
+        "phoneready.version": manifest.versions.get("phoneready", ""),
+    }
+    parameters = [
+        mlflow.entities.Param(_name(n), v[:_LONGEST_PARAMETER]) for n, v in _flat("", manifest.config)
+    ]
+    parameters.append(mlflow.entities.Param("removed_ffn_share", f"{manifest.removed_ffn_share:.6f}"))
+    now = int(time.time() * 1000)
+    metrics = []
+    for figure in figures.figures:
+        if figure.value is not None:
+            role = "" if figure.role == PRUNED else f"{figure.role}/"
+            name = _name(f"{role}{figure.key.describe()}".replace(", ", "/"))
+            metrics.append(mlflow.entities.Metric(name, figure.value, now, 0))
+    # Records and reports at the top of the folder, and the exported files if they are wanted.
+    exported = {file.file for file in manifest.files}
+    kept = [
+        path
+        for path in sorted(folder.iterdir())
+        if (tracking.files if path.name in exported else path.is_file() and path.suffix in _KEPT)
+    ]
     with as_input_error(
         f"tracking.mlflow: the release in {folder} is complete, but could not be logged in {tracking.mlflow}"
     ):
@@ -61,8 +86,11 @@ def log_release(tracking: TrackingConfig, folder: Path, *, label: str | None = N
         run_id = str(client.create_run(experiment, run_name=label, tags=tags).info.run_id)
         status = "FAILED"
         try:
-            _log_figures(client, run_id, manifest, figures)
-            for path in _artifacts(folder, manifest, files=tracking.files):
+            for start in range(0, len(parameters), _MOST_PARAMETERS):
+                client.log_batch(run_id, params=parameters[start : start + _MOST_PARAMETERS])
+            for start in range(0, len(metrics), _MOST_METRICS):
+                client.log_batch(run_id, metrics=metrics[start : start + _MOST_METRICS])
+            for path in kept:
                 if path.is_dir():
                     client.log_artifacts(run_id, str(path), path.name)
                 else:
@@ -73,22 +101,8 @@ def log_release(tracking: TrackingConfig, folder: Path, *, label: str | None = N
     return run_id
 
 
-def _log_figures(client: Any, run_id: str, manifest: ReleaseManifest, figures: FigureSet) -> None:
-    from mlflow.entities import Metric, Param
-
-    now = int(time.time() * 1000)
-    parameters = [
-        Param(_name(name), value[:_LONGEST_PARAMETER]) for name, value in _flat("", manifest.config)
-    ]
-    parameters.append(Param("removed_ffn_share", f"{manifest.removed_ffn_share:.6f}"))
-    metrics = [Metric(name, value, now, 0) for name, value in _metrics(figures.figures)]
-    for start in range(0, len(parameters), _MOST_PARAMETERS):
-        client.log_batch(run_id, params=parameters[start : start + _MOST_PARAMETERS])
-    for start in range(0, len(metrics), _MOST_METRICS):
-        client.log_batch(run_id, metrics=metrics[start : start + _MOST_METRICS])
-
-
 def _experiment(client: Any, tracking: TrackingConfig) -> str:
+    """Its id; it is made if it is missing."""
     experiment = client.get_experiment_by_name(tracking.experiment)
     if experiment is not None:
         return str(experiment.experiment_id)
@@ -100,16 +114,6 @@ def _experiment(client: Any, tracking: TrackingConfig) -> str:
     return str(client.create_experiment(tracking.experiment, artifact_location=place))
 
 
-def _tags(folder: Path, manifest: ReleaseManifest) -> dict[str, str]:
-    return {
-        _ID: read_entries(folder / HISTORY_FILE)[-1].id,
-        "phoneready.source": manifest.source.reference,
-        "phoneready.source_sha256": manifest.source.sha256 or "",
-        "phoneready.outcome": read_record(Verdicts, folder / VERDICTS_FILE).outcome,
-        "phoneready.version": manifest.versions.get("phoneready", ""),
-    }
-
-
 def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
@@ -119,24 +123,6 @@ def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
         yield prefix, str(value)
 
 
-def _metrics(figures: Sequence[Figure]) -> Iterator[tuple[str, float]]:
-    for figure in figures:
-        if figure.value is not None:
-            role = "" if figure.role == PRUNED else f"{figure.role}/"
-            yield _name(f"{role}{figure.key.describe()}".replace(", ", "/")), figure.value
-
-
 def _name(text: str) -> str:
     """In the characters that every MLflow takes."""
     return re.sub(r"[^\w\-. /]", "_", text)
-
-
-def _artifacts(folder: Path, manifest: ReleaseManifest, *, files: bool) -> Iterator[Path]:
-    """Records and reports at the top of the folder, and the exported files where they are wanted."""
-    exported = {file.file for file in manifest.files}
-    for path in sorted(folder.iterdir()):
-        if path.name in exported:
-            if files:
-                yield path
-        elif path.is_file() and path.suffix in _KEPT:
-            yield path
