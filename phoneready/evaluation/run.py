@@ -96,35 +96,48 @@ def evaluate(
         for (kind, _), text in zip(settings.sources, windows, strict=True):
             apart = against and (not model.gives_logits or (different and spelling is None))
             if against and apart:
-                texts.append(_judge_apart(kind, model, against, text, progress))
+                # Beside a model of other tokens, or that gives no logits, only bits and tokens per byte are compared.
+                theirs, ours = losses_on_shared_text(against, model, text, progress=progress)
+                texts.append(
+                    TextResult(
+                        kind,
+                        text.source,
+                        text.ids.shape[1],
+                        ours.n_tokens,
+                        text.sha256,
+                        ours.perplexity,
+                        n_bytes=ours.n_bytes,
+                        bits_per_byte=ours.bits_per_byte,
+                        against_bits_per_byte=theirs.bits_per_byte,
+                        tokens_per_byte=ours.tokens_per_byte,
+                        against_tokens_per_byte=theirs.tokens_per_byte,
+                    )
+                )
             else:
                 texts.append(_judge(kind, model, against, text, spelling, progress))
         done = [run_tasks(one, tasks, progress=progress) if tasks else () for one in models]
     measured = [row for name, metric in metrics.items() for row in measure(name, metric, model, windows)]
-    said = _answers_of(models, settings, None, progress)
-    sampled = _answers_of(models, settings, sampling, progress) if sampling else []
+    said: tuple[tuple[str, ...], ...] = ()
+    degeneration = sampled = None
+    if settings.prompts:
+        said, degeneration = _answers_of(models, settings, None, progress)
+    if sampling:
+        again, found = _answers_of(models, settings, sampling, progress)
+        sampled = SampledAnswers(sampling, settings.seed, found, again[0], next(iter(again[1:]), ()))
     vocabularies = None
     if against and different:
-        own, theirs = (len(one.tokenizer.get_vocab()) for one in models)
-        vocabularies = Vocabularies(own, theirs, spelling is not None)
+        sizes = [len(one.tokenizer.get_vocab()) for one in models]
+        vocabularies = Vocabularies(sizes[0], sizes[1], spelling is not None)
     return Evaluation(
         model=identity_of(model),
         against=identity_of(against) if against else None,
         seed=settings.seed,
         texts=tuple(texts),
         prompts=settings.prompts,
-        answers=next((one.texts for one in said), ()),
-        against_answers=next((one.texts for one in said[1:]), ()),
-        degeneration=_degeneration(settings, said) if said else None,
-        sampled=SampledAnswers(
-            sampling,
-            settings.seed,
-            _degeneration(settings, sampled),
-            sampled[0].texts,
-            next((one.texts for one in sampled[1:]), ()),
-        )
-        if sampling
-        else None,
+        answers=next(iter(said), ()),
+        against_answers=next(iter(said[1:]), ()),
+        degeneration=degeneration,
+        sampled=sampled,
         tasks=done[0],
         against_tasks=next(iter(done[1:]), ()),
         metrics=tuple(measured),
@@ -150,18 +163,16 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     if path.suffix == ".txt":
         prompts = [line.strip() for line in read_text(path).split("\n") if line.strip()]
     else:
-        prompts = [_prompt(row, where) for where, row in read_json_lines(path)]
+        prompts = []
+        for where, row in read_json_lines(path):
+            turns = row.get("turns")
+            prompt = row.get("prompt") or (turns[0] if isinstance(turns, list) and turns else None)
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise InputError(f"{where}: no prompt", allowed="a text in `prompt`, or `turns` with one")
+            prompts.append(prompt)
     if not prompts:
         raise InputError(f"{path} has no prompts")
     return tuple(prompts)
-
-
-def _prompt(row: Mapping[str, Any], where: str) -> str:
-    turns = row.get("turns")
-    prompt = row.get("prompt") or (turns[0] if isinstance(turns, list) and turns else None)
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise InputError(f"{where}: no prompt", allowed="a text in `prompt`, or `turns` with one")
-    return prompt
 
 
 def text_windows(
@@ -271,52 +282,16 @@ def _judge(
     )
 
 
-def _judge_apart(
-    kind: str, model: LanguageModel, against: LanguageModel, windows: TokenWindows, progress: Progress
-) -> TextResult:
-    """Beside a model of other tokens, or that gives no logits: only bits and tokens per byte can be compared."""
-    theirs, ours = losses_on_shared_text(against, model, windows, progress=progress)
-    return TextResult(
-        kind,
-        windows.source,
-        windows.ids.shape[1],
-        ours.n_tokens,
-        windows.sha256,
-        ours.perplexity,
-        n_bytes=ours.n_bytes,
-        bits_per_byte=ours.bits_per_byte,
-        against_bits_per_byte=theirs.bits_per_byte,
-        tokens_per_byte=ours.tokens_per_byte,
-        against_tokens_per_byte=theirs.tokens_per_byte,
-    )
-
-
-@dataclass(frozen=True)
-class _Answered:
-    """One text a prompt, and why each is degenerate; None of a good one."""
-
-    texts: tuple[str, ...]
-    reasons: tuple[str | None, ...]
-
-    @property
-    def share(self) -> float:
-        return sum(reason is not None for reason in self.reasons) / len(self.reasons)
-
-    @property
-    def by_reason(self) -> dict[str, float]:
-        counts = Counter(reason for reason in self.reasons if reason)
-        return {reason: count / len(self.reasons) for reason, count in sorted(counts.items())}
-
-
 def _answers_of(
     models: Sequence[LanguageModel],
     settings: EvaluationSettings,
     sampling: Sampling | None,
     progress: Progress,
-) -> list[_Answered]:
-    """What each model answers to the prompts; sampled by the same numbers, or greedily without settings."""
-    said = []
-    for model in models if settings.prompts else ():
+) -> tuple[tuple[tuple[str, ...], ...], Degeneration]:
+    """What each model answers to the prompts, sampled by the same numbers, or greedily without settings; and how many
+    of the first one's answers, and of the reference model's after it, are degenerate."""
+    said, reasons = [], []
+    for model in models:
         texts = answer(
             model,
             settings.prompts,
@@ -326,31 +301,33 @@ def _answers_of(
             progress=progress,
         )
         pairs = zip(texts, settings.prompts, strict=True)
-        reasons = (degenerate(text, prompt, system_text(model.tokenizer, prompt)) for text, prompt in pairs)
-        said.append(_Answered(tuple(texts), tuple(reasons)))
-    return said
-
-
-def _degeneration(settings: EvaluationSettings, said: Sequence[_Answered]) -> Degeneration:
-    """How many answers of the model, and of the reference model after it, are degenerate."""
+        said.append(tuple(texts))
+        reasons.append(
+            tuple(degenerate(text, prompt, system_text(model.tokenizer, prompt)) for text, prompt in pairs)
+        )
+    shares = [sum(why is not None for why in each) / len(each) for each in reasons]
+    by_reason = [
+        {why: count / len(each) for why, count in sorted(Counter(filter(None, each)).items())}
+        for each in reasons
+    ]
     text = json.dumps(settings.prompts, ensure_ascii=False)
-    own = Degeneration(
+    found = Degeneration(
         prompts_sha256=hashlib.sha256(text.encode()).hexdigest(),
         n_prompts=len(settings.prompts),
         max_new_tokens=settings.max_new_tokens,
-        share=said[0].share,
-        by_reason=said[0].by_reason,
-        reasons=said[0].reasons,
+        share=shares[0],
+        by_reason=by_reason[0],
+        reasons=reasons[0],
     )
-    for dense in said[1:]:
-        own = replace(
-            own,
-            against_share=dense.share,
-            against_by_reason=dense.by_reason,
-            against_reasons=dense.reasons,
-            difference_points=100 * (own.share - dense.share),
+    if len(models) > 1:
+        found = replace(
+            found,
+            against_share=shares[1],
+            against_by_reason=by_reason[1],
+            against_reasons=reasons[1],
+            difference_points=100 * (shares[0] - shares[1]),
         )
-    return own
+    return tuple(said), found
 
 
 @dataclass(frozen=True)
