@@ -47,7 +47,7 @@ from phoneready.figures.figure_set import DENSE, PRUNED
 from phoneready.figures.metrics import CHECKPOINT
 from phoneready.release.pruning_budget import fitting_settings, shape_check
 from phoneready.release.stages import stage_folder
-from phoneready.settings.schema import BenchConfig, ModelConfig, RecoverConfig, ReleaseConfig, Structures
+from phoneready.settings.schema import BenchConfig, ModelConfig, RecoverConfig, ReleaseConfig
 from phoneready.text import WRITERS, load_calibration
 from runtime_bench.devices.model_facts import FACTS, ModelFacts
 from runtime_bench.files import size_of
@@ -91,11 +91,16 @@ def model_stem(config: ReleaseConfig, source: str, role: str) -> str:
     """What the names of a model's files begin with; `source` is what the dense model is called."""
     if role == DENSE:
         return file_stem(f"{source}-{DENSE}")
-    prune = config.prune
-    much = f"{100 * prune.prune_ratio:g}" if prune.prune_ratio else ""
-    how = f"{much}{Structures.of(prune).in_names}".replace(".", "_") + (
-        "-recovered" if config.recover else ""
-    )
+    prune, how = config.prune, ""
+    for gone, said in (
+        (100 * prune.prune_ratio, "{:g}"),
+        (prune.vocabulary, "-{}tokens"),
+        (prune.blocks, "-minus{}blocks"),
+        (prune.attentions, "-minus{}attentions"),
+        (prune.kv_groups, "-minus{}ofkvgroups"),
+    ):
+        how += said.format(gone) if gone else ""
+    how = how.replace(".", "_") + ("-recovered" if config.recover else "")
     return file_stem(f"{source}-{PRUNED}{how}")
 
 
