@@ -31,8 +31,6 @@ from runtime_bench.devices.model_facts import ModelFacts
 
 _TEMPLATE_WIDTH = 256
 """No type falls back at this width."""
-_NAMES_BYTES = 128
-"""By which a file may be larger that has a longer name than was thought."""
 
 
 _Key = tuple[str, bool, bool, tuple[tuple[int, int], ...]]

@@ -58,11 +58,6 @@ class TextSettings(WindowSettings):
         metavar="MODULE:FUNCTION,...",
     )
 
-    @property
-    def n_sets(self) -> int:
-        """How many answers each question has."""
-        return 2 if self.sampled else 1
-
 
 @dataclass(frozen=True)
 class JudgementSettings(TaskSettings, TextSettings):
