@@ -155,7 +155,7 @@ def quiet_libraries() -> None:
 
 
 def prepare_torch(threads: int | None) -> None:
-    """Import torch and transformers quietly and set the number of threads, where one is given."""
+    """Import torch and transformers quietly and set the number of threads, if one is given."""
     quiet_libraries()
     keep_freed_memory()
     import torch

@@ -196,7 +196,7 @@ def main(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", EXIT_INTERRUPTED, debug)
     except (BrokenPipeError, SystemExit) as ended:
-        # Typer leaves by SystemExit where its help is not read to the end.
+        # Typer leaves by SystemExit if its help is not read to the end.
         if not isinstance(ended, BrokenPipeError) and not isinstance(ended.__context__, BrokenPipeError):
             raise
         _drop_output()

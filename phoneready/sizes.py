@@ -121,7 +121,7 @@ class Sizes:
         return model
 
     def _groups(self, shape: ModelShape) -> dict[int, int]:
-        """Blocks that stay -> their key-value groups, those of the dense model where the shape does not say."""
+        """Blocks that stay -> their key-value groups, those of the dense model if the shape does not say."""
         known = model_shape(self.small).blocks
         return {
             block.origin: known[block.origin].kv_groups or 0 if block.kv_groups is None else block.kv_groups

@@ -1,4 +1,4 @@
-"""Text to calibrate on: what a model writes itself is written by llama.cpp, or by transformers where that cannot."""
+"""Text to calibrate on: what a model writes itself is written by llama.cpp, or by transformers if that cannot."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def one_voice() -> Iterator[None]:
 
 
 def _launchers_store() -> Any:
-    """torch's Store that all processes can write to and read; None where the launcher has none.
+    """torch's Store that all processes can write to and read; None if the launcher has none.
 
     Raises:
         RuntimeError: It has ended.

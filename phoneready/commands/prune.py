@@ -33,7 +33,7 @@ _BESIDE_PLAN = {
     "weights_dtype",
     *(row.name for row in declared(CalibrationSettings)),
 }
-"""What is read where a plan is applied: the rest is as the plan says."""
+"""What is read if a plan is applied: the rest is as the plan says."""
 
 
 @dataclass(frozen=True)

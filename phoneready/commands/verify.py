@@ -22,7 +22,7 @@ def verify(
 ) -> None:
     """Check every byte of a release against its manifest: changed, missing and further files.
 
-    The exit status is 1 where something differs. `sha256sum -c SHA256SUMS` checks the same hashes without phoneready.
+    The exit status is 1 if something differs. `sha256sum -c SHA256SUMS` checks the same hashes without phoneready.
     """
     quiet_libraries()
     from phoneready.publish.manifest import verify_release

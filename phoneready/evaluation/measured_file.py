@@ -133,7 +133,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Choice:
-    """The best file of `at_bytes` or less, the best dense one, and what that loses more; None where there is none."""
+    """The best file of `at_bytes` or less, the best dense one, and what that loses more; None if there is none."""
 
     best: str | None
     dense: str | None

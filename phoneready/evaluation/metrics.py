@@ -69,7 +69,7 @@ def _run(file: Path) -> ModuleType:
 
 
 def metric_sha256(reference: str) -> str:
-    """Hash of the file that a metric is in, which is not imported; empty where there is none.
+    """Hash of the file that a metric is in, which is not imported; empty if there is none.
 
     Raises:
         InputError: The file cannot be read.

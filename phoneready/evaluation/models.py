@@ -64,7 +64,7 @@ def check_cache(runtime: str, cache_type: str | None) -> None:
 
 
 def own_cache(runtime: str) -> str | None:
-    """The type of keys and values that phones run with where nothing is asked for; None for that of proofs."""
+    """The type of keys and values that phones run with if nothing is asked for; None for that of proofs."""
     return BY_RUNTIME[runtime].own_cache if runtime in BY_RUNTIME else None
 
 

@@ -46,7 +46,7 @@ def text_table(
 ) -> Table[TextResult]:
     """The figures on text; `names` are of the reference model and the model.
 
-    The reference's tokens a byte stand there where its tokenizer is another one.
+    The reference's tokens a byte stand there if its tokenizer is another one.
     """
     columns: list[Column[TextResult]] = [
         Column("measured on", called),
@@ -79,7 +79,7 @@ def _divergence(field: str, form: str, title: str | None = None) -> Column[TextR
 
 
 def vocabulary_note(evaluation: Evaluation, names: tuple[str, str] = NAMES) -> str:
-    """What is compared where the vocabularies differ, for people; "" where they do not."""
+    """What is compared if the vocabularies differ, for people; "" where they do not."""
     both = evaluation.vocabularies
     if both is None or not evaluation.texts:
         return ""
@@ -100,7 +100,7 @@ _TOKENS: Column[Any] = Column("tokens/byte", lambda one: f"{one.tokens_per_byte:
 
 
 def loss_columns(files: Sequence[MeasuredFile]) -> list[Column[Any]]:
-    """What files lose, of all texts and of each where there are several; tokens a byte where vocabularies differ."""
+    """What files lose, of all texts and of each if there are several; tokens a byte if vocabularies differ."""
     texts = files[0].texts if files else ()
     return [
         Column("bits/byte", lambda one: f"{one.bits_per_byte:.4f}", right=True),
@@ -143,7 +143,7 @@ def _loss_on(index: int, text: MeasuredText) -> Column[Any]:
 
 
 def figure_tables(evaluation: Evaluation, names: tuple[str, str] = NAMES) -> list[Table[Sequence[str]]]:
-    """Tasks, own metrics and the shares of degenerate answers, where they were asked for."""
+    """Tasks, own metrics and the shares of degenerate answers, if they were asked for."""
     own = [(metric.name, f"{metric.value:.6g}", metric.unit) for metric in evaluation.metrics]
     tables = [
         _tasks(evaluation, names),

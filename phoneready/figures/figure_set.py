@@ -91,7 +91,7 @@ class Figure:
 
     @property
     def anchor(self) -> Samples | None:
-        """The anchor's samples; None where there is no anchor."""
+        """The anchor's samples; None if there is no anchor."""
         if not (self.anchor_samples or self.anchor_noise):
             return None
         return Samples(
@@ -158,7 +158,7 @@ def read_baseline(path: Path, wanted: Iterable[FigureKey]) -> FigureSet:
 
 
 def check_same_model(baseline: FigureSet, source: str, sha256: str | None, where: Path) -> None:
-    """Raise InputError where a baseline is of another dense model."""
+    """Raise InputError if a baseline is of another dense model."""
     known = baseline.source_sha256 and sha256
     before, now = (baseline.source_sha256, sha256) if known else (baseline.source, source)
     if before != now:

@@ -62,7 +62,7 @@ _CELLS = (("1", "1"), ("1", "0"), ("0", "1"), ("0", "0"))
 
 @dataclass(frozen=True)
 class _Estimate:
-    """A figure, its interval, why nothing can be said of it where nothing can, and what is to be said beside it."""
+    """A figure, its interval, why nothing can be said of it if nothing can, and what is to be said beside it."""
 
     value: float | None = None
     low: float | None = None
@@ -244,7 +244,7 @@ def _too_noisy(figure: Figure) -> str:
 
 
 def differences(figure: Figure, reference: Figure) -> str:
-    """What must be equal for two figures to be comparable and is not; empty where all is."""
+    """What must be equal for two figures to be comparable and is not; empty if all is."""
     before, now = reference.conditions, figure.conditions
     names = [*now, *(name for name in before if name not in now)]
     pairs = ((name, before.get(name, "not stated"), now.get(name, "not stated")) for name in names)
@@ -252,7 +252,7 @@ def differences(figure: Figure, reference: Figure) -> str:
 
 
 def differing(figure: Figure, reference: Figure) -> str:
-    """As `differences`, and what computed them, where both say it; clocks are judged with the samples."""
+    """As `differences`, and what computed them, if both say it; clocks are judged with the samples."""
     found = differences(*(_without_clocks(one) for one in (figure, reference)))
     if not found and figure.backends and reference.backends and figure.backends != reference.backends:
         return f"backends was {reference.backends} and is {figure.backends}"
@@ -365,7 +365,7 @@ def badge(found: Verdicts) -> str:
     counts = Counter(verdict.outcome for verdict in found.verdicts)
     parts = [f"{counts[outcome]} {outcome}" for outcome in reversed(OUTCOMES) if counts[outcome]]
     outcome = found.outcome.upper() if found.verdicts else "NO BUDGETS"
-    return f"[{outcome}] {Path(found.source).name}: {', '.join(parts) or 'nothing was limited'}"
+    return f"[{outcome}] {Path(found.source).name}: {', '.join(parts) or 'no budgets are set'}"
 
 
 def verdict_rows(found: Verdicts) -> str:

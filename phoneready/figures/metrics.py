@@ -165,7 +165,7 @@ class FigureKey:
 
     @property
     def threads(self) -> str | None:
-        """Their number for people; None where the configuration leaves them to the target."""
+        """Their number for people; None if the configuration leaves them to the target."""
         return f"{self.n_threads} thread{'s' if self.n_threads != 1 else ''}" if self.n_threads else None
 
     def describe(self) -> str:

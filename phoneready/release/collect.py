@@ -23,7 +23,7 @@ from runtime_bench.records.judgement import samples_of
 
 
 def collect_figures(config: ReleaseConfig, folder: Path, release: ReleaseFigures) -> FigureSet:
-    """Every figure of `planned_figures`, of the dense model too where it has one."""
+    """Every figure of `planned_figures`, of the dense model too if it has one."""
     steps = Steps(config, folder, None)
     sides = ((PRUNED, release.pruned), (DENSE, release.dense))
     exports = [(role, record) for role, records in sides for record in records]
@@ -131,7 +131,7 @@ def _in_unit(record: BenchRecord, times_ns: Sequence[float]) -> tuple[float, ...
 
 
 def _anchored(figure: Figure, anchor: BenchRecord) -> Figure:
-    """The figure with the anchor's samples: where it is compared with other sessions, they stand for the machine."""
+    """The figure with the anchor's samples: if it is compared with other sessions, they stand for the machine."""
     conditions = {
         name: value for name, value in figure.conditions.items() if name not in ("processor", "clocks")
     }

@@ -1,4 +1,4 @@
-"""Measuring on where the samples leave a budget on a speed open: more rounds, until it is decided or a time is over.
+"""Measuring on if the samples leave a budget on a speed open: more rounds, until it is decided or a time is over.
 
 Looking again and again until something is decided would err more often than looking once. So there are LOOKS at most,
 each after twice the rounds of the one before, and each is surer in proportion (Bonferroni): together they err no more

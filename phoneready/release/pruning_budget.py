@@ -54,7 +54,7 @@ def shape_check(
         made: Formats that are exported.
 
     Raises:
-        InputError: At once, where any plan of these settings would be refused.
+        InputError: At once, if any plan of these settings would be refused.
     """
     files = (*settings.for_quant, *made)
     if not (files and makes_gguf(files)):
@@ -76,7 +76,7 @@ def shape_check(
 
 
 def with_fitting_widths(settings: PruneSettings, model: Any, files: Collection[str]) -> PruneSettings:
-    """The same width for every block, where some of the files are GGUF and llama.cpp would pad others.
+    """The same width for every block, if some of the files are GGUF and llama.cpp would pad others.
 
     Blocks that are unlike already stay so.
     """

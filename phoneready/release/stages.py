@@ -128,14 +128,14 @@ def claim_folder(folder: Path) -> Iterator[None]:
 
 
 def _content(folder: Path) -> set[str]:
-    """Names of what is in a folder; of none where it has been taken away."""
+    """Names of what is in a folder; of none if it has been taken away."""
     with suppress(FileNotFoundError):
         return {place.name for place in folder.iterdir()}
     return set()
 
 
 def _locked(path: Path) -> AbstractContextManager[Any]:
-    """A lock that is held, in a folder that is made when missing; raises filelock.Timeout where another run has it."""
+    """A lock that is held, in a folder that is made when missing; raises filelock.Timeout if another run has it."""
 
     tries = 0
     while True:
@@ -231,7 +231,7 @@ def explain_stages(stages: Sequence[Stage], folder: Path) -> dict[str, str]:
 
 
 def _reason(stage: Stage, inputs: Mapping[str, str], folder: Path) -> str:
-    """Why a stage has to run; empty where it is done."""
+    """Why a stage has to run; empty if it is done."""
     output = stage_folder(folder, stage.name)
     if not (output / RECORD_FILE).is_file():
         return "it was not done yet"

@@ -362,7 +362,7 @@ def bench_named(
     done: Sequence[BenchRecord] = (),
     seen: Mapping[Path, SeenFile] | None = None,
 ) -> list[BenchRecord]:
-    """Measure files in turns with each other and the anchor, where there is one."""
+    """Measure files in turns with each other and the anchor, if there is one."""
     anchor = Path(config.anchor) if config.anchor else None
     known = {**names, **({str(anchor): f"anchor {anchor.name}"} if anchor else {})}
     paths = {name: path for path, name in known.items()}
@@ -426,7 +426,7 @@ def run_recovery(
 
 
 def shortcoming_of(checkpoint: Path) -> str | None:
-    """What is wrong with how a checkpoint was trained, in words; None where that gained something, or it was not."""
+    """What is wrong with how a checkpoint was trained, in words; None if that gained something, or it was not."""
     file = checkpoint / RECOVERY_FILE
     return read_record(RecoveryRecord, file).shortcoming if file.is_file() else None
 

@@ -184,7 +184,7 @@ def width_table(plan: PruningPlan) -> Table[Row]:
 
 
 def vocabulary_table(plan: PruningPlan) -> Table[Row] | None:
-    """What is kept of every script and of rare and common tokens; None where all tokens stay."""
+    """What is kept of every script and of rare and common tokens; None if all tokens stay."""
     if plan.vocabulary is None:
         return None
     rows = [

@@ -84,7 +84,7 @@ class PruneConfig(CountedText, CalibrationSettings, PruneSettings):
     )
 
     def settings(self, align: int) -> PruneSettings:
-        """For cfsp, with the alignment to use where none is set."""
+        """For cfsp, with the alignment to use if none is set."""
         return pick(PruneSettings, self, align=self.align or align)
 
     @property
@@ -102,7 +102,7 @@ class RecoverConfig(Training, RecoveryReferences):
         return pick(RecoverySettings, self, seed=seed)
 
     def check(self) -> None:
-        """Raise InputError where nothing can be trained so, or not through the rounding of that format."""
+        """Raise InputError if nothing can be trained so, or not through the rounding of that format."""
         check_settings(self.settings(0), self.texts)
         if self.for_quant is not None:
             ROUNDING.check(self.for_quant)
@@ -239,7 +239,7 @@ class ReleaseConfig(Section):
         return self.prune.settings(required_multiple((*self.export.names, *self.prune.for_quant)))
 
     def speed_budgets(self, place: str) -> tuple[BudgetConfig, ...]:
-        """Budgets on speeds at a target that more samples may decide, where there is time for that."""
+        """Budgets on speeds at a target that more samples may decide, if there is time for that."""
         return tuple(
             one
             for one in self.budgets

@@ -65,7 +65,7 @@ def template_text(model: str | None = None) -> str:
 
 
 def _section(name: str, stated: Mapping[str, Any] | None, kind: type[Settings], about: str) -> Iterator[str]:
-    """Its lines; where the demo has none, all of them are comments."""
+    """Its lines; if the demo has none, all of them are comments."""
     yield f"# {about}"
     yield f"[{name}]" if stated is not None else f"#[{name}]"
     for row in declared(kind):
@@ -73,7 +73,7 @@ def _section(name: str, stated: Mapping[str, Any] | None, kind: type[Settings], 
 
 
 def _lines(row: Declared, known: Mapping[str, Any]) -> Iterator[str]:
-    """Those of one setting: a comment where its value is not known."""
+    """Those of one setting: a comment if its value is not known."""
     value = row.setting.example if row.default is None else row.default
     line = f"{'' if row.name in known else '#'}{row.name} = {_toml(known.get(row.name, value))}"
     without = f" Without: {row.setting.shown}." if row.setting.shown and row.default in (None, ()) else ""
