@@ -11,15 +11,22 @@ from typing import TYPE_CHECKING, Annotated
 from cfsp.errors import InputError
 from cfsp.files import record_head, refuse_existing
 from cfsp.records import read_record, record_to_json, write_record
-from cfsp.settings import DEVICE, DTYPE, THREADS, Settings, as_read, setting
+from cfsp.settings import DEVICE, DTYPE, THREADS, Settings, as_read, declared, setting
 from cfsp.text.settings import BUILTIN_TEXT
 from exporters.families import FAMILIES
 from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES, PARITY_CACHE
 from phoneready.commands.options import JsonOption, ModelArgument, TrustOption
 from phoneready.console import prepare_torch, show_progress, warn, write_result
-from phoneready.evaluation.elsewhere import PlaceSettings, check_place, open_elsewhere
+from phoneready.evaluation.elsewhere import (
+    HERE,
+    PLACES,
+    FarLanguageModel,
+    check_place,
+    open_elsewhere,
+)
 from phoneready.evaluation.settings import READS, EvaluationSettings
 from phoneready.figures.metrics import TOLERANCES
+from runtime_bench.workload import BenchSettings
 
 if TYPE_CHECKING:
     from cfsp.progress import Progress
@@ -31,6 +38,7 @@ _RECORD = record_head("evaluation")
 """How a file begins that --save may replace: one that it made."""
 _RUNTIMES = ", ".join(family.runtime for family in FAMILIES.values())
 _CLAIMS = ", ".join(f"{family.runtime} for {family.title}" for family in FAMILIES.values())
+_BENCH = {row.name: row.setting for row in declared(BenchSettings)}
 _DEFAULTS = ", ".join(f"{name}={value:g}" for name, value in TOLERANCES.items())
 
 
@@ -78,6 +86,10 @@ class RunOptions(Settings):
         metavar="TYPE",
         shown=PARITY_CACHE,
     )
+    on: str = setting(
+        HERE, f"Where MODEL reads texts, does its tasks and writes its answers: {PLACES}.", metavar="TARGET"
+    )
+    backend: str | None = setting(None, _BENCH["backend"])
     device: Annotated[str, DEVICE] = "auto"
     dtype: Annotated[str, DTYPE] = "auto"
     threads: Annotated[int | None, THREADS] = None
@@ -89,7 +101,6 @@ def evaluate(
     questions: QuestionOptions,
     gate: GateOptions,
     run: RunOptions,
-    place: PlaceSettings,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -134,16 +145,16 @@ def evaluate(
         settings = replace(settings, prompts=read_prompts(questions.prompts_file))
     elif not (settings.prompts or questions.no_prompts):
         settings = replace(settings, prompts=CHECK_PROMPTS)
-    if not texts and not questions.no_text and place.is_here:
+    if not texts and not questions.no_text and run.on == HERE:
         settings = replace(settings, text=(BUILTIN_TEXT,))
     check_texts(settings)
-    check_place(place, settings)
+    check_place(run.on, run.backend, settings)
     earlier = read_record(Evaluation, gate.baseline) if gate.baseline else None
     longest = settings.seqlen if settings.text or settings.chats else 1
     device = find_device(run.device)
     opening = OpenSettings(longest, trust_remote_code, run.threads, device, run.cache_type, run.dtype)
     with show_progress() as progress:
-        judged = _judge(model, run, settings, opening, place, progress)
+        judged = _judge(model, run, settings, opening, progress)
     result = replace(judged, warnings=warnings)
     if gate.save:
         write_record(gate.save, result)
@@ -161,11 +172,10 @@ def _judge(
     run: RunOptions,
     settings: EvaluationSettings,
     opening: OpenSettings,
-    place: PlaceSettings,
     progress: Progress,
 ) -> Evaluation:
     """Open the model, with the runtime that is asked for, and its reference, and judge."""
-    from phoneready.evaluation.elsewhere import FarLanguageModel
+    from phoneready.evaluation.elsewhere import HERE
     from phoneready.evaluation.models import TORCH, open_language_model, own_cache, runtime_for
     from phoneready.evaluation.run import evaluate as judge
     from phoneready.room import check_room, judging_needs
@@ -174,12 +184,12 @@ def _judge(
     against, chosen = run.against, runtime_for(model, run.runtime)
     own = own_cache(chosen)
     of_reference = replace(opening, cache_type=None)
-    if against is None and place.is_here and opening.cache_type not in (None, own):
+    if against is None and run.on == HERE and opening.cache_type not in (None, own):
         against, of_reference = model, replace(opening, cache_type=own)
     # A model in torch is compared with one in torch: the file's own runtime would add its rounding.
     other = runtime_for(against, TORCH if chosen == TORCH else None) if against else None
     with ExitStack() as stack:
-        if place.is_here:
+        if run.on == HERE:
             pairs = [(model, chosen), *([(against, other)] if against and other else [])]
             needs = partial(
                 judging_needs, seqlen=opening.seqlen, few_bits=tuple(runtime != TORCH for _, runtime in pairs)
@@ -189,7 +199,9 @@ def _judge(
             opened = open_language_model(model, chosen, opening, progress=progress)
             judged = stack.enter_context(opened)
         else:
-            judged = stack.enter_context(open_elsewhere(model, chosen, place, opening, progress=progress))
+            judged = stack.enter_context(
+                open_elsewhere(model, chosen, run.on, run.backend, opening, progress=progress)
+            )
         dense = None
         if against and other:
             dense = stack.enter_context(open_language_model(against, other, of_reference, progress=progress))

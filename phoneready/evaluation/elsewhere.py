@@ -9,19 +9,16 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from cfsp.errors import InputError, PhonereadyError
 from cfsp.progress import Progress, no_progress
-from cfsp.settings import Settings, declared, setting
 from runtime_bench.engines import EngineFacts, SessionSettings
 from runtime_bench.questions import Answer, AnswerRequest, Question, Scoring, Spelling, Writing
 from runtime_bench.questions import write_questions as write_to
 from runtime_bench.targets import Answering
 from runtime_bench.targets.table import TARGETS, open_target, parse_target
-from runtime_bench.workload import BenchSettings
 
 if TYPE_CHECKING:
     import torch
@@ -43,39 +40,25 @@ SPELLED = (
 )
 """Texts that both tokenizers cut."""
 _JUDGED = "--text, --chats, --tasks, --prompt, --prompts"
-_PLACES = ", ".join(row.form for name, row in TARGETS.items() if row.answers or name == HERE)
-_BENCH = {row.name: row.setting for row in declared(BenchSettings)}
 
 
-@dataclass(frozen=True)
-class PlaceSettings(Settings):
-    """Where the model runs, and what is needed for it there."""
-
-    on: str = setting(
-        HERE, f"Where MODEL reads texts, does its tasks and writes its answers: {_PLACES}.", metavar="TARGET"
-    )
-    backend: str | None = setting(None, _BENCH["backend"])
-
-    @property
-    def is_here(self) -> bool:
-        """Whether the model runs on this machine."""
-        return self.on == HERE
+PLACES = ", ".join(row.form for name, row in TARGETS.items() if row.answers or name == HERE)
 
 
-def check_place(place: PlaceSettings, settings: EvaluationSettings) -> None:
+def check_place(on: str, backend: str | None, settings: EvaluationSettings) -> None:
     """Raise InputError for what a place has no use for, or cannot do, before anything is opened."""
-    if place.is_here:
-        if place.backend is not None:
+    if on == HERE:
+        if backend is not None:
             raise InputError("--backend is for another place: give --on TARGET, too")
         return
-    if not parse_target(place.on)[0].answers:
-        raise InputError("cannot be asked about texts", field="--on", value=place.on, allowed=_PLACES)
+    if not parse_target(on)[0].answers:
+        raise InputError("cannot be asked about texts", field="--on", value=on, allowed=PLACES)
     needs: dict[str, object] = {"--metric": settings.metrics, "--sampled": settings.sampled}
     for option in (option for option, asked in needs.items() if asked):
         why = f"{option} needs the probability of every token, which do not travel"
-        raise InputError(why, field="--on", value=place.on, allowed=_JUDGED)
+        raise InputError(why, field="--on", value=on, allowed=_JUDGED)
     if not (settings.tasks or settings.prompts or settings.sources):
-        raise InputError("nothing to judge", field="--on", value=place.on, allowed=_JUDGED)
+        raise InputError("nothing to judge", field="--on", value=on, allowed=_JUDGED)
 
 
 class _AnsweringTarget(Answering, Protocol):
@@ -199,7 +182,8 @@ class FarLanguageModel:
 def open_elsewhere(
     reference: str,
     runtime: str,
-    place: PlaceSettings,
+    on: str,
+    backend: str | None,
     opening: OpenSettings,
     *,
     progress: Progress = no_progress,
@@ -219,7 +203,7 @@ def open_elsewhere(
         raise InputError("no exported file", field="model", value=reference, allowed=kinds)
     family.check_claim(reference)
     check_cache(runtime, opening.cache_type)
-    target = open_target(place.on, progress)
+    target = open_target(on, progress)
     target.require(runtime)
     outline = family.outline(reference, MAX_CONTEXT)
     session = SessionSettings(
@@ -228,7 +212,7 @@ def open_elsewhere(
         n_batch=outline.n_batch,
         n_ubatch=outline.n_batch,
         cache_type=opening.cache_type or outline.cache_type,
-        backend=place.backend,
+        backend=backend,
         n_seq=outline.n_seq,
     )
     asked = cast("_AnsweringTarget", target)
