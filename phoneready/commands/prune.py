@@ -97,7 +97,7 @@ def prune(
     from cfsp.processes import count, first_ahead, require_alike
     from cfsp.pruning.plan import PruningPlan
     from cfsp.pruning.prune import plan_model, prune_model
-    from phoneready.release.pruning_budget import fitting_settings, shape_check
+    from phoneready.release.fitting import fitting_settings, shape_check
     from phoneready.room import check_room, pruning_needs
     from phoneready.text import load_calibration
 
@@ -136,8 +136,8 @@ def prune(
             may_stream=True,
             progress=progress,
         )
-        chosen = chosen if ready else fitting_settings(settings, chosen, loaded.model)
-        check = shape_check(settings, chosen, loaded.model)
+        chosen = chosen if ready else fitting_settings(chosen, loaded.model, settings.for_quant)
+        check = shape_check(chosen, loaded.model, settings.for_quant)
         with first_ahead():
             drawn = load_calibration(
                 references,

@@ -45,7 +45,7 @@ from phoneready.evaluation.run import (
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.figure_set import DENSE, PRUNED
 from phoneready.figures.metrics import CHECKPOINT
-from phoneready.release.pruning_budget import fitting_settings, shape_check
+from phoneready.release.fitting import fitting_settings, shape_check
 from phoneready.release.stages import stage_folder
 from phoneready.settings.schema import BenchConfig, ModelConfig, RecoverConfig, ReleaseConfig
 from phoneready.text import WRITERS, load_calibration
@@ -191,9 +191,9 @@ class Steps:
         ids = self._calibration_ids("dense")
         wanted, seed = self.config.prune, self.config.seed
         calibration = Calibration(ids, wanted.calibration, seed, tokens_sha256(ids))
-        made = self.config.export.names
-        settings = fitting_settings(wanted, self.config.prune_settings(), loaded.model, made)
-        check = shape_check(wanted, settings, loaded.model, made)
+        made = (*wanted.for_quant, *self.config.export.names)
+        settings = fitting_settings(self.config.prune_settings(), loaded.model, made)
+        check = shape_check(settings, loaded.model, made)
         result = prune_model(
             loaded, calibration, settings, counted=wanted.vocabulary_text, check=check, progress=progress
         )

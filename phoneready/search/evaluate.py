@@ -42,8 +42,8 @@ from exporters.provenance import file_stem
 from phoneready.evaluation.run import JudgedText, measure_file, text_windows
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.budgets import MISSED
+from phoneready.release.fitting import fitting_settings
 from phoneready.release.inputs import identities, identity
-from phoneready.release.pruning_budget import with_fitting_widths
 from phoneready.release.steps import load_stage, run_recovery, shortcoming_of
 from phoneready.report.plots import speed_span
 from phoneready.search.point import Held, Point, SearchSettings
@@ -307,7 +307,7 @@ class Evaluator:
                 write_record(path, replace(plan, vocabulary=side.vocabulary))
             self._plans[key] = read_record(PruningPlan, path)
         base = self._plans[key]
-        settings = with_fitting_widths(
+        settings = fitting_settings(
             replace(base.settings, align=point.align), self.loaded.model, (point.quant,)
         )
         return replace(base, settings=settings).at_ratio(point.ratio)
@@ -481,7 +481,7 @@ class Evaluator:
             # Of what is left.
             ratio = 1 - (1 - point.ratio) / (1 - before.ratio)
             settings = replace(self.subject.prune.settings(point.align), prune_ratio=ratio)
-            settings = with_fitting_widths(settings, loaded.model, (point.quant,))
+            settings = fitting_settings(settings, loaded.model, (point.quant,))
             made = prune_model(loaded, self._drawn(loaded), settings, progress=self.progress)
             save_checkpoint(
                 made.loaded, path, plan=made.plan, input_moments=made.input_moments, seed=self.subject.seed
