@@ -16,7 +16,6 @@ from torch import nn
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers
 from cfsp.models.checkpoint import INFO_FILE, PLAN_FILE, load_pruned, save_checkpoint
-from cfsp.models.families import FAMILIES
 from cfsp.models.offload import NARROW, VARIABLE, WHOLE, Keeping, held_model, is_paged, keeping_of
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel
@@ -80,7 +79,7 @@ def test_the_environment_goes_before_what_is_free(monkeypatch: pytest.MonkeyPatc
     assert keeping_of(1000, BF16) == Keeping(BF16, in_files=True)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", ["llama", "gemma4_text", "qwen3_5_text"])
 def test_every_model_type_computes_with_float32(model_type: str, tiny_folder: TinyPath) -> None:
     folder = tiny_folder(model_type)
     plain = load_model(folder)

@@ -7,7 +7,6 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, feed_forward
-from cfsp.models.families import FAMILIES
 from cfsp.pruning.block_by_block import GramSum
 from cfsp.pruning.statistics import collect_input_moments, collect_statistics
 
@@ -40,7 +39,7 @@ def observed(model: Any, ids: torch.Tensor) -> tuple[list[torch.Tensor], list[to
     return inputs, around
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", ["qwen2", "gemma4_text", "qwen3_5_text"])
 def test_block_by_block_equals_the_models_own_pass(tiny_model: Any, model_type: str) -> None:
     model, _ = tiny_model(model_type)
     ids = windows(model)

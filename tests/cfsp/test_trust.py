@@ -60,14 +60,3 @@ def test_a_tokenizers_code_runs_when_it_is_trusted(
     with pytest.raises(InputError):  # it has no vocabulary
         load_model(evil, trust_remote_code=True)
     assert (tmp_path / "canary").exists()
-
-
-def test_a_models_code_is_left_alone(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
-    folder = tiny_folder()
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}})
-    )
-    (folder / "evil.py").write_text(CODE.format(canary=str(tmp_path / "canary")), encoding="utf-8")
-    assert type(load_model(folder).model).__name__ == "LlamaForCausalLM"
-    assert not (tmp_path / "canary").exists()

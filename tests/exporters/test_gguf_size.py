@@ -26,8 +26,10 @@ NAMED = ExportOptions(name="template")
 LOOSE = {name: ParityLimits(kl_mean=10.0) for name in QUANTS if name not in ("f32", "f16")}
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-@pytest.mark.parametrize("moments", [True, False])
+@pytest.mark.parametrize(
+    ("model_type", "moments"),
+    [("llama", False), ("qwen3", True), ("gemma3_text", True), ("gemma4_text", True), ("qwen3_5_text", True)],
+)
 def test_sizes_of_other_widths_are_exact(
     model_type: str, moments: bool, make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
@@ -36,7 +38,7 @@ def test_sizes_of_other_widths_are_exact(
         "tied": any(one.tied for one in FAMILIES[model_type].layouts),
     }
     quants = [name for name, quant in QUANTS.items() if moments or not quant.needs_imatrix]
-    first, others = (512, 256, 512, 512), [(256, 512, 256, 256), (96, 64, 128, 480), (33, 64, 40, 512)]
+    first, others = (512, 256, 512, 512), [(256, 512, 256, 256), (33, 64, 40, 480)]
     template_of = make_checkpoint(model_type, widths=first, moments=moments, **dense)
     templates = {
         quant: size_template(path, quant)
