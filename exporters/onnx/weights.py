@@ -157,11 +157,11 @@ def _decoder(model: Any, weights: Weights, blocks: range, **ends: Any) -> Decode
     """Some blocks, between an embedding, a norm and an output matrix."""
     config, layers, spec = model.config, decoder_layers(model), spec_for(model.config)
     check_blocks(spec)
-    positions = list(_positions(model, weights))
+    positions = list(_positions(model))
     made = []
     for index in blocks:
         with at_hand(layers[index]):
-            made.append(_block(model, layers[index], f"{spec.layers}.{index}", weights, positions[index]))
+            made.append(_block(model, layers[index], f"{spec.layers}.{index}", weights, *positions[index]))
     return Decoder(
         heads_per_group=config.num_attention_heads // config.num_key_value_heads,
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
@@ -173,16 +173,8 @@ def _decoder(model: Any, weights: Weights, blocks: range, **ends: Any) -> Decode
     )
 
 
-@dataclass(frozen=True)
-class _Positions:
-    """How a block's attention knows where tokens stand: the rope, None for none, and the window, None for all."""
-
-    rope: Rope | None
-    window: int | None
-
-
-def _positions(model: Any, weights: Weights) -> Iterator[_Positions]:
-    """Of every block; those that see a window alone may have a rope of their own."""
+def _positions(model: Any) -> Iterator[tuple[Rope | None, int | None]]:
+    """Of every block the rope, None for none, and the window, None for all; those with a window may have own ropes."""
     config, decoder = model.config, model.get_decoder()
     settings = config.to_dict()
     positions = steady_context(rope_of(settings, FULL), int(config.max_position_embeddings))
@@ -194,43 +186,67 @@ def _positions(model: Any, weights: Weights) -> Iterator[_Positions]:
             check_rope(rope_of(settings, kind)["rope_type"])
             frequencies, scale = _rotary(decoder, kind)
             made[kind] = Rope(_ROPE_NAMES[kind], frequencies, scale, positions)
-        yield _Positions(made[kind] if rotated else None, window)
+        yield made[kind] if rotated else None, window
 
 
-def _block(model: Any, layer: nn.Module, name: str, weights: Weights, positions: _Positions) -> Block:
-    spec, ffn = spec_for(model.config), feed_forward(model, layer)
-    mlp = f"{name}.{spec.mlp}"
+def _block(
+    model: Any, layer: nn.Module, name: str, weights: Weights, rope: Rope | None, window: int | None
+) -> Block:
+    spec, ffn, mlp = (
+        spec_for(model.config),
+        feed_forward(model, layer),
+        f"{name}.{spec_for(model.config).mlp}",
+    )
+
+    def norm(part: str) -> torch.Tensor | None:
+        """None without one: what is read, or added, stays as it is."""
+        return _norm(model, f"{name}.{part}", weights) if part else None
+
+    behind_attention, behind_ffn = spec.added_norms or ("", "")
+    attention, module = attention_of(model, layer), mixer_of(model, layer)
+    mixer: Attention | TextMixer | None = None
+    if attention:
+        prefix = f"{name}.{spec.attention}"
+        norms = (
+            [f"{spec.attention}.{one}" for one in (spec.head_norms.query, spec.head_norms.key)]
+            if spec.head_norms
+            else ["", ""]
+        )
+        mixer = Attention(
+            num_key_value_heads=attention.k_proj.out_features // attention.head_dim,
+            input_norm=norm(spec.attention_norm),
+            qkv=_qkv(attention, prefix, weights, normed=spec.head_norms is not None),
+            q_norm=norm(norms[0]),
+            k_norm=norm(norms[1]),
+            o_proj=_linear(f"{prefix}.{spec.output}", getattr(attention, spec.output), weights),
+            normed_after_rope=spec.head_norms is not None and spec.head_norms.after_rope,
+            gated=spec.gated,
+            output_norm=norm(behind_attention),
+            scale=float(attention.scaling),
+            rope=rope,
+            window=window,
+        )
+    elif spec.mixer and module is not None:
+        of_kind = _MIXERS[spec.mixer.kind]
+        mixer = of_kind(module, f"{name}.{spec.mixer.module}", norm(spec.attention_norm), weights)
     return Block(
-        mixer=_mixer(model, layer, name, weights, positions),
-        ffn_norm=_norm_before(model, name, spec.ffn_norm, weights),
+        mixer=mixer,
+        ffn_norm=norm(spec.ffn_norm),
         gate_proj=_linear(f"{mlp}.{spec.gate}", ffn.gate, weights),
         up_proj=_linear(f"{mlp}.{spec.up}", ffn.up, weights),
         down_proj=_linear(f"{mlp}.{spec.down}", ffn.down, weights),
-        output_norm=_added_norm(model, name, 1, weights),
+        output_norm=norm(behind_ffn),
     )
 
 
-def _norm_before(model: Any, block: str, norm: str, weights: Weights) -> torch.Tensor | None:
-    """Of what attention or the FFN reads; None where that is the residual sum as it is."""
-    return _norm(model, f"{block}.{norm}", weights) if norm else None
-
-
-def _added_norm(model: Any, block: str, which: int, weights: Weights) -> torch.Tensor | None:
-    """Of what attention (0) or the FFN (1) adds; None where it is added as it is."""
-    names = spec_for(model.config).added_norms
-    return _norm(model, f"{block}.{names[which]}", weights) if names else None
-
-
-def _mixer(
-    model: Any, layer: nn.Module, name: str, weights: Weights, positions: _Positions
-) -> Attention | TextMixer | None:
-    if attention := attention_of(model, layer):
-        return _attention(model, attention, name, weights, positions)
-    mixer, module = spec_for(model.config).mixer, mixer_of(model, layer)
-    if mixer is None or module is None:
-        return None
-    input_norm = _norm_before(model, name, spec_for(model.config).attention_norm, weights)
-    return _MIXERS[mixer.kind](module, f"{name}.{mixer.module}", input_norm, weights)
+def _qkv(attention: Any, prefix: str, weights: Weights, *, normed: bool) -> tuple[Layer, ...]:
+    """Queries, keys and values in one layer, or in three."""
+    parts = {f"{prefix}.{part}": getattr(attention, part) for part in _PARTS}
+    if normed or not weights.packs(list(parts)):
+        return tuple(_linear(part, module, weights) for part, module in parts.items())
+    weight = torch.cat([part.weight.detach() for part in parts.values()])
+    biases = [part.bias.detach() for part in parts.values() if part.bias is not None]
+    return (weights.layer(f"{prefix}.{_PACKED}", weight, torch.cat(biases) if biases else None),)
 
 
 def _convolution(
@@ -271,34 +287,6 @@ _MIXERS: Mapping[str, Callable[[Any, str, torch.Tensor | None, Weights], TextMix
     {"conv": _convolution, "linear_attention": _delta_net}
 )
 """Of what takes attention's place in some blocks, by what `layer_types` calls these: how its weights are found."""
-
-
-def _attention(model: Any, attention: Any, name: str, weights: Weights, positions: _Positions) -> Attention:
-    spec = spec_for(model.config)
-    prefix = f"{name}.{spec.attention}"
-    parts = {f"{prefix}.{part}": getattr(attention, part) for part in _PARTS}
-    if spec.head_norms is None and weights.packs(list(parts)):
-        weight = torch.cat([part.weight.detach() for part in parts.values()])
-        biases = [part.bias.detach() for part in parts.values() if part.bias is not None]
-        qkv: tuple[Layer, ...] = (
-            weights.layer(f"{prefix}.{_PACKED}", weight, torch.cat(biases) if biases else None),
-        )
-    else:
-        qkv = tuple(_linear(part, module, weights) for part, module in parts.items())
-    return Attention(
-        num_key_value_heads=attention.k_proj.out_features // attention.head_dim,
-        input_norm=_norm_before(model, name, spec.attention_norm, weights),
-        qkv=qkv,
-        q_norm=_norm(model, f"{prefix}.{spec.head_norms.query}", weights) if spec.head_norms else None,
-        k_norm=_norm(model, f"{prefix}.{spec.head_norms.key}", weights) if spec.head_norms else None,
-        o_proj=_linear(f"{prefix}.{spec.output}", getattr(attention, spec.output), weights),
-        normed_after_rope=spec.head_norms is not None and spec.head_norms.after_rope,
-        gated=spec.gated,
-        output_norm=_added_norm(model, name, 0, weights),
-        scale=float(attention.scaling),
-        rope=positions.rope,
-        window=positions.window,
-    )
 
 
 def _linear(name: str, linear: Any, weights: Weights) -> Layer:

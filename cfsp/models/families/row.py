@@ -40,9 +40,8 @@ class Mixer:
     kind: str  # what `layer_types` calls such a block; exporters know its graph by it
     name: str
     sizes: Mapping[str, str]  # what exporters call its sizes -> settings
-    step_key: str = (
-        ""  # GGUF: each so many blocks one attends; empty if numbers of key-value heads say which do
-    )
+    # GGUF: each so many blocks one attends; empty if numbers of key-value heads say which do.
+    step_key: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,9 +95,8 @@ class Layout:
     rotates_windowed: bool = False  # where there are windows, only blocks with one rotate
     activation: str = "silu"  # of the FFN, as exporters name it
     window_base: bool = False  # where it takes a window, a base of the rope for blocks that have one
-    full_step: int = (
-        0  # the last of each so many blocks has no window unless a file says which have; 0: takes none
-    )
+    # The last of each so many blocks has no window, unless a file says which have; 0: takes none.
+    full_step: int = 0
     windowed_depth: int = 0  # models of so many blocks have a window in all, and others none; 0: any
     plain_scores: bool = False  # attention's scores times 1, and not 1 / sqrt(head_dim)
     own_heads: bool = False  # a head_dim of blocks with a window, and one of the others
@@ -125,9 +123,8 @@ class Family:
     layouts: tuple[Layout, ...]
     release: int = 4  # first major version of transformers that has it as it is read here
     folders: tuple[str, ...] = ()  # model types of folders that hold such a model beside other parts
-    kinds: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # settings only this family has -> what they must be
+    # Settings only this family has -> what they must be.
+    kinds: Mapping[str, Any] = field(default_factory=dict)
 
     # Modules. Of a block, unless they are said to be the decoder's; empty for none.
     layers: str = "model.layers"
@@ -149,39 +146,33 @@ class Family:
     left_out: tuple[str, ...] = ()  # beginnings of names of tensors beside the model: heads that draft tokens
 
     # What is computed, and the keys of config.json that say it.
-    bias_settings: Mapping[str, str] = field(
-        default_factory=dict
-    )  # -> a module of block 0 with one, in GGUF files
+    # Settings that say there are biases -> a module of block 0 that has one then, in GGUF files.
+    bias_settings: Mapping[str, str] = field(default_factory=dict)
     rotated_setting: str = ""  # whether each block rotates queries and keys; empty where all do
     rotates_windowed: bool = False  # where there are windows, only blocks with one rotate
     epsilon_setting: str = "rms_norm_eps"
     norm_offset: float = 0.0  # what a norm adds to its weight before it multiplies
     scaled_embedding: bool = False  # by sqrt(hidden_size)
     activation_setting: str = "hidden_act"  # empty where it is SiLU always
-    gated: bool = (
-        False  # attention's output times the sigmoid of a gate, whose rows stand behind each head's query
-    )
+    # Attention's output times the sigmoid of a gate, whose rows stand behind each head's query.
+    gated: bool = False
     partial_rope: bool = False  # a part of each head is rotated
     window_rope_setting: str = ""  # base of the plain rope of blocks with a window
     plain_window_rope: bool = False  # they have a plain rope, of the base stated for them or the others'
     alpha_rope: bool = False  # a `dynamic` rope with an alpha is a plain one of another base
     scale_setting: str = ""  # s: attention's scores are multiplied by 1 / sqrt(s); empty where s is head_dim
     plain_scores: bool = False  # they are products of queries and keys as they are
-    own_heads: str = (
-        ""  # head_dim of blocks that see everything; transformers also says it in `per_layer_config`
-    )
+    # head_dim of blocks that see everything; transformers also says it in `per_layer_config`.
+    own_heads: str = ""
     cap_setting: str = ""  # c, where logits z become c tanh(z / c)
-    refused: Mapping[str, str] = field(
-        default_factory=dict
-    )  # settings -> why such a model is not read if they are on
+    # Settings -> why such a model is not read if they are on.
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     # GGUF files of its first layout's architecture are read as it; of two families of one, by whether it has windows.
-    gguf_settings: Mapping[str, str | bool] = field(
-        default_factory=dict
-    )  # setting -> key of the file, or its value
-    gguf_kinds: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # keys only this family has -> what they must be
+    # Setting -> key of the file, or its value.
+    gguf_settings: Mapping[str, str | bool] = field(default_factory=dict)
+    # Keys only this family has -> what they must be.
+    gguf_kinds: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def gguf_name(self) -> str:
@@ -262,18 +253,16 @@ class Fold:
     # All functions get all settings. Last part of a module's name -> what its weight and bias are multiplied by; those
     # of `gguf_keys` may be 0 or None, which stands for what the other type has.
     factors: Callable[[Settings], Mapping[str, float]] = lambda _: {}
-    settings: Callable[[Settings], Settings] = (
-        lambda _: {}
-    )  # that have another name or meaning in the other type
+    # Those that have another name or meaning in the other type.
+    settings: Callable[[Settings], Settings] = lambda _: {}
     # Of a parameter's name and value, the other type's.
     tensors: Callable[[str, Any, Settings], dict[str, Any]] = lambda name, tensor, _: {name: tensor}
     obstacle: Callable[[Settings], str | None] = lambda _: None  # why such a model is none of the other type
     applies: Callable[[Settings], bool] = lambda _: True  # whether it is loaded as the other one at all
     kinds: Mapping[str, Any] = field(default_factory=dict)
     gguf_name: str | None = None
-    gguf_keys: Mapping[str, str] = field(
-        default_factory=dict
-    )  # settings of the factors -> keys of a GGUF file
+    # Settings of the factors -> keys of a GGUF file.
+    gguf_keys: Mapping[str, str] = field(default_factory=dict)
     gguf_kinds: Mapping[str, Any] = field(default_factory=dict)
 
 
