@@ -40,9 +40,8 @@ def nothing_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
 
 
-@pytest.mark.parametrize(
-    ("free", "stored", "asked", "expected"),
-    [
+def test_the_first_way_with_room_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    for free, stored, asked, expected in (
         (8000, BF16, "auto", WHOLE),
         (7999, BF16, "auto", Keeping(BF16)),
         (4000, F16, "auto", Keeping(F16)),
@@ -56,17 +55,9 @@ def nothing_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         (3999, BF16, "bfloat16", Keeping(BF16, in_files=True)),
         (3999, F32, "bfloat16", Keeping(BF16)),
         (3999, None, "float16", Keeping(F16)),
-    ],
-)
-def test_the_first_way_with_room_is_taken(
-    free: int,
-    stored: torch.dtype | None,
-    asked: str,
-    expected: Keeping,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("cfsp.models.offload.free_memory", lambda: free)
-    assert keeping_of(1000, stored, asked) == expected
+    ):
+        monkeypatch.setattr("cfsp.models.offload.free_memory", lambda free=free: free)
+        assert keeping_of(1000, stored, asked) == expected, (free, stored, asked)
 
 
 def test_the_environment_goes_before_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,10 +127,9 @@ def test_numbers_beyond_float16_are_refused_in_a_line(
     assert main([*command, "--dtype", "bfloat16"]) == 0
 
 
-@pytest.mark.parametrize("how", [{"vocabulary": 300}])
-def test_a_model_of_16_bits_is_pruned_where_it_is(how: dict[str, Any], tiny_loaded: TinyLoaded) -> None:
+def test_a_model_of_16_bits_is_pruned_where_it_is(tiny_loaded: TinyLoaded) -> None:
     def pruned(loaded: LoadedModel) -> Any:
-        asked = PruneSettings(prune_ratio=0.25, align=8, **how)
+        asked = PruneSettings(prune_ratio=0.25, align=8, vocabulary=300)
         return prune_model(loaded, Calibration(IDS, ("random",), 0, "0" * 64), asked)
 
     def narrow() -> LoadedModel:
@@ -162,27 +152,21 @@ def test_a_model_of_16_bits_is_pruned_where_it_is(how: dict[str, Any], tiny_load
             assert torch.equal(brought(tensor), weights[name]), name
 
 
-@pytest.mark.parametrize("command", ["prune", "eval", "export"])
-def test_commands_take_what_weights_are_kept_in(
-    command: str, tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = [] if command == "eval" else ["-o", str(tmp_path / "out")]
-    model = str(tiny_folder())
-    capsys.readouterr()
-    assert main([command, model, *output, "--dtype", "float8"]) == 2
-    error = capsys.readouterr().err
-    assert f"allowed: auto, float32, {', '.join(NARROW)}" in error
-    assert len(error.splitlines()) == 1
-
-
-def test_recovery_multiplies_in_no_float16(
+def test_what_weights_and_products_may_not_be_in(
     tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["recover", str(tiny_folder()), "-o", str(tmp_path / "out"), "--dtype", "float16"]) == 2
-    assert "allowed: auto, float32, bfloat16\n" in capsys.readouterr().err
-
-
-def test_a_release_multiplies_in_no_float16() -> None:
+    model, output = str(tiny_folder()), ["-o", str(tmp_path / "out")]
+    for command, dtype, allowed in (
+        (["prune", model, *output], "float8", f"auto, float32, {', '.join(NARROW)}"),
+        (["eval", model], "float8", f"auto, float32, {', '.join(NARROW)}"),
+        (["export", model, *output], "float8", f"auto, float32, {', '.join(NARROW)}"),
+        (["recover", model, *output], "float16", "auto, float32, bfloat16"),
+    ):
+        capsys.readouterr()
+        assert main([*command, "--dtype", dtype]) == 2
+        error = capsys.readouterr().err
+        assert f"allowed: {allowed}" in error
+        assert len(error.splitlines()) == 1
     with pytest.raises(InputError, match=r"allowed: auto, float32, bfloat16$"):
         parse_config('[model]\nreference = "m"\n[prune]\ndtype = "float16"\n', where="release.toml")
 
