@@ -159,9 +159,9 @@ def ssh_server(search_path: str | None = None) -> Iterator[SshServer]:
         NotPossible: It cannot be had here.
     """
     _require("sshd", "ssh", "ssh-keygen")
-    made = os.geteuid() == 0 and not _PRIVILEGE_SEPARATION.is_dir()
-    if made:
-        _PRIVILEGE_SEPARATION.mkdir(mode=0o755)
+    if os.geteuid() == 0:
+        # It stays: every sshd of this machine needs it, and another one may have begun meanwhile.
+        _PRIVILEGE_SEPARATION.mkdir(mode=0o755, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="sshd-") as folder:
         server = SshServer(Path(folder), search_path)
         try:
@@ -169,9 +169,6 @@ def ssh_server(search_path: str | None = None) -> Iterator[SshServer]:
             yield server
         finally:
             server.kill()
-            if made:
-                with contextlib.suppress(OSError):
-                    _PRIVILEGE_SEPARATION.rmdir()
 
 
 class AdbDevices:
