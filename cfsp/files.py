@@ -274,7 +274,7 @@ def remove_directory(path: Path) -> None:
     """Remove a directory of this run's own: by one rename, so that an interruption leaves no part of it there."""
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}{_MARK}", dir=path.parent))
     path.rename(old / path.name)
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def fsync_directory(directory: Path) -> None:

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -66,11 +66,6 @@ class RunInputs:
     hashes: dict[str, str]
     processes: int
 
-    def differences(self, other: RunInputs) -> list[str]:
-        """Names of what is not the same in two runs."""
-        mine, others = (run.settings | run.hashes | {"processes": run.processes} for run in (self, other))
-        return sorted(key for key in mine.keys() | others.keys() if mine.get(key) != others.get(key))
-
 
 @dataclass(frozen=True)
 class WorkFolder:
@@ -103,7 +98,10 @@ class WorkFolder:
                 f"{self.path} is no work folder of recovery; name another one with --work, or remove it"
             )
         there = read_record(RunInputs, file)
-        different = replace(inputs, hashes=inputs.hashes or there.hashes).differences(there)
+        ours = {**inputs.settings, **(inputs.hashes or there.hashes), "processes": inputs.processes}
+        theirs = {**there.settings, **there.hashes, "processes": there.processes}
+        keys = sorted(ours.keys() | theirs.keys())
+        different = [key for key in keys if ours.get(key) != theirs.get(key)]
         if different and not force:
             raise InputError(
                 f"{self.path} belongs to a run with other inputs (different: {', '.join(different)}); "
@@ -136,7 +134,8 @@ class WorkFolder:
 
     def remove(self) -> None:
         """Delete the folder, in one step for whoever looks."""
-        remove_directory(self.path)
+        if self.path.exists():
+            remove_directory(self.path)
 
     def discard(self, checkpoint: Path) -> None:
         """Delete a checkpoint that could not be completed."""
