@@ -35,6 +35,32 @@ from runtime_bench.workload import Workload
 
 ROOT = Path(__file__).resolve().parents[2]
 MakeReportInput = Callable[..., ReportInput]
+SMALL_RELEASE = """
+[model]
+reference = "{model}"
+[prune]
+prune_ratio = 0.25
+calibration = ["builtin:python-docs"]
+nsamples = 4
+seqlen = 64
+[evaluate]
+text = ["builtin:python-docs"]
+chats = []
+seqlen = 32
+max_windows = 2
+max_new_tokens = 2
+prompts = ["List three fruits."]
+[export]
+quants = ["Q8_0"]
+[bench]
+n_prompt = [8]
+n_gen = [2]
+ttft = [4]
+n_threads = [1]
+repetitions = 1
+check_text = false
+"""
+"""A configuration of a release that takes seconds of a tiny model."""
 BLOCKS, DENSE_WIDTH = 6, 256
 BuildOnce = Callable[[str, Callable[[Path], int]], Path]
 SMALL = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32", "--align", "1"]
@@ -122,6 +148,22 @@ def browser() -> Iterator[Any]:
         chromium = session.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         yield chromium
         chromium.close()
+
+
+@pytest.fixture
+def small_release(tmp_path: Path) -> Callable[..., Path]:
+    """`small_release(model, change, ...)` writes a release.toml; a change is (line, other line), or text to add."""
+
+    def write(model: Path, *changes: str | tuple[str, str]) -> Path:
+        text = SMALL_RELEASE.format(model=model)
+        for change in changes:
+            assert isinstance(change, str) or change[0] in text
+            text = text + change if isinstance(change, str) else text.replace(*change)
+        path = tmp_path / "release.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
 
 
 @pytest.fixture(scope="session")

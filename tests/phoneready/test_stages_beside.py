@@ -19,44 +19,17 @@ from cfsp.files import sha256_file
 
 TinyPath = Callable[..., Path]
 Start = Callable[..., subprocess.Popen[str]]
-CONFIG = """
-[model]
-reference = "{model}"
-[prune]
-calibration = ["builtin:python-docs"]
-nsamples = 4
-seqlen = 64
-{prune}
-[evaluate]
-text = ["builtin:python-docs"]
-chats = []
-seqlen = 32
-max_windows = 2
-max_new_tokens = 2
-prompts = ["List three fruits."]
-[export]
-quants = ["{quant}"]
-onnx = [{onnx}]
-[bench]
-n_prompt = [4]
-n_gen = []
-ttft = []
-n_threads = [1]
-repetitions = 1
-check_text = false
-"""
 
 
 @pytest.fixture
-def config(sure_folder: TinyPath, tmp_path: Path) -> Callable[..., Path]:
+def config(sure_folder: TinyPath, small_release: Callable[..., Path]) -> Callable[..., Path]:
     """`config(prune, quant, onnx)` writes a configuration; with `onnx` exports take some seconds."""
     model = sure_folder(intermediate_size=256)
 
     def write(prune: str = "prune_ratio = 0.25", quant: str = "Q8_0", onnx: str = "") -> Path:
-        path = tmp_path / "release.toml"
-        text = CONFIG.format(model=model, prune=prune, quant=quant, onnx=onnx)
-        path.write_text(text, encoding="utf-8")
-        return path
+        exports = f'quants = ["{quant}"]\nonnx = [{onnx}]'
+        few = ("n_gen = [2]\nttft = [4]", "n_gen = []\nttft = []")
+        return small_release(model, ("prune_ratio = 0.25", prune), ('quants = ["Q8_0"]', exports), few)
 
     return write
 

@@ -29,36 +29,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="daemons from Debian"),
 ]
 
-CONFIG = """
-[model]
-reference = "{model}"
-[prune]
-prune_ratio = 0.25
-calibration = ["builtin:python-docs"]
-nsamples = 2
-seqlen = 64
-[evaluate]
-text = ["builtin:python-docs"]
-chats = []
-seqlen = 64
-max_windows = 1
-prompts = ["Who?"]
-max_new_tokens = 2
-[export]
-quants = ["Q8_0"]
-[bench]
-targets = ["local", "ssh:board"]
-n_prompt = [8]
-n_gen = [2]
-ttft = [4]
-n_threads = [1]
-repetitions = 1
-check_text = false
-[[budgets]]
-metric = "peak_rss_bytes"
-at_most = "100 GB"
-targets = ["ssh:board"]
-"""
+BUDGET = '[[budgets]]\nmetric = "peak_rss_bytes"\nat_most = "100 GB"\ntargets = ["ssh:board"]\n'
 STAGE = "bench-ssh-board"
 
 
@@ -86,12 +57,13 @@ def test_what_was_measured_is_kept_and_the_next_run_measures_what_is_missing(
     board: Any,
     runner: Path,
     tiny_folder: Callable[..., Path],
+    small_release: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config, out = tmp_path / "release.toml", tmp_path / "out"
-    config.write_text(CONFIG.format(model=tiny_folder(intermediate_size=256)), encoding="utf-8")
+    places = ("[bench]", '[bench]\ntargets = ["local", "ssh:board"]')
+    config, out = small_release(tiny_folder(intermediate_size=256), places, BUDGET), tmp_path / "out"
 
     def release(*, up: bool, after: int | None = None) -> list[BenchRecord]:
         """A run's rows there; all else is made once, and every reader reads what came of it."""

@@ -13,50 +13,22 @@ pytest.importorskip("mlflow", reason="the track extra is not installed")
 
 from phoneready.main import main
 
-CONFIG = """
-[model]
-reference = "{model}"
-[prune]
-prune_ratio = 0.25
-calibration = ["builtin:python-docs"]
-nsamples = 4
-seqlen = 64
-[evaluate]
-text = ["builtin:python-docs"]
-chats = []
-seqlen = 64
-max_windows = 2
-prompts = ["List three fruits."]
-max_new_tokens = 2
-limit = 8
-[export]
-quants = ["Q8_0"]
-[bench]
-n_prompt = [8]
-n_gen = [2]
-ttft = [4]
-n_threads = [1]
-repetitions = 1
-check_text = false
-[tracking]
-mlflow = "{uri}"
-experiment = "phones"
-"""
-
-
 KEPT = {".json", ".jsonl", ".md", ".html", ".xml", ".toml", ""}
 
 
 def test_a_release_is_logged_once_and_a_missing_server_loses_nothing(
-    tiny_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folder: Callable[..., Path],
+    small_release: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import mlflow
 
     model, folder, store = tiny_folder(), tmp_path / "release", tmp_path / "runs.db"
 
     def release(uri: str, *options: str) -> int:
-        path = tmp_path / "release.toml"
-        path.write_text(CONFIG.format(model=model, uri=uri), encoding="utf-8")
+        tracking = f'[tracking]\nmlflow = "{uri}"\nexperiment = "phones"\n'
+        path = small_release(model, ("chats = []", "chats = []\nlimit = 8"), tracking)
         return main(["release", str(path), "-o", str(folder), "--threads", "1", "--label", "1.0", *options])
 
     # Nothing listens there.
