@@ -59,20 +59,10 @@ EVERYTHING = {
     "packages_folder",  # other releases of libraries
     "phones",  # adb's server and daemons
     "runner_for",  # a compiler
-    "watched",  # real-time meters
 }
 """Fixtures whose tests are marked `everything`."""
 FEW = {"llama", "gemma4_text", "qwen3_5_text"}
-PARTS = {
-    "blocks",
-    "gguf_size",
-    "gguf_slices",
-    "keeping",
-    "kv_groups",
-    "onnx_slices",
-    "spelling",
-    "statistics",
-}
+PARTS = {"gguf_size", "gguf_slices", "keeping", "onnx_slices", "spelling", "statistics"}
 """Tests of one part that `make test` runs for few families; the journeys of a model it runs for all of them."""
 
 

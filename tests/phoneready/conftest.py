@@ -186,13 +186,9 @@ def start_release() -> Callable[..., subprocess.Popen[str]]:
 @pytest.fixture
 def task(tmp_path: Path) -> Path:
     """A task file of ten questions, its data beside it."""
+    lazy = ["the lazy dog " * times for times in (1, 2, 3)]
     rows = [
-        {
-            "goal": f"list {i} fruits",
-            "sol1": "an apple",
-            "sol2": "the lazy dog " * (1 + i % 3),
-            "label": i % 2,
-        }
+        {"goal": f"list {i} fruits", "sol1": "an apple", "sol2": lazy[i % 3], "label": i % 2}
         for i in range(10)
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -212,10 +208,7 @@ def make_report_input(make_record: Callable[..., BenchRecord]) -> MakeReportInpu
         figures = _figures(name, make_record)
         verdicts = tuple(
             BudgetVerdict(
-                "tg128",
-                f"{name}.gguf",
-                name,
-                f"at most {name}",
+                *("tg128", f"{name}.gguf", name, f"at most {name}"),
                 1.1,
                 1.0,
                 1.2,
