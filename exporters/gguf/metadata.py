@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
+from contextlib import suppress
 from typing import Any
 
 from cfsp.errors import InputError
-from cfsp.models.families.row import Layout
 from cfsp.models.gguf_model import SAMPLING
 from cfsp.records import tool_version
 from cfsp.settings import check_settings
 from cfsp.text.choosing import Sampling
-from exporters.checkpoint_reader import DeltaNet, ModelConfig
 from exporters.gguf.architecture import ChosenLayout
 from exporters.gguf.rope import rope_metadata
 from exporters.provenance import Provenance
@@ -68,17 +67,10 @@ def add_sampling(writer: Any, stated: Mapping[str, Any]) -> None:
         stated: Fields of `cfsp.text.choosing.Sampling` that the checkpoint states; what is out of range is left out.
     """
     for key, name in SAMPLING.items():
-        if name in stated and _is_usable(name, stated[name]):
-            getattr(writer, f"add_sampling_{key}")(stated[name])
-
-
-def _is_usable(name: str, value: Any) -> bool:
-    """Whether a model that states this can be sampled so."""
-    try:
-        check_settings(Sampling(**{name: value}))
-    except InputError:
-        return False
-    return True
+        if name in stated:
+            with suppress(InputError):
+                check_settings(Sampling(**{name: stated[name]}))
+                getattr(writer, f"add_sampling_{key}")(stated[name])
 
 
 def add_hyperparameters(writer: Any, chosen: ChosenLayout) -> None:
@@ -87,23 +79,56 @@ def add_hyperparameters(writer: Any, chosen: ChosenLayout) -> None:
     Raises:
         InputError: A rope scaling that llama.cpp does not compute.
     """
-    config, widths = chosen.config, chosen.widths
-    count = config.num_hidden_layers
+    config, layout, widths = chosen.config, chosen.layout, chosen.widths
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(chosen.context_length)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(count)
-    writer.add_feed_forward_length(list(widths) if chosen.layout.per_layer_sizes else widths[0])
-    _add_heads(writer, chosen)
-    if chosen.layout.shares_keys:
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(list(widths) if layout.per_layer_sizes else widths[0])
+    # Blocks that read another block's keys need a number of heads all the same.
+    kv_heads = tuple(
+        n or (config.shape.most_kv_groups if config.sharing_blocks else 0) for n in config.kv_heads
+    )
+    heads = [n * config.heads_per_group for n in kv_heads]
+    one = not layout.fused_qkv and len(set(kv_heads)) == 1
+    if config.convolution_length:
+        writer.add_shortconv_l_cache(config.convolution_length)
+    if net := config.delta_net:
+        writer.add_ssm_conv_kernel(net.length)
+        writer.add_ssm_state_size(net.key_head_dim)
+        writer.add_ssm_group_count(net.key_heads)
+        writer.add_ssm_time_step_rank(net.value_heads)
+        writer.add_ssm_inner_size(net.value_width)
+        recurrent = [block.is_keyless for block in config.shape.blocks]
+        step = recurrent.index(False) + 1
+        writer.add_full_attention_interval(step)
+        if recurrent != [(block + 1) % step != 0 for block in range(len(recurrent))]:
+            writer.add_array(
+                f"{writer.arch}.attention.recurrent_layers", recurrent
+            )  # unknown to old releases
+        one, kv_heads = True, (max(kv_heads),)
+    # Where a short convolution takes attention's place, numbers of key-value heads say in which blocks.
+    writer.add_head_count(max(heads) if one or config.convolution_length else heads)
+    writer.add_head_count_kv(kv_heads[0] if one else list(kv_heads))
+    writer.add_key_length(config.full_head_dim or config.head_dim)
+    writer.add_value_length(config.full_head_dim or config.head_dim)
+    if layout.own_heads:
+        writer.add_key_length_swa(config.head_dim)
+        writer.add_value_length_swa(config.head_dim)
+    if layout.shares_keys:
         writer.add_shared_kv_layers(config.sharing_blocks)
-    if chosen.layout.takes_inputs:
+    if layout.takes_inputs:
         writer.add_embedding_length_per_layer_input(config.block_inputs)
     if config.logit_cap:
         writer.add_final_logit_softcapping(config.logit_cap)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if chosen.layout.full_step:
-        _add_windows(writer, config, chosen.layout)
+    if layout.full_step and config.narrowest is not None:
+        writer.add_sliding_window(config.narrowest)
+        windowed = [window is not None for window in config.windows]
+        if windowed != [(block + 1) % layout.full_step != 0 for block in range(len(windowed))]:
+            writer.add_sliding_window_pattern(windowed)  # unknown to old releases
+        if layout.window_base and config.window_rope_theta is not None:
+            writer.add_rope_freq_base_swa(config.window_rope_theta)
     for key, value in rope_metadata(config).items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
         add(f"{writer.arch}.{key}", value)
@@ -111,59 +136,3 @@ def add_hyperparameters(writer: Any, chosen: ChosenLayout) -> None:
         writer.add_rope_dimension_sections([*config.rope_sections, 0])
     writer.add_string("phoneready.model_type", config.model_type)
     writer.add_array("phoneready.intermediate_sizes", list(config.shape.ffn_widths))
-
-
-def _add_heads(writer: Any, chosen: ChosenLayout) -> None:
-    """How many heads of which sizes attention has, and what takes its place in other blocks."""
-    config = chosen.config
-    # Of blocks that read another block's keys it is asked how many heads they have all the same.
-    kv_heads = tuple(
-        n or (config.shape.most_kv_groups if config.sharing_blocks else 0) for n in config.kv_heads
-    )
-    heads = [n * config.heads_per_group for n in kv_heads]
-    one = not chosen.layout.fused_qkv and len(set(kv_heads)) == 1
-    if config.convolution_length:
-        writer.add_shortconv_l_cache(config.convolution_length)
-    if config.delta_net:
-        _add_delta_nets(writer, config, config.delta_net)
-        one, kv_heads = True, (max(kv_heads),)
-    # Where a short convolution takes attention's place, numbers of key-value heads say in which blocks.
-    writer.add_head_count(max(heads) if one or config.convolution_length else heads)
-    writer.add_head_count_kv(kv_heads[0] if one else list(kv_heads))
-    writer.add_key_length(config.full_head_dim or config.head_dim)
-    writer.add_value_length(config.full_head_dim or config.head_dim)
-    if chosen.layout.own_heads:
-        writer.add_key_length_swa(config.head_dim)
-        writer.add_value_length_swa(config.head_dim)
-
-
-def _add_delta_nets(writer: Any, config: ModelConfig, net: DeltaNet) -> None:
-    """Sizes of gated delta nets, and in which blocks they are.
-
-    Which is said as old releases read it where the last of each so many blocks attends, and block by block otherwise.
-    """
-    writer.add_ssm_conv_kernel(net.length)
-    writer.add_ssm_state_size(net.key_head_dim)
-    writer.add_ssm_group_count(net.key_heads)
-    writer.add_ssm_time_step_rank(net.value_heads)
-    writer.add_ssm_inner_size(net.value_width)
-    recurrent = [block.is_keyless for block in config.shape.blocks]
-    step = recurrent.index(False) + 1
-    writer.add_full_attention_interval(step)
-    if recurrent != [(block + 1) % step != 0 for block in range(len(recurrent))]:
-        writer.add_array(f"{writer.arch}.attention.recurrent_layers", recurrent)
-
-
-def _add_windows(writer: Any, config: ModelConfig, layout: Layout) -> None:
-    """How many tokens attention sees, in which blocks, and the base of the rope there; nothing where it sees all.
-
-    Which blocks is left out where it is what llama.cpp takes for granted: old releases know nothing else.
-    """
-    if config.narrowest is None:
-        return
-    writer.add_sliding_window(config.narrowest)
-    windowed = [window is not None for window in config.windows]
-    if windowed != [(block + 1) % layout.full_step != 0 for block in range(len(windowed))]:
-        writer.add_sliding_window_pattern(windowed)
-    if layout.window_base and config.window_rope_theta is not None:
-        writer.add_rope_freq_base_swa(config.window_rope_theta)

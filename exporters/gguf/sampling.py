@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,10 +27,6 @@ _TEXTS, _CACHE_BYTES = 64, 2**30
 _BATCH = 512
 
 
-def _origin(_: LoadedModel) -> dict[str, str]:
-    return {"writer": f"{runtime_version()}, {_QUANT}"}
-
-
 @contextmanager
 def _opened(loaded: LoadedModel, seed: int) -> Iterator[Continue]:
     """Raises InputError where the model is on another device, no GGUF file holds it, or no disk its copies."""
@@ -44,113 +38,85 @@ def _opened(loaded: LoadedModel, seed: int) -> Iterator[Continue]:
             folder = stack.enter_context(LargeScratch("text")).path
             save_checkpoint(loaded, folder / "model")
             path = draft_gguf(folder / "model", folder, [_QUANT], settings)[_QUANT]
-        config = read_config(folder / "model")
-        token_bytes = torch.float16.itemsize * config.key_value_width
-        yield partial(_continue, path, token_bytes, stop_ids(loaded), np.random.SeedSequence(seed))
+        token_bytes = torch.float16.itemsize * read_config(folder / "model").key_value_width
+        stops, seeds = stop_ids(loaded), np.random.SeedSequence(seed)
+
+        def go_on(texts: Sequence[Sequence[int]], max_new_tokens: int, report: Report) -> list[list[int]]:
+            longest = max(map(len, texts)) + max_new_tokens
+            # Not by what is free: how many are written beside each other changes sums in their last bits.
+            together = max(1, min(_TEXTS, len(texts), _CACHE_BYTES // max(1, token_bytes * longest)))
+            require_room(together * longest * token_bytes)
+            drawn = [np.random.default_rng(seed) for seed in seeds.spawn(len(texts))]
+            written: list[list[int]] = []
+            with open_model(
+                path,
+                n_ctx=together * longest,
+                n_threads=torch.get_num_threads(),
+                n_batch=_BATCH,
+                n_seq=together,
+                shared=False,
+            ) as model:
+                for start in range(0, len(texts), together):
+                    some, before = slice(start, start + together), sum(map(len, written))
+                    say = lambda count, before=before: report(before + count)  # noqa: E731
+                    written += _write(model, texts[some], drawn[some], stops, max_new_tokens, say)
+            return written
+
+        yield go_on
 
 
-LLAMA_CPP = Writer(_origin, _opened)
+LLAMA_CPP = Writer(lambda _: {"writer": f"{runtime_version()}, {_QUANT}"}, _opened)
 
 
-def _continue(
-    path: Path,
-    token_bytes: int,
+def _write(
+    model: LlamaModel,
+    beginnings: Sequence[Sequence[int]],
+    drawn: Sequence[np.random.Generator],
     stops: set[int],
-    seeds: np.random.SeedSequence,
-    texts: Sequence[Sequence[int]],
     max_new_tokens: int,
     report: Report,
 ) -> list[list[int]]:
-    longest = max(map(len, texts)) + max_new_tokens
-    # Not by what is free: how many are written beside each other changes sums in their last bits.
-    together = max(1, min(_TEXTS, len(texts), _CACHE_BYTES // max(1, token_bytes * longest)))
-    require_room(together * longest * token_bytes)
-    drawn = [np.random.default_rng(seed) for seed in seeds.spawn(len(texts))]
-    whole: list[list[int]] = []
-    with open_model(
-        path,
-        n_ctx=together * longest,
-        n_threads=torch.get_num_threads(),
-        n_batch=_BATCH,
-        n_seq=together,
-        shared=False,
-    ) as model:
-        for start in range(0, len(texts), together):
-            some = slice(start, start + together)
-            batch = _Texts(texts[some], drawn[some], stops, max_new_tokens)
-            whole += batch.written_by(model, partial(_add, report, sum(map(len, whole))))
-    return whole
+    """Texts that are continued beside each other, each until it has ended or is as long as it may be.
 
-
-def _add(report: Report, before: int, written: int) -> None:
-    report(before + written)
-
-
-class _Texts:
-    """Texts that are continued beside each other, each in a sequence of the context.
-
-    llama.cpp runs sequences together where their numbers follow each other: `_growing` has the text in each of them.
+    Each is in a sequence of the context. llama.cpp runs sequences together if their numbers follow each other:
+    `growing` has the text in each of them, and the last one takes the place of one that has ended.
     """
-
-    def __init__(
-        self,
-        texts: Sequence[Sequence[int]],
-        drawn: Sequence[np.random.Generator],
-        stops: set[int],
-        max_new_tokens: int,
-    ) -> None:
-        self._texts = [list(text) for text in texts]
-        self._drawn, self._stops, self._most = drawn, stops, max_new_tokens
-        self._growing = list(range(len(texts)))
-
-    def written_by(self, model: LlamaModel, report: Report) -> list[list[int]]:
-        """The texts when each has ended, or is as long as it may be."""
-        entries = self._after_beginning(model)
-        for step in range(1, self._most + 1):
-            tokens = self._drawn_after(model, entries)
-            for text, token in zip(self._growing, tokens, strict=True):
-                self._texts[text].append(token)
-            for place in reversed([i for i, token in enumerate(tokens) if token in self._stops]):
-                self._end(model, place)
-            if not self._growing:
-                break
-            entries = [
-                Entry(self._texts[text][-1], len(self._texts[text]) - 1, (place,), wanted=True)
-                for place, text in enumerate(self._growing)
-            ]
-            if step % STEPS_A_REPORT == 0:
-                report(step * len(self._texts))
-        return self._texts
-
-    def _after_beginning(self, model: LlamaModel) -> list[Entry]:
-        """Run the tokens that all texts begin with once; the others, of which the last ones are wanted."""
-        model.clear()
-        first, last = min(self._texts), max(self._texts)
-        pairs = enumerate(zip(first, last, strict=False))
-        common = next((i for i, (a, b) in pairs if a != b), min(len(first), len(last)))
-        common = min(common, min(map(len, self._texts)) - 1)
-        if common:
-            model.decode(first[:common])
-            for place in range(1, len(self._texts)):
-                model.copy_sequence(0, place)
-        return [
-            Entry(token, position, (place,), wanted=position == len(text) - 1)
-            for place, text in enumerate(self._texts)
-            for position, token in enumerate(text)
-            if position >= common
-        ]
-
-    def _drawn_after(self, model: LlamaModel, entries: Sequence[Entry]) -> list[int]:
-        """Run tokens, and draw one for each text that grows."""
+    texts = [list(text) for text in beginnings]
+    growing = list(range(len(texts)))
+    # The tokens that all begin with are run once.
+    first, last = min(texts), max(texts)
+    pairs = enumerate(zip(first, last, strict=False))
+    common = next((i for i, (a, b) in pairs if a != b), min(len(first), len(last)))
+    common = min(common, min(map(len, texts)) - 1)
+    model.clear()
+    if common:
+        model.decode(first[:common])
+        for place in range(1, len(texts)):
+            model.copy_sequence(0, place)
+    entries = [
+        Entry(token, position, (place,), wanted=position == len(text) - 1)
+        for place, text in enumerate(texts)
+        for position, token in enumerate(text)
+        if position >= common
+    ]
+    for step in range(1, max_new_tokens + 1):
         tokens: list[int] = []
         for logits in model.iter_entries(entries):
-            some = self._growing[len(tokens) : len(tokens) + len(logits)]
-            tokens += drawn_tokens(logits, [self._drawn[text].random() for text in some])
-        return tokens
-
-    def _end(self, model: LlamaModel, place: int) -> None:
-        """Put the last sequence's text in the place of one that has ended."""
-        last = self._growing.pop()
-        if place < len(self._growing):
-            model.copy_sequence(len(self._growing), place)
-            self._growing[place] = last
+            some = growing[len(tokens) : len(tokens) + len(logits)]
+            tokens += drawn_tokens(logits, [drawn[text].random() for text in some])
+        for text, token in zip(growing, tokens, strict=True):
+            texts[text].append(token)
+        for place in reversed([i for i, token in enumerate(tokens) if token in stops]):
+            moved = growing.pop()
+            if place < len(growing):
+                model.copy_sequence(len(growing), place)
+                growing[place] = moved
+        if not growing:
+            break
+        entries = [
+            Entry(texts[text][-1], len(texts[text]) - 1, (place,), wanted=True)
+            for place, text in enumerate(growing)
+        ]
+        if step % STEPS_A_REPORT == 0:
+            report(step * len(texts))
+    return texts
