@@ -53,7 +53,7 @@ from exporters.onnx.runtime import PREFILL_TOKENS, FloatArray, OnnxModel, open_m
 from exporters.onnx.variants import INT8, VARIANTS, BlockFormat, Variant, find_variant, formats_without_text
 from exporters.onnx.weights import Weights, check_blocks, decoder_of, slice_of
 from exporters.proof import Choice, Slice, check_limits, prove_slices
-from exporters.provenance import SOME_HASH, Provenance
+from exporters.provenance import SOME_HASH
 
 _BYTES_OF_A_WEIGHT = 1.5
 """That are in memory for all layers at once, where few bits are written: one each, and how it is stored."""
@@ -128,10 +128,11 @@ def export_onnx(
         for row in dict.fromkeys((*first, *rows)):
             folder = job.folder / row.name
             (folder / GRAPHS).mkdir(parents=True)
-            written = _write(job, row, folder / GRAPHS, measured)
+            asked = _Asked(job, row)
+            written = _write(asked, folder / GRAPHS, measured)
             chats = write_companions(job, row, folder)
             job.progress(f"writing {row.name}", 1, 1)
-            records[row] = replace(_prove(job, row, written, chats), blocks=blocks)
+            records[row] = replace(_prove(asked, written, chats), blocks=blocks)
             if row not in rows:
                 shutil.rmtree(folder)
         return job.write_manifest([records[row] for row in rows])
@@ -159,37 +160,58 @@ class WrittenGraphs:
 
 
 @dataclass(frozen=True)
-class Labels:
-    """What a variant's graphs say beside what they compute."""
+class _Asked:
+    """A variant of a job."""
 
+    job: Job
     variant: Variant
-    origin: Provenance
-    text_sha256: str | None = None
-    opset: int | None = None
+
+    @property
+    def text(self) -> torch.Tensor | None:
+        """What it is rounded for."""
+        return self.job.settings.calibration if self.variant.calibrated else None
+
+    @property
+    def text_sha256(self) -> str | None:
+        """Hash of that."""
+        return None if self.text is None else tokens_sha256(self.text)
+
+    @property
+    def budget(self) -> int | None:
+        """Most bytes of a mixture; None if it is not chosen for a size."""
+        return (
+            (self.job.settings.mixed_bytes or default_budget(self.job.model)) if self.variant.mixed else None
+        )
 
     @property
     def metadata(self) -> dict[str, str]:
         """Where it comes from."""
-        text, license_ = self.text_sha256, self.origin.license
+        text, license_ = self.text_sha256, self.job.provenance.license
         more = {"phoneready.license": license_, "phoneready.calibration_sha256": text}
-        return self.origin.metadata() | {key: value for key, value in more.items() if value}
+        return self.job.provenance.metadata() | {key: value for key, value in more.items() if value}
 
     def graph(self, decoder: Decoder, stored: Mapping[str, ir.TensorProtocol] | None = None) -> ir.Model:
         """The graph with all logits; over weights that it has stored, the one with only the last position's."""
         return build_decoder(
             decoder,
-            name=f"{self.origin.name}-{self.variant.name}",
+            name=f"{self.job.provenance.name}-{self.variant.name}",
             last_logits=stored is not None,
             stored=stored,
-            opset=self.opset or OPSET,
+            opset=self.job.settings.opset or OPSET,
         )
 
-    def size_of(self, decoder: Decoder) -> int:
-        """Bytes of files of a decoder whose weights are nowhere; they are written and deleted."""
-        with tempfile.TemporaryDirectory(prefix="sizing-") as scratch:
-            path, unknown = Path(scratch) / f"{self.variant.stem}.onnx", lambda _: SOME_HASH
-            data = save_graph(self.graph(decoder), path, metadata=self.metadata, sha256=unknown)
-            return path.stat().st_size + data.stat().st_size
+    def save(self, weights: Weights, folder: Path) -> WrittenGraphs:
+        """The graphs over weights that are known."""
+        stem, decoder = self.variant.stem, decoder_of(self.job.model, weights)
+        self.job.progress(f"writing {self.variant.name}", 0, 1)
+        every = self.graph(decoder)
+        path, last_path = folder / f"{stem}.onnx", folder / f"{stem}_last.onnx"
+        data = save_graph(every, path, metadata=self.metadata)
+        stored = {k: v.const_value for k, v in every.graph.initializers.items() if v.const_value is not None}
+        last = self.graph(decoder, stored)
+        last.metadata_props.update(every.metadata_props)
+        ir.save(last, last_path)
+        return WrittenGraphs(path, last_path, data)
 
 
 def save_graph(
@@ -217,22 +239,7 @@ def save_graph(
     return data
 
 
-def _text_for(job: Job, variant: Variant) -> torch.Tensor | None:
-    """What a variant is rounded for."""
-    return job.settings.calibration if variant.calibrated else None
-
-
-def _labels(job: Job, variant: Variant) -> Labels:
-    text = _text_for(job, variant)
-    return Labels(variant, job.provenance, None if text is None else tokens_sha256(text), job.settings.opset)
-
-
-def _budget(job: Job, variant: Variant) -> int | None:
-    """Most that a mixture may take; None if it is not chosen for a size."""
-    return (job.settings.mixed_bytes or default_budget(job.model)) if variant.mixed else None
-
-
-def _write(job: Job, variant: Variant, folder: Path, measured: dict[BlockFormat, Losses]) -> WrittenGraphs:
+def _write(asked: _Asked, folder: Path, measured: dict[BlockFormat, Losses]) -> WrittenGraphs:
     """Write folder/<stem>.onnx, <stem>_last.onnx and <stem>.onnx_data.
 
     If numbers are chosen for a text, the plain quantizer's are written, too; those that lose less stay.
@@ -240,84 +247,58 @@ def _write(job: Job, variant: Variant, folder: Path, measured: dict[BlockFormat,
     Raises:
         InputError: A model that the graph cannot compute, or a budget that it does not fit.
     """
-    labels, path = _labels(job, variant), folder / f"{variant.stem}.onnx"
+    job, variant, form, text = asked.job, asked.variant, asked.variant.form, asked.text
+    device, progress = job.settings.device, job.progress
     if variant.portable:
-        job.progress(f"writing {variant.name}", 0, 1)
+        progress(f"writing {variant.name}", 0, 1)
         # A model of its own: optimum's exporter changes the one that it is given.
         model = load_pruned(job.checkpoint, torch.float32)
-        name = f"{job.provenance.name}-{variant.name}"
-        portable = portable_graph(model, name=name, opset=job.settings.opset)
+        portable = portable_graph(
+            model, name=f"{job.provenance.name}-{variant.name}", opset=job.settings.opset
+        )
+        path = folder / f"{variant.stem}.onnx"
         # One graph: who takes only standard operators wants what optimum's users expect.
-        return WrittenGraphs(path, None, save_graph(portable, path, metadata=labels.metadata))
-    trained, text, form = read_rounded(job.checkpoint, variant.name), _text_for(job, variant), variant.form
-    eight_bits: tuple[str, ...] = ()
-    weights: Weights
+        return WrittenGraphs(path, None, save_graph(portable, path, metadata=asked.metadata))
     if form is None:
-        weights = _without_blocks(variant)
-    elif trained is not None:
-        eight_bits = tuple(name for name, bits in trained.format.types.items() if bits == str(INT8.bits))
-        weights = QuantizedModel(trained_layers(job.model, variant, trained))
-    elif text is not None:
-        if form not in measured:
-            measured[form] = measure(job.model, form, text, device=job.settings.device, progress=job.progress)
-        eight_bits = _choose(job, variant, form, measured[form])
-        weights = _for_text(job, form, eight_bits, text)
-    elif variant.mixed:
-        raise InputError(f"{variant.name} wants text to choose layers by", field="calibration")
-    else:
+        plain = Int8Weights() if variant.int8_rows else Weights(dtype=getattr(torch, variant.dtype))
+        return asked.save(plain, folder)
+    if (trained := read_rounded(job.checkpoint, variant.name)) is not None:
+        named = trained.format.types.items()
+        written = asked.save(QuantizedModel(trained_layers(job.model, variant, trained)), folder)
+        return replace(written, eight_bits=tuple(name for name, bits in named if bits == str(INT8.bits)))
+    if text is None:
+        if variant.mixed:
+            raise InputError(f"{variant.name} wants text to choose layers by", field="calibration")
         format_of = formats_without_text(form, spec_for(job.model.config).down)
-        weights = QuantizedModel(quantize_linears(job.model, format_of, None, progress=job.progress))
-    written = replace(_save(job, labels, weights, folder), eight_bits=eight_bits)
-    if text is None or trained is not None:
-        return written
-    assert isinstance(weights, QuantizedModel)
-    nearest, slopes = with_nearest(job.model, weights), slope_sums(job.model, weights.layers)
-    del weights
-    with tempfile.TemporaryDirectory(dir=folder) as apart:
-        plain = _save(job, labels, nearest, Path(apart))
-        choice = Choice(_divergence(job, variant, plain.every), _divergence(job, variant, written.every))
+        return asked.save(
+            QuantizedModel(quantize_linears(job.model, format_of, None, progress=progress)), folder
+        )
+    if form not in measured:
+        measured[form] = measure(job.model, form, text, device=device, progress=progress)
+    if asked.budget is None:
+        eight_bits = choose_few(job.model, form, measured[form])
+    else:
+        # The larger graph, which has all apart that can be one layer; its weights are nowhere.
+        apart = decoder_of(job.model, outline_in(job.model, form))
+        with tempfile.TemporaryDirectory(prefix="sizing-") as scratch:
+            path = Path(scratch) / f"{variant.stem}.onnx"
+            data = save_graph(asked.graph(apart), path, metadata=asked.metadata, sha256=lambda _: SOME_HASH)
+            n_bytes = path.stat().st_size + data.stat().st_size
+        eight_bits = choose_mixture(job.model, form, measured[form], n_bytes, asked.budget)
+    chosen = rounded_model(job.model, form, eight_bits, text, device=device, progress=progress)
+    if not is_paged(job.model):
+        with moved(job.model, device):
+            chosen = tune(job.model, chosen, text, progress=progress)
+    written = replace(asked.save(chosen, folder), eight_bits=eight_bits)
+    nearest, slopes = with_nearest(job.model, chosen), slope_sums(job.model, chosen.layers)
+    del chosen
+    with tempfile.TemporaryDirectory(dir=folder) as beside:
+        plain_file = asked.save(nearest, Path(beside)).every
+        choice = Choice(_divergence(job, variant, plain_file), _divergence(job, variant, written.every))
         if choice.is_plain:
-            for file in Path(apart).iterdir():
+            for file in Path(beside).iterdir():
                 file.replace(folder / file.name)
     return replace(written, slopes={} if choice.is_plain else slopes, choice=choice)
-
-
-def _choose(job: Job, variant: Variant, form: BlockFormat, losses: Losses) -> tuple[str, ...]:
-    """Layers that get eight bits, by text."""
-    budget = _budget(job, variant)
-    if budget is None:
-        return choose_few(job.model, form, losses)
-    # The larger graph, which has all apart that can be one layer.
-    apart = decoder_of(job.model, outline_in(job.model, lambda *_: form, apart=True))
-    return choose_mixture(job.model, form, losses, _labels(job, variant).size_of(apart), budget)
-
-
-def _for_text(job: Job, form: BlockFormat, eight_bits: Sequence[str], text: torch.Tensor) -> QuantizedModel:
-    device, progress = job.settings.device, job.progress
-    mixture = rounded_model(job.model, form, eight_bits, text, device=device, progress=progress)
-    if is_paged(job.model):
-        return mixture
-    with moved(job.model, device):
-        return tune(job.model, mixture, text, progress=progress)
-
-
-def _without_blocks(variant: Variant) -> Weights:
-    """How a variant without blocks of few bits stores weights."""
-    return Int8Weights() if variant.int8_rows else Weights(dtype=getattr(torch, variant.dtype))
-
-
-def _save(job: Job, labels: Labels, weights: Weights, folder: Path) -> WrittenGraphs:
-    """The graphs over weights that are known."""
-    stem, decoder = labels.variant.stem, decoder_of(job.model, weights)
-    job.progress(f"writing {labels.variant.name}", 0, 1)
-    every = labels.graph(decoder)
-    path, last_path = folder / f"{stem}.onnx", folder / f"{stem}_last.onnx"
-    data = save_graph(every, path, metadata=labels.metadata)
-    stored = {k: v.const_value for k, v in every.graph.initializers.items() if v.const_value is not None}
-    last = labels.graph(decoder, stored)
-    last.metadata_props.update(every.metadata_props)
-    ir.save(last, last_path)
-    return WrittenGraphs(path, last_path, data)
 
 
 def _opened(job: Job, path: Path) -> closing[OnnxModel]:
@@ -348,12 +329,13 @@ def _slice_logits(job: Job, part: Slice) -> Iterator[FloatArray]:
             file.unlink(missing_ok=True)
 
 
-def _prove(job: Job, variant: Variant, written: WrittenGraphs, chats: ReadChats) -> ExportRecord:
+def _prove(asked: _Asked, written: WrittenGraphs, chats: ReadChats) -> ExportRecord:
     """Compare the graph with the checkpoint, the other one of its weights with it, and describe it.
 
     Raises:
         LimitError: They are too far from the checkpoint, or not shaped as its plan says.
     """
+    job, variant, text = asked.job, asked.variant, asked.text
     path, choice, limits = written.every, written.choice, job.settings.limits_of(variant)
     for graph in filter(None, (path, written.last)):
         check_graph(graph, job.config)
@@ -369,7 +351,6 @@ def _prove(job: Job, variant: Variant, written: WrittenGraphs, chats: ReadChats)
         if not difference <= _SAME_LOGITS:
             raise LimitError(f"{written.last.name} differs from {path.name} by {difference:.4g} in a logit")
     check_limits(parity, f"{variant.name} ({path.name})")
-    text = _text_for(job, variant)
     counts: Counter[str] = Counter()
     for name, value in ir.load(path).graph.initializers.items():
         tensor = value.const_value
@@ -388,18 +369,18 @@ def _prove(job: Job, variant: Variant, written: WrittenGraphs, chats: ReadChats)
         file_bytes=path.stat().st_size + written.data.stat().st_size,
         n_params=sum(parameter.numel() for parameter in job.model.parameters()),
         tensor_types=dict(counts),
-        warnings=(*_warnings(job, variant), *(choice.warnings() if choice else ()), *chats.warnings),
+        warnings=(*_warnings(asked), *(choice.warnings() if choice else ()), *chats.warnings),
         chats=chats.equal,
         runtime=runtime_version(),
-        calibration_sha256=None if text is None else tokens_sha256(text),
+        calibration_sha256=asked.text_sha256,
         calibration_tokens=0 if text is None else text.numel(),
-        budget_bytes=_budget(job, variant),
+        budget_bytes=asked.budget,
         eight_bit_layers=written.eight_bits,
     )
 
 
-def _warnings(job: Job, variant: Variant) -> Iterator[str]:
-    text = _text_for(job, variant)
+def _warnings(asked: _Asked) -> Iterator[str]:
+    job, variant, text = asked.job, asked.variant, asked.text
     if variant.calibrated and text is None:
         yield f"{variant.name} is rounded to the nearest numbers, without text"
     if text is not None and is_paged(job.model):

@@ -175,10 +175,10 @@ def _rounded(weight: torch.Tensor, form: BlockFormat, gram: torch.Tensor | None,
     return joined([fit(one, round_to_nearest(one, form, importance), gram) for one in each]).to(weight.device)
 
 
-def outline_in(model: Any, format_of: FormatOf, *, apart: bool = False) -> QuantizedModel:
-    """A model in few bits as large as it is, whose numbers are nowhere."""
-    layers = quantize_linears(model, format_of, None, nearest=round_nowhere)
-    return QuantizedModel(layers, apart=apart, nearest=round_nowhere)
+def outline_in(model: Any, form: BlockFormat) -> QuantizedModel:
+    """A model in few bits, all apart that can be one layer, as large as it is; its numbers are nowhere."""
+    layers = quantize_linears(model, lambda *_: form, None, nearest=round_nowhere)
+    return QuantizedModel(layers, apart=True, nearest=round_nowhere)
 
 
 def with_nearest(model: Any, quantized: QuantizedModel) -> QuantizedModel:
@@ -257,7 +257,8 @@ def choose_few(model: Any, form: BlockFormat, losses: Losses) -> tuple[str, ...]
     A token takes the time to read the weights, so the price is in bytes, too. What can be one layer is one as long as
     it has one format; two products more cost what reading `_APART_BYTES` does. Arguments as for `choose_mixture`.
     """
-    return _choose(model, form, losses, left_for_few(model, form), apart_bytes=_APART_BYTES)
+    left = int(_FEW * sum(bytes_of(weight_of(model, name).shape, form) for name in losses))
+    return _choose(model, form, losses, left, apart_bytes=_APART_BYTES)
 
 
 def _choose(
@@ -281,13 +282,6 @@ def _choose(
     least = sum(min(option.n_bytes for option in each) for each in options.values())
     chosen = {one for option in solve(options, least + left_bytes).values() for one in option.kind}
     return tuple(name for name in losses if name in chosen)
-
-
-def left_for_few(model: Any, form: BlockFormat) -> int:
-    """What the few layers may cost, in bytes."""
-    linears = [name for block in block_linears(model) for name in block]
-    total = sum(bytes_of(weight_of(model, name).shape, form) for name in (*linears, *HEAD_PARTS))
-    return int(_FEW * total)
 
 
 def default_budget(model: Any) -> int:
