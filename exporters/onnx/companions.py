@@ -27,7 +27,6 @@ from cfsp.models.folder_format import copy_notices, save_tokenizer
 from cfsp.reading import one_line, read_json
 from cfsp.text.conversations import CONVERSATIONS, Conversation
 from exporters.chats import ReadChats, read_chats
-from exporters.checkpoint_reader import ModelConfig
 from exporters.job import Job
 from exporters.onnx.folder import GENAI_CONFIG, GRAPHS
 from exporters.onnx.variants import Variant
@@ -40,115 +39,92 @@ _DROPPED = ("auto_map", "torch_dtype", "dtype", "quantization_config")
 
 def write_companions(job: Job, variant: Variant, folder: Path) -> ReadChats:
     """Write all of a variant's folder, which exists, but the graphs; returns what GenAI makes of chats with it."""
-    checkpoint, tokenizer = job.checkpoint, job.tokenizer
+    checkpoint, tokenizer, config = job.checkpoint, job.tokenizer, job.config
     save_tokenizer(tokenizer, folder)
     if tokenizer.chat_template:
-        # transformers.js knows the template from here alone.
+        # transformers.js reads the template only from here.
         file = folder / "tokenizer_config.json"
         write_json(file, read_json(file) | {"chat_template": tokenizer.chat_template})
     if (checkpoint / "generation_config.json").is_file():
         shutil.copy(checkpoint / "generation_config.json", folder)
     copy_notices(checkpoint, folder)
-    stored = _with_caches(read_json(checkpoint / "config.json"), job.config)
-    if job.config.kept_of_texts:
-        # Which a folder may say in another way, that transformers alone knows.
-        stored["layer_types"] = list(job.model.config.layer_types)
-    write_json(folder / "config.json", _config(stored, variant))
-    if variant.portable:
-        return ReadChats()
-    ends = sorted(job.stops)
-    context_length = job.context_length
-    genai = _genai_config(variant, job.model.config, ends, context_length)
-    kv_heads = max(job.config.kv_heads)
-    genai["model"]["decoder"] |= {
-        "num_attention_heads": kv_heads * job.config.heads_per_group,
-        "num_hidden_layers": stored["num_hidden_layers"],
-        "num_key_value_heads": kv_heads,
-    }
-    _add_kept(genai["model"], stored, job.config)
-    write_json(folder / GENAI_CONFIG, genai)
-    return _genai_chats(job, folder)
-
-
-def _with_caches(stored: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """The settings with as many hidden layers as there are caches, and as many heads, which consumers take them for.
-
-    Heads are the most of a block; the graph has each cache's own. num_attention_heads stays, as some consumers divide
-    hidden_size by it.
-    """
+    stored: dict[str, Any] = read_json(checkpoint / "config.json")
+    # Consumers take the numbers of hidden layers and heads for those of caches. Heads are the most of a block; the
+    # graph has each cache's own. num_attention_heads stays, as some consumers divide hidden_size by it.
     silent, kv_heads = config.shape.without_attention, max(config.kv_heads)
     fewer = kv_heads * config.heads_per_group != stored["num_attention_heads"]
-    if not silent and not fewer:
-        return stored
-    kept = {key: value for key, value in stored.items() if key != "per_layer_config"}
-    if fewer:
-        kept["num_key_value_heads"] = kv_heads
-    for key in PER_BLOCK_LISTS:
-        if each := kept.get(key):
-            kept[key] = [entry for index, entry in enumerate(each) if index not in silent]
-    return kept | {"num_hidden_layers": config.num_hidden_layers - len(silent)}
-
-
-def _config(stored: dict[str, Any], variant: Variant) -> dict[str, Any]:
-    kept = {key: value for key, value in stored.items() if key not in _DROPPED}
+    if silent or fewer:
+        stored.pop("per_layer_config", None)
+        if fewer:
+            stored["num_key_value_heads"] = kv_heads
+        for key in PER_BLOCK_LISTS:
+            if each := stored.get(key):
+                stored[key] = [entry for index, entry in enumerate(each) if index not in silent]
+        stored["num_hidden_layers"] = config.num_hidden_layers - len(silent)
+    if config.kept_of_texts:
+        # Which a folder may say in another way, that only transformers knows.
+        stored["layer_types"] = list(job.model.config.layer_types)
     web: dict[str, Any] = {"use_external_data_format": {f"{variant.stem}.onnx": 1}}
     if variant.dtype == "float16":
         web["kv_cache_dtype"] = {"fp16": "float16"}
-    return kept | {"transformers.js_config": web}
+    kept = {key: value for key, value in stored.items() if key not in _DROPPED}
+    write_json(folder / "config.json", kept | {"transformers.js_config": web})
+    if variant.portable:
+        return ReadChats()
+    write_json(folder / GENAI_CONFIG, _genai_config(job, variant, stored))
+    return _genai_chats(job, folder)
 
 
-def _genai_decoder(variant: Variant, config: Any) -> dict[str, Any]:
-    return {
+def _genai_config(job: Job, variant: Variant, stored: Mapping[str, Any]) -> dict[str, Any]:
+    config, ends, kv_heads = job.model.config, sorted(job.stops), max(job.config.kv_heads)
+    special = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": ends or None,
+        "pad_token_id": next(iter(ends), None) if config.pad_token_id is None else config.pad_token_id,
+    }
+    inputs = {
+        "input_ids": "input_ids",
+        "attention_mask": "attention_mask",
+        "past_key_names": "past_key_values.%d.key",
+        "past_value_names": "past_key_values.%d.value",
+    }
+    outputs = {
+        "logits": "logits",
+        "present_key_names": "present.%d.key",
+        "present_value_names": "present.%d.value",
+    }
+    for kind in job.config.kept_of_texts:
+        inputs[f"past_{kind}_names"] = f"past_{kind}.%d"
+        outputs[f"present_{kind}_names"] = f"present_{kind}.%d"
+    decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": f"{GRAPHS}/{variant.stem}_last.onnx",
         "head_size": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         "hidden_size": config.hidden_size,
-        "inputs": {
-            "input_ids": "input_ids",
-            "attention_mask": "attention_mask",
-            "past_key_names": "past_key_values.%d.key",
-            "past_value_names": "past_key_values.%d.value",
-        },
-        "outputs": {
-            "logits": "logits",
-            "present_key_names": "present.%d.key",
-            "present_value_names": "present.%d.value",
-        },
+        "inputs": inputs,
+        "outputs": outputs,
+        "num_attention_heads": kv_heads * job.config.heads_per_group,
+        "num_hidden_layers": stored["num_hidden_layers"],
+        "num_key_value_heads": kv_heads,
     }
-
-
-def _add_kept(model: dict[str, Any], stored: Mapping[str, Any], config: ModelConfig) -> None:
-    """What GenAI wants to know of blocks that have something else in the place of attention."""
-    decoder = model["decoder"]
-    for kind in config.kept_of_texts:
-        decoder["inputs"][f"past_{kind}_names"] = f"past_{kind}.%d"
-        decoder["outputs"][f"present_{kind}_names"] = f"present_{kind}.%d"
-    if config.convolution_length:
-        # It keeps a cache of convolutions alone in one kind of model.
-        model["type"] = "lfm2"
-        decoder |= {"layer_types": stored["layer_types"], "conv_cache_size": config.convolution_length}
-
-
-def _genai_config(variant: Variant, config: Any, ends: list[int], context_length: int) -> dict[str, Any]:
-    pad = config.pad_token_id
-    special = {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": ends or None,
-        "pad_token_id": next(iter(ends), None) if pad is None else pad,
-    }
+    # GenAI has one decoder for all graphs but LFM 2's, the only one with caches of convolutions; the name only chooses
+    # its chat heuristics.
+    kind = "llama"
+    if job.config.convolution_length:
+        kind = "lfm2"
+        decoder |= {"layer_types": stored["layer_types"], "conv_cache_size": job.config.convolution_length}
     return {
         "model": {
-            # GenAI has one decoder for all graphs but LFM 2's; the name only chooses its chat heuristics.
-            "type": "llama",
+            "type": kind,
             "vocab_size": config.vocab_size,
-            "context_length": context_length,
-            "decoder": _genai_decoder(variant, config),
+            "context_length": job.context_length,
+            "decoder": decoder,
             # GenAI refuses null; what a model does not have is left out.
             **{key: value for key, value in special.items() if value is not None},
         },
         "search": {
             "do_sample": False,
-            "max_length": context_length,
+            "max_length": job.context_length,
             "past_present_share_buffer": True,
             "temperature": 1.0,
             "top_k": 1,

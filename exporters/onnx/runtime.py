@@ -7,7 +7,6 @@ keep of a text that do not attend is given anew each time by both, and knows not
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -85,7 +84,15 @@ class OnnxModel:
             raise InputError(f"{path} is no decoder graph: it has no input_ids and logits")
         self._inputs = inputs
         self._caches = [name for name in inputs if name.startswith(tuple(_PRESENT))]
-        _check_decoder(path, inputs, outputs[0].shape, self._caches)
+        sizes = [outputs[0].shape[-1], *(size for n in self._caches for size in _sizes(n, inputs[n]))]
+        if not all(isinstance(size, int) for size in sizes):
+            raise InputError(f"{path} leaves the size of its vocabulary or of its heads open")
+        if unknown := {inputs[name].type for name in self._caches} - _TYPES.keys():
+            raise InputError(f"{path} has a cache of {', '.join(unknown)}", allowed=", ".join(_TYPES))
+        if missing := inputs.keys() - {*_FEEDS, *self._caches}:
+            raise InputError(
+                f"{path} wants inputs that a decoder does not have: {', '.join(sorted(missing))}"
+            )
         self.vocab_size = int(outputs[0].shape[-1])
         self.last_logits = outputs[0].shape[1] == 1
         self.metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
@@ -94,7 +101,11 @@ class OnnxModel:
         self.can_rewind = fixed and len(self._in_place) == len(self._caches)
         kinds = [inputs[name].type for name in self._caches if name.startswith(_KEYS_AND_VALUES)]
         self.cache_type = _TYPES[kinds[0]][0] if kinds else None
-        self.providers = _providers_of(session)
+        self.providers: dict[str, int] = {}
+        if hasattr(session, "get_provider_graph_assignment_info"):  # from 1.24 on
+            for part in session.get_provider_graph_assignment_info():
+                provider = part.ep_name.removesuffix(_PROVIDER)
+                self.providers[provider] = self.providers.get(provider, 0) + len(part.get_nodes())
         self._cache: dict[str, Any] = {}
         self.clear()
 
@@ -178,49 +189,10 @@ def present_name(name: str) -> str:
     return f"{_PRESENT[prefix]}{name.removeprefix(prefix)}"
 
 
-def _check_decoder(
-    path: Path, inputs: Mapping[str, Any], logits: Sequence[Any], caches: Sequence[str]
-) -> None:
-    """Raise InputError for sizes left open, caches of other types, and inputs that no decoder has."""
-    sizes = [logits[-1], *(size for name in caches for size in _sizes(name, inputs[name]))]
-    if not all(isinstance(size, int) for size in sizes):
-        raise InputError(f"{path} leaves the size of its vocabulary or of its heads open")
-    unknown = {inputs[name].type for name in caches} - _TYPES.keys()
-    if unknown:
-        raise InputError(f"{path} has a cache of {', '.join(unknown)}", allowed=", ".join(_TYPES))
-    missing = inputs.keys() - {*_FEEDS, *caches}
-    if missing:
-        raise InputError(f"{path} wants inputs that a decoder does not have: {', '.join(sorted(missing))}")
-
-
 def _sizes(name: str, value: Any) -> list[Any]:
     """The sizes of a cache that a file says: heads and numbers of a head, or what does not grow with the text."""
     _, *sizes = value.shape
     return [sizes[0], sizes[2]] if name.startswith(_KEYS_AND_VALUES) else sizes
-
-
-def _providers(wanted: str | None) -> list[str]:
-    """The execution providers to open a graph with, as ONNX Runtime names them: what is wanted, where it is there."""
-    import onnxruntime
-
-    known = {name.removesuffix(_PROVIDER).lower(): name for name in onnxruntime.get_all_providers()}
-    if wanted is not None and wanted.lower() not in known:
-        allowed = ", ".join(sorted(known))
-        raise InputError(
-            "ONNX Runtime knows no such provider", field="backend", value=wanted, allowed=allowed
-        )
-    chosen = [known[wanted.lower()]] if wanted is not None else []
-    names = [name for name in chosen if name in onnxruntime.get_available_providers()]
-    return list(dict.fromkeys([*names, f"CPU{_PROVIDER}"]))
-
-
-def _providers_of(session: Any) -> dict[str, int]:
-    """Which providers run how many nodes; versions before 1.24 do not tell."""
-    if not hasattr(session, "get_provider_graph_assignment_info"):
-        return {}
-    parts = session.get_provider_graph_assignment_info()
-    names = [part.ep_name.removesuffix(_PROVIDER) for part in parts for _ in part.get_nodes()]
-    return dict(Counter(names))
 
 
 def open_model(
@@ -250,13 +222,24 @@ def open_model(
 
     if not path.is_file():
         raise InputError(f"{path} does not exist")
+    providers, wanted = [f"CPU{_PROVIDER}"], (provider or "cpu").lower()
+    known = {name.removesuffix(_PROVIDER).lower(): name for name in onnxruntime.get_all_providers()}
+    if wanted not in known:
+        raise InputError(
+            "ONNX Runtime knows no such provider",
+            field="backend",
+            value=provider,
+            allowed=", ".join(sorted(known)),
+        )
+    if wanted != "cpu" and known[wanted] in onnxruntime.get_available_providers():
+        providers.insert(0, known[wanted])
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = n_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # what fails is raised; written by ONNX Runtime it would be in colours
     options.add_session_config_entry(_RECORD_PROVIDERS, "1")
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=_providers(provider))
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # its exceptions have no common base
         raise InputError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0][:200]}") from error
     return OnnxModel(path, session, n_ctx, n_batch)
