@@ -29,7 +29,7 @@ from exporters.gguf.files import Files, WrittenFile, find_rows, stored_moments
 from exporters.gguf.matrix import WHOLE_BLOCKS, StoredMatrix
 from exporters.gguf.metadata import add_hyperparameters
 from exporters.gguf.quants import QUANT_NAMES, QUANTS, limits_of_bits
-from exporters.gguf.runtime import FloatArray
+from exporters.gguf.runtime import Context, FloatArray
 from exporters.gguf.size import find_fallbacks
 from exporters.gguf.tensors import tensor_specs
 from exporters.gguf.tokenizer_metadata import check_tokenizer, normalizes_to_nfc
@@ -92,7 +92,7 @@ def export_gguf(
 
 def _read_chats(job: Job, path: Path) -> ReadChats:
     """What llama.cpp makes of chats that are rendered by the template."""
-    with runtime.open_model(path, vocab_only=True) as model:
+    with runtime.open_vocabulary(path) as model:
         read = lambda _, text: model.tokenize(text)  # noqa: E731
         return read_chats("llama.cpp", job.tokenizer, job.stops, read, model.is_end_of_generation)
 
@@ -282,14 +282,8 @@ def _logits(job: Job, chosen: ChosenLayout, part: Slice) -> Iterator[FloatArray]
             if not (factor == 1 and chosen.layout.tied):
                 tensors.append(plain("output.weight", entering.numpy()))
             write_tensors(path, chosen.layout.architecture, add_metadata, tensors, "writing a block")
-        with runtime.open_model(
-            path,
-            n_ctx=count,
-            n_threads=job.n_threads,
-            n_batch=_BATCH,
-            n_ubatch=_BATCH,
-            cache_type=PARITY_CACHE,
-        ) as model:
+        context = Context(count, _BATCH, _BATCH, PARITY_CACHE)
+        with runtime.open_model(path, context, n_threads=job.n_threads) as model:
             yield from model.iter_logits(np.arange(count))
     finally:
         path.unlink(missing_ok=True)

@@ -30,7 +30,7 @@ from exporters.gguf.cache_types import PARITY_CACHE
 from exporters.gguf.matrix import WHOLE_BLOCKS, StoredMatrix, block_of, floored, quantize
 from exporters.gguf.numbers import FileNumbers
 from exporters.gguf.quants import MIXED, QUANTS, Quant, find_quant
-from exporters.gguf.runtime import FloatArray
+from exporters.gguf.runtime import Context, FloatArray
 from exporters.gguf.size import padded
 from exporters.gguf.tensors import TensorSpec, linear_inputs, tensor_specs
 from exporters.gguf.writer import write_gguf
@@ -219,14 +219,9 @@ class Files:
 
     def measured(self, quant: Quant, path: Path) -> ParityReport:
         """Run a file in llama.cpp and hold it against the checkpoint; its limits are stored, not checked."""
-        with runtime.open_model(
-            path,
-            n_ctx=self.job.reference.windows.ids.shape[1],
-            n_threads=self.job.n_threads,
-            n_batch=_LOGITS_CHUNK,
-            n_ubatch=_LOGITS_CHUNK,
-            cache_type=PARITY_CACHE,
-        ) as model:
+        n_ctx = self.job.reference.windows.ids.shape[1]
+        context = Context(n_ctx, _LOGITS_CHUNK, _LOGITS_CHUNK, PARITY_CACHE)
+        with runtime.open_model(path, context, n_threads=self.job.n_threads) as model:
             return self.job.compare(quant, model.iter_logits)
 
     def _read_imatrix(self) -> Imatrix:

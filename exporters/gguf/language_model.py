@@ -24,7 +24,7 @@ from cfsp.text.choosing import Chooser
 from exporters.family import FileOutline
 from exporters.gguf import runtime
 from exporters.gguf.cache_types import PARITY_CACHE
-from exporters.gguf.runtime import BATCH, SEQUENCES, continuation_rows, fitting, write_together
+from exporters.gguf.runtime import BATCH, SEQUENCES, Context, continuation_rows, fitting, write_together
 
 
 def outline_of(path: Path, n_ctx: int) -> FileOutline:
@@ -74,14 +74,9 @@ class GGUFLanguageModel:
         self.tokenizer, self.context_length = outline.tokenizer, outline.context_length
         self.sha256: str | None = outline.sha256
         self.source_sha256, self.stated_sampling = outline.source_sha256, outline.stated_sampling
-        self._model = runtime.open_model(
-            path,
-            n_ctx=self.context_length,
-            n_threads=n_threads or torch.get_num_threads(),
-            n_batch=outline.n_batch,
-            cache_type=cache_type or PARITY_CACHE,
-            n_seq=outline.n_seq,
-        )
+        cache = cache_type or PARITY_CACHE
+        context = Context(self.context_length, outline.n_batch, cache_type=cache, n_seq=outline.n_seq)
+        self._model = runtime.open_model(path, context, n_threads=n_threads or torch.get_num_threads())
         self.vocab_size = self._model.vocab_size
 
     def close(self) -> None:

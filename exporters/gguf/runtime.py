@@ -394,65 +394,79 @@ def _computed(function: Callable[..., Any], *arguments: Any) -> Any:
     return _own_thread().submit(function, *arguments).result()
 
 
-def open_model(
-    path: Path,
-    *,
-    n_ctx: int = 512,
-    n_threads: int = 1,
-    n_batch: int = 2048,
-    n_ubatch: int = 512,
-    cache_type: str = DEFAULT_CACHE,
-    vocab_only: bool = False,
-    n_seq: int = 1,
-    shared: bool = True,
-    on_gpu: bool = False,
-) -> LlamaModel:
-    """Open a GGUF file.
+@dataclass(frozen=True)
+class Context:
+    """What a file is opened to run.
 
-    Args:
-        path: The file.
+    Attributes:
         n_ctx: Tokens the context must hold; llama.cpp may round it up.
-        n_threads: Threads, for prompts and single tokens alike.
         n_batch: Most tokens of one llama_decode call; with all logits the output buffer is n_batch * vocab_size floats.
         n_ubatch: Tokens that are computed at once.
         cache_type: Of keys and values, a key of CACHE_TYPES.
-        vocab_only: Load no weights and make no context: enough to tokenize.
         n_seq: Sequences in the context.
         shared: Whether they may have tokens in common, and each as many as it likes of the context; else each has its
             part, n_ctx / n_seq tokens, and attends to no other's: several times as fast for many, if those of a batch
             follow each other without a gap.
-        on_gpu: Have a GPU hold and compute all layers, where llama.cpp was built for one and finds it.
+    """
+
+    n_ctx: int = 512
+    n_batch: int = 2048
+    n_ubatch: int = 512
+    cache_type: str = DEFAULT_CACHE
+    n_seq: int = 1
+    shared: bool = True
+
+
+def open_model(path: Path, context: Context, *, n_threads: int = 1, on_gpu: bool = False) -> LlamaModel:
+    """Open a GGUF file.
+
+    Args:
+        path: The file.
+        context: For what.
+        n_threads: Threads, for prompts and single tokens alike.
+        on_gpu: Have a GPU hold and compute all layers, if llama.cpp was built for one and finds it.
 
     Raises:
         InputError: Not there, or llama.cpp cannot load it (the message has its reason).
         MissingExtraError: llama-cpp-python is not installed.
     """
     lib = library()
+    model = _load(path, n_gpu_layers=_ALL_LAYERS if on_gpu else 0)
+    settings, cache = lib.llama_context_default_params(), CACHE_TYPES[context.cache_type]
+    settings.n_ctx, settings.n_batch = context.n_ctx, min(context.n_batch, context.n_ctx)
+    settings.n_ubatch = min(context.n_ubatch, context.n_batch, context.n_ctx)
+    settings.n_threads = settings.n_threads_batch = n_threads
+    settings.n_seq_max, settings.kv_unified = context.n_seq, context.n_seq > 1 and context.shared
+    settings.type_k = settings.type_v = cache.ggml_type
+    settings.flash_attn_type = cache.flash_attention
+    settings.no_perf = True
+    opened = lib.llama_init_from_model(model, settings)
+    if not opened:
+        lib.llama_model_free(model)
+        raise InputError(
+            f"llama.cpp cannot make a context of {context.n_ctx} tokens for {path}: {log.last()}"
+        )
+    return LlamaModel(path, model, opened, context.cache_type)
+
+
+def open_vocabulary(path: Path) -> LlamaModel:
+    """A GGUF file to tokenize with: no weights are loaded, and there is no context; raises as `open_model`."""
+    return LlamaModel(path, _load(path, vocab_only=True), None, DEFAULT_CACHE)
+
+
+def _load(path: Path, **settings: Any) -> Any:
+    lib = library()
     if not path.is_file():
         raise InputError(f"{path} does not exist or is not a file")
     params = lib.llama_model_default_params()
-    params.n_gpu_layers = _ALL_LAYERS if on_gpu else 0
-    params.vocab_only = vocab_only
-    params.load_mode = _LOAD_MMAP
+    params.load_mode, params.n_gpu_layers = _LOAD_MMAP, 0
+    for name, value in settings.items():
+        setattr(params, name, value)
     log.clear()
     model = lib.llama_model_load_from_file(str(path).encode(), params)
     if not model:
         raise InputError(f"llama.cpp cannot load {path}: {log.last()}")
-    context = None
-    if not vocab_only:
-        settings, cache = lib.llama_context_default_params(), CACHE_TYPES[cache_type]
-        settings.n_ctx, settings.n_batch = n_ctx, min(n_batch, n_ctx)
-        settings.n_ubatch = min(n_ubatch, n_batch, n_ctx)
-        settings.n_threads = settings.n_threads_batch = n_threads
-        settings.n_seq_max, settings.kv_unified = n_seq, n_seq > 1 and shared
-        settings.type_k = settings.type_v = cache.ggml_type
-        settings.flash_attn_type = cache.flash_attention
-        settings.no_perf = True
-        context = lib.llama_init_from_model(model, settings)
-        if not context:
-            lib.llama_model_free(model)
-            raise InputError(f"llama.cpp cannot make a context of {n_ctx} tokens for {path}: {log.last()}")
-    return LlamaModel(path, model, context, cache_type)
+    return model
 
 
 def fitting(lengths: Sequence[int], shared: int, n_ctx: int, most: int = SEQUENCES) -> Iterator[slice]:

@@ -18,7 +18,7 @@ from cfsp.text.self_sampling import STEPS_A_REPORT, Continue, Report, Writer, re
 from exporters.checkpoint_reader import read_config
 from exporters.family import ExportOptions
 from exporters.gguf.files import draft_gguf
-from exporters.gguf.runtime import Entry, LlamaModel, open_model, runtime_version
+from exporters.gguf.runtime import Context, Entry, LlamaModel, open_model, runtime_version
 
 _QUANT = "Q8_0"
 """The smallest copy whose texts are the model's own: four bits would write what four bits write."""
@@ -48,14 +48,8 @@ def _opened(loaded: LoadedModel, seed: int) -> Iterator[Continue]:
             require_room(together * longest * token_bytes)
             drawn = [np.random.default_rng(seed) for seed in seeds.spawn(len(texts))]
             written: list[list[int]] = []
-            with open_model(
-                path,
-                n_ctx=together * longest,
-                n_threads=torch.get_num_threads(),
-                n_batch=_BATCH,
-                n_seq=together,
-                shared=False,
-            ) as model:
+            context = Context(together * longest, _BATCH, n_seq=together, shared=False)
+            with open_model(path, context, n_threads=torch.get_num_threads()) as model:
                 for start in range(0, len(texts), together):
                     some, before = slice(start, start + together), sum(map(len, written))
                     say = lambda count, before=before: report(before + count)  # noqa: E731

@@ -170,7 +170,7 @@ def check_tokenizer(path: Path, tokenizer: Any, strings: Sequence[str] | None = 
     texts = [*strings, f"{bos}a{eos}b", f"{eos}\n{bos}"]
     if normalizes_to_nfc(tokenizer):
         texts = [unicodedata.normalize("NFC", text) for text in texts]
-    with runtime.open_model(path, vocab_only=True) as model:
+    with runtime.open_vocabulary(path) as model:
         for text in texts:
             for special in (False, True):
                 ours = tokenizer.encode(text, add_special_tokens=special)

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from cfsp.errors import InputError
 from exporters.gguf.cache_types import DEFAULT_CACHE
 from exporters.gguf.runtime import (
+    Context,
     LlamaModel,
     continuation_rows,
     fitting,
@@ -110,16 +111,12 @@ def open_session(path: Path, settings: SessionSettings) -> Session:
         raise InputError(
             "llama.cpp knows no such backend", field="backend", value=settings.backend, allowed=names
         )
-    return LlamaCppSession(
-        open_model(
-            path,
-            n_ctx=settings.n_ctx,
-            n_threads=settings.n_threads,
-            n_batch=settings.n_batch,
-            n_ubatch=settings.n_ubatch,
-            cache_type=settings.cache_type or DEFAULT_CACHE,
-            n_seq=settings.n_seq,
-            on_gpu=_ON_GPU[settings.backend],
-        ),
-        settings,
+    context = Context(
+        settings.n_ctx,
+        settings.n_batch,
+        settings.n_ubatch,
+        settings.cache_type or DEFAULT_CACHE,
+        settings.n_seq,
     )
+    on_gpu = _ON_GPU[settings.backend]
+    return LlamaCppSession(open_model(path, context, n_threads=settings.n_threads, on_gpu=on_gpu), settings)

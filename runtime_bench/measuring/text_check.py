@@ -70,10 +70,10 @@ def _answer(payload: dict[str, Any]) -> TextCheck:
 
 def _continue_gguf(path: Path, cache_type: str | None) -> list[str]:
     from exporters.gguf.cache_types import DEFAULT_CACHE
-    from exporters.gguf.runtime import open_model
+    from exporters.gguf.runtime import Context, open_model
 
-    cache = cache_type or DEFAULT_CACHE
-    with open_model(path, n_ctx=_CONTEXT, n_threads=_THREADS, cache_type=cache) as model:
+    context = Context(_CONTEXT, cache_type=cache_type or DEFAULT_CACHE)
+    with open_model(path, context, n_threads=_THREADS) as model:
         return [
             model.detokenize(
                 model.generate(model.tokenize(text, add_special=True)[: _CONTEXT - NEW_TOKENS], NEW_TOKENS),

@@ -233,7 +233,7 @@ def test_a_dense_folder_is_exported_as_what_it_is_loaded_as(
     (file,) = (tmp_path / "out").glob("*.gguf")
     # A window that llama.cpp has not makes no difference within it.
     ids = IDS[0, : overrides.get("sliding_window")]
-    with runtime.open_model(file, n_ctx=64, n_batch=64, cache_type="f32") as opened:
+    with runtime.open_model(file, runtime.Context(n_ctx=64, n_batch=64, cache_type="f32")) as opened:
         logits = torch.cat([torch.from_numpy(piece.copy()) for piece in opened.iter_logits(ids.numpy())])
     torch.testing.assert_close(logits, expected[0, : len(ids)], rtol=1e-3, atol=1e-3)
 
@@ -249,7 +249,7 @@ def test_a_gguf_file_computes_what_llama_cpp_computes(
     from exporters.gguf import runtime
 
     file = tiny_gguf(model_type, tied, **own)
-    with runtime.open_model(file, n_ctx=64, n_batch=64, cache_type="f32") as opened:
+    with runtime.open_model(file, runtime.Context(n_ctx=64, n_batch=64, cache_type="f32")) as opened:
         pieces = [torch.from_numpy(piece.copy()) for piece in opened.iter_logits(IDS[0].numpy())]
     loaded = load_model(file)
     assert loaded.model.config.model_type == "llama"

@@ -124,7 +124,7 @@ def test_logits_are_the_models_where_gelu_is_not_looked_up(
     tokenizer.save_pretrained(folder)
     write_gguf(folder, path, tokenizer, read_provenance(folder))
     ids = torch.randint(0, 384, (1, 200), generator=torch.Generator().manual_seed(1))
-    with runtime.open_model(path, n_ctx=200, n_batch=64, cache_type="f32") as opened:
+    with runtime.open_model(path, runtime.Context(n_ctx=200, n_batch=64, cache_type="f32")) as opened:
         report = compare(reference_of(model, TokenWindows(ids, "random", "")), opened.iter_logits, {})
     assert report.max_logit_diff < 1e-3
     assert report.same_top1 == 1.0

@@ -11,7 +11,7 @@ import pytest
 
 from cfsp.errors import InputError
 from exporters.gguf.cache_types import CACHE_TYPES
-from exporters.gguf.runtime import open_model
+from exporters.gguf.runtime import Context, open_model
 
 pytest.importorskip("llama_cpp")
 
@@ -25,7 +25,7 @@ def model(tiny_gguf: Callable[..., Path]) -> Path:
 
 
 def logits(model: Path, cache_type: str) -> np.ndarray:
-    with open_model(model, n_ctx=128, cache_type=cache_type) as opened:
+    with open_model(model, Context(n_ctx=128, cache_type=cache_type)) as opened:
         assert opened.cache_type == cache_type
         return np.concatenate([piece.copy() for piece in opened.iter_logits(TOKENS)])
 
@@ -52,16 +52,16 @@ def test_fewer_bits_of_keys_and_values_cost_more_of_the_logits(model: Path) -> N
 def test_a_model_says_whether_attention_runs_in_the_flash_kernel(
     model: Path, cache_type: str, flash: bool
 ) -> None:
-    with open_model(model, n_ctx=64, cache_type=cache_type) as opened:
+    with open_model(model, Context(n_ctx=64, cache_type=cache_type)) as opened:
         assert opened.flash_attention is flash
 
 
 def test_the_weights_are_in_the_buffers_that_it_names(model: Path) -> None:
-    with open_model(model, n_ctx=64) as opened:
+    with open_model(model, Context(n_ctx=64)) as opened:
         assert opened.weight_buffers["CPU_Mapped"] == pytest.approx(opened.size_bytes, rel=0.05)
 
 
 def test_heads_that_no_block_fits_are_refused_with_llama_cpps_reason(tiny_gguf: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match=r"block size 32 does not divide n_embd_head_k=16") as error:
-        open_model(tiny_gguf(), n_ctx=64, cache_type="q8_0")
+        open_model(tiny_gguf(), Context(n_ctx=64, cache_type="q8_0"))
     assert "\n" not in str(error.value)

@@ -28,7 +28,7 @@ def gemma() -> LoadedModel:
 def test_it_says_what_llama_cpp_says(gemma: LoadedModel) -> None:
     path = Path(gemma.source.path or "")
     ids = gemma.tokenizer(PROMPT)["input_ids"]
-    with runtime.open_model(path, n_ctx=64, cache_type="f32") as model:
+    with runtime.open_model(path, runtime.Context(n_ctx=64, cache_type="f32")) as model:
         assert model.tokenize(PROMPT, add_special=True) == ids
         expected = model.generate(ids, 12)
     answer = gemma.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)

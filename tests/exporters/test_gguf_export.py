@@ -481,7 +481,9 @@ def test_limits_tell_a_broken_quantized_file_from_a_good_one(
             )
         write_gguf(pruned, tmp_path / "f32.gguf", tokenizer, read_provenance(pruned))
     matrix.quantize(tmp_path / "f32.gguf", tmp_path / "q.gguf", QUANTS["Q8_0"].ftype)
-    with runtime.open_model(tmp_path / "q.gguf", n_ctx=WINDOWS.shape[1], cache_type="f32") as opened:
+    with runtime.open_model(
+        tmp_path / "q.gguf", runtime.Context(n_ctx=WINDOWS.shape[1], cache_type="f32")
+    ) as opened:
         reference = reference_of(load_pruned(pruned), TokenWindows(WINDOWS, "random", ""))
         report = compare(reference, opened.iter_logits, limits)
     if broken:

@@ -83,7 +83,7 @@ def measure(model: Any, path: Path, length: int = 200) -> ParityReport:
     windows = torch.randint(
         0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1)
     )
-    with runtime.open_model(path, n_ctx=length, n_batch=64, cache_type="f32") as opened:
+    with runtime.open_model(path, runtime.Context(n_ctx=length, n_batch=64, cache_type="f32")) as opened:
         return compare(reference_of(model, TokenWindows(windows, "random", "")), opened.iter_logits, {})
 
 
@@ -272,7 +272,7 @@ def test_greedy_text_is_the_models(
     with torch.inference_mode():
         for _ in range(32):
             expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
-    with runtime.open_model(path, n_ctx=128, cache_type="f32") as opened:
+    with runtime.open_model(path, runtime.Context(n_ctx=128, cache_type="f32")) as opened:
         assert opened.generate(prompt, 32, stop_at_end=False) == expected[len(prompt) :]
         stopped = opened.generate(prompt, 32)
         ends = [i for i, token in enumerate(expected[len(prompt) :]) if opened.is_end_of_generation(token)]

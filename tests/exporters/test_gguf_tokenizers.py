@@ -98,7 +98,7 @@ def test_byte_level(vocabulary_file: VocabularyFile, tmp_path: Path, add_bos: bo
     tokenizer = byte_level(add_bos=add_bos, nfc=nfc)
     path = vocabulary_file(tmp_path / "v.gguf", tokenizer)
     assert check_tokenizer(path, tokenizer) > 60
-    with runtime.open_model(path, vocab_only=True) as opened:
+    with runtime.open_vocabulary(path) as opened:
         assert (opened.tokenize("x", add_special=True)[0] == opened.bos_token) is add_bos
         assert opened.bos_token == tokenizer.bos_token_id
         assert opened.is_end_of_generation(tokenizer.eos_token_id)

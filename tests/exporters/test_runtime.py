@@ -23,7 +23,7 @@ def model_file(tiny_gguf: Callable[..., Path]) -> Path:
 
 
 def test_prompts_and_single_tokens_give_the_same_logits(model_file: Path) -> None:
-    with runtime.open_model(model_file, n_ctx=64, cache_type="f32") as model:
+    with runtime.open_model(model_file, runtime.Context(n_ctx=64, cache_type="f32")) as model:
         model.decode(IDS)
         at_once = model.last_logits()
         model.clear()
@@ -37,12 +37,12 @@ def test_prompts_and_single_tokens_give_the_same_logits(model_file: Path) -> Non
 
 
 def test_logits_come_in_pieces_of_n_batch(model_file: Path) -> None:
-    with runtime.open_model(model_file, n_ctx=64, n_batch=32, n_ubatch=32) as model:
+    with runtime.open_model(model_file, runtime.Context(n_ctx=64, n_batch=32, n_ubatch=32)) as model:
         assert [len(piece) for piece in model.iter_logits(IDS[:50])] == [32, 18]
 
 
 def test_facts(model_file: Path) -> None:
-    with runtime.open_model(model_file, n_ctx=256) as model:
+    with runtime.open_model(model_file, runtime.Context(n_ctx=256)) as model:
         assert model.vocab_size == 384
         assert model.n_ctx == 256
         assert model.n_params == model.size_bytes / 4
@@ -52,7 +52,7 @@ def test_facts(model_file: Path) -> None:
 
 
 def test_a_full_context_and_unknown_tokens(model_file: Path) -> None:
-    with runtime.open_model(model_file, n_ctx=64) as model:
+    with runtime.open_model(model_file, runtime.Context(n_ctx=64)) as model:
         n_ctx = model.n_ctx
         with pytest.raises(InputError, match="n_ctx"):
             model.decode([1] * (n_ctx + 1))
@@ -63,11 +63,11 @@ def test_a_full_context_and_unknown_tokens(model_file: Path) -> None:
 
 def test_load_errors_have_a_reason(tmp_path: Path, model_file: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
-        runtime.open_model(tmp_path / "none.gguf")
+        runtime.open_model(tmp_path / "none.gguf", runtime.Context())
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(model_file.read_bytes()[:-5000])
     with pytest.raises(InputError, match=r"cannot load .*cut\.gguf: .*(corrupted|incomplete|bounds)"):
-        runtime.open_model(cut)
+        runtime.open_model(cut, runtime.Context())
 
 
 def test_quantizing_refuses_with_a_reason(tmp_path: Path, model_file: Path) -> None:
@@ -82,7 +82,7 @@ def test_nothing_reaches_the_terminal_and_torch_stays_out(model_file: Path) -> N
     script = (
         "import sys\nfrom pathlib import Path\nfrom exporters.gguf import runtime\n"
         f"path = Path({str(model_file)!r})\n"
-        "with runtime.open_model(path, n_ctx=64) as model: model.decode([5, 6, 7])\n"
+        "with runtime.open_model(path, runtime.Context(n_ctx=64)) as model: model.decode([5, 6, 7])\n"
         "assert 'torch' not in sys.modules\n"
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -18,7 +18,7 @@ import pytest
 
 from cfsp.errors import InputError
 from cfsp.models.builtin import cache_directory
-from exporters.gguf.runtime import open_model
+from exporters.gguf.runtime import Context, open_model, open_vocabulary
 from runtime_bench.engines import SessionSettings
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.native import build, source, targets
@@ -115,7 +115,7 @@ def test_its_cache_is_the_one_that_is_asked_for(
     runner: Path, tiny_gguf: Callable[..., Path], cache_type: str | None
 ) -> None:
     path = tiny_gguf("llama", num_attention_heads=2, num_key_value_heads=1, head_dim=32)
-    with open_model(path, n_ctx=64, cache_type=cache_type or "f16") as opened:
+    with open_model(path, Context(n_ctx=64, cache_type=cache_type or "f16")) as opened:
         prompt = opened.tokenize("Once upon a time there was")
         expected = opened.generate(prompt, 24, stop_at_end=False)
     settings = asdict(replace(SETTINGS, cache_type=cache_type))
@@ -136,14 +136,14 @@ def test_random_tokens_are_those_of_the_python_worker(runner: Path, model: Path,
         "seed": seed,
         "generate": wanted,
     }
-    with open_model(model, vocab_only=True) as opened:
+    with open_vocabulary(model) as opened:
         generator, size = random.Random(seed), opened.vocab_size
     assert ask(runner, payload)["prompt"] == [generator.randrange(size) for _ in range(700)]
 
 
 @pytest.mark.everything
 def test_it_generates_what_llama_cpp_python_generates(runner: Path, model: Path) -> None:
-    with open_model(model, n_ctx=64) as opened:
+    with open_model(model, Context(n_ctx=64)) as opened:
         prompt = opened.tokenize("Once upon a time there was")
         expected = opened.generate(prompt, 24, stop_at_end=False)
     wanted = {"prompt": prompt, "max_new_tokens": 24, "stop_at_end": False}

@@ -15,7 +15,7 @@ import pytest
 
 from cfsp.errors import InputError
 from exporters.gguf.matrix import quantize
-from exporters.gguf.runtime import open_model
+from exporters.gguf.runtime import Context, open_model
 from runtime_bench.engines import SessionSettings
 from runtime_bench.process import exchange
 from runtime_bench.records.jsonl import read_jsonl
@@ -53,7 +53,7 @@ def test_it_generates_what_this_machine_generates(
     quantized = tmp_path / "quantized.gguf"
     quantize(model, quantized, Q8_0)
     for path in (model, quantized):
-        with open_model(path, n_ctx=64) as opened:
+        with open_model(path, Context(n_ctx=64)) as opened:
             prompt = opened.tokenize("The capital of France is")
             expected = opened.generate(prompt, 16, stop_at_end=False)
         wanted = {"prompt": prompt, "max_new_tokens": 16, "stop_at_end": False}
