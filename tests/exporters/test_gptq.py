@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from ternary import Ternary
 
 from cfsp.errors import InputError
+from cfsp.models.rounded_numbers import RoundedFormat
 from cfsp.pruning.block_by_block import damped_cholesky
 from exporters.onnx import BlockFormat
 from exporters.onnx.matrix import Rounded, round_to_nearest
 from exporters.onnx.variants import INT4
 from exporters.quantize.gptq import RIDGE, gptq_codes, invert_lower_
+from exporters.quantize.matrix import Placed, fit
 from exporters.quantize.refine import refine_codes
+from exporters.quantize.training import RoundedModel
 
 
 def weights(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -200,3 +206,33 @@ def test_what_float32_cannot_factor_is_factored_in_float64(monkeypatch: pytest.M
     exact = gptq(weight, gram, INT4)
     monkeypatch.setattr("exporters.quantize.gptq._EXACT_COLUMNS", 63)
     assert torch.equal(gptq(weight, gram, INT4).q, exact.q)
+
+
+def test_a_grid_of_one_file_is_rounded_for_its_inputs_and_trained(tiny_model: Callable[..., Any]) -> None:
+    weight, x = weights(48, 128), correlated_inputs(128)
+    nearest = Ternary.nearest(weight)
+    found = fit(weight, nearest, x.T @ x / len(x))
+
+    def lost(matrix: Ternary) -> float:
+        return float((x @ (weight - matrix.dequantize()).T).square().mean())
+
+    assert lost(found) < 0.5 * lost(nearest)
+    model, _ = tiny_model()
+    name = "model.layers.1.mlp.up_proj"
+    weight = model.get_submodule(name).weight.detach()
+    matrix = Ternary.nearest(weight.clone())
+    placed = Placed(
+        matrix, lambda m, values: m.get_submodule(name).weight.copy_(values), lambda f: f[0], (name,), 16
+    )
+    rounded = RoundedModel(RoundedFormat("ternary", {name: "ternary"}, None), {name: placed})
+    rounded.attach(model)
+    torch.testing.assert_close(model.get_submodule(name).weight, matrix.dequantize())
+    with torch.no_grad():
+        model.get_submodule(name).parametrizations.weight[0].changes[3] = 0.25
+    numbers = rounded.finish(model)
+    assert torch.equal(numbers.tensors[f"{name}.codes"], matrix.codes)
+    scales = numbers.tensors[f"{name}.scales"]
+    torch.testing.assert_close(scales[3], (matrix.scales[3].float() * 1.25).half())
+    assert torch.equal(scales[4:], matrix.scales[4:])
+    stored = Ternary(numbers.tensors[f"{name}.codes"], scales).dequantize()
+    torch.testing.assert_close(model.get_submodule(name).weight, stored)
