@@ -77,7 +77,16 @@ class SizeTemplate:
                 value=self.architecture,
                 allowed=chosen.layout.architecture,
             )
-        return [_tensor(spec.name, spec.shape, self.types[spec.name]) for spec in tensor_specs(chosen)]
+        found = []
+        for spec in tensor_specs(chosen):
+            kind, row_length = self.types[spec.name], spec.shape[-1]
+            while row_length % block_of(kind)[0]:
+                kind = _FALLBACKS.get(kind, "F16")
+            elements, size = block_of(kind)
+            found.append(
+                PredictedTensor(spec.name, spec.shape, kind, math.prod(spec.shape) // elements * size)
+            )
+        return found
 
     def file_bytes(self, chosen: ChosenLayout) -> int:
         """Bytes of a model's file."""
@@ -96,12 +105,6 @@ def size_template(path: Path, quant: str) -> SizeTemplate:
     types = {t.name: asked_type(str(t.kind.name), t.shape, row, t.name) for t in tensors}
     data = sum(padded(int(tensor.data.nbytes)) for tensor in tensors)
     return SizeTemplate(file.architecture, path.stat().st_size - data, types)
-
-
-def _tensor(name: str, shape: tuple[int, ...], asked: str) -> PredictedTensor:
-    kind = stored_type(asked, shape[-1])
-    elements, size = block_of(kind)
-    return PredictedTensor(name, shape, kind, math.prod(shape) // elements * size)
 
 
 def padded(count: int) -> int:
@@ -133,10 +136,3 @@ def asked_type(actual: str, shape: tuple[int, ...], quant: Quant, name: str) -> 
         asked = [kind for kind, stored in _FALLBACKS.items() if stored == actual]
         return quant.base_type if quant.base_type in asked else next(iter(asked), actual)
     return actual
-
-
-def stored_type(asked: str, row_length: int) -> str:
-    """The type that rows of this length are stored in."""
-    while row_length % block_of(asked)[0]:
-        asked = _FALLBACKS.get(asked, "F16")
-    return asked

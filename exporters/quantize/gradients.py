@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -103,8 +103,19 @@ def collect_weight_moments(
     tables = {LOOKUP: model.get_input_embeddings()}
     tables |= {name: module for name, module in model.named_modules() if module in further}
     linears = [name for name in names if name not in tables]
-    watched = [(model.get_submodule(name), partial(add, name)) for name in linears]
-    _run_backwards(model, watched, input_ids, progress, add_lookups)
+    generator = torch.Generator(device=model.device).manual_seed(0)
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    run = _backwards_by_blocks if is_paged(model) else _backwards_by_windows
+    with torch.enable_grad(), ExitStack() as stack:
+        model.requires_grad_(False)
+        for name in linears:
+            stack.enter_context(gradient_hook(model.get_submodule(name), partial(add, name)))
+        try:
+            for window, gradients in run(model, input_ids.to(model.device), generator, progress):
+                add_lookups(window, gradients)
+        finally:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(trained[name])
     result: dict[str, WeightMoments] = {}
     for name, total in sums.items():
         strength, n_tokens = float(total.rows.sum()), input_ids.numel()
@@ -113,35 +124,6 @@ def collect_weight_moments(
         moments = (total.rows / n_tokens, total.columns / max(strength, 1e-300), total.inputs / n_tokens)
         result[name] = WeightMoments(*(each.cpu() for each in moments))
     return result
-
-
-def _run_backwards(
-    model: Any,
-    watched: Iterable[tuple[nn.Linear, Callable[[torch.Tensor, torch.Tensor], None]]],
-    input_ids: torch.Tensor,
-    progress: Progress,
-    receive_embedded: Callable[[torch.Tensor, list[torch.Tensor]], None] | None = None,
-) -> None:
-    """Forwards and backwards through every window, with a `gradient_hook` on each Linear; weights are frozen.
-
-    `receive_embedded` is given each window (seqlen,) and the gradients at what `token_tables` give for it.
-    """
-    generator = torch.Generator(device=model.device).manual_seed(0)
-    with torch.enable_grad(), ExitStack() as stack:
-        # By name: a page that comes back has other parameters, and what was there is let go.
-        stack.callback(_set_training, model, {n: p.requires_grad for n, p in model.named_parameters()})
-        model.requires_grad_(False)
-        for linear, receive in watched:
-            stack.enter_context(gradient_hook(linear, receive))
-        run = _backwards_by_blocks if is_paged(model) else _backwards_by_windows
-        for window, gradients in run(model, input_ids.to(model.device), generator, progress):
-            if receive_embedded is not None:
-                receive_embedded(window, gradients)
-
-
-def _set_training(model: nn.Module, trained: Mapping[str, bool]) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trained[name])
 
 
 _WHAT = "measuring gradients"
