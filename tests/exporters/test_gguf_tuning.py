@@ -59,8 +59,6 @@ def test_rows_are_multiplied_where_ggml_reads_them(kind: str) -> None:
 
 MODELS = [
     ("llama", {"tied": False, "intermediate_size": 256, "widths": (256, 64, 128, 64), "silent": (2,)}),
-    ("mistral", {"intermediate_size": 256, "widths": (256, 64, 128, 64), "groups": {1: (0,)}}),
-    ("qwen2", {"intermediate_size": 256, "widths": (256, 64, 128, 64)}),
     ("qwen3", {"tied": True, "intermediate_size": 256, "widths": (256, 64, 128, 64)}),
 ]
 

@@ -94,8 +94,9 @@ def _damaged(file: WrittenFile, fault: Callable[[str, str, Rows], Rows | None]) 
     return replace(file, path=path)
 
 
-@pytest.mark.parametrize("gptq", [True, False], ids=["for a text", "plain"])
-@pytest.mark.parametrize("quant", QUANTIZED)
+@pytest.mark.parametrize(
+    ("quant", "gptq"), [*((quant, True) for quant in QUANTIZED), ("Q4_0", False), ("IQ3_XXS", False)]
+)
 def test_a_broken_matrix_of_a_gguf_file_is_found(
     checkpoint: Path, base: Path, tmp_path: Path, quant: str, gptq: bool
 ) -> None:
