@@ -21,7 +21,7 @@ from exporters.checkpoint_reader import ModelConfig
 from exporters.onnx.graph_builder import CONTRIB
 from exporters.onnx.layers import TABLE
 from exporters.onnx.matrix import Int8Rows, Rounded, round_rows, round_to_nearest
-from exporters.onnx.variants import HEAD
+from exporters.onnx.variants import HEAD, BlockFormat
 from exporters.onnx.weights import HEAD_PARTS, is_tied, packed_names, read_weight
 from exporters.proof import FloatArray, check_matrix
 
@@ -157,19 +157,29 @@ def check_numbers(path: Path, model: Any, chosen: Mapping[str, Sums] = MappingPr
         if match is None or len(tensor.shape) < 2:
             continue
         found, (module, part, bits) = True, match.groups()
-        names = _modules(model, module, part)
-        data, embedding = torch.from_numpy(np.array(tensor.numpy())), model.get_input_embeddings()
+        is_table, embedding = f"{module}.weight" == TABLE, model.get_input_embeddings()
+        if is_table:
+            names: Sequence[str] = HEAD_PARTS if is_tied(model) else ()
+        else:
+            names = packed_names(_in_model(model, module))
+        names = names if part is None else names[int(part) : int(part) + 1]
         with at_hand(embedding):
             exact = (
                 torch.cat([read_weight(model, one) for one in names])
                 if names
                 else embedding.weight.detach().float()
             )
-        if data.ndim == 2 and f"{module}.weight" != TABLE:
-            data = data.T
-        scale = tensors[f"{name.removesuffix(bits)}.scale"].numpy() if bits else np.ones(0)
-        scales, n_bits = torch.from_numpy(np.array(scale)), int(bits[-1]) if bits else None
-        stored, plain = _as_read(data, scales, exact.shape[1], n_bits)
+        stored = torch.from_numpy(np.array(tensor.numpy()))
+        if stored.ndim == 2 and not is_table:
+            stored = stored.T
+        form: BlockFormat | None = None
+        if bits:
+            scales = torch.from_numpy(np.array(tensors[f"{name.removesuffix(bits)}.scale"].numpy()))
+            if stored.ndim == 2:
+                stored = Int8Rows(stored, scales).dequantize()
+            else:
+                packed = Rounded.from_packed(stored, scales, exact.shape[1], int(bits[-1]))
+                stored, form = packed.dequantize(), packed.form
         sums = [chosen[one] for one in names if one in chosen]
         inner, squares = (sum(each) for each in zip(*sums, strict=True)) if sums else (0.0, 0.0)
         check_matrix(
@@ -177,7 +187,7 @@ def check_numbers(path: Path, model: Any, chosen: Mapping[str, Sums] = MappingPr
             len(exact),
             _rows_of(exact),
             _rows_of(stored),
-            partial(_rounded, plain),
+            partial(_nearest, form, bool(bits)),
             inner / squares if squares else None,
         )
     if not found:
@@ -193,15 +203,6 @@ def slope_sums(model: Any, layers: Mapping[str, Rounded]) -> dict[str, Sums]:
     return found
 
 
-def _modules(model: Any, module: str, part: str | None) -> Sequence[str]:
-    """The model's modules whose rows a stored matrix has; none for a token embedding that is no output matrix."""
-    if f"{module}.weight" == TABLE:
-        names: Sequence[str] = HEAD_PARTS if is_tied(model) else ()
-    else:
-        names = packed_names(_in_model(model, module))
-    return names if part is None else names[int(part) : int(part) + 1]
-
-
 def _in_model(model: Any, module: str) -> str:
     """The model's own name of a module of the graph, in which all architectures have the same."""
     spec = spec_for(model.config)
@@ -214,20 +215,13 @@ def _in_model(model: Any, module: str) -> str:
     return f"{spec.layers}.{block}.{part}"
 
 
-def _as_read(
-    data: torch.Tensor, scales: torch.Tensor, columns: int, bits: int | None
-) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """What stored numbers stand for, (rows, columns), and what rounds rows to the nearest of the kind."""
-    if not bits:
-        return data, lambda rows: rows
-    if data.ndim == 2:
-        return Int8Rows(data, scales).dequantize(), lambda rows: round_rows(rows).dequantize()
-    stored = Rounded.from_packed(data, scales, columns, bits)
-    return stored.dequantize(), lambda rows: round_to_nearest(rows, stored.form).dequantize()
-
-
-def _rounded(plain: Callable[[torch.Tensor], torch.Tensor], rows: FloatArray) -> FloatArray:
-    return np.asarray(plain(torch.from_numpy(rows)).numpy())
+def _nearest(form: BlockFormat | None, is_rounded: bool, rows: FloatArray) -> FloatArray:
+    """Rows in blocks of few bits, in int8 (without a form), or as they are."""
+    if not is_rounded:
+        return rows
+    weight = torch.from_numpy(rows)
+    stored = round_rows(weight) if form is None else round_to_nearest(weight, form)
+    return np.asarray(stored.dequantize().numpy())
 
 
 def _rows_of(matrix: torch.Tensor) -> Callable[[int, int], FloatArray]:
