@@ -71,7 +71,7 @@ class ModelConfig:
     rms_norm_eps: float
     tie_word_embeddings: bool
     rotated: tuple[bool, ...]  # whether each block rotates its queries and keys
-    # Of each block, how many tokens attention sees, itself included; None where all.
+    # Of each block, how many tokens attention sees, itself included; None if all.
     windows: tuple[int | None, ...]
     activation: str  # of the FFN, a name in ACTIVATIONS
     score_scale: float  # what attention's scores are multiplied by
@@ -82,9 +82,9 @@ class ModelConfig:
     window_rope_theta: float | None = None
     # Tokens that a convolution sees which takes attention's place in some blocks; 0 without.
     convolution_length: int = 0
-    # What takes attention's place in some blocks; None where that is no gated delta net.
+    # What takes attention's place in some blocks; None if that is no gated delta net.
     delta_net: DeltaNet | None = None
-    # Numbers of a head that are rotated, where these are fewer than all may be; None where they are all.
+    # Numbers of a head that are rotated, where these are fewer than all may be; None if they are all.
     rotary_dim: int | None = None
     # Of the frequencies, how many turn by time, height and width of an image; texts have one position.
     rope_sections: tuple[int, ...] = ()
@@ -92,7 +92,7 @@ class ModelConfig:
     full_head_dim: int | None = None
     sharing_blocks: int = 0  # how many of the last blocks read another block's keys and values
     block_inputs: int = 0  # numbers of a token that every block gets beside its hidden state
-    # C, where logits are c tanh(z / c) of the output matrix's products z; None where they are these.
+    # C, where logits are c tanh(z / c) of the output matrix's products z; None if they are these.
     logit_cap: float | None = None
 
     @property
@@ -143,7 +143,7 @@ class ModelConfig:
 
     @property
     def narrowest(self) -> int | None:
-        """The narrowest window of a block; None where every block sees everything."""
+        """The narrowest window of a block; None if every block sees everything."""
         return min((window for window in self.windows if window), default=None)
 
     def with_shape(self, shape: ModelShape) -> ModelConfig:

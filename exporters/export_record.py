@@ -55,7 +55,7 @@ class ExportFormat:
 
     @property
     def needs_text(self) -> bool:
-        """Whether it is worth sampling text for, where none is given."""
+        """Whether it is worth sampling text for, if none is given."""
         return False
 
     @property
@@ -165,7 +165,7 @@ class ExportRecord:
         fallbacks: Where the stored type is not the one asked for.
         imatrix_tensors: Tensors quantized with the importance matrix; 0 without one.
         shape: Of the checkpoint.
-        padded_width: Width to which every block was zero-padded; None where each keeps its own.
+        padded_width: Width to which every block was zero-padded; None if each keeps its own.
         context_length: Longest context for which the file is the checkpoint's model.
         tokenizer_strings: Strings on which the file's tokenization was found equal to the checkpoint's; 0 for ONNX,
             whose folders have the checkpoint's own tokenizer.
@@ -189,9 +189,9 @@ class ExportRecord:
         plain_kl: Mean divergence on the proof's text, in nats, with the plain quantizer's numbers; None if none were
             chosen for a text.
         rounded_kl: The same with the numbers chosen for a text. The file has those that lose less.
-        budget_bytes: Most that a mixture of bits was allowed to take; None where it is not chosen for a size.
-        eight_bit_layers: What of a 4-bit variant is in eight bits, by module name, where text chose it.
-        chosen_types: Tensor of a GGUF file -> its type, where types were chosen for a size.
+        budget_bytes: Most that a mixture of bits was allowed to take; None if it is not chosen for a size.
+        eight_bit_layers: What of a 4-bit variant is in eight bits, by module name, if text chose it.
+        chosen_types: Tensor of a GGUF file -> its type, if types were chosen for a size.
         predicted_loss: Divergence that those types were expected to cost, nats a token.
         blocks: The proof of the blocks that the file is quantized from, where they are too many to run as one; None
             where the float32 file was.

@@ -16,7 +16,7 @@ from exporters.gguf.family import GGUF
 from exporters.onnx.family import ONNX
 
 if TYPE_CHECKING:
-    import torch  # not in the memory of a process that runs a file alone
+    import torch  # not in the memory of a process that only runs a file
 
     from cfsp.recovery.rounding import RoundedModel, Rounding
 
@@ -24,7 +24,7 @@ FAMILIES: Mapping[str, ExportFamily] = MappingProxyType({family.name: family for
 BASE = GGUF
 """The family of which a release always has files."""
 DEFAULT_FORMAT = "Q4_0"
-"""What is made where nothing is asked for."""
+"""What is made if nothing is asked for."""
 
 
 def family_of(name: str) -> ExportFamily:
@@ -74,7 +74,7 @@ ROUNDING = _Rounding()
 
 
 def makes_gguf(names: Iterable[str]) -> bool:
-    """Whether some of the formats are GGUF; where none is named, one is made."""
+    """Whether some of the formats are GGUF; if none is named, one is made."""
     return any(map(GGUF.has, tuple(names) or (DEFAULT_FORMAT,)))
 
 

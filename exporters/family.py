@@ -28,7 +28,7 @@ class ExportOptions:
         use_imatrix: Quantize with the checkpoint's input moments, if a format wants them and there are some.
         calibration: Token ids (nsamples, seqlen) that weights of few bits are rounded for and types chosen by; nearest
             numbers without.
-        gptq: Round the matrices of GGUF files for that text; else llama.cpp's quantizer alone rounds them.
+        gptq: Round the matrices of GGUF files for that text; else only llama.cpp's quantizer rounds them.
         tune_scales: Train the scales and norms of GGUF files on it, too.
         mixed_bytes: Most that a mixture of bits may take; by default 1.1 times what weights take in GGUF's Q4_0.
         must_fit: Refuse a GGUF file for a size that is too small; else the smallest is made.

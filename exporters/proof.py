@@ -119,7 +119,7 @@ def choose_windows(
     Args:
         tokenizer: The checkpoint's.
         context_length: Longest window that the exported file can run.
-        narrowest: Fewest tokens that a block's attention sees; None where all see all.
+        narrowest: Fewest tokens that a block's attention sees; None if all see all.
         given: Token ids (n_windows, seqlen).
 
     Raises:

@@ -16,7 +16,7 @@ SOME_HASH = "0" * 64
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a checkpoint says about its origin; None where it says nothing.
+    """What a checkpoint says about its origin; None if it says nothing.
 
     Attributes:
         name: Short name for titles and file names.
@@ -68,7 +68,7 @@ _LONGEST = 200
 
 
 def file_stem(name: str) -> str:
-    """The last part of a name, where files can be called that; raises InputError where they cannot."""
+    """The last part of a name, if files can be called that; raises InputError if they cannot."""
     stem = name.rsplit("/", 1)[-1]
     if not stem or stem.startswith(".") or any(c in '\\:*?"<>|' or ord(c) < 32 for c in stem):
         raise InputError("not usable as a file name", field="name", value=name)

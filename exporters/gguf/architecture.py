@@ -32,7 +32,7 @@ class ChosenLayout:
     config: ModelConfig  # the model
     stored: frozenset[str]  # names of the checkpoint's tensors
     layout: Layout  # the architecture
-    # Width to which every block is zero-padded; None where each keeps its own.
+    # Width to which every block is zero-padded; None if each keeps its own.
     padded_width: int | None = None
 
     @property
@@ -43,7 +43,7 @@ class ChosenLayout:
 
     @property
     def exact_limits(self) -> ParityLimits | None:
-        """What holds a float32 file, where llama.cpp computes something of it in fewer bits."""
+        """What holds a float32 file, if llama.cpp computes something of it in fewer bits."""
         return _GELU_TABLE if self.layout.activation == "gelu_tanh" else None
 
     @property

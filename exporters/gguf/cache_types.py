@@ -20,7 +20,7 @@ class CacheType:
         block_bytes: What they take.
         flash_attention: What is asked of llama.cpp: off for float32, as the flash kernel rounds to float16 inside
             whatever the cache's type (6e-3 in the logits of a tiny model); on where values are quantized, as llama.cpp
-            reads them in that kernel alone; its own choice for float16.
+            reads them only in that kernel; its own choice for float16.
     """
 
     ggml_type: int

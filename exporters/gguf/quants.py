@@ -20,7 +20,7 @@ class Quant(ExportFormat):
         base_type: ggml type of most matrices.
         uses_imatrix: Whether an importance matrix is used by default.
         needs_imatrix: Whether llama.cpp refuses to write it without one.
-        budget_bytes: Most that the file may take, where types are chosen tensor by tensor for it.
+        budget_bytes: Most that the file may take, if types are chosen tensor by tensor for it.
     """
 
     base_type: str
@@ -31,7 +31,7 @@ class Quant(ExportFormat):
     @property
     def ftype(self) -> int:
         """llama.cpp's `llama_ftype`, also written as general.file_type; a mixture has none, and says Q4_K_M."""
-        import gguf  # not in the memory of a process that runs a file alone
+        import gguf  # not in the memory of a process that only runs a file
 
         prefix = "ALL" if self.base_type == "F32" else "MOSTLY"
         name = self.name if self.budget_bytes is None else "Q4_K_M"

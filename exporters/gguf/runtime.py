@@ -1,4 +1,4 @@
-"""llama.cpp, through llama-cpp-python's low-level API: this file, and the quantizer in `matrix`, alone touch it.
+"""llama.cpp, through llama-cpp-python's low-level API: only this file and the quantizer in `matrix` touch it.
 
 `open_model` gives a `LlamaModel`, which tokenizes, decodes and hands out logits. llama.cpp's own log is kept from the
 terminal; what it last complained about goes into error messages. No torch: a process that only runs a file holds none.
@@ -82,7 +82,7 @@ class Log:
 
     @property
     def flash_attention(self) -> bool | None:
-        """Whether llama.cpp chose its flash kernel, where the choice was its own; None where it told of none."""
+        """Whether llama.cpp chose its flash kernel, where the choice was its own; None if it told of none."""
         with self._lock:
             found = [match[1] for line in self._facts if (match := _FLASH.search(line))]
         return found[-1] == "enabled" if found else None
@@ -185,7 +185,7 @@ class LlamaModel:
     Attributes:
         path: The file.
         cache_type: Type of its keys and values, a key of CACHE_TYPES.
-        flash_attention: Whether attention runs in the flash kernel; None where llama.cpp does not tell.
+        flash_attention: Whether attention runs in the flash kernel; None if llama.cpp does not tell.
         weight_buffers: Bytes of the weights by the buffer that holds them, as llama.cpp names it.
     """
 
@@ -254,7 +254,7 @@ class LlamaModel:
 
     @property
     def is_recurrent(self) -> bool:
-        """Whether blocks keep something of a text that belongs to one sequence alone."""
+        """Whether blocks keep something of a text that belongs to only one sequence."""
         return bool(
             self._lib.llama_model_is_recurrent(self._model) or self._lib.llama_model_is_hybrid(self._model)
         )
@@ -305,7 +305,7 @@ class LlamaModel:
     def decode(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> None:
         """Run tokens after those decoded so far, and wait until they are done: what llama-bench times.
 
-        Logits are made for the last token alone. Prompts are cut where they exceed n_batch; llama.cpp itself works
+        Logits are made only for the last token. Prompts are cut where they exceed n_batch; llama.cpp itself works
         in pieces of n_ubatch.
 
         Raises:

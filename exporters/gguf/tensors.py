@@ -33,7 +33,7 @@ class TensorSpec:
     """One tensor of the file and the checkpoint's tensors that it is made of."""
 
     name: str  # llama.cpp's name
-    # In the file, outermost dimension first; where the sources are smaller, zeros are added.
+    # In the file, outermost dimension first; if the sources are smaller, zeros are added.
     shape: tuple[int, ...]
     # Checkpoint names and their shapes; more than one are stacked along the first dimension, none are zeros.
     sources: tuple[tuple[str, tuple[int, ...]], ...]
@@ -41,7 +41,7 @@ class TensorSpec:
     offset: float = 0.0  # what is added to every number
     is_plain: bool = False  # stored in float32 always
     compute: Callable[[FloatArray], FloatArray] | None = None  # what else is made of them; None for nothing
-    # How value heads of a delta net are ordered; None where there are none, or all are as in the sources.
+    # How value heads of a delta net are ordered; None if there are none, or all are as in the sources.
     tiling: Tiling | None = None
 
     @property

@@ -4,7 +4,7 @@ config.json, generation_config.json     optimum, transformers.js
 tokenizer.json, tokenizer_config.json, chat_template.jinja
 genai_config.json                       ONNX Runtime GenAI; not for a portable graph
 onnx/model<suffix>.onnx                 logits of every position: optimum, transformers.js, evaluation
-onnx/model<suffix>_last.onnx            logits of the last position alone: GenAI, the benchmark; the same
+onnx/model<suffix>_last.onnx            logits of the last position only: GenAI, the benchmark; the same
 onnx/model<suffix>.onnx_data            the weights of both
 """
 

@@ -63,13 +63,13 @@ class Attention:
     """A block's attention, with the norm before it."""
 
     num_key_value_heads: int  # its key-value heads, each with as many query heads as in every block
-    input_norm: Numbers | None  # (hidden_size,) norm before it; None where it reads the residual sum as it is
+    input_norm: Numbers | None  # (hidden_size,) norm before it; None if it reads the residual sum as it is
     # One layer with the rows of q, then k, then v; or the three, where heads are normed or stored unlike.
     qkv: tuple[Layer, ...]
     o_proj: Layer  # attention's output
     scale: float  # what scores are multiplied by
-    rope: Rope | None  # what rotates queries and keys; None where nothing does
-    window: int | None = None  # how many tokens are seen, the one that looks included; None where all
+    rope: Rope | None  # what rotates queries and keys; None if nothing does
+    window: int | None = None  # how many tokens are seen, the one that looks included; None if all
     output_norm: Numbers | None = None  # (hidden_size,) norm of o_proj's output, or None
     # (head_dim,) norm of each head's query, (all heads' numbers,) one norm of them together, or None.
     q_norm: Numbers | None = None
@@ -85,7 +85,7 @@ class Block:
 
     # Attention, or what takes its place; None in a block that has neither.
     mixer: Attention | TextMixer | None
-    # (hidden_size,) norm before the FFN; None where it reads the residual sum as it is.
+    # (hidden_size,) norm before the FFN; None if it reads the residual sum as it is.
     ffn_norm: Numbers | None
     gate_proj: Layer  # FFN, to this block's width
     up_proj: Layer  # FFN, to this block's width
@@ -103,7 +103,7 @@ class Decoder:
     embedding: Embedding  # the token embedding
     blocks: tuple[Block, ...]  # first to last
     final_norm: Numbers  # (hidden_size,)
-    head: Layer  # the output matrix; the embedding's own where they are tied
+    head: Layer  # the output matrix; the embedding's own if they are tied
     activation: str = "silu"  # of the FFNs, a name in ACTIVATIONS
     embedding_scale: float = 1.0  # what embeddings are multiplied by
     # Of everything computed between the ends; logits are float32 always.
@@ -123,7 +123,7 @@ def build_decoder(
     Args:
         decoder: The weights.
         name: Of the graph.
-        last_logits: Compute the logits of each sequence's last position alone.
+        last_logits: Compute the logits of each sequence's last position only.
         stored: Weights of another graph of this decoder, by name, which this one shares.
         opset: Of ONNX's own operators.
 
@@ -439,7 +439,7 @@ class _Graph:
 
 
 def _require_operators(graph: ir.Graph, opset: int) -> None:
-    """Raise InputError where an opset lacks an operator, or has it with fewer inputs or without an attribute."""
+    """Raise InputError if an opset lacks an operator, or has it with fewer inputs or without an attribute."""
     for node in graph:
         if node.domain or node.op_type in _RUNTIMES_OWN:
             continue

@@ -92,7 +92,7 @@ class GraphBuilder:
         return self._values[name]
 
     def cast(self, x: ir.Value, name: str, dtype: ir.DataType) -> ir.Value:
-        """The numbers of x in a type; x itself where it is of that type."""
+        """The numbers of x in a type; x itself if it is of that type."""
         return x if x.dtype == dtype else self.op("Cast", [x], name, dtype=dtype, to=dtype)
 
 

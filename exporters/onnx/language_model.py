@@ -80,7 +80,7 @@ class OnnxLanguageModel:
         self._model = open_model(path, n_ctx=self.context_length, n_threads=threads, n_batch=outline.n_batch)
         if self._model.last_logits:
             raise InputError(
-                f"{path} gives the last position's logits alone", allowed=f"the other graph in {GRAPHS}"
+                f"{path} gives only the last position's logits", allowed=f"the other graph in {GRAPHS}"
             )
         self.vocab_size = self._model.vocab_size
         self.source_sha256: str | None = self._model.metadata.get("phoneready.source_sha256")

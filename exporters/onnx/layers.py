@@ -260,5 +260,5 @@ def product_name(name: str, bias: Numbers | None) -> str:
 
 
 def add_bias(builder: GraphBuilder, y: ir.Value, bias: Numbers | None, name: str) -> ir.Value:
-    """y + b, called `name`; y itself where there is no bias."""
+    """y + b, called `name`; y itself if there is no bias."""
     return y if bias is None else builder.op("Add", [y, builder.constant(f"{name}.bias", bias)], name)

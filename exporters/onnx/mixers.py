@@ -146,7 +146,7 @@ class ShortConvolution:
     """
 
     module: ClassVar[str] = "conv"
-    input_norm: Numbers | None  # (hidden_size,) norm before it; None where it reads the residual sum as it is
+    input_norm: Numbers | None  # (hidden_size,) norm before it; None if it reads the residual sum as it is
     in_proj: Layer  # the gate b, the gate c and x, of all tokens
     kernels: Kernels  # of hidden_size channels
     out_proj: Layer  # the convolution's output
@@ -183,7 +183,7 @@ class DeltaNet:
     """
 
     module: ClassVar[str] = "linear_attn"
-    input_norm: Numbers | None  # (hidden_size,) norm before it; None where it reads the residual sum as it is
+    input_norm: Numbers | None  # (hidden_size,) norm before it; None if it reads the residual sum as it is
     in_proj_qkv: Layer  # queries and keys of all key heads, and values of all value heads
     in_proj_z: Layer  # the gate of what it gives
     in_proj_b: Layer  # of each value head, how much of a token is written

@@ -1,4 +1,4 @@
-"""A decoder in ONNX's standard operators alone, as optimum exports it: for runtimes without ONNX Runtime's own.
+"""A decoder in only ONNX's standard operators, as optimum exports it: for runtimes without ONNX Runtime's own.
 
 It computes the same from the same inputs as `exporters.onnx.decoder_graph`, and wants `position_ids` besides. Its
 attention reads the mask, so rows of a batch may begin with padding. It is slower: thousands of small operators.
@@ -32,7 +32,7 @@ def require_optimum() -> None:
 
 
 def check_portable(shape: ModelShape) -> None:
-    """Raise InputError for a model that optimum's exporter cannot take, and MissingExtraError where it is not there."""
+    """Raise InputError for a model that optimum's exporter cannot take, and MissingExtraError if it is not there."""
     if any(block.is_keyless for block in shape.blocks):
         raise InputError(
             "optimum exports no blocks with something else in the place of attention",
@@ -63,7 +63,7 @@ def portable_graph(model: Any, *, name: str, opset: int | None = None) -> ir.Mod
     """
     from optimum.exporters.onnx import onnx_export_from_model
 
-    # optimum knows transformers' classes alone. Ours differ in how they are built and saved, not in what they compute.
+    # optimum only knows transformers' classes. Ours differ in how they are built and saved, not in what they compute.
     model.__class__ = next(c for c in type(model).__mro__ if c.__module__.startswith("transformers."))
     with LargeScratch("traced") as scratch, quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

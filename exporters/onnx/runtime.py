@@ -68,7 +68,7 @@ class OnnxModel:
         n_batch: Tokens of a text that `iter_logits` runs at once.
         n_past: Tokens in it.
         can_rewind: Whether all but the first of them can be forgotten.
-        last_logits: Whether the graph gives the last position's logits alone.
+        last_logits: Whether the graph gives only the last position's logits.
         metadata: The file's own keys.
         cache_type: Of keys and values: f32 or f16; None without any.
         providers: Nodes of the graph by the execution provider that runs them, such as CPU; empty where ONNX Runtime
@@ -118,7 +118,7 @@ class OnnxModel:
         self.rewind(0)
 
     def rewind(self, n_past: int) -> None:
-        """Forget all but the first `n_past` tokens: any number where all of the cache has a fixed length, else 0."""
+        """Forget all but the first `n_past` tokens: any number if all of the cache has a fixed length, else 0."""
         if n_past and not self.can_rewind:
             raise InputError("this graph's cache cannot be rewound", value=n_past, allowed="0")
         self.n_past = n_past
@@ -129,7 +129,7 @@ class OnnxModel:
         """Append tokens, at most n_batch.
 
         Returns:
-            Logits (n, vocab_size) float32 of the tokens, or of the last alone, (1, vocab_size).
+            Logits (n, vocab_size) float32 of the tokens, or of the last only, (1, vocab_size).
 
         Raises:
             InputError: More than fits the cache.
@@ -211,7 +211,7 @@ def open_model(
         n_threads: Threads inside an operator.
         n_batch: Most tokens run at once; logits of all of them are held.
         provider: Execution provider that is to run it, in any case and without the word, such as cuda; what it cannot
-            take, or all where it is not there, runs on the CPU.
+            take, or all if it is not there, runs on the CPU.
 
     Raises:
         InputError: ONNX Runtime cannot load it, or an unknown provider.

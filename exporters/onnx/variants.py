@@ -44,7 +44,7 @@ class Variant(ExportFormat):
         dtype: Name of the torch dtype of what is computed: float32 or float16.
         form: Format of most Linears and, with the output matrix, of a tied embedding; None stores floats.
         int8_rows: Stored and multiplied as int8 with a scale for each row and each token.
-        portable: In standard operators alone, as optimum exports it.
+        portable: In standard operators only, as optimum exports it.
         mixed: As many get eight bits as fit a size, not as few as cost little time.
     """
 

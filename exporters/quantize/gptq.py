@@ -124,7 +124,7 @@ def _upper_factor_of_inverse(gram: torch.Tensor, order: torch.Tensor) -> torch.T
 
 
 def factored(gram: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
-    """L with L L^T = H + RIDGE mean(diag H) I; float32 where that serves.
+    """L with L L^T = H + RIDGE mean(diag H) I; float32 if that is enough.
 
     Raises:
         InputError: H is not finite or cannot be factored.

@@ -31,7 +31,7 @@ def refine_codes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Lower tr((W - Q) (H + RIDGE mean(diag H) I) (W - Q)^T), which GPTQ lowers in one pass, by coordinate descent.
 
-    All scales of a row become those of least squares first, where the grid lets them. Then one block after another,
+    All scales of a row become those of least squares first, if the grid lets them. Then one block after another,
     several times: its scale alone becomes the best one, and after it each of its codes, in turn, the one that is best
     beside all the others (QuantEase, Behdin et al., arXiv 2309.01885).
 
@@ -110,7 +110,7 @@ class _Columns:
 
     Attributes:
         codes: (columns with padding, rows).
-        scales: (blocks, rows), exact in float16 where they are free.
+        scales: (blocks, rows), exact in float16 if they are free.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class _Columns:
         self._lost = self._find_lost()
 
     def _best_steps(self, rows: slice) -> torch.Tensor:
-        """d (blocks, rows) of A d = r, with A_bc = q_b^T H_bc q_c and r_b = q_b^T (H E)_b; 0 where it cannot be had."""
+        """d (blocks, rows) of A d = r, with A_bc = q_b^T H_bc q_c and r_b = q_b^T (H E)_b; 0 if it cannot be had."""
         # Side by side, or every product would read from as many places as there are columns.
         codes, lost = self.codes[:, rows].contiguous(), self._lost[:, rows].contiguous()
         size, count = self._grid.block_size, len(self.scales)

@@ -1,7 +1,7 @@
 """Training what few bits leave free: the scales of rows or blocks, and norms, which cost nothing more at run time.
 
 `tune_scales` distils a model into the scales of its rows: rounding makes each layer's own error small, and what all
-errors do together shows in the logits alone (Chen et al., EfficientQAT, arXiv 2407.11062, train scales so; Li et al.,
+errors do together only shows in the logits (Chen et al., EfficientQAT, arXiv 2407.11062, train scales so; Li et al.,
 Norm Tweaking, arXiv 2309.02784, norms). `RoundedModel` lets recovery train the scale of every block (QAT): the codes
 that a file has stay, so the trained file has as many bytes and computes as fast.
 """
@@ -63,7 +63,7 @@ def tune_scales(
         model: A causal LM of the architecture table, float32; unchanged.
         stored: Linear of the blocks -> its weight as it is stored (out_features, in_features); others stay.
         head: The output matrix as it is stored, (vocab_size, hidden_size).
-        table: The token embedding likewise; the same where they are tied.
+        table: The token embedding likewise; the same if they are tied.
         input_ids: Text, (nsamples, seqlen).
         learning_rate: Adam's, at its peak.
         progress: Told after each window.
