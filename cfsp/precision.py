@@ -92,11 +92,6 @@ def casting(dtype: torch.dtype, device_type: str) -> torch.autocast:
     return torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def trained_products(name: str, device_type: str) -> torch.autocast:
-    """Matrix products are of `product_dtype` inside the context, as while a model is trained."""
-    return casting(product_dtype(name, device_type), device_type)
-
-
 @contextmanager
 def bulk_products(device_type: str) -> Iterator[None]:
     """Matrix products of float32 tensors take their inputs in `bulk_dtype` inside the context.

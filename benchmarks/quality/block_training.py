@@ -29,7 +29,7 @@ from cfsp.models.architectures import decoder_layers
 from cfsp.models.block_pass import Calls, enter_blocks, run_layer, run_windows
 from cfsp.models.checkpoint import PLAN_FILE, save_checkpoint
 from cfsp.models.reference import load_model
-from cfsp.precision import trained_products
+from cfsp.precision import casting, product_dtype
 from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record
 from cfsp.text.calibration import load_calibration
@@ -96,14 +96,14 @@ def train_blocks(dense: Any, student: Any, ids: torch.Tensor, asked: argparse.Na
         states, student_calls = enter_blocks(student, decoder_layers(student), ids)
     pairs = zip(decoder_layers(dense), decoder_layers(student), weights, strict=True)
     for index, (whole, block, weight) in enumerate(pairs):
-        with torch.no_grad(), trained_products("auto", "cpu"):
+        with torch.no_grad(), casting(product_dtype("auto"), "cpu"):
             wanted = run_windows(whole, index, given, calls)
             follows = wanted if asked.share == 1 else run_windows(whole, index, states, calls)
         targets = [
             follow + asked.share * (want - follow) for want, follow in zip(wanted, follows, strict=True)
         ]
         losses = _train(block, index, states, targets, student_calls, error_of(weight), asked)
-        with torch.no_grad(), trained_products("auto", "cpu"):
+        with torch.no_grad(), casting(product_dtype("auto"), "cpu"):
             given, states = wanted, run_windows(block, index, states, student_calls)
         share = len(losses) // asked.passes
         first, last = (sum(some) / len(some) for some in (losses[:share], losses[-share:]))
@@ -142,7 +142,7 @@ def _train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, asked.rate, len(steps), pct_start=0.1)
     losses = []
     for windows in steps:
-        with trained_products("auto", "cpu"):
+        with casting(product_dtype("auto"), "cpu"):
             found = run_layer(block, torch.cat([states[n] for n in windows]), calls.of(index, windows[0]))
         loss = error(found.float(), torch.cat([targets[n] for n in windows]).float())
         optimizer.zero_grad()
