@@ -68,23 +68,6 @@ def charging(text: str) -> Reading[bool]:
     return Reading(powered)
 
 
-def charge_uah(text: str) -> Reading[int]:
-    """What is left in the battery, microampere hours, from `dumpsys battery`."""
-    return _counted(text, "charge counter")
-
-
-def voltage_mv(text: str) -> Reading[int]:
-    """Voltage of the battery, millivolts, from `dumpsys battery`."""
-    return _counted(text, "voltage")
-
-
-def _counted(text: str, name: str) -> Reading[int]:
-    value = _whole(_facts(text).get(name, ""), digits=9)
-    if why := _stopped(text):
-        return Reading(None, why)
-    return Reading(value) if value else Reading(None, f"dumpsys battery states no {name}")
-
-
 def thermal_status(text: str) -> Reading[int]:
     """Index in THERMAL_STATUSES, from `dumpsys thermalservice`."""
     facts = _facts(text)

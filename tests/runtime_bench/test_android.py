@@ -170,21 +170,6 @@ def test_the_setting(text: str, value: bool | None) -> None:
     assert android.low_power(text).value is value
 
 
-@pytest.mark.parametrize(
-    ("name", "charge", "voltage"),
-    [
-        ("Android 7", None, 4203),
-        ("Android 14, unplugged", 2_865_000, None),
-        ("set by hand", None, None),
-        ("no service", None, None),
-    ],
-)
-def test_what_is_left_in_batteries(name: str, charge: int | None, voltage: int | None) -> None:
-    found = android.charge_uah(BATTERY[name]), android.voltage_mv(BATTERY[name])
-    assert [one.value for one in found] == [charge, voltage]
-    assert all(one.why for one in found if one.value is None)
-
-
 READERS = (
     android.battery_percent,
     android.charging,
@@ -193,8 +178,6 @@ READERS = (
     android.screen_on,
     android.low_power,
     android.saver,
-    android.charge_uah,
-    android.voltage_mv,
 )
 WORDS = sorted(
     {line for corpus in (BATTERY, THERMAL, POWER) for text in corpus.values() for line in text.split("\n")}

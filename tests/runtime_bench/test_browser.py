@@ -27,7 +27,7 @@ from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
 from exporters.onnx.runtime import open_model as open_onnx
 from runtime_bench.browser import packages
-from runtime_bench.browser.calibration import calibrate, corrected_rate
+from runtime_bench.browser.calibration import calibrate
 from runtime_bench.browser.chromium import (
     BrowserError,
     PageSettings,
@@ -255,12 +255,6 @@ def test_a_page_is_held_to_a_score(graph: Path, settings: PageSettings) -> None:
     assert held.rate > 1
     assert "slowed down" in (note_of(record) or "")
     assert record_from_json(record_to_json(record), where="here") == record
-
-
-def test_rates_are_corrected_by_what_they_reach() -> None:
-    assert corrected_rate(1.0, 1000, 250) == 4
-    assert corrected_rate(4.0, 200, 250) == pytest.approx(3.2)
-    assert corrected_rate(1.0, 100, 250) == 1
 
 
 class Host:

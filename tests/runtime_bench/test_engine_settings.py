@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from cfsp.settings import settings_of
 from exporters.family import ExportOptions
 from exporters.gguf.runtime import LlamaModel, open_model
 from exporters.onnx import export_onnx
@@ -122,11 +121,6 @@ def test_who_asks_for_the_processor_gets_it(model: Path, monkeypatch: pytest.Mon
     for backend in ("cpu", None, "gpu"):
         llama_cpp.open_session(model, SessionSettings(64, 1, 64, 64, backend=backend)).close()
     assert asked == [False, False, True]
-
-
-def test_capitals_of_a_backend_are_nothing_else(make_record: Any) -> None:
-    assert settings_of(BenchSettings, {"backend": "CPU"}, {}).backend == "cpu"
-    assert make_record(engine_settings=EngineSettings(asked_backend="cpu")).fallback is None
 
 
 def test_nodes_that_are_left_to_the_processor_are_told_of(make_record: Any) -> None:

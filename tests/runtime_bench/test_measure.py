@@ -23,7 +23,7 @@ from runtime_bench.process import run_worker
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.notes import note_of
 from runtime_bench.targets import Local
-from runtime_bench.worker import WorkerRequest, WorkerResult, request_from_json
+from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings, Workload
 
 pytest.importorskip("llama_cpp")
@@ -132,12 +132,6 @@ def test_depth_is_filled_before_the_clock(model: Path) -> None:
     assert len(result.samples_ns) == 1
 
 
-def test_no_warmup_is_recorded(model: Path) -> None:
-    (record,) = run_bench([model], replace(ONE, warmup=False, repetitions=1))
-    assert record.ok
-    assert not record.warmup
-
-
 def test_a_file_that_does_not_open_is_a_row_with_a_reason(model: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(model.read_bytes()[:5000])
@@ -205,11 +199,6 @@ def test_a_wide_row_is_measured_once_more_with_its_partners(model: Path) -> None
     assert (right.samples_ns, right.quarantined_ns) == ((80, 80, 80), (100, 100, 100))
     assert right.sequence == (7, 9, 11)
     assert seen[-1] == (12, 12)
-
-
-def test_requests_survive_json(model: Path) -> None:
-    made = request(model, Workload("ttft", n_prompt=8, n_gen=1), page_cache="cold", seed=3)
-    assert request_from_json(json.loads(json.dumps(asdict(made)))) == made
 
 
 def test_input_that_cannot_be_measured(model: Path, tmp_path: Path) -> None:

@@ -184,8 +184,3 @@ def test_a_place_that_cannot_be_opened_says_why_in_its_row(tiny_gguf: Callable[.
     settings = replace(SETTINGS, regimes=("first",), ttft=(), start=(), load=False)
     (record,) = run_bench([tiny_gguf()], settings, target=Unreachable("adb:1", "no such device"))
     assert record.failure == "no such device"
-
-
-def test_a_first_run_wants_a_machine_that_files_are_pushed_to(tiny_gguf: Callable[..., Path]) -> None:
-    with pytest.raises(InputError, match="no file is pushed to local"):
-        run_bench([tiny_gguf()], replace(SETTINGS, regimes=("first",)))

@@ -442,35 +442,6 @@ with socket.create_server(("127.0.0.1", 5612)) as server:
 """The least of adb's protocol: system/core/adb/protocol.txt, A_AUTH of type TOKEN."""
 
 
-@pytest.mark.usefixtures("adb_environment")
-def test_several_devices_at_once(
-    phones: Any, board: Any, tiny_gguf: Callable[..., Path], tmp_path: Path, runner: Path
-) -> None:
-    serials = [phones.start(port) for port in (5621, 5622)]
-    missing = Remote(Adb("nobody"))
-    targets = [
-        *(
-            Remote(Adb(serial), runner=runner, folder=str(tmp_path / f"far-{i}"))
-            for i, serial in enumerate(serials)
-        ),
-        missing,
-        Remote(Ssh("board", board.config), runner=runner, folder=str(tmp_path / "far-board")),
-    ]
-    paths = [tiny_gguf(), tiny_gguf(seed=1)]
-    said, kept = set(), []
-    records = run_matrix(
-        paths, SETTINGS, targets, lambda text, done, total: said.add(text), on_record=kept.append
-    )
-    assert [(r.target, r.model_filename) for r in records] == [
-        (t.name, str(p)) for t in targets for p in paths
-    ]
-    assert [r.ok for r in records] == [r.target != missing.name for r in records]
-    assert sorted(map(id, kept)) == sorted(map(id, records))
-    assert {f"{t.name} measuring" for t in targets} <= said
-    assert f"{targets[0].name} pushing" in said
-    phones.kill_all()
-
-
 def test_onnx_is_measured_by_a_python_there(
     board: Any, tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

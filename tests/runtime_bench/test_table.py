@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from cfsp.errors import InputError
 from runtime_bench.presentation.comparison_table import format_comparison
 from runtime_bench.presentation.record_table import format_table, record_table
 from runtime_bench.presentation.table import Column, Table, short_names, table_of
@@ -45,11 +44,6 @@ def test_markdown_has_llama_benchs_columns_and_ours(make_record: Any) -> None:
         *["llama 135M Q8_0", "150.00 MiB", "134.52 M", "CPU", "2", "-", "tg128"],
         *["128.00 ± 9.17", "1000.0 ms", "50.0 ms", "256.00 MiB", "not known"],
     ]
-
-
-def test_several_files_are_told_apart(make_record: Any) -> None:
-    rows = record_table([make_record(), make_record(model_filename="models/pruned.gguf")]).objects()
-    assert [row["file"] for row in rows] == ["dense.gguf", "pruned.gguf"]
 
 
 def test_files_of_one_name_show_the_folders_that_tell_them_apart() -> None:
@@ -104,11 +98,6 @@ def test_csv_has_a_line_a_record(make_record: Any) -> None:
     assert json.loads(first["samples_ns"]) == list(make_record().samples_ns)
     assert float(first["avg_ts"]) == pytest.approx(128.52, abs=0.01)
     assert second["model_type"] == ""
-
-
-def test_an_unknown_format_names_the_known_ones(make_record: Any) -> None:
-    with pytest.raises(InputError, match="md, json, jsonl, csv"):
-        format_table([make_record()], "xml")
 
 
 def test_comparisons_show_ratio_interval_and_verdict(make_record: Any) -> None:

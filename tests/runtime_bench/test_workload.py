@@ -55,11 +55,6 @@ def test_threads_default_to_the_usable_cores_and_come_once() -> None:
     assert BenchSettings().threads(cores=None) == (1,)
 
 
-def test_an_unknown_workload_names_the_known_ones() -> None:
-    with pytest.raises(InputError, match="pp, tg, ttft, start, load"):
-        Workload("pg")
-
-
 def test_no_more_samples_are_taken_than_a_record_holds() -> None:
     for name in ("repetitions", "samples_per_process"):
         BenchSettings(**{name: BOUNDS.items})  # type: ignore[arg-type]
