@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -237,15 +237,27 @@ def _mixer_specs(chosen: ChosenLayout, block: str) -> Iterator[TensorSpec]:
 def _block_shapes(config: ModelConfig, block: BlockShape, head_dim: int) -> dict[str, tuple[int, ...]]:
     """Module inside a block -> shape of its weight."""
     hidden, width, spec = config.hidden_size, block.ffn_width, config.spec
+    is_mixed, shares = block.is_keyless and spec.mixer, block.is_keyless and not spec.mixer
+    kv = (config.shape.most_kv_groups if shares else block.kv_groups or 0) * head_dim
+    q = kv * config.heads_per_group
+    mixing: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj": (q * (2 if spec.gated else 1), hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        f"self_attn.{spec.output}": (hidden, q),
+    }
     shapes: dict[str, tuple[int, ...]] = {
         **dict.fromkeys(filter(None, [spec.attention_norm]), (hidden,)),
-        **_mixing_shapes(config, block, head_dim),
+        **(_mixer_linears(config) if is_mixed else mixing),
         **dict.fromkeys(filter(None, (*spec.added_norms, spec.ffn_norm)), (hidden,)),
         f"{spec.mlp}.{spec.gate}": (width, hidden),
         f"{spec.mlp}.{spec.up}": (width, hidden),
         f"{spec.mlp}.{spec.down}": (hidden, width),
     }
-    shapes |= _head_norm_shapes(config, block, head_dim)
+    if spec.head_norms and not is_mixed:
+        query, key = (q, kv) if spec.head_norms.joint else (head_dim, head_dim)
+        shapes[f"self_attn.{spec.head_norms.query}"] = (query,)
+        shapes[f"self_attn.{spec.head_norms.key}"] = (key,)
     if spec.block_inputs and (size := config.block_inputs):
         shapes |= {
             spec.block_inputs.gate: (size, hidden),
@@ -254,43 +266,10 @@ def _block_shapes(config: ModelConfig, block: BlockShape, head_dim: int) -> dict
         }
     if not block.has_attention:
         gone = (*spec.attention_norms, "self_attn.")
-        shapes = {name: shape for name, shape in shapes.items() if not name.startswith(gone)}
+        return {name: shape for name, shape in shapes.items() if not name.startswith(gone)}
+    if shares:
+        return {name: shape for name, shape in shapes.items() if not name.endswith(_UNREAD)}
     return shapes
-
-
-def _mixing_shapes(config: ModelConfig, block: BlockShape, head_dim: int) -> dict[str, tuple[int, ...]]:
-    """The same of the matrices that mix tokens: attention's, with keys of its own or without, or its place's."""
-    hidden, spec = config.hidden_size, config.spec
-    if block.is_keyless and spec.mixer:
-        return _mixer_linears(config)
-    groups = config.shape.most_kv_groups if block.is_keyless else block.kv_groups or 0
-    kv = groups * head_dim
-    q = kv * config.heads_per_group
-    shapes: dict[str, tuple[int, ...]] = {
-        "self_attn.q_proj": (q * (2 if spec.gated else 1), hidden),
-        "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden),
-        f"self_attn.{spec.output}": (hidden, q),
-    }
-    return _read_alone(shapes) if block.is_keyless else shapes
-
-
-def _head_norm_shapes(config: ModelConfig, block: BlockShape, head_dim: int) -> dict[str, tuple[int, ...]]:
-    """The same of the norms of queries and keys."""
-    norms, kv = config.spec.head_norms, (block.kv_groups or 0) * head_dim
-    if norms is None or (block.is_keyless and config.spec.mixer):
-        return {}
-    query, key = (kv * config.heads_per_group, kv) if norms.joint else (head_dim, head_dim)
-    shapes: dict[str, tuple[int, ...]] = {
-        f"self_attn.{norms.query}": (query,),
-        f"self_attn.{norms.key}": (key,),
-    }
-    return _read_alone(shapes) if block.is_keyless else shapes
-
-
-def _read_alone(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """What of attention is read in a block that reads another block's keys and values."""
-    return {name: shape for name, shape in shapes.items() if not name.endswith(_UNREAD)}
 
 
 def linear_inputs(config: ModelConfig) -> dict[str, int]:
