@@ -152,7 +152,7 @@ def test_export_and_bench(
         "no file of records": [file, *sizes, "--record", file],
         "is a directory": [file, *sizes, "--record", tmp_path],
         "given twice": [file, file, *sizes],
-        "native runs GGUF files alone": [file, onnx, *sizes, "--on", "local", "--on", "native"],
+        "native runs only GGUF files": [file, onnx, *sizes, "--on", "local", "--on", "native"],
     }.items():
         assert reason in refused("bench", *arguments)
     assert {path: path.stat().st_size for path in tmp_path.rglob("*")} == before

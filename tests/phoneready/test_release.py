@@ -457,6 +457,7 @@ def test_two_runs_on_one_folder(
     first.communicate(timeout=60)
 
 
+@pytest.mark.everything
 def test_a_full_disk_loses_nothing_and_a_later_run_goes_on(
     released: tuple[Path, Path],
     small_disk: Callable[[str], Path],
@@ -479,6 +480,7 @@ def test_a_full_disk_loses_nothing_and_a_later_run_goes_on(
         assert sha256_file(disk / "out" / file.name) == sha256_file(file)
 
 
+@pytest.mark.everything
 def test_killed_again_and_again_it_ends_with_the_same_files(tiny_folder: TinyPath, tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("kill_release", ROOT / "benchmarks" / "kill_release.py")
     assert spec is not None
