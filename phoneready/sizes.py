@@ -25,8 +25,11 @@ from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.surgery import cut_to_shape
 from exporters.family import ExportOptions
 from exporters.gguf.architecture import ChosenLayout, read_layout
-from exporters.gguf.files import draft_gguf
-from exporters.gguf.size import SizeTemplate, size_template
+from exporters.gguf.files import TYPES, draft_gguf
+from exporters.gguf.matrix import block_of
+from exporters.gguf.quants import find_quant
+from exporters.gguf.size import SizeTemplate, padded, size_template
+from exporters.gguf.tensors import tensor_specs
 from runtime_bench.devices.model_facts import ModelFacts
 
 _TEMPLATE_WIDTH = 256
@@ -69,6 +72,19 @@ class Sizes:
         """
         layout, template = self._template(item, shape, dense)
         return template.file_bytes(layout.of_shape(shape))
+
+    def least_bytes(self, item: str, shape: ModelShape, *, dense: bool = False) -> int:
+        """As `file_bytes`; of a mixture what its smallest types take."""
+        if find_quant(item).is_sized:
+            return self.file_bytes(item, shape, dense=dense)
+        layout, template = self._template(next(iter(self.items), "Q8_0"), shape, dense)
+        total, chosen = template.overhead_bytes, layout.of_shape(shape)
+        for spec, tensor in zip(tensor_specs(chosen), template.tensors(chosen), strict=True):
+            blocks = [block_of(kind) for kind in TYPES] if spec.is_matrix else []
+            count = math.prod(spec.shape)
+            sizes = [count // n * size for n, size in blocks if spec.shape[1] % n == 0]
+            total += padded(min(sizes, default=2 * count if spec.is_matrix else tensor.n_bytes))
+        return total
 
     def facts(self, item: str, shape: ModelShape) -> ModelFacts:
         """What a projection to a device needs to know of it."""

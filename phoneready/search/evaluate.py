@@ -32,9 +32,11 @@ from cfsp.pruning.plan import PruningPlan, make_plan
 from cfsp.pruning.prune import Removals, check_removals, counts_of, prune_model, statistics_for, trim
 from cfsp.pruning.statistics import BlockStatistics, collect_input_moments, moment_windows, spread_windows
 from cfsp.records import read_record, tool_version, write_record
+from cfsp.scratch import LargeScratch
 from cfsp.text.calibration import Calibration, check_seqlen
 from cfsp.text.settings import SELF
 from cfsp.text.tokens import TokenWindows
+from cfsp.units import megabytes
 from exporters.checkpoint_reader import read_config
 from exporters.gguf.family import GGUF
 from exporters.gguf.files import draft_gguf
@@ -320,23 +322,56 @@ class Evaluator:
         return side.statistics
 
     def foretold(self, point: Point) -> tuple[int | None, list[Held]]:
-        """The size of a file that is not made, where it follows from the shape, and the limits that tell by that."""
-        if point.steps or not GGUF.find(point.quant).is_sized:
+        """The size of a file that is not made, if the shape tells, and the limits it or its least size is held to."""
+        if point.steps or (self.settings.max_size is None and self.settings.device is None):
             return None, []
-        if self.settings.max_size is None and self.settings.device is None:
-            return None, []
-        side = self._side(point.vocabulary)
-        if side.sizes is None:
-            sized = tuple(name for name in self.settings.quants if GGUF.find(name).is_sized)
-            side.sizes = Sizes(
-                side.loaded, self.work / "sizes", True, self.subject.seed, self._n_threads, sized
-            )
+        side, is_sized = self._side(point.vocabulary), GGUF.find(point.quant).is_sized
+        side.sizes = side.sizes or self._sizes(side.loaded, self.work / "sizes")
         shape = model_shape(self.loaded.model) if point.is_dense else self.plan(point).shape
-        size = side.sizes.file_bytes(point.quant, shape, dense=point.is_dense)
+        size = side.sizes.least_bytes(point.quant, shape, dense=point.is_dense)
         held = list(self.settings.held(size=size))
-        if self.settings.device is not None:
+        if self.settings.device is not None and is_sized:
             held += self._held_by_speed(self._projected(side.sizes.facts(point.quant, shape)))
-        return size, held
+        return size if is_sized else None, held
+
+    def _sizes(self, loaded: LoadedModel, folder: Path) -> Sizes:
+        sized = tuple(name for name in self.settings.quants if GGUF.find(name).is_sized)
+        return Sizes(loaded, folder, True, self.subject.seed, self._n_threads, sized)
+
+    def check_size(self) -> None:
+        """Raise InputError if even the smallest of all files is larger than it may be; nothing is measured for that."""
+        settings = self.settings
+        if settings.max_size is None:
+            return
+        fewest, share = min(filter(None, settings.vocabularies), default=0), max(settings.groups)
+        ratio, left = max(settings.ratios), self.loaded
+        if fewest:
+            plain = replace(self.subject.prune.settings(1), reconstruct="none")
+            twin = replace(left, model=copied(left.model))
+            left, _ = trim(twin, self.calibration, self.vocabulary(fewest), plain)
+        shape = model_shape(left.model)
+        with LargeScratch("sizes") as scratch:
+            sizes, each = self._sizes(left, scratch.path), list[int]()
+            for quant in settings.quants:
+                step = Point(quant, ratio=ratio).align
+                # Widths and groups are rounded: by one step less, no file is smaller.
+                widths = [max(step, int(w * (1 - ratio) // step * step)) for w in shape.ffn_widths]
+                cut = shape.with_ffn_widths(widths) if ratio else shape
+                if share:
+                    cut = cut.with_kv_groups(
+                        [
+                            max(1, int(one.kv_groups * (1 - share))) if one.kv_groups else 0
+                            for one in cut.blocks
+                        ]
+                    )
+                each.append(sizes.least_bytes(quant, cut, dense=not (fewest or ratio or share)))
+        if (least := min(each)) > settings.max_size:
+            raise InputError(
+                "no file is so small",
+                field="--max-size",
+                value=megabytes(settings.max_size),
+                allowed=f"{least} bytes or more (less with fewer --vocabularies, higher --ratios or fewer bits)",
+            )
 
     def held(self, one: EvaluatedPoint) -> tuple[Held, ...]:
         """How a file stands to the limits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from exporters.families import required_multiple
 from exporters.gguf.family import GGUF
 from phoneready.evaluation.settings import WindowSettings
 from phoneready.figures.budgets import INCONCLUSIVE, MISSED, PASS
-from runtime_bench.devices.profile import find_profile, load_profiles
+from runtime_bench.devices.profile import load_profiles
 from runtime_bench.targets.table import check_target
 
 STRATEGIES = GRID, BISECT, STEPS, OPTUNA = "grid", "bisect", "steps", "optuna"
@@ -26,6 +27,8 @@ _QUANTS = ("Q4_0", "Q4_K_M", "Q5_K_M", "Q8_0")
 _STEP = 0.01
 """Ratios that a bisection tells apart."""
 _MOST_BISECTED = 0.5
+_LEAST_TOKENS = 4096
+"""Of a vocabulary that nobody asked for."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,18 @@ class Held:
     over: float
 
 
+@functools.cache
+def _is_profile(name: str) -> bool:
+    return name in load_profiles()
+
+
+def _find_place(name: str) -> str:
+    try:
+        return name if _is_profile(name) else check_target(name)
+    except InputError as error:
+        raise InputError(f"{error}; or a device profile: {', '.join(load_profiles())}") from error
+
+
 def _size(help: str) -> int | None:
     value: int | None = setting(None, help, ge=1, le=2**50, parse=parse_bytes, metavar="SIZE")
     return value
@@ -179,18 +194,19 @@ class SearchSettings(WindowSettings):
     max_bits: float | None = setting(
         None, "Most bits per byte, times the dense model's in float32, such as 1.05.", gt=0
     )
-    device: str | None = setting(
+    on: str | None = setting(
         None,
-        "Device profile: the file must fit its memory; speed and memory are projected to it, not measured.",
-        look_up=lambda name: find_profile(name, load_profiles()).profile.id,
-        metavar="PROFILE",
-    )
-    target: str | None = setting(
-        None,
-        "Where speed and memory are measured, as bench --on.",
-        look_up=check_target,
+        "Where speed and memory are measured, as bench --on; or a device profile, to which they are projected, and "
+        "whose memory the file must fit.",
+        look_up=_find_place,
+        metavar="PLACE|PROFILE",
         shown="local if there is a limit on them, else nowhere",
     )
+
+    @property
+    def device(self) -> str | None:
+        """The device profile that speed and memory are projected to."""
+        return self.on if self.on is not None and _is_profile(self.on) else None
 
     @property
     def limits_cost(self) -> bool:
@@ -206,16 +222,12 @@ class SearchSettings(WindowSettings):
     def place(self) -> str | None:
         """Where speed and memory are measured; None: nowhere."""
         limited = self.min_speed is not None or self.max_memory is not None
-        return self.target or ("local" if limited and self.device is None else None)
+        return (self.on or ("local" if limited else None)) if self.device is None else None
 
     def check(self) -> None:
         """Raise InputError for what contradicts itself."""
         given = [ratio for ratio in self.ratios if ratio]
         wrong = (
-            (
-                self.device and self.target,
-                "--device projects speed and memory, --target measures them: give one of the two",
-            ),
             (
                 self.strategy == BISECT and not (self.limits_cost or self.limits_quality),
                 "--strategy bisect looks for a limit: give one, such as --max-size or --max-kl",
@@ -238,7 +250,8 @@ class SearchSettings(WindowSettings):
         """With the defaults that depend on other settings and on the size of the dense model's vocabulary."""
         sized = (GGUF.find(f"mixed:{self.max_size}").name, *_QUANTS[:2]) if self.max_size else _QUANTS
         nothing_said = not (self.vocabularies or self.ratios or any(self.groups))
-        thirds = (0, *(vocabulary * n // 3 // 256 * 256 for n in (2, 1)))
+        # Bytes, special tokens and what chats are written in have to stay of any vocabulary.
+        thirds = (0, *(size for n in (2, 1) if (size := vocabulary * n // 3 // 256 * 256) >= _LEAST_TOKENS))
         tokens = thirds if nothing_said and self.limits_cost else (0,)
         bisected = (0.0, _MOST_BISECTED)
         return replace(

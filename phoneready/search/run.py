@@ -97,6 +97,7 @@ def search(
     if settings.storage or strategy == OPTUNA:
         require_extra("optuna", "search")
     evaluator.check()
+    evaluator.check_size()
     with _alone(folder):
         run = _Run(evaluator, settings, folder, show, strategy)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -133,10 +134,23 @@ def test_other_limits_take_what_is_known(
     assert "no file is within KL up to" in capsys.readouterr().err
 
 
-def test_what_cannot_fit_is_not_made(model: Path, tmp_path: Path) -> None:
+def test_what_cannot_fit_is_not_made(
+    model: Path, measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The smallest size is named to the byte, and a mixture is left out by the least that it can take."""
     folder = tmp_path / "out"
-    assert main(command(model, folder, *GRID, "--max-size", "1kB")) == 1
+    asked = ("--vocabularies", "0,300", "--quants")
+    capsys.readouterr()
+    assert main(command(model, folder, *asked, "Q8_0,mixed:1kB", "--max-size", "1kB")) == 2
+    error = capsys.readouterr().err
+    found = re.search(r"no file is so small .*allowed: (\d+) bytes or more", error)
+    assert found, error
     assert not records(folder)
+    quants = f"Q8_0,mixed:{found[1]}B"
+    assert main(command(model, folder, *asked, quants, "--max-size", found[1])) == 0
+    (one,) = found_in(folder).points
+    assert 0 <= int(found[1]) - one.file_bytes <= 256
+    assert len(found_in(folder).left_out) == 3
 
 
 def test_a_bisection_finds_the_least_ratio_that_fits(model: Path, measured: Path, tmp_path: Path) -> None:
@@ -238,8 +252,7 @@ def test_a_sampler_proposes_where_there_are_more_points_than_may_be_made(model: 
         (["--quants", "Q9"], "quant: unknown quantization"),
         (["--ratios", "1"], "--ratios: out of range"),
         (["--vocabularies", "3"], "vocabulary"),
-        (["--device", "pixel-8a", "--target", "local"], "give one of the two"),
-        (["--device", "nokia"], "nokia"),
+        (["--on", "nokia"], "or a device profile: "),
         (["--strategy", "bisect"], "--strategy bisect looks for a limit"),
         (["--strategy", "steps"], "give --recover and --ratios"),
         (["--strategy", "optuna"], "give --max-points"),
@@ -322,7 +335,7 @@ def result(*points: EvaluatedPoint, at: int = 100, **more: object) -> SearchReco
         ({"min_speed": 10.0}, {"speed": (11.0, 12.0)}, PASS),
         ({"min_speed": 10.0}, {"speed": (8.0, 9.0)}, MISSED),
         ({"min_speed": 10.0}, {"speed": (9.0, 12.0)}, INCONCLUSIVE),
-        ({"device": "pixel-8a"}, {"fits": False}, MISSED),
+        ({"on": "pixel-8a"}, {"fits": False}, MISSED),
         ({"max_size": 100, "max_kl": 0.1}, {"size": 90, "kl": 0.2}, MISSED),
     ],
 )
