@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from cfsp.errors import InputError
-from cfsp.reading import read_json_object
 
 GRAPHS = "onnx"
 """Folder of the graphs."""
@@ -35,14 +34,6 @@ def folder_of(graph: Path) -> Path:
         if (folder / "tokenizer.json").is_file():
             return folder
     raise InputError(f"no tokenizer.json beside {graph} or in the folder above")
-
-
-def told_context(folder: Path, most: int) -> int:
-    """The context that genai_config.json states, up to `most`: graphs of old folders have no windows."""
-    file = folder / GENAI_CONFIG
-    stated = read_json_object(file).get("model") if file.is_file() else None
-    length = stated.get("context_length") if isinstance(stated, dict) else None
-    return min(length, most) if isinstance(length, int) else most
 
 
 def find_graph(reference: str, *, last_logits: bool = False) -> Path:

@@ -20,11 +20,12 @@ from cfsp.evaluation.language_model import (
 from cfsp.files import sha256_file
 from cfsp.models.checkpoint import read_generation_config
 from cfsp.models.reference import load_tokenizer
+from cfsp.reading import read_json_object
 from cfsp.text.choosing import Chooser, greedy
 from cfsp.text.self_sampling import stated_sampling, stop_tokens
 from exporters.checkpoint_reader import read_config
 from exporters.family import FileOutline
-from exporters.onnx.folder import GRAPHS, find_graph, folder_of, told_context
+from exporters.onnx.folder import GENAI_CONFIG, GRAPHS, find_graph, folder_of
 from exporters.onnx.runtime import continuation_rows, open_model, write
 
 _BATCH = 256
@@ -38,14 +39,18 @@ def outline_of(path: Path, n_ctx: int) -> FileOutline:
     """
     folder = folder_of(path)
     config, tokenizer = read_config(folder), load_tokenizer(folder)
-    generation = read_generation_config(folder)
+    generation, genai = read_generation_config(folder), folder / GENAI_CONFIG
+    # Graphs of old folders have no windows, and genai_config.json states a shorter context.
+    stated = read_json_object(genai).get("model") if genai.is_file() else None
+    length = stated.get("context_length") if isinstance(stated, dict) else None
+    most = config.max_position_embeddings
     return FileOutline(
         path=path,
         sha256=sha256_file(path),
         source_sha256=None,
         tokenizer=tokenizer,
         vocab_size=config.vocab_size,
-        context_length=min(n_ctx, told_context(folder, config.max_position_embeddings)),
+        context_length=min(n_ctx, most, length if isinstance(length, int) else most),
         n_batch=_BATCH,
         ends=tuple(sorted(stop_tokens(generation, tokenizer))),
         stated_sampling=stated_sampling(generation),

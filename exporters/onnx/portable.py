@@ -24,13 +24,6 @@ _TASK = "text-generation-with-past"
 _SCOPES = re.compile(r"^/(.*)/[^/]+$")
 
 
-def require_optimum() -> None:
-    """Raise MissingExtraError where optimum's exporter is not installed."""
-    spec = importlib.util.find_spec("optimum")
-    if spec is None or importlib.util.find_spec("optimum.exporters.onnx") is None:
-        raise MissingExtraError("optimum-onnx", "portable")
-
-
 def check_portable(shape: ModelShape) -> None:
     """Raise InputError for a model that optimum's exporter cannot take, and MissingExtraError if it is not there."""
     if any(block.is_keyless for block in shape.blocks):
@@ -47,7 +40,11 @@ def check_portable(shape: ModelShape) -> None:
             value=", ".join(map(str, heads)),
             allowed="the other variants, or whole blocks that go (--blocks)",
         )
-    require_optimum()
+    if (
+        importlib.util.find_spec("optimum") is None
+        or importlib.util.find_spec("optimum.exporters.onnx") is None
+    ):
+        raise MissingExtraError("optimum-onnx", "portable")
 
 
 def portable_graph(model: Any, *, name: str, opset: int | None = None) -> ir.Model:
