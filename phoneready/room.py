@@ -31,6 +31,7 @@ LESS = {
     "prune": "less text (--nsamples, --seqlen), or a smaller model",
     "export": "less text (--nsamples, --rounding-windows, --seqlen), or a smaller model",
     "eval": "shorter windows (--seqlen), or a smaller model",
+    "search": "less text (--nsamples), or a smaller model",
     "recover": "an adapter (--method lora), the loss next-token (no teacher), or a smaller model",
 }
 """What takes less memory."""

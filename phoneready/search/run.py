@@ -15,6 +15,7 @@ from typing import Any
 
 import filelock
 
+from cfsp.devices import find_device
 from cfsp.errors import InputError, LimitError, require_extra
 from cfsp.files import no_space_as_input_error, remove_stale_temporaries, writable_place, write_text
 from cfsp.progress import Progress, no_progress
@@ -28,6 +29,7 @@ from phoneready.evaluation.run import check_texts
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.budgets import INCONCLUSIVE, MISSED, PASS
 from phoneready.release.inputs import check_training
+from phoneready.room import check_room, drawing_needs
 from phoneready.search.evaluate import Evaluator, Subject
 from phoneready.search.point import AUTO, BISECT, GRID, OPTUNA, STEPS, Point, SearchSettings
 from phoneready.search.record import EvaluatedPoint, SearchRecord, format_search, outcome_of
@@ -86,6 +88,12 @@ def search(
     learnt = () if training is None else training.texts
     check_readable((*learnt, *subject.prune.calibration, *settings.text, *settings.chats))
     _check_folder(folder)
+    if not (folder / RESULT_FILE).exists():
+        windows, seqlen = subject.prune.nsamples, subject.prune.seqlen
+        check_room(
+            "search", (subject.model.reference,), lambda extents: drawing_needs(extents, windows, seqlen, moments=True),
+            folder, device=find_device(subject.model.device), kept=subject.model.dtype, progress=progress,
+        )  # fmt: skip
 
     evaluator = Evaluator(subject, settings, folder, threads, progress)
     rows = int(evaluator.loaded.model.get_input_embeddings().weight.shape[0])

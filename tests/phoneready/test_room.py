@@ -96,7 +96,9 @@ def test_every_stage_of_a_release_that_reads_a_model_is_checked(
     assert checked == ["prune", "prune", "recover", "eval", "export", "export", "eval", "eval"]
 
 
-@pytest.mark.parametrize("command", [["prune"], ["export", "--gguf", "Q4_0"]])
+@pytest.mark.parametrize(
+    "command", [["prune"], ["export", "--gguf", "Q4_0"], ["search", "--max-size", "1MB"]]
+)
 def test_a_disk_that_cannot_hold_the_output_is_refused_before_the_model_is_read(
     command: list[str],
     small_disk: SmallDisk,
@@ -105,7 +107,7 @@ def test_a_disk_that_cannot_hold_the_output_is_refused_before_the_model_is_read(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     disk, model = small_disk("200k"), str(tiny_folder())
-    for place in ("phoneready.exporting", "cfsp.models.reference"):
+    for place in ("phoneready.exporting", "cfsp.models.reference", "phoneready.search.evaluate"):
         monkeypatch.setattr(f"{place}.load_model", None)
     capsys.readouterr()
     assert main([command[0], model, "-o", str(disk / "out"), *command[1:]]) == 2
