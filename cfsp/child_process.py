@@ -20,7 +20,7 @@ def wait_passively() -> None:
     """Let threads of this process, and of those it starts, sleep while they wait for each other.
 
     OpenMP's threads look all the time, which costs them nothing on an idle machine, and a multiple of the time where
-    something else wants their cores (benchmarks/busy_machine.py). What the user has set stays. It holds for libraries
+    something else wants their cores. What the user has set stays. It holds for libraries
     that are loaded later.
     """
     if _WAITING not in os.environ:

@@ -104,6 +104,8 @@ GONE: MappingProxyType[str, str] = MappingProxyType(
         ),
         "history --false-alarms": "a change is what exceeds --threshold and the noise",
         "history --plot": "use --json, or MLflow: docs/history.md",
+        "devices calibrate": "projections go by a profile's stated figures",
+        "prune --no-imatrix": "use export --no-imatrix",
         "prune --coarse": "the angular distance it is, as in the paper",
         "recover --end-weight": "answers ended no sooner with it (docs/results/recovery.md)",
         "recover --optimizer": "AdamW it is: Muon won nothing that lasted (docs/results/recovery.md)",

@@ -354,14 +354,6 @@ class TaskSet:
     loaded: Any
     origins: dict[str, tuple[str, str | None]]
 
-    def is_what(self, done: Sequence[TaskResult]) -> bool:
-        """Whether these results are of these tasks, as they are asked here."""
-        few, limit = self.settings.num_fewshot, self.settings.limit
-        wanted = {(name, self.origins.get(name, ("", None))[1], limit) for name in self.loaded["tasks"]}
-        wanted |= {(task.name, task.sha256, limit) for task in self.chats}
-        same = {(one.task, one.sha256, one.limit) for one in done} == wanted
-        return same and all(few in (None, one.num_fewshot) for one in done)
-
 
 @contextlib.contextmanager
 def load_tasks(settings: TaskSettings) -> Iterator[TaskSet]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import shutil
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ from phoneready.release.results import ReleaseFigures, read_figures
 from phoneready.release.stages import StageRecord, claim_folder
 from phoneready.release.steps import Steps
 from phoneready.report.report import ReportInput, read_verdicts, render_page, render_report
+from phoneready.settings.release import take_out_gone
 from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.devices.profile import find_profile, load_profiles
 
@@ -131,8 +133,9 @@ def rewrite_reports(folder: Path) -> ReleaseManifest:
     if not (folder / "stages").is_dir():
         raise InputError(f"{folder} has no folder stages; reports are made from the records in it")
     try:
-        trained = {"recover": named_loss(manifest.config.get("recover"))}
-        config = ReleaseConfig.model_validate(manifest.config | trained)
+        values = copy.deepcopy(manifest.config)
+        take_out_gone(values)  # what it did is done
+        config = ReleaseConfig.model_validate(values | {"recover": named_loss(values.get("recover"))})
     except pydantic.ValidationError as error:
         where = folder / MANIFEST_FILE
         raise InputError(f"{where}, config: {describe_problems(error)}") from error

@@ -18,7 +18,7 @@ from pydantic import NonNegativeInt
 from cfsp.devices import find_device
 from cfsp.errors import InputError
 from cfsp.evaluation.torch_model import RememberedModel
-from cfsp.files import fsync_file
+from cfsp.files import fsync_file, sha256_file
 from cfsp.models.architectures import model_shape
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.offload import copied
@@ -31,7 +31,7 @@ from cfsp.pruning.block_by_block import apply_plan
 from cfsp.pruning.plan import PruningPlan, make_plan
 from cfsp.pruning.prune import Removals, check_removals, counts_of, prune_model, statistics_for, trim
 from cfsp.pruning.statistics import BlockStatistics, collect_input_moments, moment_windows, spread_windows
-from cfsp.records import read_record, tool_version, write_record
+from cfsp.records import read_record, write_record
 from cfsp.scratch import LargeScratch
 from cfsp.text.calibration import Calibration, check_seqlen
 from cfsp.text.settings import SELF
@@ -43,9 +43,9 @@ from exporters.gguf.files import draft_gguf
 from exporters.provenance import file_stem
 from phoneready.evaluation.run import JudgedText, measure_file, text_windows
 from phoneready.evaluation.settings import EvaluationSettings
-from phoneready.figures.budgets import MISSED
+from phoneready.figures.budgets import INCONCLUSIVE, MISSED
 from phoneready.release.fitting import fitting_settings
-from phoneready.release.inputs import identities, identity
+from phoneready.release.inputs import identities, identity, made_with
 from phoneready.release.steps import load_stage, run_recovery, shortcoming_of
 from phoneready.report.plots import speed_span
 from phoneready.search.point import Held, Point, SearchSettings
@@ -57,6 +57,7 @@ from runtime_bench.devices.model_facts import ModelFacts, gguf_facts
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.devices.projection import DEFAULT_CONTEXT, project
 from runtime_bench.measuring.measure import run_bench
+from runtime_bench.records.bench_record import DOES_NOT_FIT
 from runtime_bench.records.fairness import has_speed
 from runtime_bench.targets.table import open_target
 from runtime_bench.workload import BenchSettings
@@ -148,13 +149,16 @@ class Evaluator:
         self.threads, self.progress = threads, progress
         prune, texts = subject.prune, [settings.text, settings.chats, subject.prune.calibration]
         depends = [
-            tool_version(), identity(subject.model.reference), subject.model.model_dump(mode="json"),
+            made_with(), identity(subject.model.reference), subject.model.model_dump(mode="json"),
             subject.seed, asdict(prune), *map(identities, texts), settings.seqlen, settings.max_windows,
         ]  # fmt: skip
         self.key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12]
         self.state = folder / "measured" / self.key
-        trained = json.dumps(asdict(subject.recover) if subject.recover else None, sort_keys=True)
-        self._training = hashlib.sha256(trained.encode()).hexdigest()[:8]
+        recover = subject.recover
+        learnt = (
+            [asdict(recover), identities(recover.data), identities(recover.validation)] if recover else None
+        )
+        self.training = hashlib.sha256(json.dumps(learnt, sort_keys=True).encode()).hexdigest()[:8]
         self._trimmed: dict[int, _Side] = {}
         self._vocabularies: dict[int, VocabularyPlan] = {}
         self._plans: dict[tuple[int, float], PruningPlan] = {}
@@ -375,8 +379,15 @@ class Evaluator:
 
     def held(self, one: EvaluatedPoint) -> tuple[Held, ...]:
         """How a file stands to the limits."""
-        exact = self.settings.held(size=one.file_bytes, kl=one.kl_mean, bits=one.bits_ratio)
-        return (*exact, *(self._held_by_speed(one.speed) if one.speed else ()))
+        rows = [*self.settings.held(size=one.file_bytes, kl=one.kl_mean, bits=one.bits_ratio)]
+        rows += self._held_by_speed(one.speed) if one.speed else ()
+        known = {row.limit for row in rows}
+        why = (one.speed and one.speed.failure) or "not measured"
+        outcome = MISSED if why.startswith(DOES_NOT_FIT) else INCONCLUSIVE
+        return (
+            *rows,
+            *(Held(limit, why, outcome, 1.0) for limit in self.settings.limits if limit not in known),
+        )
 
     def _held_by_speed(self, speed: Speed) -> tuple[Held, ...]:
         span = None if speed.low is None or speed.high is None else (speed.low, speed.high)
@@ -386,20 +397,26 @@ class Evaluator:
 
     def find(self, point: Point) -> EvaluatedPoint | None:
         """What is known of a point, if that is all that was asked for."""
-        path = self._record(point)
+        path, settings = self._record(point), self.settings
         known = read_record(EvaluatedPoint, path) if path.is_file() else None
-        if known is None or self.settings.place is None or self.settings.device:
+        where = settings.device or settings.place
+        if known is None or where is None:
             return known
-        speed, threads = known.speed, self.threads
-        timed = speed is not None and speed.place == self.settings.place
-        return known if timed and speed and threads in (None, speed.n_threads) else None
+        speed = known.speed
+        if (
+            speed is None
+            or speed.place != where
+            or (speed.failure and not speed.failure.startswith(DOES_NOT_FIT))
+        ):
+            return None
+        return known if settings.device or self.threads in (None, speed.n_threads) else None
 
     def keep(self, one: EvaluatedPoint) -> None:
         """Keep the record of a point."""
         write_record(self._record(one.point), one)
 
     def _record(self, point: Point) -> Path:
-        how = f"-{self._training}" if point.recovered else ""
+        how = f"-{self.training}" if point.recovered else ""
         return self.state / "points" / f"{point.key}{how}.json"
 
     def evaluate(self, point: Point, expected: int | None) -> EvaluatedPoint:
@@ -430,6 +447,7 @@ class Evaluator:
                     progress=self.progress,
                 ),
                 point=point,
+                sha256=sha256_file(made),
                 removed=1 - left / whole,
                 expected_bytes=expected,
                 speed=None,
@@ -479,7 +497,7 @@ class Evaluator:
             return self._once(pruned, lambda path: self._prune(point, path))
 
         assert self.subject.recover is not None
-        name = f"recovered-{point.checkpoint}-{self._training}"
+        name = f"recovered-{point.checkpoint}-{self.training}"
         if (self.work / name).is_dir():
             return self.work / name
         # Before older checkpoints go: it may be pruned from one of them.
@@ -545,7 +563,7 @@ class Evaluator:
         profile = find_profile(self.settings.device, load_profiles()).profile
         found = project(profile, facts, DEFAULT_CONTEXT)
         low, high = (found.decode.low, found.decode.high) if found.decode else (None, None)
-        return Speed(profile.id, None, low, high, found.memory.needed, found.fits)
+        return Speed(profile.id, low, high, found.memory.needed, found.fits)
 
     def _timed(self, path: Path, place: str) -> Speed:
         """How fast a file decodes at a place, each sample in a process of its own."""
@@ -559,10 +577,9 @@ class Evaluator:
             seed=self.subject.seed,
         )
         (record,) = run_bench([path], settings, self.progress, target=open_target(place))
-        middle, low, high = speed_span(record) if has_speed(record) else (None, None, None)
+        _, low, high = speed_span(record) if has_speed(record) else (None, None, None)
         return Speed(
             place,
-            middle,
             low,
             high,
             record.peak_rss_bytes,

@@ -26,7 +26,6 @@ class Speed:
 
     Attributes:
         place: Target of the benchmark, or the device's profile.
-        tokens_per_second: Median; None of a projection, or where it could not be measured.
         low: Slowest tenth of the samples, or the careful end of the projection.
         high: Fastest tenth, or the hopeful end.
         peak_bytes: Most memory; None where unknown.
@@ -36,7 +35,6 @@ class Speed:
     """
 
     place: str
-    tokens_per_second: float | None
     low: float | None
     high: float | None
     peak_bytes: float | None
@@ -51,6 +49,7 @@ class EvaluatedPoint(MeasuredFile):
 
     Attributes:
         point: What was made.
+        sha256: Of the file.
         removed: Share of FFN channels that went, after alignment.
         expected_bytes: Its size as it was computed before it was made, where that can be.
         speed: How fast it is, if that was asked for.
@@ -62,6 +61,7 @@ class EvaluatedPoint(MeasuredFile):
     SCHEMA_VERSION: ClassVar[int] = 1
 
     point: Point
+    sha256: str
     removed: Share
     expected_bytes: int | None
     speed: Speed | None

@@ -17,7 +17,13 @@ import filelock
 
 from cfsp.devices import find_device
 from cfsp.errors import InputError, LimitError, require_extra
-from cfsp.files import no_space_as_input_error, remove_stale_temporaries, writable_place, write_text
+from cfsp.files import (
+    no_space_as_input_error,
+    remove_stale_temporaries,
+    sha256_file,
+    writable_place,
+    write_text,
+)
 from cfsp.progress import Progress, no_progress
 from cfsp.records import record_from_json, record_to_json, write_record
 from cfsp.recovery.data import check_readable
@@ -139,7 +145,8 @@ def _check_folder(folder: Path) -> None:
         raise InputError(f"cannot write {folder}: it is a file")
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     strange = sorted(name for name in there - _OURS if not name.startswith(".search."))
-    if strange := [name for name in strange if not (name.endswith(".gguf") and "measured" in there)]:
+    ours = (".gguf",) if "measured" in there else ()
+    if strange := [name for name in strange if not (name.endswith(ours) or name.startswith(STUDY_FILE))]:
         raise InputError(f"{folder} holds {strange[0]}, which is no search's; choose another folder with -o")
 
 
@@ -225,9 +232,10 @@ class _Run:
         if not limited:
             wanted = {one.file for one in standings if one.verdict in (FRONTIER, UNDECIDED)}
         for one in points:
-            if one.file not in wanted:
-                (self.folder / one.file).unlink(missing_ok=True)
-            elif last and not (self.folder / one.file).is_file() and one is best:
+            path = self.folder / one.file
+            if one.file not in wanted or (last and path.is_file() and sha256_file(path) != one.sha256):
+                path.unlink(missing_ok=True)  # else of a search with other settings
+            if last and one is best and not path.is_file():
                 self.show(f"{one.label} is made again")
                 evaluator.export(one.point)
         result = SearchRecord(
@@ -265,7 +273,11 @@ def _bisect(run: _Run, line: Sequence[Point]) -> None:
     def met(point: Point) -> bool:
         by_cost = run.settings.limits_cost
         if by_cost:
-            _, foretold = run.evaluator.foretold(point)
+            try:
+                _, foretold = run.evaluator.foretold(point)
+            except (InputError, LimitError) as error:
+                run.failed[point] = str(error)
+                return False
             if run.evaluator.misses(foretold):
                 return False
             measured = run.settings.place is not None or not GGUF.find(point.quant).is_sized
@@ -328,9 +340,10 @@ def _share(run: _Run, grid: Sequence[Point]) -> None:
         "groups": sorted(set(settings.groups)),
         "recovered": [False, True] if settings.recover else [False],
     }
+    run.open += grid
     most = min(settings.max_points or len(grid), len(grid))
     seed = run.evaluator.subject.seed
-    if len(grid) <= most:
+    if run.strategy == GRID or len(grid) <= most:
         sampler: Any = optuna.samplers.GridSampler(axes, seed=seed)
     else:
         # Workers must not propose the same; what others are at work on counts as bad.
@@ -340,9 +353,12 @@ def _share(run: _Run, grid: Sequence[Point]) -> None:
             constant_liar=True,
             constraints_func=lambda trial: trial.user_attrs.get("over", [0.0]),
         )
-    described = json.dumps([run.evaluator.key, axes, settings.limits, str(run.evaluator.subject.recover)])
+    told = (axes, settings.limits, settings.device or settings.place, run.evaluator.threads)
+    described = json.dumps([run.evaluator.key, run.evaluator.training, *told])
     try:
         if settings.storage is None:
+            for left in run.folder.glob(f"{STUDY_FILE}.lock*"):  # by a run that was killed
+                left.unlink(missing_ok=True)
             _drop_torn_line(journal)
         study = optuna.create_study(
             storage=_storage(settings.storage or str(journal)),

@@ -50,6 +50,7 @@ GONE: Mapping[str, str] = MappingProxyType(
         "tiers": "publish the file of each class of devices yourself",
         "budgets.store": 'at_most with the limit itself, such as "1.5 GB"',
         "budgets.beside": "at_most with what is left of the limit",
+        "bench.idle_s": "nothing: energy is metered while samples run",
         "prune.coarse_metric": "the angular distance, which is the only one",
         "recover.optimizer": "AdamW, which is the only one",
         "recover.end_weight": "nothing: answers ended no sooner (docs/results/recovery.md)",
@@ -113,7 +114,7 @@ def parse_config(text: str, *, where: str, overrides: Sequence[str] = ()) -> Rel
     if isinstance(model := values.get("model"), dict) and _TRUST in model:
         message = "no configuration may let a model's code run; pass --trust-remote-code to the command"
         raise InputError(f"{where}: {described([(('model', _TRUST), message)])[0]}")
-    problems = described(_gone(values))
+    problems = described(take_out_gone(values))
     try:
         config = ReleaseConfig.model_validate(values)
         problems += described(_problems_between(config))
@@ -200,7 +201,7 @@ def key_lines(text: str) -> dict[Location, int]:
     return found
 
 
-def _gone(values: dict[str, Any]) -> list[_Problem]:
+def take_out_gone(values: dict[str, Any]) -> list[_Problem]:
     """Keys of earlier versions, which are taken out."""
     problems: list[_Problem] = []
     for name, instead in GONE.items():

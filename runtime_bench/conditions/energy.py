@@ -50,10 +50,12 @@ def energy_of(text: str, spans_ns: Sequence[tuple[int, int]], seen: Conditions) 
     since boot; `seen` says whether there was external power.
     """
     tracks, facts, unreadable = _read(text)
+    hidden = None
+    if unreadable:
+        root = ": most systems allow only root" if "powercap" in unreadable[0] else ""
+        hidden = f"{unreadable[0]} may not be read{root}"
     if not tracks:
-        why = f"{unreadable[0]} may not be read" if unreadable else "neither RAPL nor a battery meters energy"
-        root = ": most systems allow only root" if unreadable and "powercap" in unreadable[0] else ""
-        return ProcessEnergy(hidden=why + root)
+        return ProcessEnergy(hidden=hidden or "neither RAPL nor a battery meters energy")
     if not seen.samples_s:
         return ProcessEnergy(hidden="the times of samples are unknown, or by another clock")
     spans = list[tuple[float, float]]()
@@ -62,7 +64,7 @@ def energy_of(text: str, spans_ns: Sequence[tuple[int, int]], seen: Conditions) 
             spans[-1] = spans[-1][0], end
         else:
             spans.append((begin, end))
-    return ProcessEnergy((*_rapl(tracks, facts, spans), *_batteries(tracks, facts, spans, seen)))
+    return ProcessEnergy((*_rapl(tracks, facts, spans), *_batteries(tracks, facts, spans, seen)), hidden)
 
 
 def _read(text: str) -> tuple[dict[str, Track], dict[str, str], list[str]]:

@@ -21,8 +21,6 @@ from cfsp.models.gguf_file import (
 )
 
 _TABLE = "token_embd.weight"
-OUTPUT_TENSORS = frozenset({"output.weight", _TABLE})
-"""What a file may have for the matrix that makes logits."""
 
 
 @dataclass(frozen=True)

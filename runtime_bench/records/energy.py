@@ -5,7 +5,7 @@ A meter sees its whole domain, never a process by itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 
@@ -54,8 +54,10 @@ def energy(record: BenchRecord) -> EnergyAccount | None:
     meters = dict.fromkeys((m.method, m.domain) for one in record.energy if one for m in one.meters)
     hidden = "; ".join(dict.fromkeys(one.hidden for one in record.energy if one and one.hidden))
     found = [_account(record, *meter) for meter in meters]
-    none = EnergyAccount(reason=hidden or "no meter was read")
-    return next((one for one in found if one.reason is None), found[0] if found else none)
+    if not found:
+        return EnergyAccount(reason=hidden or "no meter was read")
+    first = replace(found[0], reason="; ".join(filter(None, (found[0].reason, hidden))))
+    return next((one for one in found if one.reason is None), first)
 
 
 def _account(record: BenchRecord, method: str, domain: str) -> EnergyAccount:

@@ -112,7 +112,7 @@ class Metered:
 
 @dataclass(frozen=True)
 class ProcessEnergy:
-    """The meters of one process, the best first; without any, `hidden` says why."""
+    """The meters of one process, the best first; `hidden` says which may not be read, or why there are none."""
 
     meters: tuple[Metered, ...] = ()
     hidden: str | None = None

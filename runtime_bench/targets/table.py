@@ -11,6 +11,7 @@ Other distributions add rows by entry point (cfsp.plugins). Every command import
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp import plugins
 from cfsp.errors import InputError
+from cfsp.files import sha256_file
 from cfsp.progress import Progress, no_progress
 from cfsp.reading import read_text
 from cfsp.units import parse_bytes
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 CONSTRAINED = "constrained"
 ALL_DEVICES, LISTED = "adb:*", "@"
 _ADB_S = 60.0
+_SLUG = 80
+"""Longest part of a file name."""
 
 
 @dataclass(frozen=True)
@@ -111,13 +115,17 @@ def check_target(name: str) -> str:
 
 def target_details(name: str) -> dict[str, Any]:
     """What a target's name refers to and that may change while the name stays."""
-    device = parse_target(name)[2].device
-    return _profile(device).model_dump(mode="json") if device else {}
+    options = parse_target(name)[2]
+    found: dict[str, Any] = _profile(options.device).model_dump(mode="json") if options.device else {}
+    if options.runner and options.runner.is_file():
+        found["runner_sha256"] = sha256_file(options.runner)
+    return found
 
 
 def target_slug(name: str) -> str:
-    """The name as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")
+    """The name as part of a file name; a long one ends in its hash."""
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")
+    return slug if len(slug) <= _SLUG else f"{slug[:_SLUG]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def parse_target(name: str) -> tuple[TargetRow, str, TargetOptions]:
@@ -144,6 +152,8 @@ def parse_target(name: str) -> tuple[TargetRow, str, TargetOptions]:
             raise InputError(
                 f"{part}: not for this target", field="--on", value=name, allowed=known or row.form
             )
+        if key in given:
+            raise InputError(f"{part}: {key} is given twice", field="--on", value=name)
         try:
             given[key] = _READ.get(key, str)(value)
         except ValueError as error:

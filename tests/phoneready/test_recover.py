@@ -405,10 +405,8 @@ def test_what_cannot_be_used_is_one_line_and_leaves_nothing(
     assert main([*line, *(option.format(**bad) for option in options)]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    *foretold, error = captured.err.splitlines()
+    (error,) = captured.err.splitlines()
     assert message in error
-    # What is wrong with chats is found once the models are read, and it is known how long training them takes.
-    assert len(foretold) == ("no chat in" in message)
     assert not list(tmp_path.glob("out*"))
 
 

@@ -373,7 +373,7 @@ def test_what_the_samples_leave_open_is_measured_on(
         lines = (out / "report.md").read_text("utf-8").splitlines()
         said = next(line for line in lines if "99% interval" in line)
         assert f"({compared.low:.2f} to {compared.high:.2f})" in said
-    assert copied("--set", f"budgets=[{{{budget}}}]") == 0
+    assert copied("--set", f"budgets=[{{{budget}}}]") == status
     assert set(states(capsys.readouterr().err).values()) == {"done before"}
 
     # On the limit nothing is decided, and the time for it ends.

@@ -34,10 +34,12 @@ from phoneready.evaluation.measured_file import (
 from phoneready.figures.budgets import INCONCLUSIVE, MISSED, PASS
 from phoneready.main import main
 from phoneready.search import run as search_run
+from phoneready.search.evaluate import Evaluator, Subject
 from phoneready.search.plot import render_search
 from phoneready.search.point import Point, SearchSettings
 from phoneready.search.record import EvaluatedPoint, SearchRecord, Speed, format_search, outcome_of
 from phoneready.search.run import PLOT_FILE, RESULT_FILE, TABLE_FILE, check_search
+from phoneready.settings.schema import ModelConfig, PruneConfig
 
 TinyPath = Callable[..., Path]
 SMALL = (
@@ -311,7 +313,9 @@ def point(
     nats = tuple(math.log(2) * each * n for each, n in zip(bits, BYTES, strict=False))
     sizes = BYTES[: len(bits)]
     text = MeasuredText("text", source, 64, "f" * 64, 63 * len(bits), sizes, nats, nats)
-    return EvaluatedPoint(f"{file}.gguf", size, (text,), Point(file, ratio=ratio), ratio, None, None, 1.0)
+    return EvaluatedPoint(
+        f"{file}.gguf", size, (text,), Point(file, ratio=ratio), "0" * 64, ratio, None, None, 1.0
+    )
 
 
 def result(*points: EvaluatedPoint, at: int = 100, **more: object) -> SearchRecord:
@@ -357,6 +361,29 @@ def test_the_gates_statuses() -> None:
         check_search(result(*files, held=(missed, missed), limits=("decode",)))
 
 
+@pytest.mark.parametrize(
+    ("speed", "outcome"),
+    [
+        (None, INCONCLUSIVE),
+        (Speed("local", None, None, None, failure="the device went away"), INCONCLUSIVE),
+        (Speed("constrained:1M", None, None, None, failure="does not fit: killed"), MISSED),
+        (Speed("local", 9.0, 11.0, 2e8, n_threads=1), PASS),
+    ],
+)
+def test_a_limit_without_a_figure_is_not_met(
+    model: Path, tmp_path: Path, speed: Speed | None, outcome: str
+) -> None:
+    prune = PruneConfig(calibration=("builtin:python-docs",))
+    subject = Subject(ModelConfig(reference=str(model)), 0, prune, None)
+    asked = Evaluator(subject, SearchSettings(min_speed=5.0, max_memory=10**9), tmp_path)
+    one = replace(point("Q4_0", 10, [1.0, 1.1]), speed=speed)
+    assert outcome_of(asked.held(one)) == outcome
+    asked.keep(one)
+    elsewhere = Evaluator(subject, SearchSettings(min_speed=5.0, on="pixel-8a"), tmp_path)
+    assert elsewhere.find(one.point) is None
+    assert (asked.find(one.point) is not None) == (outcome == PASS)
+
+
 @pytest.mark.parametrize("name", ["../notes.gguf", "/etc/passwd", "notes.txt", ""])
 def test_a_record_names_no_file_elsewhere(name: str) -> None:
     payload = record_to_json(point("p", 10, [1.0, 1.1])) | {"file": name}
@@ -365,7 +392,7 @@ def test_a_record_names_no_file_elsewhere(name: str) -> None:
 
 
 def test_sentences_and_the_page() -> None:
-    speed = Speed("local", 10.0, 9.0, 11.0, 2e8, n_threads=1)
+    speed = Speed("local", 9.0, 11.0, 2e8, n_threads=1)
     dense = replace(point("Q4_0", 100, [1.0, 1.1, 0.9, 1.0, 1.05]), speed=speed)
     pruned = point("Q8_0<b>", 120, [1.2, 1.31, 1.1, 1.19, 1.26], ratio=0.25)
     found = result(dense, pruned, at=110)
