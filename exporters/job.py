@@ -16,7 +16,7 @@ import torch
 from cfsp.devices import moved
 from cfsp.errors import InputError
 from cfsp.files import refuse_existing, sha256_file
-from cfsp.models.checkpoint import open_pruned
+from cfsp.models.checkpoint import load_pruned, open_pruned
 from cfsp.models.offload import NARROW, keeping_of_files
 from cfsp.models.reference import load_tokenizer
 from cfsp.models.weights import safetensors_files, uniform_dtype
@@ -94,6 +94,15 @@ class Job:
                 yield self.model
         else:
             yield open_pruned(self.checkpoint, device, self.settings.keeping)
+
+    @contextmanager
+    def whole(self) -> Iterator[Any]:
+        """The model in float32 where numbers are chosen, for gradients, while the context is open."""
+        if self.settings.keeping.is_whole:
+            with self.placed() as model:
+                yield model
+        else:
+            yield load_pruned(self.checkpoint, torch.float32).to(self.settings.device)
 
     @cached_property
     def stops(self) -> frozenset[int]:

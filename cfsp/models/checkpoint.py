@@ -270,4 +270,11 @@ def load_input_moments(directory: Path) -> dict[str, torch.Tensor] | None:
 
 def per_layer_class(config: Any) -> Any:
     """The class in remote_code/ that builds this configuration's model with blocks that differ."""
-    return getattr(modeling_pruned, f"Pruned{model_class(config).__name__}")
+    name = f"Pruned{model_class(config).__name__}"
+    if (found := getattr(modeling_pruned, name, None)) is None:
+        raise InputError(
+            f"transformers has no class of which {name} could be made",
+            field="model_type",
+            value=config.model_type,
+        )
+    return found

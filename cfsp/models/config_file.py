@@ -154,6 +154,8 @@ def read_model_config(folder: Path) -> dict[str, Any]:
             check_kinds(part, _ROPE, f"{where}: {key}")
     if isinstance(row, Family):
         _refuse(settings, row, where)
+    elif settings.get("final_logit_softcapping"):
+        raise InputError(f"{where}: unsupported in {model_type}", field="final_logit_softcapping")
     import transformers
 
     release = row.release if isinstance(row, Family) else 0
@@ -306,7 +308,7 @@ def _contradictions(settings: Mapping[str, Any], row: Family | Fold) -> Iterator
     if mixer and set(said("layer_types") or ()) == {mixer.kind}:
         yield "no block attends (layer_types)"
     keys, values = said("linear_num_key_heads"), said("linear_num_value_heads")
-    if keys and values and values % keys:
+    if "linear_num_key_heads" in row.kinds and keys and values and values % keys:
         yield f"linear_num_value_heads {values} is no multiple of linear_num_key_heads {keys}"
     for key in PER_BLOCK_LISTS:
         count = layers if said(key) is None else len(settings[key])

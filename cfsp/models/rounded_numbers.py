@@ -39,7 +39,7 @@ class RoundedNumbers:
 
     format: RoundedFormat  # what they are
     # Name -> what is stored: of a GGUF file a matrix's bytes, (rows, bytes of a row) uint8; of an ONNX variant a
-    # layer's numbers and scales, as `exporters.onnx.block_quantize.Rounded` has them.
+    # layer's numbers and scales, as `exporters.onnx.matrix.Rounded` has them.
     tensors: Mapping[str, torch.Tensor]
 
     def save(self, folder: Path) -> None:

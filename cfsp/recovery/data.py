@@ -179,7 +179,7 @@ def load_recovery_data(
     def read(reference: str, wanted: int | None, seed: int, most: int | None = None) -> Sequences:
         """At most about `wanted` sequences (all: None), never more than `most`."""
         if reference == SELF:
-            return _own_text(dense, wanted, seed, settings, writers, progress)
+            return _own_text(dense, tokenizer, wanted, seed, settings, writers, progress)
         limit = None if wanted is None else wanted * seqlen
         chats, stream = _read_documents(reference, tokenizer, settings, limit, seed, progress)
         ids, learnt = _pack_chats(chats, seqlen, tokenizer)
@@ -225,6 +225,7 @@ def load_recovery_data(
 
 def _own_text(
     dense: LoadedModel | None,
+    tokenizer: Any,
     wanted: int | None,
     seed: int,
     settings: RecoverySettings,
@@ -248,7 +249,7 @@ def _own_text(
             value=SELF,
             allowed="text that was written by others",
         )
-    ids = started(winnowed.windows, dense.tokenizer)
+    ids = started(winnowed.windows, tokenizer)
     return _sequences(ids, _targets(ids, torch.ones_like(ids, dtype=torch.bool)), SELF, n_loops=n_loops)
 
 

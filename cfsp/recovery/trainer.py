@@ -134,8 +134,12 @@ class WorkFolder:
 
     def remove(self) -> None:
         """Delete the folder, in one step for whoever looks."""
-        if self.path.exists():
+        if not self.path.exists():
+            return
+        try:
             remove_directory(self.path)
+        except OSError:  # a mount point, or a parent that cannot be written
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def discard(self, checkpoint: Path) -> None:
         """Delete a checkpoint that could not be completed."""

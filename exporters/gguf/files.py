@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from cfsp.devices import moved
 from cfsp.errors import InputError
 from cfsp.models.checkpoint import is_pruned_checkpoint, load_input_moments
 from cfsp.models.gguf_file import read_gguf
@@ -206,9 +206,10 @@ class Files:
             if codes:
                 numbers.fit_to_text(model, text, progress)
                 fitted = replace(fitted, gptq_tensors=len(numbers.slopes))
-            if scales and settings.by_blocks:
-                fitted = replace(fitted, untrained=True)
-            elif scales:
+        if scales and settings.by_blocks:
+            fitted = replace(fitted, untrained=True)
+        elif scales:
+            with self.job.whole() as model:
                 fitted = replace(fitted, tuned_tensors=numbers.tune(model, text, progress))
         choice = Choice(self.measured(file.quant, plain), self.measured(file.quant, path))
         if choice.is_plain:
@@ -290,8 +291,8 @@ class Files:
         job, tied = self.job, self.chosen.config.tie_word_embeddings
         modules = {spec.name: _modules(spec, tied) for spec in specs}
         names = [name for several in modules.values() for name in several]
-        with moved(job.model, job.settings.device):
-            moments = collect_weight_moments(job.model, names, text[:GRADIENT_WINDOWS], progress=job.progress)
+        with nullcontext(job.model) if job.settings.device == "cpu" else job.whole() as model:
+            moments = collect_weight_moments(model, names, text[:GRADIENT_WINDOWS], progress=job.progress)
         if job.settings.use_imatrix:
             # The checkpoint's goes before what the text's few windows say.
             found = {}

@@ -2,7 +2,7 @@
 
 llama.cpp's quantizer rounds each block of a row by itself. `fit_to_text` chooses codes, and scales that are free, for
 the inputs that the rounded layers before give; `tune` trains the scales of rows, and norms, which are float32 in every
-file; `put` writes what training through the rounding has left; `GGUFRounding` starts such a training.
+file; `put` writes what training through the rounding has left; `GGUFRounding` in `files.py` starts such a training.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ inline std::vector<ggml_backend_dev_t> devices_of(const std::string & asked) {
     return devices;
 }
 
-// One token of a batch, as exporters/gguf/llama_batch.py has it.
+// One token of a batch, as exporters/gguf/runtime.py has it.
 struct Entry {
     llama_token token;
     llama_pos position;

@@ -258,6 +258,7 @@ def test_folders_of_no_such_model(tiny_folder: TinyPath) -> None:
         ({"vocab_size_per_layer_input": 300}, "vocab_size_per_layer_input 300 is not vocab_size 384"),
         ({"num_kv_shared_layers": 4}, "leaves none of 4 blocks to read from"),
         ({"model_type": "llama"}, "final_logit_softcapping"),
+        ({"model_type": "granite"}, "final_logit_softcapping"),
     ):
         file.write_text(json.dumps(own | settings))
         with pytest.raises(InputError, match=said) as caught:

@@ -12,7 +12,9 @@ import torch
 
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
+from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.gguf_file import GGUFTensor, read_gguf
+from cfsp.models.source import LoadedModel, ModelSource
 from exporters.export_record import ExportRecord, ParityLimits
 from exporters.family import ExportOptions
 from exporters.gguf import QUANTS, export_gguf
@@ -115,3 +117,18 @@ def test_tuning_needs_no_other_rounding_for_the_text_and_gives_the_same_bytes_tw
     assert first.sha256 == second.sha256
     assert (first.gptq_tensors, first.calibration_tokens) == (0, TEXT.numel())
     assert first.tuned_tensors
+
+
+def test_scales_of_a_model_in_16_bits_are_trained_in_float32(
+    tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    model, tokenizer = tiny_model("llama", intermediate_size=256)
+    loaded = LoadedModel(model.to(torch.bfloat16), tokenizer, ModelSource("x", "folder", "x"))
+    save_checkpoint(loaded, tmp_path / "model")
+    settings = {"gptq": False, "tune_scales": True, "use_imatrix": False}
+    found = [
+        export(tmp_path / "model", tmp_path / dtype, ("Q4_0",), **settings, dtype=dtype)
+        for dtype in ("bfloat16", "float32")
+    ]
+    ((narrow,), (whole,)) = found
+    assert narrow.tuned_tensors == whole.tuned_tensors > 0

@@ -79,7 +79,7 @@ def family_of_gguf(architecture: str, where: str, *, windowed: bool) -> Family:
 
 def text_model_of(folder_type: str) -> str | None:
     """Model type of the text model in a folder of such a type; None of a folder that has no other parts."""
-    return next((row.model_type for row in BUILT_IN.values() if folder_type in row.folders), None)
+    return next((row.model_type for row in FAMILIES.values() if folder_type in row.folders), None)
 
 
 def unsupported(name: str) -> str:
