@@ -154,8 +154,8 @@ def read_model_config(folder: Path) -> dict[str, Any]:
             check_kinds(part, _ROPE, f"{where}: {key}")
     if isinstance(row, Family):
         _refuse(settings, row, where)
-    elif settings.get("final_logit_softcapping"):
-        raise InputError(f"{where}: unsupported in {model_type}", field="final_logit_softcapping")
+    if (cap := settings.get("final_logit_softcapping")) and not getattr(row, "cap_setting", ""):
+        raise InputError(f"{where}: unsupported in {model_type}", field="final_logit_softcapping", value=cap)
     import transformers
 
     release = row.release if isinstance(row, Family) else 0
@@ -180,13 +180,9 @@ def _refuse(settings: Mapping[str, Any], row: Family, where: str) -> None:
         raise InputError(
             f"{where}: transformers needs one for {row.model_type}", field="sliding_window", value=None
         )
-    cap = {} if row.cap_setting else {"final_logit_softcapping": ""}
-    for key, reason in {**row.refused, **cap}.items():
+    for key, reason in row.refused.items():
         if settings.get(key):
-            why = f"with {reason}" if reason else f"in {row.model_type}"
-            raise InputError(
-                f"{where}: unsupported{',' if reason else ''} {why}", field=key, value=settings[key]
-            )
+            raise InputError(f"{where}: unsupported, with {reason}", field=key, value=settings[key])
 
 
 def dense_settings(settings: Mapping[str, Any], where: str) -> tuple[dict[str, Any], BlockSettings]:

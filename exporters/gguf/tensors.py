@@ -35,7 +35,7 @@ class TensorSpec:
     name: str  # llama.cpp's name
     # In the file, outermost dimension first; if the sources are smaller, zeros are added.
     shape: tuple[int, ...]
-    # Checkpoint names and their shapes; more than one are stacked along the first dimension, none are zeros.
+    # Checkpoint names and their shapes; more than one are stacked along the first dimension.
     sources: tuple[tuple[str, tuple[int, ...]], ...]
     interleave_heads: int = 0  # number of heads whose rotary halves are interleaved; 0 leaves the rows alone
     offset: float = 0.0  # what is added to every number
@@ -54,8 +54,6 @@ class TensorSpec:
 
         Raises InputError: a source is missing, of another shape, or not finite.
         """
-        if not self.sources:
-            return np.zeros(self.shape, dtype=np.float32)
         values = self.stack([tensors.read(name, shape) for name, shape in self.sources])
         if self.offset:
             values = values + np.float32(self.offset)

@@ -397,8 +397,7 @@ class Evaluator:
 
     def find(self, point: Point) -> EvaluatedPoint | None:
         """What is known of a point, if that is all that was asked for."""
-        path, settings = self._record(point), self.settings
-        known = read_record(EvaluatedPoint, path) if path.is_file() else None
+        known, settings = self._kept(point), self.settings
         where = settings.device or settings.place
         if known is None or where is None:
             return known
@@ -415,6 +414,10 @@ class Evaluator:
         """Keep the record of a point."""
         write_record(self._record(one.point), one)
 
+    def _kept(self, point: Point) -> EvaluatedPoint | None:
+        path = self._record(point)
+        return read_record(EvaluatedPoint, path) if path.is_file() else None
+
     def _record(self, point: Point) -> Path:
         how = f"-{self.training}" if point.recovered else ""
         return self.state / "points" / f"{point.key}{how}.json"
@@ -429,8 +432,7 @@ class Evaluator:
         began = time.monotonic()
         made = self.export(point)
         checkpoint = self._checkpoint(point)
-        path = self._record(point)
-        known = read_record(EvaluatedPoint, path) if path.is_file() else None
+        known = self._kept(point)
         if known is None:
             shapes = read_config(checkpoint).shape, model_shape(self.loaded.model)
             left, whole = (sum(shape.ffn_widths) for shape in shapes)
