@@ -19,7 +19,7 @@ from cfsp.models.gguf_file import looked_up_alone
 from cfsp.models.offload import copied
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
-from cfsp.pruning.axes.parts import Removal
+from cfsp.pruning.parts import Removal
 from cfsp.pruning.plan import BlockPlan, PruningPlan, ScoreSummary
 from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.surgery import cut_to_shape

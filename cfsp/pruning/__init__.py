@@ -6,5 +6,5 @@ allocation.py       widths of the blocks
 plan.py             what goes, written down
 surgery.py          the cut
 block_by_block.py   the repair
-axes/               tokens of the vocabulary; blocks, attentions and key-value groups
+vocabulary.py, spelling.py, parts.py    what else goes: tokens; blocks, attentions, key-value groups
 """

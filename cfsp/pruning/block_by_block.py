@@ -41,7 +41,7 @@ from cfsp.models.offload import at_hand
 from cfsp.precision import products_in
 from cfsp.processes import mine, number_summed, summed
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.axes.parts import attention_left_out
+from cfsp.pruning.parts import attention_left_out
 from cfsp.pruning.plan import PruningPlan, check_plan_fits
 from cfsp.pruning.statistics import BlockStatistics, input_hook, output_hook
 from cfsp.pruning.surgery import (

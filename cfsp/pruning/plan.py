@@ -20,11 +20,11 @@ from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import rounding_dtype
 from cfsp.pruning.allocation import allocate_widths
-from cfsp.pruning.axes.parts import GroupRemoval, Removal, removable_attentions
-from cfsp.pruning.axes.vocabulary import VocabularyPlan
+from cfsp.pruning.parts import GroupRemoval, Removal, removable_attentions
 from cfsp.pruning.scoring import score_channels
 from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import BlockStatistics
+from cfsp.pruning.vocabulary import VocabularyPlan
 from cfsp.settings import check_settings
 from cfsp.text.calibration import Calibration
 from cfsp.validation import Seed, WhereSet

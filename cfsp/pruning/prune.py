@@ -16,7 +16,8 @@ from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.axes.parts import (
+from cfsp.pruning.block_by_block import apply_plan
+from cfsp.pruning.parts import (
     GroupRemoval,
     Removal,
     check_attentions,
@@ -27,23 +28,22 @@ from cfsp.pruning.axes.parts import (
     removable_blocks,
     removable_count,
 )
-from cfsp.pruning.axes.spelling import teach_spellings
-from cfsp.pruning.axes.vocabulary import (
-    Counts,
-    VocabularyPlan,
-    count_alike,
-    cut_vocabulary,
-    plan_vocabulary,
-)
-from cfsp.pruning.block_by_block import apply_plan
 from cfsp.pruning.plan import PruningPlan, check_plan_fits, make_plan
 from cfsp.pruning.settings import PruneSettings
+from cfsp.pruning.spelling import teach_spellings
 from cfsp.pruning.statistics import (
     BlockStatistics,
     collect_input_moments,
     collect_statistics,
     moment_windows,
     spread_windows,
+)
+from cfsp.pruning.vocabulary import (
+    Counts,
+    VocabularyPlan,
+    count_alike,
+    cut_vocabulary,
+    plan_vocabulary,
 )
 from cfsp.settings import check_settings
 from cfsp.text.calibration import Calibration

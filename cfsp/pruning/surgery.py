@@ -19,7 +19,7 @@ from cfsp.models.architectures import (
 )
 from cfsp.models.config_file import PER_BLOCK_LISTS
 from cfsp.models.shape import ModelShape
-from cfsp.pruning.axes.vocabulary import cut_rows
+from cfsp.pruning.vocabulary import cut_rows
 
 
 def cut_channels(ffn: FeedForward, kept: torch.Tensor, down_weight: torch.Tensor | None = None) -> None:

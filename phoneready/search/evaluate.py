@@ -26,11 +26,11 @@ from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.axes.vocabulary import Counts, VocabularyPlan, plan_vocabulary
 from cfsp.pruning.block_by_block import apply_plan
 from cfsp.pruning.plan import PruningPlan, make_plan
 from cfsp.pruning.prune import Removals, check_removals, counts_of, prune_model, statistics_for, trim
 from cfsp.pruning.statistics import BlockStatistics, collect_input_moments, moment_windows, spread_windows
+from cfsp.pruning.vocabulary import Counts, VocabularyPlan, plan_vocabulary
 from cfsp.records import read_record, write_record
 from cfsp.scratch import LargeScratch
 from cfsp.text.calibration import Calibration, check_seqlen

@@ -17,13 +17,13 @@ from cfsp.models.architectures import decoder_layers, model_shape, spec_for
 from cfsp.models.checkpoint import load_pruned, read_checkpoint_info, save_checkpoint
 from cfsp.models.families import FAMILIES
 from cfsp.models.source import LoadedModel, ModelSource
-from cfsp.pruning.axes.parts import (
+from cfsp.pruning.block_by_block import apply_plan
+from cfsp.pruning.parts import (
     GroupRemoval,
     candidate_blocks,
     plan_blocks,
     removable_attentions,
 )
-from cfsp.pruning.block_by_block import apply_plan
 from cfsp.pruning.plan import PruningPlan
 from cfsp.pruning.prune import PruneResult, prune_model
 from cfsp.pruning.settings import PruneSettings

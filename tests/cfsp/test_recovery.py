@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, feed_forward, model_shape
 from cfsp.models.source import LoadedModel, ModelSource
-from cfsp.pruning.axes.vocabulary import count_tokens, cut_vocabulary, plan_vocabulary
 from cfsp.pruning.surgery import cut_channels
+from cfsp.pruning.vocabulary import count_tokens, cut_vocabulary, plan_vocabulary
 from cfsp.records import read_record
 from cfsp.recovery.adapter import add_adapter, importance_ranks, merge_adapter
 from cfsp.recovery.data import (

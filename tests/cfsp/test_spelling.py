@@ -12,16 +12,16 @@ from cfsp.errors import InputError
 from cfsp.models.families import FAMILIES
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.token_trees import token_trees
-from cfsp.pruning.axes.spelling import (
+from cfsp.pruning.prune import prune_model
+from cfsp.pruning.settings import PruneSettings
+from cfsp.pruning.spelling import (
     _last_states,
     _last_states_apart,
     _least_squares,
     _runs,
     teach_spellings,
 )
-from cfsp.pruning.axes.vocabulary import VocabularyPlan, count_tokens, plan_vocabulary, spelled
-from cfsp.pruning.prune import prune_model
-from cfsp.pruning.settings import PruneSettings
+from cfsp.pruning.vocabulary import VocabularyPlan, count_tokens, plan_vocabulary, spelled
 from cfsp.text.calibration import Calibration
 
 TEXT = "The quick brown fox jumps over the lazy dog. It's 12:30, and 7 wizards are boxing again; " * 8

@@ -25,8 +25,10 @@ from cfsp.models.gguf_file import read_gguf
 from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.token_trees import TokenTrees, token_trees
-from cfsp.pruning.axes.spelling import teach_spellings
-from cfsp.pruning.axes.vocabulary import (
+from cfsp.pruning.prune import prune_model
+from cfsp.pruning.settings import PruneSettings
+from cfsp.pruning.spelling import teach_spellings
+from cfsp.pruning.vocabulary import (
     VocabularyPlan,
     count_alike,
     count_tokens,
@@ -35,8 +37,6 @@ from cfsp.pruning.axes.vocabulary import (
     plan_vocabulary,
     script_of,
 )
-from cfsp.pruning.prune import prune_model
-from cfsp.pruning.settings import PruneSettings
 from cfsp.text.calibration import Calibration
 from cfsp.text.respelling import respelling
 from cfsp.text.tokens import TokenWindows

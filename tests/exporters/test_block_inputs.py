@@ -22,7 +22,7 @@ from cfsp.models.families.row import FULL, WINDOWED
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.offload import VARIABLE
 from cfsp.models.reference import load_model
-from cfsp.pruning.axes.vocabulary import cut_rows
+from cfsp.pruning.vocabulary import cut_rows
 from cfsp.text.tokens import TokenWindows
 from exporters.checkpoint_reader import read_config
 from exporters.gguf import runtime

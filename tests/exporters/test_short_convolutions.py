@@ -16,7 +16,7 @@ from cfsp.errors import InputError
 from cfsp.models.architectures import attention_of, decoder_layers
 from cfsp.models.gguf_file import CONVOLUTIONS, read_gguf
 from cfsp.models.reference import load_model
-from cfsp.pruning.axes.parts import candidate_blocks
+from cfsp.pruning.parts import candidate_blocks
 from exporters.family import ExportOptions
 from exporters.gguf.architecture import read_layout
 from exporters.onnx import export_onnx

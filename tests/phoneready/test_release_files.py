@@ -21,7 +21,7 @@ from huggingface_hub import ModelCard
 from cfsp.files import sha256_file
 from cfsp.models.checkpoint import CheckpointInfo
 from cfsp.models.shape import ModelShape
-from cfsp.pruning.axes.vocabulary import VocabularyPlan
+from cfsp.pruning.vocabulary import VocabularyPlan
 from phoneready.main import app, main
 from phoneready.publish.manifest import (
     Content,

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from cfsp.errors import InputError
-from cfsp.pruning.axes.parts import GroupRemoval, Removal
-from cfsp.pruning.axes.vocabulary import TokenKind, VocabularyPlan
+from cfsp.pruning.parts import GroupRemoval, Removal
+from cfsp.pruning.vocabulary import TokenKind, VocabularyPlan
 from cfsp.records import write_record
 from phoneready.evaluation.evaluation_record import Vocabularies
 from phoneready.report.plots import make_plots, plot_text, script_json, spelled_out

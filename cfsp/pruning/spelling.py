@@ -36,7 +36,7 @@ from cfsp.models.architectures import capped, logit_cap, spec_for
 from cfsp.models.source import LoadedModel
 from cfsp.models.token_trees import token_trees
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.axes.vocabulary import VocabularyPlan, expected_counts, scripts_of, spelled
+from cfsp.pruning.vocabulary import VocabularyPlan, expected_counts, scripts_of, spelled
 
 _CAUTION = 20.0
 """c: what moves elsewhere costs more than what is gained, as the events are a model of the text."""
