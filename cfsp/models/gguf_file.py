@@ -1,7 +1,7 @@
-"""Reading GGUF files: metadata as plain values, tensors dequantized; damage becomes one clear line.
+"""Reading GGUF files: metadata as plain values, tensors dequantized, gated delta nets' heads in ggml's order.
 
-The gguf package's own reader makes an array of every string, which takes seconds for a vocabulary; so the header is
-read here (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), and the package dequantizes.
+The gguf package's reader makes an array of every string, seconds for a vocabulary; so the header is parsed here
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), and the package dequantizes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import struct
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any
 
 import gguf
@@ -30,26 +29,11 @@ from cfsp.validation import check_kinds, kinds
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
-_NUMBERS = MappingProxyType(
-    {
-        0: "u1",
-        1: "i1",
-        2: "<u2",
-        3: "<i2",
-        4: "<u4",
-        5: "<i4",
-        6: "<f4",
-        7: "?",
-        10: "<u8",
-        11: "<i8",
-        12: "<f8",
-    }
-)
+_FORMS = ("u1", "i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?", "", "", "<u8", "<i8", "<f8")
+_NUMBERS = {kind: form for kind, form in enumerate(_FORMS) if form}
 
-# llama.cpp divides by some of the metadata, allocates by others, and ends the process where an assertion fails; so
-# what a key may be is held against before anything, llama.cpp too, is given the file.
+# llama.cpp divides by some of the metadata, allocates by others, and aborts at failed assertions: all is checked first.
 _PerBlock = Size | list[Annotated[int, Field(ge=0, le=2**24)]]
-
 _TEXTS = (
     *("general.architecture", "general.name", "general.license", "general.organization"),
     *("general.base_model.0.name", "general.base_model.0.organization", "phoneready.source_sha256"),
@@ -94,13 +78,12 @@ _HYPERPARAMETERS = kinds(
 )
 
 CONVOLUTIONS = ("shortconv.conv.weight", "ssm_conv1d.weight")
-"""How names of tensors end that llama.cpp reads in float32 alone, whatever the others are quantized to.
-
-A block that has one of them has no keys.
-"""
-_TABLE, _FURTHER_TABLE, _HEAD = "token_embd.weight", "per_layer_token_embd.weight", "output.weight"
+"""Suffixes of tensors that llama.cpp reads only in float32; a block with one of them has no keys."""
 UNQUANTIZED = (*CONVOLUTIONS, "per_layer_model_proj.weight")
-"""How names of matrices end that its quantizer leaves as they are."""
+"""Suffixes of matrices that llama.cpp's quantizer leaves as they are."""
+ROPE_FREQUENCIES, EMBEDDING, OUTPUT = "rope_freqs.weight", "token_embd.weight", "output.weight"
+DELTA_NET_NUMBERS: Mapping[str, tuple[str, str]] = {"dt_bias": ("dt_proj", ".bias"), "A_log": ("A_log", "")}
+"""Parameters of a gated delta net that are no modules -> the gguf package's name of them, and the suffix in a file."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +94,11 @@ class GGUFTensor:
     shape: tuple[int, ...]  # outermost dimension first, as torch has it
     kind: Any  # the gguf package's quantization type
     data: np.ndarray[Any, np.dtype[np.uint8]]  # (n_bytes,) uint8 view of the file
-    offset: int  # where that begins in the file
+    offset: int
     mapping: mmap.mmap = field(repr=False, compare=False)  # the file in memory
 
     def let_go(self) -> None:
-        """Take its bytes out of memory, where the system can; who asks for them has them read anew."""
+        """Drop its pages from memory if the system can; they are read again on demand."""
         if hasattr(mmap, "MADV_DONTNEED"):
             start = self.offset - self.offset % mmap.PAGESIZE
             self.mapping.madvise(mmap.MADV_DONTNEED, start, self.offset - start + self.data.nbytes)
@@ -127,26 +110,20 @@ class GGUFTensor:
         try:
             values = gguf.dequantize(rows, self.kind) if dtype is None else rows
         except NotImplementedError as error:
-            raise InputError(
-                f"tensor {self.name} is stored in a type that cannot be dequantized",
-                field="tensor type",
-                value=self.kind.name,
-            ) from error
+            problem = f"tensor {self.name} is stored in a type that cannot be dequantized"
+            raise InputError(problem, field="tensor type", value=self.kind.name) from error
         return np.array(values, dtype=np.float32).reshape(self.shape)
 
     def rows(self, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """The values of some rows of a matrix, as far as there are so many."""
-        count, size = self.shape[0], len(self.data) // self.shape[0]
-        stop = min(stop, count)
-        part = replace(
-            self, shape=(stop - start, *self.shape[1:]), data=self.data[start * size : stop * size]
-        )
-        return part.dequantize()
+        """The values of rows `start` to `stop`, or to the last one."""
+        size, stop = len(self.data) // self.shape[0], min(stop, self.shape[0])
+        data = self.data[start * size : stop * size]
+        return replace(self, shape=(stop - start, *self.shape[1:]), data=data).dequantize()
 
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """Metadata and tensors of a GGUF file, in its order; the tensors stay on disk until they are dequantized."""
+    """Metadata and tensors in the file's order; tensors stay on disk until they are dequantized."""
 
     path: Path
     metadata: Mapping[str, Any]
@@ -158,7 +135,7 @@ class GGUFFile:
         return str(self.require("general.architecture"))
 
     def require(self, key: str) -> Any:
-        """A metadata value; raises InputError where it is missing."""
+        """A metadata value; raises InputError if it is missing."""
         if key not in self.metadata:
             raise InputError(f"{self.path} lacks the GGUF metadata key {key}")
         return self.metadata[key]
@@ -169,10 +146,7 @@ class GGUFFile:
 
 
 def drafting_blocks(file: GGUFFile) -> range:
-    """Blocks behind the model's own, that draft further tokens; a file that counts such has tensors of theirs.
-
-    Raises InputError: they are all that there is.
-    """
+    """Blocks behind the model's own that draft further tokens, if the file has their tensors; raises InputError."""
     key, count = "nextn_predict_layers", file.require(f"{file.architecture}.block_count")
     drafting = file.hyperparameter(key, 0)
     if not drafting or not any(".nextn." in tensor.name for tensor in file.tensors):
@@ -191,22 +165,19 @@ def is_drafting(file: GGUFFile) -> Callable[[str], bool]:
 
 
 def looked_up_alone(names: Collection[str]) -> frozenset[str]:
-    """Of a file's tensors the tables of tokens that nothing is multiplied by; a tied embedding is none."""
-    return frozenset((_FURTHER_TABLE, _TABLE) if _HEAD in names else (_FURTHER_TABLE,))
+    """Tables of tokens that no product reads; a tied embedding is none."""
+    return frozenset({"per_layer_token_embd.weight", *([EMBEDDING] if OUTPUT in names else [])})
 
 
 @functools.cache
 def tensor_names(architecture: str, blocks: int) -> Any:
-    """The gguf package's map from Hugging Face's module names to llama.cpp's, for an architecture of llama.cpp."""
+    """The gguf package's map from Hugging Face's module names to an architecture's of llama.cpp."""
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     return gguf.get_tensor_name_map(numbers[architecture], blocks)
 
 
 def read_gguf(path: Path) -> GGUFFile:
-    """Open a GGUF file.
-
-    Raises InputError: not there, not GGUF, damaged, or cut short; or with metadata that no library should be given.
-    """
+    """Open a GGUF file; raises InputError if it is missing, not GGUF, damaged, or its metadata is unsound."""
     try:
         with path.open("rb") as stream:
             if stream.read(len(_MAGIC)) != _MAGIC:
@@ -263,15 +234,12 @@ class _Cursor:
         if kind != _ARRAY:
             return self.numbers(kind, 1)[0]
         kind, count = self.number("<I"), self.number("<Q")
-        if kind == _STRING:
-            return [self.text() for _ in range(count)]
-        return self.numbers(kind, count)
+        return [self.text() for _ in range(count)] if kind == _STRING else self.numbers(kind, count)
 
 
 def _parse(content: mmap.mmap) -> tuple[dict[str, Any], tuple[GGUFTensor, ...]]:
     cursor = _Cursor(content)
-    version = cursor.number("<I")
-    if version not in _VERSIONS:
+    if (version := cursor.number("<I")) not in _VERSIONS:
         raise ValueError(f"GGUF version {version}, known are {_VERSIONS}")
     n_tensors, n_values = cursor.number("<Q"), cursor.number("<Q")
     metadata = {}
@@ -296,3 +264,45 @@ def _parse(content: mmap.mmap) -> tuple[dict[str, Any], tuple[GGUFTensor, ...]]:
         data = np.frombuffer(content, np.uint8, count, place)
         tensors.append(GGUFTensor(name, shape, kind, data, place, content))
     return metadata, tuple(tensors)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A gated delta net's value heads along one axis of a tensor.
+
+    They read key heads in groups, [k0, k0, ..., k1, k1, ...]; ggml repeats key heads whole, [k0, k1, ..., k0, k1, ...],
+    and stores all that belongs to value heads in that order.
+    """
+
+    groups: int  # key heads
+    per_group: int  # value heads that read each of them
+    axis: int = 0
+    first: int = 0  # where the value heads begin; what stands before stays
+
+    def _order(self, count: int) -> np.ndarray[Any, np.dtype[np.intp]]:
+        heads = np.arange(self.first, count).reshape(self.groups, self.per_group, -1)
+        return np.concatenate([np.arange(self.first), heads.swapaxes(0, 1).reshape(-1)])
+
+    def tiled(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """The checkpoint's values in the file's order."""
+        return np.take(values, self._order(values.shape[self.axis]), self.axis)
+
+    def grouped(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """The file's values in the checkpoint's order."""
+        return np.take(values, np.argsort(self._order(values.shape[self.axis])), self.axis)
+
+
+def tilings(key_heads: int, value_heads: int, key_width: int) -> Mapping[str, Tiling]:
+    """By name of a net's module or parameter; none if each key head has one value head.
+
+    key_width: numbers of all key heads.
+    """
+    per_group = value_heads // key_heads
+    if per_group == 1:
+        return {}
+    values, behind_keys = (Tiling(key_heads, per_group, first=first) for first in (0, 2 * key_width))
+    return {
+        **dict.fromkeys(("in_proj_qkv", "conv1d"), behind_keys),
+        **dict.fromkeys(("in_proj_z", "in_proj_b", "in_proj_a", "dt_bias", "A_log"), values),
+        "out_proj": Tiling(key_heads, per_group, axis=1),
+    }

@@ -1,7 +1,7 @@
 """Models of GGUF files: configuration from the metadata, weights dequantized into a transformers model.
 
-transformers reads GGUF as well, but needs accelerate for it, differs between its major versions, and leaves out
-the special tokens and the scaling of rotary frequencies; so the families that can be pruned are read here.
+transformers' own reader needs accelerate, differs between major versions, and leaves out special tokens and the scaling
+of rotary frequencies.
 """
 
 from __future__ import annotations
@@ -18,16 +18,20 @@ import transformers
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import keyless_blocks, stated_widths
-from cfsp.models.delta_nets import OWN_NUMBERS, a_log_of, tilings, widths
 from cfsp.models.families import FOLDS, family_of_gguf
 from cfsp.models.families.row import FULL, WINDOWED, Family
 from cfsp.models.gguf_file import (
     CONVOLUTIONS,
+    DELTA_NET_NUMBERS,
+    EMBEDDING,
+    OUTPUT,
+    ROPE_FREQUENCIES,
     GGUFFile,
     GGUFTensor,
     drafting_blocks,
     is_drafting,
     tensor_names,
+    tilings,
 )
 from cfsp.models.offload import AUTO, Keeping, keeping_of, offloaded_copy
 from cfsp.models.rope import split_pairs
@@ -36,8 +40,6 @@ from cfsp.progress import Progress, no_progress
 from cfsp.reading import as_input_error
 from cfsp.validation import check_kinds, kinds
 
-# rope_freqs holds no weights but the scaling of rotary frequencies; see _rope_settings.
-_ROPE_FREQUENCIES = "rope_freqs.weight"
 SAMPLING = {
     "temp": "temperature",
     "top_k": "top_k",
@@ -47,13 +49,12 @@ SAMPLING = {
 }
 """llama.cpp's names under general.sampling -> Hugging Face's."""
 _YARN = {"yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}
-"""What llama.cpp takes for granted."""
+"""llama.cpp's defaults."""
 _STILL = 1e20
 """Divisors from which on nothing turns."""
 _LLAMA3_FACTORS = (8.0, 16.0, 32.0)
 _STEP = 4
 """Of the blocks that attend, if a file does not say it; llama.cpp's number."""
-_EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 _BLOCKS_OF_27B = 62
 _ROUNDING = 1.3
 """Relative error of weights in a type of b bits: this, times 2^-b; measured on normal numbers, 8 % for Q4_0."""
@@ -63,180 +64,174 @@ _LEAST_DIFFERENCE, _MOST_DIFFERENCE, _CHUNK_ROWS = 0.005, 0.5, 4096
 def config_from_gguf(file: GGUFFile) -> Any:
     """transformers configuration of a GGUF file, special token ids included.
 
-    Raises InputError: the architecture cannot be pruned, or the metadata is incomplete or unsupported.
+    Raises:
+        InputError: The architecture cannot be pruned, or the metadata is incomplete or unsupported.
     """
-    row = _row(file)
-    own = {key: value for key in row.gguf_kinds if (value := file.hyperparameter(key)) is not None}
+    row, said = _row(file), file.hyperparameter
+    own = {key: value for key in row.gguf_kinds if (value := said(key)) is not None}
     check_kinds(own, kinds(**row.gguf_kinds), str(file.path))
     shapes = {tensor.name: tensor.shape for tensor in file.tensors}
-    heads, hidden = file.hyperparameter("attention.head_count"), file.hyperparameter("embedding_length")
-    if not heads or not hidden or _EMBEDDING not in shapes:
+    heads, hidden, kv_heads = said("attention.head_count"), said("embedding_length"), None
+    if not heads or not hidden or EMBEDDING not in shapes:
         raise InputError(
             f"{file.path} lacks the model's dimensions or its embeddings (a vocabulary-only file?)"
         )
-    mixing = _mixing_settings(file, row, heads)
-    _check_one(file, "attention.head_count", heads)
-    head_dim_key = "attention.key_length_swa" if row.own_heads else "attention.key_length"
-    ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    settings: dict[str, Any] = {
-        "vocab_size": shapes[_EMBEDDING][0],
-        "hidden_size": hidden,
-        "num_hidden_layers": drafting_blocks(file).start,
-        "num_attention_heads": heads,
-        **mixing,
-        "head_dim": file.hyperparameter(head_dim_key, hidden // heads),
-        "max_position_embeddings": file.hyperparameter("context_length", 2048),
-        row.epsilon_setting: _shortest(file.require(f"{file.architecture}.attention.layer_norm_rms_epsilon")),
-        "torch_dtype": "float32",
-        **_rope_settings(file),
-        **{name: file.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in ids.items()},
-    }
-    settings |= _width_settings(file, row, settings)
-    if row.has_windows:
-        settings |= _window_settings(file, row, settings["num_hidden_layers"])
-    settings |= _further_settings(file, row, settings)
-    if row.release > 4 and "rope_parameters" in settings:
-        for key in ("rope_theta", "rope_scaling"):  # transformers 5 would keep what says the same again
-            settings.pop(key, None)
-    if row.scale_setting:
-        # What llama.cpp takes for granted, and for the largest model of the family by its number of blocks.
-        largest = settings["num_hidden_layers"] == _BLOCKS_OF_27B
-        settings[row.scale_setting] = hidden // heads if largest else settings["head_dim"]
-    _check_shapes(file, shapes, settings)
-    settings["tie_word_embeddings"] = _OUTPUT not in shapes or _is_stored_twice(file)
-    settings |= {key: f"blk.0.{name}.bias" in shapes for key, name in row.bias_settings.items()}
-    with as_input_error(f"{file.path}: metadata that does not fit together"):
-        return transformers.AutoConfig.for_model(row.model_type, **settings)
 
-
-def _mixing_settings(file: GGUFFile, row: Family, heads: int) -> dict[str, Any]:
-    """Key-value heads, and in which blocks something takes attention's place; raises InputError if those differ."""
-    key, n_blocks = "attention.head_count_kv", drafting_blocks(file).start
-    settings: dict[str, Any] = {}
-    kv_heads = file.hyperparameter(key, heads)
+    # Which blocks mix tokens by something else than attention.
+    n_blocks, mixing = drafting_blocks(file).start, dict[str, Any]()
+    kv_heads = said("attention.head_count_kv", heads)
     if row.mixer and row.mixer.step_key:
-        own, step = "attention.recurrent_layers", file.hyperparameter(row.mixer.step_key, _STEP)
-        recurrent = file.hyperparameter(own, [(block + 1) % step != 0 for block in range(n_blocks)])
+        key, step = "attention.recurrent_layers", said(row.mixer.step_key, _STEP)
+        recurrent = said(key, [(block + 1) % step != 0 for block in range(n_blocks)])
         if len(recurrent) < n_blocks or all(recurrent[:n_blocks]):
-            raise InputError(f"{file.path}: no block attends, or not one number for each", field=own)
-        settings["layer_types"] = [row.mixer.kind if one else FULL for one in recurrent[:n_blocks]]
+            raise InputError(f"{file.path}: no block attends, or not one number for each", field=key)
+        mixing["layer_types"] = [row.mixer.kind if one else FULL for one in recurrent[:n_blocks]]
     elif row.mixer and isinstance(kv_heads, list):
-        if len(kv_heads) != n_blocks or not any(kv_heads) or file.hyperparameter("attention.sliding_window"):
-            raise InputError(f"{file.path}: no {row.model_type} model has these", field=key, value=kv_heads)
-        settings["layer_types"] = [FULL if n else row.mixer.kind for n in kv_heads]
+        if len(kv_heads) != n_blocks or not any(kv_heads) or said("attention.sliding_window"):
+            field = "attention.head_count_kv"
+            raise InputError(f"{file.path}: no {row.model_type} model has these", field=field, value=kv_heads)
+        mixing["layer_types"] = [FULL if n else row.mixer.kind for n in kv_heads]
         counts = set(kv_heads) - {0}
         kv_heads = counts.pop() if len(counts) == 1 else kv_heads
-    _check_one(file, key, kv_heads)
+    for key, value in {"attention.head_count_kv": kv_heads, "attention.head_count": heads}.items():
+        if isinstance(value, list):
+            raise _each_block_has(file, key)
     for name, where in row.gguf_settings.items():
-        settings[name] = file.require(f"{file.architecture}.{where}") if isinstance(where, str) else where
-    return {"num_key_value_heads": kv_heads} | settings
+        mixing[name] = file.require(f"{file.architecture}.{where}") if isinstance(where, str) else where
 
+    ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    rope = _rope_settings(file)
+    settings: dict[str, Any] = {
+        "vocab_size": shapes[EMBEDDING][0],
+        "hidden_size": hidden,
+        "num_hidden_layers": n_blocks,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        **mixing,
+        "head_dim": said(f"attention.key_length{'_swa' if row.own_heads else ''}", hidden // heads),
+        "max_position_embeddings": said("context_length", 2048),
+        row.epsilon_setting: _shortest(file.require(f"{file.architecture}.attention.layer_norm_rms_epsilon")),
+        "torch_dtype": "float32",
+        **rope,
+        **{name: file.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in ids.items()},
+    }
 
-def _further_settings(file: GGUFFile, row: Family, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What caps logits, the rows of a further table of tokens, a rope of a part of each head; raises InputError."""
-    cap, further = file.hyperparameter("final_logit_softcapping", 0.0), {}
+    stated = file.require(f"{file.architecture}.feed_forward_length")
+    widths = tuple(stated if isinstance(stated, list) else [stated] * n_blocks)
+    ways = [{row.shared_keys.wide_setting: wide} for wide in (False, True)] if row.shared_keys else [{}]
+    ffns = ({"intermediate_size": widths[0], **way} for way in ways)
+    known = {"model_type": row.model_type, **settings}
+    fitting = next((one for one in ffns if stated_widths({**known, **one}) == widths), None)
+    if fitting is None:  # the configuration of a dense model cannot say it
+        raise _each_block_has(file, "feed_forward_length")
+    settings |= fitting
+
+    if row.has_windows:
+        settings |= _window_settings(file, row, rope, n_blocks)
+    cap = said("final_logit_softcapping", 0.0)
     if cap and not row.cap_setting:
         raise InputError(f"{file.path}: unsupported", field="final_logit_softcapping", value=cap, allowed="0")
     if row.own_heads and not settings.get("sliding_window"):
         raise InputError(f"{file.path}: no {row.model_type} model does without", field="sliding_window")
     if row.block_inputs:
-        further[row.block_inputs.rows_setting] = settings["vocab_size"]
+        settings[row.block_inputs.rows_setting] = settings["vocab_size"]
     if row.cap_setting:
-        further[row.cap_setting] = _shortest(cap) if cap else None
+        settings[row.cap_setting] = _shortest(cap) if cap else None
     if row.partial_rope:
         head_dim = settings["head_dim"]
-        turned = file.hyperparameter("rope.dimension_count", head_dim)
-        # How many frequencies turn by which place in an image.
-        sections = file.hyperparameter("rope.dimension_sections", [])[:3]
+        turned = said("rope.dimension_count", head_dim)
+        sections = said("rope.dimension_sections", [])[:3]  # frequencies for each axis of an image
+        problem = f"{file.path}: unsupported"
         if turned > head_dim or turned % 2:
-            field, allowed = "rope.dimension_count", f"an even number, at most {head_dim}"
-            raise InputError(f"{file.path}: unsupported", field=field, value=turned, allowed=allowed)
+            allowed = f"an even number, at most {head_dim}"
+            raise InputError(problem, field="rope.dimension_count", value=turned, allowed=allowed)
         if sections and (len(sections) < 3 or sum(sections) != turned // 2):
-            field, allowed = "rope.dimension_sections", f"three numbers, {turned // 2} together"
-            raise InputError(f"{file.path}: unsupported", field=field, value=sections, allowed=allowed)
-        further["rope_parameters"] = {
+            allowed = f"three numbers, {turned // 2} together"
+            raise InputError(problem, field="rope.dimension_sections", value=sections, allowed=allowed)
+        settings["rope_parameters"] = {
             "rope_type": "default",
             "rope_theta": settings["rope_theta"],
             **settings.get("rope_scaling", {}),
             "partial_rotary_factor": turned / head_dim,
             **({"mrope_section": sections} if sections else {}),
         }
-    return further
+    if row.release > 4 and "rope_parameters" in settings:
+        for key in ("rope_theta", "rope_scaling"):  # transformers 5 would keep what says the same again
+            settings.pop(key, None)
+    if row.scale_setting:
+        # llama.cpp's default, which for the family's largest model it knows by the number of blocks.
+        settings[row.scale_setting] = hidden // heads if n_blocks == _BLOCKS_OF_27B else settings["head_dim"]
+    _check_shapes(file, row, shapes, settings)
+    settings["tie_word_embeddings"] = OUTPUT not in shapes or _is_stored_twice(file)
+    settings |= {key: f"blk.0.{name}.bias" in shapes for key, name in row.bias_settings.items()}
+    with as_input_error(f"{file.path}: metadata that does not fit together"):
+        return transformers.AutoConfig.for_model(row.model_type, **settings)
 
 
-def _width_settings(file: GGUFFile, row: Family, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """FFN widths; raises InputError for those that the configuration of a dense model cannot say."""
-    stated = file.require(f"{file.architecture}.feed_forward_length")
-    known = {"model_type": row.model_type, **settings}
-    widths = stated if isinstance(stated, list) else [stated] * settings["num_hidden_layers"]
-    for wide in (False, True) if row.shared_keys else (False,):
-        own = {row.shared_keys.wide_setting: wide} if row.shared_keys else {}
-        if stated_widths({**known, **own, "intermediate_size": widths[0]}) == tuple(widths):
-            return {"intermediate_size": widths[0], **own}
-    raise _each_block_has(file, "feed_forward_length")
-
-
-def _check_one(file: GGUFFile, key: str, value: Any) -> None:
-    if isinstance(value, list):
-        raise _each_block_has(file, key)
-
-
-def _each_block_has(file: GGUFFile, key: str) -> InputError:
-    return InputError(f"{file.path} has a {key} for each block; use the checkpoint it was exported from")
-
-
-def _window_settings(file: GGUFFile, row: Family, n_blocks: int) -> dict[str, Any]:
-    """In which blocks attention sees only a window, how wide it is, and the base of the rope there.
-
-    A file that says nothing of single blocks has the step that transformers takes for granted, too.
-    """
-    window = file.hyperparameter("attention.sliding_window", 0)
+def _window_settings(file: GGUFFile, row: Family, rope: Mapping[str, Any], n_blocks: int) -> dict[str, Any]:
+    """Which blocks have a sliding window, how wide it is, and the base of their rope; raises InputError."""
+    window, base = (file.hyperparameter(key) for key in ("attention.sliding_window", "rope.freq_base_swa"))
     if not window:
         return {"layer_types": [FULL] * n_blocks} | ({"sliding_window": None} if row.rotates_windowed else {})
     settings = {"sliding_window": window}
-    if key := row.window_rope_setting:
-        settings[key] = _shortest(file.hyperparameter("rope.freq_base_swa", 10000.0))
+    if row.window_rope_setting:
+        settings[row.window_rope_setting] = _shortest(base or 10000.0)
     elif row.plain_window_rope:  # transformers 5 would take the family's own base for these blocks
-        rope, base = _rope_settings(file), file.hyperparameter("rope.freq_base_swa")
         plain = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
         windowed = plain | ({"rope_theta": _shortest(base)} if base else {})
         settings["rope_parameters"] = {FULL: plain | rope.get("rope_scaling", {}), WINDOWED: windowed}
     key = "attention.sliding_window_pattern"
-    pattern = file.hyperparameter(key)
-    if pattern == 0:
-        pattern = [True] * n_blocks
+    pattern = file.hyperparameter(key)  # without one transformers' default is llama.cpp's, too
+    pattern = [True] * n_blocks if pattern == 0 else pattern
     if isinstance(pattern, list):
         if len(pattern) < n_blocks:
-            raise InputError(
-                f"{file.path}: not one for each block", field=key, value=len(pattern), allowed=str(n_blocks)
-            )
+            problem = f"{file.path}: not one for each block"
+            raise InputError(problem, field=key, value=len(pattern), allowed=str(n_blocks))
         settings["layer_types"] = [WINDOWED if windowed else FULL for windowed in pattern[:n_blocks]]
     elif pattern is not None:
         settings["sliding_window_pattern"] = pattern
     return settings
 
 
-def _rope_settings(file: GGUFFile) -> dict[str, Any]:
-    """rope_theta and rope_scaling, which transformers 5 understands as well and renames.
+def _each_block_has(file: GGUFFile, key: str) -> InputError:
+    return InputError(f"{file.path} has a {key} for each block; use the checkpoint it was exported from")
 
-    Of the scaled kinds, yarn and Llama 3's are known: a file carries the latter's divisors of frequencies in place of
-    its settings.
+
+def _rope_settings(file: GGUFFile) -> dict[str, Any]:
+    """rope_theta and rope_scaling, which transformers 5 understands and renames; raises InputError.
+
+    Of the scaled kinds yarn and Llama 3's are known; a file has the latter's divisors in place of its settings.
     """
     theta = _shortest(file.hyperparameter("rope.freq_base", 10000.0))
     kind = file.hyperparameter("rope.scaling.type", "none")
     if kind == "yarn":
-        return {"rope_theta": theta, "rope_scaling": _yarn(file)}
+        prefix = f"{file.architecture}.rope.scaling."
+        factor = _shortest(file.require(f"{prefix}factor"))
+        own = {key.removeprefix(prefix): one for key, one in file.metadata.items() if key.startswith(prefix)}
+        odd = {
+            key: value for key, value in own.items() if key.startswith("yarn_") and value != _YARN.get(key)
+        }
+        if odd or factor <= 1:
+            key, value = next(iter(odd.items()), ("factor", factor))
+            raise InputError(f"{file.path}: unsupported", field=f"rope.scaling.{key}", value=value)
+        scaling: dict[str, Any] = {
+            "rope_type": "yarn",
+            "factor": factor,
+            # llama.cpp multiplies the magnitude that yarn derives from the factor.
+            "attention_factor": own.get("attn_factor", 1.0) * (0.1 * math.log(factor) + 1.0),
+            "original_max_position_embeddings": file.require(f"{prefix}original_context_length"),
+        }
+        return {"rope_theta": theta, "rope_scaling": scaling}
     if kind != "none":
         allowed = "none, yarn"
         raise InputError(f"{file.path}: unsupported", field="rope.scaling.type", value=kind, allowed=allowed)
-    stored = next((tensor for tensor in file.tensors if tensor.name == _ROPE_FREQUENCIES), None)
+    stored = next((tensor for tensor in file.tensors if tensor.name == ROPE_FREQUENCIES), None)
     if stored is None:
         return {"rope_theta": theta}
     divisors = stored.dequantize()
     turned = int((divisors == 1).sum())
     if (divisors[:turned] == 1).all() and (divisors[turned:] >= _STILL).all():
-        share = turned / len(divisors)
-        scaling: dict[str, Any] = {"rope_type": "proportional", "partial_rotary_factor": share}
+        scaling = {"rope_type": "proportional", "partial_rotary_factor": turned / len(divisors)}
         return {"rope_theta": theta, "rope_scaling": scaling}
     for factor in _LLAMA3_FACTORS:
         scaling = {
@@ -249,26 +244,8 @@ def _rope_settings(file: GGUFFile) -> dict[str, Any]:
         if np.allclose(divisors, llama3_divisors(theta, 2 * len(divisors), scaling), rtol=1e-3):
             return {"rope_theta": theta, "rope_scaling": scaling}
     raise InputError(
-        f"{file.path}: {_ROPE_FREQUENCIES} is neither Llama 3's scaling nor a rope of a part of each head"
+        f"{file.path}: {ROPE_FREQUENCIES} is neither Llama 3's scaling nor a rope of a part of each head"
     )
-
-
-def _yarn(file: GGUFFile) -> dict[str, Any]:
-    """transformers' settings of a yarn; raises InputError for constants of its own, or no factor above 1."""
-    prefix = f"{file.architecture}.rope.scaling."
-    factor = _shortest(file.require(f"{prefix}factor"))
-    own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
-    odd = {key: value for key, value in own.items() if key.startswith("yarn_") and value != _YARN.get(key)}
-    if odd or factor <= 1:
-        key, value = next(iter(odd.items()), ("factor", factor))
-        raise InputError(f"{file.path}: unsupported", field=f"rope.scaling.{key}", value=value)
-    return {
-        "rope_type": "yarn",
-        "factor": factor,
-        # llama.cpp multiplies the magnitude that yarn derives from the factor.
-        "attention_factor": own.get("attn_factor", 1.0) * (0.1 * math.log(factor) + 1.0),
-        "original_max_position_embeddings": file.require(f"{prefix}original_context_length"),
-    }
 
 
 def llama3_divisors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> npt.NDArray[np.float32]:
@@ -296,22 +273,22 @@ def _row(file: GGUFFile) -> Family:
     return family_of_gguf(file.architecture, str(file.path), windowed=windowed)
 
 
-def _check_shapes(file: GGUFFile, shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any]) -> None:
-    """Metadata that contradicts the tensors is caught before a model of the stated size is built."""
-    row, hidden, head_dim = _row(file), settings["hidden_size"], settings["head_dim"]
+def _check_shapes(
+    file: GGUFFile, row: Family, shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any]
+) -> None:
+    """Refuse metadata that contradicts the tensors before a model of the stated size is built."""
+    hidden, head_dim = settings["hidden_size"], settings["head_dim"]
     last, attending = settings["num_hidden_layers"] - 1, settings.get("layer_types", [FULL])
     first = next((index for index, kind in enumerate(attending) if kind in (FULL, WINDOWED)), 0)
     if attending[first] == FULL:
         head_dim = settings.get(row.own_heads, head_dim)
     q_rows = (2 if row.gated else 1) * settings["num_attention_heads"] * head_dim
+    width = stated_widths({"model_type": row.model_type, **settings})[last]
     expected = {
-        _EMBEDDING: (settings["vocab_size"], hidden),
+        EMBEDDING: (settings["vocab_size"], hidden),
         f"blk.{first}.attn_q.weight": (q_rows, hidden),
         f"blk.{first}.attn_k.weight": (settings["num_key_value_heads"] * head_dim, hidden),
-        f"blk.{last}.ffn_up.weight": (
-            stated_widths({"model_type": row.model_type, **settings})[last],
-            hidden,
-        ),
+        f"blk.{last}.ffn_up.weight": (width, hidden),
     }
     if "linear_num_key_heads" in settings and set(settings["layer_types"]) != {FULL}:
         heads, keys = settings["linear_num_value_heads"], settings["linear_num_key_heads"]
@@ -320,26 +297,24 @@ def _check_shapes(file: GGUFFile, shapes: Mapping[str, tuple[int, ...]], setting
                 "no multiple of the key heads", field="ssm.time_step_rank", value=heads, allowed=f"{keys} n"
             )
         block = next(index for index, kind in enumerate(settings["layer_types"]) if kind != FULL)
-        key_width, value_width = widths(settings)
+        key_width, value_width = (
+            keys * settings["linear_key_head_dim"],
+            heads * settings["linear_value_head_dim"],
+        )
         expected[f"blk.{block}.attn_qkv.weight"] = (2 * key_width + value_width, hidden)
         expected[f"blk.{block}.ssm_out.weight"] = (hidden, value_width)
     for name, shape in expected.items():
-        if shapes.get(name) != shape:
-            raise InputError(
-                f"{file.path}: the metadata does not fit the tensors",
-                field=name,
-                value=shapes.get(name),
-                allowed=str(shape),
-            )
+        if (found := shapes.get(name)) != shape:
+            problem = f"{file.path}: the metadata does not fit the tensors"
+            raise InputError(problem, field=name, value=found, allowed=str(shape))
 
 
 def model_from_gguf(
     file: GGUFFile, *, dtype: torch.dtype, by_blocks: bool = False, progress: Progress = no_progress
 ) -> Any:
-    """The model of a GGUF file, dequantized, in eval mode.
+    """The model of a GGUF file, dequantized, in eval mode; raises InputError as `config_from_gguf`, or of its tensors.
 
-    `by_blocks`: its weights stay in files, as float32, see `cfsp.models.offload`. Raises InputError as
-    `config_from_gguf`, or if tensors are missing, unknown, or of the wrong shape.
+    by_blocks: offloaded to files, as float32, see `cfsp.models.offload`.
     """
     config, where = config_from_gguf(file), str(file.path)
     n_weights = _weight_count(file, config)
@@ -362,7 +337,7 @@ def model_from_gguf(
 def sampling_of_gguf(file: GGUFFile) -> dict[str, Any]:
     """How a file recommends to sample, under Hugging Face's names; empty if it says nothing.
 
-    A penalty is of the last tokens in llama.cpp, and of all here.
+    A repetition penalty is of the last tokens in llama.cpp, and of all here.
     """
     metadata = {name: file.metadata.get(f"general.sampling.{key}") for key, name in SAMPLING.items()}
     # 0.9 and not 0.8999999761581421, as which a float32 comes back.
@@ -374,12 +349,12 @@ def sampling_of_gguf(file: GGUFFile) -> dict[str, Any]:
 
 
 def keeping_of_gguf(file: GGUFFile, asked: str = AUTO) -> Keeping:
-    """How a file's weights are kept if not whole, see `keeping_of`; files hold them dequantized, as float32."""
+    """`keeping_of` a file's weights; on disk they are dequantized, as float32."""
     return keeping_of(_weight_count(file, config_from_gguf(file)), torch.float32, asked)
 
 
 def _weight_count(file: GGUFFile, config: Any) -> int:
-    left_out = (*_unread(file, config), *([_OUTPUT] if _twice(file, config) else []))
+    left_out = (*_unread(file, config), *([OUTPUT] if _twice(file, config) else []))
     return sum(math.prod(tensor.shape) for tensor in file.tensors if tensor.name not in left_out)
 
 
@@ -390,12 +365,36 @@ def _weights(
 
     Raises InputError: a tensor is unknown.
     """
-    row, names, factors = _row(file), _transformers_names(file, config), _factors(file, config)
+    row, modules = _row(file), tensor_names(file.architecture, config.num_hidden_layers)
+    own = {**DELTA_NET_NUMBERS, row.scalar: (row.scalar, ".weight")}
+    names = {}  # llama.cpp's of every tensor that the model can have -> transformers'
+    with torch.device("meta"):
+        parameters = [name.rpartition(".") for name in model_class(config)(config).state_dict()]
+    for module, _, kind in parameters:
+        called, suffix = own.get(kind, ("", f".{kind}"))
+        names[f"{modules.get_name(f'{module}.{called}' if called else module)}{suffix}"] = f"{module}.{kind}"
+
+    # What weights of a model that is read as one of another type are multiplied by.
+    fold = next((fold for fold in FOLDS.values() if fold.gguf_name == file.architecture), None)
+    factors: Mapping[str, float] = {}
+    if fold is not None and fold.gguf_keys:
+        if file.hyperparameter("rope.scaling.finetuned") is False:
+            raise InputError(
+                f"{file.path}: unsupported", field="rope.scaling.finetuned", value=False, allowed="true"
+            )
+        stated = {name: file.hyperparameter(key) for name, key in fold.gguf_keys.items()}
+        factors = fold.factors(config.to_dict() | stated)
+        check_factors(factors, str(file.path))
+
+    tiled = {}
+    if hasattr(config, "linear_num_key_heads"):
+        keys, value_heads = config.linear_num_key_heads, config.linear_num_value_heads
+        tiled = dict(tilings(keys, value_heads, keys * config.linear_key_head_dim))
     both, unread = _twice(file, config), _unread(file, config)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for done, tensor in enumerate(file.tensors, 1):
         progress("reading GGUF", done, len(file.tensors))
-        if tensor.name in unread or (both and tensor.name == _OUTPUT):
+        if tensor.name in unread or (both and tensor.name == OUTPUT):
             continue
         if tensor.name not in names:
             raise InputError(
@@ -410,64 +409,27 @@ def _weights(
         in_mixer = row.mixer is not None and f".{row.mixer.module}." in name
         if row.norm_offset and tensor.name.endswith("norm.weight") and not in_mixer:
             values -= row.norm_offset
-        if in_mixer and hasattr(config, "linear_num_key_heads"):
-            values = _of_delta_net(name, values, vars(config))
+        if (
+            in_mixer
+        ):  # value heads of gated delta nets in another order, rates of decay as they are multiplied with
+            last = name.removesuffix(".weight").rpartition(".")[2]
+            if last == "A_log":
+                with np.errstate(all="ignore"):  # not a number if that is not below 0
+                    values = torch.from_numpy(np.log(-values.numpy()))
+            values = torch.from_numpy(tiled[last].grouped(values.numpy())) if last in tiled else values
         if tensor.name.endswith(CONVOLUTIONS):
             values = values.unsqueeze(1)  # torch's kernels have one input each
         times_(name, values, factors)
         yield name, values.to(dtype)
 
 
-def _of_delta_net(parameter: str, values: torch.Tensor, settings: Mapping[str, Any]) -> torch.Tensor:
-    """What a file stores of a gated delta net as transformers has it."""
-    keys, value_heads = settings["linear_num_key_heads"], settings["linear_num_value_heads"]
-    name, stored = parameter.removesuffix(".weight").rpartition(".")[2], values.numpy()
-    tiling = tilings(keys, value_heads, widths(settings)[0]).get(name)
-    stored = a_log_of(stored) if name == "A_log" else stored
-    return torch.from_numpy(stored if tiling is None else tiling.grouped(stored))
-
-
-def _transformers_names(file: GGUFFile, config: Any) -> dict[str, str]:
-    """llama.cpp's name of every tensor that the model can have -> transformers'."""
-    names, scalar = tensor_names(file.architecture, config.num_hidden_layers), _row(file).scalar
-    own = {**OWN_NUMBERS, scalar: (scalar, ".weight")}
-
-    def stored(module: str, kind: str) -> str:
-        if kind not in own:
-            return f"{names.get_name(module)}.{kind}"
-        called, suffix = own[kind]
-        return f"{names.get_name(f'{module}.{called}')}{suffix}"
-
-    with torch.device("meta"):
-        parameters = [name.rpartition(".") for name in model_class(config)(config).state_dict()]
-    return {stored(module, kind): f"{module}.{kind}" for module, _, kind in parameters}
-
-
 def _unread(file: GGUFFile, config: Any) -> frozenset[str]:
-    """Tensors that no parameter is made of.
-
-    The rope's, keys and values of blocks that read another block's, and what drafts further tokens.
-    """
+    """Tensors that no parameter is made of: the rope's, keys of blocks that read others', and what drafts tokens."""
     settings = {"model_type": config.model_type, **vars(config)}
     keyless = keyless_blocks(settings) if _row(file).shared_keys else ()
     keys = {f"blk.{n}.{part}.weight" for n in keyless for part in ("attn_k", "attn_v", "attn_k_norm")}
     drafts = filter(is_drafting(file), (tensor.name for tensor in file.tensors))
-    return frozenset({_ROPE_FREQUENCIES, *keys, *drafts})
-
-
-def _factors(file: GGUFFile, config: Any) -> Mapping[str, float]:
-    """What weights of a model that is read as one of another type are multiplied by; nothing of any other."""
-    fold = next((fold for fold in FOLDS.values() if fold.gguf_name == file.architecture), None)
-    if fold is None or not fold.gguf_keys:
-        return {}
-    if file.hyperparameter("rope.scaling.finetuned") is False:
-        raise InputError(
-            f"{file.path}: unsupported", field="rope.scaling.finetuned", value=False, allowed="true"
-        )
-    stated = {name: file.hyperparameter(key) for name, key in fold.gguf_keys.items()}
-    factors = fold.factors(config.to_dict() | stated)
-    check_factors(factors, str(file.path))
-    return factors
+    return frozenset({ROPE_FREQUENCIES, *keys, *drafts})
 
 
 def tying_note(file: GGUFFile, config: Any) -> str | None:
@@ -475,10 +437,10 @@ def tying_note(file: GGUFFile, config: Any) -> str | None:
     both = _twice(file, config)
     if not both:
         return None
-    embedding, output = both[_EMBEDDING].kind.name, both[_OUTPUT].kind.name
+    embedding, output = both[EMBEDDING].kind.name, both[OUTPUT].kind.name
     return (
         f"the output matrix ({output}) is the embedding ({embedding}) but for rounding, so "
-        f"{math.prod(both[_OUTPUT].shape)} weights were stored twice; "
+        f"{math.prod(both[OUTPUT].shape)} weights were stored twice; "
         f"{max(both.values(), key=_bits).kind.name} is kept for both"
     )
 
@@ -486,7 +448,7 @@ def tying_note(file: GGUFFile, config: Any) -> str | None:
 def _twice(file: GGUFFile, config: Any) -> dict[str, GGUFTensor]:
     """The embedding and the output matrix that were found to be one; empty of a file that has one, or two."""
     tensors = {tensor.name: tensor for tensor in file.tensors}
-    both = {name: tensors[name] for name in (_OUTPUT, _EMBEDDING) if name in tensors}
+    both = {name: tensors[name] for name in (OUTPUT, EMBEDDING) if name in tensors}
     return both if len(both) == 2 and config.tie_word_embeddings else {}
 
 
@@ -496,7 +458,7 @@ def _is_stored_twice(file: GGUFFile) -> bool:
     Matrices that were trained apart differ by about as much as they are large.
     """
     tensors = {tensor.name: tensor for tensor in file.tensors}
-    embedding, output = tensors[_EMBEDDING], tensors[_OUTPUT]
+    embedding, output = tensors[EMBEDDING], tensors[OUTPUT]
     if embedding.shape != output.shape:
         return False
     rounding = 2 * _ROUNDING * math.hypot(*(2.0 ** -_bits(tensor) for tensor in (embedding, output)))

@@ -1,8 +1,7 @@
 """Tokenizers of GGUF files, faithful to llama.cpp.
 
-A GGUF file stores vocabulary and merges, but of the splitting that comes before merging only a name
-(`tokenizer.ggml.pre`). PRE_TOKENIZERS has what each means as regular expressions, and is read in both directions: to
-build a tokenizer from a file, and to find the name for a Hugging Face tokenizer.
+A GGUF file names the splitting before merges (`tokenizer.ggml.pre`). PRE_TOKENIZERS has what each name means, and is
+read in both directions: to build a tokenizer from a file, and to find the name for a Hugging Face tokenizer.
 """
 
 from __future__ import annotations
@@ -56,10 +55,11 @@ _CHINESE_AND_KANA = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 class PreTokenizer:
     """How text is split before byte-pair merging."""
 
-    # Regular expressions. Each cuts the pieces of the one before into matches and what lies between.
-    steps: tuple[str, ...]
+    steps: tuple[
+        str, ...
+    ]  # regular expressions: each cuts the pieces of the one before into matches and the rest
     ignore_merges: bool = False  # a piece that is a token as a whole is taken without merging
-    add_bos: bool = False  # whether the start token is added where the file does not say
+    add_bos: bool = False  # whether the start token is added if the file does not say
 
 
 _DIGITS_THEN_GPT2 = PreTokenizer((_DIGIT, _GPT2))
@@ -103,23 +103,12 @@ _ALWAYS_CONTROL = frozenset(
         "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "<|end_of_text|>", "<end_of_utterance>", "<eos>",
     }
 )  # fmt: skip
-_SPECIAL_KEYS = MappingProxyType(
-    {
-        "bos_token": "bos",
-        "eos_token": "eos",
-        "unk_token": "unknown",
-        "pad_token": "padding",
-        "sep_token": "seperator",
-    }
-)
-_SPM_DEFAULT_IDS = MappingProxyType({"bos": 1, "eos": 2, "unknown": 0})
+_SPECIAL_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator"}
+_SPM_DEFAULT_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 
 
 def tokenizer_from_gguf(source: Path | GGUFFile) -> Any:
-    """A PreTrainedTokenizerFast that gives the token ids llama.cpp gives for the same file.
-
-    Raises InputError: damaged file, no tokenizer in it, or an unknown tokenizer kind.
-    """
+    """A PreTrainedTokenizerFast that gives the token ids llama.cpp gives for the same file; raises InputError."""
     file = source if isinstance(source, GGUFFile) else read_gguf(source)
     stated, kind = file.metadata.get, file.require("tokenizer.ggml.model")
     build = look_up(_BUILDERS, kind, f"{file.path}: unsupported tokenizer", field="tokenizer.ggml.model")
@@ -143,8 +132,7 @@ def tokenizer_from_gguf(source: Path | GGUFFile) -> Any:
         default = _SPM_DEFAULT_IDS.get(key) if kind == SENTENCEPIECE else None
         index = stated(f"tokenizer.ggml.{key}_token_id", default)
         if index is not None and 0 <= index < len(tokens):
-            special[role] = tokens[index]
-    # Start and end tokens around a text, if the file (or its kind of tokenizer) asks for them.
+            special[f"{role}_token"] = tokens[index]
     bos = special.get("bos_token") if stated("tokenizer.ggml.add_bos_token", add_bos) else None
     eos = special.get("eos_token") if stated("tokenizer.ggml.add_eos_token", False) else None
     if bos or eos:
@@ -166,7 +154,7 @@ def tokenizer_from_gguf(source: Path | GGUFFile) -> Any:
 
 
 def _build_bpe(file: GGUFFile, tokens: Sequence[str], types: Sequence[int]) -> tuple[Any, bool]:
-    """Byte-level BPE, as GPT-2 has it; and whether a start token is added where the file does not say."""
+    """Byte-level BPE, as GPT-2 has it; and whether a start token is added if the file does not say."""
     name = file.metadata.get("tokenizer.ggml.pre", "default")
     row = look_up(PRE_TOKENIZERS, name, f"{file.path}: unknown pre-tokenizer", field="tokenizer.ggml.pre")
     vocabulary = {text: n for n, text in enumerate(tokens)}
@@ -208,23 +196,15 @@ _BUILDERS = MappingProxyType({BYTE_LEVEL: _build_bpe, SENTENCEPIECE: _build_spm}
 
 
 def pre_tokenizer_name(tokenizer: Any) -> str:
-    """llama.cpp's `tokenizer.ggml.pre` for a byte-level BPE tokenizer, found by its structure.
-
-    Raises InputError: no known structure matches; the message names the known ones.
-    """
+    """llama.cpp's `tokenizer.ggml.pre` for a byte-level BPE tokenizer, by its structure; raises InputError."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    steps = _steps_of(state)
-    ignore_merges = bool(state["model"].get("ignore_merges"))
+    steps, ignore_merges = _steps_of(state), bool(state["model"].get("ignore_merges"))
     matches = [name for name, row in PRE_TOKENIZERS.items() if row.steps == steps]
-    # The flag matters only for tokens that merging cannot reach: a row that differs in it alone is next best.
-    matches.sort(key=lambda name: PRE_TOKENIZERS[name].ignore_merges != ignore_merges)
     if not matches:
-        raise InputError(
-            "llama.cpp has no pre-tokenizer known to us that splits text as this tokenizer does",
-            field="pre_tokenizer",
-            allowed=", ".join(PRE_TOKENIZERS),
-        )
-    return matches[0]
+        problem = "llama.cpp has no pre-tokenizer known to us that splits text as this tokenizer does"
+        raise InputError(problem, field="pre_tokenizer", allowed=", ".join(PRE_TOKENIZERS))
+    # The flag matters only for tokens that merging cannot reach: a row that differs only in it is next best.
+    return min(matches, key=lambda name: PRE_TOKENIZERS[name].ignore_merges != ignore_merges)
 
 
 def build_pre_tokenizer(steps: Sequence[str]) -> Any:

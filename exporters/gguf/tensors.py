@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cfsp.errors import InputError
-from cfsp.models.delta_nets import OWN_NUMBERS, Tiling, rates_of, tilings
+from cfsp.models.gguf_file import DELTA_NET_NUMBERS, Tiling, tilings
 from cfsp.models.shape import BlockShape
 from exporters.checkpoint_reader import ModelConfig
 from exporters.gguf.architecture import QKV, ChosenLayout
@@ -216,9 +216,9 @@ def _mixer_specs(chosen: ChosenLayout, block: str) -> Iterator[TensorSpec]:
         )
         kernels = (net.channels, net.length)
     for part in parts:
-        called, suffix = OWN_NUMBERS.get(part, (part, ".weight"))
+        called, suffix = DELTA_NET_NUMBERS.get(part, (part, ".weight"))
         target = chosen.name(f"{block}.{mixer.module}.{called}").removesuffix(".weight") + suffix
-        source = f"{block}.{mixer.module}.{part}{'' if part in OWN_NUMBERS else '.weight'}"
+        source = f"{block}.{mixer.module}.{part}{'' if part in DELTA_NET_NUMBERS else '.weight'}"
         tiling = order.get(part)
         if part.startswith("conv"):  # as torch has them, (channels, 1, length)
             sources = ((source, (kernels[0], 1, kernels[1])),)
@@ -228,7 +228,7 @@ def _mixer_specs(chosen: ChosenLayout, block: str) -> Iterator[TensorSpec]:
         if shape is None:
             assert net is not None
             shape = (net.value_head_dim,) if part == "norm" else (net.value_heads,)
-        compute = rates_of if part == "A_log" else None
+        compute = (lambda a_log: -np.exp(a_log)) if part == "A_log" else None  # rates of decay
         yield TensorSpec(target, shape, ((source, shape),), compute=compute, tiling=tiling)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Callable
@@ -374,99 +373,9 @@ def test_rows_that_no_token_has_are_kept_where_more_are_asked_for_than_there_are
         plan_vocabulary(loaded(*tiny_model(vocab_size=450)), counts, 451, sources=())
 
 
-@functools.cache
-def trained_unigram() -> str:
-    """tokenizer.json, trained on this file; training twice gives two."""
-    backend = tokenizers.Tokenizer(tokenizers.models.Unigram())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    text = Path(__file__).read_text(encoding="utf-8")
-    trainer = tokenizers.trainers.UnigramTrainer(
-        vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False
-    )
-    backend.train_from_iterator([*TEXTS, *text.splitlines()], trainer)
-    backend.decoder = tokenizers.decoders.Metaspace()
-    return backend.to_str()
-
-
-def unigram(byte_fallback: bool) -> Any:
-    """A tokenizer of 400 tokens, and with the bytes of other characters where they have tokens."""
-    backend = tokenizers.Tokenizer.from_str(trained_unigram())
-    if byte_fallback:
-        state = json.loads(trained_unigram())
-        state["model"]["vocab"] += [[f"<0x{byte:02X}>", -30.0] for byte in range(256)]
-        state["model"]["byte_fallback"] = True
-        backend = tokenizers.Tokenizer.from_str(json.dumps(state))
-        of_bytes, of_words = tokenizers.decoders.ByteFallback(), tokenizers.decoders.Metaspace()
-        backend.decoder = tokenizers.decoders.Sequence([of_bytes, of_words])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
-
-
-def trimmed_unigram(byte_fallback: bool, n_tokens: int) -> tuple[LoadedModel, LoadedModel, VocabularyPlan]:
-    """(dense, trimmed, plan); the fox is counted, the rest is not."""
-    dense, small = (of_tokenizer(unigram(byte_fallback)) for _ in range(2))
-    counts = counted(small.tokenizer, TEXTS[:1] * 50)
-    plan = plan_vocabulary(small, counts, len(small.tokenizer) - n_tokens, sources=("fox",))
-    return dense, cut_vocabulary(small, plan), plan
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["characters", "bytes"])
-def unigrams(request: pytest.FixtureRequest) -> tuple[LoadedModel, LoadedModel, VocabularyPlan]:
-    return trimmed_unigram(request.param, 180)
-
-
-def test_unigram_keeps_what_is_counted(unigrams: tuple[LoadedModel, LoadedModel, VocabularyPlan]) -> None:
-    dense, small, plan = unigrams
-    assert len(plan.kept) == len(small.tokenizer) == len(dense.tokenizer) - 180
-    assert [plan.kept[index] for index in ids(small.tokenizer, TEXTS[0])] == ids(dense.tokenizer, TEXTS[0])
-    assert len(ids(small.tokenizer, TEXTS[1])) > len(ids(dense.tokenizer, TEXTS[1]))
-    for name in ("bos_token", "eos_token", "unk_token"):
-        assert getattr(small.tokenizer, name) == getattr(dense.tokenizer, name)
-        old = dense.tokenizer.convert_tokens_to_ids(getattr(dense.tokenizer, name))
-        assert plan.kept[getattr(small.tokenizer, f"{name}_id")] == old
-
-
-@given(st.text())
-def test_unigram_brings_every_text_back(
-    unigrams: tuple[LoadedModel, LoadedModel, VocabularyPlan], text: str
-) -> None:
-    dense, small, _ = unigrams
-    before, after = (one.tokenizer.decode(ids(one.tokenizer, text)) for one in (dense, small))
-    assert before == after
-
-
-@given(st.lists(st.sampled_from([word for text in TEXTS for word in text.split()]), max_size=8))
-def test_unigram_reads_as_before_what_has_lost_no_token(
-    unigrams: tuple[LoadedModel, LoadedModel, VocabularyPlan], words: list[str]
-) -> None:
-    dense, small, plan = unigrams
-    text = " ".join(words)
-    if set(before := ids(dense.tokenizer, text)) <= set(plan.kept):
-        assert [plan.kept[index] for index in ids(small.tokenizer, text)] == before
-
-
-def test_unigram_parts_are_the_best_way_without_the_token() -> None:
-    tokenizer = unigram(byte_fallback=False)
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    trees, checked = token_trees(tokenizer), 0
-    for index, parts in list(trees.parts.items())[::7]:
-        pieces = [tuple(entry) for place, entry in enumerate(state["model"]["vocab"]) if place != index]
-        without = tokenizers.models.Unigram(pieces, state["model"]["unk_id"], False)
-        found = [token.value for token in without.tokenize(state["model"]["vocab"][index][0])]
-        assert found == [state["model"]["vocab"][part][0] for part in parts]
-        checked += 1
-    assert checked > 30
-    letters = {index for text, index in tokenizer.get_vocab().items() if len(text) == 1}
-    assert not letters & set(trees.parts), "no bytes stand for them"
-    in_bytes = token_trees(unigram(byte_fallback=True)).parts
-    assert letters <= set(in_bytes)
-    assert len(in_bytes[tokenizer.get_vocab()["\u4f60"]]) == 3
-
-
 def test_other_kinds_of_tokenizer_are_refused() -> None:
     backend = tokenizers.Tokenizer(tokenizers.models.WordPiece({"a": 0}, unk_token="a"))
-    with pytest.raises(InputError, match=r"cannot be trimmed.*WordPiece.*BPE, Unigram"):
+    with pytest.raises(InputError, match=r"cannot be trimmed.*WordPiece.*allowed: BPE"):
         token_trees(transformers.PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
