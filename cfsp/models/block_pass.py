@@ -57,34 +57,29 @@ Arguments = Mapping[str, Any]
 class Calls:
     """Keyword arguments of every block, for every window.
 
-    What blocks leave for later ones of the same window is in these arguments, so each run of windows through the blocks
-    has calls of its own.
+    Blocks leave keys and values for later ones in them, so each run of windows through the blocks has calls of its own.
     """
 
-    common: Sequence[Arguments]  # of every block, those that all windows share, as they are equally long
-    own: Sequence[Sequence[Arguments]]  # of every window, and of every block of it, those that it has alone
-    shared: str = ""  # name of that in which blocks leave keys and values for others; empty where none does
+    common: Sequence[Arguments]  # of every block, shared by all windows, which are equally long
+    own: Sequence[Sequence[Arguments]]  # of every window, and of every block of it, its own
+    shared: str = ""  # name of that in which blocks leave keys and values for others; empty if none does
 
     def of(self, block: int, window: int = 0) -> dict[str, Any]:
         """Of a block, for a window."""
         return {**self.common[block], **self.own[window][block]}
 
     def apart(self) -> Calls:
-        """The same for another run of the windows that goes on from here: neither sees what the other leaves."""
+        """For another run of the windows that goes on from here: neither sees what the other leaves."""
         return Calls(self.common, [self._copied(blocks) for blocks in self.own], self.shared)
 
     def together(self) -> Calls:
-        """The same for a run of all windows beside each other, as one, from the first block on."""
-        blocks = [
-            {name: self._joined(index, name, value) for name, value in arguments.items()}
-            for index, arguments in enumerate(self._copied(self.own[0]))
-        ]
+        """For a run of all windows as one batch, from the first block on."""
+        blocks = [dict(arguments) for arguments in self._copied(self.own[0])]
+        for index, arguments in enumerate(blocks):
+            for name, value in arguments.items():
+                if name != self.shared and isinstance(value, torch.Tensor):
+                    arguments[name] = torch.cat([blocks[index][name] for blocks in self.own])
         return Calls(self.common, [blocks], self.shared)
-
-    def _joined(self, block: int, name: str, first: Any) -> Any:
-        if name == self.shared or not isinstance(first, torch.Tensor):
-            return first
-        return torch.cat([blocks[block][name] for blocks in self.own])
 
     def _copied(self, blocks: Sequence[Arguments]) -> Sequence[Arguments]:
         if not self.shared:
@@ -94,7 +89,7 @@ class Calls:
 
 
 def run_layer(layer: nn.Module, hidden: torch.Tensor, arguments: Arguments) -> torch.Tensor:
-    """A block's output, of its input's shape, whether the library returns a tensor or a tuple."""
+    """A block's output, of its input's shape; transformers returns a tensor or a tuple."""
     output = layer(hidden, **arguments)
     result: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return result
@@ -107,14 +102,21 @@ def run_windows(
     return [run_layer(layer, hidden, calls.of(index, window)) for window, hidden in enumerate(windows)]
 
 
+_IN_TUPLES: dict[type[nn.Module], bool] = {}
+"""Kind of block -> whether it returns a tuple, and so has to, as transformers 4's Gemma 3 does."""
+
+
+class _SeenError(Exception):
+    """What was to be seen of a pass has been."""
+
+
 def enter_blocks(
     model: Any, layers: Sequence[nn.Module], input_ids: torch.Tensor
 ) -> tuple[list[torch.Tensor], Calls]:
     """What runs through the blocks, for windows (nsamples, seqlen).
 
     The decoder is run with its blocks short-circuited: masks, positions and rotary tables then are exactly what
-    the model itself passes, whatever the architecture and the library's version. All windows share them but for those
-    that the architecture's row names, as they are equally long.
+    the model itself passes, whatever the architecture and the library's version.
 
     Returns:
         Each window's hidden states before the first block, (..., 1, seqlen, hidden_size); every block's keyword
@@ -122,8 +124,16 @@ def enter_blocks(
     """
     hidden: list[torch.Tensor] = []
     own: list[list[Arguments]] = []
-    in_tuple = _returns_tuple(model, layers, input_ids)
-    spec = spec_for(model.config)
+    kind, spec = type(layers[0]), spec_for(model.config)
+    if kind not in _IN_TUPLES:
+
+        def look(_: nn.Module, __: Any, output: Any) -> None:
+            _IN_TUPLES[kind] = isinstance(output, tuple)
+            raise _SeenError
+
+        with layers[0].register_forward_hook(look), suppress(_SeenError):
+            model.get_decoder()(input_ids=input_ids[:1, :2].to(model.device), use_cache=False)
+    in_tuple = _IN_TUPLES[kind]
     parameters = inspect.signature(type(layers[0]).forward)
     record: list[tuple[torch.Tensor, dict[str, Any]]] = []
 
@@ -149,7 +159,7 @@ def enter_blocks(
 
 @contextmanager
 def computing(modules: Iterable[Any], forward: Callable[..., Any]) -> Iterator[None]:
-    """Have a function that reads no weights in the place of modules' `forward` while the context is open."""
+    """Replace modules' `forward` by a function that reads no weights while the context is open."""
     with ExitStack() as stack:
         for module in modules:
             module.forward = weightless(forward)
@@ -166,10 +176,7 @@ def leave_blocks(model: Any, hidden: torch.Tensor) -> torch.Tensor:
 def last_hidden_states(
     model: Any, input_ids: torch.Tensor, what: str, *, progress: Progress = no_progress
 ) -> list[torch.Tensor]:
-    """Each window's hidden states after the last norm, (1, seqlen, hidden_size), for windows (nsamples, seqlen).
-
-    They are those of a pass over each window after the other.
-    """
+    """Each window's hidden states after the last norm, (1, seqlen, hidden_size), for windows (nsamples, seqlen)."""
     layers = decoder_layers(model)
     hidden, calls = enter_blocks(model, layers, input_ids)
     for index, layer in enumerate(layers):
@@ -178,25 +185,3 @@ def last_hidden_states(
                 hidden[window] = run_layer(layer, state, calls.of(index, window))
         progress(what, index + 1, len(layers))
     return [leave_blocks(model, state) for state in hidden]
-
-
-_IN_TUPLES: dict[type[nn.Module], bool] = {}
-"""Kind of block -> whether it returns its hidden states in a tuple, as transformers 4's Gemma 3 does."""
-
-
-class _SeenError(Exception):
-    """What was to be seen of a pass has been."""
-
-
-def _returns_tuple(model: Any, layers: Sequence[nn.Module], input_ids: torch.Tensor) -> bool:
-    """Whether the decoder expects its blocks to return tuples; of each kind of block one is asked."""
-    kind = type(layers[0])
-    if kind not in _IN_TUPLES:
-
-        def look(_: nn.Module, __: Any, output: Any) -> None:
-            _IN_TUPLES[kind] = isinstance(output, tuple)
-            raise _SeenError
-
-        with layers[0].register_forward_hook(look), suppress(_SeenError):
-            model.get_decoder()(input_ids=input_ids[:1, :2].to(model.device), use_cache=False)
-    return _IN_TUPLES[kind]
