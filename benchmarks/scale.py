@@ -25,7 +25,7 @@ import transformers
 from taken import Taken, run_phoneready
 
 from cfsp.files import write_json
-from cfsp.models.folder_format import save_tokenizer
+from cfsp.models.checkpoint import save_tokenizer
 from cfsp.models.offload import VARIABLE
 from cfsp.models.reference import load_tokenizer
 from cfsp.models.weights import INDEX_FILE

@@ -7,6 +7,7 @@ transformers 5, with a small modelling file through `auto_map`, so that transfor
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import platform
 import shutil
 from collections.abc import Mapping
@@ -28,10 +29,10 @@ from cfsp.models.config_file import (
     read_model_config,
     shape_from_config,
 )
-from cfsp.models.folder_format import copy_notices, portable_config, save_tokenizer
+from cfsp.models.families import FAMILIES
+from cfsp.models.families.row import FULL, WINDOWED
 from cfsp.models.offload import NARROW, WHOLE, Keeping, held_model, let_go, offloaded_model
 from cfsp.models.remote_code import modeling_pruned
-from cfsp.models.rounded_numbers import RoundedNumbers
 from cfsp.models.shape import ModelShape, require_supported
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.weights import (
@@ -55,6 +56,18 @@ from cfsp.validation import Seed
 INFO_FILE = "phoneready.json"
 PLAN_FILE = "pruning_plan.json"
 _MOMENTS_FILE = "input_moments.safetensors"
+NOTICE_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+"""Files that have to go where a model goes."""
+# Keys of tokenizer_config.json that say where a tokenizer was loaded from, or that only one major version knows.
+_DROPPED = (
+    *("auto_map", "backend", "gguf_file", "is_local", "local_files_only"),
+    *("name_or_path", "tokenizer_file", "vocab_file"),
+)
+_LEFTOVERS = (
+    *("tokenizer.model", "vocab.json", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,8 +92,7 @@ def save_checkpoint(
     *,
     plan: Record | None = None,
     input_moments: Mapping[str, torch.Tensor] | None = None,
-    extra_records: Mapping[str, Record] | None = None,
-    rounded: RoundedNumbers | None = None,
+    beside: Mapping[str, Record | Mapping[str, torch.Tensor]] | None = None,
     seed: int = 0,
     force: bool = False,
     progress: Progress = no_progress,
@@ -89,35 +101,36 @@ def save_checkpoint(
 
     Args:
         input_moments: Module name to mean squared input per channel, (in_features,) float32.
-        extra_records: File name to a record that is stored beside the others.
-        rounded: Numbers of few bits that the weights stand for.
+        beside: File name to a further record or table of tensors.
 
     Raises:
         InputError: The folder exists, or cannot be written; the weights are not finite; the plan is another model's.
     """
-    shape = model_shape(loaded.model)
+    model = loaded.model
+    shape = model_shape(model)
     planned = getattr(plan, "shape", None)
     if planned is not None and not planned.agrees_with(shape):
         raise InputError("the plan's widths are not the model's", field="plan", value=planned.ffn_widths)
     shape = shape if planned is None else shape.with_origins(planned)
-    check_finite(loaded.model, loaded.source.name)
-    dtype = storable_dtype(loaded.model, loaded.stored_dtype or loaded.model.dtype)
+    check_finite(model, loaded.source.name)
+    dtype = storable_dtype(model, loaded.stored_dtype or model.dtype)
     with atomic_directory(directory, force=force) as folder:
-        _save_model(loaded.model, folder, shape, dtype, progress)
+        save_weights(model, folder, dtype, progress=progress)
+        _save_config(model, folder, shape, str(dtype).removeprefix("torch."))
         save_tokenizer(loaded.tokenizer, folder)
         _save_license(loaded.source, folder)
-        if plan is not None:
-            write_record(folder / PLAN_FILE, plan)
-        for name, record in (extra_records or {}).items():
-            write_record(folder / name, record)
-        if rounded is not None:
-            rounded.save(folder)
-        let_go(loaded.model)
+        files = {**({} if plan is None else {PLAN_FILE: plan}), **(beside or {})}
         if input_moments is not None:
-            moments = {name: values.float().contiguous() for name, values in input_moments.items()}
-            safetensors.torch.save_file(moments, folder / _MOMENTS_FILE)
+            files[_MOMENTS_FILE] = {n: values.float().contiguous() for n, values in input_moments.items()}
+        for name, content in files.items():
+            if isinstance(content, Mapping):
+                safetensors.torch.save_file(dict(content), folder / name)
+            else:
+                write_record(folder / name, content)
+        let_go(model)
         origin = loaded.source.path
         packages = ("torch", "transformers", "tokenizers", "safetensors")
+        versions = {"phoneready": tool_version(), "python": platform.python_version()}
         info = CheckpointInfo(
             # Absolute, as whoever reads it may work elsewhere, and checkpoints are moved.
             source=replace(loaded.source, path=origin and str(Path(origin).absolute())),
@@ -125,21 +138,17 @@ def save_checkpoint(
             plan_sha256=sha256_file(folder / PLAN_FILE) if plan is not None else None,
             weights_sha256=sha256_files(safetensors_files(folder)),
             dtype=str(dtype).removeprefix("torch."),
-            versions={
-                "phoneready": tool_version(),
-                "python": platform.python_version(),
-                **{name: importlib.metadata.version(name) for name in packages},
-            },
+            versions=versions | {name: importlib.metadata.version(name) for name in packages},
             seed=seed,
         )
         write_record(folder / INFO_FILE, info)
     return info
 
 
-def _save_model(model: Any, folder: Path, shape: ModelShape, dtype: torch.dtype, progress: Progress) -> None:
+def _save_config(model: Any, folder: Path, shape: ModelShape, dtype: str) -> None:
+    """config.json, generation_config.json, and the modelling file if blocks differ."""
     native = model_class(model.config)
-    save_weights(model, folder, dtype, progress=progress)
-    model.config.architectures, model.config.dtype = [native.__name__], str(dtype).removeprefix("torch.")
+    model.config.architectures, model.config.dtype = [native.__name__], dtype
     model.config.save_pretrained(folder)
     # Not `save_pretrained`: published models have settings that contradict each other, which it refuses.
     model.generation_config.to_json_file(folder / "generation_config.json")
@@ -161,6 +170,30 @@ def _save_model(model: Any, folder: Path, shape: ModelShape, dtype: torch.dtype,
     write_json(folder / "config.json", stored)
 
 
+def portable_config(stored: dict[str, Any]) -> dict[str, Any]:
+    """A config.json's content with the rotary settings in both spellings.
+
+    transformers 5 writes `rope_parameters`; version 4 reads `rope_theta`, `rope_scaling` and, in some model types, a
+    base of sliding windows, and would silently take its defaults. Raises InputError for a base that it cannot read.
+    """
+    row, rope = FAMILIES[stored["model_type"]], stored.get("rope_parameters")
+    if row.release > 4 or not isinstance(rope, dict):
+        return dict(stored)
+    portable = dict(stored)
+    of_windows, rope = rope.get(WINDOWED), dict(rope.get(FULL, rope))
+    theta = rope.pop("rope_theta", None)
+    if isinstance(of_windows, dict):
+        setting, base = row.window_rope_setting, of_windows["rope_theta"]
+        if not setting and base != theta:
+            problem = "transformers 4 has one base for all blocks"
+            raise InputError(problem, field="rope_theta", value=base, allowed=str(theta))
+        portable |= {setting: base} if setting else {}
+    if theta is not None:
+        portable["rope_theta"] = theta
+    portable["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    return portable
+
+
 def _is_stated(shape: ModelShape, settings: Mapping[str, Any]) -> bool:
     """Whether transformers' own class builds a shape by settings that state nothing of single blocks but heads."""
     keyless = keyless_blocks(settings)
@@ -169,6 +202,42 @@ def _is_stated(shape: ModelShape, settings: Mapping[str, Any]) -> bool:
         block.has_attention and block.kv_groups == (0 if index in keyless else heads)
         for index, block in enumerate(shape.blocks)
     )
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a fast tokenizer so that AutoTokenizer of transformers 4 and 5 reads it back unchanged.
+
+    tokenizer.json is the whole truth of a fast tokenizer, so it is stored under the class that reads just that. Raises
+    InputError for a tokenizer that is not fast.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(
+            "only fast tokenizers (those with a tokenizer.json) are supported", value=type(tokenizer).__name__
+        )
+    tokenizer.save_pretrained(folder)
+    for leftover in _LEFTOVERS:
+        (folder / leftover).unlink(missing_ok=True)
+    file = folder / "tokenizer_config.json"
+    settings = {key: value for key, value in read_json(file).items() if key not in _DROPPED}
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings |= {"model_input_names": list(tokenizer.model_input_names)}
+    # Version 5 lists these under a name that version 4 expects a mapping under.
+    extra = settings.get("extra_special_tokens")
+    if isinstance(extra, list):
+        del settings["extra_special_tokens"]
+        settings["additional_special_tokens"] = extra
+    write_json(file, settings)
+
+
+def copy_notices(source: Path, folder: Path) -> None:
+    """Copy a model's licence files, but for links that would publish what lies elsewhere."""
+    whole = source.resolve()
+    inside = (whole, whole.parent.parent / "blobs")  # to which the files of the hub's cache are links
+    for file in (file for pattern in NOTICE_PATTERNS for file in source.glob(pattern) if file.is_file()):
+        if any(file.resolve().is_relative_to(place) for place in inside):
+            shutil.copyfile(file, folder / file.name)
+        else:
+            _log.warning("%s leads out of its folder, and is not copied", file)
 
 
 def _save_license(source: ModelSource, folder: Path) -> None:
@@ -187,9 +256,8 @@ def _save_license(source: ModelSource, folder: Path) -> None:
 def load_pruned(directory: Path, dtype: torch.dtype | None = None, *, by_blocks: bool = False) -> Any:
     """Load a checkpoint's model in eval mode, without running code from the folder.
 
-    The folder was written by `save_checkpoint`, or by `save_pretrained` of a model loaded from one. `by_blocks`: its
-    weights, of one dtype, stay in their files, see `cfsp.models.offload`. Raises InputError for one that is damaged, or
-    whose shape, plan and weights disagree.
+    `save_checkpoint` wrote the folder, or `save_pretrained` of a model loaded from one. `by_blocks`: weights, of one
+    dtype, are offloaded to their files. Raises InputError if it is damaged, or shape, plan and weights disagree.
     """
     where, file = str(directory), directory / "config.json"
     settings = read_model_config(directory)
@@ -215,33 +283,28 @@ def load_pruned(directory: Path, dtype: torch.dtype | None = None, *, by_blocks:
     model.config.__dict__.pop("auto_map", None)
     check_finite(model, where)
     let_go(model)
-    if is_pruned_checkpoint(directory):
-        _check_records(directory, model_shape(model))
+    if is_pruned_checkpoint(directory):  # the info and the plan must be about these weights
+        info, plan, shape = read_checkpoint_info(directory), directory / PLAN_FILE, model_shape(model)
+        if not info.shape.agrees_with(shape):
+            told = info.shape.ffn_widths if info.shape.ffn_widths != shape.ffn_widths else info.shape
+            raise InputError(f"{directory / INFO_FILE} disagrees with the weights", field="shape", value=told)
+        if info.plan_sha256 is not None and not plan.is_file():
+            raise InputError(f"{plan} is missing, though {INFO_FILE} names it")
+        if info.plan_sha256 is not None and sha256_file(plan) != info.plan_sha256:
+            raise InputError(
+                f"{plan} is not the plan that these weights were made with (its SHA-256 differs)"
+            )
     model.generation_config = read_generation_config(directory) or model.generation_config
     return model
 
 
 def open_pruned(directory: Path, device: torch.device | str = CPU, keeping: Keeping = WHOLE) -> Any:
-    """`load_pruned`, with weights that are kept in a way, on a device; raises InputError if that cannot hold it."""
+    """`load_pruned` on a device, its weights kept in a way; raises InputError if the device cannot hold it."""
     has_narrow = uniform_dtype(safetensors_files(directory)) in NARROW.values()
     instead = OR_NARROW if keeping.is_whole and has_narrow else CPU.type
     model = load_pruned(directory, keeping.dtype, by_blocks=keeping.in_files)
     model = placed(model, device, instead=instead)
     return model if keeping.is_whole or keeping.in_files else held_model(model)
-
-
-def _check_records(directory: Path, shape: ModelShape) -> None:
-    """The info and the plan must be about these weights."""
-    info, plan = read_checkpoint_info(directory), directory / PLAN_FILE
-    if not info.shape.agrees_with(shape):
-        stated = info.shape.ffn_widths if info.shape.ffn_widths != shape.ffn_widths else info.shape
-        raise InputError(f"{directory / INFO_FILE} disagrees with the weights", field="shape", value=stated)
-    if info.plan_sha256 is None:
-        return
-    if not plan.is_file():
-        raise InputError(f"{plan} is missing, though {INFO_FILE} names it")
-    if sha256_file(plan) != info.plan_sha256:
-        raise InputError(f"{plan} is not the plan that these weights were made with (its SHA-256 differs)")
 
 
 def is_pruned_checkpoint(directory: Path) -> bool:
@@ -272,9 +335,6 @@ def per_layer_class(config: Any) -> Any:
     """The class in remote_code/ that builds this configuration's model with blocks that differ."""
     name = f"Pruned{model_class(config).__name__}"
     if (found := getattr(modeling_pruned, name, None)) is None:
-        raise InputError(
-            f"transformers has no class of which {name} could be made",
-            field="model_type",
-            value=config.model_type,
-        )
+        problem = f"transformers has no class of which {name} could be made"
+        raise InputError(problem, field="model_type", value=config.model_type)
     return found

@@ -1,6 +1,6 @@
-"""config.json and the other settings of a model folder, checked before transformers or llama.cpp sees them.
+"""config.json and other settings of a model folder, checked before transformers or llama.cpp sees them.
 
-Either library takes some values on trust and then divides by zero, allocates without end, or aborts the process.
+Both take some values on trust, and then divide by zero, allocate without end, or abort the process.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from cfsp.models.shape import BlockShape, ModelShape
 from cfsp.reading import as_input_error, parse_json, read_bytes, read_json_object
 from cfsp.validation import Kinds, check_kinds, kinds
 
-MAX_LAYERS = 512
-"""As many as llama.cpp reads; more is no model but an attempt to fill the memory."""
-LayerCount = Annotated[int, Field(ge=1, le=MAX_LAYERS)]
+LayerCount = Annotated[int, Field(ge=1, le=512)]
+"""llama.cpp reads no more."""
 ContextLength = Annotated[int, Field(ge=1, lt=2**31)]
 Epsilon = Annotated[float, Field(gt=0, le=1)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -106,18 +105,18 @@ _OF_THE_WHOLE = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"),
     *("dtype", "torch_dtype", "quantization_config"),
 )
-"""Settings that stand beside the parts of a folder where its text part does not say them."""
+"""Settings of a multimodal folder that its text part need not repeat."""
 _MOST_GROWTH = 100
 BlockSettings = Mapping[int, Mapping[str, Any]]
 """Index of a block -> the settings in which it differs."""
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder, or what it says of the text part, all keys that matter to us of sound kind and size.
+    """config.json of a folder, or what it says of the text part; all keys that matter to us are checked.
 
     Raises:
-        InputError: Missing or malformed, an adapter beside it, an architecture that has no row, quantized weights, or
-            values that are of the wrong kind, out of range, or do not fit together; all are named.
+        InputError: Missing or malformed, an adapter, an unknown architecture, quantized weights, or values of the wrong
+            kind, out of range, or contradictory; all are named.
     """
     file, where = folder / "config.json", str(folder / "config.json")
     if (folder / "adapter_config.json").is_file():
@@ -152,13 +151,16 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         of_kinds = {n for n, part in stated.items() if n.endswith("_attention") and isinstance(part, dict)}
         for part in ({n: stated[n] for n in stated.keys() - of_kinds}, *(stated[n] for n in of_kinds)):
             check_kinds(part, _ROPE, f"{where}: {key}")
-    if isinstance(row, Family):
-        _refuse(settings, row, where)
+    release, refused = (row.release, row.refused) if isinstance(row, Family) else (0, {})
+    if isinstance(row, Family) and row.has_window_rope and settings.get("sliding_window", 1) is None:
+        raise InputError(f"{where}: transformers needs one for {model_type}", field="sliding_window")
+    for key, reason in refused.items():
+        if settings.get(key):
+            raise InputError(f"{where}: unsupported, with {reason}", field=key, value=settings[key])
     if (cap := settings.get("final_logit_softcapping")) and not getattr(row, "cap_setting", ""):
         raise InputError(f"{where}: unsupported in {model_type}", field="final_logit_softcapping", value=cap)
     import transformers
 
-    release = row.release if isinstance(row, Family) else 0
     if model_type not in transformers.CONFIG_MAPPING or int(transformers.__version__.split(".")[0]) < release:
         raise InputError(
             f"{where}: transformers {transformers.__version__} does not know it as it is read here",
@@ -174,24 +176,11 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _refuse(settings: Mapping[str, Any], row: Family, where: str) -> None:
-    """Raise InputError for a model of a known type with something that its row has no place for."""
-    if row.has_window_rope and settings.get("sliding_window", 1) is None:
-        raise InputError(
-            f"{where}: transformers needs one for {row.model_type}", field="sliding_window", value=None
-        )
-    for key, reason in row.refused.items():
-        if settings.get(key):
-            raise InputError(f"{where}: unsupported, with {reason}", field=key, value=settings[key])
-
-
 def dense_settings(settings: Mapping[str, Any], where: str) -> tuple[dict[str, Any], BlockSettings]:
     """Settings that transformers builds a dense model by, and what is stated of single blocks besides.
 
-    Some model types have heads of unlike sizes, which transformers states under `per_layer_config`, too.
-
-    Raises:
-        InputError: A malformed `per_layer_config`.
+    Some model types have heads of unlike sizes, which transformers states under `per_layer_config`, too. Raises
+    InputError if that is malformed.
     """
     row = FAMILIES.get(settings.get("model_type", ""))
     native = ("head_dim",) if row and row.own_heads else ()
@@ -209,7 +198,7 @@ def dense_settings(settings: Mapping[str, Any], where: str) -> tuple[dict[str, A
 
 
 def check_generation_config(folder: Path) -> bool:
-    """Whether a folder has a generation_config.json; raises InputError where transformers cannot be given it."""
+    """Whether a folder has a generation_config.json; raises InputError for an unsound one."""
     file = folder / "generation_config.json"
     if not file.is_file():
         return False
@@ -218,13 +207,30 @@ def check_generation_config(folder: Path) -> bool:
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Raise InputError where a folder's tokenizer, or what lies beside it, would harm the libraries that read it."""
+    """Raise InputError if a folder's tokenizer, or settings beside it, would harm the libraries that read it."""
     file = folder / "tokenizer.json"
     content = read_bytes(file) if file.is_file() else b""
     large = re.search(rb":\s*[0-9]{8}", content)
     if large or b'"Replace"' in content or b'"Precompiled"' in content:
         state = parse_json(content, str(file))
-        _check_normalizer(state.get("normalizer") if isinstance(state, dict) else None, str(file))
+        # Replacements that blow a text up, and a table of characters at which tokenizers would panic.
+        growth, parts = 1, [state.get("normalizer") if isinstance(state, dict) else None]
+        while parts:
+            part = parts.pop()
+            if isinstance(part, list):
+                parts += part
+            if not isinstance(part, dict):
+                continue
+            parts += part.values()
+            if part.get("type") == "Replace" and isinstance(part.get("content"), str):
+                growth *= max(1, len(part["content"]))
+            if part.get("type") == "Precompiled":
+                with as_input_error(f"{file}: the normalizer's precompiled_charsmap is damaged"):
+                    table = base64.b64decode(part["precompiled_charsmap"], validate=True)
+                    (size,) = struct.unpack_from(f"<I{struct.unpack_from('<I', table)[0]}x", table)
+                    table[4 + size :].decode("utf-8")
+        if growth > _MOST_GROWTH:
+            raise InputError(f"{file}: the normalizer makes a text up to {growth} times as long")
         model = state.get("model") if isinstance(state, dict) else None
         vocabulary = model.get("vocab") if isinstance(model, dict) else None
         ids = vocabulary.values() if large and isinstance(vocabulary, dict) else ()
@@ -237,10 +243,7 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def shape_from_config(config: Mapping[str, Any], given: BlockSettings, where: str) -> ModelShape:
-    """The shape that a config.json states, `given` of single blocks by `dense_settings`.
-
-    Raises InputError for a block that does not exist, or a key that no block can have of its own.
-    """
+    """The shape that a config.json states, `given` of single blocks by `dense_settings`; raises InputError."""
     count = config["num_hidden_layers"]
     if any(not 0 <= index < count for index in given):
         raise InputError(
@@ -257,38 +260,14 @@ def shape_from_config(config: Mapping[str, Any], given: BlockSettings, where: st
         }
         unknown = sorted(own.keys() - _PER_BLOCK_KINDS.keys())
         if unknown:
-            raise InputError(
-                f"{where}: per_layer_config of block {index}",
-                field=unknown[0],
-                value=own[unknown[0]],
-                allowed=f"the same in all blocks; only {', '.join(_PER_BLOCK_KINDS)} may differ",
-            )
+            allowed = f"the same in all blocks; only {', '.join(_PER_BLOCK_KINDS)} may differ"
+            problem, key = f"{where}: per_layer_config of block {index}", unknown[0]
+            raise InputError(problem, field=key, value=own[key], allowed=allowed)
         check_kinds(own, _PER_BLOCK_KINDS, f"{where}: malformed per_layer_config: block {index}")
         block = BlockShape(index, **{ours: (plain | own)[key] for key, ours in _PER_BLOCK.items()})
         block = replace(block, kv_groups=0) if index in keyless else block
         blocks.append(replace(block, kv_groups=0, has_attention=False) if "skip" in own else block)
     return ModelShape(config["vocab_size"], tuple(blocks))
-
-
-def _check_normalizer(normalizer: Any, where: str) -> None:
-    """Refuse replacements that blow a text up, and a table of characters that tokenizers would panic at."""
-    growth, parts = 1, [normalizer]
-    while parts:
-        part = parts.pop()
-        if isinstance(part, list):
-            parts += part
-        if not isinstance(part, dict):
-            continue
-        parts += part.values()
-        if part.get("type") == "Replace" and isinstance(part.get("content"), str):
-            growth *= max(1, len(part["content"]))
-        if part.get("type") == "Precompiled":
-            with as_input_error(f"{where}: the normalizer's precompiled_charsmap is damaged"):
-                table = base64.b64decode(part["precompiled_charsmap"], validate=True)
-                (size,) = struct.unpack_from(f"<I{struct.unpack_from('<I', table)[0]}x", table)
-                table[4 + size :].decode("utf-8")
-    if growth > _MOST_GROWTH:
-        raise InputError(f"{where}: the normalizer makes a text up to {growth} times as long")
 
 
 def _contradictions(settings: Mapping[str, Any], row: Family | Fold) -> Iterator[str]:
@@ -311,8 +290,15 @@ def _contradictions(settings: Mapping[str, Any], row: Family | Fold) -> Iterator
         # transformers reads no further in the second than there are blocks.
         if layers and count != layers and (key != "no_rope_layers" or count < layers):
             yield f"{key} has {count} entries for {layers} blocks"
-    if heads and hidden:
-        yield from _misshapen_ropes(settings, head_dim or hidden // heads)
+    for key in ("rope_parameters", "rope_scaling") if heads and hidden else ():
+        rope, width = said(key) or {}, head_dim or settings["hidden_size"] // settings["num_attention_heads"]
+        share = rope.get("partial_rotary_factor") or said("partial_rotary_factor") or 1.0
+        turned = int(width * share)
+        if turned < 2 or turned % 2:
+            yield f"partial_rotary_factor {share} of head_dim {width} is no even number"
+        for name in ("short_factor", "long_factor"):
+            if rope.get(name) is not None and len(rope[name]) != turned // 2:
+                yield f"{name} has {len(rope[name])} entries for {turned // 2} frequencies"
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids: list[Any] = settings[key] if isinstance(said(key), list) else [said(key, -1)]
         if vocabulary is not None and None not in ids and max(ids, default=-1) >= vocabulary:
@@ -325,15 +311,3 @@ def _contradictions(settings: Mapping[str, Any], row: Family | Fold) -> Iterator
         sharing = said(shared.count_setting) or 0
         if sharing and layers and sharing >= layers:
             yield f"{shared.count_setting} {sharing} leaves none of {layers} blocks to read from"
-
-
-def _misshapen_ropes(settings: Mapping[str, Any], head_dim: int) -> Iterator[str]:
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = settings.get(key) or {}
-        share = rope.get("partial_rotary_factor") or settings.get("partial_rotary_factor") or 1.0
-        turned = int(head_dim * share)
-        if turned < 2 or turned % 2:
-            yield f"partial_rotary_factor {share} of head_dim {head_dim} is no even number"
-        for name in ("short_factor", "long_factor"):
-            if rope.get(name) is not None and len(rope[name]) != turned // 2:
-                yield f"{name} has {len(rope[name])} entries for {turned // 2} frequencies"

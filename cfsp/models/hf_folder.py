@@ -1,13 +1,13 @@
-"""Loading models and tokenizers from Hugging Face folders, with every failure told in one line.
+"""Loading models and tokenizers from Hugging Face folders.
 
-Of a folder that can see or hear as well the text part is loaded, a model type of its own. What encodes images stays
-where it is. Pruning keeps hidden_size, so what an image is turned into (a `mmproj` file, in llama.cpp) still fits.
+Of a multimodal folder the text part is loaded, a model type of its own. Pruning keeps hidden_size, so what an image is
+turned into (a `mmproj` file, in llama.cpp) still fits.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,8 @@ def load_folder(
 ) -> Any:
     """The model of a folder, in eval mode; a pruned checkpoint is loaded without running its code.
 
-    `by_blocks`: its weights stay in its files, see `cfsp.models.offload`. Raises InputError for a folder that is
-    incomplete, damaged, of an unsupported kind, or holds only pickled weights.
+    `by_blocks`: offloaded to its files. Raises InputError for a folder that is incomplete, damaged, of an unsupported
+    kind, or holds only pickled weights.
     """
     settings = read_model_config(folder)
     files, where = safetensors_files(folder), str(folder)
@@ -77,7 +77,22 @@ def load_folder(
         return load_pruned(folder, dtype, by_blocks=by_blocks)
     check_generation_config(folder)
     if is_text_part(folder):
-        model = _load_text_part(folder, settings, files, dtype)
+        config, weights = config_from_settings(settings, where), dict[str, torch.Tensor]()
+        check_memory(weight_count(files, tied=bool(config.tie_word_embeddings)), dtype, where)
+        for file in files:
+            with as_input_error(f"{file} is damaged or cut short"), safetensors.safe_open(file, "pt") as one:
+                names = text_names(folder, one.keys())
+                weights |= {ours: one.get_tensor(name).to(dtype) for name, ours in names.items()}
+        if settings.get("tie_word_embeddings") is None and OUTPUT_MATRIX not in weights:
+            config.tie_word_embeddings = True
+        if config.tie_word_embeddings:
+            weights.pop(OUTPUT_MATRIX, None)
+        if not weights:
+            raise InputError(f"{folder} holds no weights of a {settings['model_type']} model")
+        # Of a type that is folded into another one there is no row, and no `model_class`.
+        builder = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model = model_from_weights(config, weights, dtype=dtype, where=where, cls=builder)
+        model.generation_config = read_generation_config(folder) or model.generation_config
         return folded(model, where) if fold_of(settings) else model
     with quiet_transformers(), as_input_error(f"{folder / 'config.json'} cannot be used"):
         config = transformers.AutoConfig.from_pretrained(
@@ -108,29 +123,6 @@ def config_from_settings(settings: Mapping[str, Any], where: str) -> Any:
     """transformers configuration of `read_model_config`'s settings; raises InputError that names `where`."""
     with as_input_error(f"{where}/config.json is not a valid config"):
         return transformers.AutoConfig.for_model(**settings)
-
-
-def _load_text_part(
-    folder: Path, settings: Mapping[str, Any], files: Sequence[Path], dtype: torch.dtype
-) -> Any:
-    config = config_from_settings(settings, str(folder))
-    weights: dict[str, torch.Tensor] = {}
-    check_memory(weight_count(files, tied=bool(config.tie_word_embeddings)), dtype, str(folder))
-    for file in files:
-        with as_input_error(f"{file} is damaged or cut short"), safetensors.safe_open(file, "pt") as handle:
-            names = text_names(folder, handle.keys())
-            weights |= {ours: handle.get_tensor(name).to(dtype) for name, ours in names.items()}
-    if settings.get("tie_word_embeddings") is None and OUTPUT_MATRIX not in weights:
-        config.tie_word_embeddings = True
-    if config.tie_word_embeddings:
-        weights.pop(OUTPUT_MATRIX, None)
-    if not weights:
-        raise InputError(f"{folder} holds no weights of a {settings['model_type']} model")
-    # Of a type that is folded into another one there is no row, and no `model_class`.
-    builder = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model = model_from_weights(config, weights, dtype=dtype, where=str(folder), cls=builder)
-    model.generation_config = read_generation_config(folder) or model.generation_config
-    return model
 
 
 def is_text_part(folder: Path) -> bool:
@@ -188,12 +180,9 @@ def folded(model: Any, where: str) -> Any:
 
 
 def keeping_of_folder(folder: Path, asked: str = AUTO) -> Keeping:
-    """How a folder's weights are kept where it may be in other ways than whole; see `keeping_of`.
+    """`keeping_of` a folder's weights; text parts, and what is folded into another type, do not stay in files.
 
-    What is folded into the weights of another type, and the text part of a larger model, does not stay in files.
-
-    Raises:
-        InputError: The folder is incomplete, damaged, or of an unsupported kind.
+    Raises InputError for a folder that is incomplete, damaged, or of an unsupported kind.
     """
     settings = read_model_config(folder)
     keeping = keeping_of_files(folder, asked)
@@ -208,13 +197,10 @@ def _has_own_shape(folder: Path, settings: Mapping[str, Any]) -> bool:
 
 
 def load_folder_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The fast tokenizer of a folder.
+    """The fast tokenizer of a folder; raises InputError if there is none that can be read without the folder's code.
 
     tokenizer.json is read as it stands: the class that AutoTokenizer would choose by model type may replace
     what the file says about splitting.
-
-    Raises:
-        InputError: No tokenizer, a damaged one, one without a fast form, or one that only code of the folder reads.
     """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise InputError(f"{folder} has no tokenizer", allowed=f"one of {', '.join(_TOKENIZER_FILES)} in it")
@@ -252,26 +238,14 @@ def folder_source(folder: Path, source: ModelSource) -> ModelSource:
     completed = replace(source, sha256=sha256_files(safetensors_files(folder)))
     if is_pruned_checkpoint(folder):
         dense = read_checkpoint_info(folder).source
-        return replace(
-            completed,
-            name=dense.name,
-            license=dense.license,
-            base_model=dense.base_model,
-            made_from=dense.sha256,
-        )
-    card = _model_card(folder)
+        completed = replace(completed, name=dense.name, made_from=dense.sha256)
+        return replace(completed, license=dense.license, base_model=dense.base_model)
+    card, file = {}, folder / "README.md"
+    if file.is_file():  # top-level `key: value` lines, and one-item lists, of the front matter
+        with file.open(encoding="utf-8", errors="replace") as stream:
+            head = re.match(r"---\n(.*?)\n---", stream.read(_CARD_CHARACTERS), re.DOTALL)
+        line = r"^(\w+):[ \t]*(?:\n[ \t]*-[ \t]*)?([^\s#][^\n]*)$"
+        pairs = re.findall(line, head[1] if head else "", re.MULTILINE)
+        card = {key: value.strip().strip("'\"") for key, value in pairs}
     base_model = card.get("base_model") or (source.reference if source.kind == "hub" else None)
     return replace(completed, license=card.get("license"), base_model=base_model)
-
-
-def _model_card(folder: Path) -> dict[str, str]:
-    """Top-level `key: value` lines, and one-item lists, of README.md's front matter."""
-    file = folder / "README.md"
-    if not file.is_file():
-        return {}
-    with file.open(encoding="utf-8", errors="replace") as stream:
-        head = re.match(r"---\n(.*?)\n---", stream.read(_CARD_CHARACTERS), re.DOTALL)
-    pairs = re.findall(
-        r"^(\w+):[ \t]*(?:\n[ \t]*-[ \t]*)?([^\s#][^\n]*)$", head[1] if head else "", re.MULTILINE
-    )
-    return {key: value.strip().strip("'\"") for key, value in pairs}

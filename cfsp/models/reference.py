@@ -23,10 +23,10 @@ from cfsp.devices import CPU, OR_NARROW, placed
 from cfsp.errors import InputError
 from cfsp.files import sha256_file, short_name
 from cfsp.models.builtin import BUILTIN_MODELS, fetch_builtin
+from cfsp.models.checkpoint import NOTICE_PATTERNS
 from cfsp.models.config_file import read_model_config
 from cfsp.models.families import fold_of
-from cfsp.models.folder_format import NOTICE_PATTERNS
-from cfsp.models.gguf_file import GGUFFile, read_gguf
+from cfsp.models.gguf_file import read_gguf
 from cfsp.models.gguf_model import keeping_of_gguf, model_from_gguf, tying_note
 from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
 from cfsp.models.hf_folder import (
@@ -73,8 +73,7 @@ def load_model(
         dtype: Of the weights while they are not at hand, a name in `cfsp.precision.DTYPES`: bfloat16 and float16 round
             them, and keep 16 bits in memory; they are float32 while something computes with them.
         trust_remote_code: Let transformers run code that a folder or hub model brings along.
-        may_stream: Whether weights that take too much memory may stay in files, or in 16 bits that they have; see
-            `cfsp.models.offload`.
+        may_stream: Whether weights that take too much memory may be offloaded (`cfsp.models.offload`).
 
     Raises:
         InputError: The reference leads nowhere, or what it leads to cannot be used.
@@ -94,7 +93,17 @@ def load_model(
         file = read_gguf(path)
         tokenizer, keeping = tokenizer_from_gguf(file), chosen(partial(keeping_of_gguf, file))
         model = model_from_gguf(file, dtype=keeping.dtype, by_blocks=keeping.in_files, progress=progress)
-        source = replace(_complete_from_gguf(source, file), tied=tying_note(file, model.config))
+        said = file.metadata.get
+        base = said("general.base_model.0.name") or said("general.name")
+        owner = said("general.base_model.0.organization") or said("general.organization")
+        source = replace(
+            source,
+            sha256=source.sha256 or sha256_file(path),
+            license=said("general.license"),
+            base_model=source.base_model or (f"{owner}/{base}" if owner and base else base),
+            made_from=said("phoneready.source_sha256"),
+            tied=tying_note(file, model.config),
+        )
         if source.tied:
             _log.warning("%s: %s", path, source.tied)
     else:
@@ -159,41 +168,18 @@ def find_model(
         return ModelSource(text, "gguf", short_name(path.stem), str(path))
     hub = _REFERENCE.fullmatch(text)
     if hub is None or path.suffix == ".gguf":
-        known = ", ".join(BUILTIN_MODELS)
-        raise InputError(
-            "no such model",
-            field="model",
-            value=text,
-            allowed=f"a folder, a .gguf file, OWNER/NAME on the hub, or built in: {known}",
-        )
-    name = hub["name"]
-    folder = _fetch_from_hub(
-        name, hub["revision"], tokenizer_only=tokenizer_only, code=code, progress=progress
-    )
-    return ModelSource(text, "hub", name.rpartition("/")[2], str(folder), revision=folder.name)
-
-
-def _fetch_from_hub(
-    name: str,
-    revision: str | None,
-    *,
-    tokenizer_only: bool,
-    code: bool,
-    progress: Progress,
-) -> Path:
-    """Folder of a hub model in the hub client's cache; config.json is fetched and judged before the weights.
-
-    `code`: its own Python files are fetched, too, which nothing runs unless they are trusted.
-    """
+        known = f"a folder, a .gguf file, OWNER/NAME on the hub, or built in: {', '.join(BUILTIN_MODELS)}"
+        raise InputError("no such model", field="model", value=text, allowed=known)
     import huggingface_hub
 
+    name = hub["name"]
     progress(f"fetching {name}", 0, 1)
     patterns = [*_TOKENIZER_PATTERNS, *(() if tokenizer_only else _MODEL_PATTERNS)]
     patterns += ["*.py"] if code else []
     try:
         with quiet_transformers():
-            config = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
-            read_model_config(Path(config).parent)
+            config = huggingface_hub.hf_hub_download(name, "config.json", revision=hub["revision"])
+            read_model_config(Path(config).parent)  # judged before the weights are fetched
             commit = Path(config).parent.name
             fetch = partial(huggingface_hub.snapshot_download, name, revision=commit, ignore_patterns=["*/*"])
             folder = Path(fetch(allow_patterns=["config.json", *patterns]))
@@ -209,19 +195,4 @@ def _fetch_from_hub(
             allowed="a folder, a .gguf file, or a hub model that can be reached",
         ) from error
     progress(f"fetching {name}", 1, 1)
-    return folder
-
-
-def _complete_from_gguf(source: ModelSource, file: GGUFFile) -> ModelSource:
-    """Hash, licence and origin, the latter two as the file states them."""
-    stated = file.metadata.get
-    base = stated("general.base_model.0.name") or stated("general.name")
-    owner = stated("general.base_model.0.organization") or stated("general.organization")
-    base_model = f"{owner}/{base}" if owner and base else base
-    return replace(
-        source,
-        sha256=source.sha256 or sha256_file(file.path),
-        license=stated("general.license"),
-        base_model=source.base_model or base_model,
-        made_from=stated("phoneready.source_sha256"),
-    )
+    return ModelSource(text, "hub", name.rpartition("/")[2], str(folder), revision=folder.name)

@@ -1,7 +1,7 @@
-"""Numbers of few bits that a checkpoint's weights stand for, where training has gone through their rounding.
+"""Numbers of few bits that a checkpoint's weights stand for after training through their rounding (QAT).
 
-Beside the weights lies what a file of one format holds of them, tensor by tensor as that format stores it, so that an
-export writes these very numbers. Whoever reads the weights alone reads what they stand for.
+Beside the weights lies what a file of one format holds, tensor by tensor as that format stores it, so that an export
+writes these very numbers.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import safetensors.torch
 import torch
 
 from cfsp.models.weights import read_safetensors
-from cfsp.records import read_record, write_record
+from cfsp.records import Record, read_record
 
 _RECORD, _TENSORS = "rounded.json", "rounded.safetensors"
 
@@ -29,23 +28,21 @@ class RoundedFormat:
 
     format: str  # what export calls it
     types: dict[str, str]  # tensor of a GGUF file, or layer of an ONNX variant -> how it is stored
-    # Nats a token that the types cost, as predicted when they were chosen; None where they were not.
-    predicted_loss: float | None
+    predicted_loss: float | None  # nats a token that the types cost, if they were chosen by that
 
 
 @dataclass(frozen=True)
 class RoundedNumbers:
     """A file's matrices."""
 
-    format: RoundedFormat  # what they are
-    # Name -> what is stored: of a GGUF file a matrix's bytes, (rows, bytes of a row) uint8; of an ONNX variant a
-    # layer's numbers and scales, as `exporters.onnx.matrix.Rounded` has them.
+    format: RoundedFormat
+    # Name -> a GGUF matrix's bytes, (rows, bytes of a row) uint8; or an ONNX layer's numbers and scales.
     tensors: Mapping[str, torch.Tensor]
 
-    def save(self, folder: Path) -> None:
-        """Write them into a folder that appears in one piece."""
-        safetensors.torch.save_file(dict(self.tensors), folder / _TENSORS)
-        write_record(folder / _RECORD, self.format)
+    @property
+    def files(self) -> dict[str, Record | Mapping[str, torch.Tensor]]:
+        """For `save_checkpoint`, beside the weights."""
+        return {_RECORD: self.format, _TENSORS: self.tensors}
 
 
 def read_rounded_format(folder: Path) -> RoundedFormat | None:

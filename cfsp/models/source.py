@@ -23,12 +23,9 @@ class ModelSource:
     sha256: str | None = None  # of the GGUF file, or of the folder's safetensors files in order of name
     license: str | None = None  # identifier such as "apache-2.0", as the source states it
     base_model: str | None = None  # the model that this one is made from, as the source states it
-    # Hash of the dense model's weights, of a checkpoint or a file that states it.
-    made_from: str | None = None
-    # Where a file's output matrix was found to be its embedding in other bits, what was done.
-    tied: str | None = None
-    # Bfloat16 or float16, where its weights were rounded to that when they were read.
-    rounded: Annotated[str | None, WhereSet] = None
+    made_from: str | None = None  # hash of the dense model's weights, if a checkpoint or file states it
+    tied: str | None = None  # what was done with an output matrix that is the embedding in other bits
+    rounded: Annotated[str | None, WhereSet] = None  # to bfloat16 or float16 when it was read
 
     @property
     def again(self) -> str:
@@ -43,6 +40,5 @@ class LoadedModel:
 
     model: Any  # in eval mode
     tokenizer: Any  # a transformers fast tokenizer
-    source: ModelSource  # its origin
-    # In which its weights are stored, there and in what is made of it; None where that is the model's.
-    stored_dtype: torch.dtype | None = None
+    source: ModelSource
+    stored_dtype: torch.dtype | None = None  # of its files, and of what is made of it; None: the model's

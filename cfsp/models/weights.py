@@ -1,4 +1,4 @@
-"""Building transformers models from tensors, and reading safetensors, with every failure told in one line."""
+"""Building transformers models from tensors, and reading and writing safetensors."""
 
 from __future__ import annotations
 
@@ -54,10 +54,7 @@ def model_class(config: Any) -> Any:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers and the hub's client from drawing bars and from logging anything but errors.
-
-    Those are told our way, and of the client's attempts the last one's.
-    """
+    """Keep transformers and the hub's client from drawing bars and from logging anything but errors."""
     logs, client = transformers.utils.logging, huggingface_hub.utils.logging
     with ExitStack() as stack:
         for library in (logs, client):
@@ -72,10 +69,7 @@ def quiet_transformers() -> Iterator[None]:
 def model_from_weights(
     config: Any, weights: Mapping[str, torch.Tensor], *, dtype: torch.dtype, where: str, cls: Any = None
 ) -> Any:
-    """A causal LM in eval mode with the given weights, all of them and no others.
-
-    Raises InputError: tensors are missing, unknown, or of the wrong shape.
-    """
+    """A causal LM in eval mode with these weights; raises InputError if some are missing, unknown or misshapen."""
     builder = cls or model_class(config)
     check_size(config, sum(tensor.numel() for tensor in weights.values()), where, cls=builder)
     with quiet_transformers(), as_input_error(f"{where}: the weights do not fit the configuration"):
@@ -92,10 +86,9 @@ def model_from_weights(
 
 
 def check_size(config: Any, n_stored: int, where: str, *, cls: Any = None) -> None:
-    """Refuse a configuration of a far larger model than is stored: transformers would make all that is missing.
+    """Raise InputError for a configuration of more than twice the weights that are stored.
 
-    Sizes that its file leaves out are those of the library's default model. Raises InputError for one that states more
-    than twice as many weights.
+    transformers would make all that is missing, and takes sizes that are not stated from its default model.
     """
     with quiet_transformers(), torch.device("meta"), as_input_error(f"{where} cannot be used"):
         model = (cls or transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])(config)
@@ -115,10 +108,7 @@ def check_memory(n_weights: int, dtype: torch.dtype, where: str) -> None:
 
 
 def uniform_dtype(files: Iterable[Path]) -> torch.dtype | None:
-    """In which all tensors of safetensors files are stored; None where they differ, or are no plain numbers.
-
-    Raises InputError: a file is damaged.
-    """
+    """The dtype of all tensors of safetensors files; None if they differ, or are no plain numbers."""
     kinds = set()
     for file in files:
         with as_input_error(f"{file} is damaged or cut short"), safetensors.safe_open(file, "pt") as opened:
@@ -127,10 +117,7 @@ def uniform_dtype(files: Iterable[Path]) -> torch.dtype | None:
 
 
 def weight_count(files: Iterable[Path], *, tied: bool) -> int:
-    """Weights in safetensors files, by their heads; of tied ones the output matrix counts for nothing.
-
-    Raises InputError: a file is damaged.
-    """
+    """Weights in safetensors files, by their headers; of tied ones without the output matrix."""
     total = 0
     for file in files:
         with as_input_error(f"{file} is damaged or cut short"), safetensors.safe_open(file, "pt") as handle:
@@ -140,7 +127,7 @@ def weight_count(files: Iterable[Path], *, tied: bool) -> int:
 
 
 def check_loading(report: Mapping[str, Iterable[Any]], where: str) -> None:
-    """Raise InputError where transformers reports missing, unknown or misshapen tensors."""
+    """Raise InputError if transformers reports missing, unknown or misshapen tensors."""
     for key, what in (
         ("mismatched_keys", "tensors of the wrong shape"),
         ("missing_keys", "missing tensors"),
@@ -155,19 +142,18 @@ def check_loading(report: Mapping[str, Iterable[Any]], where: str) -> None:
 
 
 def check_finite(model: Any, where: str) -> None:
-    """Raise InputError where a weight is NaN or infinite, naming the tensor."""
+    """Raise InputError if a weight is NaN or infinite, naming the tensor."""
     for name, parameter in model.named_parameters():
         if not all(bool(torch.isfinite(piece).all()) for piece in _pieces(parameter)):
+            narrow = parameter.dtype == torch.float16
             raise InputError(
                 f"{where}: the weights of {name} are not all finite (NaN or infinity)",
-                allowed="bfloat16: float16 holds none above 65504"
-                if parameter.dtype == torch.float16
-                else "",
+                allowed="bfloat16: float16 holds none above 65504" if narrow else "",
             )
 
 
 def storable_dtype(model: Any, dtype: torch.dtype) -> torch.dtype:
-    """The dtype, or float32 where that is float16 and a number of the model is too large for it."""
+    """The dtype, or float32 if that is float16 and a number of the model is too large for it."""
     if dtype == torch.float16:
         largest = torch.finfo(dtype).max
         for name, parameter in model.named_parameters():
@@ -178,7 +164,7 @@ def storable_dtype(model: Any, dtype: torch.dtype) -> torch.dtype:
 
 
 def save_weights(model: Any, folder: Path, dtype: torch.dtype, *, progress: Progress = no_progress) -> None:
-    """Write a model's weights in a dtype, each once, in shards as Hugging Face names them; at most one is held."""
+    """Write a model's weights in a dtype, in shards as Hugging Face names them; at most one is held."""
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     stored = model.state_dict().keys()
     # Numbers that are not trained; those that are computed from the configuration are not among the stored.
@@ -196,8 +182,7 @@ def save_weights(model: Any, folder: Path, dtype: torch.dtype, *, progress: Prog
 
 
 def cast_weights(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Give all that is stored a dtype; what is computed from the configuration, such as rotary frequencies, keeps its
-    own."""
+    """Give all that is stored a dtype; what is computed, such as rotary frequencies, keeps its own."""
     for tensor in module.state_dict(keep_vars=True).values():
         if tensor.is_floating_point() and tensor.dtype != dtype:
             tensor.data = tensor.data.to(dtype)
@@ -209,10 +194,7 @@ def _pieces(parameter: torch.Tensor) -> Iterable[torch.Tensor]:
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The weight files of a Hugging Face folder, in order of name.
-
-    Raises InputError: none there (pickled weights are refused), or a shard is missing.
-    """
+    """The weight files of a Hugging Face folder, in order of name; raises InputError for pickled or missing ones."""
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
     if (folder / INDEX_FILE).is_file():
@@ -230,20 +212,20 @@ def safetensors_files(folder: Path) -> list[Path]:
 
 
 def shard_names(file: Path) -> list[str]:
-    """The files that an index names: all of them in its folder itself, and none a pickled one."""
+    """The safetensors files that an index names, all of them in its folder itself."""
     index = {"weight_map": None} | read_json_object(file)
     check_kinds(index, _INDEX, str(file))
     return sorted(set(index["weight_map"].values()))
 
 
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a file; raises InputError where it is missing, damaged or cut short."""
+    """All tensors of a file; raises InputError if it is missing or damaged."""
     with as_input_error(f"{file} is damaged or cut short"):
         return dict(safetensors.torch.load_file(file))
 
 
 def sha256_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Hex SHA-256 over names, shapes, types and bytes of tensors on the CPU."""
+    """Over names, shapes, types and bytes of tensors on the CPU."""
     digest = hashlib.sha256()
     for name, tensor in named:
         values = tensor.contiguous()
@@ -253,7 +235,7 @@ def sha256_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def sha256_files(files: Iterable[Path]) -> str:
-    """Hex SHA-256 over the bytes of several files, one after another."""
+    """Over the bytes of several files, one after another."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
@@ -263,7 +245,7 @@ def sha256_files(files: Iterable[Path]) -> str:
 
 
 def times_(name: str, tensor: torch.Tensor, factors: Mapping[str, float]) -> None:
-    """Multiply a parameter, by its name, in its place; one without a factor is left alone."""
+    """Multiply a parameter in place by its module's factor, if there is one."""
     factor = factors.get(name.split(".")[-2])
     if factor is not None:
         with torch.no_grad():

@@ -279,8 +279,7 @@ def _write(
         job.output,
         plan=inputs.plan,
         input_moments=moments,
-        extra_records={RECOVERY_FILE: record},
-        rounded=numbers,
+        beside={RECOVERY_FILE: record, **(numbers.files if numbers else {})},
         seed=job.settings.seed,
         force=job.force,
     )

@@ -22,8 +22,8 @@ from typing import Any
 from cfsp.child_process import child_environment, python_module
 from cfsp.errors import InputError
 from cfsp.files import write_json
+from cfsp.models.checkpoint import copy_notices, save_tokenizer
 from cfsp.models.config_file import PER_BLOCK_LISTS
-from cfsp.models.folder_format import copy_notices, save_tokenizer
 from cfsp.reading import one_line, read_json
 from cfsp.text.conversations import CONVERSATIONS, Conversation
 from exporters.chats import ReadChats, read_chats

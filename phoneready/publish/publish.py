@@ -15,8 +15,7 @@ import pydantic
 
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, atomic_file, write_json, write_text
-from cfsp.models.checkpoint import read_checkpoint_info
-from cfsp.models.folder_format import NOTICE_PATTERNS
+from cfsp.models.checkpoint import NOTICE_PATTERNS, read_checkpoint_info
 from cfsp.models.reference import load_tokenizer
 from cfsp.records import named_loss, read_record, write_record
 from cfsp.validation import describe_problems

@@ -201,7 +201,7 @@ def test_gradients_and_figures_are_those_of_a_model_in_memory(
             assert torch.equal(here, there) if isinstance(here, torch.Tensor) else here == there
 
 
-@pytest.mark.parametrize(("model_type", "how"), zip(["llama", *WITH_INPUTS], PUT_AWAY, strict=True))
+@pytest.mark.parametrize(("model_type", "how"), [("llama", "always"), ("gemma4_text", "bfloat16")])
 def test_weight_moments_are_those_of_a_model_in_memory(
     model_type: str, how: str, folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from cfsp.models.folder_format import copy_notices
+from cfsp.models.checkpoint import copy_notices
 from cfsp.reading import read_json
 from phoneready.__main__ import _problem
 from phoneready.main import main
