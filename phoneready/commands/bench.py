@@ -18,7 +18,7 @@ from runtime_bench.engines import ENGINES
 from runtime_bench.measuring.matrix import run_matrix
 from runtime_bench.presentation.comparison_table import format_comparison
 from runtime_bench.presentation.markup import printable
-from runtime_bench.presentation.record_table import format_sweep, format_table, speed_text
+from runtime_bench.presentation.record_table import format_table, speed_text
 from runtime_bench.presentation.table import short_names
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import against_the_first
@@ -104,8 +104,6 @@ def bench(
         )
     if output != _AS_THEY_COME:
         text = format_table(records, output)
-        if output == "md" and len(settings.n_threads) > 1:
-            text += "\n" + format_sweep(records)
         if output == "md" and len(files) > 1:
             text += "\n" + format_comparison(against_the_first(records))
         write_result(text, None, as_json=False)

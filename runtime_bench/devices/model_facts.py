@@ -25,21 +25,18 @@ _TABLE = "token_embd.weight"
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A file's sizes.
-
-    What drafts further tokens takes room, and is neither read nor run for one token after the other.
-    """
+    """A file's sizes. What drafts further tokens takes room, and is not read."""
 
     path: Path
     weight_bytes: int  # Of all tensors
-    read_bytes: int  # Of the weights that every generated token reads: all but a table that is only looked up
+    read_bytes: int  # Of the weights that every generated token reads: all but a lookup table
     n_multiplied: int  # Weights that every token is multiplied by
     bytes_by_type: Mapping[str, int]  # Stored type -> bytes of the matrices of it
     key_value_width: int  # Numbers that one token adds to the cache, over all blocks
-    hidden_size: int  # Width of the residual stream
+    hidden_size: int
     ffn_width: int  # Of the widest FFN
-    vocab_size: int  # Tokens
-    context_length: int  # Longest context that the model knows
+    vocab_size: int
+    context_length: int  # Longest that the model knows
 
 
 def gguf_facts(path: Path) -> ModelFacts:
@@ -79,7 +76,7 @@ def gguf_facts(path: Path) -> ModelFacts:
 
 
 def _key_value_width(file: GGUFFile) -> int:
-    """Numbers that one token adds to the cache: the keys and values of every block that has its own."""
+    """Numbers that one token adds to the cache, over all blocks that have keys and values of their own."""
     heads = max(_numbers(file, "attention.head_count"))
     size = max(_numbers(file, "embedding_length")) // heads
     layers = drafting_blocks(file).start
@@ -88,12 +85,14 @@ def _key_value_width(file: GGUFFile) -> int:
     windowed = file.hyperparameter("attention.sliding_window_pattern")
     windowed = windowed if isinstance(windowed, list) else [False] * layers
 
-    def of_head(suffix: str) -> int:
-        keys = [f"attention.{part}_length" for part in ("key", "value")]
-        return sum(file.hyperparameter(f"{key}{suffix}", file.hyperparameter(key, size)) for key in keys)
-
     own = layers - (file.hyperparameter("attention.shared_kv_layers") or 0)
-    per_head = [of_head("_swa" if windowed[block] else "") for block in range(own)]
+    per_head = [
+        sum(
+            file.hyperparameter(key + ("_swa" if windowed[block] else ""), file.hyperparameter(key, size))
+            for key in ("attention.key_length", "attention.value_length")
+        )
+        for block in range(own)
+    ]
     mixing = {tensor.name.split(".")[1] for tensor in file.tensors if tensor.name.endswith(CONVOLUTIONS)}
     pairs = enumerate(zip(of_blocks, per_head, strict=False))
     return sum(count * each for block, (count, each) in pairs if str(block) not in mixing)

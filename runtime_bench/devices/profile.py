@@ -1,8 +1,5 @@
-"""Device profiles: what is known of a phone or board, each figure with where it comes from.
-
-One TOML file a device; `docs/devices.md` describes every key. What is not known is `{ basis = "unknown" }`, and
-whatever is computed from it is unknown, too.
-"""
+"""Device profiles: what is known of a phone or board, each figure with its source. One TOML file a device;
+`docs/devices.md` describes every key. Whatever is computed from an unknown figure is unknown, too."""
 
 from __future__ import annotations
 
@@ -26,8 +23,7 @@ T = TypeVar("T")
 class Figure(Section, Generic[T]):
     """A value and where it comes from."""
 
-    value: T | None = None  # None where it is not known
-    # vendor, derived (from a vendor's figures), third_party, estimate, measured or unknown
+    value: T | None = None
     basis: Literal["vendor", "derived", "third_party", "estimate", "measured", "unknown"]
     # Who says so: an address, or a document's name
     source: str | None = pydantic.Field(default=None, min_length=1)
@@ -60,13 +56,13 @@ _Bandwidth = Annotated[float, pydantic.Field(ge=0.5, le=1000)]
 class DeviceProfile(Section):
     """A device."""
 
-    schema_version: Literal[1]  # 1
+    schema_version: Literal[1]
     id: str = pydantic.Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")  # The file's name without its suffix
-    name: str = pydantic.Field(min_length=1)  # As people call it, with the memory where it matters
-    form: Literal["phone", "tablet", "board"]  # phone, tablet or board
-    tier: Literal["budget", "mid", "flagship", "board"]  # budget, mid, flagship or board
-    os: Literal["android", "ios", "linux"]  # android, ios or linux
-    soc: Figure[str]  # System on chip
+    name: str = pydantic.Field(min_length=1)  # As people call it
+    form: Literal["phone", "tablet", "board"]
+    tier: Literal["budget", "mid", "flagship", "board"]
+    os: Literal["android", "ios", "linux"]
+    soc: Figure[str]
     cores: Figure[Annotated[tuple[Cluster, ...], pydantic.Field(min_length=1)]]  # Clusters, fastest first
     isa: Figure[tuple[Feature, ...]]  # What the fast cores offer to applications
     ram_mib: Figure[_Memory]  # RAM, MiB
@@ -94,35 +90,14 @@ class KnownProfile:
     built_in: bool
 
 
-def built_in_folder() -> Path:
-    """Profiles that come with phoneready: inside the package, or at the top of a checkout."""
-    inside = Path(str(importlib.resources.files("runtime_bench"))) / "devices"
-    return inside if any(inside.glob("*.toml")) else inside.parents[1] / "devices"
-
-
-def user_folder() -> Path:
-    """The user's own profiles: PHONEREADY_DEVICES, or phoneready/devices in the configuration folder."""
-    named = os.environ.get("PHONEREADY_DEVICES")
-    if named:
-        return Path(named)
-    # Not Path.home(): a user without a home has the built-in profiles all the same.
-    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")  # noqa: PTH111
-    return Path(home) / "phoneready" / "devices"
-
-
 def read_profile(file: Path) -> DeviceProfile:
     """One file.
 
     Raises:
         InputError: Unreadable, no TOML, or no profile: every problem is named.
     """
-    stored = parse_toml(read_text(file), str(file))
-    if fitted := [name for name in ("decode_gb_s", "prompt_gweights_s") if name in stored]:
-        raise InputError(
-            f"{file}: {', '.join(fitted)}: profiles no longer have fitted rates; delete the tables"
-        )
     try:
-        profile = DeviceProfile.model_validate(stored)
+        profile = DeviceProfile.model_validate(parse_toml(read_text(file), str(file)))
     except pydantic.ValidationError as error:
         raise InputError(f"{file}: {describe_problems(error)}") from error
     if profile.id != file.stem:
@@ -133,10 +108,19 @@ def read_profile(file: Path) -> DeviceProfile:
 def load_profiles(own: Path | None = None) -> dict[str, KnownProfile]:
     """All profiles by id, sorted; a user's own replaces the built-in one of its id.
 
+    Args:
+        own: The user's folder; PHONEREADY_DEVICES, or phoneready/devices in the configuration folder, unless given.
+
     Raises:
         InputError: The problems of all files that cannot be used.
     """
-    folders = ((built_in_folder(), True), (own or user_folder(), False))
+    # Inside an installed package, or at the top of a checkout.
+    coming = Path(str(importlib.resources.files("runtime_bench"))) / "devices"
+    coming = coming if any(coming.glob("*.toml")) else coming.parents[1] / "devices"
+    # Not Path.home(): a user without a home has the built-in profiles all the same.
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")  # noqa: PTH111
+    own = own or Path(os.environ.get("PHONEREADY_DEVICES") or Path(home) / "phoneready" / "devices")
+    folders = ((coming, True), (own, False))
     profiles: dict[str, KnownProfile] = {}
     problems = []
     for folder, built_in in folders:

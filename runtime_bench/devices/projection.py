@@ -1,9 +1,8 @@
 """What a model would need and how fast it would be on a device that is not here: a projection, never a measurement.
 
-Memory is a sum of what llama.cpp allocates. Speed is a band: a generated token reads all weights and the cache once,
-and a phone's memory gives between 30 and 70 % of its theoretical bandwidth to that; a prompt is a matrix product, and
-gets between 5 and 30 % of what the cores could multiply. docs/devices.md holds the bands against published speeds.
-A figure that the profile does not have makes everything unknown that rests on it.
+Memory is a sum of what llama.cpp allocates. Speed is a band: a generated token reads all weights and the cache once, at
+30 to 70 % of the theoretical bandwidth; a prompt gets 5 to 30 % of what the cores could multiply. docs/devices.md holds
+the bands against published speeds.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 from cfsp.settings import Setting
 from exporters.gguf.cache_types import CACHE_TYPES, DEFAULT_CACHE
@@ -48,10 +48,6 @@ REPACKED: Mapping[str, Mapping[str, float]] = MappingProxyType(
 """What llama.cpp rearranges for a processor into memory beside the file's pages: a feature, the first that it has, to
 types and how much larger they get. From ggml-cpu's repack.cpp and amx/common.h as llama-cpp-python 0.3.36 has them."""
 
-_READ_ALL_THE_SAME = frozenset({"F16"})
-"""Types whose pages of the file are read although there is a copy: under a limit that holds one of the two, files of
-float16 are read again and again on a processor with AMX."""
-
 SIMD_PIPES: Mapping[str, int] = MappingProxyType(
     {
         **dict.fromkeys(("Cortex-A53", "Cortex-A55", "Cortex-A510", "Cortex-A520"), 1),
@@ -68,8 +64,7 @@ _PLAIN_OPERATIONS = 16
 """8-bit additions and multiplications of a vector unit in a cycle."""
 
 
-@dataclass(frozen=True)
-class Band:
+class Band(NamedTuple):
     """Tokens a second, from the careful to the hopeful end."""
 
     low: float
@@ -81,31 +76,25 @@ class Memory:
     """Bytes that a run needs."""
 
     weights: int  # The file's tensors, mapped
-    repacked: int  # A second copy of some, where the processor gets one
+    repacked: int  # A second copy of some, if the processor gets one
     cache: int  # Keys and values of a full context
     buffers: int  # What is computed on the way, of BATCH_TOKENS tokens
     process: int
-    # Of the weights, those whose repacked copy is read in their stead; the system may drop their pages
-    replaced: int = 0
+    replaced: int = 0  # Of the weights, those whose repacked copy is read; the system may drop their pages
 
     @property
     def total(self) -> int:
-        """All of it: the peak where memory is plenty."""
-        return self.weights + self.kept
-
-    @property
-    def kept(self) -> int:
-        """What cannot be dropped: all but the weights, which are mapped from the file."""
-        return self.repacked + self.cache + self.buffers + self.process
+        """All of it: the peak if memory is plenty."""
+        return self.weights + self.repacked + self.cache + self.buffers + self.process
 
     @property
     def needed(self) -> int:
-        """What every token wants in memory."""
+        """What every token reads."""
         return self.total - self.replaced
 
     def verdict(self, limit_bytes: int) -> str:
-        """How a run stands to a limit, one of runtime_bench.targets.VERDICTS."""
-        if self.kept > limit_bytes:
+        """How a run stands to a limit, of MEMORY_VERDICTS. Only the weights, mapped from the file, can be dropped."""
+        if self.total - self.weights > limit_bytes:
             return DOES_NOT_FIT
         return FITS if self.needed <= limit_bytes else THRASHES
 
@@ -115,17 +104,16 @@ class Projection:
     """A model on a device."""
 
     device: str  # Id of the profile
-    memory: Memory  # What it needs
-    limit_bytes: int | None  # What it may have; None where neither the limit nor the RAM is known
-    # How it stands to that, one of runtime_bench.targets.VERDICTS; None where the limit is unknown
-    verdict: str | None
-    decode: Band | None  # Generated tokens a second; None where the bandwidth is unknown
-    prefill: Band | None  # Prompt tokens a second; None where cores, clocks or instructions are unknown
+    memory: Memory
+    limit_bytes: int | None  # What it may have
+    verdict: str | None  # How it stands to that, of MEMORY_VERDICTS
+    decode: Band | None  # Generated tokens a second
+    prefill: Band | None  # Prompt tokens a second
     assumptions: tuple[str, ...]  # What this rests on, and why something is unknown
 
     @property
     def fits(self) -> bool | None:
-        """Whether it runs there without reading its weights again and again; None where that is unknown."""
+        """Whether it runs there without reading its weights again and again; None if unknown."""
         return None if self.verdict is None else self.verdict == FITS
 
 
@@ -140,28 +128,20 @@ def project_memory(
     """Memory of a run with a full context."""
     growth: Mapping[str, float] = next((types for name, types in REPACKED.items() if name in features), {})
     repacked = sum(size * growth.get(kind, 0.0) for kind, size in facts.bytes_by_type.items())
-    replaced = sum(
-        size
-        for kind, size in facts.bytes_by_type.items()
-        if kind in growth and kind not in _READ_ALL_THE_SAME
-    )
+    # Files of float16 are read again and again under a limit that holds the pages or the copy, on AMX.
+    replaced = sum(size for kind, size in facts.bytes_by_type.items() if kind in growth and kind != "F16")
+    cells = -(-n_ctx // CACHE_CELLS) * CACHE_CELLS
     # The largest that live together: the FFN's two halves and its output, the residual stream and its norm; float32.
     widest = 2 * facts.ffn_width + 3 * facts.hidden_size
     return Memory(
         weights=facts.weight_bytes,
         repacked=round(repacked),
-        cache=cache_bytes(facts, n_ctx, cache_type),
+        cache=CACHE_TYPES[cache_type].size(facts.key_value_width) * cells,
         # The mask of attention is float16, all else float32.
         buffers=4 * (BATCH_TOKENS * widest + facts.vocab_size) + 2 * BATCH_TOKENS * n_ctx,
         process=process_bytes,
         replaced=replaced,
     )
-
-
-def cache_bytes(facts: ModelFacts, n_ctx: int, cache_type: str) -> int:
-    """Keys and values of a full context, as llama.cpp allocates them."""
-    cells = -(-n_ctx // CACHE_CELLS) * CACHE_CELLS
-    return CACHE_TYPES[cache_type].size(facts.key_value_width) * cells
 
 
 def project(
@@ -188,7 +168,7 @@ def project(
 
 
 def memory_limit(profile: DeviceProfile) -> tuple[int | None, str]:
-    """Bytes that one application may use on a device, None where that is unknown; and what that rests on."""
+    """Bytes that one application may use on a device, None if unknown; and what that rests on."""
     if profile.app_memory_mib.value is not None:
         why = f"limit of one application ({profile.app_memory_mib.basis})"
         return profile.app_memory_mib.value * MIB, why
@@ -198,7 +178,7 @@ def memory_limit(profile: DeviceProfile) -> tuple[int | None, str]:
 
 
 def decode_band(profile: DeviceProfile, read_bytes: int, cache: int) -> tuple[Band | None, str]:
-    """Generated tokens a second, None where the bandwidth is unknown; and what that rests on."""
+    """Generated tokens a second, None if the bandwidth is unknown; and what that rests on."""
     bandwidth = profile.dram_gb_s.value
     if bandwidth is None:
         return None, "decode unknown: the profile has no bandwidth"
@@ -209,12 +189,12 @@ def decode_band(profile: DeviceProfile, read_bytes: int, cache: int) -> tuple[Ba
 
 
 def prefill_band(profile: DeviceProfile, n_multiplied: int) -> tuple[Band | None, str]:
-    """Prompt tokens a second, None where cores, clocks or instructions are unknown; and what that rests on."""
+    """Prompt tokens a second, None if cores, clocks or instructions are unknown; and what that rests on."""
     clusters, features = profile.cores.value, profile.isa.value
     if clusters is None or features is None:
         return None, "prefill unknown: the profile has no cores or no instructions"
     each = next((count for name, count in _OPERATIONS.items() if name in features), _PLAIN_OPERATIONS)
-    # Small in-order cores hold the others up, and count where there is nothing else.
+    # Small in-order cores hold the others up, and count only if there is nothing else.
     fast = [c for c in clusters if _pipes(c.core) != 1] or clusters
     unknown = [c.core for c in fast if c.max_mhz is None or not _pipes(c.core)]
     if unknown:
@@ -227,5 +207,5 @@ def prefill_band(profile: DeviceProfile, n_multiplied: int) -> tuple[Band | None
 
 
 def _pipes(core: str) -> int:
-    """Vector units of a core; its name may say more behind, as in "Oryon (prime)". 0 where they are not known."""
+    """Vector units of a core, 0 if unknown; its name may say more behind, as in "Oryon (prime)"."""
     return SIMD_PIPES.get(re.split(r"[ ,(]", core)[0], 0)

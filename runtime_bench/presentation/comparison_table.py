@@ -26,11 +26,14 @@ def format_comparison(comparisons: Sequence[Compared], output: str = "md") -> st
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> Table[Comparison]:
-    """The table that people read; kind, target, engine and cache are columns where they are not the same in all
-    rows."""
+    """The table that people read; kind, target, engine and cache are columns if rows differ in them."""
     names = short_names(file for c in comparisons for file in (c.base, c.new))
     several = len({(c.kind, c.target, c.engine, c.quantized_cache) for c in comparisons}) > 1
     confidence = f"{' or '.join(dict.fromkeys(f'{c.confidence:.0%}' for c in comparisons))} interval"
+    energy: tuple[Column[Comparison], ...] = (
+        Column("J/token ratio", lambda c: _number(c.energy.ratio) if c.energy else None),
+        Column("it lies in", lambda c: _interval(c.energy.low, c.energy.high) if c.energy else None),
+    )
     columns: tuple[Column[Comparison], ...] = (
         Column("test", lambda c: c.test, right=True),
         Column("threads", lambda c: c.n_threads, right=True),
@@ -42,7 +45,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table[Comparison]:
         Column(confidence, lambda c: _interval(c.low, c.high)),
         Column("peak RSS ratio", lambda c: _number(c.peak_rss_ratio)),
         Column("size ratio", lambda c: _number(c.file_size_ratio)),
-        *(_ENERGY if any(c.energy for c in comparisons) else ()),
+        *(energy if any(c.energy for c in comparisons) else ()),
         Column("verdict", lambda c: c.verdict + (f" ({c.reason})" if c.reason else "")),
     )
     place: tuple[Column[Comparison], ...] = (
@@ -54,24 +57,18 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table[Comparison]:
     return Table([*(place if several else ()), *columns], comparisons)
 
 
-_ENERGY: tuple[Column[Comparison], ...] = (
-    Column("J/token ratio", lambda c: _number(c.energy.ratio) if c.energy else None),
-    Column("it lies in", lambda c: _interval(c.energy.low, c.energy.high) if c.energy else None),
-)
-
-
 def speeds_text(comparison: Comparison) -> tuple[str, str]:
     """The speeds of base and new whose quotient the ratio is; none by an emulator's clock."""
     c = comparison
     if c.kind == EMULATED:
         return NOTHING, NOTHING
     if c.anchor is not None:
-        return _multiple(c.base_to_anchor), _multiple(c.new_to_anchor)
+        base, new = (
+            NOTHING if value is None else f"{value:.3f} x anchor"
+            for value in (c.base_to_anchor, c.new_to_anchor)
+        )
+        return base, new
     return format_speed(c.base_median_ts, c.base_median_ns), format_speed(c.new_median_ts, c.new_median_ns)
-
-
-def _multiple(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.3f} x anchor"
 
 
 def incomparable_text(row: Incomparable) -> str:
@@ -109,20 +106,12 @@ def _remarks(comparisons: Sequence[Comparison]) -> list[str]:
         "its speed.": sum(c.anchor is not None for c in comparisons),
     }
     lines += [f"{count} of {len(comparisons)} rows {what}" for what, count in counts.items() if count]
-    return lines + _energy_remarks(comparisons)
-
-
-def _energy_remarks(comparisons: Sequence[Comparison]) -> list[str]:
-    """Whose joules the ratios are of, and why some are missing."""
-    found = [(c.test, c.energy) for c in comparisons if c.energy]
-    meters = dict.fromkeys(one.meter for _, one in found if one.meter)
-    said = (
-        [f"Joules a token of new / those of base, all that each meter told: {'; '.join(meters)}."]
-        if meters
-        else []
-    )
-    whys = dict.fromkeys(f"{test}: no ratio of energy: {one.reason}" for test, one in found if one.reason)
-    return [escape_markdown(line) for line in (*said, *whys)]
+    metered = [(c.test, c.energy) for c in comparisons if c.energy]
+    if meters := dict.fromkeys(one.meter for _, one in metered if one.meter):
+        told = f"Joules a token of new / those of base, all that each meter told: {'; '.join(meters)}."
+        lines.append(escape_markdown(told))
+    whys = dict.fromkeys(f"{test}: no ratio of energy: {one.reason}" for test, one in metered if one.reason)
+    return lines + list(map(escape_markdown, whys))
 
 
 def _interval(low: float | None, high: float | None) -> str | None:
@@ -139,15 +128,13 @@ def _objects(compared: Sequence[Compared]) -> list[dict[str, Any]]:
     return [(unknown if isinstance(row, Incomparable) else {}) | asdict(row) for row in compared]
 
 
-def _as_json(compared: Sequence[Compared]) -> str:
-    head = {"kind": "comparison", "schema_version": SCHEMA_VERSION, "tool_version": tool_version()}
-    return indented_json(head | {"rows": _objects(compared)})
-
-
 COMPARISON_FORMATS: MappingProxyType[str, Callable[[Sequence[Compared]], str]] = MappingProxyType(
     {
         "md": _as_markdown,
-        "json": _as_json,
+        "json": lambda compared: indented_json(
+            {"kind": "comparison", "schema_version": SCHEMA_VERSION, "tool_version": tool_version()}
+            | {"rows": _objects(compared)}
+        ),
         "csv": lambda compared: table_of(_objects(compared)).csv(),
     }
 )

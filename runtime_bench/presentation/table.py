@@ -53,14 +53,21 @@ class Table(Generic[Row]):
         return [[column.cell(row) for column in self.columns] for row in self.rows]
 
     def csv(self) -> str:
-        """A line a row; what is no single value is JSON in its cell, and what is not known is empty. Empty without
-        columns."""
+        """A line a row: lists as JSON, unknown values empty, text never a formula. Empty without columns."""
         if not self.columns:
             return ""
+
+        def safe(value: Any) -> Any:
+            if isinstance(value, list | tuple | dict):
+                return json.dumps(value, ensure_ascii=False)
+            return (
+                visible("'" + value if value[:1] in _FORMULA else value) if isinstance(value, str) else value
+            )
+
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow([column.title for column in self.columns])
-        writer.writerows([_spreadsheet_cell(cell) for cell in row] for row in self.cells())
+        writer.writerows([safe(cell) for cell in row] for row in self.cells())
         return stream.getvalue()
 
     def objects(self) -> list[dict[str, Any]]:
@@ -71,12 +78,12 @@ class Table(Generic[Row]):
 def table_of_cells(
     header: Sequence[str], rows: Sequence[Sequence[Cell]], words: int = 1
 ) -> Table[Sequence[Cell]]:
-    """A table of cells that are there already; the columns after the first `words` are figures, right-aligned."""
+    """A table of ready cells; the columns after the first `words` are right-aligned."""
     return Table([Column(title, itemgetter(i), i >= words) for i, title in enumerate(header)], rows)
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], right: Iterable[str] = ()) -> Table[Mapping[str, Any]]:
-    """A table of rows that are mappings with the same keys; those in `right` are right-aligned."""
+    """A table of mappings with the same keys; those in `right` are right-aligned."""
     numbers = frozenset(right)
     return Table([Column(key, itemgetter(key), key in numbers) for key in (rows[0] if rows else ())], rows)
 
@@ -94,12 +101,3 @@ def short_names(files: Iterable[str]) -> dict[str, str]:
         if len(set(names.values())) == len(names):
             return names
     return {file: file for file in parts}
-
-
-def _spreadsheet_cell(value: Any) -> Any:
-    """A value as a spreadsheet takes it: lists as JSON, texts without control characters and never a formula."""
-    if isinstance(value, list | tuple | dict):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, str):
-        return visible("'" + value if value[:1] in _FORMULA else value)
-    return value

@@ -1,14 +1,12 @@
-"""The record of one measured row.
-
-Field names are llama-bench's where it has the field. Samples are stored, summaries are derived from them:
-they stand in the JSON for its readers and are computed again, not trusted, when a record is read. Unmeasured
-is null, never 0.
-"""
+"""The record of one measured row. Field names are llama-bench's if it has the field. Samples are stored; summaries in
+the JSON are computed again, not trusted, when a record is read. Unmeasured is null, never 0."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 import pydantic
 
@@ -37,10 +35,10 @@ _Size = pydantic.NonNegativeInt | None
 
 @dataclass(frozen=True)
 class Environment:
-    """The machine at the time; what it does not tell is None."""
+    """The machine at the time; None is unknown."""
 
     cpu_model: str | None  # Marketing name of the processor
-    cpus_usable: int | None  # Cores the measurement may use; None where the machine did not answer
+    cpus_usable: int | None  # Cores the measurement may use; None if unknown
     governor: str | None  # Frequency governor of the first core
     load_average: float | None  # Load of the last minute, just before the first sample
     memory_bytes: int | None  # Size of the main memory
@@ -51,7 +49,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class MeasuredOn:
-    """That a row's samples were looked at, and more taken where they decided nothing."""
+    """That a row's samples were looked at, and more taken if they decided nothing."""
 
     looks: pydantic.PositiveInt  # Most looks; its intervals are surer in proportion
     seconds: pydantic.NonNegativeFloat = 0.0  # How long it was measured on
@@ -90,54 +88,39 @@ class BenchRecord:
     samples_per_process: pydantic.PositiveInt  # Most samples that came from one process
     environment: Environment
     samples_ns: _PositiveInts = ()  # Wall times, nanoseconds, in the order taken
-    # For each sample, the number of its process within the session, counted from 0
-    sequence: tuple[int, ...] = ()
+    sequence: tuple[int, ...] = ()  # Of each sample: the number of its process within the session, from 0
     load_samples_ns: _PositiveInts = ()  # Time to open the file in each process
     page_cache: str = "as_found"  # What was done to the page cache before opening: warm, cold, as_found
-    # Share of the file in the page cache when it was opened, for each process; None unknown
-    page_cache_shares: tuple[float | None, ...] = ()
-    # Least resident memory, over processes, with the engine imported and nothing opened
-    baseline_rss_bytes: _Size = None
+    page_cache_shares: tuple[
+        float | None, ...
+    ] = ()  # Of each process: share of the file in it when it was opened
+    baseline_rss_bytes: _Size = None  # Least resident memory of a process before anything is opened
     peak_rss_samples_bytes: _PositiveInts = ()  # Most resident memory of each process
-    # Samples of a first round that spread too widely and was measured once more
-    quarantined_ns: _PositiveInts = ()
+    quarantined_ns: _PositiveInts = ()  # Samples of a first round that spread too widely and was repeated
     spread_limit: float | None = None  # p90 / p50 above which that happens
-    memory_limit_bytes: _Size = None  # What a run might use; None where nothing limited it
-    # Under that limit: fits, thrashes (pages of the file were dropped and read again) or does not fit
-    # (killed); the worst of all processes
-    memory_verdict: str | None = None
+    memory_limit_bytes: _Size = None  # What a run might use
+    memory_verdict: str | None = None  # Of MEMORY_VERDICTS, the worst of all processes
     reread_bytes: _Size = None  # Bytes of files that were read again, the most of any process
-    # What the file writes, the first of a few continuations; None where that was not checked
-    text_sample: str | None = None
-    # Why all it writes is degenerate, which voids the row's speed; None where it is not
-    degenerate: str | None = None
-    # Processor time of all threads in each sample; empty where nothing tells
-    cpu_samples_ns: _PositiveInts = ()
-    # How the processor was slowed down to a device's score; None where it was not
-    throttling: Throttling | None = None
-    # How long all threads waited for a core in each sample; empty where nothing tells
-    waited_samples_ns: tuple[pydantic.NonNegativeInt, ...] = ()
-    # For each process, what else used the machine's cores; None where that is not known
-    contention: tuple[Contention | None, ...] = ()
-    # How long something kept each sample from running that no other program explains; None where it waited
-    # for the disk; empty where nothing tells
+    text_sample: str | None = None  # The first of a few continuations that the file writes
+    degenerate: str | None = None  # Why all it writes is degenerate, which voids the row's speed
+    cpu_samples_ns: _PositiveInts = ()  # Processor time of all threads in each sample
+    throttling: Throttling | None = None  # How the processor was slowed down to a device's score
+    waited_samples_ns: tuple[
+        pydantic.NonNegativeInt, ...
+    ] = ()  # How long threads waited for a core, each sample
+    contention: tuple[Contention | None, ...] = ()  # What else used the cores, of each process
+    # How long something else than another program kept each sample from running; None if it waited for the disk
     held_samples_ns: tuple[pydantic.NonNegativeInt | None, ...] = ()
-    # For each process, what the machine went through meanwhile; None where nobody looked
-    conditions: tuple[Conditions | None, ...] = ()
+    conditions: tuple[Conditions | None, ...] = ()  # What the machine went through, of each process
     regime: str = FRESH  # In what state file and process were, of runtime_bench.workload.REGIMES
-    # For how long samples were taken, where that was said and not their number
-    sustained_s: float | None = None
-    # Hash of the file that was measured in turns with the others of the session, so that sessions of other
-    # days and machines can be compared with it; None where none was
-    anchor_sha256: str | None = None
+    sustained_s: float | None = None  # For how long samples were taken, if that was said and not their number
+    anchor_sha256: str | None = None  # The file that all of the session took turns with
     is_anchor: bool = False  # Whether it is that file's own row
-    # For each process, what meters of energy told of its samples; None where they could not be read, and
-    # empty where nobody asked for energy
-    energy: tuple[ProcessEnergy | None, ...] = ()
-    # How the engine computed
-    engine_settings: EngineSettings = dataclasses.field(default_factory=EngineSettings)
-    # Whether samples were added until budgets were decided; None where nobody looked at them before
-    measured_on: MeasuredOn | None = None
+    energy: tuple[
+        ProcessEnergy | None, ...
+    ] = ()  # What the meters told, of each process; empty if not asked for
+    engine_settings: EngineSettings = dataclasses.field(default_factory=EngineSettings)  # How it computed
+    measured_on: MeasuredOn | None = None  # Whether samples were added until budgets were decided
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -166,18 +149,17 @@ class BenchRecord:
 
     @property
     def quantized_cache(self) -> str | None:
-        """Type of a key-value cache of few bits; None for one of floats."""
+        """Type of a quantized key-value cache, or None."""
         return self.engine_settings.quantized_cache
 
     @property
     def on_processor(self) -> bool:
-        """Whether the processor computed; rows whose engine does not say are taken to be the processor's. The threads
-        that wait for another chip neither compute nor want a core, and their times tell nothing of it."""
+        """Whether the processor computed; rows whose engine does not say are taken to be the processor's."""
         return self.backends is None or self.backends in PROCESSOR
 
     @property
     def fallback(self) -> str | None:
-        """What was asked to compute and did not; None where it did, or where nothing was asked for."""
+        """The backend that was asked for and did not compute, or None."""
         return fell_back(self.engine_settings.asked_backend, self.backends)
 
     @property
@@ -221,6 +203,36 @@ class BenchRecord:
     def peak_rss_bytes(self) -> int | None:
         """Highest resident memory of any of its processes."""
         return max(self.peak_rss_samples_bytes, default=None)
+
+    @property
+    def sustained_curve(self) -> tuple[tuple[float, float], ...]:
+        """(second at which it began, tokens per second) of each sample; empty unless generation was sustained."""
+        if self.sustained_s is None:
+            return ()
+        conditions = self.conditions[0] if self.conditions else None
+        if conditions and len(conditions.samples_s) == len(self.samples_ns):
+            began = [begin - conditions.samples_s[0][0] for begin, _ in conditions.samples_s]
+        else:
+            began = list(accumulate((ns / 1e9 for ns in self.samples_ns[:-1]), initial=0.0))
+        return tuple(zip(began, self.samples_ts, strict=False))
+
+    def sustained_ts(self, since: float, until: float) -> float | None:
+        """Tokens per second of the samples that began from `since` to before `until`, in seconds."""
+        curve = zip(self.sustained_curve, self.samples_ns, strict=False)
+        times = [ns for (second, _), ns in curve if since <= second < until]
+        return 1e9 * self.n_tokens * len(times) / sum(times) if times else None
+
+    @property
+    def first_minute_ts(self) -> float | None:
+        """Speed of the first minute of sustained generation."""
+        return self.sustained_ts(0.0, 60.0)
+
+    @property
+    def last_third_ts(self) -> float | None:
+        """Speed of the last third of sustained generation."""
+        curve = self.sustained_curve
+        whole = curve[-1][0] + self.samples_ns[-1] / 1e9 if curve else 0.0
+        return self.sustained_ts(whole * 2 / 3, math.inf)
 
     @property
     def spread(self) -> float | None:

@@ -1,8 +1,5 @@
-"""Whether a row was measured under fair conditions, and if not, since when and why.
-
-Rows that were throttled, or disturbed by the device's own state, are shown and never ranked with fair ones. What other
-programs took from a row disturbs it, too, and has a remedy: processor time.
-"""
+"""Whether a row was measured under fair conditions, and if not, since when and why. Unfair rows are shown and never
+ranked with fair ones."""
 
 from __future__ import annotations
 
@@ -17,13 +14,13 @@ from runtime_bench.records.reported import Conditions
 
 VERDICTS = FAIR, THROTTLED, DISTURBED, NOT_KNOWN = "fair", "throttled", "disturbed", "not known"
 CAP_LIMIT = 0.15
-"""A run is throttled where a core's clock was capped by more than this meanwhile; a cap that stays favours no file."""
+"""A run is throttled if a core's clock was capped by more than this meanwhile; a cap that stays favours no file."""
 QUOTA_LIMIT = 0.05
 """Share of the time between two looks in which a quota held the group."""
 HELD_LIMIT = 0.15
 """Share of a sample in which its thread, where the processor computes, neither computed nor waited."""
 SLOWER_LIMIT = 1.25
-"""Samples that take so many times as long as all before them have fallen behind, where nothing shows the clocks."""
+"""Samples that take so many times as long as all before them have fallen behind."""
 CLOCK_LIMIT = 0.1
 """Share by which two clocks may differ on how long a sample took."""
 _LEAST_HALF = 2
@@ -40,10 +37,8 @@ class Fairness:
     """The verdict on a row."""
 
     verdict: str  # One of VERDICTS
-    reason: str | None = None  # Why it is not `fair`; None where it is
-    # The first process that it holds of, counted from 1 in the order of the row; None where that is not
-    # known, or it holds of the whole row
-    process: int | None = None
+    reason: str | None = None  # Why it is not `fair`
+    process: int | None = None  # The first that it holds of, from 1; None if unknown, or of the whole row
     from_s: float | None = None  # Second of that process since which it does
 
     @property
@@ -54,7 +49,7 @@ class Fairness:
 
 
 def fairness(record: BenchRecord) -> Fairness:
-    """The verdict on a row: throttled before disturbed, and both before whatever is not known."""
+    """The verdict on a row: throttled before disturbed before not known."""
     found = unfair(record)
     if found is not None:
         return found
@@ -66,19 +61,18 @@ def fairness(record: BenchRecord) -> Fairness:
 
 
 def unfair(record: BenchRecord) -> Fairness | None:
-    """Why a row's times tell of the device's state and not of the file; None where nothing says so."""
+    """Why a row's times tell of the device's state and not of the file, or None."""
     return next((found for judge in _JUDGES if (found := judge(record)) is not None), None)
 
 
 def has_speed(record: BenchRecord) -> bool:
-    """Whether its times say how fast the file is: not of failed rows, of degenerate text, by an emulator's clock, or
-    under conditions that were not fair."""
+    """Whether its times say how fast the file is."""
     measured = record.ok and not record.void and record.kind != EMULATED and bool(record.samples_ns)
     return measured and unfair(record) is None
 
 
 def noise(record: BenchRecord, *, wall: bool = True) -> str | None:
-    """Why its times tell more of the machine than of the file; None where they tell of the file."""
+    """Why its times tell more of the machine than of the file, or None."""
     found = unfair(record)
     if found is not None:
         return f"{found.text}: {found.reason}"
@@ -91,13 +85,13 @@ def _watched(record: BenchRecord) -> Iterator[tuple[int, Conditions]]:
 
 
 def capped_at(record: BenchRecord) -> float | None:
-    """The share of its highest clock that every core of a row was allowed at best; None where nothing tells."""
+    """Highest clock that any core was allowed, as a share of the highest there is; None if unknown."""
     caps = [cap for _, one in _watched(record) for _, cap in one.during_samples("caps")]
     return max(caps, default=None)
 
 
 def capped_apart(*of_rows: float | None) -> str | None:
-    """Why rows ran at clocks too different to be compared; None where they did not, or nothing tells."""
+    """Why rows ran at clocks too different to be compared, or None."""
     caps = [cap for cap in of_rows if cap is not None]
     if not caps or min(caps) >= (1 - CAP_LIMIT) * max(caps):
         return None
@@ -105,7 +99,7 @@ def capped_apart(*of_rows: float | None) -> str | None:
 
 
 def _slowed(record: BenchRecord) -> Fairness | None:
-    """The first process and second at which a series is beyond its limit."""
+    """The first reading beyond a series' limit, a thread that was held, or a fall in speed."""
     caps = [cap for _, one in _watched(record) for _, cap in one.during_samples("caps")]
     free = (1 - CAP_LIMIT) * max(caps, default=0.0)  # a cap that stays favours no file
     limits: tuple[tuple[str, Callable[[Any], bool], Callable[..., Any], str], ...] = (
@@ -123,14 +117,16 @@ def _slowed(record: BenchRecord) -> Fairness | None:
 
 
 def _changed(record: BenchRecord) -> Fairness | None:
-    """A state that was not the same in all of the run: with whatever changes it, the speed does. Or power was saved."""
-    for process, at, saved in _values(record, "low_power"):
-        if saved:
-            return Fairness(DISTURBED, "the system saved power", process, at)
-    for series, reason in _STATES.items():
+    """Power was saved, or a state was not the same in all of the run."""
+    rows = (
+        ("low_power", "the system saved power"),
+        ("charging", "power from outside came or went"),
+        ("screen_on", "the screen went on or off"),
+    )
+    for series, reason in rows:
         states = list(_values(record, series))
         for process, at, value in states:
-            if value != states[0][2]:
+            if value != (False if series == "low_power" else states[0][2]):
                 return Fairness(DISTURBED, reason, process, at)
     return None
 
@@ -141,18 +137,13 @@ def _values(record: BenchRecord, series: str) -> Iterator[tuple[int, float, Any]
         yield from ((process, at, value) for at, value in one.during_samples(series))
 
 
-_STATES = {
-    "charging": "power from outside came or went",
-    "screen_on": "the screen went on or off",
-}
-
-
 def _held(record: BenchRecord) -> Fairness | None:
-    """A thread that something stopped again and again, as cpulimit does, or a quota that nobody may see."""
+    """A thread that something stopped again and again: cpulimit, or a quota that nobody may see."""
     if not record.on_processor:
         return None
     samples = list(zip(record.rounds, record.samples_ns, record.held_samples_ns, strict=False))
-    shares = [(held or 0) / ns - _stolen(record, process) for process, ns, held in samples]
+    stolen = dict(enumerate(one.stolen_cores if one else 0.0 for one in record.contention))
+    shares = [(held or 0) / ns - stolen.get(process, 0.0) for process, ns, held in samples]
     beyond = [
         place
         for place, (_, _, held) in enumerate(samples)
@@ -166,7 +157,7 @@ def _held(record: BenchRecord) -> Fairness | None:
 
 
 def _fell_behind(record: BenchRecord) -> Fairness | None:
-    """Where nothing shows the clocks: samples that all take longer than all before them did."""
+    """Samples that all take longer than all before them, if nothing shows the clocks."""
     if _shows_caps(record) or not any(_watched(record)) or stealing(record) or crowding(record):
         return None
     known = len(record.waited_samples_ns) == len(record.samples_ns)
@@ -183,7 +174,7 @@ def _fell_behind(record: BenchRecord) -> Fairness | None:
 
 
 def _clock(record: BenchRecord) -> Fairness | None:
-    """A sample that took another time by the clock that goes on while the machine sleeps."""
+    """A sample that took another time by the clock that runs on while the machine sleeps."""
     for place, (ns, span) in enumerate(zip(record.samples_ns, _spans(record), strict=True)):
         if span is None:
             continue
@@ -199,7 +190,7 @@ _JUDGES = (_slowed, _changed, _clock)
 
 
 def _unknown(record: BenchRecord) -> str | None:
-    """Why nothing can be said of a row; None where enough was seen to call it fair."""
+    """Why nothing can be said of a row; None if enough was seen to call it fair."""
     if not record.samples_ns:
         return "there are no samples"
     watched = [one for _, one in _watched(record)]
@@ -223,7 +214,7 @@ def _shows_caps(record: BenchRecord) -> bool:
 
 
 def _spans(record: BenchRecord) -> list[tuple[float, float] | None]:
-    """When each sample began and ended, seconds of its process; None where that is not known."""
+    """Begin and end of each sample, seconds of its process; None if unknown."""
     left = [iter(one.samples_s if one else ()) for one in record.conditions]
     return [next(left[process], None) if process < len(left) else None for process in record.rounds]
 
@@ -234,22 +225,27 @@ def _place(record: BenchRecord, place: int) -> tuple[int, float | None]:
     return record.rounds[place] + 1, None if span is None else max(0.0, span[0])
 
 
-def _stolen(record: BenchRecord, process: int) -> float:
-    """Cores that the host of a virtual machine took away while a process ran."""
-    known = record.contention[process] if process < len(record.contention) else None
-    return known.stolen_cores if known else 0.0
-
-
 def crowding(record: BenchRecord) -> str | None:
-    """Why the clock on the wall tells more of other programs than of the file; None where nothing says so."""
-    shares = [share for share in (_waiting(record), _taken(record)) if share is not None]
-    # Threads wait a little for each other on an idle machine, too: where both are known, both have to say it.
-    share = max(min(shares, default=0.0), _held_up(record))
+    """Why wall time tells more of other programs than of the file, or None."""
+    cores = record.environment.cpus_usable
+    n_threads, total = record.n_threads, sum(record.samples_ns)
+    shares = []
+    # More threads than cores wait for each other.
+    if n_threads <= (cores or n_threads):
+        if record.samples_ns and len(record.waited_samples_ns) == len(record.samples_ns):
+            shares.append(sum(record.waited_samples_ns) / (total * n_threads))
+        known = [one.others_cores + one.stolen_cores for one in record.contention if one is not None]
+        if known and cores:
+            shares.append(max(0.0, statistics.fmean(known) + n_threads - cores) / n_threads)
+    # Threads wait a little for each other on an idle machine, too: if both are known, both have to say it.
+    share = min(shares, default=0.0)
+    if has_processor_time(record) and None not in record.held_samples_ns:  # None: it waited for the disk
+        share = max(share, 1 - sum(record.cpu_samples_ns) / total)
     return f"other programs took {share:.0%} of the time of its threads" if share > CROWDED_SHARE else None
 
 
 def stealing(record: BenchRecord) -> str | None:
-    """Why its processor time tells no more than the clock: a host took the cores away; None where it did not."""
+    """Why its processor time tells no more than the clock (a host took the cores away), or None."""
     known = [one.stolen_cores for one in record.contention if one is not None]
     share = statistics.fmean(known) / record.n_threads if known else 0.0
     taken = f"the host of this machine took {share:.0%} of the time of its threads"
@@ -257,35 +253,6 @@ def stealing(record: BenchRecord) -> str | None:
 
 
 def has_processor_time(record: BenchRecord) -> bool:
-    """Whether its processor time tells of the file, too. Several threads spend it in waiting for each other, and where
-    another chip computes it tells of next to nothing."""
+    """Whether its processor time tells of the file: several threads spend it waiting for each other."""
     timed = len(record.cpu_samples_ns) == len(record.samples_ns) > 0
     return timed and record.n_threads == 1 and record.on_processor
-
-
-def _waiting(record: BenchRecord) -> float | None:
-    """Share of their time that its threads waited for a core; more threads than cores wait for each other."""
-    if len(record.waited_samples_ns) != len(record.samples_ns) or not record.samples_ns or _too_many(record):
-        return None
-    return sum(record.waited_samples_ns) / (sum(record.samples_ns) * record.n_threads)
-
-
-def _taken(record: BenchRecord) -> float | None:
-    """Share of the cores that its threads need and others used."""
-    known = [one.others_cores + one.stolen_cores for one in record.contention if one is not None]
-    cores = record.environment.cpus_usable
-    if not known or not cores or _too_many(record):
-        return None
-    return max(0.0, statistics.fmean(known) + record.n_threads - cores) / record.n_threads
-
-
-def _held_up(record: BenchRecord) -> float:
-    """Share of its time that a single thread did not compute. Of several nobody can tell: they wait for each other; nor
-    of one that waits for another chip."""
-    if not has_processor_time(record) or None in record.held_samples_ns:  # it waited for the disk
-        return 0.0
-    return 1 - sum(record.cpu_samples_ns) / sum(record.samples_ns)
-
-
-def _too_many(record: BenchRecord) -> bool:
-    return record.n_threads > (record.environment.cpus_usable or record.n_threads)

@@ -16,9 +16,9 @@ _RATES = ("tg", "pp", "ttft")
 class BenchGroup:
     """Records of one kind from one target with one cache; only these are ever set side by side."""
 
-    kind: str  # How the numbers came about, one of KINDS
-    target: str  # Where they ran
-    quantized_cache: str | None  # Type of the key-value cache where it has few bits
+    kind: str  # One of KINDS
+    target: str
+    quantized_cache: str | None
     records: tuple[BenchRecord, ...]  # In the order measured
 
     @property

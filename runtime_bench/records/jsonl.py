@@ -1,5 +1,4 @@
-"""Records of benchmarks as JSON: their fields, and the summaries derived from them. On disk one a line, appended
-durably."""
+"""Records of benchmarks as JSON, with the summaries derived from them. On disk one a line, appended durably."""
 
 from __future__ import annotations
 
@@ -21,14 +20,11 @@ from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.energy import energy
 from runtime_bench.records.fairness import fairness
 from runtime_bench.records.notes import note_of
-from runtime_bench.records.sustained import first_minute_ts, last_third_ts
 
 logger = logging.getLogger(__name__)
 RECORD_TYPE = "bench"
 _HEAD = f'{{"record_type":"{RECORD_TYPE}"'.encode()
 SCHEMA_VERSION = 1
-_GONE = {"clock_caps", "hottest_c", "core_max_khz", "core_cap_khz", "temperatures_c", "energy_accounts"}
-"""What records of earlier versions have, beside what `conditions` say."""
 BOUNDS = Bounds(depth=7, text=8192, items=10_000, magnitude=2**63 - 1)
 """The most that a record holds."""
 
@@ -47,8 +43,8 @@ _DERIVED: MappingProxyType[str, Callable[[BenchRecord], Any]] = MappingProxyType
         "page_cache_state": lambda r: r.page_cache_state,
         "peak_rss_bytes": lambda r: r.peak_rss_bytes,
         "spread": lambda r: r.spread,
-        "first_minute_ts": first_minute_ts,
-        "last_third_ts": last_third_ts,
+        "first_minute_ts": lambda r: r.first_minute_ts,
+        "last_third_ts": lambda r: r.last_third_ts,
         "void": lambda r: r.void,
         "joules_per_token": lambda r: found.joules.value if (found := energy(r)) and found.joules else None,
         "fairness": lambda r: asdict(fairness(r)),
@@ -58,7 +54,7 @@ _DERIVED: MappingProxyType[str, Callable[[BenchRecord], Any]] = MappingProxyType
 
 
 def record_to_json(record: BenchRecord) -> dict[str, Any]:
-    """The JSON object of a record: its fields and the summaries derived from them."""
+    """The JSON object of a record."""
     head = {"record_type": RECORD_TYPE, "schema_version": SCHEMA_VERSION, "tool_version": tool_version()}
     derived = {name: derive(record) for name, derive in _DERIVED.items()}
     return head | fields_to_json(record) | derived
@@ -80,9 +76,7 @@ def record_from_json(payload: Any, *, where: str) -> BenchRecord:
         )
     check_bounded(payload, where, BOUNDS)
     extra = {"record_type", "schema_version", "tool_version", *_DERIVED}
-    fields = {key: value for key, value in payload.items() if key not in extra | _GONE}
-    if isinstance(machine := fields.get("environment"), dict):
-        fields["environment"] = {key: value for key, value in machine.items() if key not in _GONE}
+    fields = {key: value for key, value in payload.items() if key not in extra}
     return fields_from_json(BenchRecord, fields, where=where)
 
 
@@ -106,10 +100,7 @@ def check_appendable(path: Path) -> None:
 
 
 def append_jsonl(path: Path, records: Iterable[BenchRecord]) -> None:
-    """Append records, one a line, and have them on the disk before returning.
-
-    A last line that a killed process left unfinished is closed first, so that it cannot swallow the next
-    record.
+    """Append records and sync; a last line that a killed process left unfinished is closed first.
 
     Raises:
         InputError: The file cannot be written.
@@ -130,13 +121,12 @@ def append_jsonl(path: Path, records: Iterable[BenchRecord]) -> None:
 
 
 def read_jsonl(path: Path) -> list[BenchRecord]:
-    """Read records in file order: JSON Lines, or the array that `bench --output json` prints.
+    """Read records in file order: JSON Lines, or the array that `bench --json` prints.
 
     A line that is no JSON is what a kill left: it is skipped with a warning.
 
     Raises:
-        InputError: The file cannot be read, is too large, or has no line of JSON at all; a line is JSON but no valid
-            record.
+        InputError: The file cannot be read or has no JSON at all, or a line is JSON but no valid record.
     """
     content = read_bytes(path)
     if content.lstrip()[:1] == b"[":

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
 
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import EMULATED, BenchRecord
-from runtime_bench.records.fairness import capped_apart, capped_at, has_processor_time, noise
+from runtime_bench.records.fairness import capped_apart, capped_at, has_processor_time
+from runtime_bench.records.fairness import noise as noise_of
 from runtime_bench.records.summary import (
     CONFIDENCE,
     RESAMPLES,
@@ -36,18 +36,14 @@ class Samples:
 
     name: str  # What reasons call it
     times: Sequence[float]  # Less is better; in the order taken
-    rounds: Sequence[int] = ()  # For each, the process that it came from; each is one of its own where empty
-    # The same by the processor's clock; empty where that clock does not tell of the file
-    cpu_times: Sequence[float] = ()
-    session: str | None = None  # Rows of one session took turns; None where that is not known
-    # Why nothing is said of it, whatever its times; None where nothing keeps it from being judged
-    problem: str | None = None
-    # Why its times tell more of the machine than of the file; None where they do not
-    noise: str | None = None
+    rounds: Sequence[int] = ()  # For each, the process that it came from; if empty, each is one of its own
+    cpu_times: Sequence[float] = ()  # The same by the processor's clock, if that tells of the file
+    session: str | None = None  # Rows of one session took turns
+    problem: str | None = None  # Why nothing is said of it, whatever its times
+    noise: str | None = None  # Why its times tell more of the machine than of the file
     cpu_noise: str | None = None  # The same of `cpu_times`
-    loaded: str | None = None  # State of the page cache, where the opening of the file is timed
-    # Share of the highest clock that it was held to (`capped_at`); None where nothing tells
-    cap: float | None = None
+    loaded: str | None = None  # State of the page cache, if the opening of the file is timed
+    cap: float | None = None  # Share of the highest clock that it was held to (`capped_at`)
     looks: int = 1  # How often they may have been looked at to decide whether to take more
 
     @property
@@ -56,11 +52,8 @@ class Samples:
         return len(set(self.rounds)) if len(self.rounds) == len(self.times) else len(self.times)
 
     def too_few(self, confidence: float) -> str | None:
-        """Why it has too few samples for a verdict of such a confidence; None where it has enough.
-
-        More are asked only of what was measured on: a baseline cannot be.
-        """
-        wanted = fewest(surer(confidence, self))
+        """Why it has too few samples for a verdict of such a confidence, or None."""
+        wanted = fewest(surer(confidence, self))  # more are asked only of what was measured on
         if self.n_independent >= wanted:
             return None
         independent = "samples" if self.n_independent == len(self.times) else "processes"
@@ -73,18 +66,9 @@ def fewest(confidence: float) -> int:
 
 
 def surer(confidence: float, *sides: Samples) -> float:
-    """The confidence of each of several looks, of which together one errs no more often than a single one would
-    (Bonferroni)."""
+    """The confidence of each of several looks, so that together they err no more often than one (Bonferroni)."""
     looks = max(one.looks for one in sides)
     return confidence if looks == 1 else 1 - (1 - confidence) / looks
-
-
-class _How(TypedDict):
-    """How an interval is taken."""
-
-    confidence: float
-    seed: int
-    resamples: int
 
 
 @dataclass(frozen=True)
@@ -92,50 +76,44 @@ class Judgement:
     """What two sets of samples say of each other."""
 
     confidence: float  # Of the interval
-    basis: str  # Whose time it is: `wall`, or `cpu` where other programs held a single thread up
+    basis: str  # Whose time it is: `wall`, or `cpu` if other programs held a single thread up
     paired: bool  # Whether rounds of one interleaved session were compared pair by pair
-    # Median time of base and new, then of their anchors, by the basis; None where a side has no samples
-    medians: tuple[float | None, ...]
-    # Speed of new / speed of base; None where a side has no samples. With `noise` it means nothing.
-    interval: RatioInterval | None
-    # Why there is no verdict, however steady the samples are; None where there may be one
-    problem: str | None
-    noise: str | None  # Why the samples say nothing of the files; None where they do
+    medians: tuple[float | None, ...]  # Time of base and new, then of their anchors, by the basis
+    interval: RatioInterval | None  # Speed of new / speed of base; with `noise` it means nothing
+    problem: str | None  # Why there is no verdict, however steady the samples are
+    noise: str | None  # Why the samples say nothing of the files
 
     @property
     def shown(self) -> RatioInterval | None:
-        """The interval, where it means something."""
+        """The interval, if it means something."""
         return None if self.noise else self.interval
 
 
 def samples_of(record: BenchRecord, name: str) -> Samples:
     """A row's samples; `name` is what reasons call it."""
+    wish, state = record.page_cache, record.page_cache_state
+    problems = (
+        (not record.ok, f"{name} failed: {record.failure}"),
+        (record.kind == EMULATED, "emulated times say nothing"),
+        (record.void, f"{name} writes degenerate text ({record.degenerate}), its speed is void"),
+        (
+            wish in ("warm", "cold") and state not in (wish, "unknown"),
+            f"{name} was to be loaded {wish}, and was {state}",
+        ),
+    )
     return Samples(
         name,
         () if record.kind == EMULATED else record.samples_ns,
         record.rounds,
         cpu_times=record.cpu_samples_ns if has_processor_time(record) else (),
         session=record.session,
-        problem=_problem(record, name),
-        noise=noise(record) if record.ok else None,
-        cpu_noise=noise(record, wall=False) if record.ok else None,
+        problem=next((why for holds, why in problems if holds), None),
+        noise=noise_of(record) if record.ok else None,
+        cpu_noise=noise_of(record, wall=False) if record.ok else None,
         loaded=record.page_cache_state if record.timed.opens else None,
         cap=capped_at(record),
         looks=record.measured_on.looks if record.measured_on else 1,
     )
-
-
-def _problem(record: BenchRecord, name: str) -> str | None:
-    if not record.ok:
-        return f"{name} failed: {record.failure}"
-    if record.kind == EMULATED:
-        return "emulated times say nothing"
-    if record.void:
-        return f"{name} writes degenerate text ({record.degenerate}), its speed is void"
-    wish, state = record.page_cache, record.page_cache_state
-    if wish in ("warm", "cold") and state not in (wish, "unknown"):
-        return f"{name} was to be loaded {wish}, and was {state}"
-    return None
 
 
 def judge(
@@ -149,13 +127,7 @@ def judge(
 ) -> Judgement:
     """How fast `new` is in multiples of `base`, and whether the samples can tell.
 
-    Args:
-        base: What is divided by.
-        new: What is judged.
-        anchors: Of base's session and of new's: speeds in multiples of theirs are compared.
-        confidence: Of the interval; surer of samples that are looked at several times.
-        seed: Of the bootstrap.
-        resamples: Its draws.
+    With `anchors`, of base's session and of new's, speeds in multiples of theirs are compared.
     """
     asked, confidence = confidence, surer(confidence, base, new)
     sides = (base, new, *(anchors or ()))
@@ -164,45 +136,37 @@ def judge(
     times = [one.cpu_times if by_cpu else one.times for one in sides]
     paired = base.session is not None and base.session == new.session and base.rounds == new.rounds
     interval, rounds = None, [one.rounds for one in sides]
-    how: _How = {"confidence": confidence, "seed": seed, "resamples": resamples}
     if all(times) and anchors:
+        new_session, base_session = (((times[i + 2], times[i]), (rounds[i + 2], rounds[i])) for i in (1, 0))
         interval = quotient_interval(
-            (times[3], times[1]), (rounds[3], rounds[1]), (times[2], times[0]), (rounds[2], rounds[0]), **how
+            *new_session, *base_session, confidence=confidence, seed=seed, resamples=resamples
         )
     elif all(times):
         interval = ratio_interval(
-            *times, paired=paired, numerator_rounds=rounds[0], denominator_rounds=rounds[1], **how
+            *times,
+            paired=paired,
+            numerator_rounds=rounds[0],
+            denominator_rounds=rounds[1],
+            confidence=confidence,
+            seed=seed,
+            resamples=resamples,
         )
+    problem = next((why for one in sides if (why := one.problem or one.too_few(asked))), None)
+    if problem is None and base.loaded != new.loaded:
+        problem = f"{base.name} was loaded {base.loaded}, {new.name} {new.loaded}"
+    noises = ((one.name, one.cpu_noise if by_cpu else one.noise) for one in sides)
+    noise = next((f"{name}: {why}" for name, why in noises if why), None)
+    pairs = zip((base, new), anchors, strict=True) if anchors else ((base, new),)
+    noise = noise or next(filter(None, (capped_apart(*(one.cap for one in pair)) for pair in pairs)), None)
+    if noise is None and interval and interval.high > WIDEST * interval.low:
+        width = interval.high / interval.low
+        noise = f"the rounds differ too much: one end of the interval is {width:.1f} times the other"
     return Judgement(
         confidence=confidence,
         basis="cpu" if by_cpu else "wall",
         paired=paired,
         medians=tuple(map(summary.median, times)),
         interval=interval,
-        problem=_unjudged(sides, asked),
-        noise=_noise(sides, interval, by_cpu=by_cpu),
+        problem=problem,
+        noise=noise,
     )
-
-
-def _unjudged(sides: Sequence[Samples], confidence: float) -> str | None:
-    """Why nothing can be said, however steady the samples are."""
-    found = next((why for one in sides if (why := one.problem or one.too_few(confidence))), None)
-    base, new, *_ = sides
-    if found is None and base.loaded != new.loaded:
-        return f"{base.name} was loaded {base.loaded}, {new.name} {new.loaded}"
-    return found
-
-
-def _noise(sides: Sequence[Samples], interval: RatioInterval | None, *, by_cpu: bool) -> str | None:
-    """Why the times say nothing of the files; None where they do."""
-    for one in sides:
-        if why := one.cpu_noise if by_cpu else one.noise:
-            return f"{one.name}: {why}"
-    base, new, *anchors = sides
-    beside = zip((base, new), anchors, strict=True) if anchors else [(base, new)]
-    if apart := next(filter(None, (capped_apart(*(one.cap for one in pair)) for pair in beside)), None):
-        return apart
-    if interval and interval.high > WIDEST * interval.low:
-        width = interval.high / interval.low
-        return f"the rounds differ too much: one end of the interval is {width:.1f} times the other"
-    return None

@@ -60,7 +60,7 @@ def quantile(samples: Sequence[float], share: float) -> float | None:
 
 
 def spread(samples: Sequence[float]) -> float | None:
-    """p90 / p50, at least 1; None with fewer than two samples or a median that is not positive."""
+    """p90 / p50; None with fewer than two samples or a median that is not positive."""
     middle, high = median(samples), quantile(samples, 0.9)
     if len(samples) < 2 or not middle or middle < 0 or high is None:
         return None
@@ -78,22 +78,14 @@ def ratio_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> RatioInterval:
-    """Percentile bootstrap (Efron 1979) of median(numerator) / median(denominator).
+    """Percentile bootstrap (Efron 1979) of median(numerator) / median(denominator), in logarithms.
 
-    Rounds are drawn, not samples: samples of one process share what that process met (a cluster bootstrap, Davison and
-    Hinkley 1997, 3.8). The quantiles are taken of the logarithm, so that exchanging the two sides inverts a paired
-    result exactly.
+    Rounds are drawn, not samples: those of one process share what it met (a cluster bootstrap, Davison and Hinkley
+    1997, 3.8). `paired`: the same rounds are drawn of both sides, so that slow drift of the machine cancels.
 
     Args:
-        numerator: Positive samples.
-        denominator: Positive samples.
-        paired: Round i of both sides was taken side by side: the same rounds are drawn of both, so that slow drift of
-            the machine cancels. Otherwise each side is drawn by itself.
-        numerator_rounds: For each sample the number of its round; each sample is one of its own unless given.
+        numerator_rounds: Round of each sample; each is one of its own unless given.
         denominator_rounds: The same for the denominator.
-        confidence: Share of the distribution inside the interval.
-        resamples: Bootstrap draws.
-        seed: Same seed and samples give the same interval.
 
     Raises:
         InputError: No samples, samples that are not positive and finite, or pairs of unequal number.
@@ -116,19 +108,13 @@ def quotient_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> RatioInterval:
-    """The bootstrap of `ratio_interval` for (median / median) / (median / median), of two sessions.
-
-    Rounds of a session are drawn of its numerator and its denominator together, where both have as many; the sessions
-    are drawn apart.
+    """The bootstrap of `ratio_interval` for a quotient of two sessions' ratios.
 
     Args:
-        first: Positive samples of numerator and denominator of the first session.
-        first_rounds: For each of their samples the number of its round.
+        first: Samples of numerator and denominator of the first session; drawn together if both have as many rounds.
+        first_rounds: The round of each of their samples.
         second: The same of the session that it is divided by.
         second_rounds: The rounds of those.
-        confidence: Share of the distribution inside the interval.
-        resamples: Bootstrap draws.
-        seed: Same seed and samples give the same interval.
 
     Raises:
         InputError: No samples, or samples that are not positive and finite.
@@ -144,8 +130,7 @@ def quotient_interval(
 def _log_ratios(
     top: _Floats, bottom: _Floats, rng: np.random.Generator, resamples: int, *, paired: bool
 ) -> _Floats:
-    """(resamples,) of log(median / median) of drawn rounds, in portions that need little memory however many samples
-    there are."""
+    """(resamples,) of log(median / median) of drawn rounds, in portions that need little memory."""
     logs: list[_Floats] = []
     for count in portions(resamples, max(1, _DRAWN_AT_ONCE // max(top.size, bottom.size))):
         rows = rng.integers(0, len(top), (count, len(top)))

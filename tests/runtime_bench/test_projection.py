@@ -15,7 +15,6 @@ from runtime_bench.devices.profile import DeviceProfile
 from runtime_bench.devices.projection import (
     MIB,
     Memory,
-    cache_bytes,
     project,
     project_memory,
 )
@@ -100,13 +99,14 @@ def test_a_cache_takes_what_the_blocks_of_its_type_take(smollm2_gguf: Path, cach
         )
         assert result.peak_rss_bytes is not None, result.error
         peaks.append(result.peak_rss_bytes)
-    short, long = (cache_bytes(facts, n_ctx, cache_type) for n_ctx in (1024, 8000))
+    short, long = (project_memory(facts, n_ctx, (), cache_type=cache_type).cache for n_ctx in (1024, 8000))
     assert peaks[1] - peaks[0] == pytest.approx(long - short, rel=0.03)
 
 
 def test_the_cache_has_room_for_whole_cells(tiny_gguf: Callable[..., Path]) -> None:
     facts = gguf_facts(tiny_gguf())
-    assert cache_bytes(facts, 1, "f16") == cache_bytes(facts, 256, "f16") < cache_bytes(facts, 257, "f16")
+    one, cell, more = (project_memory(facts, n_ctx, ()).cache for n_ctx in (1, 256, 257))
+    assert one == cell < more
 
 
 def test_repacked_weights_depend_on_the_processor(smollm2_gguf: Path) -> None:

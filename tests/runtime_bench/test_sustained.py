@@ -17,7 +17,6 @@ from runtime_bench.presentation.record_table import format_table, record_table
 from runtime_bench.records.compare import Incomparable, compare_records
 from runtime_bench.records.jsonl import record_from_json, record_to_json
 from runtime_bench.records.reported import Conditions
-from runtime_bench.records.sustained import curve, first_minute_ts, last_third_ts
 from runtime_bench.targets import Local
 from runtime_bench.targets.browser import Browser
 from runtime_bench.worker import WorkerRequest, WorkerResult
@@ -92,31 +91,28 @@ def test_one_process_generates_until_the_time_is_over(tiny_gguf: Callable[..., P
     assert set(record.rounds) == {0}
     assert len(record.samples_ns) == record.samples_per_process >= 1
     assert record.quarantined_ns == ()
-    seconds = [second for second, _ in curve(record)]
+    seconds = [second for second, _ in record.sustained_curve]
     assert seconds == sorted(seconds)
     assert record_from_json(record_to_json(record), where="here") == record
 
 
 def test_minute_one_and_the_last_third(make_record: Any) -> None:
     record = make_record(SUSTAINED, samples_ns=SLOWING, samples_per_process=9, **ONE)
-    assert [second for second, _ in curve(record)] == [0, 10, 20, 30, 40, 50, 60, 80, 100]
-    assert first_minute_ts(record) == pytest.approx(10.0)
-    assert last_third_ts(record) == pytest.approx(5.0)
+    assert [second for second, _ in record.sustained_curve] == [0, 10, 20, 30, 40, 50, 60, 80, 100]
+    assert record.first_minute_ts == pytest.approx(10.0)
+    assert record.last_third_ts == pytest.approx(5.0)
     row = record_table([make_record(), record]).objects()[1]
     assert (row["minute 1"], row["last third"]) == ("10.00", "5.00")
     assert "minute 1" not in format_table([make_record()])
-    assert (curve(make_record()), first_minute_ts(make_record()), last_third_ts(make_record())) == (
-        (),
-        None,
-        None,
-    )
+    other = make_record()
+    assert (other.sustained_curve, other.first_minute_ts, other.last_third_ts) == ((), None, None)
 
 
 def test_the_machines_clock_says_when_samples_began(make_record: Any) -> None:
     spans = tuple((30.0 * i + 2, 30.0 * i + 12) for i in range(9))
     seen = Conditions((0.0, 300.0), spans, hottest_c=(40.0, 80.0), clocks=(1.0, 0.5))
     record = make_record(SUSTAINED, samples_ns=SLOWING, conditions=(seen,), **ONE)
-    assert [second for second, _ in curve(record)] == [30.0 * i for i in range(9)]
+    assert [second for second, _ in record.sustained_curve] == [30.0 * i for i in range(9)]
 
 
 def test_other_times_are_not_compared(make_record: Any) -> None:
