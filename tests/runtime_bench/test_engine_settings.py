@@ -16,7 +16,7 @@ from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
 from runtime_bench.engines import SessionSettings, llama_cpp, onnxruntime
 from runtime_bench.measuring.measure import run_bench
-from runtime_bench.presentation.record_table import format_table, record_table, settings_text
+from runtime_bench.presentation.record_table import format_table, record_table
 from runtime_bench.records.compare import Incomparable, compare_records
 from runtime_bench.records.notes import note_of
 from runtime_bench.records.reported import EngineSettings
@@ -72,7 +72,7 @@ def test_the_cores_are_those_that_the_process_was_given(model: Path) -> None:
 def test_weights_that_were_rearranged_are_told_from_the_files_pages(make_record: Any) -> None:
     buffers = {"CPU_Mapped": 92 * 2**20, "CPU_REPACK": 63 * 2**20, "AMX": 2**20}
     record = make_record(engine_settings=EngineSettings("f16", flash_attention=True, weight_buffers=buffers))
-    assert "64.00 MiB of the weights rearranged" in settings_text(record)
+    assert "64.00 MiB of the weights rearranged" in format_table([record])
 
 
 def test_a_row_of_onnx_runtime_names_the_providers_that_run_its_nodes(graph: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_row_of_onnx_runtime_names_the_providers_that_run_its_nodes(graph: Pat
     ((name, count),) = record.engine_settings.providers.items()
     assert (record.backends, name) == ("CPU", "CPU")
     assert count > 20
-    assert f"{count} nodes on CPU" in settings_text(record)
+    assert f"{count} nodes on CPU" in format_table([record])
     assert record.fallback is None
 
 
