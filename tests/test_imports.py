@@ -45,7 +45,7 @@ ROOMS = {
     "phoneready": (
         {"console", "interrupts", "text"},
         {"figures", "model_checks"},
-        {"evaluation", "exporting", "sizes"},
+        {"evaluation", "exporting"},
         {"settings", "room"},
         {"release"},
         {"report"},

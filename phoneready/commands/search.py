@@ -48,8 +48,7 @@ def search(
     from cfsp.files import write_text
     from cfsp.records import record_to_json
     from phoneready.search.evaluate import Subject
-    from phoneready.search.plot import render_search
-    from phoneready.search.record import format_search
+    from phoneready.search.record import format_search, render_search
     from phoneready.search.run import PLOT_FILE, check_search
     from phoneready.search.run import search as run_search
     from phoneready.settings.release import read_recovery

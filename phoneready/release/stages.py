@@ -95,18 +95,19 @@ def stage_folder(folder: Path, name: str) -> Path:
 
 
 @contextmanager
-def claim_folder(folder: Path) -> Iterator[None]:
+def claim_folder(folder: Path, mark: str = LOCK_FILE, what: str = "release") -> Iterator[None]:
     """Make `folder` the output of this run alone, and clear away what a killed run left in it.
 
-    Where an error ends the block before anything is in the folder, it is as it was before: not there, or empty.
+    If an error ends the block before anything is in the folder, it is as it was before: not there, or empty.
+    `mark` is the name of its lock, which tells a folder of ours from others.
 
     Raises:
-        InputError: It holds something that no release made, another run is using it, or it cannot be written.
+        InputError: It holds something else, another run is using it, or it cannot be written.
     """
-    status, lock = writable_place(folder), folder / LOCK_FILE
+    status, lock = writable_place(folder), folder / mark
     there = _content(folder) if status and stat.S_ISDIR(status.st_mode) else set()
-    if (status and not stat.S_ISDIR(status.st_mode)) or (there and LOCK_FILE not in there):
-        raise InputError(f"{folder} exists and is not a release folder; choose another one with -o")
+    if (status and not stat.S_ISDIR(status.st_mode)) or (there and mark not in there):
+        raise InputError(f"{folder} exists and is not a {what} folder; choose another one with -o")
     places = (folder / "stages", lock, folder, *folder.absolute().parents)
     made = [place for place in places if not place.exists()]
     try:

@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
+import safetensors.torch
 import torch
-from pydantic import NonNegativeInt
 
 from cfsp.devices import find_device
 from cfsp.errors import InputError
 from cfsp.evaluation.torch_model import RememberedModel
-from cfsp.files import fsync_file, sha256_file
+from cfsp.files import atomic_file, fsync_file, sha256_file
 from cfsp.models.architectures import model_shape
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.offload import copied
@@ -30,12 +31,13 @@ from cfsp.pruning.block_by_block import apply_plan
 from cfsp.pruning.plan import PruningPlan, make_plan
 from cfsp.pruning.prune import Removals, check_removals, counts_of, prune_model, statistics_for, trim
 from cfsp.pruning.statistics import BlockStatistics, collect_input_moments, moment_windows, spread_windows
-from cfsp.pruning.vocabulary import Counts, VocabularyPlan, plan_vocabulary
+from cfsp.pruning.vocabulary import VocabularyPlan, plan_vocabulary
+from cfsp.reading import as_input_error
 from cfsp.records import read_record, write_record
 from cfsp.scratch import LargeScratch
 from cfsp.text.calibration import Calibration, check_seqlen
 from cfsp.text.settings import SELF
-from cfsp.text.tokens import TokenWindows
+from cfsp.text.tokens import TokenWindows, tokens_sha256
 from cfsp.units import megabytes
 from exporters.checkpoint_reader import read_config
 from exporters.gguf.family import GGUF
@@ -50,8 +52,8 @@ from phoneready.release.steps import load_stage, run_recovery, shortcoming_of
 from phoneready.report.plots import speed_span
 from phoneready.search.point import Held, Point, SearchSettings
 from phoneready.search.record import EvaluatedPoint, Speed
+from phoneready.search.sizes import Sizes
 from phoneready.settings.schema import ExportConfig, ModelConfig, PruneConfig, RecoverConfig
-from phoneready.sizes import Sizes
 from phoneready.text import WRITERS, load_calibration
 from runtime_bench.devices.model_facts import ModelFacts, gguf_facts
 from runtime_bench.devices.profile import find_profile, load_profiles
@@ -66,52 +68,24 @@ _GENERATED = 64
 
 
 @dataclass(frozen=True)
-class JudgedWindows:
-    """The windows of every text, so that a later run measures on the same ones.
-
-    Attributes:
-        kinds: `text` or `chats` of each.
-        sources: Its reference.
-        ids: Its windows of the dense model's token ids.
-        sha256: Hash of these.
-    """
-
-    KIND: ClassVar[str] = "judged-windows"
-    SCHEMA_VERSION: ClassVar[int] = 1
-
-    kinds: tuple[str, ...]
-    sources: tuple[str, ...]
-    ids: tuple[tuple[tuple[NonNegativeInt, ...], ...], ...]
-    sha256: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        rows = {len(self.kinds), len(self.sources), len(self.ids), len(self.sha256)}
-        lengths = [set(map(len, windows)) for windows in self.ids]
-        if len(rows) != 1 or not lengths or any(len(one) != 1 or min(one) < 2 for one in lengths):
-            raise InputError("every text has windows, of one length", field="ids")
-
-    @property
-    def texts(self) -> tuple[JudgedText, ...]:
-        """As they are measured on."""
-        rows = zip(self.kinds, self.sources, self.ids, self.sha256, strict=True)
-        return tuple(JudgedText(k, TokenWindows(torch.tensor(i), s, h)) for k, s, i, h in rows)
-
-
-@dataclass(frozen=True)
 class Subject:
-    """What a search is of.
-
-    Attributes:
-        model: The dense model.
-        seed: Of everything drawn.
-        prune: Calibration text; the rest is as `prune` has it.
-        recover: How pruned models are trained; None: not.
-    """
+    """What a search is of: the dense model, its calibration, and how pruned ones are trained, if they are."""
 
     model: ModelConfig
     seed: int
     prune: PruneConfig
     recover: RecoverConfig | None
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is known of a file before it is made: its size, of a mixture the least, and what a projection needs."""
+
+    KIND: ClassVar[str] = "search-size"
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    least_bytes: int
+    facts: ModelFacts | None
 
 
 @dataclass
@@ -120,21 +94,14 @@ class _Side:
 
     loaded: LoadedModel
     calibration: Calibration
-    vocabulary: VocabularyPlan | None = None
+    removals: Removals
     statistics: BlockStatistics | None = None
-    sizes: Sizes | None = None
-    removals: Removals | None = None
 
 
 class Evaluator:
-    """Makes and measures points, each once: records are kept in the folder under the points' keys.
+    """Makes and measures points, each once: what is known of them stays in the search's folder.
 
-    Args:
-        subject: The model and its calibration.
-        settings: What is measured on, and where.
-        folder: Of the search.
-        threads: Threads outside torch; torch's number where None.
-        progress: Told about every step.
+    `threads` are those outside torch; torch's number by default.
     """
 
     def __init__(
@@ -154,11 +121,11 @@ class Evaluator:
         ]  # fmt: skip
         self.key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12]
         self.state = folder / "measured" / self.key
-        recover = subject.recover
-        learnt = (
-            [asdict(recover), identities(recover.data), identities(recover.validation)] if recover else None
-        )
+        self.work = self.state / "work"  # checkpoints and drafts: what a killed search goes on from
+        how = subject.recover
+        learnt = [asdict(how), identities(how.data), identities(how.validation)] if how else None
         self.training = hashlib.sha256(json.dumps(learnt, sort_keys=True).encode()).hexdigest()[:8]
+        self._n_threads = threads or torch.get_num_threads()
         self._trimmed: dict[int, _Side] = {}
         self._vocabularies: dict[int, VocabularyPlan] = {}
         self._plans: dict[tuple[int, float], PruningPlan] = {}
@@ -180,18 +147,60 @@ class Evaluator:
     @functools.cached_property
     def calibration(self) -> Calibration:
         """The windows that statistics are taken from and files are rounded for."""
-        return self._drawn(self.loaded)
-
-    def _drawn(self, loaded: LoadedModel) -> Calibration:
         prune, seed = self.subject.prune, self.subject.seed
-        return load_calibration(
-            prune.calibration, loaded, nsamples=prune.nsamples, seqlen=prune.seqlen, seed=seed,
-            progress=self.progress,
+
+        def draw() -> list[torch.Tensor]:
+            drawn = load_calibration(
+                prune.calibration, self.loaded, nsamples=prune.nsamples, seqlen=prune.seqlen, seed=seed,
+                progress=self.progress,
+            )  # fmt: skip
+            return [drawn.input_ids]
+
+        (ids,) = self._drawn_once("calibration", draw)
+        return Calibration(ids, prune.calibration, seed, tokens_sha256(ids))
+
+    @functools.cached_property
+    def texts(self) -> tuple[JudgedText, ...]:
+        """What every file is measured on: windows of the dense model's ids."""
+        judged = EvaluationSettings(
+            text=self.settings.text, chats=self.settings.chats, seqlen=self.settings.seqlen,
+            max_windows=self.settings.max_windows, seed=self.subject.seed + 1,
         )  # fmt: skip
 
+        def draw() -> list[torch.Tensor]:
+            sources = [source for _, source in judged.sources]
+            return [text_windows(one, self._dense, judged, self.progress, WRITERS).ids for one in sources]
+
+        rows = zip(judged.sources, self._drawn_once("texts", draw), strict=True)
+        return tuple(
+            JudgedText(kind, TokenWindows(ids, source, tokens_sha256(ids))) for (kind, source), ids in rows
+        )
+
+    def _drawn_once(self, name: str, draw: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+        """Windows of token ids, those of the first run in this folder: text that a model writes takes minutes."""
+        path = self.state / f"{name}.safetensors"
+        if not path.is_file():
+            drawn = {str(number): ids.contiguous() for number, ids in enumerate(draw())}
+            with atomic_file(path) as temporary:
+                safetensors.torch.save_file(drawn, temporary)
+        with as_input_error(f"{path} is damaged; remove it"):
+            kept = safetensors.torch.load_file(path)
+            rows, found = self._rows, [kept[str(number)] for number in range(len(kept))]
+            if any(ids.dtype != torch.int64 or ids.min() < 0 or ids.max() >= rows for ids in found):
+                raise ValueError("the model has no such tokens")
+        return found
+
+    @property
+    def _rows(self) -> int:
+        return int(self.loaded.model.get_input_embeddings().weight.shape[0])
+
+    @functools.cached_property
+    def _dense(self) -> RememberedModel:
+        return RememberedModel(self.loaded)
+
     def check(self) -> None:
-        """Raise InputError for what the model or its texts cannot do, before anything is written."""
-        settings, loaded = self.settings, self.loaded
+        """Raise InputError for what the model cannot do, and if all files would be too large; no text is read."""
+        settings, loaded, ratio = self.settings, self.loaded, max(self.settings.ratios)
         longest = int(getattr(loaded.model.config, "max_position_embeddings", None) or settings.seqlen)
         if settings.seqlen > longest:
             raise InputError(
@@ -204,85 +213,77 @@ class Evaluator:
             check_removals(loaded.model, replace(self.subject.prune.settings(1), kv_groups=share))
         if self.subject.recover is not None:
             check_seqlen(loaded, self.subject.recover.seqlen)
-        if not (self.state / "windows.json").is_file():
-            _ = self._windows
-        for size in filter(None, settings.vocabularies):
-            self.vocabulary(size)
+        # Without counts the tokens that merging learned first stay.
+        uncounted = functools.partial(plan_vocabulary, loaded, np.zeros(self._rows), sources=())
+        sizes, fewest, share = set(filter(None, settings.vocabularies)), None, max(settings.groups)
+        if sizes:
+            fewest = uncounted(min(sizes))
+            if max(sizes) > self._rows:
+                uncounted(max(sizes))
+        if settings.max_size is None:
+            return
+        # At least: which tokens stay, only text can say, so of as many the shortest are counted, in their merges too.
+        longer = 0
+        if fewest is not None:
+            lengths = {index: len(token.encode()) for token, index in loaded.tokenizer.get_vocab().items()}
+            kept = [lengths[index] for index in fewest.kept if index in lengths]
+            longer = 2 * (sum(kept) - sum(sorted(lengths.values())[: len(kept)]))
+        least, shape = [], model_shape(loaded.model)
+        with LargeScratch("sizes") as scratch:
+            table = self._sizes_in(scratch.path)
+            for quant in settings.quants:
+                step, cut = Point(quant, ratio=ratio).align, shape
+                if ratio:  # widths and groups are rounded: with one step less, no file is smaller
+                    widths = [max(step, int(w * (1 - ratio) // step * step)) for w in shape.ffn_widths]
+                    cut = shape.with_ffn_widths(widths)
+                if share:
+                    groups = [one.kv_groups or 0 for one in cut.blocks]
+                    cut = cut.with_kv_groups([n and max(1, int(n * (1 - share))) for n in groups])
+                dense = not (fewest or ratio or share)
+                least.append(table.least_bytes(quant, cut, fewest, dense=dense) - longer)
+        if min(least) > settings.max_size:
+            raise InputError(
+                "no file is so small",
+                field="--max-size",
+                value=megabytes(settings.max_size),
+                allowed=f"more than {min(least)} bytes (less with fewer --vocabularies, higher --ratios or fewer bits)",
+            )
+
+    def _sizes_in(self, folder: Path) -> Sizes:
+        sized = [name for name in self.settings.quants if GGUF.find(name).is_sized]
+        return Sizes(self.loaded, folder, self.subject.seed, self._n_threads, sized)
 
     @functools.cached_property
-    def _windows(self) -> JudgedWindows:
-        judged = EvaluationSettings(
-            text=self.settings.text, chats=self.settings.chats, seqlen=self.settings.seqlen,
-            max_windows=self.settings.max_windows, seed=self.subject.seed + 1,
-        )  # fmt: skip
-        drawn = [
-            (kind, source, text_windows(source, self._dense, judged, self.progress, WRITERS))
-            for kind, source in judged.sources
-        ]
-        return JudgedWindows(
-            tuple(kind for kind, _, _ in drawn),
-            tuple(source for _, source, _ in drawn),
-            tuple(tuple(map(tuple, one.ids.tolist())) for _, _, one in drawn),
-            tuple(one.sha256 for _, _, one in drawn),
-        )
+    def _sizes(self) -> Sizes:
+        return self._sizes_in(self.work / "sizes")
 
-    @functools.cached_property
-    def windows(self) -> JudgedWindows:
-        """What every file is measured on: those of the first run in this folder.
-
-        Raises:
-            InputError: They are damaged, or of another model.
-        """
-        path = self.state / "windows.json"
-        if not path.is_file():
-            write_record(path, self._windows)
-        kept = read_record(JudgedWindows, path)
-        largest = max(token for text in kept.ids for window in text for token in window)
-        if largest >= self.loaded.model.get_input_embeddings().weight.shape[0]:
-            raise InputError(f"{path}: the model has no token {largest}")
-        return kept
-
-    @functools.cached_property
-    def _dense(self) -> RememberedModel:
-        return RememberedModel(self.loaded)
-
-    def vocabulary(self, size: int) -> VocabularyPlan:
-        """Which tokens a vocabulary of that size keeps; no forward pass is needed.
-
-        Raises:
-            InputError: There is no such vocabulary.
-        """
-        if size not in self._vocabularies:
-            sources = self._counted or self.calibration.sources
-            self._vocabularies[size] = plan_vocabulary(self.loaded, self._counts, size, sources=sources)
-        return self._vocabularies[size]
-
-    @property
-    def _counted(self) -> tuple[str, ...]:
-        """Text whose tokens are counted: all of the calibration text, unless the model writes it."""
-        return () if SELF in self.subject.prune.calibration else self.subject.prune.calibration
-
-    @functools.cached_property
-    def _counts(self) -> Counts:
-        self.progress("counting tokens", 0, 1)
-        counts = counts_of(self.loaded, self.calibration, self._counted)
-        self.progress("counting tokens", 1, 1)
-        return counts
+    def vocabulary(self, size: int) -> VocabularyPlan | None:
+        """Which tokens a vocabulary of that size keeps; None if it keeps all. No forward pass is needed."""
+        if size and size not in self._vocabularies:
+            # All of the calibration text counts, unless the model writes it.
+            given = self.subject.prune.calibration
+            counted = () if SELF in given else given
+            self.progress("counting tokens", 0, 1)
+            counts = counts_of(self.loaded, self.calibration, counted)
+            self._vocabularies[size] = plan_vocabulary(self.loaded, counts, size, sources=given)
+            self.progress("counting tokens", 1, 1)
+        return self._vocabularies.get(size)
 
     def _side(self, vocabulary: int) -> _Side:
         """The model with all of its tokens, or with so many; of the latter the latest is kept."""
         if vocabulary not in self._trimmed:
             for other in [size for size in self._trimmed if size]:
                 del self._trimmed[other]
+            loaded, calibration = self.loaded, self.calibration
             if vocabulary:
-                twin = replace(self.loaded, model=copied(self.loaded.model))
-                kept = self.vocabulary(vocabulary)
-                left = trim(
-                    twin, self.calibration, kept, self.subject.prune.settings(1), progress=self.progress
+                twin, settings = (
+                    replace(loaded, model=copied(loaded.model)),
+                    self.subject.prune.settings(1),
                 )
-                self._trimmed[vocabulary] = _Side(*left, kept)
-            else:
-                self._trimmed[vocabulary] = _Side(self.loaded, self.calibration)
+                kept = self.vocabulary(vocabulary)
+                loaded, calibration = trim(twin, calibration, kept, settings, progress=self.progress)
+            removals = Removals(loaded.model, calibration, self.progress)
+            self._trimmed[vocabulary] = _Side(loaded, calibration, removals)
         return self._trimmed[vocabulary]
 
     def plan(self, point: Point) -> PruningPlan:
@@ -291,94 +292,46 @@ class Evaluator:
         Raises:
             InputError: Widths in multiples of the alignment cannot meet the ratio.
         """
-        key = (point.vocabulary, point.groups)
-        if key not in self._plans:
-            path = (
-                self.state
-                / "plans"
-                / f"{replace(point, ratio=0.0, recovered=False, steps=()).checkpoint}.json"
+        key, settings = (point.vocabulary, point.groups), self.subject.prune.settings(1)
+        name = replace(point, ratio=0.0, recovered=False, steps=()).checkpoint
+        path = self.state / "plans" / f"{name}.json"
+        if not path.is_file():
+            side = self._side(point.vocabulary)
+            side.statistics = side.statistics or statistics_for(
+                side.loaded.model, side.calibration, settings, progress=self.progress
             )
-            if not path.is_file():
-                side = self._side(point.vocabulary)
-                side.removals = side.removals or Removals(side.loaded.model, side.calibration, self.progress)
-                wanted = replace(
-                    self.subject.prune.settings(1),
-                    prune_ratio=0.0,
-                    vocabulary=point.vocabulary,
-                    kv_groups=point.groups,
-                )
-                plan = make_plan(
-                    side.loaded, self._statistics(side), side.calibration, wanted, *side.removals.of(wanted)
-                )
-                write_record(path, replace(plan, vocabulary=side.vocabulary))
+            wanted = replace(settings, prune_ratio=0.0, vocabulary=point.vocabulary, kv_groups=point.groups)
+            made = make_plan(
+                side.loaded, side.statistics, side.calibration, wanted, *side.removals.of(wanted)
+            )
+            write_record(path, replace(made, vocabulary=self.vocabulary(point.vocabulary)))
+        if key not in self._plans:
             self._plans[key] = read_record(PruningPlan, path)
-        base = self._plans[key]
-        settings = fitting_settings(
-            replace(base.settings, align=point.align), self.loaded.model, (point.quant,)
-        )
+        base, model = self._plans[key], self.loaded.model
+        settings = fitting_settings(replace(base.settings, align=point.align), model, (point.quant,))
         return replace(base, settings=settings).at_ratio(point.ratio)
 
-    def _statistics(self, side: _Side) -> BlockStatistics:
-        if side.statistics is None:
-            side.statistics = statistics_for(
-                side.loaded.model, side.calibration, self.subject.prune.settings(1), progress=self.progress
-            )
-        return side.statistics
-
-    def foretold(self, point: Point) -> tuple[int | None, list[Held]]:
-        """The size of a file that is not made, if the shape tells, and the limits it or its least size is held to."""
+    def expected(self, point: Point) -> tuple[int | None, list[Held]]:
+        """A file's size before it is made, if the shape tells, and how it stands to the limits by that."""
         if point.steps or (self.settings.max_size is None and self.settings.device is None):
             return None, []
-        side, is_sized = self._side(point.vocabulary), GGUF.find(point.quant).is_sized
-        side.sizes = side.sizes or self._sizes(side.loaded, self.work / "sizes")
-        shape = model_shape(self.loaded.model) if point.is_dense else self.plan(point).shape
-        size = side.sizes.least_bytes(point.quant, shape, dense=point.is_dense)
-        held = list(self.settings.held(size=size))
-        if self.settings.device is not None and is_sized:
-            held += self._held_by_speed(self._projected(side.sizes.facts(point.quant, shape)))
-        return size if is_sized else None, held
-
-    def _sizes(self, loaded: LoadedModel, folder: Path) -> Sizes:
-        sized = tuple(name for name in self.settings.quants if GGUF.find(name).is_sized)
-        return Sizes(loaded, folder, True, self.subject.seed, self._n_threads, sized)
-
-    def check_size(self) -> None:
-        """Raise InputError if even the smallest of all files is larger than it may be; nothing is measured for that."""
-        settings = self.settings
-        if settings.max_size is None:
-            return
-        fewest, share = min(filter(None, settings.vocabularies), default=0), max(settings.groups)
-        ratio, left = max(settings.ratios), self.loaded
-        if fewest:
-            plain = replace(self.subject.prune.settings(1), reconstruct="none")
-            twin = replace(left, model=copied(left.model))
-            left, _ = trim(twin, self.calibration, self.vocabulary(fewest), plain)
-        shape = model_shape(left.model)
-        with LargeScratch("sizes") as scratch:
-            sizes, each = self._sizes(left, scratch.path), list[int]()
-            for quant in settings.quants:
-                step = Point(quant, ratio=ratio).align
-                # Widths and groups are rounded: by one step less, no file is smaller.
-                widths = [max(step, int(w * (1 - ratio) // step * step)) for w in shape.ffn_widths]
-                cut = shape.with_ffn_widths(widths) if ratio else shape
-                if share:
-                    cut = cut.with_kv_groups(
-                        [
-                            max(1, int(one.kv_groups * (1 - share))) if one.kv_groups else 0
-                            for one in cut.blocks
-                        ]
-                    )
-                each.append(sizes.least_bytes(quant, cut, dense=not (fewest or ratio or share)))
-        if (least := min(each)) > settings.max_size:
-            raise InputError(
-                "no file is so small",
-                field="--max-size",
-                value=megabytes(settings.max_size),
-                allowed=f"{least} bytes or more (less with fewer --vocabularies, higher --ratios or fewer bits)",
-            )
+        path = self.state / "sizes" / f"{replace(point, recovered=False).key}.json"
+        sized = GGUF.find(point.quant).is_sized
+        if not path.is_file():
+            kept = self.vocabulary(point.vocabulary)
+            whole = model_shape(self.loaded.model)
+            shape = self.plan(point).shape if point.ratio or point.groups else whole
+            size = self._sizes.least_bytes(point.quant, shape, kept, dense=point.is_dense)
+            facts = self._sizes.facts(point.quant, shape, kept) if sized else None
+            write_record(path, Expected(size, facts))
+        known = read_record(Expected, path)
+        held = list(self.settings.held(size=known.least_bytes))
+        if self.settings.device is not None and known.facts is not None:
+            held += self._held_by_speed(self._projected(known.facts))
+        return known.least_bytes if sized else None, held
 
     def held(self, one: EvaluatedPoint) -> tuple[Held, ...]:
-        """How a file stands to the limits."""
+        """How a file stands to the limits; one that nothing is known of is not met."""
         rows = [*self.settings.held(size=one.file_bytes, kl=one.kl_mean, bits=one.bits_ratio)]
         rows += self._held_by_speed(one.speed) if one.speed else ()
         known = {row.limit for row in rows}
@@ -397,26 +350,21 @@ class Evaluator:
 
     def find(self, point: Point) -> EvaluatedPoint | None:
         """What is known of a point, if that is all that was asked for."""
-        known, settings = self._kept(point), self.settings
+        path, settings = self._record(point), self.settings
+        known = read_record(EvaluatedPoint, path) if path.is_file() else None
         where = settings.device or settings.place
         if known is None or where is None:
             return known
         speed = known.speed
-        if (
-            speed is None
-            or speed.place != where
-            or (speed.failure and not speed.failure.startswith(DOES_NOT_FIT))
-        ):
+        if speed is None or speed.place != where:
+            return None
+        if speed.failure and not speed.failure.startswith(DOES_NOT_FIT):
             return None
         return known if settings.device or self.threads in (None, speed.n_threads) else None
 
     def keep(self, one: EvaluatedPoint) -> None:
         """Keep the record of a point."""
         write_record(self._record(one.point), one)
-
-    def _kept(self, point: Point) -> EvaluatedPoint | None:
-        path = self._record(point)
-        return read_record(EvaluatedPoint, path) if path.is_file() else None
 
     def _record(self, point: Point) -> Path:
         how = f"-{self.training}" if point.recovered else ""
@@ -429,25 +377,22 @@ class Evaluator:
             InputError: It cannot be made or measured.
             LimitError: It gives no finite logits.
         """
-        began = time.monotonic()
+        began, settings = time.monotonic(), self.settings
         made = self.export(point)
-        checkpoint = self._checkpoint(point)
-        known = self._kept(point)
-        if known is None:
+        checkpoint, path = self._checkpoint(point), self._record(point)
+        if path.is_file():
+            known = read_record(EvaluatedPoint, path)
+        else:
             shapes = read_config(checkpoint).shape, model_shape(self.loaded.model)
             left, whole = (sum(shape.ffn_widths) for shape in shapes)
             tokenizer = self._side(point.vocabulary).loaded.tokenizer
+            texts = measure_file(
+                made, self._dense, tokenizer, self.texts, threads=self.threads, progress=self.progress
+            )
             known = EvaluatedPoint(
                 file=made.name,
                 file_bytes=made.stat().st_size,
-                texts=measure_file(
-                    made,
-                    self._dense,
-                    tokenizer,
-                    self.windows.texts,
-                    threads=self.threads,
-                    progress=self.progress,
-                ),
+                texts=texts,
                 point=point,
                 sha256=sha256_file(made),
                 removed=1 - left / whole,
@@ -456,13 +401,29 @@ class Evaluator:
                 seconds=0.0,
                 shortcoming=shortcoming_of(checkpoint),
             )
-        if self.settings.device is not None:
+        if settings.device is not None:
             known = replace(known, speed=self._projected(gguf_facts(made)))
-        elif self.settings.place is not None:
-            known = replace(known, speed=self._timed(made, self.settings.place))
+        elif settings.place is not None:
+            # How fast it decodes, each sample in a process of its own.
+            timing = BenchSettings(
+                n_prompt=(), n_gen=(_GENERATED,), ttft=(), load=False, check_text=False,
+                n_threads=(self.threads,) if self.threads else (), seed=self.subject.seed,
+            )  # fmt: skip
+            (record,) = run_bench([made], timing, self.progress, target=open_target(settings.place))
+            _, low, high = speed_span(record) if has_speed(record) else (None, None, None)
+            n, memory = record.n_threads, record.peak_rss_bytes
+            speed = Speed(settings.place, low, high, memory, n_threads=n, failure=record.failure)
+            known = replace(known, speed=speed)
         known = replace(known, seconds=round(known.seconds + time.monotonic() - began, 2))
         self.keep(known)
         return known
+
+    def _projected(self, facts: ModelFacts) -> Speed:
+        assert self.settings.device is not None
+        profile = find_profile(self.settings.device, load_profiles()).profile
+        found = project(profile, facts, DEFAULT_CONTEXT)
+        low, high = (found.decode.low, found.decode.high) if found.decode else (None, None)
+        return Speed(profile.id, low, high, found.memory.needed, found.fits)
 
     def export(self, point: Point) -> Path:
         """A point's file, in the folder of the search.
@@ -470,14 +431,15 @@ class Evaluator:
         Raises:
             InputError: It cannot be made.
         """
-        checkpoint = self._checkpoint(point)
-        drafts = self.work / "files"
+        checkpoint, drafts = self._checkpoint(point), self.work / "files"
         shutil.rmtree(drafts, ignore_errors=True)
         drafts.mkdir(parents=True)
-        export, row = ExportConfig(), GGUF.find(point.quant)
-        text = spread_windows(self._side(point.vocabulary).calibration.input_ids, export.rounding_windows)
+        export, text = ExportConfig(), None
+        if "calibration" in GGUF.find(point.quant).reads:
+            ids = self._side(point.vocabulary).calibration.input_ids
+            text = spread_windows(ids, export.rounding_windows)
         options = export.options(
-            text if "calibration" in row.reads else None,
+            text,
             name=file_stem(f"{self.loaded.source.name}-{point.checkpoint}"),
             must_fit=not point.is_dense,
             device=str(self.loaded.model.device),
@@ -491,113 +453,54 @@ class Evaluator:
 
     def _checkpoint(self, point: Point) -> Path:
         """Prune, train if the point says so, and save; only the latest of each kind is kept."""
-        untrained = replace(point, recovered=False)
-        pruned = f"pruned-{untrained.checkpoint}"
-        if point.is_dense:
-            return self._once("dense", lambda path: self._save(self._side(0), path))
-        if not point.recovered:
-            return self._once(pruned, lambda path: self._prune(point, path))
+        untrained, seed, recover = replace(point, recovered=False), self.subject.seed, self.subject.recover
+        name = "dense" if point.is_dense else f"pruned-{untrained.checkpoint}"
+        name = f"recovered-{point.checkpoint}-{self.training}" if point.recovered else name
+        path = self.work / name
+        if path.is_dir():
+            return path
+        start = teacher = None
+        before = replace(untrained, ratio=0.0)
+        # What it is made of first, as older checkpoints go then.
+        if point.recovered:
+            start, teacher = self._checkpoint(untrained), self._checkpoint(Point(point.quant))
+        elif point.steps:
+            before = replace(point, ratio=point.steps[-1], recovered=True, steps=point.steps[:-1])
+            start = self._checkpoint(before)
+        for old in self.work.glob(f"{name.partition('-')[0]}-*"):
+            if old.name != f"{name}.training":  # what was half trained goes on
+                shutil.rmtree(old, ignore_errors=True)
 
-        assert self.subject.recover is not None
-        name = f"recovered-{point.checkpoint}-{self.training}"
-        if (self.work / name).is_dir():
-            return self.work / name
-        # Before older checkpoints go: it may be pruned from one of them.
-        start, teacher = self._checkpoint(untrained), self._checkpoint(Point(point.quant))
-        recover, seed, device = self.subject.recover, self.subject.seed, self.subject.model.device
-        return self._once(
-            name,
-            lambda path: run_recovery(
+        side, plan = self._side(point.vocabulary), None
+        loaded, moments = side.loaded, None
+        if point.recovered:
+            assert start is not None
+            assert recover is not None
+            run_recovery(
                 start,
                 path,
                 recover,
                 seed,
                 teacher=teacher,
                 work=path.with_name(f"{name}.training"),
-                device=device,
+                device=self.subject.model.device,
                 progress=self.progress,
-            ),
-        )
-
-    def _once(self, name: str, make: Callable[[Path], None]) -> Path:
-        """A checkpoint, made unless it is the latest of its kind; what was half trained goes on."""
-        path = self.work / name
-        if not path.is_dir():
-            for old in self.work.glob(f"{name.partition('-')[0]}-*"):
-                if old.name != f"{name}.training":
-                    shutil.rmtree(old, ignore_errors=True)
-            make(path)
-        return path
-
-    def _prune(self, point: Point, path: Path) -> None:
-        if point.steps:
-            before = replace(point, ratio=point.steps[-1], recovered=True, steps=point.steps[:-1])
-            loaded = load_stage(self._checkpoint(before), self.subject.model, self.progress)
-            # Of what is left.
-            ratio = 1 - (1 - point.ratio) / (1 - before.ratio)
-            settings = replace(self.subject.prune.settings(point.align), prune_ratio=ratio)
-            settings = fitting_settings(settings, loaded.model, (point.quant,))
-            made = prune_model(loaded, self._drawn(loaded), settings, progress=self.progress)
-            save_checkpoint(
-                made.loaded, path, plan=made.plan, input_moments=made.input_moments, seed=self.subject.seed
             )
-            return
-        plan, side = self.plan(point), self._side(point.vocabulary)
-        model = copied(side.loaded.model)
-        apply_plan(
-            model,
-            plan,
-            statistics=side.statistics,
-            input_ids=side.calibration.input_ids,
-            progress=self.progress,
-        )
-        self._save(replace(side, loaded=replace(side.loaded, model=model)), path, plan)
-
-    def _save(self, side: _Side, path: Path, plan: PruningPlan | None = None) -> None:
-        """A checkpoint, with the activation moments that 4-bit types are rounded for."""
-        with products_in(self.subject.prune.dtype, side.loaded.model.device.type):
-            windows = moment_windows(side.calibration.input_ids)
-            moments = collect_input_moments(side.loaded.model, windows, progress=self.progress)
-        save_checkpoint(side.loaded, path, plan=plan, input_moments=moments, seed=self.subject.seed)
-
-    def _projected(self, facts: ModelFacts) -> Speed:
-        assert self.settings.device is not None
-        profile = find_profile(self.settings.device, load_profiles()).profile
-        found = project(profile, facts, DEFAULT_CONTEXT)
-        low, high = (found.decode.low, found.decode.high) if found.decode else (None, None)
-        return Speed(profile.id, low, high, found.memory.needed, found.fits)
-
-    def _timed(self, path: Path, place: str) -> Speed:
-        """How fast a file decodes at a place, each sample in a process of its own."""
-        settings = BenchSettings(
-            n_prompt=(),
-            n_gen=(_GENERATED,),
-            ttft=(),
-            load=False,
-            n_threads=(self.threads,) if self.threads else (),
-            check_text=False,
-            seed=self.subject.seed,
-        )
-        (record,) = run_bench([path], settings, self.progress, target=open_target(place))
-        _, low, high = speed_span(record) if has_speed(record) else (None, None, None)
-        return Speed(
-            place,
-            low,
-            high,
-            record.peak_rss_bytes,
-            n_threads=record.n_threads,
-            failure=record.failure,
-        )
-
-    def misses(self, held: list[Held]) -> str:
-        """What is missed, in words; empty where nothing is."""
-        return "; ".join(f"{one.limit} ({one.figure})" for one in held if one.outcome == MISSED)
-
-    @property
-    def work(self) -> Path:
-        """Scratch: checkpoints, drafts; what a killed search goes on from."""
-        return self.state / "work"
-
-    @property
-    def _n_threads(self) -> int:
-        return self.threads or torch.get_num_threads()
+            return path
+        if start is not None:
+            loaded = load_stage(start, self.subject.model, self.progress)
+            left = 1 - (1 - point.ratio) / (1 - before.ratio)  # of what the step before left
+            settings = replace(self.subject.prune.settings(point.align), prune_ratio=left)
+            settings = fitting_settings(settings, loaded.model, (point.quant,))
+            made = prune_model(loaded, side.calibration, settings, progress=self.progress)
+            loaded, plan, moments = made.loaded, made.plan, made.input_moments
+        elif not point.is_dense:
+            plan, loaded = self.plan(point), replace(loaded, model=copied(loaded.model))
+            ids, known = side.calibration.input_ids, side.statistics
+            apply_plan(loaded.model, plan, statistics=known, input_ids=ids, progress=self.progress)
+        if moments is None:  # 4-bit types are rounded for these
+            with products_in(self.subject.prune.dtype, loaded.model.device.type):
+                windows = moment_windows(side.calibration.input_ids)
+                moments = collect_input_moments(loaded.model, windows, progress=self.progress)
+        save_checkpoint(loaded, path, plan=plan, input_moments=moments, seed=seed)
+        return path

@@ -33,42 +33,24 @@ _LEAST_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Point:
-    """A file: what goes of the dense model, how the rest is trained, and how it is quantized.
-
-    Attributes:
-        quant: A quantization or mixture.
-        vocabulary: Tokens that are kept; 0: all.
-        ratio: Share of FFN channels that goes.
-        groups: Share of key-value groups that goes.
-        recovered: Whether it is trained after pruning.
-        steps: Ratios at which it was pruned and trained before, ascending.
-    """
+    """A file: what is pruned of the dense model, whether the rest is trained, and how it is quantized."""
 
     quant: str
-    vocabulary: NonNegativeInt = 0
-    ratio: Share = 0.0
-    groups: Share = 0.0
+    vocabulary: NonNegativeInt = 0  # tokens that are kept; 0: all
+    ratio: Share = 0.0  # of FFN channels that go
+    groups: Share = 0.0  # of key-value groups that go
     recovered: bool = False
-    steps: tuple[Share, ...] = ()
+    steps: tuple[Share, ...] = ()  # ratios at which it was pruned and trained before, ascending
 
     @property
     def is_dense(self) -> bool:
-        """Whether nothing goes."""
+        """Whether nothing is pruned."""
         return not (self.vocabulary or self.ratio or self.groups)
 
     @property
     def align(self) -> int:
         """What widths are multiples of."""
         return required_multiple((self.quant,)) if self.ratio else 1
-
-    @property
-    def bits(self) -> float:
-        """Bits per weight of most matrices."""
-        from exporters.gguf.matrix import block_of
-        from exporters.gguf.quants import find_quant
-
-        elements, size = block_of(find_quant(self.quant).base_type)
-        return 8 * size / elements
 
     @property
     def model(self) -> str:
@@ -87,7 +69,6 @@ class Point:
     @property
     def checkpoint(self) -> str:
         """Name of the checkpoint; quantizations that need the same alignment share it."""
-
         from exporters.provenance import file_stem  # loads torch
 
         parts = [f"{self.vocabulary}tokens"] if self.vocabulary else []
@@ -105,14 +86,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Held:
-    """A file against one limit.
-
-    Attributes:
-        limit: In words.
-        figure: What it has, in words.
-        outcome: `pass`, `missed` or `inconclusive`.
-        over: By how much of the limit it is missed; negative where it is kept.
-    """
+    """A file against one limit; `over` is by how much of it the limit is missed, negative if it is kept."""
 
     limit: str
     figure: str
@@ -130,11 +104,6 @@ def _find_place(name: str) -> str:
         return name if _is_profile(name) else check_target(name)
     except InputError as error:
         raise InputError(f"{error}; or a device profile: {', '.join(load_profiles())}") from error
-
-
-def _size(help: str) -> int | None:
-    value: int | None = setting(None, help, ge=1, le=2**50, parse=parse_bytes, metavar="SIZE")
-    return value
 
 
 @dataclass(frozen=True)
@@ -187,9 +156,11 @@ class SearchSettings(WindowSettings):
         "process has a folder of its own.",
         metavar="FILE|URL",
     )
-    max_size: int | None = _size("Largest file.")
+    max_size: int | None = setting(None, "Largest file.", ge=1, le=2**50, parse=parse_bytes, metavar="SIZE")
     min_speed: float | None = setting(None, "Least decode speed, tokens per second.", gt=0, le=1e6)
-    max_memory: int | None = _size("Most memory while it decodes.")
+    max_memory: int | None = setting(
+        None, "Most memory while it decodes.", ge=1, le=2**50, parse=parse_bytes, metavar="SIZE"
+    )
     max_kl: float | None = setting(None, "Largest mean KL divergence from the dense model.", gt=0)
     max_bits: float | None = setting(
         None, "Most bits per byte, times the dense model's in float32, such as 1.05.", gt=0
@@ -227,24 +198,16 @@ class SearchSettings(WindowSettings):
     def check(self) -> None:
         """Raise InputError for what contradicts itself."""
         given = [ratio for ratio in self.ratios if ratio]
-        wrong = (
-            (
-                self.strategy == BISECT and not (self.limits_cost or self.limits_quality),
-                "--strategy bisect looks for a limit: give one, such as --max-size or --max-kl",
-            ),
-            (
-                self.strategy == STEPS and not (self.recover and given),
-                "--strategy steps prunes and trains from ratio to ratio: give --recover and --ratios",
-            ),
-            (
-                self.storage and self.strategy in (BISECT, STEPS),
-                f"--storage shares grid and optuna: leave out --strategy {self.strategy}",
-            ),
-            (self.strategy == OPTUNA and self.max_points is None, "--strategy optuna: give --max-points"),
-        )
-        for contradiction, refusal in wrong:
-            if contradiction:
-                raise InputError(refusal)
+        if self.strategy == BISECT and not (self.limits_cost or self.limits_quality):
+            raise InputError("--strategy bisect looks for a limit: give one, such as --max-size or --max-kl")
+        if self.strategy == STEPS and not (self.recover and given):
+            raise InputError(
+                "--strategy steps prunes and trains from ratio to ratio: give --recover and --ratios"
+            )
+        if self.storage and self.strategy in (BISECT, STEPS):
+            raise InputError(f"--storage shares grid and optuna: leave out --strategy {self.strategy}")
+        if self.strategy == OPTUNA and self.max_points is None:
+            raise InputError("--strategy optuna: give --max-points")
 
     def settled(self, vocabulary: int) -> SearchSettings:
         """With the defaults that depend on other settings and on the size of the dense model's vocabulary."""
@@ -277,7 +240,8 @@ class SearchSettings(WindowSettings):
             if vocabulary or groups or ratio
         ]
         order = list(dict.fromkeys(one.checkpoint for one in (*dense, *made)))
-        yield from sorted((*dense, *made), key=lambda one: (order.index(one.checkpoint), one.bits))
+        bits = {quant: GGUF.find(quant).bits for quant in self.quants}
+        yield from sorted((*dense, *made), key=lambda one: (order.index(one.checkpoint), bits[one.quant]))
 
     def bisected(self) -> list[list[Point]]:
         """Lines of points of ascending ratio, all else alike."""
@@ -300,11 +264,11 @@ class SearchSettings(WindowSettings):
         kl: float | None = None,
         bits: float | None = None,
     ) -> Iterator[Held]:
-        """The limits on what is known.
+        """How a file stands to the limits on what is known of it.
 
         Args:
             size: Bytes of the file.
-            memory: Bytes at the peak, projected where there is a device.
+            memory: Bytes at the peak, measured or projected.
             fits: Whether the device can hold it.
             speed: Slowest and fastest tenth of samples, or the band of a projection; tokens per second.
             kl: Mean divergence from the dense model.

@@ -1,4 +1,4 @@
-"""search.json, and what it says: the table, the best file, and whether pruning pays."""
+"""search.json, and what search.md and search.html show of it: the verdict in sentences, the table, plots."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from cfsp.validation import Seed, Share
 from phoneready.evaluation.measured_file import DOMINATED, Choice, Excess, MeasuredFile, Standing
 from phoneready.evaluation.tables import WHAT_STANDINGS_MEAN, loss_columns, measured_on, standing_column
 from phoneready.figures.budgets import INCONCLUSIVE, MISSED, PASS
+from phoneready.report.plots import BITS, DARK, Axis, loss_figure, plotly_script, render_page
 from phoneready.search.point import Held, Point
 from phoneready.settings.schema import RecoverConfig
 from runtime_bench.presentation.markup import escape_markdown
@@ -22,15 +23,13 @@ from runtime_bench.presentation.table import Column, Table
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a file decodes, and in what memory: measured at a place or projected to a device.
+    """How fast a file decodes, and in what memory: measured at a place, or projected to a device.
 
     Attributes:
-        place: Target of the benchmark, or the device's profile.
-        low: Slowest tenth of the samples, or the careful end of the projection.
-        high: Fastest tenth, or the hopeful end.
-        peak_bytes: Most memory; None where unknown.
-        fits: Whether a device holds it; None of a measurement, or where its memory is unknown.
-        n_threads: Threads of a measurement.
+        low: Slowest tenth of the samples, or the lower end of the projection; tokens per second.
+        high: Fastest tenth, or the upper end.
+        fits: Whether a device holds it; None if it was measured, or the device's memory is unknown.
+        n_threads: Of a measurement.
         failure: Why there is no figure.
     """
 
@@ -45,16 +44,13 @@ class Speed:
 
 @dataclass(frozen=True)
 class EvaluatedPoint(MeasuredFile):
-    """A file and its figures; it may have been deleted.
+    """A file and its figures; the file itself may have been deleted.
 
     Attributes:
-        point: What was made.
-        sha256: Of the file.
         removed: Share of FFN channels that went, after alignment.
-        expected_bytes: Its size as it was computed before it was made, where that can be.
-        speed: How fast it is, if that was asked for.
+        expected_bytes: Size as computed before it was made; None if that cannot be.
         seconds: Time it took to make and measure.
-        shortcoming: Of its training; None where that gained something, or was not.
+        shortcoming: What is wrong with its training, in words.
     """
 
     KIND: ClassVar[str] = "search-point"
@@ -74,7 +70,7 @@ class EvaluatedPoint(MeasuredFile):
 
     @property
     def is_dense(self) -> bool:
-        """Whether nothing was removed."""
+        """Whether nothing was pruned."""
         return self.point.is_dense
 
     @property
@@ -90,27 +86,19 @@ class EvaluatedPoint(MeasuredFile):
 
 @dataclass(frozen=True)
 class SearchRecord:
-    """search.json.
+    """search.json; files are named by their names.
 
     Attributes:
-        source: Reference of the dense model.
-        source_sha256: Hash of its weights, where known.
-        seed: Of everything drawn.
-        calibration: References of the calibration text, whose tokens were counted, too.
-        strategy: How points were chosen.
-        limits: In words.
         points: All files that were measured, by size.
-        held: Of each, how it stands to the limits.
-        standings: Of each, how it stands to those that are no larger.
+        held: For each, how it stands to the limits.
+        standings: For each, how it stands to those that are no larger.
         choices: The best file at each size that tells something.
-        best: The file to take; None where none is within all limits.
+        best: The file to take; None if none is within all limits.
         best_dense: The dense model's best file within them.
-        excess: What `best_dense` loses more than `best`; None where they are one file or there is none.
+        excess: What `best_dense` loses more than `best`.
         left_out: Files that were not made, and why.
         failed: Files that could not be made, and why.
-        open: Files that are still to be measured.
         kept: Files that lie in the folder.
-        recovery: How models were trained, where any were.
     """
 
     KIND: ClassVar[str] = "search"
@@ -131,7 +119,6 @@ class SearchRecord:
     excess: Excess | None
     left_out: tuple[str, ...]
     failed: tuple[str, ...]
-    open: tuple[str, ...]
     kept: tuple[str, ...]
     recovery: RecoverConfig | None = None
 
@@ -141,7 +128,7 @@ class SearchRecord:
 
     @property
     def outcome(self) -> str:
-        """Whether a file is within all limits: `pass`; `inconclusive` where one may be; `missed`."""
+        """Whether a file is within all limits: `pass`; `inconclusive` if one may be; `missed`."""
         each = [outcome_of(held) for held in self.held]
         return next((one for one in (PASS, INCONCLUSIVE) if one in each), MISSED)
 
@@ -156,11 +143,7 @@ def format_search(found: SearchRecord) -> str:
     """search.md."""
     parts = [f"{line}\n" for line in sentences(found)]
     parts += [search_table(found).markdown(), escape_markdown(conditions(found))]
-    for title, rows in (
-        ("Outside the limits by what is known before, and not made", found.left_out),
-        ("Could not be made", found.failed),
-        ("Not measured yet", found.open),
-    ):
+    for title, rows in (("Not made, as they miss the limits", found.left_out), ("Failed", found.failed)):
         parts += ["", f"{title}:", "", *(f"- {escape_markdown(row)}" for row in rows)] if rows else []
     if found.kept:
         parts += ["", f"Kept: {', '.join(found.kept)}."]
@@ -169,11 +152,16 @@ def format_search(found: SearchRecord) -> str:
 
 def search_table(found: SearchRecord) -> Table[EvaluatedPoint]:
     """One row a file, the smallest first."""
+    held = {one.file: rows for one, rows in zip(found.points, found.held, strict=True)}
 
     def decode(one: EvaluatedPoint) -> str | None:
         if one.speed is None or one.speed.low is None or one.speed.high is None:
             return "failed" if one.speed and one.speed.failure else None
         return f"{one.speed.low:.1f} to {one.speed.high:.1f} t/s"
+
+    def limits(one: EvaluatedPoint) -> str:
+        wrong = [f"{h.outcome}: {h.limit} ({h.figure})" for h in held[one.file] if h.outcome != PASS]
+        return "; ".join(wrong) or "within"
 
     columns: list[Column[Any]] = [
         Column("model", lambda one: one.point.model),
@@ -186,27 +174,19 @@ def search_table(found: SearchRecord) -> Table[EvaluatedPoint]:
             Column("decode", decode, right=True),
             Column("memory", lambda one: one.speed and format_bytes(one.speed.peak_bytes), right=True),
         ]
-    held = {one.file: rows for one, rows in zip(found.points, found.held, strict=True)}
-    if found.limits:
-        columns.append(Column("limits", lambda one: _standing_to_limits(held[one.file])))
-    return Table(
-        [*columns, standing_column(found.points, {s.file: s for s in found.standings})], found.points
-    )
-
-
-def _standing_to_limits(held: tuple[Held, ...]) -> str:
-    wrong = [f"{one.outcome}: {one.limit} ({one.figure})" for one in held if one.outcome != PASS]
-    return "; ".join(wrong) or "within"
+    columns += [Column("limits", limits)] if found.limits else []
+    standings = {one.file: one for one in found.standings}
+    return Table([*columns, standing_column(found.points, standings)], found.points)
 
 
 def conditions(found: SearchRecord) -> str:
     """What was measured on, and what the words mean."""
     if not found.points:
         return "Nothing was measured."
-    speeds = {one.speed for one in found.points if one.speed}
     places = dict.fromkeys(
         f" Decode and memory are {'measured at' if one.n_threads else 'projected to'} {one.place}."
-        for one in speeds
+        for one in (point.speed for point in found.points)
+        if one
     )
     trained = ""
     if found.recovery is not None and any(one.point.recovered for one in found.points):
@@ -217,14 +197,30 @@ def conditions(found: SearchRecord) -> str:
 
 
 def sentences(found: SearchRecord) -> Iterator[str]:
-    """The best file, what the dense model would lose more, and whether pruning pays."""
-    limits = ", ".join(found.limits)
-    best, dense = found.find(found.best), found.find(found.best_dense)
+    """The verdict: the best file, how much better it is than the best dense one, and whether pruning pays."""
+    limits, best, dense = ", ".join(found.limits), found.find(found.best), found.find(found.best_dense)
     if found.limits and best is None:
-        nearest = _nearest(found)
-        yield f"No file is within {limits}" + (f"; nearest is {_named(nearest)}." if nearest else ".")
+        # The one that misses by least.
+        over = [max((h.over for h in held), default=0.0) for held in found.held]
+        nearest = min(zip(over, map(_named, found.points), strict=True), default=None)
+        yield f"No file is within {limits}" + (f"; nearest is {nearest[1]}." if nearest else ".")
     elif found.limits and best is not None:
-        yield f"The best file within {limits} is {_named(best)}. {_paid(found, best, dense)}"
+        yield f"The best file within {limits} is {_named(best)}."
+        if best.is_dense:
+            tried = any(not one.is_dense for one in found.points)
+            yield "Pruning did not pay: no pruned file is better." if tried else "Nothing was pruned."
+        elif dense is None:
+            yield "Pruning paid: no quantization of the dense model is within the limits."
+        elif found.excess is not None and (found.excess.low or 0) > 0:
+            fewer = 1 - best.bits_per_byte / dense.bits_per_byte
+            yield (
+                f"Pruning paid: it has {fewer:.1%} fewer bits per byte than the best dense file, "
+                f"{_named(dense)}, which loses {_lost(found.excess)} more."
+            )
+        else:
+            saved = dense.file_bytes - best.file_bytes
+            size = f", and {megabytes(saved)} larger" if saved > 0 else ""
+            yield f"The best dense file, {_named(dense)}, is as good within the noise{size}."
     for choice in () if found.limits else found.choices:
         one, other = found.find(choice.best), found.find(choice.dense)
         if one is not None:
@@ -236,56 +232,16 @@ def sentences(found: SearchRecord) -> Iterator[str]:
                 else "no quantization of the dense model gets there."
             )
             yield f"- At {megabytes(choice.at_bytes)} the best file is {_named(one)}: {rest}"
-    if pays := _whether_it_pays(found):
-        yield pays
-
-
-def _paid(found: SearchRecord, best: EvaluatedPoint, dense: EvaluatedPoint | None) -> str:
-    if best.is_dense:
-        tried = any(not one.is_dense for one in found.points)
-        return "Pruning did not pay: no pruned file is better." if tried else "Nothing was pruned."
-    if dense is None:
-        return "Pruning paid: no quantization of the dense model is within the limits."
-    if found.excess is None or found.excess.low is None or found.excess.low <= 0:
-        saved = dense.file_bytes - best.file_bytes
-        size = f" and is {megabytes(saved)} larger" if saved > 0 else ""
-        lost = f" loses {_lost(found.excess)} more" if found.excess else ""
-        return (
-            f"The best dense one, {_named(dense)},{lost}{size}; the difference in loss is within the noise."
-        )
-    return f"Pruning paid: the best dense one, {_named(dense)}, loses {_lost(found.excess)} more."
-
-
-def _whether_it_pays(found: SearchRecord) -> str:
-    """What quantizing the dense model alone makes of the pruned files; empty without any."""
-    pruned = {one.file for one in found.points if not one.is_dense}
-    beaten = [
-        one
-        for one in found.standings
-        if one.file in pruned
-        and one.verdict == DOMINATED
-        and (rival := found.find(one.by)) is not None
-        and rival.is_dense
-    ]
+    files = {one.file: one for one in found.points}
+    pruned = [one for one in found.standings if not files[one.file].is_dense]
+    beaten = [one for one in pruned if one.verdict == DOMINATED and one.by and files[one.by].is_dense]
     if pruned and len(beaten) == len(pruned):
-        return (
+        yield (
             "Pruning does not pay here: every pruned file is dominated by a dense quantization, "
             "which is no larger and loses no more. Quantize the dense model instead."
         )
-    return (
-        f"{len(beaten)} of {len(pruned)} pruned files are dominated by a dense quantization."
-        if pruned
-        else ""
-    )
-
-
-def _nearest(found: SearchRecord) -> EvaluatedPoint | None:
-    """The file that misses its limits by least."""
-    worst = {
-        one.file: max((h.over for h in held), default=0.0)
-        for one, held in zip(found.points, found.held, strict=True)
-    }
-    return min(found.points, key=lambda one: worst[one.file], default=None)
+    elif pruned:
+        yield f"{len(beaten)} of {len(pruned)} pruned files are dominated by a dense quantization."
 
 
 def _named(one: EvaluatedPoint) -> str:
@@ -295,8 +251,53 @@ def _named(one: EvaluatedPoint) -> str:
     )
 
 
-def _lost(excess: Excess | None) -> str:
-    assert excess is not None  # of two files
+def _lost(excess: Excess) -> str:
     if excess.low is None or excess.high is None:
         return f"{excess.bits:.4f} bits a byte"
     return f"{excess.bits:.4f} ({excess.low:.4f} to {excess.high:.4f}) bits a byte"
+
+
+_SIZE = Axis("file size, MB", lambda one: one.file_bytes / 1e6)
+_SPEED = Axis("decode, tokens per second", lambda one: one.speed.low if one.speed else None)
+_MEMORY = Axis(
+    "memory, MiB", lambda one: one.speed.peak_bytes / 2**20 if one.speed and one.speed.peak_bytes else None
+)
+_KL = Axis("KL from the dense model, nats a token", lambda one: None if one.point.vocabulary else one.kl_mean)
+_PLOTS = (
+    ("plot-size", "Size against loss", _SIZE, BITS),
+    ("plot-speed", "Decode speed against loss", _SPEED, BITS),
+    ("plot-memory", "Memory against loss", _MEMORY, BITS),
+    ("plot-kl", "Size against divergence, of files that have all tokens", _SIZE, _KL),
+)
+
+
+def render_search(found: SearchRecord) -> str:
+    """search.html: opens without a network.
+
+    Raises:
+        MissingExtraError: plotly is not installed.
+    """
+    rows = [
+        row for row in _PLOTS if any(None not in (row[2].of(one), row[3].of(one)) for one in found.points)
+    ]
+    models = dict.fromkeys(one.point.model for one in sorted(found.points, key=lambda one: not one.is_dense))
+    series = {model: [one for one in found.points if one.point.model == model] for model in models}
+    beaten = {one.file for one in found.standings if one.verdict == DOMINATED}
+
+    def lines(one: EvaluatedPoint) -> list[str]:
+        return [megabytes(one.file_bytes), *([f"KL {one.kl_mean:.4f}"] if one.kl_mean is not None else [])]
+
+    table = search_table(found)
+    plots = {
+        id: loss_figure(series, x, y, beaten=beaten, name=lambda one: one.point.quant, lines=lines)
+        for id, _, x, y in rows
+    }
+    context = {
+        "source": found.source,
+        "lines": [line.removeprefix("- ") for line in sentences(found)],
+        "conditions": conditions(found),
+        "titles": [column.title for column in table.columns],
+        "rows": [["-" if cell is None else cell for cell in row] for row in table.cells()],
+        "shown": [{"id": id, "title": title} for id, title, _, _ in rows],
+    }
+    return render_page("search.html.j2", context, plots, plotly_script(needed=True), DARK)

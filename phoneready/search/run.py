@@ -7,23 +7,14 @@ import json
 import os
 import shutil
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from cfsp.devices import find_device
-from cfsp.errors import InputError, LimitError, require_extra
-from cfsp.files import (
-    no_space_as_input_error,
-    remove_stale_temporaries,
-    sha256_file,
-    writable_place,
-    write_text,
-)
+from cfsp.errors import InconclusiveError, InputError, LimitError, require_extra
+from cfsp.files import no_space_as_input_error, sha256_file, write_text
 from cfsp.progress import Progress, no_progress
 from cfsp.records import record_from_json, record_to_json, write_record
 from cfsp.recovery.data import check_readable
@@ -35,14 +26,14 @@ from phoneready.evaluation.run import check_texts
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.budgets import INCONCLUSIVE, MISSED, PASS
 from phoneready.release.inputs import check_training
+from phoneready.release.stages import claim_folder
 from phoneready.room import check_room, drawing_needs
 from phoneready.search.evaluate import Evaluator, Subject
 from phoneready.search.point import AUTO, BISECT, GRID, OPTUNA, STEPS, Point, SearchSettings
 from phoneready.search.record import EvaluatedPoint, SearchRecord, format_search, outcome_of
 
-RESULT_FILE, TABLE_FILE, PLOT_FILE, STUDY_FILE = "search.json", "search.md", "search.html", "study.jsonl"
+RESULT_FILE, TABLE_FILE, PLOT_FILE = "search.json", "search.md", "search.html"
 _LOCK = ".search.lock"
-_OURS = {_LOCK, RESULT_FILE, TABLE_FILE, PLOT_FILE, STUDY_FILE, "measured"}
 _PROPOSALS = 20
 """Proposals for each file that is measured, before a sampler gives up: many may be too large, or known."""
 
@@ -70,14 +61,14 @@ def search(
         subject: The model, its calibration, and how pruned ones are trained.
         settings: Points and limits.
         folder: Where; made when missing, continued when it holds a search.
-        show: Told every file in a line.
+        show: Told what there is to do, and every file in a line.
         progress: Told about every step.
         threads: Threads outside torch; torch's number by default.
 
     Raises:
         InputError: Settings, a text or a folder that cannot be used; nothing was written then.
         LimitError: No file could be measured.
-        MissingExtraError: llama-cpp-python is not installed, or Optuna where it is needed.
+        MissingExtraError: llama-cpp-python is not installed, or Optuna if it is needed.
     """
     settings.check()
     GGUF.require()
@@ -93,42 +84,43 @@ def search(
         check_training(training)
     learnt = () if training is None else training.texts
     check_readable((*learnt, *subject.prune.calibration, *settings.text, *settings.chats))
-    _check_folder(folder)
     if not (folder / RESULT_FILE).exists():
         windows, seqlen = subject.prune.nsamples, subject.prune.seqlen
         check_room(
             "search", (subject.model.reference,), lambda extents: drawing_needs(extents, windows, seqlen, moments=True),
             folder, device=find_device(subject.model.device), kept=subject.model.dtype, progress=progress,
         )  # fmt: skip
-
-    evaluator = Evaluator(subject, settings, folder, threads, progress)
-    rows = int(evaluator.loaded.model.get_input_embeddings().weight.shape[0])
-    settings = evaluator.settings = settings.settled(rows)
-    grid = list(settings.points())
-    strategy = settings.strategy
-    if strategy == AUTO:
-        strategy = OPTUNA if settings.max_points is not None and len(grid) > settings.max_points else GRID
-    if settings.storage or strategy == OPTUNA:
-        require_extra("optuna", "search")
-    evaluator.check()
-    evaluator.check_size()
-    with _alone(folder):
+    with claim_folder(folder, _LOCK, "search"), no_space_as_input_error(folder):
+        evaluator = Evaluator(subject, settings, folder, threads, progress)
+        rows = int(evaluator.loaded.model.get_input_embeddings().weight.shape[0])
+        settings = evaluator.settings = settings.settled(rows)
+        grid, strategy = list(settings.points()), settings.strategy
+        most = min(settings.max_points or len(grid), len(grid))
+        if strategy == AUTO:
+            strategy = OPTUNA if most < len(grid) else GRID
+        if settings.storage or strategy == OPTUNA:
+            require_extra("optuna", "search")
+        evaluator.check()
+        _ = evaluator.texts
         run = _Run(evaluator, settings, folder, show, strategy)
         try:
-            if settings.storage or strategy == OPTUNA:
-                _share(run, grid)
-            elif strategy == GRID:
-                run.open += grid
+            if settings.storage or (strategy == OPTUNA and most < len(grid)):
+                run.count = most
+                _share(run, grid, most)
+            elif strategy == BISECT:
+                lines = settings.bisected()
+                dense = [point for point in grid if point.is_dense]
+                run.count = len(dense) + sum(len(line).bit_length() + 1 for line in lines)
+                for point in dense:
+                    run.evaluate(point)
+                for line in lines:
+                    _bisect(run, line)
+            elif strategy == STEPS:
+                _steps(run)
+            else:
+                run.count = most
                 for point in grid:
                     run.evaluate(point)
-            elif strategy == BISECT:
-                run.open += [point for point in grid if point.is_dense]
-                for point in [*run.open]:
-                    run.evaluate(point)
-                for line in settings.bisected():
-                    _bisect(run, line)
-            else:
-                _steps(run)
         except _EnoughError:
             pass
         result = run.write(last=True)
@@ -138,48 +130,23 @@ def search(
     return result
 
 
-def _check_folder(folder: Path) -> None:
-    """Raise InputError where a folder holds what no search left."""
-    writable_place(folder)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"cannot write {folder}: it is a file")
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    strange = sorted(name for name in there - _OURS if not name.startswith(".search."))
-    ours = (".gguf",) if "measured" in there else ()
-    if strange := [name for name in strange if not (name.endswith(ours) or name.startswith(STUDY_FILE))]:
-        raise InputError(f"{folder} holds {strange[0]}, which is no search's; choose another folder with -o")
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    with no_space_as_input_error(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with filelock.FileLock(folder / _LOCK, timeout=0):
-                remove_stale_temporaries(folder)
-                yield
-        except filelock.Timeout as error:
-            raise InputError(
-                f"another search is at work in {folder}; choose another folder with -o, and --storage to share one"
-            ) from error
-
-
 @dataclass
 class _Run:
-    """What is known so far of a search."""
+    """What is known so far of a search; `count` is the most files that it makes."""
 
     evaluator: Evaluator
     settings: SearchSettings
     folder: Path
     show: Callable[[str], None]
     strategy: str
+    count: int = 0
     known: dict[Point, EvaluatedPoint] = field(default_factory=dict)
     left_out: dict[Point, str] = field(default_factory=dict)
     failed: dict[Point, str] = field(default_factory=dict)
-    open: list[Point] = field(default_factory=list)
+    made: int = 0
 
     def evaluate(self, point: Point) -> EvaluatedPoint | None:
-        """A point's figures, taken now unless they are known; None of what cannot be, or surely misses a limit.
+        """A point's figures, taken now unless they are known; None if it fails or surely misses a limit.
 
         Raises:
             _EnoughError: It would be one more than there may be.
@@ -192,9 +159,13 @@ class _Run:
             return self.known[point]
         if self.settings.max_points is not None and len(self.known) >= self.settings.max_points:
             raise _EnoughError
+        if not self.made:
+            self.show(
+                f"{self.count} files at most, {len(self.known)} known; the first tells how long they take"
+            )
         try:
-            size, held = self.evaluator.foretold(point)
-            if missed := self.evaluator.misses(held):
+            size, held = self.evaluator.expected(point)
+            if missed := self.missed(held):
                 self.left_out[point] = missed
                 return None
             self.show(f"{point.label}{f', {megabytes(size)} expected' if size else ''}")
@@ -204,15 +175,25 @@ class _Run:
             self.show(f"  {point.label} failed: {error}")
             return None
         self.known[point] = one
+        self.made += 1
         self.write()
-        self.show(f"  {megabytes(one.file_bytes)}, {one.bits_per_byte:.4f} bits a byte, {one.seconds:.0f} s")
+        done = len(self.known) + len(self.left_out) + len(self.failed)
+        minutes = one.seconds * max(0, self.count - done) / 60
+        left = f"; {minutes:.0f} min for all at this pace" if self.made == 1 and minutes >= 1 else ""
+        self.show(
+            f"  {megabytes(one.file_bytes)}, {one.bits_per_byte:.4f} bits a byte, {one.seconds:.0f} s{left}"
+        )
         return one
+
+    def missed(self, held: Sequence[Any]) -> str:
+        """What is missed, in words; empty if nothing is."""
+        return "; ".join(f"{one.limit} ({one.figure})" for one in held if one.outcome == MISSED)
 
     def write(self, last: bool = False) -> SearchRecord:
         """search.json and search.md of what is known; of the files only those to keep stay.
 
         Args:
-            last: Whether the search is over: the best file is made again where an earlier or other run had it.
+            last: Whether the search is over: the best file is made again if an earlier or other run had it.
         """
         evaluator, subject = self.evaluator, self.evaluator.subject
         points = sorted(self.known.values(), key=lambda one: (one.file_bytes, one.file))
@@ -254,11 +235,6 @@ class _Run:
             excess=excess(dense, best) if best and dense and best is not dense else None,
             left_out=tuple(f"{point.label}: {why}" for point, why in self.left_out.items()),
             failed=tuple(f"{point.label}: {why}" for point, why in self.failed.items()),
-            open=tuple(
-                point.label
-                for point in self.open
-                if point not in {**self.known, **self.left_out, **self.failed}
-            ),
             kept=tuple(one.file for one in points if (self.folder / one.file).is_file()),
             recovery=subject.recover,
         )
@@ -269,29 +245,29 @@ class _Run:
 
 def _bisect(run: _Run, line: Sequence[Point]) -> None:
     """The least ratio that meets the limits on what a file takes; without any the largest within those on its loss."""
+    by_cost = run.settings.limits_cost
+    quality = {held.limit for held in run.settings.held(kl=0, bits=0)}
 
     def met(point: Point) -> bool:
-        by_cost = run.settings.limits_cost
         if by_cost:
             try:
-                _, foretold = run.evaluator.foretold(point)
+                _, expected = run.evaluator.expected(point)
             except (InputError, LimitError) as error:
                 run.failed[point] = str(error)
                 return False
-            if run.evaluator.misses(foretold):
+            if any(held.outcome == MISSED for held in expected):
                 return False
             measured = run.settings.place is not None or not GGUF.find(point.quant).is_sized
-            if foretold and not measured:
+            if expected and not measured:
                 return True
         one = run.evaluate(point)
-        quality = {held.limit for held in run.settings.held(kl=0, bits=0)}
         return one is not None and all(
             held.outcome != MISSED
             for held in run.evaluator.held(one)
             if (held.limit not in quality) == by_cost
         )
 
-    if run.settings.limits_cost:
+    if by_cost:
         index = bisect_left(line, True, key=met)
         found = line[index : index + 1]
     else:
@@ -302,18 +278,18 @@ def _bisect(run: _Run, line: Sequence[Point]) -> None:
 
 
 def _steps(run: _Run) -> None:
-    """Prune and train from ratio to ratio; of each vocabulary and share of groups until all files lose too much."""
+    """Prune and train from ratio to ratio; for each vocabulary and share of groups until all files lose too much."""
     settings = run.settings
     ratios = sorted({ratio for ratio in settings.ratios if ratio})
     points = list(settings.points(ratios))
-    for point in points:
-        if point.is_dense:
-            run.evaluate(point)
-    chains: dict[tuple[int, float, int], list[str]] = {}
+    dense = [point for point in points if point.is_dense]
+    chains: dict[tuple[int, float, int], dict[str, None]] = {}
     for point in points:
         if point.ratio and point.recovered:
-            quants = chains.setdefault((point.vocabulary, point.groups, point.align), [])
-            quants += [point.quant] if point.quant not in quants else []
+            chains.setdefault((point.vocabulary, point.groups, point.align), {})[point.quant] = None
+    run.count = len(dense) + len(ratios) * sum(map(len, chains.values()))
+    for point in dense:
+        run.evaluate(point)
     for (vocabulary, groups, _), quants in chains.items():
         for number, ratio in enumerate(ratios):
             before = tuple(ratios[:number])
@@ -323,16 +299,17 @@ def _steps(run: _Run) -> None:
                 break
 
 
-def _share(run: _Run, grid: Sequence[Point]) -> None:
-    """Ask and tell one Optuna study, which other processes may work on, for all points or as many as may be made.
+def _share(run: _Run, grid: Sequence[Point], most: int) -> None:
+    """Ask and tell an Optuna study until `most` points are measured; with a storage, other processes do so, too.
 
     Raises:
         InputError: The storage cannot be opened, or a machine at work on it measures on other windows.
     """
     import optuna
+    from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    settings, journal = run.settings, run.folder / STUDY_FILE
+    settings, evaluator, name = run.settings, run.evaluator, run.settings.storage
     axes: dict[str, list[Any]] = {
         "quant": list(settings.quants),
         "vocabulary": sorted(set(settings.vocabularies)),
@@ -340,28 +317,28 @@ def _share(run: _Run, grid: Sequence[Point]) -> None:
         "groups": sorted(set(settings.groups)),
         "recovered": [False, True] if settings.recover else [False],
     }
-    run.open += grid
-    most = min(settings.max_points or len(grid), len(grid))
-    seed = run.evaluator.subject.seed
+    seed = evaluator.subject.seed
     if run.strategy == GRID or len(grid) <= most:
         sampler: Any = optuna.samplers.GridSampler(axes, seed=seed)
     else:
         # Workers must not propose the same; what others are at work on counts as bad.
         sampler = optuna.samplers.TPESampler(
-            seed=seed + os.getpid() if settings.storage else seed,
+            seed=seed + os.getpid() if name else seed,
             n_startup_trials=max(4, most // 3),
             constant_liar=True,
             constraints_func=lambda trial: trial.user_attrs.get("over", [0.0]),
         )
-    told = (axes, settings.limits, settings.device or settings.place, run.evaluator.threads)
-    described = json.dumps([run.evaluator.key, run.evaluator.training, *told])
+    told = (axes, settings.limits, settings.device or settings.place, evaluator.threads)
+    described = json.dumps([evaluator.key, evaluator.training, *told])
     try:
-        if settings.storage is None:
-            for left in run.folder.glob(f"{STUDY_FILE}.lock*"):  # by a run that was killed
-                left.unlink(missing_ok=True)
-            _drop_torn_line(journal)
+        storage: Any = None
+        if name and "://" in name:
+            retry = optuna.storages.RetryFailedTrialCallback()  # of a worker whose heartbeat stopped
+            storage = optuna.storages.RDBStorage(name, heartbeat_interval=60, failed_trial_callback=retry)
+        elif name:
+            storage = optuna.storages.JournalStorage(JournalFileBackend(name))
         study = optuna.create_study(
-            storage=_storage(settings.storage or str(journal)),
+            storage=storage,
             sampler=sampler,
             study_name=f"phoneready-{hashlib.sha256(described.encode()).hexdigest()[:12]}",
             directions=["minimize", "minimize"],
@@ -369,79 +346,65 @@ def _share(run: _Run, grid: Sequence[Point]) -> None:
         )
     except Exception as error:  # of a driver, a server or a file: there is no one class
         raise InputError(
-            f"cannot be opened as an Optuna storage: {error}",
-            field="--storage",
-            value=settings.storage or str(journal),
+            f"cannot be opened as an Optuna storage: {error}", field="--storage", value=name
         ) from error
-    windows = list(run.evaluator.windows.sha256)
-    if study.user_attrs.setdefault("windows", windows) != windows:
+    windows = [text.windows.sha256 for text in evaluator.texts]
+    if study.user_attrs.get("windows", windows) != windows:
         raise InputError("another machine at work on it measures on other windows of text", field="--storage")
     study.set_user_attr("windows", windows)
-    if settings.storage is None:
-        for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # of a run that was killed
 
-    def learn() -> None:
-        """What all workers have measured."""
+    def figures(one: EvaluatedPoint) -> tuple[list[float], dict[str, Any]]:
+        over = [held.over for held in evaluator.held(one)] or [0.0]
+        return [float(one.file_bytes), one.bits_per_byte], {"point": record_to_json(one), "over": over}
+
+    for point in grid if name is None else ():
+        if (one := evaluator.find(point)) is not None:  # of an earlier run
+            values, attributes = figures(one)
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params={axis: getattr(point, axis) for axis in axes},
+                    distributions={
+                        axis: optuna.distributions.CategoricalDistribution(choices)
+                        for axis, choices in axes.items()
+                    },
+                    values=values,
+                    user_attrs=attributes,
+                )
+            )
+
+    def learn() -> bool:
+        """What all workers have measured; whether that is all there may be."""
         for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)):
             one = record_from_json(EvaluatedPoint, trial.user_attrs["point"], where="a trial of the study")
             if one.point not in run.known:
                 run.known[one.point] = one
-                run.evaluator.keep(one)
+                evaluator.keep(one)
+        return len(run.known) >= most
 
-    def objective(trial: Any) -> tuple[float, float]:
+    def objective(trial: Any) -> list[float]:
         learn()
-        point = Point(**{name: trial.suggest_categorical(name, values) for name, values in axes.items()})
-        if point.is_dense:
-            point = replace(point, recovered=False)
-        one = run.evaluate(point)
+        point = Point(**{axis: trial.suggest_categorical(axis, values) for axis, values in axes.items()})
+        one = run.evaluate(replace(point, recovered=point.recovered and not point.is_dense))
         if one is None:
             raise _NoFileError
-        trial.set_user_attr("point", record_to_json(one))
-        trial.set_user_attr("over", [held.over for held in run.evaluator.held(one)] or [0.0])
-        return float(one.file_bytes), one.bits_per_byte
+        values, attributes = figures(one)
+        for attribute, value in attributes.items():
+            trial.set_user_attr(attribute, value)
+        return values
 
-    def enough(study: Any, _: Any) -> None:
+    if not learn():
+        ended = [lambda study, _: study.stop() if learn() else None]
+        study.optimize(objective, n_trials=_PROPOSALS * most, callbacks=ended, catch=(_NoFileError,))
         learn()
-        if len(run.known) >= most:
-            study.stop()
-
-    learn()
-    if len(run.known) < most:
-        study.optimize(objective, n_trials=_PROPOSALS * most, callbacks=[enough], catch=(_NoFileError,))
-    learn()
-
-
-def _storage(name: str) -> Any:
-    """An SQL URL as Optuna takes it, else a journal file that machines with a common disk share."""
-    import optuna
-    from optuna.storages.journal import JournalFileBackend
-
-    if "://" not in name:
-        return optuna.storages.JournalStorage(JournalFileBackend(name))
-    return optuna.storages.RDBStorage(
-        name,
-        heartbeat_interval=60,
-        failed_trial_callback=optuna.storages.RetryFailedTrialCallback(),
-    )
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut away what a kill left of a journal's last line; nobody else may be writing it."""
-    content = path.read_bytes() if path.is_file() else b""
-    if content and not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def check_search(found: SearchRecord) -> None:
-    """Raise what the gate would where no file is within all limits.
+    """Raise what the gate would if no file is within all limits.
 
     Raises:
         LimitError: All files miss one.
         InconclusiveError: Whether one is within them cannot be told from its samples.
     """
-    from cfsp.errors import InconclusiveError
-
     if found.outcome == MISSED:
         raise LimitError(f"no file is within {', '.join(found.limits)}")
     if found.outcome == INCONCLUSIVE:

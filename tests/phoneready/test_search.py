@@ -35,9 +35,15 @@ from phoneready.figures.budgets import INCONCLUSIVE, MISSED, PASS
 from phoneready.main import main
 from phoneready.search import run as search_run
 from phoneready.search.evaluate import Evaluator, Subject
-from phoneready.search.plot import render_search
 from phoneready.search.point import Point, SearchSettings
-from phoneready.search.record import EvaluatedPoint, SearchRecord, Speed, format_search, outcome_of
+from phoneready.search.record import (
+    EvaluatedPoint,
+    SearchRecord,
+    Speed,
+    format_search,
+    outcome_of,
+    render_search,
+)
 from phoneready.search.run import PLOT_FILE, RESULT_FILE, TABLE_FILE, check_search
 from phoneready.settings.schema import ModelConfig, PruneConfig
 
@@ -102,7 +108,7 @@ def test_every_combination_is_measured_on_the_same_text(measured: Path) -> None:
         assert text.dense_nats == pytest.approx(first.dense_nats)
         assert one.removed == (0.25 if one.point.ratio else 0)
         assert (text.n_tokens == 4 * 63) == (not one.point.vocabulary)
-    assert (found.open, found.failed, found.left_out) == ((), (), ())
+    assert (found.failed, found.left_out) == ((), ())
 
 
 def test_the_best_file_within_the_limits_is_left_with_its_record(measured: Path) -> None:
@@ -139,20 +145,22 @@ def test_other_limits_take_what_is_known(
 def test_what_cannot_fit_is_not_made(
     model: Path, measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The smallest size is named to the byte, and a mixture is left out by the least that it can take."""
+    """No text is read for the least size; what is too large is not made."""
     folder = tmp_path / "out"
     asked = ("--vocabularies", "0,300", "--quants")
     capsys.readouterr()
-    assert main(command(model, folder, *asked, "Q8_0,mixed:1kB", "--max-size", "1kB")) == 2
+    assert main(command(model, folder, *asked, "Q8_0", "--max-size", "1kB")) == 2
     error = capsys.readouterr().err
-    found = re.search(r"no file is so small .*allowed: (\d+) bytes or more", error)
+    found = re.search(r"no file is so small .*allowed: more than (\d+) bytes", error)
     assert found, error
-    assert not records(folder)
-    quants = f"Q8_0,mixed:{found[1]}B"
-    assert main(command(model, folder, *asked, quants, "--max-size", found[1])) == 0
-    (one,) = found_in(folder).points
-    assert 0 <= int(found[1]) - one.file_bytes <= 256
-    assert len(found_in(folder).left_out) == 3
+    assert not folder.exists()
+    sizes = {one.point: one.file_bytes for one in found_in(measured).points}
+    least = sizes[Point("Q8_0", 300)]
+    assert 0.95 * least < int(found[1]) <= least
+    assert main(command(model, folder, *asked, "Q8_0", "--max-size", f"{least}B")) == 0
+    result = found_in(folder)
+    assert [one.point for one in result.points] == [Point("Q8_0", 300)]
+    assert any("dense Q8_0: size up to" in line for line in result.left_out)
 
 
 def test_a_bisection_finds_the_least_ratio_that_fits(model: Path, measured: Path, tmp_path: Path) -> None:
@@ -300,7 +308,7 @@ def test_a_folder_of_others_is_left_alone(
 ) -> None:
     (tmp_path / "frontier.json").write_text("{}")
     assert main(command(model, tmp_path)) == 2
-    assert "holds frontier.json, which is no search's" in capsys.readouterr().err
+    assert "is not a search folder" in capsys.readouterr().err
 
 
 BYTES = (100, 110, 90, 120, 105)
@@ -324,7 +332,7 @@ def result(*points: EvaluatedPoint, at: int = 100, **more: object) -> SearchReco
     plain: dict[str, object] = {
         "source": "m", "source_sha256": None, "seed": 0, "calibration": ("c",), "strategy": "grid", "limits": (),
         "points": ordered, "held": ((),) * len(ordered), "standings": standings, "choices": (choose(ordered, at),),
-        "best": None, "best_dense": None, "excess": None, "left_out": (), "failed": (), "open": (), "kept": (),
+        "best": None, "best_dense": None, "excess": None, "left_out": (), "failed": (), "kept": (),
     }  # fmt: skip
     return SearchRecord(**{**plain, **more})  # type: ignore[arg-type]
 
