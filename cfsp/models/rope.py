@@ -1,7 +1,7 @@
-"""Rotary position embeddings: what a configuration says of them, and one order of rows, or one rope, as another.
+"""RoPE: what a configuration says of it, and one RoPE as another by the order of rows.
 
-Llama's rope turns rows i and i + d / 2 of a head of d rows by position / (f_i theta^(2i/d)), where the divisors f_i
-are 1 unless the rope is scaled. Other ropes are this one for rows in another order, and with other divisors.
+Llama's turns rows i and i + d / 2 of a head of d rows by position / (f_i theta^(2i/d)); divisors f_i are 1 unless it is
+scaled. Others are this one for rows in another order, and with other divisors.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 Rope = Mapping[str, Any]
 """`rope_type`, `rope_theta`, and what the type asks for."""
 _STILL = 1e20
-"""Divisor of a frequency at which nothing turns: float32 has no angle so small that it changes a number."""
+"""Divisor of a frequency at which nothing turns."""
 
 
 def stated_rope(settings: Mapping[str, Any], kind_of_block: str = "") -> dict[str, Any]:
     """Base and scaling, from transformers 5's rope_parameters or transformers 4's rope_theta and rope_scaling.
 
-    `kind_of_block`: whose rope, where blocks of unlike kinds have unlike ones.
+    kind_of_block: whose, if blocks of different kinds have different ones.
     """
     outside = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
     merged = {key: settings[key] for key in outside if settings.get(key) is not None}
@@ -34,7 +34,7 @@ def stated_rope(settings: Mapping[str, Any], kind_of_block: str = "") -> dict[st
 
 
 def alpha_rope(rope: Rope, head_dim: int) -> Rope:
-    """A `dynamic` rope with an alpha as the plain one it is, of base theta alpha^(d / (d - 2)); others as they are."""
+    """A `dynamic` RoPE with an alpha as the plain one of base theta alpha^(d / (d - 2)); others as they are."""
     alpha = rope.get("alpha")
     if rope["rope_type"] != "dynamic" or not alpha:
         return rope
@@ -45,7 +45,7 @@ def alpha_rope(rope: Rope, head_dim: int) -> Rope:
 def split_pairs(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows of q or k, (heads * d, ...), in Llama's order: rows 2i and 2i + 1 of a head become i and i + d / 2.
 
-    Rows that do not fit so many heads are returned as they are; misshapen ones are told of by name later.
+    Misshapen rows are returned as they are, and refused by name later.
     """
     if len(rows) % (2 * heads):
         return rows
@@ -53,10 +53,10 @@ def split_pairs(rows: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def partial_rope(rope: Rope, head_dim: int, context: int) -> dict[str, Any]:
-    """Settings of a Llama's rope that turns the first r of a head's d rows as Phi-3's does, and the others not at all.
+    """Settings of a Llama's RoPE that turns the first r of a head's d rows as Phi-3's does, and no others.
 
-    With the rows in the order of `partial_rows` the divisors are f_i theta^(2i/r - 2i/d) for i < r / 2, and without end
-    for the others. transformers' `longrope` takes divisors one by one: a list for short texts, and one for long ones.
+    With rows in the order of `partial_rows` the divisors are f_i theta^(2i/r - 2i/d) for i < r / 2, and infinite for
+    the others; `longrope` takes a list of them for short texts, and one for long ones.
     """
     turned, theta = _turned(rope, head_dim), float(rope["rope_theta"])
     if rope["rope_type"] == "default" and turned == head_dim:
@@ -82,7 +82,7 @@ def partial_rope(rope: Rope, head_dim: int, context: int) -> dict[str, Any]:
 def partial_rows(rows: torch.Tensor, heads: int, rope: Rope, context: int) -> torch.Tensor:
     """Rows of q or k, (heads * d, ...), in the order for `partial_rope`: of each half of a head, first those that turn.
 
-    Cos and sin are multiplied by a magnitude, which is 1 for rows that do not turn: they are divided by it.
+    The others are divided by the magnitude that cos and sin are multiplied by.
     """
     head_dim = len(rows) // heads
     turned, half = _turned(rope, head_dim), head_dim // 2
@@ -98,10 +98,8 @@ def partial_rows(rows: torch.Tensor, heads: int, rope: Rope, context: int) -> to
 
 
 def long_magnitude(rope: Rope, context: int) -> float:
-    """What cos and sin of a `longrope` are multiplied by: sqrt(1 + ln(s) / ln(L)), s = context / L, unless stated.
-
-    L is the context that the model was first trained for (arXiv 2402.13753).
-    """
+    """Factor of cos and sin of a `longrope`: sqrt(1 + ln(s) / ln(L)), s = context / L, L the first training's context
+    (arXiv 2402.13753), unless stated."""
     if rope["rope_type"] == "default":
         return 1.0
     if rope.get("attention_factor") is not None:
@@ -112,14 +110,14 @@ def long_magnitude(rope: Rope, context: int) -> float:
 
 
 def steady_context(rope: Rope, context: int) -> int:
-    """Longest context in which a rope's frequencies stay what they are; a `longrope` has others for longer texts."""
+    """Longest context with one set of frequencies; a `longrope` has others for longer texts."""
     return min(_original(rope, context), context) if rope.get("rope_type") == "longrope" else context
 
 
 def yarn_magnitude(rope: Rope) -> float:
-    """What cos and sin of a `yarn` are multiplied by: m(1), or m(a) / m(b), with m(x) = 0.1 x ln(factor) + 1.
+    """Factor of cos and sin of a `yarn`: m(1), or m(mscale) / m(mscale_all_dim), m(x) = 0.1 x ln(factor) + 1.
 
-    a and b are `mscale` and `mscale_all_dim`, where both are stated (arXiv 2309.00071, and DeepSeek's after it).
+    See arXiv 2309.00071, and DeepSeek's after it.
     """
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])

@@ -1,8 +1,6 @@
-"""The shape of a decoder: how large its vocabulary is, and what each of its blocks is made of.
+"""The shape of a decoder: its vocabulary's size, and what each of its blocks is made of.
 
-A plan decides one, a checkpoint states it, exporters build files of it, records keep it. Today the blocks of a pruned
-model have different FFN widths and numbers of key-value groups, and some no attention; `require_supported` refuses
-every other difference where files are written.
+A plan decides one, a checkpoint states it, exporters build files of it, records keep it.
 """
 
 from __future__ import annotations
@@ -18,16 +16,16 @@ class BlockShape:
     """What one decoder block is made of."""
 
     origin: int  # which block of the dense model it was
-    ffn_width: int  # channels of its FFN (intermediate_size)
-    # Its key-value heads (num_key_value_heads), each with as many query heads as in every other block; 0 without
-    # attention, where something takes its place, and without keys of its own; None where a record does not say.
+    ffn_width: int  # intermediate_size
+    # num_key_value_heads, each with as many query heads as in every other block; 0 without attention or without keys of
+    # its own; None if a record does not say.
     kv_groups: int | None = None
-    has_attention: bool = True  # whether it attends, or has what takes the place of that
-    has_ffn: bool = True  # whether it has an FFN
+    has_attention: bool = True  # or another mixer in its place
+    has_ffn: bool = True
 
     @property
     def is_keyless(self) -> bool:
-        """Whether it mixes tokens without keys of its own: by what takes attention's place, or another block's keys."""
+        """Whether it mixes tokens without keys of its own: by another mixer, or another block's keys."""
         return self.has_attention and self.kv_groups == 0
 
 
@@ -35,22 +33,22 @@ class BlockShape:
 class ModelShape:
     """What can differ between a pruned model and its dense model."""
 
-    vocab_size: int | None  # tokens; None where a record does not say
+    vocab_size: int | None  # None if a record does not say
     blocks: tuple[BlockShape, ...]  # first to last
 
     @classmethod
     def of_ffn_widths(cls, widths: Sequence[int]) -> ModelShape:
-        """What is known of a model of which only the FFN widths are stated."""
+        """A model of which only the FFN widths are stated."""
         return cls(None, tuple(BlockShape(origin, width) for origin, width in enumerate(widths)))
 
     @property
     def ffn_widths(self) -> tuple[int, ...]:
-        """FFN channels of every block, first to last."""
+        """FFN channels of every block."""
         return tuple(block.ffn_width for block in self.blocks)
 
     @property
     def without_attention(self) -> tuple[int, ...]:
-        """Blocks that do not attend, by their place in this model."""
+        """Indices of blocks without attention."""
         return tuple(index for index, block in enumerate(self.blocks) if not block.has_attention)
 
     @property
@@ -66,7 +64,7 @@ class ModelShape:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all blocks are alike, so that one value describes them; which have no keys is known elsewhere."""
+        """Whether one value describes all blocks; which have no keys is known elsewhere."""
         kinds = {(block.ffn_width, block.has_attention, block.has_ffn) for block in self.blocks}
         return len(kinds) <= 1 and self.has_equal_heads
 
@@ -78,23 +76,17 @@ class ModelShape:
     def with_kv_groups(self, counts: Sequence[int]) -> ModelShape:
         """The same model with other numbers of key-value groups, one a block; 0 is no attention."""
         blocks = zip(self.blocks, counts, strict=True)
-        return replace(
-            self,
-            blocks=tuple(
-                replace(block, kv_groups=n, has_attention=n > 0 or block.is_keyless) for block, n in blocks
-            ),
-        )
+        own = (replace(block, kv_groups=n, has_attention=n > 0 or block.is_keyless) for block, n in blocks)
+        return replace(self, blocks=tuple(own))
 
     def without(self, blocks: Collection[int] = (), attentions: Collection[int] = ()) -> ModelShape:
         """The same model without whole blocks, and without the attention of others; both by their origins."""
         stay = (block for block in self.blocks if block.origin not in blocks)
-        return replace(
-            self,
-            blocks=tuple(
-                replace(block, kv_groups=0, has_attention=False) if block.origin in attentions else block
-                for block in stay
-            ),
+        own = (
+            replace(block, kv_groups=0, has_attention=False) if block.origin in attentions else block
+            for block in stay
         )
+        return replace(self, blocks=tuple(own))
 
     def with_origins(self, other: ModelShape) -> ModelShape:
         """The same model with the origins that another record of it states; weights do not say them."""
@@ -102,10 +94,7 @@ class ModelShape:
         return replace(self, blocks=tuple(replace(mine, origin=theirs.origin) for mine, theirs in blocks))
 
     def agrees_with(self, whole: ModelShape) -> bool:
-        """Whether it says nothing that `whole` contradicts; what it does not say is no contradiction.
-
-        Weights do not say where blocks come from; they come in the dense model's order.
-        """
+        """Whether it says nothing that `whole` contradicts; origins count only by their order."""
         origins = [block.origin for block in self.blocks]
         if len(origins) != len(whole.blocks) or origins != sorted(set(origins)):
             return False
@@ -118,12 +107,9 @@ class ModelShape:
 
 
 def require_supported(shape: ModelShape, where: str, keyless: Collection[int] = ()) -> None:
-    """Raise InputError for a shape whose blocks differ in more than FFN widths, key-value groups and attention.
+    """Raise InputError for blocks that differ in more than FFN width, key-value groups and attention.
 
-    No file format is written for such models yet, and a file of the wrong shape would be worse than none.
-
-    Args:
-        keyless: Blocks that mix tokens without keys of their own, in the model's type.
+    keyless: blocks that mix tokens without keys of their own, in the model's type.
     """
     if not shape.blocks or not shape.blocks[0].has_attention:
         raise InputError(f"{where}: block 0 has no attention, from which runtimes learn how long the text is")

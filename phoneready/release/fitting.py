@@ -26,7 +26,8 @@ def fitting_settings(settings: PruneSettings, model: Any, files: Collection[str]
     Blocks that are unlike already stay so.
     """
     config, widths = model.config, set(model_shape(model).ffn_widths)
-    held = spec_for(config).holds_unlike_blocks(tied=config.tie_word_embeddings)
+    tied, layouts = config.tie_word_embeddings, spec_for(config).layouts
+    held = any(layout.per_layer_sizes and (tied or layout.untied) for layout in layouts)
     if held or len(widths) > 1 or not makes_gguf(files):
         return settings
     if settings.prune_ratio and not settings.uniform_width:

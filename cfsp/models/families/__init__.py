@@ -1,6 +1,6 @@
-"""Families of models, one file each: what loading, pruning and the exporters know of a model type is one row.
+"""Families of models, one file each: one row is all that loading, pruning and exporters know of a model type.
 
-A row of another distribution comes by an entry point, whose name is the model type:
+Another distribution brings one by an entry point, whose name is the model type:
 
     [project.entry-points."phoneready.families"]
     toy = "phoneready_toy:FAMILY"
@@ -45,13 +45,12 @@ FAMILIES: Mapping[str, Family] = _Families()
 """By model type."""
 FOLDS: Mapping[str, Fold] = MappingProxyType({fold.model_type: fold for fold in (*folds.FOLDS, *lfm2.FOLDS)})
 """By the model type that is loaded as another one."""
-_ALTUP = "several hidden states of a token that run beside each other (AltUp)"
-LACKING: Mapping[str, str] = MappingProxyType(dict.fromkeys(("gemma3n", "gemma3n_text"), _ALTUP))
-"""Model types, and llama.cpp's architectures, that people ask for -> what of them is not pruned or written here."""
+LACKING = dict.fromkeys(("gemma3n", "gemma3n_text"), "several hidden states a token side by side (AltUp)")
+"""Model types, and llama.cpp's architectures, that people ask for -> why they are not supported."""
 
 
 def family_of(model_type: str, where: str = "") -> Family | Fold:
-    """The row of a model type, or the fold of one that has no row; raises InputError, naming the known ones."""
+    """The family of a model type, or the fold of one that has none; raises InputError, naming the known ones."""
     if model_type in BUILT_IN:
         return BUILT_IN[model_type]
     known: dict[str, Family | Fold] = {**FOLDS, **FAMILIES}
@@ -59,7 +58,7 @@ def family_of(model_type: str, where: str = "") -> Family | Fold:
 
 
 def fold_of(settings: Settings) -> Fold | None:
-    """How a model of these settings is loaded as another one; None of one that is loaded as it is."""
+    """How a model of these settings is loaded as another type; None if it is loaded as it is."""
     fold = FOLDS.get(str(settings.get("model_type")))
     return fold if fold is not None and fold.applies(settings) else None
 
@@ -67,7 +66,7 @@ def fold_of(settings: Settings) -> Fold | None:
 def family_of_gguf(architecture: str, where: str, *, windowed: bool) -> Family:
     """The family that files of an architecture of llama.cpp are read as; raises InputError.
 
-    Of several families the first is meant, or the first with windows for a file that has some, and without otherwise.
+    Of several it is the first with sliding windows if the file has some, and otherwise the first without.
     """
     rows = {fold.gguf_name: FAMILIES[fold.target] for fold in FOLDS.values() if fold.gguf_name}
     for row in sorted(BUILT_IN.values(), key=lambda row: row.has_windows != windowed):
@@ -78,11 +77,11 @@ def family_of_gguf(architecture: str, where: str, *, windowed: bool) -> Family:
 
 
 def text_model_of(folder_type: str) -> str | None:
-    """Model type of the text model in a folder of such a type; None of a folder that has no other parts."""
+    """Model type of the text part of a multimodal folder's type; None of any other."""
     return next((row.model_type for row in FAMILIES.values() if folder_type in row.folders), None)
 
 
 def unsupported(name: str) -> str:
-    """What is said of a model type, or an architecture of llama.cpp, that has no row."""
+    """The error of a model type, or an architecture of llama.cpp, that has no family."""
     reason = LACKING.get(name)
     return f"unsupported architecture, with {reason}" if reason else "unsupported architecture"

@@ -1,7 +1,4 @@
-"""What a family of models is: its modules, config.json, GGUF files, and what the graphs of its blocks have.
-
-Rows are plain data that loading, pruning and every exporter interpret; none imports torch.
-"""
+"""What a family of models is: its modules, config.json, GGUF files and graphs; plain data, without torch."""
 
 from __future__ import annotations
 
@@ -48,9 +45,9 @@ class Mixer:
 class BlockInputs:
     """What every block gets of a token beside its hidden state x, and what it makes of that.
 
-    With e the token's embedding and T its row of a table of its own, P e and T cut into a part for each block, block l
-    gets i_l = (norm((P e)_l / sqrt(hidden_size)) + sqrt(size) T_l) / sqrt(2), and behind its MLP it adds
-    norm'(output(act(gate(x)) * i_l)).
+    With e the token's embedding and T its row of another table, P e and T cut into a part for each block, block l gets
+    i_l = (norm((P e)_l / sqrt(hidden_size)) + sqrt(size) T_l) / sqrt(2), and adds norm'(output(act(gate(x)) * i_l))
+    behind its MLP.
     """
 
     size_setting: str = "hidden_size_per_layer_input"  # key of the numbers a block gets; 0 for none
@@ -77,8 +74,8 @@ class SharedKeys:
 class Layout:
     """What one of llama.cpp's architectures takes.
 
-    Two conventions of rotary embedding exist. `llama` and `deci` rotate neighbouring pairs of a head's values, so the
-    rows of q and k (weights and biases) are interleaved; the others rotate halves, as Hugging Face's models do.
+    `llama` and `deci` rotate neighbouring pairs of a head's values, so rows of q and k are interleaved; the others
+    rotate halves, as Hugging Face's models do.
     """
 
     architecture: str  # in general.architecture
@@ -91,22 +88,21 @@ class Layout:
     untied: bool = True  # an output matrix of its own
     tied: bool = True  # an output matrix that is the embedding
     attention_free: bool = False  # blocks without attention (head counts of 0)
-    unrotated_step: int = 0  # the last of each so many blocks does not rotate; 0: all do
-    rotates_windowed: bool = False  # where there are windows, only blocks with one rotate
+    unrotated_step: int = 0  # every Nth block has no RoPE; 0: all have
+    rotates_windowed: bool = False  # if there are sliding windows, only blocks with one have RoPE
     activation: str = "silu"  # of the FFN, as exporters name it
-    window_base: bool = False  # where it takes a window, a base of the rope for blocks that have one
-    # The last of each so many blocks has no window, unless a file says which have; 0: takes none.
-    full_step: int = 0
+    window_base: bool = False  # a RoPE base of its own for blocks with a window
+    full_step: int = 0  # every Nth block has no window, unless a file says which have; 0: takes none
     windowed_depth: int = 0  # models of so many blocks have a window in all, and others none; 0: any
     plain_scores: bool = False  # attention's scores times 1, and not 1 / sqrt(head_dim)
     own_heads: bool = False  # a head_dim of blocks with a window, and one of the others
-    shares_keys: bool = False  # the last blocks read the last two before them, a windowed one and one without
-    needs_window: bool = False  # ends the process over a file in which no block has a window
-    takes_inputs: bool = False  # gives every block more of a token than its hidden state
+    shares_keys: bool = False  # the last blocks read keys of the last two before them, one windowed, one not
+    needs_window: bool = False  # aborts at a file in which no block has a window
+    takes_inputs: bool = False  # has `BlockInputs`
     caps_logits: bool = False
 
     def rotated(self, windows: Sequence[int | None]) -> tuple[bool, ...]:
-        """Whether each block's queries and keys are rotated, of blocks that see so many tokens (None: all)."""
+        """Whether each block has RoPE; windows: of every block, None if it sees all tokens."""
         if self.rotates_windowed and any(windows):
             return tuple(window is not None for window in windows)
         step = self.unrotated_step
@@ -118,15 +114,16 @@ class Family:
     """A model type of transformers. Modules with Llama's names need no more than `Family("name", layouts=...)`."""
 
     model_type: str
-    # llama.cpp's architectures that can hold such a model, the preferred one first; the widest block's width is
-    # everyone's where none has `per_layer_sizes`: padded with zeros, which is exact and saves nothing.
+    # llama.cpp's architectures that can hold such a model, the preferred one first; without `per_layer_sizes` blocks are
+    # padded with zeros to the widest one's width, which is exact and saves nothing.
     layouts: tuple[Layout, ...]
     release: int = 4  # first major version of transformers that has it as it is read here
-    folders: tuple[str, ...] = ()  # model types of folders that hold such a model beside other parts
-    # Settings only this family has -> what they must be.
-    kinds: Mapping[str, Any] = field(default_factory=dict)
+    folders: tuple[str, ...] = ()  # model types of multimodal folders whose text part it is
+    kinds: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # settings only this family has -> what they must be
 
-    # Modules. Of a block, unless they are said to be the decoder's; empty for none.
+    # Modules, of a block unless they are the decoder's; empty for none.
     layers: str = "model.layers"
     attention: str = "self_attn"
     output: str = "o_proj"  # of attention
@@ -146,33 +143,36 @@ class Family:
     left_out: tuple[str, ...] = ()  # beginnings of names of tensors beside the model: heads that draft tokens
 
     # What is computed, and the keys of config.json that say it.
-    # Settings that say there are biases -> a module of block 0 that has one then, in GGUF files.
+    # Settings of biases -> a module of block 0 that has one then, in GGUF files.
     bias_settings: Mapping[str, str] = field(default_factory=dict)
-    rotated_setting: str = ""  # whether each block rotates queries and keys; empty where all do
-    rotates_windowed: bool = False  # where there are windows, only blocks with one rotate
+    rotated_setting: str = ""  # whether each block has RoPE; empty if all have
+    rotates_windowed: bool = False  # if there are sliding windows, only blocks with one have RoPE
     epsilon_setting: str = "rms_norm_eps"
     norm_offset: float = 0.0  # what a norm adds to its weight before it multiplies
     scaled_embedding: bool = False  # by sqrt(hidden_size)
-    activation_setting: str = "hidden_act"  # empty where it is SiLU always
-    # Attention's output times the sigmoid of a gate, whose rows stand behind each head's query.
-    gated: bool = False
+    activation_setting: str = "hidden_act"  # empty if it is always SiLU
+    gated: bool = (
+        False  # attention's output times the sigmoid of a gate, whose rows stand behind each head's query
+    )
     partial_rope: bool = False  # a part of each head is rotated
-    window_rope_setting: str = ""  # base of the plain rope of blocks with a window
-    plain_window_rope: bool = False  # they have a plain rope, of the base stated for them or the others'
-    alpha_rope: bool = False  # a `dynamic` rope with an alpha is a plain one of another base
-    scale_setting: str = ""  # s: attention's scores are multiplied by 1 / sqrt(s); empty where s is head_dim
-    plain_scores: bool = False  # they are products of queries and keys as they are
-    # head_dim of blocks that see everything; transformers also says it in `per_layer_config`.
-    own_heads: str = ""
-    cap_setting: str = ""  # c, where logits z become c tanh(z / c)
-    # Settings -> why such a model is not read if they are on.
-    refused: Mapping[str, str] = field(default_factory=dict)
+    window_rope_setting: str = ""  # base of the plain RoPE of blocks with a window
+    plain_window_rope: bool = False  # they have a plain RoPE, of the base stated for them or the others'
+    alpha_rope: bool = False  # a `dynamic` RoPE with an alpha is a plain one of another base
+    scale_setting: str = ""  # s: attention's scores are multiplied by 1 / sqrt(s); empty if s is head_dim
+    plain_scores: bool = False  # they are not scaled
+    own_heads: str = ""  # head_dim of blocks without a window; transformers also has it in `per_layer_config`
+    cap_setting: str = ""  # c of capped logits c tanh(z / c)
+    refused: Mapping[str, str] = field(
+        default_factory=dict
+    )  # settings -> why a model with them on is not read
 
     # GGUF files of its first layout's architecture are read as it; of two families of one, by whether it has windows.
-    # Setting -> key of the file, or its value.
-    gguf_settings: Mapping[str, str | bool] = field(default_factory=dict)
-    # Keys only this family has -> what they must be.
-    gguf_kinds: Mapping[str, Any] = field(default_factory=dict)
+    gguf_settings: Mapping[str, str | bool] = field(
+        default_factory=dict
+    )  # setting -> key of the file, or its value
+    gguf_kinds: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # keys only this family has -> what they must be
 
     @property
     def gguf_name(self) -> str:
@@ -181,12 +181,12 @@ class Family:
 
     @property
     def has_window_rope(self) -> bool:
-        """Whether blocks that see a window may have another rope than those that see everything."""
+        """Whether blocks with a window may have another RoPE than those without."""
         return bool(self.window_rope_setting) or self.plain_window_rope
 
     @property
     def has_windows(self) -> bool:
-        """Whether a GGUF file of such a model says which blocks see a window."""
+        """Whether a GGUF file of such a model says which blocks have a window."""
         return self.has_window_rope or self.rotates_windowed
 
     @property
@@ -196,15 +196,16 @@ class Family:
 
     @property
     def sees_neighbours(self) -> bool:
-        """Whether a token sees what stands before it in its row whatever the attention mask says."""
+        """Whether a token sees what stands before it whatever the attention mask says."""
         return self.mixer is not None
 
     @property
     def blocks_stay(self) -> str | None:
         """Why no block can be pruned; None if some can."""
-        if self.block_inputs or self.shared_keys:
-            return "every block has a part of its own in what is read of a token, or reads a certain block's keys"
-        return None
+        reason = (
+            "every block has a part of its own in what is read of a token, or reads a certain block's keys"
+        )
+        return reason if self.block_inputs or self.shared_keys else None
 
     @property
     def attentions_stay(self) -> str | None:
@@ -229,19 +230,14 @@ class Family:
 
     @property
     def own_arguments(self) -> tuple[str, ...]:
-        """Names of a block's arguments that every text has of its own."""
+        """Names of a block's arguments that differ between texts."""
         return tuple(part.argument for part in (self.block_inputs, self.shared_keys) if part)
-
-    def holds_unlike_blocks(self, *, tied: bool) -> bool:
-        """Whether some layout holds a model whose blocks have unlike widths and heads."""
-        return any(layout.per_layer_sizes and (tied or layout.untied) for layout in self.layouts)
 
     @property
     def not_in_graphs(self) -> str | None:
-        """Why no ONNX graph of such blocks is written; None where one is."""
-        if self.shared_keys or self.block_inputs:
-            return "that read another block's keys and values, or get more of a token than its hidden state"
-        return None
+        """Why no ONNX graph of such blocks is written; None if one is."""
+        reason = "that read another block's keys and values, or get more of a token than its hidden state"
+        return reason if self.shared_keys or self.block_inputs else None
 
 
 @dataclass(frozen=True)
@@ -249,20 +245,20 @@ class Fold:
     """A model type that is another one but for factors, order or names of weights: it is loaded as that one."""
 
     model_type: str
-    target: str  # the same, of a model whose settings can be said in a way that has one meaning
-    # All functions get all settings. Last part of a module's name -> what its weight and bias are multiplied by; those
-    # of `gguf_keys` may be 0 or None, which stands for what the other type has.
+    target: str  # the same, if settings of the type can be said in a way that has one meaning
+    # All functions get all settings. Last part of a module's name -> factor of its weight and bias; those of
+    # `gguf_keys` may be 0 or None, for none.
     factors: Callable[[Settings], Mapping[str, float]] = lambda _: {}
-    # Those that have another name or meaning in the other type.
-    settings: Callable[[Settings], Settings] = lambda _: {}
-    # Of a parameter's name and value, the other type's.
+    settings: Callable[[Settings], Settings] = lambda _: {}  # those of another name or meaning in the target
+    # A parameter's name and value -> the target's.
     tensors: Callable[[str, Any, Settings], dict[str, Any]] = lambda name, tensor, _: {name: tensor}
-    obstacle: Callable[[Settings], str | None] = lambda _: None  # why such a model is none of the other type
-    applies: Callable[[Settings], bool] = lambda _: True  # whether it is loaded as the other one at all
+    obstacle: Callable[[Settings], str | None] = lambda _: None  # why such a model cannot be the target
+    applies: Callable[[Settings], bool] = lambda _: True  # whether it is loaded as the target at all
     kinds: Mapping[str, Any] = field(default_factory=dict)
     gguf_name: str | None = None
-    # Settings of the factors -> keys of a GGUF file.
-    gguf_keys: Mapping[str, str] = field(default_factory=dict)
+    gguf_keys: Mapping[str, str] = field(
+        default_factory=dict
+    )  # settings of the factors -> keys of a GGUF file
     gguf_kinds: Mapping[str, Any] = field(default_factory=dict)
 
 
