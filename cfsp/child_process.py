@@ -17,18 +17,17 @@ _WAITING, _OURS = "OMP_WAIT_POLICY", "PHONEREADY_OMP_WAIT_POLICY"
 
 
 def wait_passively() -> None:
-    """Let threads of this process, and of those it starts, sleep while they wait for each other.
+    """Let OpenMP threads of libraries that are loaded later, and of child processes, sleep while they wait.
 
-    OpenMP's threads look all the time, which costs them nothing on an idle machine, and a multiple of the time where
-    something else wants their cores. What the user has set stays. It holds for libraries
-    that are loaded later.
+    By default they spin, which takes a multiple of the time if something else wants their cores. What the user has set
+    stays.
     """
     if _WAITING not in os.environ:
         os.environ.update({_WAITING: "passive", _OURS: "1"})
 
 
 def measured_environment() -> dict[str, str]:
-    """`child_environment` for what is measured, whose threads wait as they do for others."""
+    """`child_environment` for what is measured, whose threads wait as they do by default."""
     environment = child_environment()
     if environment.pop(_OURS, None):
         environment.pop(_WAITING, None)
@@ -36,13 +35,10 @@ def measured_environment() -> dict[str, str]:
 
 
 def child_environment() -> dict[str, str]:
-    """This environment, with this package's folder importable whatever the working directory is.
-
-    Folders that Python searches anyway are not repeated: in PYTHONPATH they would come before the standard
-    library.
-    """
+    """This environment, with this package importable whatever the working directory is."""
     root = str(Path(__file__).resolve().parent.parent)
     environment = dict(os.environ)
+    # In PYTHONPATH site-packages would come before the standard library.
     if root not in (*site.getsitepackages(), site.getusersitepackages()):
         known = environment.get("PYTHONPATH")
         environment["PYTHONPATH"] = os.pathsep.join([root, known] if known else [root])

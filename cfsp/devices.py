@@ -1,8 +1,7 @@
 """Where torch computes: the names that users give, and what they mean on this machine.
 
-A model is put on a device when it is loaded; what reads it takes its device from its weights, keeps sums there, and
-brings to the CPU what goes into files and records. Sums that need float64 are made by `exact`, `exact_sum` and
-`exact_zeros`, which know devices that have none.
+A model is put on a device when it is loaded; what reads it takes the device from its weights, and brings what goes into
+files and records to the CPU. float64 sums are `exact`, `exact_sum` and `exact_zeros`: some devices have none.
 """
 
 from __future__ import annotations
@@ -21,32 +20,27 @@ from cfsp.units import format_bytes
 
 CPU = torch.device("cpu")
 OR_NARROW = "cpu, or 16 bits (--dtype)"
-"""Instead of a GPU that does not hold a model as float32, where a command may keep its weights in fewer bytes."""
+"""What to use in place of a GPU that does not hold a model as float32."""
 WITHOUT_FLOAT64 = frozenset({"mps"})
-"""Kinds of devices that have none: float64 sums of what is there, and what is solved from them, are the CPU's."""
+"""Kinds of devices whose float64 sums are made on the CPU."""
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name; "auto" is CUDA where that is there, else the CPU.
-
-    Raises:
-        InputError: An unknown name, or a GPU that is not there.
-    """
+    """The device of a name; "auto" is CUDA if it is there, else the CPU. Raises InputError."""
     DEVICE.checked(name)
     there = {"cuda": gpu_count(), "mps": int(has_mps()), "cpu": 1}
-    if name == "auto":  # Apple's GPUs want to be named: that torch has every operator there was not seen
+    if name == "auto":  # Apple's GPUs have to be named: that torch has every operator there was not seen
         return torch.device("cuda" if there["cuda"] else "cpu")
     kind, _, number = name.partition(":")
     if int(number or 0) >= there[kind]:  # before torch sees it: it takes 256 for 0
         known = ["cpu", *(f"cuda:{n}" for n in range(there["cuda"])), *(["mps"] if there["mps"] else [])]
-        raise InputError(
-            "is not there, or torch cannot use it", field="device", value=name, allowed=", ".join(known)
-        )
+        problem = "is not there, or torch cannot use it"
+        raise InputError(problem, field="device", value=name, allowed=", ".join(known))
     return torch.device(name)
 
 
 def gpu_count() -> int:
-    """GPUs that torch can use; a driver may know more."""
+    """CUDA GPUs that torch can use."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
@@ -56,14 +50,7 @@ def has_mps() -> bool:
 
 
 def placed(model: Any, device: torch.device | str, *, instead: str = CPU.type) -> Any:
-    """A model of the CPU on a device.
-
-    Args:
-        instead: What the user can ask for where there is no room.
-
-    Raises:
-        InputError: The device's memory does not hold it.
-    """
+    """Move a model from the CPU to a device; raises InputError, which names `instead`, if that cannot hold it."""
     device = torch.device(device)
     if device.type in _FREE_BYTES:
         needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -84,11 +71,11 @@ _FREE_BYTES: Mapping[str, Callable[[torch.device], int]] = MappingProxyType(
         "mps": lambda device: int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()),
     }
 )
-"""Kind of a device -> what a model may take of its memory; a CPU is asked before a model is loaded."""
+"""Kind of a device -> bytes that a model may take of its memory; a CPU's is checked before a model is loaded."""
 
 
 def exact_device(device: torch.device) -> torch.device:
-    """Where float64 sums of what is on a device are kept, and solved: there, or on the CPU where it has no float64."""
+    """Where float64 sums of what is on a device are kept and solved: there, or on the CPU."""
     return CPU if device.type in WITHOUT_FLOAT64 else device
 
 
@@ -98,18 +85,18 @@ def exact(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def exact_sum(tensor: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    """The sum of a tensor, or over one of its dimensions, in float64 and on its `exact_device`."""
+    """The sum of a tensor, or over a dimension, as float64 on its `exact_device`."""
     return tensor.to(exact_device(tensor.device)).sum(dim, dtype=torch.float64)
 
 
 def exact_zeros(*shape: int, device: torch.device) -> torch.Tensor:
-    """A float64 sum of what is on a device, of which nothing is summed yet."""
+    """An empty float64 sum of what is on a device."""
     return torch.zeros(*shape, dtype=torch.float64, device=exact_device(device))
 
 
 @contextmanager
 def forked_random(device: torch.device) -> Iterator[None]:
-    """Leave the state of the CPU's random numbers, and of a device's, as it was."""
+    """Restore the state of the CPU's and a device's random numbers afterwards."""
     own = [device.index or 0] if device.type in _FREE_BYTES else []
     with torch.random.fork_rng(devices=own, device_type=device.type if own else None):
         yield
@@ -117,7 +104,7 @@ def forked_random(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def moved(model: nn.Module, device: torch.device | str) -> Iterator[None]:
-    """Have a model of the CPU on a device while the context is open; raises InputError as `placed`."""
+    """Have a model of the CPU on a device inside the context; raises InputError as `placed`."""
     placed(model, device)
     try:
         yield

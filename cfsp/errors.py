@@ -1,7 +1,4 @@
-"""The one family of errors that phoneready raises on purpose.
-
-Libraries raise, they never print or exit; the command line turns `exit_code` into the process's status.
-"""
+"""The errors that phoneready raises on purpose; the command line turns `exit_code` into the process's status."""
 
 from __future__ import annotations
 
@@ -22,11 +19,11 @@ _SHOWN.maxlist = _SHOWN.maxtuple = _SHOWN.maxdict = 12
 
 _LOGIN = re.compile(r"(?<=://)(?:[^\s/?#\"']*@|[^\s/:@]+:(?!\d+/)\S*@)")
 _SECRET = re.compile(r"(?<=[?&])((?:password|passwd|pwd|token|secret|api_?key)=)[^&#\s\"']*", re.IGNORECASE)
-"""What a URL tells of a login: before its host, where a password may have a slash, and among its parameters."""
+"""Credentials in a URL: before its host, where a password may have a slash, and among its parameters."""
 
 
 def without_credentials(value: Any) -> Any:
-    """A text, or JSON with texts in it, whose URLs tell no user, password or token: for all that others may read."""
+    """A text, or JSON with texts in it, without users, passwords and tokens in URLs."""
     if isinstance(value, dict):
         return {key: without_credentials(one) for key, one in value.items()}
     if isinstance(value, list):
@@ -35,28 +32,21 @@ def without_credentials(value: Any) -> Any:
 
 
 def shown(value: object) -> str:
-    """A value as an error shows it: quoted, and of what is long or deep a part."""
+    """A value as an error shows it: quoted, and cut if it is long or deep."""
     text = _SHOWN.repr(value)
     return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."
 
 
 class PhonereadyError(Exception):
-    """Base of every expected failure; its text is one line that names what is wrong and what would be right."""
+    """Base of every expected failure; its text is one line that says what is wrong and what would be right."""
 
     exit_code = 2
 
 
 class InputError(PhonereadyError):
-    """Input or setting that cannot be used.
+    """Input or setting that cannot be used: of which field, the offending value, and what would be accepted.
 
-    Args:
-        message: What is wrong.
-        field: Name of the setting or file at fault.
-        value: The offending value.
-        allowed: What would be accepted.
-
-    Attributes:
-        problem: The text without the field.
+    `problem` is the text without the field.
     """
 
     def __init__(self, message: str, *, field: str = "", value: object = None, allowed: str = "") -> None:
@@ -69,7 +59,7 @@ class InputError(PhonereadyError):
 
 
 def look_up(table: Mapping[str, Row], name: str, message: str, *, field: str) -> Row:
-    """The row of that name; where there is none, raises InputError with the message and the names of all rows."""
+    """The row of that name; otherwise raises InputError with the message and the names of all rows."""
     if name not in table:
         raise InputError(message, field=field, value=name, allowed=", ".join(table))
     return table[name]
@@ -83,7 +73,7 @@ class MissingExtraError(PhonereadyError):
 
 
 def require_extra(package: str, extra: str, distribution: str = "") -> None:
-    """Raise MissingExtraError where a package of an extra is not installed; `distribution` is pip's name of it."""
+    """Raise MissingExtraError if a package of an extra is not installed; `distribution`: pip's name of it."""
     if importlib.util.find_spec(package) is None:
         raise MissingExtraError(distribution or package, extra)
 

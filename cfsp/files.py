@@ -1,7 +1,7 @@
-"""Writing files so that nobody ever sees half of one.
+"""Writing files so that nobody ever sees half of one, and folders for large temporary files.
 
-Everything is written beside its destination under a temporary name, synced, and renamed.
-A temporary name is `.<name>.tmp-<random>`; `remove_stale_temporaries` clears what a killed run left.
+Everything is written beside its destination as `.<name>.tmp-<random>`, synced, and renamed; `remove_stale_temporaries`
+clears what a killed run left.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import glob
 import hashlib
 import json
 import os
+import platform
 import re
+import secrets
 import shutil
 import stat
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import filelock
 
@@ -28,40 +31,36 @@ from cfsp.errors import InputError
 
 _MARK = ".tmp-"
 _ASIDE = f"{_MARK}aside"
-"""What ends the name of a folder that is being replaced, where no system call swaps two folders."""
+"""Suffix of a folder that is being replaced, if no system call swaps two folders."""
 PAGE = re.compile(rb"(?i)\A\s*<!doctype html")
-"""How a page begins that a page may replace; for `refuse_existing`."""
+"""How a page begins; for `refuse_existing`."""
 
 
 def short_name(name: str) -> str:
-    """The beginning of a name, so that files whose names go on after it can be written: systems take 255 bytes."""
+    """The beginning of a name that names of files go on after: systems take 255 bytes."""
     return name.encode(errors="ignore")[:120].decode(errors="ignore")
 
 
 def refuse_existing(
     path: Path, *, force: bool = False, inputs: Iterable[Path] = (), like: re.Pattern[bytes] | None = None
 ) -> None:
-    """Refuse a path at which something new is to appear, where that cannot be or would destroy something.
-
-    This is the one place that says what may be replaced.
+    """Refuse a path for a new folder, or with `like` a file; the one place that says what may be replaced.
 
     Args:
-        path: A folder to create, or with `like` a file.
-        force: What phoneready wrote there before may be replaced: a folder that carries a record, or a file whose
-            beginning matches `like`; an empty one always.
+        force: What phoneready wrote there may be replaced: a folder with a record, or a file that begins as `like`
+            says; an empty one always.
         inputs: What the new thing is made from; never replaced.
-        like: What the beginning of such a file matches, as `record_head` says for records.
+        like: As `record_head` says for records.
 
     Raises:
         InputError: It exists and may not be replaced; it is or holds an input, the home or the working directory, or a
-            mount; it is a device, a pipe or a socket; it lies below a file; or no file system takes its name.
+            mount; or as `writable_place`.
     """
     status = writable_place(path)
     if status is None:
         if not force and _aside(path).exists():
-            raise InputError(
-                f"{path} exists, set aside by a run that was stopped; choose another path or pass --force"
-            )
+            what = "exists, set aside by a run that was stopped"
+            raise InputError(f"{path} {what}; choose another path or pass --force")
         return
     if stat.S_ISDIR(status.st_mode) != (like is None):
         raise InputError(f"cannot write {path}: it is a {'directory' if like else 'file'}")
@@ -77,19 +76,18 @@ def refuse_existing(
     if not force:
         raise InputError(f"{path} exists already; choose another path or pass --force")
     if not (_begins(path, like) if like else _is_ours(path)):
-        raise InputError(
-            f"{path} is nothing that phoneready wrote, and is not replaced; choose another path, or remove it first"
-        )
+        what = "is nothing that phoneready wrote, and is not replaced"
+        raise InputError(f"{path} {what}; choose another path, or remove it first")
 
 
 def record_head(*kinds: str) -> re.Pattern[bytes]:
-    """What records of these kinds (all, without any) begin with on the disk; for `refuse_existing`."""
+    """How records of these kinds (or of any) begin on the disk; for `refuse_existing`."""
     kind = "|".join(map(re.escape, kinds)) or r"[\w-]+"
     return re.compile(rb'\A\{\s*"kind": "(%s)",\s*"schema_version": \d' % kind.encode())
 
 
 def refuse_no_file(path: Path) -> None:
-    """Raise InputError where no file can be at `path`, or what is there is none: a folder, a device, a pipe."""
+    """Raise InputError if no file can be written at `path`."""
     status = writable_place(path)
     if status and stat.S_ISDIR(status.st_mode):
         raise InputError(f"cannot write {path}: it is a directory")
@@ -139,11 +137,7 @@ def _is_ours(folder: Path) -> bool:
 
 @contextmanager
 def claim_output(path: Path) -> Iterator[None]:
-    """Keep other runs from writing `path` while the block runs, and clear away what killed ones left beside it.
-
-    Raises:
-        InputError: Another run has claimed it, or it cannot be written.
-    """
+    """Keep other runs from writing `path` inside the context, and clear what killed ones left; raises InputError."""
     writable_place(path)
     missing = [parent for parent in path.absolute().parents if not parent.exists()]
     with no_space_as_input_error(path):
@@ -168,7 +162,7 @@ def claim_output(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is synced and renamed to `path`, else removed."""
+    """Yield a temporary path that on success is synced and renamed to `path`, else removed."""
     refuse_no_file(path)
     with no_space_as_input_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,14 +181,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: Path, *, force: bool = False, own: bool = False) -> Iterator[Path]:
-    """Yield a temporary directory beside `path`; on success its files are synced and it becomes `path`.
+    """Yield a temporary directory that on success is synced and becomes `path`; raises InputError.
 
     Args:
         force: What phoneready wrote there may be replaced.
         own: The folder is part of one that this run has claimed: whatever is there is replaced.
-
-    Raises:
-        InputError: As `refuse_existing` and `claim_output`.
     """
     with nullcontext() if own else claim_output(path), no_space_as_input_error(path):
         refuse = partial(refuse_existing, path, force=force) if not own else partial(writable_place, path)
@@ -211,7 +202,13 @@ def atomic_directory(path: Path, *, force: bool = False, own: bool = False) -> I
                     file.chmod((file.stat().st_mode & 0o777 | 0o666) & ~_umask())
             refuse()
             temporary.chmod(0o777 & ~_umask())
-            _replace_directory(temporary, path)
+            if not os.path.lexists(path):
+                temporary.rename(path)
+            elif not _swap(temporary, path):
+                _settle(path)
+                path.rename(_aside(path))
+                temporary.rename(path)
+            fsync_directory(path.parent)
         finally:
             _settle(path)
             _remove(temporary)
@@ -219,7 +216,7 @@ def atomic_directory(path: Path, *, force: bool = False, own: bool = False) -> I
 
 @contextmanager
 def scratch_directory(path: Path) -> Iterator[Path]:
-    """Yield a directory beside a claimed `path` for as long as the block runs; the next claim clears a killed run's."""
+    """Yield a directory beside a claimed `path`; the next claim clears a killed run's."""
     with no_space_as_input_error(path):
         scratch = tempfile.TemporaryDirectory(prefix=f".{path.name}{_MARK}", dir=path.parent)
     with scratch as name:
@@ -227,11 +224,10 @@ def scratch_directory(path: Path) -> Iterator[Path]:
 
 
 def made_once(folder: Path, is_whole: Callable[[Path], bool], make: Callable[[Path], None]) -> Path:
-    """A folder of the cache: the one that is there, or made now and given its name by one rename."""
+    """A folder of the cache: there, or made now by one process and given its name by one rename."""
     if is_whole(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Only one process makes the same thing; a killed one's lock is gone with it.
     with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
         remove_stale_temporaries(folder.parent, folder.name)
         if not is_whole(folder):  # else another process made it meanwhile
@@ -258,9 +254,9 @@ def sha256_file(path: Path) -> str:
 
 
 def remove_stale_temporaries(directory: Path, name: str = "*") -> None:
-    """Remove what interrupted writes left directly inside `directory`: of the destination `name`, or of all.
+    """Remove what interrupted writes left in `directory`, of the destination `name` or of all.
 
-    A folder that was set aside, and that nothing has replaced, gets its name back.
+    A folder that was set aside and never replaced gets its name back.
     """
     pattern = name if name == "*" else glob.escape(name)
     for entry in directory.glob(f".{pattern}{_MARK}*"):
@@ -271,14 +267,14 @@ def remove_stale_temporaries(directory: Path, name: str = "*") -> None:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory of this run's own: by one rename, so that an interruption leaves no part of it there."""
+    """Remove a directory of this run's own, so that an interruption leaves no part of it there."""
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}{_MARK}", dir=path.parent))
     path.rename(old / path.name)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def fsync_directory(directory: Path) -> None:
-    """Make renames inside `directory` durable, where the system lets a directory be synced."""
+    """Make renames inside `directory` durable, if the system lets a directory be synced."""
     if os.name == "nt":
         return
     handle = os.open(directory, os.O_RDONLY)
@@ -294,28 +290,14 @@ def fsync_file(path: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def _replace_directory(temporary: Path, path: Path) -> None:
-    """Give a folder the name `path`; what had it is at `temporary` then, or aside, for the caller to remove."""
-    if not os.path.lexists(path):
-        temporary.rename(path)
-    elif not _swap(temporary, path):
-        _settle(path)
-        path.rename(_aside(path))
-        temporary.rename(path)
-    fsync_directory(path.parent)
-
-
 def _swap(one: Path, other: Path) -> bool:
-    """Exchange two names in one step, so that both are there at any time; False where that cannot be done."""
+    """Exchange two names in one step; False if the system cannot."""
     try:
         rename = ctypes.CDLL(None).renameat2
     except (AttributeError, TypeError):  # another system than Linux
         return False
-    return bool(rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0)
-
-
-_HERE, _EXCHANGE = -100, 2
-"""Linux's AT_FDCWD and RENAME_EXCHANGE."""
+    here, exchange = -100, 2  # Linux's AT_FDCWD and RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 def _aside(path: Path) -> Path:
@@ -323,7 +305,7 @@ def _aside(path: Path) -> Path:
 
 
 def _settle(path: Path) -> None:
-    """Give a folder that was set aside its name back, or remove it where another one has that."""
+    """Give a folder that was set aside its name back, or remove it if another one has that."""
     aside = _aside(path)
     if not os.path.lexists(path):
         with suppress(FileNotFoundError):
@@ -353,8 +335,7 @@ _UNWRITABLE = (
     *(errno.EISDIR, errno.EEXIST, errno.EBUSY, errno.EXDEV),
     *(errno.EFBIG, errno.ELOOP, errno.ENAMETOOLONG),
 )
-# Libraries that write for us say so in words alone: safetensors' errors are no OSErrors, numpy's carry no errno,
-# and torch says no more than that its archive could not be written.
+# safetensors' errors are no OSErrors, numpy's carry no errno, and torch only says that its archive was not written.
 _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 _NO_SPACE = re.compile(
     r"No space left on device|Disk quota exceeded|File too large|\d+ requested and \d+ written"
@@ -363,7 +344,7 @@ _NO_SPACE = re.compile(
 
 
 def large_temporary() -> Path:
-    """The folder for temporary files that may be as large as a model: $TMPDIR, or /var/tmp, as /tmp may be memory."""
+    """The folder for files as large as a model: $TMPDIR, or /var/tmp, as /tmp may be memory."""
     for folder in filter(None, (os.environ.get("TMPDIR"), "/var/tmp")):
         if os.access(folder, os.W_OK | os.X_OK):
             return Path(folder)
@@ -375,7 +356,7 @@ def large_temporary() -> Path:
 
 @contextmanager
 def no_space_as_input_error(path: Path) -> Iterator[None]:
-    """Turn a full disk, or one that may not be written to, into an InputError that names `path`."""
+    """Turn a full or read-only disk into an InputError that names `path`."""
     try:
         yield
     except InputError:
@@ -388,3 +369,62 @@ def no_space_as_input_error(path: Path) -> Iterator[None]:
         if code in _UNWRITABLE:
             raise InputError(f"cannot write {path}: {error}") from error
         raise
+
+
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+_LOCK = f".phoneready-{_HOST}-{{}}.lock"
+"""Of this host only: others' need not show on a shared folder."""
+
+
+class LargeScratch:
+    """A folder in `large_temporary`, for its user only; deleted when it is let go, or left as a context.
+
+    Its process holds a lock beside it: the next process deletes a folder whose lock nobody holds. On file systems
+    without locks folders of killed processes stay. Raises InputError if it cannot be made.
+    """
+
+    def __init__(self, kind: str) -> None:
+        place = large_temporary()
+        with no_space_as_input_error(place):
+            for file in place.glob(_LOCK.format("*")):  # a killed process's; another user's stay
+                dead = filelock.FileLock(file, timeout=0, thread_local=False)
+                with suppress(OSError, filelock.Timeout):
+                    dead.acquire()
+                    name = file.name.removeprefix(_LOCK.partition("{")[0]).removesuffix(".lock")
+                    _remove_locked(place / f"phoneready-{name}", dead)
+            for _ in range(100):
+                name = f"{kind}-{secrets.token_hex(4)}"
+                lock: filelock.BaseFileLock | None
+                # Not of a thread: a folder may be let go in another one than the one that made it.
+                lock = filelock.FileLock(place / _LOCK.format(name), timeout=0, thread_local=False)
+                try:
+                    lock.acquire()
+                except filelock.Timeout:  # another process takes it for a dead one's, and removes it
+                    continue
+                except (NotImplementedError, OSError) as error:
+                    code = errno.ENOSYS if isinstance(error, NotImplementedError) else error.errno
+                    if code not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                        raise
+                    lock = None
+                self.path = place / f"phoneready-{name}"
+                self.path.mkdir(mode=0o700)
+                break
+            else:
+                raise InputError(f"{place}: no folder can be locked there")
+        self._close = weakref.finalize(self, _remove_locked, self.path, lock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+
+def _remove_locked(folder: Path, lock: filelock.BaseFileLock | None) -> None:
+    """Delete a folder whose lock is held, and the lock."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if lock is None:
+        return
+    with suppress(OSError):  # if what is open cannot be deleted, the next process does it
+        Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()

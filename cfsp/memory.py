@@ -1,6 +1,5 @@
-"""Memory that is free, asked before a model is loaded and not when the system ends the process.
+"""Free memory, checked before a model is loaded; what is asked for is a lower bound, so nothing is refused that works.
 
-What is asked for is a lower bound, so that nothing is refused that would have worked; more may be needed on the way.
 Linux's control groups: https://docs.kernel.org/admin-guide/cgroup-v2.html, cgroup-v1/memory.html.
 """
 
@@ -20,37 +19,35 @@ from cfsp.units import format_bytes
 _MOUNTS = Path("/proc/self/mounts")
 _OURS = Path("/proc/self/cgroup")
 LIMIT_FILE = {1: "memory.limit_in_bytes", 2: "memory.max"}
-"""Where each version keeps the limit."""
 _USED_FILE = {1: "memory.usage_in_bytes", 2: "memory.current"}
 _CACHED = {
     1: ("total_active_file", "total_inactive_file"),
     2: ("active_file", "inactive_file", "slab_reclaimable"),
 }
-"""Of memory.stat: what the system drops when it needs room."""
+"""Of memory.stat: what the system drops if it needs room."""
 _KEPT_BYTES, _KEPT_BY_DEFAULT = 2**28, 2**25
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 SET_BY_USERS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
-"""Variables with which users say what glibc keeps; then nothing is changed."""
+"""With these users say what glibc keeps; then nothing is changed."""
 
 
 def keep_freed_memory() -> None:
     """Let glibc keep freed tensors of up to 256 MiB for the next ones.
 
-    It gives what is larger than 32 MiB back to the system, which hands out each page of the next tensor anew and
-    zeroed: silu(x) * x of 50 MB then takes two to four times as long (benchmarks/freed_memory.py). What users have
-    set stays; other libraries of C have no such limit, or none that moves.
+    It gives what is larger than 32 MiB back to the system, whose new pages are zeroed: silu(x) * x of 50 MB then takes
+    two to four times as long (benchmarks/freed_memory.py).
     """
     _keep(_KEPT_BYTES)
 
 
 def give_back_large_tensors() -> None:
-    """Undo `keep_freed_memory`: of a model that memory does not hold, what is freed is of use to others."""
+    """Undo `keep_freed_memory`, for models that memory does not hold."""
     _keep(_KEPT_BY_DEFAULT)
     give_back_memory()
 
 
 def give_back_memory() -> None:
-    """Give the system the pages of freed tensors, those between tensors that are in use, too."""
+    """Give the pages of freed tensors back to the system."""
     with _glibc() as library:
         library.malloc_trim(0)
 
@@ -59,29 +56,27 @@ def _keep(n_bytes: int) -> None:
     if any(name in os.environ for name in SET_BY_USERS):
         return
     with _glibc() as library:
-        # Versions before 2.35 know no more than the default, and where one limit is set the other moves no more.
-        if library.mallopt(_M_MMAP_THRESHOLD, n_bytes) or library.mallopt(
-            _M_MMAP_THRESHOLD, _KEPT_BY_DEFAULT
-        ):
+        # Versions before 2.35 take at most the default; once one limit is set the other moves no more.
+        if any(library.mallopt(_M_MMAP_THRESHOLD, most) for most in (n_bytes, _KEPT_BY_DEFAULT)):
             library.mallopt(_M_TRIM_THRESHOLD, n_bytes)
 
 
 @contextlib.contextmanager
 def _glibc() -> Iterator[Any]:
-    """Where another library of C is, what is asked of this one is not done."""
+    """The C library; what another one lacks is left out."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         yield ctypes.CDLL(None)
 
 
 def usable_memory() -> int:
-    """Bytes that processes like this one may use together: the machine's memory, or what its groups are limited to."""
+    """Bytes that processes like this one may use together: the machine's memory, or the control groups' limit."""
     import psutil  # processes that only run a file must not load it
 
     return min([int(psutil.virtual_memory().total), *(limit for _, _, limit in _limits())])
 
 
 def free_memory() -> int:
-    """Bytes that this process could have, swap included: more than that it cannot have."""
+    """The most bytes that this process could have, swap included."""
     import psutil
 
     give_back_memory()
@@ -100,16 +95,7 @@ def free_memory() -> int:
 
 
 def require_memory(n_bytes: int, what: str, less: str) -> None:
-    """Refuse what does not fit, before the system ends the process for it.
-
-    Args:
-        n_bytes: What it takes at least.
-        what: Takes it, in words.
-        less: Would take less.
-
-    Raises:
-        InputError: So much is not free.
-    """
+    """Raise InputError if `what` takes at least n_bytes, and fewer are free; `less` would take less."""
     free = free_memory()
     if n_bytes > free:
         raise InputError(
@@ -119,8 +105,7 @@ def require_memory(n_bytes: int, what: str, less: str) -> None:
 
 
 def control_groups() -> Iterator[tuple[int, Path]]:
-    """(version, folder) of our own group and, in version 2, of those above it: only a group without processes of its
-    own, or the root, hands controllers on."""
+    """(version, folder) of our own group and, in version 2, of those above it."""
     mounts = [line.split() for line in _MOUNTS.read_text(encoding="utf-8").splitlines()]
     for entry in _OURS.read_text(encoding="utf-8").splitlines():
         _, controllers, path = entry.split(":", 2)
@@ -135,7 +120,7 @@ def control_groups() -> Iterator[tuple[int, Path]]:
 
 
 def lists_memory(file: Path) -> bool:
-    """Whether a group's list of controllers has that of memory."""
+    """Whether a group's list of controllers has memory's."""
     return file.exists() and "memory" in file.read_text(encoding="ascii").split()
 
 

@@ -3,8 +3,7 @@
     [project.entry-points."phoneready.engines"]
     toy = "phoneready_toy:ENGINE"
 
-The entry point's name is the row's, and what it points to is the row. Names are read from the installed metadata; a
-plugin's own code runs when its row is used, and not before.
+The entry point's name is the row's, and it points to the row. A plugin's code runs only when its row is used.
 """
 
 from __future__ import annotations
@@ -26,15 +25,10 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class Plugin:
-    """One entry point.
-
-    Attributes:
-        entry: Its name and what it points to.
-        problem: Why its name cannot be used; None where it can.
-    """
+    """One entry point."""
 
     entry: EntryPoint
-    problem: str | None
+    problem: str | None  # why its name cannot be used
 
     @property
     def origin(self) -> str:
@@ -42,11 +36,7 @@ class Plugin:
         return _origin(self.entry)
 
     def load(self, kind: type[Row]) -> Row:
-        """The row itself; this imports the plugin.
-
-        Raises:
-            InputError: It cannot be imported, or is no row of this table.
-        """
+        """The row; imports the plugin. Raises InputError if it cannot be imported, or is no row of this table."""
         if self.problem:
             raise InputError(self.problem)
         name = f"plugin {self.entry.name} of {self.origin}"
@@ -61,31 +51,27 @@ class Plugin:
 
 
 def find_plugins(group: str, built_in: Collection[str] = ()) -> list[Plugin]:
-    """Every plugin of a group that is installed, those whose names cannot be used among them."""
+    """Every plugin of a group that is installed, unusable names included."""
     entries = sorted(entry_points(group=group), key=lambda entry: (entry.name, _origin(entry)))
-    return [Plugin(entry, _problem(entry, entries, built_in)) for entry in entries]
+    found = []
+    for entry in entries:
+        owners, problem = [_origin(other) for other in entries if other.name == entry.name], None
+        if len(owners) > 1:
+            problem = f"several plugins are called {entry.name}: {', '.join(owners)}; uninstall all but one"
+        elif entry.name in built_in:
+            named = f"plugin {entry.name} of {owners[0]} is called like a built-in one"
+            problem = f"{named}; uninstall it or rename it"
+        found.append(Plugin(entry, problem))
+    return found
 
 
 def load_plugins(group: str, built_in: Collection[str] = ()) -> dict[str, Plugin]:
-    """The plugins of a group by their names; none is imported yet.
-
-    Raises:
-        InputError: Two have one name, or one has the name of a built-in row: which of them is meant, nobody can tell.
-    """
+    """The plugins of a group by name, none imported yet; raises InputError for a name that is not unique."""
     plugins = find_plugins(group, built_in)
     for plugin in plugins:
         if plugin.problem:
             raise InputError(plugin.problem)
     return {plugin.entry.name: plugin for plugin in plugins}
-
-
-def _problem(entry: EntryPoint, entries: Collection[EntryPoint], built_in: Collection[str]) -> str | None:
-    owners = [_origin(other) for other in entries if other.name == entry.name]
-    if len(owners) > 1:
-        return f"several plugins are called {entry.name}: {', '.join(owners)}; uninstall all but one"
-    if entry.name in built_in:
-        return f"plugin {entry.name} of {owners[0]} is called like a built-in one; uninstall it or rename it"
-    return None
 
 
 def _origin(entry: EntryPoint) -> str:

@@ -1,11 +1,11 @@
-"""Several processes over one text: each runs some of the windows, and what they sum up is summed over all of them.
+"""Several processes over one text: each runs some of the windows, and sums are over all of them.
 
 torch's launcher starts them, on one machine or on several:
 
     torchrun --standalone --nproc_per_node 2 -m phoneready prune ...
 
-Sums are the same numbers in every process, so every one of them decides alike, as long as their processors compute
-alike. Without `joined`, or in a process that was started alone, every function here does nothing.
+Sums are the same numbers in every process, so all decide alike if their processors compute alike. Without `joined`, or
+in a process that was started alone, every function here does nothing.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torch import distributed
 from cfsp.errors import InputError, PhonereadyError
 
 PATIENCE = timedelta(days=1)
-"""How long processes wait for each other: one of them may write the text while the others do nothing."""
+"""How long processes wait for each other: one may write the text while the others do nothing."""
 _JOINED = ContextVar("joined", default=False)
 """Whether passes are shared: the group of processes that a trainer makes is its own."""
 
 
 @contextmanager
 def joined(device: str = "auto") -> Iterator[bool]:
-    """Let the processes that a launcher started know each other inside the context; whether this is the first one.
+    """Connect the processes that a launcher started inside the context; whether this is the first one.
 
     Raises:
         InputError: Processes would have to share a GPU.
@@ -40,7 +40,11 @@ def joined(device: str = "auto") -> Iterator[bool]:
     if device == "mps":
         raise InputError("several processes cannot share it", field="device", value=device, allowed="cpu")
     if device != "cpu" and torch.cuda.is_available():
-        _take_gpu(device)
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if here > (1 if ":" in device else gpus):
+            problem = f"{here} processes want a GPU each"
+            raise InputError(problem, field="device", value=device, allowed="cpu, cuda")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     distributed.init_process_group(timeout=PATIENCE)
     before = _JOINED.set(True)
     try:
@@ -51,12 +55,6 @@ def joined(device: str = "auto") -> Iterator[bool]:
         distributed.destroy_process_group()
 
 
-def _wait() -> None:
-    """Until all processes are here."""
-    with _ended_as_an_error():
-        distributed.barrier()
-
-
 @contextmanager
 def _ended_as_an_error() -> Iterator[None]:
     try:
@@ -65,18 +63,15 @@ def _ended_as_an_error() -> Iterator[None]:
         raise PhonereadyError("another process has ended, and says why") from error
 
 
-def _take_gpu(device: str) -> None:
-    on_this_machine, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    if on_this_machine > (1 if ":" in device else gpus):
-        raise InputError(
-            f"{on_this_machine} processes want a GPU each", field="device", value=device, allowed="cpu, cuda"
-        )
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+def _wait() -> None:
+    """Until all processes are here."""
+    with _ended_as_an_error():
+        distributed.barrier()
 
 
 @contextmanager
 def first_ahead() -> Iterator[None]:
-    """The first process runs the body before all others, which find what it has kept where they share its disk."""
+    """The first process runs the body before all others, which find what it has kept if they share its disk."""
     if number() > 0:
         _wait()
     yield
@@ -95,7 +90,7 @@ def number() -> int:
 
 
 def mine(windows: torch.Tensor) -> torch.Tensor:
-    """This process's share of windows (nsamples, seqlen); all of them in every process, where there are fewer.
+    """This process's share of windows (nsamples, seqlen); all of them in every process, if there are fewer.
 
     Either way a mean is what `summed` makes of the sums over `summed` numbers of tokens.
     """
@@ -103,7 +98,7 @@ def mine(windows: torch.Tensor) -> torch.Tensor:
 
 
 def summed(total: torch.Tensor) -> torch.Tensor:
-    """A sum over this process's windows, of any shape, which becomes that over all processes' in place."""
+    """A sum over this process's windows, which becomes that over all processes' in place."""
     if count() > 1:
         with _ended_as_an_error():
             distributed.all_reduce(total)
@@ -116,11 +111,7 @@ def number_summed(total: float) -> float:
 
 
 def require_alike(sha256: str, what: str) -> None:
-    """Refuse to go on with something of which not all processes have the same.
-
-    Raises:
-        InputError: Another process has another one.
-    """
+    """Raise InputError if another process has another hash."""
     ours = torch.tensor(list(bytes.fromhex(sha256)), dtype=torch.int64)
     if not torch.equal(summed(ours.clone()), count() * ours):
         raise InputError(f"not all processes have the same {what}")

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
-"""Called as `progress(description, done, total)`; `done == total` ends the step.
-
-A description up to `": "` names the step; what follows it may change while the step goes on.
-"""
+"""`progress(description, done, total)`; `done == total` ends the step, which the description up to `": "` names."""
 
 
 def no_progress(description: str, done: int, total: int) -> None:

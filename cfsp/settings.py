@@ -1,12 +1,11 @@
-"""Settings that are declared once: the fields of a frozen dataclass, each with its bounds and a word on what it means.
+"""Settings declared once: fields of a frozen dataclass, each with its bounds and a word on what it means.
 
     @dataclass(frozen=True)
     class Training(Settings):
         rank: int = setting(16, "Mean rank of the adapters.", ge=1)
 
-Beside the function that reads them stand name, type, default, bounds and help. Options of the command line, keys of
-release.toml, its template and the commands that a report prints are made from that. pydantic checks the fields of such
-a dataclass by itself; `check_settings` checks one that was made in Python.
+Options of the command line, keys of release.toml, its template and the commands that a report prints are made from
+that. pydantic checks the fields of such a dataclass; `check_settings` checks one that was made in Python.
 """
 
 from __future__ import annotations
@@ -34,42 +33,26 @@ LARGEST = 2**31 - 1
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """What a value has to be, and how people set it. Of a tuple, bounds, choices and `look_up` are each entry's.
-
-    Attributes:
-        help: What it means, in words.
-        ge: Least value.
-        gt: Bound that the value must be above.
-        le: Largest value.
-        lt: Bound that the value must be below.
-        choices: Allowed names, or where their table is, as `module:NAME`, so that help pages need not load it.
-        removed: Names of earlier versions -> what to use instead, for the error.
-        look_up: Finds an entry in its table and gives the name as it is written there; raises InputError.
-        least: Fewest entries of a tuple.
-        parse: Reads the text that is given on the command line, where that is not what the type says; the second
-            argument is the option's name for errors.
-        option: Names of the option, such as `-n --n-gen`; `--field-name` where empty; None where there is none.
-        off: Help of the option, where it turns off what is on by default.
-        metavar: What stands for the value in help pages; `NAME,...` splits at commas, otherwise an option is repeated.
-        shown: The default in help pages, where the value itself does not say it.
-        example: A value for the template of a configuration, of a setting that has no default.
-    """
+    """What a value has to be, and how people set it. Of a tuple, bounds, choices and `look_up` are each entry's."""
 
     help: str
     ge: float | None = None
     gt: float | None = None
     le: float | None = None
     lt: float | None = None
-    choices: Iterable[str] = ()
-    removed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    choices: Iterable[
+        str
+    ] = ()  # names, or where their table is, as `module:NAME`, so that help need not load it
+    removed: Mapping[str, str] = dataclasses.field(default_factory=dict)  # old names -> what to use instead
+    # Finds an entry in its table and gives the name as it is written there; raises InputError.
     look_up: Callable[[str], str] | None = None
-    least: int = 0
-    parse: Callable[[str, str], Any] | None = None
-    option: str | None = ""
-    off: str = ""
-    metavar: str | None = None
-    shown: str | None = None
-    example: Any = None
+    least: int = 0  # fewest entries of a tuple
+    parse: Callable[[str, str], Any] | None = None  # reads the option's text, given its name for errors
+    option: str | None = ""  # names such as `-n --n-gen`; `--field-name` if empty; None: no option
+    off: str = ""  # help of the option that turns off what is on by default
+    metavar: str | None = None  # `NAME,...` splits at commas, otherwise an option of a tuple is repeated
+    shown: str | None = None  # the default in help, if the value itself does not say it
+    example: Any = None  # for the template of a configuration, if there is no default
 
     @property
     def allowed(self) -> str:
@@ -86,11 +69,7 @@ class Setting:
         return (self.metavar or "").endswith(",...")
 
     def checked(self, value: Any, field: str = "") -> Any:
-        """The value, with names as their table writes them.
-
-        Raises:
-            InputError: It cannot be used; `field` is named.
-        """
+        """The value, with names as their table writes them; raises InputError that names `field`."""
         if not isinstance(value, tuple):
             return value if value is None else self._entry(value, field)
         if len(value) < self.least:
@@ -101,40 +80,39 @@ class Setting:
     def _entry(self, value: Any, field: str) -> Any:
         if self.look_up is not None:
             return self.look_up(value)
-        names = _table(self.choices)
-        if names and value not in names:
+        names = self.choices
+        if isinstance(names, str):
+            module, _, name = names.partition(":")
+            names = getattr(importlib.import_module(module), name)
+        if (names := tuple(names)) and value not in names:
             if isinstance(value, str) and value in self.removed:
                 raise InputError("removed", field=field, value=value, allowed=self.removed[value])
             raise InputError("unknown", field=field, value=value, allowed=", ".join(names))
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and not self._within(value):
-            raise InputError("out of range", field=field, value=value, allowed=self.allowed)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            within = (  # so that nothing holds for NaN
+                (self.ge is None or value >= self.ge)
+                and (self.gt is None or value > self.gt)
+                and (self.lt is None or value < self.lt)
+                and -LARGEST <= value <= (LARGEST if self.le is None else self.le)
+            )
+            if not within:
+                raise InputError("out of range", field=field, value=value, allowed=self.allowed)
         return value
-
-    def _within(self, value: float) -> bool:
-        """Written so that nothing holds for NaN."""
-        return (
-            (self.ge is None or value >= self.ge)
-            and (self.gt is None or value > self.gt)
-            and (self.lt is None or value < self.lt)
-            and -LARGEST <= value <= (LARGEST if self.le is None else self.le)
-        )
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], CoreSchema]) -> CoreSchema:
         """Pydantic's check of the type, then ours."""
-        return core_schema.no_info_after_validator_function(
-            self._checked_by_pydantic, _strict(handler(source))
-        )
 
-    def _checked_by_pydantic(self, value: Any) -> Any:
-        try:
-            return self.checked(value)
-        except InputError as error:
-            raise ValueError(str(error)) from error
+        def checked(value: Any) -> Any:
+            try:
+                return self.checked(value)
+            except InputError as error:
+                raise ValueError(str(error)) from error
+
+        return core_schema.no_info_after_validator_function(checked, _strict(handler(source)))
 
 
 class Settings:
-    """Base of dataclasses whose fields are declared by `setting`: pydantic and `declared` find that in annotations."""
+    """Base of dataclasses whose fields are declared by `setting`, which goes into their annotations."""
 
     def __init_subclass__(cls) -> None:
         for name, hint in inspect.get_annotations(cls).items():
@@ -153,8 +131,7 @@ def setting(default: T, help: str | Setting, **attributes: Any) -> T:
 
 _DECLARED = "setting"
 SEED = Setting("Seed of everything that is drawn at random.", ge=0, le=2**32 - 4, metavar="N")
-"""NumPy takes 32 bits, llama.cpp means any seed by the last of them, a release judges with the seed after its own, and
-training is validated with the one after that."""
+"""NumPy takes 32 bits, llama.cpp's last means any seed, and a release also uses the two seeds after its own."""
 
 
 def _device_name(name: str) -> str:
@@ -179,17 +156,10 @@ THREADS = Setting("Threads to compute with.", ge=1, le=4096, shown="as many as t
 
 @dataclass(frozen=True)
 class Declared:
-    """A field of a settings class, or a parameter of a command, that a Setting describes.
-
-    Attributes:
-        name: Its name.
-        kind: Its type, without the marker.
-        default: Its default.
-        setting: What was declared.
-    """
+    """A field of a settings class, or a parameter of a command, that a Setting describes."""
 
     name: str
-    kind: Any
+    kind: Any  # its type, without the marker
     default: Any
     setting: Setting
 
@@ -197,11 +167,6 @@ class Declared:
     def options(self) -> list[str]:
         """Names of its option, the longest last."""
         return (self.setting.option or f"--{self.name.replace('_', '-')}").split()
-
-    @property
-    def optional(self) -> bool:
-        """Whether None is a value."""
-        return get_origin(self.kind) in (Union, types.UnionType) and type(None) in get_args(self.kind)
 
 
 def setting_in(hint: Any) -> Setting | None:
@@ -215,45 +180,45 @@ def setting_in(hint: Any) -> Setting | None:
 def declared(settings: Any) -> tuple[Declared, ...]:
     """The fields of a dataclass that can be set, in order; those without a Setting are not for users."""
     hints = get_type_hints(settings, include_extras=True)
-    declarations = []
-    for field in dataclasses.fields(settings):
-        if (setting := setting_in(hints[field.name])) is not None:
-            declarations.append(Declared(field.name, get_args(hints[field.name])[0], field.default, setting))
-    return tuple(declarations)
+    return tuple(
+        Declared(field.name, get_args(hints[field.name])[0], field.default, setting)
+        for field in dataclasses.fields(settings)
+        if (setting := setting_in(hints[field.name])) is not None
+    )
 
 
 def check_settings(settings: Any) -> None:
-    """Raise InputError for the fields of a settings dataclass whose value cannot be used, each with what can be."""
-    _checked(type(settings), {row.name: getattr(settings, row.name) for row in declared(type(settings))}, {})
+    """Raise InputError for fields of a settings dataclass whose value cannot be used, each with what can be."""
+    kind = type(settings)
+    checked_values(kind, {row.name: getattr(settings, row.name) for row in declared(kind)}, {})
 
 
-def settings_of(kind: type[S], values: Mapping[str, Any], named: Mapping[str, str]) -> S:
-    """Settings made from checked values.
+def checked_values(kind: type, values: Mapping[str, Any], named: Mapping[str, str]) -> dict[str, Any]:
+    """Values of a settings class as they are used; raises InputError for all that cannot be, under their `named`."""
 
-    Raises:
-        InputError: Values cannot be used; all are named.
-    """
-    return kind(**_checked(kind, values, named))
+    def check(row: Declared) -> Any:
+        name, value = named.get(row.name, row.name), values[row.name]
+        optional = get_origin(row.kind) in (Union, types.UnionType) and type(None) in get_args(row.kind)
+        if value is None and not optional:
+            raise InputError("not set", field=name)
+        return row.setting.checked(value, name)
 
-
-def _checked(kind: type, values: Mapping[str, Any], named: Mapping[str, str]) -> dict[str, Any]:
     rows = [row for row in declared(kind) if row.name in values]
-    checks = [functools.partial(_value, row, values[row.name], named.get(row.name, row.name)) for row in rows]
+    checks = [functools.partial(check, row) for row in rows]
     return dict(zip((row.name for row in rows), _all(checks), strict=True))
 
 
 Reads = Mapping[str, tuple[Callable[..., bool], str]]
-"""Field -> whether it is read, of the settings and what they are used with; and `without ...`, where it is not."""
+"""Field -> whether it is read, given the settings and what they are used with; and `without ...`, if it is not."""
 
 
 def as_read(settings: S, reads: Reads, *beside: Any, section: str = "") -> tuple[S, tuple[str, ...]]:
-    """Settings in which what nothing reads has its default, so that it has no effect; and a warning for each of these.
+    """Settings in which what nothing reads has its default, and a warning for each of these.
 
     Args:
-        settings: What was asked for.
-        reads: The table; a row is asked of settings in which the rows before it are as they are read.
+        reads: A row is asked of settings in which the rows before it are as they are read.
         beside: What the settings are used with.
-        section: Of release.toml, whose keys warnings name; options of the command line where empty.
+        section: Of release.toml, whose keys warnings name; if empty they name options.
     """
     rows, warnings = {row.name: row for row in declared(type(settings))}, []
     for name, (is_read, where) in reads.items():
@@ -275,12 +240,6 @@ def pick(kind: type[S], source: Any, **changes: Any) -> S:
     return kind(**{name: getattr(source, name) for name in names if hasattr(source, name)} | changes)
 
 
-def _value(row: Declared, value: Any, name: str) -> Any:
-    if value is None and not row.optional:
-        raise InputError("not set", field=name)
-    return row.setting.checked(value, name)
-
-
 def _all(checks: Iterable[Callable[[], Any]]) -> list[Any]:
     """What all checks give; or the complaints of all that fail, as one."""
     values, problems = [], []
@@ -297,7 +256,7 @@ def _all(checks: Iterable[Callable[[], Any]]) -> list[Any]:
 
 
 def _strict(schema: Any) -> Any:
-    """The schema with numbers, true and false as they are written: `true` is not 1, and "1" is a text."""
+    """The schema in which `true` is not 1, and "1" is a text."""
     if schema["type"] in ("bool", "float", "int"):
         return schema | {"strict": True}
     if schema["type"] == "nullable":
@@ -305,10 +264,3 @@ def _strict(schema: Any) -> Any:
     if schema["type"] == "tuple":
         return schema | {"items_schema": [_strict(item) for item in schema["items_schema"]]}
     return schema
-
-
-def _table(choices: Iterable[str]) -> tuple[str, ...]:
-    if isinstance(choices, str):
-        module, _, name = choices.partition(":")
-        return tuple(getattr(importlib.import_module(module), name))
-    return tuple(choices)

@@ -42,29 +42,17 @@ def format_seconds(seconds: float) -> str:
 
 
 def parse_bytes(text: str, field: str) -> int:
-    """A size: `400M`, `400 MiB` and `1.5G` in powers of 1024, `80 MB` in powers of 1000, or bytes.
-
-    Raises:
-        InputError: It is none; `field` is named.
-    """
+    """A size: `400M` and `400 MiB` in powers of 1024, `80 MB` in powers of 1000, or bytes; raises InputError."""
     return round(_parse(text, _BYTES, field, "such as 400M, 400 MiB or 420 MB"))
 
 
 def parse_ms(text: str, field: str) -> float:
-    """A time such as `120 ms` or `1.5 s`, in milliseconds.
-
-    Raises:
-        InputError: It is none, or has no unit; `field` is named.
-    """
+    """A time with its unit, such as `120 ms` or `1.5 s`, in milliseconds; raises InputError."""
     return _parse(text, _MS, field, "such as 120 ms or 1.5 s")
 
 
 def parse_seconds(text: str, field: str) -> float:
-    """A time such as `10m`, `90 s` or `1.5 h`, or seconds, in seconds.
-
-    Raises:
-        InputError: It is none; `field` is named.
-    """
+    """A time such as `10m`, `90 s`, `1.5 h` or `90`, in seconds; raises InputError."""
     return _parse(text, _SECONDS, field, "such as 10m, 90s or 1.5h")
 
 

@@ -1,4 +1,4 @@
-"""Checks by pydantic: sections of configuration files, and what was found wrong in one line that a user can act on."""
+"""Checks by pydantic, and what they found in one line that a user can act on."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ import pydantic
 from cfsp.errors import InputError, shown
 
 Location = tuple[str | int, ...]
-"""Keys and positions from the outermost to the one at fault, as pydantic gives them."""
-
-
+"""Keys and positions from the outermost to the one at fault."""
 Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 WhereSet = pydantic.Field(exclude_if=lambda value: not value)
-"""Leaves a field out of a record where it says nothing, so that records of what was before it keep their bytes."""
+"""Leaves an empty field out of a record."""
 Seed = Annotated[int, pydantic.Field(ge=-(2**63), lt=2**63)]
 """What every generator of random numbers takes, and GGUF can store."""
 _MOST_PROBLEMS = 20
@@ -41,11 +39,7 @@ def kinds(**expected: Any) -> Kinds:
 
 
 def check_kinds(values: Mapping[str, Any], expected: Kinds, where: str) -> None:
-    """Hold the values that are there against what they have to be; other keys are let be.
-
-    Raises:
-        InputError: Values of another kind or out of range; all are named.
-    """
+    """Raise InputError for values that are not what their key says (all are named); other keys are let be."""
     problems = []
     for key in expected.keys() & values.keys():
         try:

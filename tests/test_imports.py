@@ -15,7 +15,7 @@ ROOMS = {
     "cfsp": (
         {"errors", "progress", "precision", "child_process"},
         {"processes", "files", "reading", "validation", "units", "plugins", "settings"},
-        {"records", "devices", "memory", "scratch"},
+        {"records", "devices", "memory"},
         {"models"},
         {"text", "extent"},
         {"evaluation"},

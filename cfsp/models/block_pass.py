@@ -14,12 +14,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from cfsp.files import no_space_as_input_error
+from cfsp.files import LargeScratch, no_space_as_input_error
 from cfsp.memory import require_memory
 from cfsp.models.architectures import decoder_layers, last_norm, spec_for, state_size
 from cfsp.models.offload import at_hand, computing_dtype, weightless
 from cfsp.progress import Progress, no_progress
-from cfsp.scratch import LargeScratch
 
 
 class StoredStates:

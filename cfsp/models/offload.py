@@ -28,13 +28,12 @@ import torch
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.files import large_temporary, no_space_as_input_error
+from cfsp.files import LargeScratch, large_temporary, no_space_as_input_error
 from cfsp.memory import free_memory, give_back_large_tensors
 from cfsp.models.architectures import decoder_layers
 from cfsp.models.weights import model_from_weights, safetensors_files, uniform_dtype, weight_count
 from cfsp.processes import count
 from cfsp.reading import as_input_error
-from cfsp.scratch import LargeScratch
 from cfsp.units import format_bytes
 
 VARIABLE = "PHONEREADY_STREAM"

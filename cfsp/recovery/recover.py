@@ -15,7 +15,7 @@ import torch
 
 from cfsp.devices import find_device
 from cfsp.errors import InputError, LimitError
-from cfsp.files import claim_output, no_space_as_input_error, refuse_existing
+from cfsp.files import LargeScratch, claim_output, no_space_as_input_error, refuse_existing
 from cfsp.models.architectures import decoder_layers
 from cfsp.models.checkpoint import (
     INFO_FILE,
@@ -48,7 +48,6 @@ from cfsp.recovery.settings import (
     usable,
 )
 from cfsp.recovery.student import Student, Teacher
-from cfsp.scratch import LargeScratch
 from cfsp.text.calibration import check_seqlen
 from cfsp.text.respelling import Respelling, respelling
 from cfsp.text.self_sampling import TRANSFORMERS, Writer, model_fingerprint

@@ -9,10 +9,9 @@ import numpy as np
 import torch
 
 from cfsp.errors import InputError
-from cfsp.files import large_temporary, no_space_as_input_error
+from cfsp.files import LargeScratch, large_temporary, no_space_as_input_error
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.source import LoadedModel
-from cfsp.scratch import LargeScratch
 from cfsp.text.choosing import drawn_tokens
 from cfsp.text.self_sampling import STEPS_A_REPORT, Continue, Report, Writer, require_room, stop_ids
 from exporters.checkpoint_reader import read_config

@@ -15,10 +15,10 @@ import numpy as np
 import onnx_ir as ir
 
 from cfsp.errors import InputError, MissingExtraError
+from cfsp.files import LargeScratch
 from cfsp.models.shape import ModelShape
 from cfsp.models.weights import quiet_transformers
 from cfsp.reading import one_line
-from cfsp.scratch import LargeScratch
 
 _TASK = "text-generation-with-past"
 _SCOPES = re.compile(r"^/(.*)/[^/]+$")

@@ -18,10 +18,10 @@ from cfsp.settings import (
     THREADS,
     Declared,
     Settings,
+    checked_values,
     declared,
     setting,
     setting_in,
-    settings_of,
 )
 
 MODEL_HELP = "smollm2-135m or gemma3-270m (built in), a Hugging Face folder, a .gguf file, or a hub id."
@@ -70,7 +70,7 @@ class _Group:
         values = {field: _read(row, given[row.name]) for field, row in self.rows.items()}
         named = {field: row.options[-1] for field, row in self.rows.items()}
         if self.kind is not None:
-            return settings_of(self.kind, values, named)
+            return self.kind(**checked_values(self.kind, values, named))
         ((name, row),) = self.rows.items()
         return row.setting.checked(values[name], named[name])
 

@@ -17,7 +17,7 @@ from cfsp.errors import InputError
 from cfsp.files import atomic_directory, atomic_file, write_json, write_text
 from cfsp.models.checkpoint import NOTICE_PATTERNS, read_checkpoint_info
 from cfsp.models.reference import load_tokenizer
-from cfsp.records import named_loss, read_record, write_record
+from cfsp.records import read_record, write_record
 from cfsp.validation import describe_problems
 from phoneready.figures.budgets import VERDICTS_FILE
 from phoneready.figures.figure_set import FIGURES_FILE, PRUNED
@@ -134,7 +134,7 @@ def rewrite_reports(folder: Path) -> ReleaseManifest:
     try:
         values = copy.deepcopy(manifest.config)
         take_out_gone(values)  # what it did is done
-        config = ReleaseConfig.model_validate(values | {"recover": named_loss(values.get("recover"))})
+        config = ReleaseConfig.model_validate(values)
     except pydantic.ValidationError as error:
         where = folder / MANIFEST_FILE
         raise InputError(f"{where}, config: {describe_problems(error)}") from error

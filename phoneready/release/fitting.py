@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from cfsp.errors import InputError
+from cfsp.files import LargeScratch
 from cfsp.models.architectures import model_shape, spec_for
 from cfsp.models.shape import ModelShape
 from cfsp.pruning.settings import PruneSettings
-from cfsp.scratch import LargeScratch
 from exporters.checkpoint_reader import read_config
 from exporters.families import makes_gguf
 from exporters.gguf.architecture import choose_layout

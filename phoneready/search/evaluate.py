@@ -19,7 +19,7 @@ import torch
 from cfsp.devices import find_device
 from cfsp.errors import InputError
 from cfsp.evaluation.torch_model import RememberedModel
-from cfsp.files import atomic_file, fsync_file, sha256_file
+from cfsp.files import LargeScratch, atomic_file, fsync_file, sha256_file
 from cfsp.models.architectures import model_shape
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.offload import copied
@@ -34,7 +34,6 @@ from cfsp.pruning.statistics import BlockStatistics, collect_input_moments, mome
 from cfsp.pruning.vocabulary import VocabularyPlan, plan_vocabulary
 from cfsp.reading import as_input_error
 from cfsp.records import read_record, write_record
-from cfsp.scratch import LargeScratch
 from cfsp.text.calibration import Calibration, check_seqlen
 from cfsp.text.settings import SELF
 from cfsp.text.tokens import TokenWindows, tokens_sha256

@@ -38,7 +38,8 @@ def test_only_inside_the_context_products_are_rounded() -> None:
 def test_products_in_bulk_are_rounded_and_exact_ones_inside_them_are_not(
     monkeypatch: pytest.MonkeyPatch, has: bool
 ) -> None:
-    monkeypatch.setattr("cfsp.precision._has_bfloat16_products", lambda: has)
+    amx = torch.cpu._is_amx_tile_supported()
+    monkeypatch.setattr("cfsp.precision._cpu_has", lambda name: has if name == "avx512_bf16" else amx)
     exact = product()
     with bulk_products("cpu"):
         rounded = product()
@@ -47,6 +48,7 @@ def test_products_in_bulk_are_rounded_and_exact_ones_inside_them_are_not(
     assert torch.equal(product(), exact)
     error = float((rounded.float() - exact).norm() / exact.norm())
     assert 2**-12 < error < 2**-7 if bulk_dtype() == torch.bfloat16 else error == 0
+    assert bulk_dtype() == product_dtype("auto")
     assert (bulk_dtype() == torch.bfloat16) == (has or fast_dtype() == torch.bfloat16)
 
 
@@ -58,13 +60,3 @@ def test_auto_is_what_the_hardware_multiplies_faster() -> None:
     assert fast_dtype("mps") == torch.float32
     assert rounding_dtype("float32") == torch.float32
     assert rounding_dtype("auto") == rounding_dtype("bfloat16") == fast_dtype()
-
-
-@pytest.mark.parametrize("has", [False, True])
-def test_training_multiplies_bfloat16_tensors_where_that_is_faster(
-    monkeypatch: pytest.MonkeyPatch, has: bool
-) -> None:
-    monkeypatch.setattr("cfsp.precision._has_bfloat16_products", lambda: has)
-    monkeypatch.setattr("cfsp.precision._has_matrix_units", lambda: False)
-    assert product_dtype("auto") == (torch.bfloat16 if has else torch.float32)
-    assert fast_dtype() == torch.float32

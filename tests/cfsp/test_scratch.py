@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from cfsp import scratch
-from cfsp.scratch import LargeScratch
+from cfsp import files
+from cfsp.files import LargeScratch
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
 import sys
-from cfsp.scratch import LargeScratch
+from cfsp.files import LargeScratch
 scratch = LargeScratch("weights")
 (scratch.path / "large").write_bytes(b"0" * 1000)
 print(scratch.path, flush=True)
@@ -68,16 +68,9 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_has_stays(place: 
     assert not list(place.iterdir())
 
 
-def test_folders_of_others_are_let_be(place: Path) -> None:
-    (place / "phoneready-weights-mine").mkdir()
-    with LargeScratch("weights"):
-        pass
-    assert [entry.name for entry in place.iterdir()] == ["phoneready-weights-mine"]
-
-
 def test_folders_of_other_hosts_are_let_be(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as there:
-        there.setattr(scratch, "_LOCK", ".phoneready-another-{}.lock")
+        there.setattr(files, "_LOCK", ".phoneready-another-{}.lock")
         theirs = LargeScratch("weights")
     # What a share shows of a lock that another host holds.
     theirs_is_free = next(place.glob("*.lock"))

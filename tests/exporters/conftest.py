@@ -80,7 +80,8 @@ def make_checkpoint(
 @pytest.fixture
 def no_avx512_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let text be run as on a processor that torch rounds no products for: bit for bit what another one gives."""
-    monkeypatch.setattr("cfsp.precision._has_bfloat16_products", lambda: False)
+    amx = torch.cpu._is_amx_tile_supported()
+    monkeypatch.setattr("cfsp.precision._cpu_has", lambda name: name == "amx_tile" and amx)
 
 
 @pytest.fixture(
