@@ -14,7 +14,7 @@ LAYERS = ("cfsp", "exporters", "runtime_bench", "phoneready")
 ROOMS = {
     "cfsp": (
         {"errors", "progress", "precision", "child_process"},
-        {"processes", "files", "reading", "validation", "units", "plugins", "settings"},
+        {"files", "reading", "validation", "units", "plugins", "settings"},
         {"records", "devices", "memory"},
         {"models"},
         {"text", "extent"},

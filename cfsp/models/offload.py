@@ -32,7 +32,6 @@ from cfsp.files import LargeScratch, large_temporary, no_space_as_input_error
 from cfsp.memory import free_memory, give_back_large_tensors
 from cfsp.models.architectures import decoder_layers
 from cfsp.models.weights import model_from_weights, safetensors_files, uniform_dtype, weight_count
-from cfsp.processes import count
 from cfsp.reading import as_input_error
 from cfsp.units import format_bytes
 
@@ -377,9 +376,8 @@ def scratch_bytes(n_weights: int) -> int:
 
 
 def may_keep_states(n_bytes: int, n_weights: int) -> bool:
-    """Whether each process may keep n_bytes of hidden states in optional scratch files, with as much again left."""
-    needed = 2 * n_bytes + scratch_bytes(n_weights)
-    return count() * needed <= shutil.disk_usage(large_temporary()).free
+    """Whether n_bytes of hidden states may be kept in optional scratch files, with as much again left."""
+    return 2 * n_bytes + scratch_bytes(n_weights) <= shutil.disk_usage(large_temporary()).free
 
 
 def check_scratch(model: Any) -> None:

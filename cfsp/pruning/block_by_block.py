@@ -39,7 +39,6 @@ from cfsp.models.architectures import (
 from cfsp.models.block_pass import Calls, StoredStates, enter_blocks, run_layer, run_windows
 from cfsp.models.offload import at_hand
 from cfsp.precision import products_in
-from cfsp.processes import mine, number_summed, summed
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.parts import attention_left_out
 from cfsp.pruning.plan import PruningPlan, check_plan_fits
@@ -87,9 +86,8 @@ def apply_plan(
         if plan.settings.repairs:
             if input_ids is None:
                 raise InputError("reconstruction block by block needs the calibration windows")
-            windows = mine(input_ids)
-            dense = statistics.stream_of(windows) if statistics is not None else None
-            _prune_block_by_block(model, plan, windows, dense, progress)
+            dense = statistics.stream_of(input_ids) if statistics is not None else None
+            _prune_block_by_block(model, plan, input_ids, dense, progress)
         else:
             for index, (layer, block) in enumerate(zip(layers, plan.blocks, strict=True)):
                 with at_hand(layer):
@@ -280,8 +278,7 @@ class _Columns:
 
     def solve(self, ridge: float) -> torch.Tensor:
         """The kept weights, (out_features, n_kept)."""
-        n_tokens = round(number_summed(self.n_tokens))
-        change = solve_change(self.gram.mean(n_tokens), summed(self.missing).div_(n_tokens), ridge)
+        change = solve_change(self.gram.mean(self.n_tokens), self.missing.div_(self.n_tokens), ridge)
         return (exact(self.columns) + change).to(self.columns)
 
 
@@ -302,11 +299,8 @@ class GramSum:
             self._upper[rows, start:] += (x[:, rows].T @ x[:, start:]).to(self._upper.device)
 
     def mean(self, n_tokens: int) -> torch.Tensor:
-        """X^T X / T, the whole symmetric matrix (width, width) float64; it takes the sum's place, which is over.
-
-        The sum, like T, is that of all processes.
-        """
-        result, width = summed(self._upper), self._upper.shape[0]
+        """X^T X / T, the whole symmetric matrix (width, width) float64; it takes the sum's place, which is over."""
+        result, width = self._upper, self._upper.shape[0]
         for start in range(0, width, _GRAM_TILE):
             tile = slice(start, start + _GRAM_TILE)
             square = result[tile, tile]

@@ -29,7 +29,6 @@ from torch import nn
 from cfsp.errors import InputError
 from cfsp.models.architectures import attention_of, decoder_layers, model_shape, output_logits, spec_for
 from cfsp.models.block_pass import Calls, computing, enter_blocks, leave_blocks, run_layer
-from cfsp.processes import mine, number_summed
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.surgery import group_channels
 
@@ -284,7 +283,7 @@ class Probe:
             return output_logits(self.model, ending).log_softmax(-1)
 
         with torch.inference_mode():
-            for window in torch.split(windows := mine(self.input_ids), 1):
+            for window in torch.split(self.input_ids, 1):
                 (hidden,), calls = enter_blocks(self.model, layers, window)
                 expected = log_probabilities(calls, 0, hidden)
                 with ExitStack() as stack:
@@ -301,8 +300,7 @@ class Probe:
                             actual = log_probabilities(calls, index + 1, without)
                             sums[part] += float((expected.exp() * (expected - actual)).sum(-1).mean())
                         hidden = run_layer(layer, hidden, calls.of(index))
-        n_windows = number_summed(len(windows))
-        return {part: max(number_summed(total) / n_windows, 0.0) for part, total in sums.items()}
+        return {part: max(total / len(self.input_ids), 0.0) for part, total in sums.items()}
 
 
 def block_left_out(layer: nn.Module, part: int = 0) -> AbstractContextManager[None]:

@@ -23,7 +23,6 @@ from cfsp.errors import InputError
 from cfsp.models.architectures import block_linears, decoder_layers, feed_forward
 from cfsp.models.block_pass import Calls, StoredStates, enter_blocks, run_layer, run_windows
 from cfsp.models.offload import at_hand, may_keep_states
-from cfsp.processes import mine, number_summed, summed
 from cfsp.progress import Progress, no_progress
 
 
@@ -85,12 +84,11 @@ def collect_statistics(
         InputError: An activation is not finite.
     """
     importance, norms = [], []
-    windows = mine(input_ids)
-    n_tokens = round(number_summed(windows.numel()))
+    n_tokens = input_ids.numel()
     layers = decoder_layers(model)
     with torch.inference_mode():
-        hidden, calls = enter_blocks(model, layers, windows)
-        stream = _stream(model, windows, hidden, calls) if with_stream else None
+        hidden, calls = enter_blocks(model, layers, input_ids)
+        stream = _stream(model, input_ids, hidden, calls) if with_stream else None
         for index, layer in enumerate(layers):
             ffn, distance = feed_forward(model, layer), 0.0
             squares = exact_zeros(ffn.width, device=model.device)
@@ -104,8 +102,8 @@ def collect_statistics(
                     # Of several hidden states of a token the mean.
                     of_tokens = angular_distance(h_in, hidden[window]).flatten(0, -2).mean(0)
                     distance += float(exact_sum(of_tokens))
-            importance.append(number_summed(distance) / n_tokens)
-            if not bool(torch.isfinite(summed(squares)).all()):
+            importance.append(distance / n_tokens)
+            if not bool(torch.isfinite(squares).all()):
                 raise InputError(
                     f"activations of block {index} are not finite; check the weights and their dtype"
                 )
@@ -117,7 +115,7 @@ def collect_statistics(
                     stream = None
             progress("calibrating", index + 1, len(layers))
     values = torch.tensor(importance, dtype=torch.float64)
-    return BlockStatistics(values, tuple(norms), input_ids.numel(), stream=stream)
+    return BlockStatistics(values, tuple(norms), n_tokens, stream=stream)
 
 
 def _stream(
@@ -160,7 +158,6 @@ def collect_input_moments(
     It is what llama.cpp calls an importance matrix; `input_ids` are (nsamples, seqlen) int64.
     """
     sums: dict[str, torch.Tensor] = {}
-    windows = mine(input_ids)
 
     def add(name: str, x: torch.Tensor) -> None:
         x = x.detach().reshape(-1, x.shape[-1]).float()
@@ -169,15 +166,14 @@ def collect_input_moments(
 
     layers, linears = decoder_layers(model), block_linears(model)
     with torch.inference_mode():
-        hidden, calls = enter_blocks(model, layers, windows)
+        hidden, calls = enter_blocks(model, layers, input_ids)
         for index, layer in enumerate(layers):
             with at_hand(layer), ExitStack() as stack:
                 for name, linear in linears[index].items():
                     stack.enter_context(input_hook(linear, partial(add, name)))
                 hidden = run_windows(layer, index, hidden, calls)
             progress("measuring activations", index + 1, len(layers))
-    n_tokens = number_summed(windows.numel())
-    return {name: (summed(total) / n_tokens).float().cpu() for name, total in sums.items()}
+    return {name: (total / input_ids.numel()).float().cpu() for name, total in sums.items()}
 
 
 def sums_of_squares(x: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,7 +34,6 @@ from cfsp.files import (
     remove_stale_temporaries,
     write_text,
 )
-from cfsp.processes import PATIENCE
 from cfsp.progress import Progress
 from cfsp.reading import as_input_error
 from cfsp.records import read_record, write_record
@@ -168,7 +168,7 @@ def start_accelerator(settings: RecoverySettings, work: Path, device: torch.devi
         log_with=[name for name in settings.report_to if name != "none"] or None,
         project_dir=f"{work}.runs",
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=PATIENCE),
+            InitProcessGroupKwargs(timeout=timedelta(days=1)),
             DistributedDataParallelKwargs(find_unused_parameters=False),
         ],
     )

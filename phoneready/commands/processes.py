@@ -7,15 +7,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import typer
 
 from cfsp.errors import PhonereadyError
-from cfsp.files import claim_output
-from cfsp.progress import Progress, no_progress
-from phoneready.console import note, show_progress
+from phoneready.console import note
 
 
 def note_once(message: str) -> None:
@@ -73,23 +70,6 @@ def _left(key: str) -> str | None:
                 return str(store.get(key), "utf-8")
             time.sleep(0.1)
     return None
-
-
-@contextmanager
-def shared_passes(output: Path, device: str) -> Iterator[tuple[bool, Progress]]:
-    """Passes over text are shared inside the context.
-
-    Yields:
-        Whether this process makes it, which the others do not, and whom to tell about progress.
-    """
-    from cfsp.processes import joined
-
-    with joined(device) as first, one_voice():
-        if not first:
-            yield False, no_progress
-            return
-        with claim_output(output), show_progress() as progress:
-            yield True, progress
 
 
 def _is_first() -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import os
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from cfsp.errors import InputError
-from cfsp.files import record_head, refuse_existing
+from cfsp.files import claim_output, record_head, refuse_existing
 from cfsp.pruning.settings import READS
 from cfsp.records import read_record, record_to_json, write_record
 from cfsp.settings import as_read, declared, setting
 from cfsp.text.settings import CalibrationSettings
 from exporters.families import DEFAULT_FORMAT, required_multiple
 from phoneready.commands.options import ModelArgument, SeedOption, given_options, was_given
-from phoneready.commands.processes import note_once, shared_passes
-from phoneready.console import MakeOptions, prepare_torch, warn, write_result
+from phoneready.console import MakeOptions, prepare_torch, show_progress, warn, write_result
 from phoneready.settings.schema import COUNTED, PruneConfig
 
 if TYPE_CHECKING:
@@ -80,8 +79,7 @@ def prune(
 ) -> None:
     """Remove FFN channels with CFSP and solve down_proj anew for what is left; other options remove more.
 
-    The result is a Hugging Face folder that transformers loads, with the plan and where it came from inside. `torchrun
-    --standalone --nproc_per_node 2 -m phoneready prune ...` shares the calibration text among two processes.
+    The result is a Hugging Face folder that transformers loads, with the plan and where it came from inside.
     """
     if (wanted := output or plan_only) is None or (output and plan_only):
         raise InputError("give one of -o DIR (a pruned checkpoint) and --plan-only FILE (the plan alone)")
@@ -94,7 +92,6 @@ def prune(
     from cfsp.devices import find_device
     from cfsp.models.checkpoint import save_checkpoint
     from cfsp.models.reference import load_model
-    from cfsp.processes import count, first_ahead, require_alike
     from cfsp.pruning.plan import PruningPlan
     from cfsp.pruning.prune import plan_model, prune_model
     from phoneready.release.fitting import fitting_settings, shape_check
@@ -108,7 +105,7 @@ def prune(
     chosen = settings.settings(required_multiple(settings.for_quant or (DEFAULT_FORMAT,)))
     chosen, unread = as_read(chosen, READS)
     warnings = (*uncounted, *unread)
-    warn(warnings, note_once)
+    warn(warnings)
     ready, references = None, settings.calibration
     if plan is not None:
         ready = read_record(PruningPlan, plan)
@@ -116,18 +113,19 @@ def prune(
         if was_given(context, "dtype"):
             ready = replace(ready, settings=replace(ready.settings, dtype=settings.products))
         references = references if was_given(context, "calibration") else ready.calibration
-    with shared_passes(wanted, how.device) as (writes, progress):
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("prune runs in one process: start it without torchrun")
+    with claim_output(wanted), show_progress() as progress:
         device = find_device(how.device)
-        if writes:
-            needs = partial(
-                pruning_needs,
-                settings=ready.settings if ready else chosen,
-                windows=math.ceil(settings.nsamples / count()),
-                seqlen=settings.seqlen,
-                only_plan=plan_only is not None,
-                has_plan=ready is not None,
-            )
-            check_room("prune", (model,), needs, output, device=device, kept=settings.kept, progress=progress)
+        needs = partial(
+            pruning_needs,
+            settings=ready.settings if ready else chosen,
+            windows=settings.nsamples,
+            seqlen=settings.seqlen,
+            only_plan=plan_only is not None,
+            has_plan=ready is not None,
+        )
+        check_room("prune", (model,), needs, output, device=device, kept=settings.kept, progress=progress)
         loaded = load_model(
             model,
             trust_remote_code=how.trust_remote_code,
@@ -138,24 +136,20 @@ def prune(
         )
         chosen = chosen if ready else fitting_settings(chosen, loaded.model, settings.for_quant)
         check = shape_check(chosen, loaded.model, settings.for_quant)
-        with first_ahead():
-            drawn = load_calibration(
-                references,
-                loaded,
-                nsamples=settings.nsamples,
-                seqlen=settings.seqlen,
-                seed=seed,
-                progress=progress,
-            )
-        require_alike(drawn.sha256, "calibration text")  # of several processes the same in each
+        drawn = load_calibration(
+            references,
+            loaded,
+            nsamples=settings.nsamples,
+            seqlen=settings.seqlen,
+            seed=seed,
+            progress=progress,
+        )
         also: dict[str, Any] = {"counted": settings.vocabulary_text, "check": check, "progress": progress}
         if plan_only:
             planned = plan_model(loaded, drawn, chosen, **also, only_plan=True).plan
         else:
             made = prune_model(loaded, drawn, chosen, plan=ready, **also)
             planned = made.plan
-        if not writes:
-            return
         planned = replace(planned, warnings=(*planned.warnings, *warnings))
         if plan_only:
             write_record(plan_only, planned)
