@@ -1,7 +1,7 @@
 """Reading what somebody else wrote: size, encoding, depth and numbers are checked before anything else sees it.
 
-Every JSON, JSON Lines and TOML document and every text comes in through here, the user's own ones too: a file that was
-cut short, or made to do harm, ends in one line that names it.
+Every JSON, JSON Lines and TOML document and every text comes in here; a file that is damaged or hostile ends in one
+line that names it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from typing import Any
 from cfsp.errors import InputError, PhonereadyError
 
 MAX_FILE_BYTES = 256 * 2**20
-"""Of a file of JSON, TOML or records; a record is some kilobytes, a plan some megabytes."""
+"""Of JSON, TOML and records; a plan has some megabytes."""
 MAX_TEXT_BYTES = 2**30
-"""Of a text that is calibrated on or measured with."""
+"""Of a text to calibrate on or measure with."""
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-_LONGEST_PLACE = 200
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
@@ -35,10 +34,10 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 @contextmanager
 def as_input_error(message: str) -> Iterator[None]:
-    """Let a library's complaint about what it was given become an InputError: `message`, and what it said.
+    """Turn a library's complaint into an InputError: `message`, and what it said; wrap nothing of our own in it.
 
-    Libraries document few of the errors that hostile files bring about, and those in Rust panic with what is no
-    Exception; so everything but an interruption counts. Wrap nothing of our own in it.
+    Libraries document few of the errors of hostile files, and Rust's panics are no Exceptions: all but interruptions
+    count.
     """
     try:
         yield
@@ -52,7 +51,7 @@ def as_input_error(message: str) -> Iterator[None]:
 
 @contextmanager
 def panicking_silently() -> Iterator[None]:
-    """Send what is written to descriptor 2 nowhere: Rust tells of a panic there before Python hears of it."""
+    """Discard what is written to descriptor 2, where Rust tells of a panic before Python hears of it."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
@@ -64,11 +63,7 @@ def panicking_silently() -> Iterator[None]:
 
 
 def read_bytes(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
-    """The bytes of a file.
-
-    Raises:
-        InputError: It cannot be read, or is longer than `limit`.
-    """
+    """The bytes of a file; raises InputError if it cannot be read, or is longer than `limit`."""
     try:
         if path.is_fifo() and not path.is_relative_to("/dev"):  # a shell's pipes are there, and have a writer
             raise InputError(f"cannot read {path}: it is a pipe, to which nobody may ever write")
@@ -84,7 +79,7 @@ def read_bytes(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
 
 
 def read_text(path: Path, limit: int = MAX_FILE_BYTES) -> str:
-    """A file as UTF-8 text; line ends become newlines. Raises InputError that names it where that fails."""
+    """A file as UTF-8 text with newlines as line ends; raises InputError."""
     try:
         text = read_bytes(path, limit).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -93,7 +88,7 @@ def read_text(path: Path, limit: int = MAX_FILE_BYTES) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Read one JSON document; raises InputError that names the file where it cannot be used."""
+    """Read one JSON document; raises InputError."""
     if not path.exists():
         raise InputError(f"{path} does not exist")
     return parse_json(read_text(path), str(path))
@@ -120,33 +115,21 @@ def read_json_lines(path: Path, limit: int = MAX_FILE_BYTES) -> Iterator[tuple[s
 
 
 class NotJSONError(InputError):
-    """Text that is no complete JSON document at all, as a write that was cut short leaves it."""
+    """Text that is no complete JSON document, as a write that was cut short leaves it."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The most that a document may hold.
+    """The most that a document may hold."""
 
-    Attributes:
-        depth: Lists and objects inside one another.
-        text: Characters of a text or a key.
-        items: Entries of a list or an object.
-        magnitude: Of a number.
-    """
-
-    depth: int = 100
-    text: float = math.inf
-    items: float = math.inf
-    magnitude: float = 1e300
+    depth: int = 100  # lists and objects inside one another
+    text: float = math.inf  # characters of a text or a key
+    items: float = math.inf  # entries of a list or an object
+    magnitude: float = 1e300  # of a number
 
 
 def parse_json(content: str | bytes, where: str, bounds: Bounds = Bounds()) -> Any:
-    """Parse one JSON document.
-
-    Raises:
-        NotJSONError: It is no complete JSON.
-        InputError: It is, but beyond the bounds.
-    """
+    """Parse one JSON document; raises NotJSONError if it is incomplete, InputError if it is beyond the bounds."""
     try:
         with _parser_limits(where):
             value = json.loads(content)
@@ -157,11 +140,7 @@ def parse_json(content: str | bytes, where: str, bounds: Bounds = Bounds()) -> A
 
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:
-    """Parse a TOML document.
-
-    Raises:
-        InputError: It is none, or beyond the usual bounds.
-    """
+    """Parse a TOML document; raises InputError if it is none, or beyond the usual bounds."""
     try:
         with _parser_limits(where):
             values = tomllib.loads(text)
@@ -172,11 +151,7 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
 
 
 def check_bounded(value: Any, where: str, bounds: Bounds = Bounds(), depth: int = 1) -> None:
-    """Refuse what was parsed where it goes beyond the bounds, is not finite, or has half a character in a text.
-
-    Raises:
-        InputError: Names the place.
-    """
+    """Raise InputError, which names the place, for what is beyond the bounds, not finite, or has a lone surrogate."""
     if isinstance(value, str):
         if len(value) > bounds.text:
             raise InputError(f"{where} is too long a text", allowed=f"up to {bounds.text} characters")
@@ -187,9 +162,7 @@ def check_bounded(value: Any, where: str, bounds: Bounds = Bounds(), depth: int 
             raise InputError(f"{where} is no number that a record can hold", allowed="finite numbers")
     elif isinstance(value, list | dict):
         if depth > bounds.depth:
-            raise InputError(
-                f"{where[:_LONGEST_PLACE]} is nested too deeply", allowed=f"{bounds.depth} levels"
-            )
+            raise InputError(f"{where[:200]} is nested too deeply", allowed=f"{bounds.depth} levels")
         if len(value) > bounds.items:
             raise InputError(f"{where} has {len(value)} entries", allowed=f"up to {bounds.items}")
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
