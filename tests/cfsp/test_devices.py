@@ -168,7 +168,6 @@ def test_an_apple_gpu_is_taken_where_torch_can_use_it(monkeypatch: pytest.Monkey
 
 
 _FROM_PYTHON_NUMBERS = {
-    "cfsp/processes.py",
     "cfsp/pruning/allocation.py",
     "cfsp/pruning/plan.py",
     "cfsp/pruning/statistics.py",
