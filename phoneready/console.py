@@ -27,7 +27,6 @@ class ReadOptions(Settings):
     """Options of commands that read a model."""
 
     threads: Annotated[int | None, THREADS] = None
-    trust_remote_code: bool = setting(False, "Run model code that a folder or hub model brings along.")
     json: bool = setting(False, "Print the result as one JSON document.")
 
 

@@ -93,7 +93,6 @@ def export_model(
     device = find_device(how.device)
     load = partial(
         load_model,
-        trust_remote_code=how.trust_remote_code,
         device=device,
         dtype=dtype,
         may_stream=True,

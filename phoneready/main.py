@@ -105,6 +105,10 @@ GONE: MappingProxyType[str, str] = MappingProxyType(
         "history --false-alarms": "a change is what exceeds --threshold and the noise",
         "history --plot": "use --json, or MLflow: docs/history.md",
         "devices calibrate": "projections go by a profile's stated figures",
+        **{
+            f"{command} --trust-remote-code": "no code of a model folder runs: use one with tokenizer.json"
+            for command in ("eval", "export", "prune", "quantize", "recover", "release", "search")
+        },
         "prune --no-imatrix": "use export --no-imatrix",
         "prune --coarse": "the angular distance it is, as in the paper",
         "recover --end-weight": "answers ended no sooner with it (docs/results/recovery.md)",

@@ -63,10 +63,8 @@ _ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def load_folder(
-    folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False, by_blocks: bool = False
-) -> Any:
-    """The model of a folder, in eval mode; a pruned checkpoint is loaded without running its code.
+def load_folder(folder: Path, *, dtype: torch.dtype, by_blocks: bool = False) -> Any:
+    """The model of a folder, in eval mode, without running any code of it.
 
     `by_blocks`: offloaded to its files. Raises InputError for a folder that is incomplete, damaged, of an unsupported
     kind, or holds only pickled weights.
@@ -111,7 +109,7 @@ def load_folder(
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, and told below by name
         )
@@ -196,7 +194,7 @@ def _has_own_shape(folder: Path, settings: Mapping[str, Any]) -> bool:
     return is_pruned_checkpoint(folder) or bool(dense_settings(settings, str(folder / "config.json"))[1])
 
 
-def load_folder_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+def load_folder_tokenizer(folder: Path) -> Any:
     """The fast tokenizer of a folder; raises InputError if there is none that can be read without the folder's code.
 
     tokenizer.json is read as it stands: the class that AutoTokenizer would choose by model type may replace
@@ -207,16 +205,16 @@ def load_folder_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> A
     complete = (folder / "tokenizer.json").is_file()
     reader = transformers.PreTrainedTokenizerFast if complete else transformers.AutoTokenizer
     stated = folder / "tokenizer_config.json"
-    if not complete and not trust_remote_code and stated.is_file() and "auto_map" in read_json_object(stated):
+    if not complete and stated.is_file() and "auto_map" in read_json_object(stated):
         raise InputError(
             f"the tokenizer in {folder} is code of its own (auto_map in tokenizer_config.json), which is not run",
-            allowed="--trust-remote-code, or a folder with tokenizer.json",
+            allowed="a folder with tokenizer.json",
         )
     check_tokenizer_files(folder)
     damaged = as_input_error(f"the tokenizer in {folder} cannot be loaded")
     with quiet_transformers(), damaged, panicking_silently():
-        # Left to itself transformers asks on the terminal, and runs the code where anything there says yes.
-        tokenizer = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        # Left to itself transformers asks on the terminal whether to run code.
+        tokenizer = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tokenizer("A text.", verbose=False)  # some parts are read, and panic, with the first text
     if not tokenizer.is_fast:
         raise InputError(

@@ -61,7 +61,6 @@ def load_model(
     reference: str | Path,
     *,
     dtype: str = AUTO,
-    trust_remote_code: bool = False,
     device: torch.device = CPU,
     may_stream: bool = False,
     progress: Progress = no_progress,
@@ -72,13 +71,12 @@ def load_model(
         reference: See the module's docstring.
         dtype: Of the weights while they are not at hand, a name in `cfsp.precision.DTYPES`: bfloat16 and float16 round
             them, and keep 16 bits in memory; they are float32 while something computes with them.
-        trust_remote_code: Let transformers run code that a folder or hub model brings along.
         may_stream: Whether weights that take too much memory may be offloaded (`cfsp.models.offload`).
 
     Raises:
         InputError: The reference leads nowhere, or what it leads to cannot be used.
     """
-    source = find_model(reference, progress=progress, code=trust_remote_code)
+    source = find_model(reference, progress=progress)
     path, stored, own = Path(source.path or ""), None, None
     may_stream = may_stream and device == CPU  # a GPU reads no files
 
@@ -109,13 +107,13 @@ def load_model(
     else:
         progress(f"loading {source.name}", 0, 1)
         settings = read_model_config(path)
-        tokenizer = load_folder_tokenizer(path, trust_remote_code=trust_remote_code)
-        keeping, code = chosen(partial(keeping_of_folder, path)), trust_remote_code
+        tokenizer = load_folder_tokenizer(path)
+        keeping = chosen(partial(keeping_of_folder, path))
         # What is folded into the weights of another type would be rounded.
         own = None if fold_of(settings) else uniform_dtype(safetensors_files(path))
         stored = None if is_folded(path) else own
         read = torch.float32 if is_folded(path) else keeping.dtype
-        model = load_folder(path, dtype=read, trust_remote_code=code, by_blocks=keeping.in_files)
+        model = load_folder(path, dtype=read, by_blocks=keeping.in_files)
         source = folder_source(path, source)
         progress(f"loading {source.name}", 1, 1)
     if dtype in NARROW and not keeping.in_files:
@@ -144,15 +142,11 @@ def load_tokenizer(reference: str | Path) -> Any:
 
 
 def find_model(
-    reference: str | Path,
-    *,
-    progress: Progress = no_progress,
-    tokenizer_only: bool = False,
-    code: bool = False,
+    reference: str | Path, *, progress: Progress = no_progress, tokenizer_only: bool = False
 ) -> ModelSource:
     """Find, or fetch, what a reference stands for, and read none of it; its path is a GGUF file or a folder.
 
-    `code`: a hub model's own Python files are fetched, too. Raises InputError if the reference leads nowhere.
+    Raises InputError if the reference leads nowhere.
     """
     text = str(reference)
     path = Path(reference)
@@ -175,7 +169,6 @@ def find_model(
     name = hub["name"]
     progress(f"fetching {name}", 0, 1)
     patterns = [*_TOKENIZER_PATTERNS, *(() if tokenizer_only else _MODEL_PATTERNS)]
-    patterns += ["*.py"] if code else []
     try:
         with quiet_transformers():
             config = huggingface_hub.hf_hub_download(name, "config.json", revision=hub["revision"])

@@ -82,7 +82,6 @@ class RecoveryJob:
     work: Path | None = None
     device: str = "auto"
     force: bool = False
-    trust_remote_code: bool = False
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -299,8 +298,8 @@ def load_inputs(job: RecoveryJob, progress: Progress = no_progress) -> RecoveryI
             is missing, lacks tokens of the checkpoint, is not the model of the checkpoint any more, or has nothing to
             teach as it has the same weights.
     """
-    settings, trusted = job.settings, job.trust_remote_code
-    read = partial(load_model, dtype="float32", trust_remote_code=trusted, progress=progress)
+    settings = job.settings
+    read = partial(load_model, dtype="float32", progress=progress)
     loaded = read(job.checkpoint)
     folder, sha256 = Path(job.checkpoint), loaded.source.sha256 or ""
     plan = read_record(PruningPlan, folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None

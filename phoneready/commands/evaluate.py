@@ -15,7 +15,7 @@ from cfsp.settings import DEVICE, DTYPE, THREADS, Settings, as_read, declared, s
 from cfsp.text.settings import BUILTIN_TEXT
 from exporters.families import FAMILIES
 from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES, PARITY_CACHE
-from phoneready.commands.options import JsonOption, ModelArgument, TrustOption
+from phoneready.commands.options import JsonOption, ModelArgument
 from phoneready.console import prepare_torch, show_progress, warn, write_result
 from phoneready.evaluation.elsewhere import (
     HERE,
@@ -101,7 +101,6 @@ def evaluate(
     questions: QuestionOptions,
     gate: GateOptions,
     run: RunOptions,
-    trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Measure perplexity, divergence (--against), tasks and answers; compare the result with a baseline.
@@ -152,7 +151,7 @@ def evaluate(
     earlier = read_record(Evaluation, gate.baseline) if gate.baseline else None
     longest = settings.seqlen if settings.text or settings.chats else 1
     device = find_device(run.device)
-    opening = OpenSettings(longest, trust_remote_code, run.threads, device, run.cache_type, run.dtype)
+    opening = OpenSettings(longest, run.threads, device, run.cache_type, run.dtype)
     with show_progress() as progress:
         judged = _judge(model, run, settings, opening, progress)
     result = replace(judged, warnings=warnings)

@@ -29,9 +29,6 @@ MODEL_HELP = "smollm2-135m or gemma3-270m (built in), a Hugging Face folder, a .
 ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
-TrustOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run model code that a folder or hub model brings along.")
-]
 SeedOption = Annotated[int, SEED]
 DtypeOption = Annotated[str, DTYPE]
 ThreadsOption = Annotated[int | None, THREADS]

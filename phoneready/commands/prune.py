@@ -128,7 +128,6 @@ def prune(
         check_room("prune", (model,), needs, output, device=device, kept=settings.kept, progress=progress)
         loaded = load_model(
             model,
-            trust_remote_code=how.trust_remote_code,
             device=device,
             dtype=settings.kept,
             may_stream=True,

@@ -80,7 +80,6 @@ def recover(
                     work=work,
                     device=how.device,
                     force=how.force,
-                    trust_remote_code=how.trust_remote_code,
                 ),
                 writers=WRITERS,
                 rounding=ROUNDING,

@@ -51,7 +51,7 @@ def release(
     from phoneready.settings.release import load_config, with_variants
     from phoneready.tracking.mlflow_log import log_release
 
-    chosen = load_config(config, settings, trust_remote_code=how.trust_remote_code)
+    chosen = load_config(config, settings)
     if onnx:
         chosen = with_variants(chosen, onnx)
     warn(chosen.warnings)

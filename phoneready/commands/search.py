@@ -13,7 +13,6 @@ from phoneready.commands.options import (
     ModelArgument,
     SeedOption,
     ThreadsOption,
-    TrustOption,
 )
 from phoneready.console import note, prepare_torch, show_progress, write_result
 from phoneready.search.point import SearchSettings
@@ -34,7 +33,6 @@ def search(
         Path("search"), "Folder to make; continued when it holds a search.", option="-o --output"
     ),
     seed: SeedOption = 0,
-    trust_remote_code: TrustOption = False,
     threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -54,7 +52,7 @@ def search(
     from phoneready.settings.release import read_recovery
     from phoneready.settings.schema import ModelConfig, PruneConfig
 
-    asked = ModelConfig(reference=model, trust_remote_code=trust_remote_code)
+    asked = ModelConfig(reference=model)
     prune = replace(pick(PruneConfig, calibration), seqlen=settings.seqlen)
     training = None if settings.recover is None else read_recovery(settings.recover)
     with show_progress() as progress:

@@ -24,7 +24,6 @@ class OpenSettings:
     of keys and values (None: that of proofs), and what torch keeps weights in (`cfsp.precision.DTYPES`)."""
 
     seqlen: int = 1024
-    trust_remote_code: bool = False
     threads: int | None = None
     device: torch.device = CPU
     cache_type: str | None = None
@@ -80,11 +79,9 @@ def open_language_model(
     model: LanguageModel
     check_cache(runtime, settings.cache_type)
     if runtime == TORCH:
-        code = settings.trust_remote_code
         model = TorchLanguageModel(
             load_model(
                 reference,
-                trust_remote_code=code,
                 device=settings.device,
                 dtype=settings.dtype,
                 may_stream=True,

@@ -24,8 +24,7 @@ def single_commands(
     """
     asked, model, made = config.prune, config.model, config.export.names
     seed: tuple[object, ...] = ("--seed", config.seed)
-    opened = ["--trust-remote-code"] if model.trust_remote_code else []
-    opened += [] if model.device == "auto" else ["--device", model.device]
+    opened = [] if model.device == "auto" else ["--device", model.device]
     kept = [] if model.dtype == AUTO else ["--dtype", model.dtype]
 
     # Without a name one of GGUF is meant.

@@ -159,7 +159,6 @@ class Steps:
         model, prune = self.config.model, self.config.prune
         loaded = load_model(
             model.reference,
-            trust_remote_code=model.trust_remote_code,
             device=find_device(model.device),
             dtype=model.dtype,
             may_stream=True,

@@ -137,7 +137,6 @@ class Evaluator:
         model = self.subject.model
         return load_model(
             model.reference,
-            trust_remote_code=model.trust_remote_code,
             device=find_device(model.device),
             dtype=model.dtype,
             progress=self.progress,

@@ -52,6 +52,7 @@ GONE: Mapping[str, str] = MappingProxyType(
         "budgets.beside": "at_most with what is left of the limit",
         "bench.idle_s": "nothing: energy is metered while samples run",
         "prune.coarse_metric": "the angular distance, which is the only one",
+        "model.trust_remote_code": "nothing: no code of a model folder runs",
         "recover.optimizer": "AdamW, which is the only one",
         "recover.end_weight": "nothing: answers ended no sooner (docs/results/recovery.md)",
         **dict.fromkeys(
@@ -60,7 +61,6 @@ GONE: Mapping[str, str] = MappingProxyType(
     }
 )
 """A key of earlier versions -> what to use instead."""
-_TRUST = "trust_remote_code"
 _REFERENCES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "model": ("reference",),
@@ -75,24 +75,18 @@ _REFERENCES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 _Problem = tuple[Location, str]
 
 
-def load_config(
-    path: Path | None, overrides: Sequence[str] = (), *, trust_remote_code: bool = False
-) -> ReleaseConfig:
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ReleaseConfig:
     """Read a release.toml, or the embedded demo's for None; relative paths in it start at its folder.
 
-    Overrides are such as `prune.prune_ratio=0.3`, with a TOML value. Only a person may let a model's code run, no file.
+    Overrides are such as `prune.prune_ratio=0.3`, with a TOML value.
 
     Raises:
         InputError: Missing, no TOML, or with errors; the message names all of them. What nothing reads is no error: its
             warning is in the configuration.
     """
     if path is None:
-        config = parse_config(demo_config_text(), where="the demo's configuration", overrides=overrides)
-    else:
-        config = beside(parse_config(read_text(path), where=str(path), overrides=overrides), path.parent)
-    if trust_remote_code:
-        return config.model_copy(update={"model": config.model.model_copy(update={_TRUST: True})})
-    return config
+        return parse_config(demo_config_text(), where="the demo's configuration", overrides=overrides)
+    return beside(parse_config(read_text(path), where=str(path), overrides=overrides), path.parent)
 
 
 def parse_config(text: str, *, where: str, overrides: Sequence[str] = ()) -> ReleaseConfig:
@@ -111,9 +105,6 @@ def parse_config(text: str, *, where: str, overrides: Sequence[str] = ()) -> Rel
     def described(problems: Iterable[_Problem]) -> list[str]:
         return [f"{name(place)}{place_of(place)}: {message}" for place, message in problems]
 
-    if isinstance(model := values.get("model"), dict) and _TRUST in model:
-        message = "no configuration may let a model's code run; pass --trust-remote-code to the command"
-        raise InputError(f"{where}: {described([(('model', _TRUST), message)])[0]}")
     problems = described(take_out_gone(values))
     try:
         config = ReleaseConfig.model_validate(values)

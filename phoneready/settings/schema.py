@@ -37,7 +37,6 @@ class ModelConfig(Section):
     """Which model; `reference` as in cfsp.models.reference."""
 
     reference: str = pydantic.Field(min_length=1)
-    trust_remote_code: bool = False
     device: Annotated[str, DEVICE] = "auto"
     dtype: Annotated[str, DTYPE] = "auto"
 

@@ -307,18 +307,6 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         load_config(tmp_path / "bad.toml")
 
 
-@pytest.mark.parametrize("overrides", [(), ("model.trust_remote_code=true",)])
-def test_no_configuration_lets_a_models_code_run(overrides: tuple[str, ...], tmp_path: Path) -> None:
-    stated = "" if overrides else "trust_remote_code = true\n"
-    file = tmp_path / "release.toml"
-    file.write_text(f'[model]\nreference = "smollm2-135m"\n{stated}', encoding="utf-8")
-    with pytest.raises(InputError, match="--trust-remote-code"):
-        load_config(file, overrides)
-    file.write_text('[model]\nreference = "smollm2-135m"\n', encoding="utf-8")
-    assert not load_config(file).model.trust_remote_code
-    assert load_config(file, trust_remote_code=True).model.trust_remote_code
-
-
 @pytest.mark.parametrize("model", ["a\x7fb", 'a"b', "a\nb", "a\\b"])
 def test_any_models_name_makes_a_template_that_is_toml(model: str) -> None:
     assert tomllib.loads(template_text(model))["model"]["reference"] == model

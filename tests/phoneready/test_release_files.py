@@ -280,7 +280,7 @@ def test_the_bill_of_materials_keeps_to_its_schema_and_repeats(
 def test_every_single_command_is_one_that_the_command_line_takes(make_report_input: MakeReportInput) -> None:
     figures = make_report_input("Tiny").figures
     settings: dict[str, Any] = {
-        "model": {"reference": "my model", "trust_remote_code": True},
+        "model": {"reference": "my model"},
         "prune": {"calibration": ["self", "builtin:python-docs"], "uniform_width": True},
         "recover": {"max_tokens": 1000, "patience": None},
         "evaluate": {"tasks": ["sciq"], "limit": 5, "metrics": ["m:f"]},
@@ -293,7 +293,6 @@ def test_every_single_command_is_one_that_the_command_line_takes(make_report_inp
     for line in found:
         program, name, *arguments = shlex.split(line)
         assert program == "phoneready"
-        assert "--trust-remote-code" in arguments
         group.commands[name].make_context(name, arguments)
     assert "my model" in shlex.split(found[0])
     ends = ["--threads 2", None, None, "--threads 1"]
