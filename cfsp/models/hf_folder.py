@@ -35,9 +35,7 @@ from cfsp.models.source import ModelSource
 from cfsp.models.weights import (
     OUTPUT_MATRIX,
     check_factors,
-    check_loading,
     check_memory,
-    check_size,
     model_from_weights,
     quiet_transformers,
     safetensors_files,
@@ -75,8 +73,17 @@ def load_folder(folder: Path, *, dtype: torch.dtype, by_blocks: bool = False) ->
         return load_pruned(folder, dtype, by_blocks=by_blocks)
     check_generation_config(folder)
     if is_text_part(folder):
-        config, weights = config_from_settings(settings, where), dict[str, torch.Tensor]()
+        config = config_from_settings(settings, where)
+    else:
+        with quiet_transformers(), as_input_error(f"{folder / 'config.json'} cannot be used"):
+            config = transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+    if by_blocks:
+        model = offloaded_model(config, files, where=where)
+    else:
         check_memory(weight_count(files, tied=bool(config.tie_word_embeddings)), dtype, where)
+        weights: dict[str, torch.Tensor] = {}
         for file in files:
             with as_input_error(f"{file} is damaged or cut short"), safetensors.safe_open(file, "pt") as one:
                 names = text_names(folder, one.keys())
@@ -90,31 +97,8 @@ def load_folder(folder: Path, *, dtype: torch.dtype, by_blocks: bool = False) ->
         # Of a type that is folded into another one there is no row, and no `model_class`.
         builder = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         model = model_from_weights(config, weights, dtype=dtype, where=where, cls=builder)
-        model.generation_config = read_generation_config(folder) or model.generation_config
-        return folded(model, where) if fold_of(settings) else model
-    with quiet_transformers(), as_input_error(f"{folder / 'config.json'} cannot be used"):
-        config = transformers.AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    if by_blocks:
-        model = offloaded_model(config, files, where=where)
-        model.generation_config = read_generation_config(folder) or model.generation_config
-        return model
-    n_stored = weight_count(files, tied=settings.get("tie_word_embeddings") is True)
-    check_size(config, n_stored, where)
-    check_memory(n_stored, dtype, where)
-    with quiet_transformers(), as_input_error(f"{folder} cannot be loaded"):
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report, and told below by name
-        )
-    check_loading(report, where)
-    return folded(model, where) if fold_of(settings) else model.eval()
+    model.generation_config = read_generation_config(folder) or model.generation_config
+    return folded(model, where) if fold_of(settings) else model
 
 
 def config_from_settings(settings: Mapping[str, Any], where: str) -> Any:

@@ -86,20 +86,12 @@ def test_round_trip(
         assert torch.equal(model(IDS).logits, logits)
         assert model_shape(model).ffn_widths == widths
         assert not model.training
-        answer = model.generate(
-            IDS[:1], max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(IDS[:1])
-        )
-        expected = loaded.model.generate(
-            IDS[:1], max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(IDS[:1])
-        )
-        assert torch.equal(answer, expected)
+        how = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(IDS[:1])}
+        assert torch.equal(model.generate(IDS[:1], **how), loaded.model.generate(IDS[:1], **how))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert tokenizer(TEXT)["input_ids"] == loaded.tokenizer(TEXT)["input_ids"]
     assert tokenizer.chat_template == loaded.tokenizer.chat_template
-    assert (tokenizer.bos_token, tokenizer.eos_token) == (
-        loaded.tokenizer.bos_token,
-        loaded.tokenizer.eos_token,
-    )
+    assert tokenizer.eos_token == loaded.tokenizer.eos_token
 
 
 def test_saving_again_through_transformers(tiny_model: Any, tmp_path: Path) -> None:
@@ -133,11 +125,6 @@ def test_different_widths_are_written_as_transformers_documents_them(tiny_model:
     assert (tmp_path / "checkpoint" / f"{code}.py").is_file()
     with pytest.raises(RuntimeError):  # rather than load the dense shape
         auto_load(tmp_path / "checkpoint", trust=False)
-    save_checkpoint(pruned(tiny_model, UNIFORM), tmp_path / "uniform")
-    config = json.loads((tmp_path / "uniform" / "config.json").read_text())
-    assert config["intermediate_size"] == 64
-    assert not {"auto_map", "per_layer_config"} & set(config)
-    assert not list((tmp_path / "uniform").glob("*.py"))
 
 
 def test_a_checkpoint_made_uniform_loses_its_code(tiny_model: Any, tmp_path: Path) -> None:
@@ -146,6 +133,9 @@ def test_a_checkpoint_made_uniform_loses_its_code(tiny_model: Any, tmp_path: Pat
     cut_channels(feed_forward(loaded.model, decoder_layers(loaded.model)[0]), torch.arange(64))
     save_checkpoint(loaded, tmp_path / "second")
     assert not list((tmp_path / "second").glob("*.py"))
+    config = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert config["intermediate_size"] == 64
+    assert not {"auto_map", "per_layer_config"} & set(config)
     assert torch.equal(auto_load(tmp_path / "second", trust=False)(IDS).logits, loaded.model(IDS).logits)
 
 
@@ -154,17 +144,10 @@ def test_dtype_is_kept(tiny_model: Any, tmp_path: Path) -> None:
     loaded = pruned(tiny_model, DIFFERENT)
     loaded.model.to(dtype)
     info = save_checkpoint(loaded, tmp_path / "checkpoint")
-    assert info.dtype == str(dtype).removeprefix("torch.")
+    assert info.dtype == "bfloat16"
     model = load_pruned(tmp_path / "checkpoint")
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    assert {p.dtype for p in load_pruned(tmp_path / "checkpoint", torch.float32).parameters()} == {
-        torch.float32
-    }
-    stored = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "checkpoint", trust_remote_code=True, dtype="auto"
-    )
-    assert stored.dtype == dtype
-    assert torch.equal(stored(IDS).logits, model(IDS).logits)
+    assert load_pruned(tmp_path / "checkpoint", torch.float32).dtype == torch.float32
 
 
 def test_what_else_is_in_the_folder(tiny_model: Any, tmp_path: Path) -> None:
@@ -180,54 +163,12 @@ def test_what_else_is_in_the_folder(tiny_model: Any, tmp_path: Path) -> None:
     assert stored is not None
     assert torch.equal(stored["model.layers.0.mlp.down_proj"], moments["model.layers.0.mlp.down_proj"])
     assert (tmp_path / "c" / "LICENSE").read_text().strip().endswith("mit")
+    loaded.model.generation_config.do_sample = False
+    loaded.model.generation_config.temperature = 0.7  # which transformers would not save
     save_checkpoint(loaded, tmp_path / "bare")
+    assert load_pruned(tmp_path / "bare").generation_config.temperature == 0.7
     assert load_input_moments(tmp_path / "bare") is None
     assert {"transformers", "torch", "phoneready"} <= set(info.versions)
-
-
-def test_licence_files_of_a_folder_are_kept(tiny_folder: Any, tmp_path: Path) -> None:
-    folder = tiny_folder()
-    (folder / "LICENSE.txt").write_text("do as you like")
-    save_checkpoint(load_model(folder), tmp_path / "c")
-    assert (tmp_path / "c" / "LICENSE.txt").read_text() == "do as you like"
-
-
-def test_checkpoint_of_a_gguf_source_leaves_the_gguf_behind(tiny_gguf: Any, tmp_path: Path) -> None:
-    path = tiny_gguf()
-    loaded = load_model(path)
-    save_checkpoint(loaded, tmp_path / "c")
-    assert not list((tmp_path / "c").glob("*.model"))
-    assert not list((tmp_path / "c").glob("*.gguf"))
-    assert "gguf" not in (tmp_path / "c" / "tokenizer_config.json").read_text()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "c")
-    assert tokenizer(TEXT)["input_ids"] == loaded.tokenizer(TEXT)["input_ids"]
-    assert torch.equal(auto_load(tmp_path / "c", trust=False)(IDS).logits, loaded.model(IDS).logits)
-
-
-def test_generation_settings_are_kept_even_where_they_contradict_each_other(
-    tiny_model: Any, tmp_path: Path
-) -> None:
-    loaded = pruned(tiny_model, DIFFERENT)
-    loaded.model.generation_config.do_sample = False
-    loaded.model.generation_config.temperature = 0.7
-    save_checkpoint(loaded, tmp_path / "c")
-    assert load_pruned(tmp_path / "c").generation_config.temperature == 0.7
-    assert loaded.model.generation_config.temperature == 0.7
-
-
-def test_existing_folder_is_kept_unless_forced(tiny_model: Any, tmp_path: Path) -> None:
-    loaded = pruned(tiny_model, UNIFORM)
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "precious").write_text("")
-    with pytest.raises(InputError, match="exists already"):
-        save_checkpoint(loaded, tmp_path / "c")
-    assert [file.name for file in tmp_path.rglob("*")] == ["c", "precious"]
-    with pytest.raises(InputError, match="nothing that phoneready wrote"):
-        save_checkpoint(loaded, tmp_path / "c", force=True)
-    save_checkpoint(loaded, tmp_path / "d")
-    (tmp_path / "d" / "model.safetensors").unlink()
-    save_checkpoint(loaded, tmp_path / "d", force=True)
-    assert (tmp_path / "d" / "model.safetensors").exists()
 
 
 def test_nothing_is_left_where_saving_fails(tiny_model: Any, tmp_path: Path) -> None:
@@ -311,28 +252,11 @@ def test_damaged_weights(checkpoint: Path) -> None:
     assert "no weights" in refused(checkpoint)
 
 
-def test_not_a_checkpoint(tmp_path: Path, checkpoint: Path) -> None:
-    assert "config.json" in refused(tmp_path)
-    assert not is_pruned_checkpoint(tmp_path)
-    with pytest.raises(InputError, match=r"phoneready\.json"):
-        read_checkpoint_info(tmp_path)
-    change_json(checkpoint / "config.json", model_type="gpt2")
-    assert "gpt2" in refused(checkpoint)
-
-
 def test_sharded_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     model = load_pruned(checkpoint)
     model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     assert torch.equal(load_pruned(tmp_path / "shards")(IDS).logits, model(IDS).logits)
-
-
-def test_code_in_a_checkpoint_is_not_run(checkpoint: Path, tmp_path: Path) -> None:
-    marker = tmp_path / "was-run"
-    for file in checkpoint.glob("*.py"):
-        file.write_text(f"open({str(marker)!r}, 'w').close()\n")
-    load_model(checkpoint)
-    assert not marker.exists()
 
 
 def test_a_checkpoint_can_be_moved(checkpoint: Path, tmp_path: Path) -> None:

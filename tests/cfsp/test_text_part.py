@@ -77,11 +77,10 @@ def test_the_text_part_says_what_the_whole_says_of_a_text(
 
 
 @torch.no_grad()
-@each_type
 def test_it_stays_in_no_files_and_computes_with_float32(
-    tiny_model: TinyModel, tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, _ = saved(tiny_model, tmp_path / "whole", model_type)
+    folder, _ = saved(tiny_model, tmp_path / "whole", "gemma3")
     cast_weights(plain := load_model(folder).model, torch.bfloat16)
     cast_weights(plain, torch.float32)
     expected = plain(IDS).logits
@@ -89,19 +88,6 @@ def test_it_stays_in_no_files_and_computes_with_float32(
     monkeypatch.setenv(VARIABLE, "always")
     whole = load_model(folder, may_stream=True).model
     assert {weight.dtype for weight in whole.parameters()} == {torch.float32}
-
-
-@pytest.mark.parametrize("has", [torch.bfloat16, torch.float32])
-def test_16_bits_that_it_has_are_not_said_to_be_rounded(
-    tiny_model: TinyModel, tmp_path: Path, has: torch.dtype
-) -> None:
-    folder, _ = saved(tiny_model, tmp_path / "whole", "gemma3")
-    file = folder / "model.safetensors"
-    weights = {name: weight.to(has) for name, weight in safetensors.torch.load_file(file).items()}
-    safetensors.torch.save_file(weights, file)
-    loaded = load_model(folder, dtype="bfloat16")
-    assert loaded.source.rounded == (None if has == torch.bfloat16 else "bfloat16")
-    assert loaded.stored_dtype == torch.bfloat16
 
 
 @torch.inference_mode()
@@ -147,22 +133,18 @@ def test_what_cannot_be_taken(tiny_model: TinyModel, tmp_path: Path) -> None:
 
 
 @torch.inference_mode()
-@each_type
-def test_what_config_leaves_to_defaults(tiny_model: TinyModel, tmp_path: Path, model_type: str) -> None:
-    folder, expected = saved(tiny_model, tmp_path / "whole", model_type)
+def test_what_config_leaves_to_defaults(tiny_model: TinyModel, tmp_path: Path) -> None:
+    folder, expected = saved(tiny_model, tmp_path / "whole", "gemma3")
     file = folder / "config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
     for part in (settings, settings["text_config"]):
         part.pop("tie_word_embeddings", None)
-    if model_type == "gemma3":
-        del settings["text_config"]["model_type"]
+    del settings["text_config"]["model_type"]
     file.write_text(json.dumps(settings), encoding="utf-8")
     torch.testing.assert_close(load_model(folder).model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_missing_tensor_is_named(tiny_model: TinyModel, tmp_path: Path) -> None:
-    import safetensors.torch
-
     folder, _ = saved(tiny_model, tmp_path / "whole", "gemma3")
     file = folder / "model.safetensors"
     tensors = safetensors.torch.load_file(file)
