@@ -17,11 +17,7 @@ _WAITING, _OURS = "OMP_WAIT_POLICY", "PHONEREADY_OMP_WAIT_POLICY"
 
 
 def wait_passively() -> None:
-    """Let OpenMP threads of libraries that are loaded later, and of child processes, sleep while they wait.
-
-    By default they spin, which takes a multiple of the time if something else wants their cores. What the user has set
-    stays.
-    """
+    """Let OpenMP threads of children and libraries loaded later sleep while they wait, unless users say otherwise."""
     if _WAITING not in os.environ:
         os.environ.update({_WAITING: "passive", _OURS: "1"})
 

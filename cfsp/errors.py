@@ -44,10 +44,7 @@ class PhonereadyError(Exception):
 
 
 class InputError(PhonereadyError):
-    """Input or setting that cannot be used: of which field, the offending value, and what would be accepted.
-
-    `problem` is the text without the field.
-    """
+    """Input or setting that cannot be used; `problem` is the text without the field."""
 
     def __init__(self, message: str, *, field: str = "", value: object = None, allowed: str = "") -> None:
         self.field, self.value, self.allowed = field, value, allowed

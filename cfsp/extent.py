@@ -86,10 +86,7 @@ class Extent:
 
 
 def read_extent(path: Path, dtype: str = AUTO) -> Extent:
-    """The size of a GGUF file or Hugging Face folder by its headers; raises InputError if it holds no sound decoder.
-
-    dtype: that weights are kept in, a name in `cfsp.precision.DTYPES`.
-    """
+    """The size of a GGUF file or Hugging Face folder, its weights kept in a dtype, by headers; raises InputError."""
     stored, keeping = torch.float32, WHOLE
     if path.is_file():
         file = read_gguf(path)

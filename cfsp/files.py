@@ -94,11 +94,7 @@ def refuse_no_file(path: Path) -> None:
 
 
 def writable_place(path: Path) -> os.stat_result | None:
-    """What is at a path to be written to, None for nothing.
-
-    Raises:
-        InputError: It is a device, a pipe or a socket, lies below a file, or no file system takes its name.
-    """
+    """What is at a path to write to, None for nothing; raises InputError for what no file or folder can replace."""
     above = next((parent for parent in path.absolute().parents if os.path.exists(parent)), Path("/"))  # noqa: PTH110
     if not above.is_dir():
         raise InputError(f"cannot write {path}: {above} is not a directory")
@@ -254,10 +250,7 @@ def sha256_file(path: Path) -> str:
 
 
 def remove_stale_temporaries(directory: Path, name: str = "*") -> None:
-    """Remove what interrupted writes left in `directory`, of the destination `name` or of all.
-
-    A folder that was set aside and never replaced gets its name back.
-    """
+    """Remove what interrupted writes left, of `name` or all; what was set aside for nothing gets its name back."""
     pattern = name if name == "*" else glob.escape(name)
     for entry in directory.glob(f".{pattern}{_MARK}*"):
         if entry.name.endswith(_ASIDE):

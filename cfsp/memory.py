@@ -32,11 +32,7 @@ SET_BY_USERS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNAB
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed tensors of up to 256 MiB for the next ones.
-
-    It gives what is larger than 32 MiB back to the system, whose new pages are zeroed: silu(x) * x of 50 MB then takes
-    two to four times as long (benchmarks/freed_memory.py).
-    """
+    """Let glibc keep freed tensors of up to 256 MiB: new pages cost more (benchmarks/freed_memory.py)."""
     _keep(_KEPT_BYTES)
 
 

@@ -19,10 +19,7 @@ DTYPES = (*PRODUCTS, "float16")
 
 
 def fast_dtype(device_type: str = "cpu") -> torch.dtype:
-    """bfloat16 if torch itself rounds float32 tensors to it for a faster product, else float32.
-
-    It does on GPUs that know it and on processors with AMX. On Apple's MPS it was never measured.
-    """
+    """bfloat16 if torch itself rounds float32 tensors to it for a faster product (GPUs, AMX), else float32."""
     if device_type == "mps":
         return torch.float32
     is_gpu = device_type == "cuda"
@@ -51,10 +48,7 @@ def product_dtype(name: str, device_type: str = "cpu") -> torch.dtype:
 
 
 def rounding_dtype(name: str, device_type: str = "cpu") -> torch.dtype:
-    """What `products_in` rounds inputs to; without matrix units torch leaves them float32, whatever the name.
-
-    On a GPU "bfloat16" is TensorFloat-32, which has float32's range and three bits more.
-    """
+    """What `products_in` rounds inputs to; on GPUs "bfloat16" is TensorFloat-32, which has three bits more."""
     return fast_dtype(device_type) if name in ("auto", "bfloat16") else torch.float32
 
 
@@ -77,10 +71,7 @@ def casting(dtype: torch.dtype, device_type: str) -> torch.autocast:
 
 @contextmanager
 def bulk_products(device_type: str) -> Iterator[None]:
-    """Inputs of products of float32 tensors are rounded to `bulk_dtype` inside the context.
-
-    For sums over many tokens: with AVX512-BF16 results are rounded, too, which adds half as much error again.
-    """
+    """Inputs of products of float32 tensors are rounded to `bulk_dtype`, for sums over many tokens."""
     rounded = device_type == "cpu" and bulk_dtype(device_type) != fast_dtype(device_type)
     with products_in("auto", device_type), casting(torch.bfloat16 if rounded else torch.float32, "cpu"):
         yield

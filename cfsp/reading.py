@@ -34,11 +34,7 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 @contextmanager
 def as_input_error(message: str) -> Iterator[None]:
-    """Turn a library's complaint into an InputError: `message`, and what it said; wrap nothing of our own in it.
-
-    Libraries document few of the errors of hostile files, and Rust's panics are no Exceptions: all but interruptions
-    count.
-    """
+    """Turn whatever a library says of hostile files, Rust's panics too, into an InputError; wrap no code of ours."""
     try:
         yield
     except (PhonereadyError, MemoryError):

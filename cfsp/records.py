@@ -53,11 +53,7 @@ def fields_to_json(value: Any) -> Fields:
 
 
 def record_from_json(cls: type[R], payload: Any, *, where: str) -> R:
-    """Rebuild a record.
-
-    Raises:
-        InputError: Another kind or schema version, or fields that do not validate (all are named).
-    """
+    """Rebuild a record; raises InputError for another kind or version, and for fields that do not validate."""
     if not isinstance(payload, dict) or payload.get("kind") != cls.KIND:
         kind = payload.get("kind") if isinstance(payload, dict) else type(payload).__name__
         raise InputError(f"{where} is not a {cls.KIND} file", field="kind", value=kind)

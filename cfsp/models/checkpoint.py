@@ -205,11 +205,7 @@ def _is_stated(shape: ModelShape, settings: Mapping[str, Any]) -> bool:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a fast tokenizer so that AutoTokenizer of transformers 4 and 5 reads it back unchanged.
-
-    tokenizer.json is the whole truth of a fast tokenizer, so it is stored under the class that reads just that. Raises
-    InputError for a tokenizer that is not fast.
-    """
+    """Write a fast tokenizer so that AutoTokenizer of transformers 4 and 5 reads it unchanged; raises InputError."""
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
             "only fast tokenizers (those with a tokenizer.json) are supported", value=type(tokenizer).__name__
@@ -254,11 +250,7 @@ def _save_license(source: ModelSource, folder: Path) -> None:
 
 
 def load_pruned(directory: Path, dtype: torch.dtype | None = None, *, by_blocks: bool = False) -> Any:
-    """Load a checkpoint's model in eval mode, without running code from the folder.
-
-    `save_checkpoint` wrote the folder, or `save_pretrained` of a model loaded from one. `by_blocks`: weights, of one
-    dtype, are offloaded to their files. Raises InputError if it is damaged, or shape, plan and weights disagree.
-    """
+    """A checkpoint in eval mode, without running its code; by_blocks: offloaded to its files. Raises InputError."""
     where, file = str(directory), directory / "config.json"
     settings = read_model_config(directory)
     with as_input_error(f"{file} cannot be used"):

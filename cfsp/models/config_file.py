@@ -112,12 +112,7 @@ BlockSettings = Mapping[int, Mapping[str, Any]]
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder, or what it says of the text part; all keys that matter to us are checked.
-
-    Raises:
-        InputError: Missing or malformed, an adapter, an unknown architecture, quantized weights, or values of the wrong
-            kind, out of range, or contradictory; all are named.
-    """
+    """config.json of a folder, or of its text part, checked; raises InputError, which names all problems."""
     file, where = folder / "config.json", str(folder / "config.json")
     if (folder / "adapter_config.json").is_file():
         raise InputError(
@@ -177,11 +172,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 
 
 def dense_settings(settings: Mapping[str, Any], where: str) -> tuple[dict[str, Any], BlockSettings]:
-    """Settings that transformers builds a dense model by, and what is stated of single blocks besides.
-
-    Some model types have heads of unlike sizes, which transformers states under `per_layer_config`, too. Raises
-    InputError if that is malformed.
-    """
+    """Settings by which transformers builds a dense model, and what else single blocks have; raises InputError."""
     row = FAMILIES.get(settings.get("model_type", ""))
     native = ("head_dim",) if row and row.own_heads else ()
     try:

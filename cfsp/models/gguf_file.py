@@ -293,10 +293,7 @@ class Tiling:
 
 
 def tilings(key_heads: int, value_heads: int, key_width: int) -> Mapping[str, Tiling]:
-    """By name of a net's module or parameter; none if each key head has one value head.
-
-    key_width: numbers of all key heads.
-    """
+    """By name of a net's module or parameter; key_width: numbers of all key heads."""
     per_group = value_heads // key_heads
     if per_group == 1:
         return {}

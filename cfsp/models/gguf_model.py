@@ -62,11 +62,7 @@ _LEAST_DIFFERENCE, _MOST_DIFFERENCE, _CHUNK_ROWS = 0.005, 0.5, 4096
 
 
 def config_from_gguf(file: GGUFFile) -> Any:
-    """transformers configuration of a GGUF file, special token ids included.
-
-    Raises:
-        InputError: The architecture cannot be pruned, or the metadata is incomplete or unsupported.
-    """
+    """transformers configuration of a GGUF file, special token ids included; raises InputError."""
     row, said = _row(file), file.hyperparameter
     own = {key: value for key in row.gguf_kinds if (value := said(key)) is not None}
     check_kinds(own, kinds(**row.gguf_kinds), str(file.path))
@@ -198,10 +194,7 @@ def _each_block_has(file: GGUFFile, key: str) -> InputError:
 
 
 def _rope_settings(file: GGUFFile) -> dict[str, Any]:
-    """rope_theta and rope_scaling, which transformers 5 understands and renames; raises InputError.
-
-    Of the scaled kinds yarn and Llama 3's are known; a file has the latter's divisors in place of its settings.
-    """
+    """rope_theta and rope_scaling: plain, yarn, Llama 3's divisors or a part of each head; raises InputError."""
     theta = _shortest(file.hyperparameter("rope.freq_base", 10000.0))
     kind = file.hyperparameter("rope.scaling.type", "none")
     if kind == "yarn":
@@ -312,10 +305,7 @@ def _check_shapes(
 def model_from_gguf(
     file: GGUFFile, *, dtype: torch.dtype, by_blocks: bool = False, progress: Progress = no_progress
 ) -> Any:
-    """The model of a GGUF file, dequantized, in eval mode; raises InputError as `config_from_gguf`, or of its tensors.
-
-    by_blocks: offloaded to files, as float32, see `cfsp.models.offload`.
-    """
+    """The model of a GGUF file, in eval mode; by_blocks: offloaded, as float32. Raises InputError."""
     config, where = config_from_gguf(file), str(file.path)
     n_weights = _weight_count(file, config)
     if by_blocks:
@@ -335,10 +325,7 @@ def model_from_gguf(
 
 
 def sampling_of_gguf(file: GGUFFile) -> dict[str, Any]:
-    """How a file recommends to sample, under Hugging Face's names; empty if it says nothing.
-
-    A repetition penalty is of the last tokens in llama.cpp, and of all here.
-    """
+    """How a file recommends to sample, under Hugging Face's names; empty if it says nothing."""
     metadata = {name: file.metadata.get(f"general.sampling.{key}") for key, name in SAMPLING.items()}
     # 0.9 and not 0.8999999761581421, as which a float32 comes back.
     return {
@@ -361,10 +348,7 @@ def _weight_count(file: GGUFFile, config: Any) -> int:
 def _weights(
     file: GGUFFile, config: Any, dtype: torch.dtype, progress: Progress
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters by transformers' names, dequantized one after the other; of what is stored twice, one.
-
-    Raises InputError: a tensor is unknown.
-    """
+    """Parameters by transformers' names, dequantized one by one; of what is stored twice, one. Raises InputError."""
     row, modules = _row(file), tensor_names(file.architecture, config.num_hidden_layers)
     own = {**DELTA_NET_NUMBERS, row.scalar: (row.scalar, ".weight")}
     names = {}  # llama.cpp's of every tensor that the model can have -> transformers'
@@ -453,10 +437,7 @@ def _twice(file: GGUFFile, config: Any) -> dict[str, GGUFTensor]:
 
 
 def _is_stored_twice(file: GGUFFile) -> bool:
-    """Whether rounding explains how every row of the output matrix differs from the embedding's.
-
-    Matrices that were trained apart differ by about as much as they are large.
-    """
+    """Whether rounding explains how every row of the output matrix differs from the embedding's."""
     tensors = {tensor.name: tensor for tensor in file.tensors}
     embedding, output = tensors[EMBEDDING], tensors[OUTPUT]
     if embedding.shape != output.shape:

@@ -62,11 +62,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def load_folder(folder: Path, *, dtype: torch.dtype, by_blocks: bool = False) -> Any:
-    """The model of a folder, in eval mode, without running any code of it.
-
-    `by_blocks`: offloaded to its files. Raises InputError for a folder that is incomplete, damaged, of an unsupported
-    kind, or holds only pickled weights.
-    """
+    """The model of a folder, in eval mode, without running its code; by_blocks: offloaded. Raises InputError."""
     settings = read_model_config(folder)
     files, where = safetensors_files(folder), str(folder)
     if _has_own_shape(folder, settings):
@@ -162,10 +158,7 @@ def folded(model: Any, where: str) -> Any:
 
 
 def keeping_of_folder(folder: Path, asked: str = AUTO) -> Keeping:
-    """`keeping_of` a folder's weights; text parts, and what is folded into another type, do not stay in files.
-
-    Raises InputError for a folder that is incomplete, damaged, or of an unsupported kind.
-    """
+    """`keeping_of` a folder's weights; text parts, and what is folded into another type, do not stay in files."""
     settings = read_model_config(folder)
     keeping = keeping_of_files(folder, asked)
     if _has_own_shape(folder, settings) or not is_folded(folder):

@@ -289,11 +289,7 @@ def held_model(model: Any) -> Any:
 
 
 def _offload(model: Any, stored: Mapping[str, _Stored], scratch: LargeScratch | None) -> Any:
-    """Have the weights of a model, all of them put away, come and go unit by unit.
-
-    Buffers become float32: those that are stored as they are, computed ones as float32 has them. Raises InputError for
-    a computed one that is not known.
-    """
+    """Have weights come and go unit by unit; buffers become float32. Raises InputError for an unknown one."""
     layers, names = list(decoder_layers(model)), model.state_dict().keys()
     known: dict[int, _Stored] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -144,10 +144,7 @@ def load_tokenizer(reference: str | Path) -> Any:
 def find_model(
     reference: str | Path, *, progress: Progress = no_progress, tokenizer_only: bool = False
 ) -> ModelSource:
-    """Find, or fetch, what a reference stands for, and read none of it; its path is a GGUF file or a folder.
-
-    Raises InputError if the reference leads nowhere.
-    """
+    """Find, or fetch, what a reference stands for: a GGUF file or a folder, unread; raises InputError."""
     text = str(reference)
     path = Path(reference)
     if text in BUILTIN_MODELS:

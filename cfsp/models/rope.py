@@ -20,10 +20,7 @@ _STILL = 1e20
 
 
 def stated_rope(settings: Mapping[str, Any], kind_of_block: str = "") -> dict[str, Any]:
-    """Base and scaling, from transformers 5's rope_parameters or transformers 4's rope_theta and rope_scaling.
-
-    kind_of_block: whose, if blocks of different kinds have different ones.
-    """
+    """Base and scaling of a configuration of transformers 5 or 4; kind_of_block: whose, if kinds of blocks differ."""
     outside = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
     merged = {key: settings[key] for key in outside if settings.get(key) is not None}
     for key in ("rope_scaling", "rope_parameters"):
@@ -43,10 +40,7 @@ def alpha_rope(rope: Rope, head_dim: int) -> Rope:
 
 
 def split_pairs(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of q or k, (heads * d, ...), in Llama's order: rows 2i and 2i + 1 of a head become i and i + d / 2.
-
-    Misshapen rows are returned as they are, and refused by name later.
-    """
+    """Rows of q or k, (heads * d, ...), in Llama's order: rows 2i and 2i + 1 of a head become i and i + d / 2."""
     if len(rows) % (2 * heads):
         return rows
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
@@ -115,10 +109,7 @@ def steady_context(rope: Rope, context: int) -> int:
 
 
 def yarn_magnitude(rope: Rope) -> float:
-    """Factor of cos and sin of a `yarn`: m(1), or m(mscale) / m(mscale_all_dim), m(x) = 0.1 x ln(factor) + 1.
-
-    See arXiv 2309.00071, and DeepSeek's after it.
-    """
+    """Factor of cos and sin of a `yarn`: m(1) or m(mscale) / m(mscale_all_dim), m(x) = 0.1 x ln(factor) + 1."""
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
     logarithm = math.log(max(float(rope["factor"]), 1.0))

@@ -107,10 +107,7 @@ class ModelShape:
 
 
 def require_supported(shape: ModelShape, where: str, keyless: Collection[int] = ()) -> None:
-    """Raise InputError for blocks that differ in more than FFN width, key-value groups and attention.
-
-    keyless: blocks that mix tokens without keys of their own, in the model's type.
-    """
+    """Raise InputError for blocks that differ in more than FFN width, key-value groups and attention."""
     if not shape.blocks or not shape.blocks[0].has_attention:
         raise InputError(f"{where}: block 0 has no attention, from which runtimes learn how long the text is")
     for index, block in enumerate(shape.blocks):

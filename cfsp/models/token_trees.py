@@ -36,11 +36,7 @@ class TokenTrees:
 
 
 def token_trees(tokenizer: Any) -> TokenTrees:
-    """The trees of a transformers fast tokenizer; added tokens, bytes, and characters without bytes are in none.
-
-    Raises:
-        InputError: Not BPE.
-    """
+    """The trees of a fast tokenizer, without added tokens and bytes; raises InputError unless it is BPE."""
     state = _state(tokenizer)
     vocab: Mapping[str, int] = state["model"]["vocab"]
     merge_ranks: dict[tuple[str, str], int] = {}
@@ -90,10 +86,7 @@ def token_trees(tokenizer: Any) -> TokenTrees:
 
 
 def trimmed_tokenizer(tokenizer: Any, kept: Sequence[int]) -> Any:
-    """The tokenizer with some of its tokens, numbered anew in their old order.
-
-    kept: ids, ascending; all added tokens are among them, and of every token what it is built of.
-    """
+    """The tokenizer with some tokens; kept: ids, ascending, with all added tokens and what each is built of."""
     state = _state(tokenizer)
     renumbered = {old: new for new, old in enumerate(kept)}
     model = state["model"]

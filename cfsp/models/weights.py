@@ -86,10 +86,7 @@ def model_from_weights(
 
 
 def check_size(config: Any, n_stored: int, where: str, *, cls: Any = None) -> None:
-    """Raise InputError for a configuration of more than twice the weights that are stored.
-
-    transformers would make all that is missing, and takes sizes that are not stated from its default model.
-    """
+    """Raise InputError for twice the weights that are stored: transformers would make all that is missing."""
     with quiet_transformers(), torch.device("meta"), as_input_error(f"{where} cannot be used"):
         model = (cls or transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])(config)
     stated = sum(parameter.numel() for parameter in model.parameters())

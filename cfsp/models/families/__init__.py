@@ -1,4 +1,4 @@
-"""Families of models, one file each: one row is all that loading, pruning and exporters know of a model type.
+"""Families of models: one row is all that loading, pruning and exporters know of a model type.
 
 Another distribution brings one by an entry point, whose name is the model type:
 
@@ -13,12 +13,12 @@ from functools import cache
 from types import MappingProxyType
 
 from cfsp.errors import look_up
-from cfsp.models.families import exaone, folds, gemma, hunyuan, lfm2, llama, olmo, qwen35
+from cfsp.models.families import folds, gemma, lfm2, llama, qwen35
 from cfsp.models.families.row import Family, Fold, Settings
 from cfsp.plugins import FAMILIES as GROUP
 from cfsp.plugins import load_plugins
 
-_FILES = (llama, gemma, olmo, exaone, hunyuan, lfm2, qwen35)
+_FILES = (llama, gemma, lfm2, qwen35)
 BUILT_IN: dict[str, Family] = {row.model_type: row for file in _FILES for row in file.FAMILIES}
 
 
@@ -64,10 +64,7 @@ def fold_of(settings: Settings) -> Fold | None:
 
 
 def family_of_gguf(architecture: str, where: str, *, windowed: bool) -> Family:
-    """The family that files of an architecture of llama.cpp are read as; raises InputError.
-
-    Of several it is the first with sliding windows if the file has some, and otherwise the first without.
-    """
+    """The family that files of an architecture are read as, the first one that is alike in sliding windows."""
     rows = {fold.gguf_name: FAMILIES[fold.target] for fold in FOLDS.values() if fold.gguf_name}
     for row in sorted(BUILT_IN.values(), key=lambda row: row.has_windows != windowed):
         rows.setdefault(row.gguf_name, row)
