@@ -25,8 +25,8 @@ from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.pruning.block_by_block import apply_plan
 from cfsp.pruning.plan import make_plan
-from cfsp.pruning.prune import statistics_for
 from cfsp.pruning.settings import PruneSettings
+from cfsp.pruning.statistics import collect_statistics
 from cfsp.text.calibration import Calibration
 from runtime_bench.counters import current_rss_bytes, peak_rss_bytes
 from runtime_bench.records.summary import ratio_interval
@@ -70,9 +70,10 @@ def block_by_block(loaded: LoadedModel, ids: torch.Tensor) -> dict[str, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     settings = PruneSettings()
     calibration = Calibration(ids, ("random tokens",), seed=0, sha256="")
-    statistics = statistics_for(loaded.model, calibration, settings)
+    with products_in(settings.dtype, "cpu"):
+        statistics = collect_statistics(loaded.model, ids, keep_states=True)
     plan = make_plan(loaded, statistics, calibration, settings)
-    apply_plan(loaded.model, plan, statistics=statistics, input_ids=ids)
+    apply_plan(loaded.model, plan, input_ids=ids, states=statistics.states)
     return {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
 
 

@@ -43,7 +43,6 @@ class Extent:
     keeping: Keeping = WHOLE
     state_size: int = 0  # numbers held of a token between blocks; 0 for `hidden_size`
     is_alone: bool = True  # whether a block is given nothing but hidden states
-    on_cpu: bool = True  # what computes with it
 
     @cached_property
     def block_weights(self) -> int:

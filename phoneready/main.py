@@ -110,6 +110,7 @@ GONE: MappingProxyType[str, str] = MappingProxyType(
             for command in ("eval", "export", "prune", "quantize", "recover", "release", "search")
         },
         "prune --no-imatrix": "use export --no-imatrix",
+        "prune --allocation": "equal shares are --coarse-strength 0",
         "prune --coarse": "the angular distance it is, as in the paper",
         "recover --end-weight": "answers ended no sooner with it (docs/results/recovery.md)",
         "recover --optimizer": "AdamW it is: Muon won nothing that lasted (docs/results/recovery.md)",

@@ -14,7 +14,7 @@ import torch
 from cfsp.devices import CPU
 from cfsp.errors import InputError
 from cfsp.extent import Extent, Needs, read_extent, require_room
-from cfsp.models.offload import WHOLE, may_keep_states, scratch_bytes
+from cfsp.models.offload import WHOLE, scratch_bytes
 from cfsp.models.reference import find_model
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.prune import TOLD_WINDOWS
@@ -63,7 +63,7 @@ def check_room(
     except (InputError, OSError):
         return
     if device != CPU:  # nothing stays in files for a GPU, whose memory is asked for when a model is put there
-        extents = [replace(extent, keeping=WHOLE, on_cpu=False) for extent in extents]
+        extents = [replace(extent, keeping=WHOLE) for extent in extents]
     least = needs(extents)
     if device != CPU:
         least = replace(least, memory=0)
@@ -84,7 +84,6 @@ def pruning_needs(
     seqlen: int,
     *,
     only_plan: bool = False,
-    has_plan: bool = False,
 ) -> Needs:
     """Of statistics, plan, reconstruction, and the checkpoint."""
     (dense,) = extents
@@ -93,10 +92,6 @@ def pruning_needs(
     if only_plan:
         return Needs(memory)
     scratch = scratch_bytes(dense.least_weights) if dense.by_blocks else 0
-    if settings.repairs and settings.prune_ratio and not has_plan and dense.on_cpu and dense.is_alone:
-        # What every block gives, if statistics keep it for the reconstruction.
-        n_bytes = len(dense.blocks) * dense.states_bytes(windows * seqlen)
-        scratch += n_bytes if may_keep_states(n_bytes, dense.least_weights) else 0
     disk = 0
     if not any((settings.blocks, settings.attentions, settings.kv_groups, settings.vocabulary)):
         rounded = settings.align / 2 * len(dense.widths) / sum(dense.widths)

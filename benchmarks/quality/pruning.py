@@ -30,12 +30,11 @@ from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.files import write_json
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel
-from cfsp.precision import rounding_dtype
+from cfsp.precision import products_in, rounding_dtype
 from cfsp.pruning.block_by_block import apply_plan
 from cfsp.pruning.plan import make_plan
-from cfsp.pruning.prune import statistics_for
 from cfsp.pruning.settings import PruneSettings
-from cfsp.pruning.statistics import BlockStatistics
+from cfsp.pruning.statistics import BlockStatistics, collect_statistics
 from cfsp.reading import read_json
 from cfsp.text.calibration import Calibration, load_calibration
 from cfsp.text.tokens import TokenWindows, token_windows
@@ -45,7 +44,7 @@ HELD_OUT_EVERY = 20
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "score activation_norm": {"score": "activation_norm"},
-    "allocation uniform": {"allocation": "uniform"},
+    "strength 0": {"strength": 0.0},
     "strength 4": {"strength": 4.0},
     "no reconstruction": {"reconstruct": "none"},
     "correction 0": {"correction": 0.0},
@@ -166,7 +165,11 @@ def statistics_by_dtype(
     groups: dict[torch.dtype, list[PruneSettings]] = {}
     for settings in wanted:
         groups.setdefault(rounding_dtype(settings.dtype), []).append(settings)
-    return {dtype: statistics_for(loaded.model, drawn, group[0]) for dtype, group in groups.items()}
+    found = {}
+    for dtype, group in groups.items():
+        with products_in(group[0].dtype, loaded.model.device.type):
+            found[dtype] = collect_statistics(loaded.model, drawn.input_ids, keep_states=True)
+    return found
 
 
 def row(
@@ -180,7 +183,7 @@ def row(
     """Prune a copy of the model and measure it."""
     plan = make_plan(loaded, statistics, drawn, settings)
     pruned = copy.deepcopy(loaded.model)
-    apply_plan(pruned, plan, statistics=statistics, input_ids=drawn.input_ids)
+    apply_plan(pruned, plan, input_ids=drawn.input_ids, states=statistics.states)
     found: dict[str, Any] = {
         "settings": asdict(plan.settings),
         "calibration_sha256": plan.calibration_sha256,

@@ -21,10 +21,11 @@ from typing import Any
 from cfsp.evaluation.perplexity import perplexity
 from cfsp.files import write_json
 from cfsp.models.reference import load_model
+from cfsp.precision import products_in
 from cfsp.pruning.block_by_block import apply_plan
 from cfsp.pruning.plan import make_plan
-from cfsp.pruning.prune import statistics_for
 from cfsp.pruning.settings import PruneSettings
+from cfsp.pruning.statistics import collect_statistics
 from cfsp.text.calibration import load_calibration
 from cfsp.text.tokens import token_windows
 
@@ -71,11 +72,12 @@ def main() -> None:
     show({"variant": "dense", "prune_ratio": 0.0, "perplexity": perplexity(loaded.model, test).perplexity})
     for name in arguments.variants:
         # Statistics are of the dense model: they serve all ratios.
-        statistics = statistics_for(loaded.model, calibration, VARIANTS[name])
+        with products_in(VARIANTS[name].dtype, loaded.model.device.type):
+            statistics = collect_statistics(loaded.model, calibration.input_ids, keep_states=True)
         for ratio in arguments.ratios:
             plan = make_plan(loaded, statistics, calibration, replace(VARIANTS[name], prune_ratio=ratio))
             model = copy.deepcopy(loaded.model)
-            apply_plan(model, plan, statistics=statistics, input_ids=calibration.input_ids)
+            apply_plan(model, plan, input_ids=calibration.input_ids, states=statistics.states)
             result = perplexity(model, test)
             show(
                 {

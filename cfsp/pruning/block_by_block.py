@@ -6,20 +6,21 @@ stream has h*. down_proj is solved for
 
     o + c (h* - h)
 
-so that, beside doing the removed channels' work, it takes back a share c of the error that earlier blocks left in
-the residual stream. Where whole blocks after l go, h and h* are taken after these, and down_proj does what they would
-have added as well. Where the block loses its attention, h is what it would give with it. Where it loses some key-value
-groups, o_proj is solved before that, for what it gave with all. Where what an FFN adds goes through a norm first, what
-it lacks goes back through that (`_Norm`). Of several hidden states of a token h and h* are the active ones. c = 0 only
-follows the pruned stream. c = 1 aims at the dense stream itself, which fits the calibration text too closely: an error
-cannot be told from what the block itself should say about such text.
+so that it does the removed channels' work and takes back a share c of the error that earlier blocks left in the
+residual stream. c = 0 only follows the pruned stream; c = 1 fits the calibration text too closely, as an error cannot
+be told from what the block itself should say about such text.
+
+- If blocks after l go, h and h* are taken after these, and down_proj does what they would have added, too.
+- If the block loses its attention, h is what it would give with it. If it loses key-value groups, o_proj is solved
+  before that for what it gave with all.
+- If an FFN's output passes a norm before it is added, what it lacks goes back through that (`_Norm`).
+- Of several hidden states of a token h and h* are the active ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -42,7 +43,7 @@ from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.parts import attention_left_out
 from cfsp.pruning.plan import PruningPlan, check_plan_fits
-from cfsp.pruning.statistics import BlockStatistics, input_hook, output_hook
+from cfsp.pruning.statistics import input_hook, output_hook
 from cfsp.pruning.surgery import (
     cut_channels,
     cut_groups,
@@ -55,24 +56,23 @@ from cfsp.settings import check_settings
 
 _DAMPING = 0.01
 """Share of the mean square of a norm's gains that is added to each."""
+_GRAM_TILE = 384
 
 
 def apply_plan(
     model: Any,
     plan: PruningPlan,
     *,
-    statistics: BlockStatistics | None = None,
     input_ids: torch.Tensor | None = None,
+    states: StoredStates | None = None,
     progress: Progress = no_progress,
 ) -> None:
-    """Cut the model to the plan and make up for what is gone as the plan's settings say, in place.
+    """Cut the model to the plan and repair what is left as the plan's settings say, in place.
 
-    Blocks that keep all of their channels and their whole attention, and stand before no block that goes, are left
-    untouched, so a plan that removes nothing changes nothing.
-
-    Args:
-        statistics: Of the dense model; what its blocks gave is not computed again if these kept it.
-        input_ids: Calibration windows (nsamples, seqlen), which the repair needs.
+    Blocks that keep all of their channels and their whole attention, and have no block after them that goes, are left
+    untouched: a plan that removes nothing changes nothing. The repair needs the calibration windows, (nsamples, seqlen)
+    int64; `states` are what the dense blocks give for them, if statistics kept it. Memory beyond the model: up to five
+    times their hidden states, and one block's Gram matrix.
 
     Raises:
         InputError: The plan belongs to another model, the repair has no windows, or a block cannot be solved.
@@ -86,8 +86,7 @@ def apply_plan(
         if plan.settings.repairs:
             if input_ids is None:
                 raise InputError("reconstruction block by block needs the calibration windows")
-            dense = statistics.stream_of(input_ids) if statistics is not None else None
-            _prune_block_by_block(model, plan, input_ids, dense, progress)
+            _prune_block_by_block(model, plan, input_ids, states, progress)
         else:
             for index, (layer, block) in enumerate(zip(layers, plan.blocks, strict=True)):
                 with at_hand(layer):
@@ -103,18 +102,9 @@ def apply_plan(
 
 
 def _prune_block_by_block(
-    model: Any,
-    plan: PruningPlan,
-    windows: torch.Tensor,
-    kept: StoredStates | None,
-    progress: Progress,
+    model: Any, plan: PruningPlan, windows: torch.Tensor, states: StoredStates | None, progress: Progress
 ) -> None:
-    """Cut and solve every block, first to last, in place; one that keeps all is left as it is.
-
-    Blocks that go are not taken out yet, and are what they were. `kept` is what the dense blocks give for the windows
-    of this process; None if they have to be run. Memory beyond the model: up to five times the hidden states of the
-    windows, and one block's Gram matrix.
-    """
+    """Cut and solve every block, first to last, in place; blocks that go are taken out later."""
     layers, groups = decoder_layers(model), plan.narrowed
     changed = [
         index
@@ -136,8 +126,8 @@ def _prune_block_by_block(
 
         with at_hand(layers[index], *(layers[later] for later in going)):
             are_one = pruned is dense
-            if kept is not None:
-                wanted = kept.get(index + 1 + len(going), model.device)
+            if states is not None:
+                wanted = states.get(index + 1 + len(going), model.device)
             else:
                 wanted = list(dense) if are_one else dense
                 for window, hidden in enumerate(dense):
@@ -148,9 +138,8 @@ def _prune_block_by_block(
             if index in groups:
                 attention = attention_of(model, layers[index])
                 inputs = group_channels(attention, attention.o_proj.in_features, groups[index])
-                solver = _Columns(
-                    attention.o_proj, inputs, _Norm.of(model, added_norms(model, layers[index])[0])
-                )
+                norm = _Norm(model, added_norms(model, layers[index])[0])
+                solver = _Columns(attention.o_proj, inputs, norm)
                 with output_hook(attention.o_proj, solver.observe):
                     run_windows(layers[index], index, pruned, pruned_calls)
                 cut_groups(attention, groups[index], solver.solve(plan.settings.ridge))
@@ -176,12 +165,12 @@ def _prune_block(
 
     Args:
         pruned: Each window's pruned stream before the block, (..., 1, seqlen, hidden_size); `calls` are of it.
-        wanted: The dense stream after it and the blocks after it that go, h*.
-        after: From the block's output and the number of its window to that of the blocks after it that go.
+        wanted: The dense stream h* after it and the blocks after it that go.
+        after: From the block's output and the number of its window to the output of these blocks.
     """
     layer, silent = decoder_layers(model)[index], index in plan.silent
     ffn, kept = feed_forward(model, layer), torch.tensor(plan.blocks[index].kept)
-    norm = _Norm.of(model, added_norms(model, layer)[1])
+    norm = _Norm(model, added_norms(model, layer)[1])
     solver, rests = _Columns(ffn.down, kept, norm), []
     seen: dict[str, torch.Tensor] = {}
     spec, correction = spec_for(model.config), plan.settings.correction
@@ -209,28 +198,16 @@ def _prune_block(
     return [rest + norm(ffn.module(ffn_input)) for rest, ffn_input in rests]
 
 
-@dataclass(frozen=True)
 class _Norm:
     """What is between a Linear's output y and the residual sum: N(y) = g r(y) y, or nothing.
 
     r(y) = 1 / sqrt(mean(y^2) + epsilon) sees all of y, g is a number for each channel. N is blind to the size of y, so
     of all y' that give N(y) + e the one of y's size is meant, y + e / (g r(y)), and an error d of y' counts as r(y) d.
-
-    Attributes:
-        module: The norm; None for nothing.
-        gain: g, (hidden_size,).
-        epsilon: Of the mean.
     """
 
-    module: nn.Module | None
-    gain: torch.Tensor
-    epsilon: float
-
-    @classmethod
-    def of(cls, model: Any, module: Any) -> _Norm:
-        """A norm of one of `model`'s blocks, None for nothing."""
-        gain = torch.ones(()) if module is None else module.weight + spec_for(model.config).norm_offset
-        return cls(module, gain, norm_epsilon(model.config))
+    def __init__(self, model: Any, module: Any) -> None:
+        self.module, self.epsilon = module, norm_epsilon(model.config)
+        self.gain = None if module is None else module.weight + spec_for(model.config).norm_offset
 
     def __call__(self, y: torch.Tensor) -> torch.Tensor:
         """What is added to the residual sum."""
@@ -238,19 +215,20 @@ class _Norm:
         return added
 
     def counts(self, y: torch.Tensor) -> torch.Tensor | None:
-        """r(y), (..., 1); None where it is 1."""
+        """r(y), (..., 1); None if it is 1."""
         return None if self.module is None else (y.square().mean(-1, keepdim=True) + self.epsilon).rsqrt()
 
     def before(self, lack: torch.Tensor) -> torch.Tensor:
-        """e / g, damped where g is next to nothing and all that it could do is to change the size of y."""
-        if self.module is None:
+        """e / g, damped if g is next to nothing and all that it could do is to change the size of y."""
+        if self.gain is None:
             return lack
         square = self.gain.square()
-        return lack * (self.gain / (square + _DAMPING * square.mean()))
+        before: torch.Tensor = lack * (self.gain / (square + _DAMPING * square.mean()))
+        return before
 
 
 class _Columns:
-    """The least-squares problem of a Linear, as it still is, of whose inputs `kept`, (n_kept,) ascending, stay."""
+    """The least-squares problem of a Linear of whose inputs `kept`, (n_kept,) ascending, stay."""
 
     def __init__(self, linear: nn.Linear, kept: torch.Tensor, norm: _Norm) -> None:
         self.linear, self.kept, self.norm = linear, kept, norm
@@ -261,9 +239,9 @@ class _Columns:
         self.n_tokens = 0
 
     def observe(self, x: torch.Tensor, given: torch.Tensor, *lacks: torch.Tensor) -> None:
-        """Add the Linear's input and output, (1, seqlen, features), and what should come out of the norm besides."""
+        """Add the Linear's input and output, (1, seqlen, features), and what the norm's output should have besides."""
         kept_x = x[..., self.kept]
-        # The bias, where there is one, is in both terms and cancels.
+        # A bias is in both terms and cancels.
         missing = given - nn.functional.linear(kept_x, self.columns, self.linear.bias)
         counts = self.norm.counts(given)
         if counts is not None:
@@ -277,16 +255,20 @@ class _Columns:
         self.n_tokens += len(kept_x)
 
     def solve(self, ridge: float) -> torch.Tensor:
-        """The kept weights, (out_features, n_kept)."""
-        change = solve_change(self.gram.mean(self.n_tokens), self.missing.div_(self.n_tokens), ridge)
+        """The kept weights, (out_features, n_kept).
+
+        Their change Delta = M^T (H_SS + lambda mean(diag H_SS) I)^-1 minimizes ||E - X_S Delta^T||^2 / T plus the ridge
+        times ||Delta||^2, with H_SS = X_S^T X_S / T, M = X_S^T E / T, and E (T x d) what the output lacks. A
+        large lambda leaves the kept weights alone, while shrinking the weights themselves would fade channels that are
+        rarely active.
+        """
+        gram, missing = self.gram.mean(self.n_tokens), self.missing.div_(self.n_tokens)
+        change = torch.cholesky_solve(missing, damped_cholesky(gram, ridge)).T
         return (exact(self.columns) + change).to(self.columns)
 
 
-_GRAM_TILE = 384
-
-
 class GramSum:
-    """Running X^T X of batches of X, in float64; only the upper tiles are multiplied, which is what costs."""
+    """Running X^T X of batches of X, in float64; only the upper tiles are multiplied."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self._upper = exact_zeros(width, width, device=device)
@@ -299,7 +281,7 @@ class GramSum:
             self._upper[rows, start:] += (x[:, rows].T @ x[:, start:]).to(self._upper.device)
 
     def mean(self, n_tokens: int) -> torch.Tensor:
-        """X^T X / T, the whole symmetric matrix (width, width) float64; it takes the sum's place, which is over."""
+        """X^T X / T, (width, width) float64; it takes the place of the sum."""
         result, width = self._upper, self._upper.shape[0]
         for start in range(0, width, _GRAM_TILE):
             tile = slice(start, start + _GRAM_TILE)
@@ -319,29 +301,8 @@ def damped_cholesky(gram: torch.Tensor, ridge: float) -> torch.Tensor:
         raise InputError("out of range", field="ridge", value=ridge, allowed="above 0")
     gram.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny))
     info = torch.empty((), dtype=torch.int32, device=gram.device)
-    # LAPACK's order of columns: of the other one it would make a copy, as large as H.
+    # LAPACK's order of columns: the other one would be copied, which is as large as H.
     torch.linalg.cholesky_ex(gram.mT, upper=True, out=(gram.mT, info))
     if int(info) != 0:
         raise InputError("the reconstruction cannot be solved; raise the ridge", field="ridge", value=ridge)
     return gram
-
-
-def solve_change(gram: torch.Tensor, missing: torch.Tensor, ridge: float) -> torch.Tensor:
-    """The change of the kept weights that best makes up for what is missing.
-
-    Delta = M^T (H_SS + lambda mean(diag H_SS) I)^-1 minimizes ||E - X_S Delta^T||^2 / T plus the ridge times
-    ||Delta||^2, E (T x d) being what the output lacks. At lambda = 0 it is ordinary least squares; a large lambda
-    leaves the kept weights alone, where shrinking the weights themselves would fade channels that are rarely active.
-
-    Args:
-        gram: H_SS, (n_kept, n_kept) float64; changed in place.
-        missing: M = X_S^T E / T, (n_kept, hidden_size) float64.
-        ridge: lambda > 0, relative to the mean of the diagonal.
-
-    Returns:
-        (hidden_size, n_kept) float64.
-
-    Raises:
-        InputError: `ridge` is not positive, or the system cannot be solved.
-    """
-    return torch.cholesky_solve(missing, damped_cholesky(gram, ridge)).T

@@ -1,26 +1,24 @@
-"""Parts that go whole: blocks, attentions and key-value groups. Which are there, and which the model misses least.
+"""Blocks, attentions and key-value groups: which can go, and which the model misses least.
 
-A part's worth is measured as mean KL(dense || without it), nats a token, on the start of every calibration window. The
-cheapest goes; then those that were cheapest alone are tried again, beside what is gone, until enough has gone. Of parts
-that are many, half of what is still to go goes at once. What goes is made up for by the weights that stay
-(cfsp/pruning/block_by_block.py).
+A part is judged by mean KL(dense || without it), nats per token, on the start of every calibration window. The cheapest
+goes; then the cheapest of the first round are tried again without it, until enough are gone. Of groups, which are many,
+half of what remains goes at once. What goes is repaired in cfsp/pruning/block_by_block.py.
 
-- Blocks: the first stays, as nothing before it could make up for it. down_proj of the block before those that go is
-  solved for what they added. ReplaceMe (arXiv 2505.02819) folds a linear map of the FFN's output into it; solved for
-  down_proj itself the change may be any matrix.
-- Attentions: a block without is x + ffn(norm(x)), with no place in the cache, and its own down_proj is solved anew.
-  Half of a large model's attentions add little (LLM-Drop, arXiv 2406.15786). The first block keeps its own, and so does
-  the first of each kind if some have sliding windows: runtimes read the text's length from the first block's keys.
-- Key-value groups: a key-value head with the query heads that read it. One stays in every block that attends, and its
-  o_proj is solved anew.
+- Blocks: the first stays, as nothing before it could make up for it. down_proj of the block before a gap is solved for
+  what the gap added; ReplaceMe (arXiv 2505.02819) folds a linear map of the FFN's output into it instead.
+- Attentions: such a block is x + ffn(norm(x)) and has no place in the cache (LLM-Drop, arXiv 2406.15786). The first
+  block keeps its own, and so does the first of each kind if some have sliding windows: runtimes read the text's length
+  from the first block's keys.
+- Groups: a key-value head with the query heads that read it. Every block that attends keeps one.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,24 +27,29 @@ from torch import nn
 from cfsp.errors import InputError
 from cfsp.models.architectures import attention_of, decoder_layers, model_shape, output_logits, spec_for
 from cfsp.models.block_pass import Calls, computing, enter_blocks, leave_blocks, run_layer
+from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
+from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.surgery import group_channels
 
+PROBE_TOKENS = 128
+"""Tokens of every window on which parts are judged. Of SmolLM2-135M, what one attention costs more than another differs
+by 0.02 nats from window to window, however long these are: more windows say more, longer ones do not."""
 _EVERY = 4
 """Logits are compared at every fourth position: the output matrix costs as much as many blocks."""
 _TRIED = 12
-"""Parts that are tried again once some are gone: the cheapest of the first round."""
+"""Parts of the first round that are tried again once some are gone: the cheapest."""
 
 
 @dataclass(frozen=True)
 class Removal:
-    """Which blocks lose a part, or go whole, and what that is worth.
+    """Which blocks go, or lose their attention.
 
     Attributes:
-        removed: Indices of the blocks in the dense model, ascending; of parts of them, as `Probe` numbers these.
-        losses: Per block of the dense model the divergence where its part alone is left out, nats a token; 0 where it
-            was not tried. Of attentions it counts the blocks that go as well.
-        loss: The same where all of `removed` are left out and nothing makes up for them.
+        removed: Their indices in the dense model, ascending.
+        losses: Per block the divergence without its part, nats per token; 0 if it was not tried. Of attentions it
+            includes the blocks that go.
+        loss: The divergence without all of `removed`, before any repair.
         tokens: Tokens of the windows that this was measured on.
     """
 
@@ -58,14 +61,10 @@ class Removal:
 
 @dataclass(frozen=True)
 class GroupRemoval:
-    """Which key-value groups stay, and what each is worth.
+    """Which key-value groups stay.
 
-    Attributes:
-        kept: Per block of the dense model the groups that stay, ascending; none where it goes or does not attend.
-        losses: Per block and group the divergence where it alone is left out, beside the blocks and attentions that
-            go, nats a token; 0 where it was not tried.
-        loss: The same where all that go are left out and nothing makes up for them.
-        tokens: Tokens of the windows that this was measured on.
+    `kept` are ascending per block of the dense model, none in a block that goes or does not attend; `losses` are per
+    block and group. The rest is as in `Removal`.
     """
 
     kept: tuple[tuple[int, ...], ...]
@@ -81,7 +80,7 @@ class GroupRemoval:
                 raise InputError("no groups of the block, ascending", field="kept", value=kept)
 
     def __str__(self) -> str:
-        """How many groups each block of the dense model keeps."""
+        """How many groups each block keeps."""
         return ", ".join(str(len(kept)) for kept in self.kept)
 
     @property
@@ -92,32 +91,21 @@ class GroupRemoval:
 
     @property
     def removed(self) -> tuple[int, int]:
-        """How many groups go, and of how many that the blocks have which keep their attention."""
+        """How many groups go, and of how many in the blocks that keep their attention."""
         total = sum(len(losses) for kept, losses in zip(self.kept, self.losses, strict=True) if kept)
         return total - sum(map(len, self.kept)), total
 
 
-def candidate_blocks(model: Any) -> list[int]:
-    """Blocks that may go: all but the first, and the first that attends, from which libraries tell a text's length."""
+def removable_blocks(model: Any) -> list[int]:
+    """All but the first, and the first that attends, from which libraries read the text's length."""
     if spec_for(model.config).blocks_stay:
         return []
     attending = [bool(attention_of(model, layer)) for layer in decoder_layers(model)]
     return [index for index in range(1, len(attending)) if index != attending.index(True)]
 
 
-def removable_blocks(model: Any, count: int) -> list[int]:
-    """Those of which so many may go; raises InputError if there are not so many."""
-    candidates = candidate_blocks(model)
-    if reason := spec_for(model.config).blocks_stay:
-        raise InputError(reason, field="blocks", value=count, allowed="0")
-    if not 0 < count <= len(candidates):
-        allowed = f"at most {len(candidates)}"
-        raise InputError("the first block stays", field="blocks", value=count, allowed=allowed)
-    return candidates
-
-
-def removable_attentions(model: Any, gone: frozenset[int]) -> list[int]:
-    """Blocks that can do without their attention: all that stay and have one, but the first of each kind."""
+def removable_attentions(model: Any, gone: Set[int] = frozenset()) -> list[int]:
+    """Blocks beside those `gone` whose attention can go: all but the first of each kind."""
     if spec_for(model.config).attentions_stay:
         return []
     layers = enumerate(decoder_layers(model))
@@ -127,25 +115,8 @@ def removable_attentions(model: Any, gone: frozenset[int]) -> list[int]:
     return [index for index in stay if index not in firsts.values()]
 
 
-def check_attentions(candidates: Sequence[int], count: int) -> None:
-    """Raise InputError if not so many of the candidates can go."""
-    if not 0 < count <= len(candidates):
-        allowed = f"at most {len(candidates)}"
-        raise InputError(
-            "the first block's attention stays", field="attentions", value=count, allowed=allowed
-        )
-
-
-def removable_groups(model: Any) -> list[int]:
-    """Groups of blocks that have several, numbered as a `Probe` does; none where one norm sees all heads."""
-    if spec_for(model.config).groups_stay:
-        return []
-    parts = model_shape(model).most_kv_groups
-    return [parts * index + g for index, n in enumerate(_group_counts(model)) if n > 1 for g in range(n)]
-
-
-def removable_count(model: Any, ratio: float, without: frozenset[int] = frozenset()) -> int:
-    """How many groups a share is of the attentions of all blocks but some.
+def removable_groups(model: Any, ratio: float, without: Set[int] = frozenset()) -> int:
+    """How many groups a share is, of the attentions of all blocks but some.
 
     Raises:
         InputError: It is none, or more than can go; or no group of such a model can go.
@@ -169,147 +140,167 @@ def _group_counts(model: Any) -> list[int]:
     return [block.kv_groups or 0 for block in model_shape(model).blocks]
 
 
-def plan_blocks(
-    model: Any, input_ids: torch.Tensor, count: int, *, progress: Progress = no_progress
-) -> Removal:
-    """Choose the blocks to remove, by windows (n_windows, seqlen) int64; InputError: more than can go."""
-    candidates = removable_blocks(model, count)
-    return Probe(model, input_ids, block_left_out).choose(candidates, count, progress=progress, what="blocks")
+def counted_removals(model: Any, settings: PruneSettings) -> PruneSettings:
+    """Settings with numbers of blocks and attentions in place of shares; attentions are of the blocks that stay.
 
-
-def plan_attentions(
-    model: Any,
-    input_ids: torch.Tensor,
-    count: int,
-    gone: frozenset[int] = frozenset(),
-    *,
-    progress: Progress = no_progress,
-) -> Removal:
-    """Choose the blocks that lose their attention, beside blocks that go; as `plan_blocks`."""
-    candidates = removable_attentions(model, gone)
-    check_attentions(candidates, count)
-    probe = Probe(model, input_ids, attention_left_out, gone)
-    return probe.choose(candidates, count, progress=progress, what="attentions")
-
-
-def plan_kv_groups(
-    model: Any,
-    input_ids: torch.Tensor,
-    ratio: float,
-    *,
-    gone: frozenset[int] = frozenset(),
-    silent: frozenset[int] = frozenset(),
-    progress: Progress = no_progress,
-) -> GroupRemoval:
-    """Choose the groups to remove, over all blocks that stay and keep their attention; as `plan_blocks`."""
-    parts, out = model_shape(model).most_kv_groups, gone | silent
-    count = removable_count(model, ratio, out)
-    candidates = [part for part in removable_groups(model) if part // parts not in out]
-    probe = Probe(model, input_ids, group_left_out, gone, silent, parts)
-    found = probe.choose(candidates, count, progress=progress, what="key-value groups")
-    counts = list(enumerate(_group_counts(model)))
-    kept = (
-        tuple(g for g in range(n) if index not in out and parts * index + g not in found.removed)
-        for index, n in counts
-    )
-    losses = (found.losses[parts * index : parts * index + n] for index, n in counts)
-    return GroupRemoval(tuple(kept), tuple(losses), found.loss, found.tokens)
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A model, and the text on which it is tried without a part.
-
-    Part p of block l has the number l * parts + p. Where blocks have several, each keeps one.
-
-    Attributes:
-        model: The dense model, in eval mode.
-        input_ids: Windows (n_windows, seqlen) int64.
-        leave_out: Context in which a block lacks the part of a number.
-        gone: Blocks that are left out whole besides.
-        silent: Blocks whose attention is left out besides.
-        parts: Most that a block has.
+    Raises:
+        InputError: The model has fewer, or cannot lose any. Of groups beside other cuts only `choose_removals` can
+            tell.
     """
+    spec, shape = spec_for(model.config), model_shape(model)
 
-    model: Any
-    input_ids: torch.Tensor
-    leave_out: Callable[[nn.Module, int], AbstractContextManager[None]]
-    gone: frozenset[int] = frozenset()
-    silent: frozenset[int] = frozenset()
-    parts: int = 1
+    def count(amount: float, of: int, field: str, reason: str | None, candidates: list[int]) -> int:
+        if not amount:
+            return 0
+        if amount >= 1 and amount != int(amount):
+            raise InputError("neither a number nor a share", field=field, value=amount)
+        count = int(amount) if amount >= 1 else round(amount * of)
+        if not count:
+            raise InputError(f"less than one of {of}", field=field, value=amount)
+        if reason:
+            raise InputError(reason, field=field, value=count, allowed="0")
+        _check_count(candidates, count, field)
+        return count
 
-    def choose(
-        self, candidates: Iterable[int], count: int, *, progress: Progress = no_progress, what: str
-    ) -> Removal:
-        """Choose the parts that go, a few at a time, each beside those that are gone; `what` is for `progress`."""
-        alone = losses = self._losses(sorted(candidates), ())
-        removed: list[int] = []
-        while True:
-            left = count - len(removed)
-            # One goes last, so that the loss of all is measured.
-            removed += self._cheapest(losses, alone.keys() - set(removed), left // 2 if self.parts > 1 else 1)
-            progress(f"choosing {what}", len(removed), count)
-            if len(removed) == count:
-                every = range(self.parts * len(decoder_layers(self.model)))
-                each = tuple(alone.get(part, 0.0) for part in every)
-                return Removal(tuple(sorted(removed)), each, losses[removed[-1]], self.input_ids.numel())
-            stay = alone.keys() - set(removed)
-            again = sorted(self._may_go(stay), key=lambda part: (alone[part], part))
-            tried = max(_TRIED, count - len(removed) if self.parts > 1 else 1)
-            losses = self._losses(again[:tried], removed)
+    total = len(shape.blocks)
+    blocks = count(settings.blocks, total, "blocks", spec.blocks_stay, removable_blocks(model))
+    attending = total - len(shape.without_attention) - blocks
+    left = removable_attentions(model)[: total - blocks - 1]
+    attentions = count(settings.attentions, attending, "attentions", spec.attentions_stay, left)
+    if settings.kv_groups and not (blocks or attentions):
+        removable_groups(model, settings.kv_groups)
+    return replace(settings, blocks=blocks, attentions=attentions)
 
-    def _cheapest(self, losses: Mapping[int, float], stay: Set[int], most: int) -> list[int]:
-        """At least one part, at most `most`, in the order of their losses; each may go once those before it have."""
-        going: list[int] = []
-        for part in sorted(losses, key=lambda part: (losses[part], part)):
-            if len(going) < max(most, 1) and part in self._may_go(stay - set(going)):
-                going.append(part)
-        return going
 
-    def _may_go(self, stay: Set[int]) -> list[int]:
-        """Those of the parts that stay which are not their block's last of several."""
-        count = Counter(part // self.parts for part in stay)
-        return [part for part in stay if self.parts == 1 or count[part // self.parts] > 1]
+def _check_count(candidates: Sequence[int], count: int, field: str) -> None:
+    if count > len(candidates):
+        first = "the first block stays" if field == "blocks" else "the first block's attention stays"
+        raise InputError(first, field=field, value=count, allowed=f"at most {len(candidates)}")
 
-    def _losses(self, candidates: Sequence[int], removed: Sequence[int]) -> dict[int, float]:
-        """The divergence for every candidate left out beside `removed`."""
-        layers, parts = decoder_layers(self.model), self.parts
-        sums = dict.fromkeys(candidates, 0.0)
+
+def choose_removals(
+    model: Any, input_ids: torch.Tensor, settings: PruneSettings, *, progress: Progress = no_progress
+) -> tuple[Removal | None, Removal | None, GroupRemoval | None]:
+    """Choose the blocks that go, the attentions beside them, and the groups beside both; None of what all stays.
+
+    Args:
+        model: The dense model, in eval mode.
+        input_ids: Calibration windows (nsamples, seqlen) int64.
+        settings: As `counted_removals` gives them.
+
+    Raises:
+        InputError: More than can go.
+    """
+    depth = attention = groups = None
+    ids, layers = input_ids[:, :PROBE_TOKENS], decoder_layers(model)
+    left_out: list[Callable[[], AbstractContextManager[None]]] = []
+
+    def leave_out(how: Callable[[Any], AbstractContextManager[None]], removal: Removal) -> frozenset[int]:
+        left_out.extend(partial(how, layers[index]) for index in removal.removed)
+        return frozenset(removal.removed)
+
+    gone = silent = frozenset[int]()
+    with products_in(settings.dtype, model.device.type):
+        if count := int(settings.blocks):
+            told = partial(progress, "choosing blocks")
+            depth = _choose(model, ids, removable_blocks(model), count, block_left_out, left_out, told)
+            gone = leave_out(block_left_out, depth)
+        if count := int(settings.attentions):
+            _check_count(candidates := removable_attentions(model, gone), count, "attentions")
+            told = partial(progress, "choosing attentions")
+            attention = _choose(model, ids, candidates, count, attention_left_out, left_out, told)
+            silent = leave_out(attention_left_out, attention)
+        if ratio := settings.kv_groups:
+            sizes, parts, out = (
+                list(enumerate(_group_counts(model))),
+                model_shape(model).most_kv_groups,
+                gone | silent,
+            )
+            count = removable_groups(model, ratio, out)
+            candidates = [parts * i + g for i, n in sizes for g in range(n) if n > 1 and i not in out]
+            told = partial(progress, "choosing key-value groups")
+            found = _choose(model, ids, candidates, count, group_left_out, left_out, told, parts)
+            kept = (
+                tuple(g for g in range(n) if i not in out and parts * i + g not in found.removed)
+                for i, n in sizes
+            )
+            losses = (found.losses[parts * i : parts * i + n] for i, n in sizes)
+            groups = GroupRemoval(tuple(kept), tuple(losses), found.loss, found.tokens)
+    return depth, attention, groups
+
+
+def _choose(
+    model: Any,
+    input_ids: torch.Tensor,
+    candidates: Sequence[int],
+    count: int,
+    leave_out: Callable[[Any, int], AbstractContextManager[None]],
+    left_out: Sequence[Callable[[], AbstractContextManager[None]]],
+    progress: Callable[[int, int], None],
+    parts: int = 1,
+) -> Removal:
+    """Choose `count` parts, a few at a time, each beside those that are gone and what is left out anyway.
+
+    Part p of block l has the number l * parts + p. Of several parts a block keeps one.
+    """
+    layers = decoder_layers(model)
+
+    def measured(tried: Sequence[int], removed: Sequence[int]) -> dict[int, float]:
+        """The divergence without each of `tried`, beside `removed`."""
+        sums = dict.fromkeys(tried, 0.0)
 
         def log_probabilities(calls: Calls, start: int, hidden: torch.Tensor) -> torch.Tensor:
             for index, layer in enumerate(layers[start:], start):
                 hidden = run_layer(layer, hidden, calls.of(index))
-            ending = leave_blocks(self.model, hidden[..., ::_EVERY, :])
-            return output_logits(self.model, ending).log_softmax(-1)
+            return output_logits(model, leave_blocks(model, hidden[..., ::_EVERY, :])).log_softmax(-1)
 
         with torch.inference_mode():
-            for window in torch.split(self.input_ids, 1):
-                (hidden,), calls = enter_blocks(self.model, layers, window)
+            for window in torch.split(input_ids, 1):
+                (hidden,), calls = enter_blocks(model, layers, window)
                 expected = log_probabilities(calls, 0, hidden)
                 with ExitStack() as stack:
-                    for index in self.gone:
-                        stack.enter_context(block_left_out(layers[index]))
-                    for index in self.silent:
-                        stack.enter_context(attention_left_out(layers[index]))
+                    for opened in left_out:
+                        stack.enter_context(opened())
                     for part in removed:
-                        stack.enter_context(self.leave_out(layers[part // parts], part % parts))
+                        stack.enter_context(leave_out(layers[part // parts], part % parts))
                     for index, layer in enumerate(layers):
                         for part in (part for part in sums if part // parts == index):
-                            with self.leave_out(layer, part % parts):
+                            with leave_out(layer, part % parts):
                                 without = run_layer(layer, hidden, calls.of(index))
                             actual = log_probabilities(calls, index + 1, without)
                             sums[part] += float((expected.exp() * (expected - actual)).sum(-1).mean())
                         hidden = run_layer(layer, hidden, calls.of(index))
-        return {part: max(total / len(self.input_ids), 0.0) for part, total in sums.items()}
+        return {part: max(total / len(input_ids), 0.0) for part, total in sums.items()}
+
+    def may_go(stay: Set[int]) -> list[int]:
+        of_block = Counter(part // parts for part in stay)
+        return [part for part in stay if parts == 1 or of_block[part // parts] > 1]
+
+    alone = losses = measured(sorted(candidates), ())
+    removed: list[int] = []
+    while True:
+        # The last goes by itself, so that the loss of all is measured.
+        left, stay = count - len(removed), alone.keys() - set(removed)
+        most, going = max(left // 2 if parts > 1 else 1, 1), list[int]()
+        for part in sorted(losses, key=lambda part: (losses[part], part)):
+            if len(going) < most and part in may_go(stay - set(going)):
+                going.append(part)
+        removed += going
+        progress(len(removed), count)
+        if len(removed) == count:
+            each = tuple(alone.get(part, 0.0) for part in range(parts * len(layers)))
+            return Removal(tuple(sorted(removed)), each, losses[removed[-1]], input_ids.numel())
+        again = sorted(may_go(stay - set(going)), key=lambda part: (alone[part], part))
+        losses = measured(again[: max(_TRIED, count - len(removed) if parts > 1 else 1)], removed)
 
 
 def block_left_out(layer: nn.Module, part: int = 0) -> AbstractContextManager[None]:
-    """A block, which is one part, hands on what it gets while the context is open."""
+    """A block returns its input while the context is open."""
     return computing([layer], lambda hidden_states, **arguments: hidden_states)
 
 
 def attention_left_out(layer: Any, part: int = 0) -> AbstractContextManager[None]:
-    """A block's attention, which is one part, adds nothing while the context is open."""
+    """A block's attention adds nothing while the context is open."""
     return computing(
         [layer.self_attn], lambda hidden_states, **arguments: (torch.zeros_like(hidden_states), None)
     )

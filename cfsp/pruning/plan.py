@@ -1,27 +1,26 @@
-"""What to prune, decided once and written down: the PruningPlan.
+"""What to prune, decided once and written down: fine scores, widths of the blocks, the PruningPlan.
 
-`make_plan` decides, `apply_plan` (block_by_block.py) changes the model. A plan ranks all channels of every block, so
-that it can be re-allocated to another ratio without another calibration (`at_ratio`).
+A plan ranks all channels of every block, so that it can be moved to another ratio without another calibration
+(`at_ratio`). `apply_plan` (block_by_block.py) changes the model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
 
-from cfsp.devices import CPU
+from cfsp.devices import CPU, exact
 from cfsp.errors import InputError
-from cfsp.models.architectures import decoder_layers, feed_forward, model_shape, spec_for
+from cfsp.models.architectures import FeedForward, decoder_layers, feed_forward, model_shape, spec_for
 from cfsp.models.families.row import MAX_SIZE
 from cfsp.models.offload import at_hand
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import rounding_dtype
-from cfsp.pruning.allocation import allocate_widths
 from cfsp.pruning.parts import GroupRemoval, Removal, removable_attentions
-from cfsp.pruning.scoring import score_channels
 from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import BlockStatistics
 from cfsp.pruning.vocabulary import VocabularyPlan
@@ -29,15 +28,110 @@ from cfsp.settings import check_settings
 from cfsp.text.calibration import Calibration
 from cfsp.validation import Seed, WhereSet
 
+_PAPER_SCALE = 128 * 1024 / 1e4
+"""The released code sums I_l over 128 x 1024 tokens and divides by 1e4; with the mean this factor remains."""
 
-@dataclass(frozen=True)
-class ScoreSummary:
-    """Scores of one block: extremes, median, and the share of their sum that the kept channels hold."""
 
-    minimum: float
-    median: float
-    maximum: float
-    kept_share: float
+def channel_scores(name: str, ffn: FeedForward, norm: torch.Tensor) -> torch.Tensor:
+    """How much each FFN channel of a block counts, (m,) float64; the highest are kept.
+
+    Channel i is row i of gate_proj (G) and up_proj (U), both (m, d), and column i of down_proj (D), (d, m).
+
+    - `cfsp` (eq. 8): S_i = (mean_j |D_ji| / sum_k |D_jk| + mean_j |G_ij| / sum_k |G_kj| + mean_j |U_ij| / sum_k |U_kj|)
+      ||X_i||, each weight relative to its peers across channels.
+    - `activation_norm`: ||X_i||, what the released code computes once its weight terms cancel (method 3).
+
+    Args:
+        name: One of them.
+        ffn: The block's.
+        norm: (m,) float64, root mean square over tokens of down_proj's input: it orders channels as ||X_i|| does.
+
+    Raises:
+        InputError: Scores are not finite.
+    """
+    scores = norm
+    if name == "cfsp":
+        with torch.no_grad():
+            down, gate, up = (exact(linear.weight.abs()) for linear in (ffn.down, ffn.gate, ffn.up))
+        tiny = torch.finfo(down.dtype).tiny
+        relative = (down / down.sum(1, keepdim=True).clamp_min(tiny)).mean(0)
+        for matrix in (gate, up):
+            relative = relative + (matrix / matrix.sum(0, keepdim=True).clamp_min(tiny)).mean(1)
+        scores = relative * norm
+    scores = exact(scores)
+    if not bool(torch.isfinite(scores).all()):
+        raise InputError(f"score {name} is not finite; weights or activations hold NaN or infinity")
+    return scores
+
+
+def cfsp_keep_ratios(importance: torch.Tensor, prune_ratio: float, strength: float) -> torch.Tensor:
+    """CFSP's coarse allocation (methods 1 and 2): each block's share of FFN channels, (num_hidden_layers,) float64.
+
+    s_l = sigmoid(a (128 * 1024 / 1e4) (I_l - mean I)),  keep_l = (1 - p) s_l / mean s, with I_l the mean over tokens, p
+    the `prune_ratio` and a the `strength`; a = 0 is uniform. If a block would keep all of its channels or more, all
+    deviations from the mean are shrunk by one factor, as in the released code.
+    """
+    centred = importance.double() - importance.double().mean()
+    s = torch.sigmoid(strength * _PAPER_SCALE * centred)
+    keep = 1 - prune_ratio
+    relative = s / s.mean()
+    if float(relative.max()) * keep >= 1 and float(relative.max()) > 1:
+        shrink = (1 / keep - 1) / (float(relative.max()) - 1) / 1.05
+        relative = 1 + (relative - 1) * shrink
+    return keep * relative
+
+
+def allocate_widths(
+    importance: torch.Tensor,
+    dense_widths: Sequence[int],
+    settings: PruneSettings,
+    gone: frozenset[int] = frozenset(),
+) -> tuple[int, ...]:
+    """Integer widths of all blocks, multiples of `align` whose sum is the nearest to the ratio; 0 in blocks that go.
+
+    Largest remainder: every block gets the whole units of `align` that it asks for, and the units left go one each to
+    the blocks that were cut most. A block keeps at least one unit and at most its dense width. The ratio is of the
+    blocks that stay; a ratio of 0 gives the dense widths.
+
+    Raises:
+        InputError: The alignment cannot meet the ratio, or `uniform_width` with blocks that differ.
+    """
+    if gone:
+        stay = [index for index in range(len(dense_widths)) if index not in gone]
+        found = allocate_widths(importance[stay], [dense_widths[index] for index in stay], settings)
+        widths = dict(zip(stay, found, strict=True))
+        return tuple(widths.get(index, 0) for index in range(len(dense_widths)))
+    ratio, align = settings.prune_ratio, settings.align
+    if ratio == 0:
+        return tuple(dense_widths)
+    if settings.uniform_width:
+        if len(set(dense_widths)) != 1:
+            raise InputError("one width for all blocks needs a model whose blocks are equally wide")
+        width = round((1 - ratio) * dense_widths[0] / align) * align
+        if not 0 < width <= dense_widths[0]:
+            raise InputError(
+                "no uniform width meets the ratio with this alignment", field="align", value=align
+            )
+        return (width,) * len(dense_widths)
+    keep = cfsp_keep_ratios(importance, ratio, settings.strength)
+    wanted = (keep * torch.tensor(dense_widths, dtype=torch.float64)).tolist()
+    units = round((1 - ratio) * sum(dense_widths) / align)
+    floors = [width // align for width in dense_widths]
+    if not len(floors) <= units <= sum(floors):
+        low, high = len(floors) * align / sum(dense_widths), sum(floors) * align / sum(dense_widths)
+        raise InputError(
+            f"the prune ratio cannot be met with widths that are multiples of {align}",
+            field="align",
+            value=align,
+            allowed=f"prune ratios from {1 - high:.4f} to {1 - low:.4f}, or a smaller alignment",
+        )
+    shares = [min(max(w / align, 1.0), float(f)) for w, f in zip(wanted, floors, strict=True)]
+    counts = [int(share) for share in shares]
+    while sum(counts) != units:
+        step = 1 if sum(counts) < units else -1
+        free = [i for i, c in enumerate(counts) if (c < floors[i] if step > 0 else c > 1)]
+        counts[max(free, key=lambda i: (step * (shares[i] - counts[i]), -i))] += step
+    return tuple(count * align for count in counts)
 
 
 @dataclass(frozen=True)
@@ -48,15 +142,11 @@ class BlockPlan:
         width: Number of channels kept; 0 in a block that goes.
         importance: Coarse importance of the block.
         ranking: All channel indices, best first; the first `width` are kept.
-        scores: Summary of the scores behind the ranking.
-        loss_curve: Empty; a predicted loss in plans of earlier versions.
     """
 
     width: int
     importance: float
     ranking: tuple[int, ...]
-    scores: ScoreSummary
-    loss_curve: tuple[float, ...] = ()
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -66,30 +156,26 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Which channels of which model are kept, and why.
+    """What of which model is kept, and why.
 
     Attributes:
         model_type: Row of the architecture table.
-        source: Model reference the plan was made for.
-        source_sha256: Hash of that model, where known.
-        calibration: References of the calibration text.
-        calibration_sha256: Hash of the calibration token ids.
-        calibration_tokens: Their number.
-        seed: Seed of calibration.
+        source: Model reference the plan was made for, and if known its hash.
+        calibration: References of the calibration text; then the hash and number of its token ids, and the seed.
         settings: How the plan was made.
         dense_widths: intermediate_size of each block before pruning.
         blocks: One entry a block.
-        vocabulary: Which tokens are kept; None where all are.
-        depth: Which whole blocks go; None where all stay.
-        attention: Which blocks lose their attention; None where none does.
-        kv_groups: Which key-value groups are kept; None where all of an attention that stays are.
-        silent_before: Blocks of the model it was made for that did not attend.
+        vocabulary: Which tokens are kept; None if all are.
+        depth: Which whole blocks go.
+        attention: Which blocks lose their attention.
+        kv_groups: Which key-value groups are kept.
+        silent_before: Blocks that had no attention before.
         device: Kind of device that computed it; None for the CPU.
-        warnings: What was asked for and has had no effect.
+        warnings: Settings that had no effect.
     """
 
     KIND: ClassVar[str] = "pruning_plan"
-    SCHEMA_VERSION: ClassVar[int] = 3
+    SCHEMA_VERSION: ClassVar[int] = 4
 
     model_type: str
     source: str
@@ -180,11 +266,7 @@ class PruningPlan:
         return ", ".join(words) or "nothing removed"
 
     def at_ratio(self, prune_ratio: float) -> PruningPlan:
-        """The same importances and rankings at another ratio; score summaries keep their first `kept_share`.
-
-        What was to be met does not hold any more. A plan that keeps every block has importances and rankings of few
-        windows (`cfsp.pruning.prune.TOLD_WINDOWS`).
-        """
+        """The same importances and rankings at another ratio."""
         settings = replace(self.settings, prune_ratio=prune_ratio)
         check_settings(settings)
         importance = torch.tensor([block.importance for block in self.blocks], dtype=torch.float64)
@@ -198,29 +280,23 @@ def make_plan(
     statistics: BlockStatistics,
     calibration: Calibration,
     settings: PruneSettings,
-    depth: Removal | None = None,
-    attention: Removal | None = None,
-    kv_groups: GroupRemoval | None = None,
+    removals: tuple[Removal | None, Removal | None, GroupRemoval | None] = (None, None, None),
 ) -> PruningPlan:
-    """Decide which channels every block keeps, beside blocks, attentions and groups that go; the model is not changed.
+    """Decide which channels every block keeps, beside what `choose_removals` found; the model is not changed.
 
     Raises:
-        InputError: An unknown name or a value out of range in the settings.
+        InputError: Settings that cannot be used, or an alignment that cannot meet the ratio.
     """
     check_settings(settings)
-    model = loaded.model
-    importance = statistics.importance
+    model, importance, (depth, attention, kv_groups) = loaded.model, statistics.importance, removals
     dense_widths, gone = model_shape(model).ffn_widths, frozenset(depth.removed if depth else ())
     widths = allocate_widths(importance, dense_widths, settings, gone)
     blocks = []
     for index, (layer, width) in enumerate(zip(decoder_layers(model), widths, strict=True)):
         with at_hand(layer):
-            scores = score_channels(settings.score, feed_forward(model, layer), statistics.norms[index])
-        order = torch.argsort(scores, descending=True, stable=True)
-        total = float(scores.sum())
-        share = float(scores[order[:width]].sum()) / total if total > 0 else 1.0
-        summary = ScoreSummary(float(scores.min()), float(scores.median()), float(scores.max()), share)
-        blocks.append(BlockPlan(width, float(importance[index]), tuple(order.tolist()), summary))
+            scores = channel_scores(settings.score, feed_forward(model, layer), statistics.norms[index])
+        ranking = torch.argsort(scores, descending=True, stable=True)
+        blocks.append(BlockPlan(width, float(importance[index]), tuple(ranking.tolist())))
     rounding = rounding_dtype(settings.dtype, model.device.type)
     return PruningPlan(
         model_type=spec_for(model.config).model_type,

@@ -1,4 +1,4 @@
-"""How to prune: settings that name rows of the tables of scores and allocations."""
+"""How to prune."""
 
 from __future__ import annotations
 
@@ -12,36 +12,23 @@ from cfsp.settings import Reads, Setting, Settings, setting
 from cfsp.validation import WhereSet
 
 ALIGN = Setting("Widths are multiples of this.", ge=1)
-DEFAULT_ALIGN = 32
+SCORES = ("activation_norm", "cfsp")
 RECONSTRUCTIONS = ("none", "block-by-block")
 
 
-def parse_amount(text: str, field: str) -> int | float:
-    """A number of parts, or a share of them below 1.
-
-    Raises:
-        InputError: Neither.
-    """
-    with suppress(ValueError):
-        return int(text)
-    with suppress(ValueError):
-        share = float(text)
-        if 0 < share < 1:
-            return share
-    raise InputError("neither a number nor a share", field=field, value=text, allowed="such as 2, or 0.1")
-
-
 def _amount(what: str) -> Any:
-    """The setting of how many parts go."""
-    return setting(
-        0,
-        f"{what}: how many, or a share below 1; 0 removes none.",
-        ge=0,
-        le=512,
-        parse=parse_amount,
-        metavar="N|SHARE",
-        shown="0",
-    )
+    """The setting of how many parts go: a number, or a share below 1."""
+
+    def parse(text: str, field: str) -> int | float:
+        with suppress(ValueError):
+            return int(text)
+        with suppress(ValueError):
+            if 0 < (share := float(text)) < 1:
+                return share
+        raise InputError("neither a number nor a share", field=field, value=text, allowed="such as 2, or 0.1")
+
+    text = f"{what}: how many, or a share below 1; 0 removes none."
+    return setting(0, text, ge=0, le=512, parse=parse, metavar="N|SHARE", shown="0")
 
 
 @dataclass(frozen=True)
@@ -54,22 +41,22 @@ class PruneSettings(Settings):
     prune_ratio: float = setting(
         0.2, "Share of FFN channels to remove (not of all parameters), 0 <= ratio < 1.", ge=0, lt=1
     )
-    allocation: str = setting(
-        "cfsp",
-        "Widths of the blocks: cfsp or uniform.",
-        choices="cfsp.pruning.allocation:ALLOCATIONS",
-        removed=dict.fromkeys(("loss", "mixed"), "cfsp"),
+    strength: float = setting(
+        1.0,
+        "CFSP's a, by which important blocks stay wider; 1 is the paper's, 0 gives every block the same share.",
+        ge=0,
+        le=1e6,
+        option="--coarse-strength",
     )
-    strength: float = setting(1.0, "CFSP's a; 1 is the paper's.", ge=0, le=1e6, option="--coarse-strength")
     score: str = setting(
         "cfsp",
         "Importance of a channel inside its block.",
-        choices="cfsp.pruning.scoring:SCORES",
+        choices=SCORES,
         removed=dict.fromkeys(
             ("taylor", "fisher", "obs", "obs_loss", "wanda_sp", "flap", "magnitude"), "cfsp"
         ),
     )
-    align: int = setting(DEFAULT_ALIGN, ALIGN)
+    align: int = setting(32, ALIGN)
     uniform_width: bool = setting(False, "Give every block the same width.", option="--uniform")
     reconstruct: str = setting(
         "block-by-block",
@@ -108,16 +95,13 @@ class PruneSettings(Settings):
 
     @property
     def repairs(self) -> bool:
-        """Whether what is left is solved anew for what goes."""
+        """Whether what is left is solved anew."""
         return self.reconstruct != "none"
 
 
 READS: Reads = MappingProxyType(
     {
-        "strength": (
-            lambda asked: asked.allocation == "cfsp" and not asked.uniform_width,
-            "without the allocation cfsp, and widths of their own",
-        ),
+        "strength": (lambda asked: not asked.uniform_width, "with one width for all blocks"),
         "ridge": (lambda asked: asked.repairs, "without the reconstruction block-by-block"),
         "correction": (lambda asked: asked.repairs, "without the reconstruction block-by-block"),
     }

@@ -1,10 +1,9 @@
 """Rows of the output matrix that learn to spell what was removed.
 
 A model trained on a tokenizer's own segmentation has never read a removed token's parts side by side: " cath" and
-"edral" were always one token. So it expects neither the first part where it meant the token, nor the second after the
-first. Both follow from what is known without any training: how often each token stands in the text, the states h in
-which the dense model decides (the final norm's outputs), and its old rows. A kept row w_b changes by the d_b that
-minimizes
+"edral" were always one token. So it expects neither the first part in its place, nor the second after the first. Both
+follow without any training from how often each token stands in the text, the states h in which the dense model decides
+(the final norm's outputs), and its old rows. A kept row w_b changes by the d_b that minimizes
 
     sum over e of n_e (d_b . h_e - g_e)^2 + c n_b (E[(d_b . h)^2] + ridge mean(h^2) |d_b|^2)
 
@@ -21,10 +20,9 @@ often b has to be said anyway, so that what is common hardly moves; rows with no
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,13 +42,13 @@ _RIDGE = 0.01
 _SHARE = 0.8
 """a: text says more about what comes next than the beginnings do."""
 _MOST_FOLDED = 2.0
-"""Nats that a first part gains at the most."""
+"""Most nats that a first part gains."""
 _RARE = 0.01
-"""Times in the text up to which a removed token is not spelled: another language's, say."""
+"""Times in the text up to which a removed token, such as another language's, is not spelled."""
 _EVENTS = 512
-"""Events of a row, the most frequent ones."""
+"""Most events of a row, the frequent ones."""
 PREFIXES = 16384
-"""Beginnings of removed tokens that are tried, the most frequent ones."""
+"""Most beginnings of removed tokens that are tried, the frequent ones."""
 BEGINNINGS, _BEGINNING_TOKENS = 2, 16
 _STATE_TOKENS = 512
 RUN_TOKENS = 512
@@ -58,48 +56,10 @@ RUN_TOKENS = 512
 Prefix = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Spellings:
-    """What kept tokens have to say for removed ones.
-
-    Attributes:
-        expected: How often the text has every token, (tokens,) float64.
-        firsts: Kept id -> removed ids that it begins.
-        continuations: Kept id -> (parts before it, how often it follows them inside removed tokens).
-        stands: Parts -> how often they stand side by side at all.
-    """
-
-    expected: torch.Tensor
-    firsts: Mapping[int, Sequence[int]]
-    continuations: Mapping[int, Sequence[tuple[Prefix, float]]]
-    stands: Mapping[Prefix, float]
-
-
-@dataclass(frozen=True)
-class States:
-    """Where the dense model decides what comes next.
-
-    Attributes:
-        mean: m, (hidden_size,) float64.
-        square: E[h h^T], (hidden_size, hidden_size) float64.
-        places: Parts -> their row in what follows.
-        after: States after each beginning and the parts, (beginnings, prefixes, hidden_size) float64.
-        normalizers: Log of what the kept rows' softmax is divided by there, (beginnings, prefixes) float64.
-        cap: c, where logits are c tanh(z / c) of the output matrix's products z.
-    """
-
-    mean: torch.Tensor
-    square: torch.Tensor
-    places: Mapping[Prefix, int]
-    after: torch.Tensor
-    normalizers: torch.Tensor
-    cap: float | None = None
-
-
 def teach_spellings(
     loaded: LoadedModel, plan: VocabularyPlan, windows: torch.Tensor, *, progress: Progress = no_progress
 ) -> None:
-    """Change rows of the dense model's output matrix (and of the embedding where it is the same) in place.
+    """Change rows of the dense model's output matrix (and of a tied embedding) in place.
 
     A plan without counts changes nothing. Windows (n_windows, seqlen) are in the dense model's ids.
 
@@ -111,67 +71,67 @@ def teach_spellings(
     if len(plan.counts) != plan.dense_size:
         n_counts, wanted = len(plan.counts), str(plan.dense_size)
         raise InputError("not one count a row", field="vocabulary.counts", value=n_counts, allowed=wanted)
-    spellings = _spellings(loaded, plan)
-    if not spellings.firsts:
+    trees = token_trees(loaded.tokenizer)
+    expected = expected_counts(trees, np.asarray(plan.counts, dtype=np.float64), scripts_of(loaded.tokenizer))
+    kept, gone = set(plan.kept), set(trees.parts) - set(plan.kept)
+    firsts: dict[int, list[int]] = defaultdict(list)  # kept id -> removed ids that it begins
+    stands: dict[Prefix, float] = defaultdict(float)  # parts -> how often they stand side by side
+    follows: dict[tuple[int, Prefix], float] = defaultdict(
+        float
+    )  # (kept id, parts before it inside a removed token)
+    for index in kept:
+        stands[index,] += expected[index]
+    for index in sorted(index for index in gone if expected[index] > _RARE):
+        parts = spelled(index, gone, trees)
+        firsts[parts[0]].append(index)
+        for end in range(1, len(parts)):
+            follows[parts[end], tuple(parts[:end])] += expected[index]
+        for end in range(1, len(parts) + 1):
+            stands[tuple(parts[:end])] += expected[index]
+    if not firsts:
         return
-    states = _states(loaded.model, plan, windows, _prefixes(spellings), progress)
+    continued: dict[int, list[tuple[Prefix, float]]] = defaultdict(list)
+    often: dict[Prefix, float] = defaultdict(float)
+    for (row, prefix), n in follows.items():
+        continued[row].append((prefix, n))
+    for each in continued.values():
+        for prefix, n in each:
+            often[prefix] += n
+    prefixes = sorted(sorted(often, key=lambda prefix: -often[prefix])[:PREFIXES], key=lambda p: (len(p), p))
+    states = _read_states(loaded.model, plan, windows, prefixes, progress)
+    places, cap = {prefix: place for place, prefix in enumerate(prefixes)}, logit_cap(loaded.model.config)
+    counts = torch.from_numpy(expected).to(exact_device(loaded.model.device))
     weight = loaded.model.get_output_embeddings().weight
-    expected = spellings.expected / spellings.expected.sum()
     with torch.no_grad():
         covariance = states.square - torch.outer(states.mean, states.mean)
-        mean_row = exact(weight[: len(expected)].T @ expected.to(weight))
+        mean_row = exact(weight[: len(counts)].T @ (counts / counts.sum()).to(weight))
         basis, axes = torch.linalg.eigh(states.square)
         penalty = basis.clamp_min(0) + _RIDGE * basis.mean()
-        rows = sorted(spellings.firsts.keys() | spellings.continuations.keys())
+        rows = sorted(firsts.keys() | continued.keys())
         for done, row in enumerate(rows, 1):
-            events = [
-                *_continuing(weight, row, spellings, states),
-                *_beginning(weight, row, spellings, states.mean, covariance, mean_row),
-            ]
+            # States (events, hidden_size), nats to gain and times in the text, (events,).
+            events: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+            if known := [(p, n) for p, n in continued.get(row, ()) if p in places]:
+                at = [places[prefix] for prefix, _ in known]
+                times = states.mean.new_tensor([n for _, n in known])
+                share = times / states.mean.new_tensor([stands[prefix] for prefix, _ in known])
+                h = states.after[:, at]
+                now = capped(h @ exact(weight[row]), cap) - states.normalizers[:, at]
+                gain = (_SHARE * (share.log() - now)).clamp_min(0)
+                events += [(one, its, times / len(h)) for one, its in zip(h, gain, strict=True)]
+            if begun := firsts.get(row):
+                theirs = exact(weight[torch.tensor(begun)])
+                h = states.mean + (theirs - mean_row) @ covariance
+                folded = F.softplus((h * (theirs - exact(weight[row]))).sum(dim=1))
+                events.append((h, folded.clamp_max(_MOST_FOLDED), counts[torch.tensor(begun)]))
             if events:
                 h, gain, times = (torch.cat(each) for each in zip(*events, strict=True))
                 most = times.topk(min(len(times), _EVENTS)).indices
-                often = _CAUTION * max(float(spellings.expected[row]), 1.0)
-                change = _least_squares(h[most] @ axes, gain[most], times[most], often * penalty)
+                often_said = _CAUTION * max(float(counts[row]), 1.0)
+                change = _least_squares(h[most] @ axes, gain[most], times[most], often_said * penalty)
                 weight[row] += (axes @ change).to(weight)
             if done % 256 == 0 or done == len(rows):
                 progress("teaching spellings", done, len(rows))
-
-
-_Events = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""States (events, hidden_size), nats to gain and times in the text, (events,); float64."""
-
-
-def _continuing(weight: torch.Tensor, row: int, spellings: Spellings, states: States) -> list[_Events]:
-    """Where a row has to continue removed tokens."""
-    known = [(p, n) for p, n in spellings.continuations.get(row, ()) if p in states.places]
-    if not known:
-        return []
-    places = [states.places[prefix] for prefix, _ in known]
-    times = states.mean.new_tensor([n for _, n in known])
-    share = times / states.mean.new_tensor([spellings.stands[prefix] for prefix, _ in known])
-    h = states.after[:, places]
-    now = capped(h @ exact(weight[row]), states.cap) - states.normalizers[:, places]
-    gain = (_SHARE * (share.log() - now)).clamp_min(0)
-    return [(one, its_gain, times / len(h)) for one, its_gain in zip(h, gain, strict=True)]
-
-
-def _beginning(
-    weight: torch.Tensor,
-    row: int,
-    spellings: Spellings,
-    mean: torch.Tensor,
-    covariance: torch.Tensor,
-    mean_row: torch.Tensor,
-) -> list[_Events]:
-    """Where a row has to begin removed tokens."""
-    begun = spellings.firsts.get(row)
-    if not begun:
-        return []
-    theirs = exact(weight[torch.tensor(begun)])
-    h = mean + (theirs - mean_row) @ covariance
-    folded = F.softplus((h * (theirs - exact(weight[row]))).sum(dim=1))
-    return [(h, folded.clamp_max(_MOST_FOLDED), spellings.expected[torch.tensor(begun)])]
 
 
 def _least_squares(
@@ -183,44 +143,25 @@ def _least_squares(
     return result
 
 
-def _spellings(loaded: LoadedModel, plan: VocabularyPlan) -> Spellings:
-    trees = token_trees(loaded.tokenizer)
-    counted = np.asarray(plan.counts, dtype=np.float64)
-    expected = expected_counts(trees, counted, scripts_of(loaded.tokenizer))
-    kept = set(plan.kept)
-    gone = set(trees.parts) - kept
-    common = sorted(index for index in gone if expected[index] > _RARE)
-    firsts: dict[int, list[int]] = defaultdict(list)
-    stands: dict[Prefix, float] = defaultdict(float)
-    follows: dict[tuple[int, Prefix], float] = defaultdict(float)
-    for index in kept:
-        stands[index,] += expected[index]
-    for index in common:
-        parts = spelled(index, gone, trees)
-        firsts[parts[0]].append(index)
-        for end in range(1, len(parts)):
-            follows[parts[end], tuple(parts[:end])] += expected[index]
-        for end in range(1, len(parts) + 1):
-            stands[tuple(parts[:end])] += expected[index]
-    continuations: dict[int, list[tuple[Prefix, float]]] = defaultdict(list)
-    for (row, prefix), times in follows.items():
-        continuations[row].append((prefix, times))
-    counts = torch.from_numpy(expected).to(exact_device(loaded.model.device))
-    return Spellings(counts, firsts, continuations, stands)
+class _States(NamedTuple):
+    """Where the dense model decides what comes next, float64.
+
+    Attributes:
+        mean: m, (hidden_size,).
+        square: E[h h^T], (hidden_size, hidden_size).
+        after: States after each beginning and prefix, (beginnings, prefixes, hidden_size).
+        normalizers: Log of the kept rows' softmax denominator there, (beginnings, prefixes).
+    """
+
+    mean: torch.Tensor
+    square: torch.Tensor
+    after: torch.Tensor
+    normalizers: torch.Tensor
 
 
-def _prefixes(spellings: Spellings) -> list[Prefix]:
-    """The most frequent beginnings of removed tokens, the short ones first."""
-    often: dict[Prefix, float] = defaultdict(float)
-    for continued in spellings.continuations.values():
-        for prefix, times in continued:
-            often[prefix] += times
-    return sorted(sorted(often, key=lambda prefix: -often[prefix])[:PREFIXES], key=lambda p: (len(p), p))
-
-
-def _states(
+def _read_states(
     model: Any, plan: VocabularyPlan, windows: torch.Tensor, prefixes: Sequence[Prefix], progress: Progress
-) -> States:
+) -> _States:
     """Run the dense model over windows, and over every prefix after the beginnings of some."""
     decoder, width, cap = model.get_decoder(), model.config.hidden_size, logit_cap(model.config)
     last_states = _last_states_apart if spec_for(model.config).sees_neighbours else _last_states
@@ -242,8 +183,7 @@ def _states(
             progress("reading spellings", done, len(beginnings))
         shape = (len(beginnings), len(prefixes))
         states, lse = torch.cat(after).view(*shape, width), torch.cat(normalizers).view(shape)
-    places = {prefix: place for place, prefix in enumerate(prefixes)}
-    return States(total / tokens, square / tokens, places, states, lse, cap)
+    return _States(total / tokens, square / tokens, states, lse)
 
 
 def _runs(prefixes: Sequence[Prefix]) -> Iterator[Sequence[Prefix]]:
@@ -279,7 +219,7 @@ def _last_states(decoder: Any, beginning: Sequence[int], prefixes: Sequence[Pref
 
 
 def _last_states_apart(decoder: Any, beginning: Sequence[int], prefixes: Sequence[Prefix]) -> torch.Tensor:
-    """The same with a row for each prefix: rows that are as long are run together."""
+    """The same with a row for each prefix, for models that see their neighbours; equally long rows run together."""
     by_length: dict[int, list[int]] = defaultdict(list)
     for place, prefix in enumerate(prefixes):
         by_length[len(prefix)].append(place)

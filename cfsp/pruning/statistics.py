@@ -1,17 +1,16 @@
-"""Coarse scores, and what fine ones read: one forward pass over the calibration windows, block by block.
+"""What calibration reads of a model: coarse scores of blocks, norms of channels, squares of every Linear's inputs.
 
-A block is run over all windows before the next one is touched, so that memory holds the hidden states of one depth
+A block is run over all windows before the next one, so that memory holds the hidden states of one depth
 (nsamples x seqlen x hidden_size) and the sums of one block. Notation: block l, tokens t = 1..T, h_in and h_out the
 block's input and output (T x hidden_size), X (T x intermediate_size) the input of down_proj.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,74 +20,52 @@ from torch.utils.hooks import RemovableHandle
 from cfsp.devices import CPU, exact, exact_sum, exact_zeros
 from cfsp.errors import InputError
 from cfsp.models.architectures import block_linears, decoder_layers, feed_forward
-from cfsp.models.block_pass import Calls, StoredStates, enter_blocks, run_layer, run_windows
+from cfsp.models.block_pass import StoredStates, enter_blocks, run_layer, run_windows
 from cfsp.models.offload import at_hand, may_keep_states
 from cfsp.progress import Progress, no_progress
 
-
-@dataclass(frozen=True)
-class DenseStream:
-    """What every block gives, kept for whoever would run the model over the same windows once more.
-
-    Attributes:
-        windows: (nsamples, seqlen) int64, those of this process.
-        states: Of every depth but 0.
-    """
-
-    windows: torch.Tensor
-    states: StoredStates
+MOMENT_WINDOWS = 16
+"""Windows behind the activation moments that quantizers use; more does not change what they choose."""
 
 
-@dataclass(frozen=True)
-class BlockStatistics:
+class BlockStatistics(NamedTuple):
     """What one pass knows about every block.
 
     Attributes:
         importance: I_l, (num_hidden_layers,) float64.
         norms: ||X_i|| / sqrt(T) of every block, (intermediate_size,) float64 each.
         n_tokens: T.
-        stream: What every block gives, where that was asked for and could be kept.
+        states: What every block gives, if that was asked for and could be kept.
     """
 
     importance: torch.Tensor
     norms: tuple[torch.Tensor, ...]
     n_tokens: int
-    stream: DenseStream | None = None
-
-    def stream_of(self, windows: torch.Tensor) -> StoredStates | None:
-        """What every block gives for some windows, those of this process; None where that was not kept."""
-        stream = self.stream
-        return stream.states if stream is not None and torch.equal(windows, stream.windows) else None
-
-
-def angular_distance(h_in: torch.Tensor, h_out: torch.Tensor) -> torch.Tensor:
-    """arccos(cos(h_in, h_out)) / pi of every token (method 1); rounding can push a cosine past 1, to NaN's arccos."""
-    return F.cosine_similarity(h_in.float(), h_out.float(), dim=-1).clamp(-1, 1).arccos() / torch.pi
+    states: StoredStates | None = None
 
 
 def collect_statistics(
-    model: Any,
-    input_ids: torch.Tensor,
-    *,
-    with_stream: bool = False,
-    progress: Progress = no_progress,
+    model: Any, input_ids: torch.Tensor, *, keep_states: bool = False, progress: Progress = no_progress
 ) -> BlockStatistics:
-    """Run the calibration windows through every block once.
+    """Run calibration windows (nsamples, seqlen) int64 through every block once.
 
-    Args:
-        model: In eval mode; unchanged.
-        input_ids: (nsamples, seqlen) int64.
-        with_stream: Whether to keep what every block gives, in files, where these leave room for others.
+    I_l is the mean over tokens of arccos(cos(h_in, h_out)) / pi (method 1). The model is in eval mode, and unchanged.
+    `keep_states` spares the repair a pass: what every block gives is kept in files, if these leave room for others.
 
     Raises:
-        InputError: An activation is not finite.
+        InputError: An activation is not finite, or the disk is full.
     """
     importance, norms = [], []
     n_tokens = input_ids.numel()
     layers = decoder_layers(model)
     with torch.inference_mode():
         hidden, calls = enter_blocks(model, layers, input_ids)
-        stream = _stream(model, input_ids, hidden, calls) if with_stream else None
+        states = None
+        # A GPU computes states sooner than a disk gives them. What blocks leave for later ones is not in them.
+        if keep_states and model.device == CPU and not calls.shared:
+            n_bytes = len(layers) * sum(state.nbytes for state in hidden)
+            n_weights = sum(parameter.numel() for parameter in model.parameters())
+            states = StoredStates() if may_keep_states(n_bytes, n_weights) else None
         for index, layer in enumerate(layers):
             ffn, distance = feed_forward(model, layer), 0.0
             squares = exact_zeros(ffn.width, device=model.device)
@@ -99,42 +76,21 @@ def collect_statistics(
             with at_hand(layer), input_hook(ffn.down, add):
                 for window, h_in in enumerate(hidden):
                     hidden[window] = run_layer(layer, h_in, calls.of(index, window))
-                    # Of several hidden states of a token the mean.
-                    of_tokens = angular_distance(h_in, hidden[window]).flatten(0, -2).mean(0)
-                    distance += float(exact_sum(of_tokens))
+                    cosine = F.cosine_similarity(h_in.float(), hidden[window].float(), dim=-1)
+                    # Rounding can push a cosine past 1. Of several hidden states of a token the mean counts.
+                    angles = cosine.clamp(-1, 1).arccos() / torch.pi
+                    distance += float(exact_sum(angles.flatten(0, -2).mean(0)))
             importance.append(distance / n_tokens)
             if not bool(torch.isfinite(squares).all()):
                 raise InputError(
                     f"activations of block {index} are not finite; check the weights and their dtype"
                 )
             norms.append((squares / n_tokens).sqrt())
-            if stream is not None:
-                try:
-                    stream.states.put(index + 1, hidden)
-                except InputError:  # the disk has become full: it is computed again then
-                    stream = None
+            if states is not None:
+                states.put(index + 1, hidden)
             progress("calibrating", index + 1, len(layers))
-    values = torch.tensor(importance, dtype=torch.float64)
-    return BlockStatistics(values, tuple(norms), n_tokens, stream=stream)
-
-
-def _stream(
-    model: Any, windows: torch.Tensor, hidden: Sequence[torch.Tensor], calls: Calls
-) -> DenseStream | None:
-    """To keep what blocks give in; None where computing it again is as good, or needed.
-
-    A GPU computes it sooner than a disk holds it. What blocks leave for later ones is not in hidden states.
-    """
-    n_bytes = len(decoder_layers(model)) * sum(state.nbytes for state in hidden)
-    n_weights = sum(parameter.numel() for parameter in model.parameters())
-    if model.device == CPU and not calls.shared and may_keep_states(n_bytes, n_weights):
-        with suppress(InputError):
-            return DenseStream(windows, StoredStates())
-    return None
-
-
-MOMENT_WINDOWS = 16
-"""Windows behind the activation moments that quantizers use; more does not change what they choose."""
+    found = torch.tensor(importance, dtype=torch.float64)
+    return BlockStatistics(found, tuple(norms), n_tokens, states)
 
 
 def moment_windows(input_ids: torch.Tensor) -> torch.Tensor:
@@ -143,7 +99,7 @@ def moment_windows(input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def spread_windows(input_ids: torch.Tensor, count: int | None) -> torch.Tensor:
-    """At most `count` of the windows, spread so that every source is among them; all where there is no count."""
+    """At most `count` of the windows (None: all), spread so that every source is among them."""
     if count is None:
         return input_ids
     step = max(1, len(input_ids) // count)
@@ -153,15 +109,14 @@ def spread_windows(input_ids: torch.Tensor, count: int | None) -> torch.Tensor:
 def collect_input_moments(
     model: Any, input_ids: torch.Tensor, *, progress: Progress = no_progress
 ) -> dict[str, torch.Tensor]:
-    """Mean squared input of every Linear inside the blocks: module name -> (in_features,) float32.
+    """Mean squared input of every Linear in the blocks: module name -> (in_features,) float32.
 
-    It is what llama.cpp calls an importance matrix; `input_ids` are (nsamples, seqlen) int64.
+    llama.cpp calls it an importance matrix; `input_ids` are (nsamples, seqlen) int64.
     """
     sums: dict[str, torch.Tensor] = {}
 
     def add(name: str, x: torch.Tensor) -> None:
-        x = x.detach().reshape(-1, x.shape[-1]).float()
-        total = sums_of_squares(x)
+        total = sums_of_squares(x.detach().reshape(-1, x.shape[-1]).float())
         sums[name] = sums[name] + total if name in sums else total
 
     layers, linears = decoder_layers(model), block_linears(model)
@@ -177,28 +132,25 @@ def collect_input_moments(
 
 
 def sums_of_squares(x: torch.Tensor) -> torch.Tensor:
-    """Of (tokens, channels) float32 each channel's sum over the tokens, (channels,) float64."""
+    """Each channel's sum over the tokens of (tokens, channels) float32, (channels,) float64."""
     channels = x.T.contiguous()
     return exact(torch.bmm(channels[:, None, :], channels[:, :, None]).flatten())
 
 
 def output_hook(linear: nn.Linear, receive: Callable[[torch.Tensor, torch.Tensor], None]) -> RemovableHandle:
-    """Hand a Linear's input and output to `receive` each time it has run,."""
+    """Hand a Linear's input and output to `receive` each time it has run."""
     return linear.register_forward_hook(lambda _, args, output: receive(args[0], output))
 
 
 def input_hook(module: nn.Module, receive: Callable[[torch.Tensor], None]) -> RemovableHandle:
-    """Hand a module's input to `receive` each time it runs,."""
+    """Hand a module's input to `receive` each time it runs."""
     return module.register_forward_pre_hook(lambda _, args: receive(args[0]))
 
 
 def gradient_hook(
     linear: nn.Linear, receive: Callable[[torch.Tensor, torch.Tensor], None]
 ) -> RemovableHandle:
-    """Hand a Linear's input and the gradient at its output, (tokens, features) float32, to `receive`.
-
-    Passes without gradients are not watched.
-    """
+    """Hand a Linear's input and the gradient at its output, (tokens, features) float32, to `receive`."""
 
     def watch(x: torch.Tensor, output: torch.Tensor) -> None:
         if not output.requires_grad:

@@ -23,10 +23,7 @@ from cfsp.pruning.vocabulary import cut_rows
 
 
 def cut_channels(ffn: FeedForward, kept: torch.Tensor, down_weight: torch.Tensor | None = None) -> None:
-    """Keep only some channels of a gated MLP, (n_kept,) ascending; the Linear layers stay the same objects.
-
-    `down_weight`, (hidden_size, n_kept), takes the place of the kept columns.
-    """
+    """Keep some channels of a gated MLP, (n_kept,) ascending, with `down_weight` (hidden_size, n_kept) if given."""
     for linear in (ffn.gate, ffn.up):
         _keep_outputs(linear, kept)
     _keep_inputs(ffn.down, kept, down_weight)
@@ -35,10 +32,7 @@ def cut_channels(ffn: FeedForward, kept: torch.Tensor, down_weight: torch.Tensor
 
 
 def cut_groups(attention: Any, groups: Sequence[int], o_weight: torch.Tensor | None = None) -> None:
-    """Keep only some key-value heads of an attention, ascending, with the query heads that read them.
-
-    `o_weight`, (hidden_size, n_kept), takes the place of the kept columns of o_proj.
-    """
+    """Keep some key-value heads, ascending, and their query heads, with `o_weight` (hidden_size, n_kept) if given."""
     inputs = group_channels(attention, attention.o_proj.in_features, groups)
     rows = group_channels(attention, attention.k_proj.out_features, groups)
     _keep_inputs(attention.o_proj, inputs, o_weight)
@@ -48,7 +42,7 @@ def cut_groups(attention: Any, groups: Sequence[int], o_weight: torch.Tensor | N
 
 
 def group_channels(attention: Any, size: int, groups: Sequence[int]) -> torch.Tensor:
-    """Which of `size` numbers, all groups' after another, are those of some groups: (n,) int64."""
+    """Which of the `size` channels of all groups, one after another, are those of some groups: (n,) int64."""
     count = attention.k_proj.out_features // attention.head_dim
     every = torch.arange(size, device=attention.k_proj.weight.device)
     return every.view(count, -1)[list(groups)].flatten()
@@ -79,7 +73,7 @@ def remove_blocks(model: Any, gone: frozenset[int]) -> None:
 
 
 def set_config_shape(model: Any) -> None:
-    """Record widths in the model's config that it can state; blocks that differ are the checkpoint's to describe."""
+    """Record widths in the model's config, if it can state them; the checkpoint describes blocks that differ."""
     settings, widths = model.config.to_dict(), model_shape(model).ffn_widths
     stated = width_settings(settings, widths) if widths else {}
     if stated_widths(settings | stated) == widths:
@@ -105,9 +99,9 @@ def _parameter(old: torch.Tensor, values: torch.Tensor) -> nn.Parameter:
 
 
 def cut_to_shape(model: Any, shape: ModelShape) -> None:
-    """Give a model a shape with less of anything, in place: the first of everything is kept.
+    """Give a model a smaller shape in place: the first of everything is kept, and what the shape leaves open.
 
-    The origin of each block of the shape says which of the model's it is; what the shape does not say stays.
+    The origin of each block of the shape says which of the model's it is.
     """
     known, layers = model_shape(model), decoder_layers(model)
     with torch.no_grad():

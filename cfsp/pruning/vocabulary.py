@@ -1,16 +1,15 @@
-"""The vocabulary as an axis of pruning: tokens that the text hardly has go, and what they said is spelled in others.
+"""The vocabulary as an axis of pruning: tokens that the text hardly has go, and are spelled in others.
 
-A token that is removed is read and written as its parts (`TokenTrees.parts`), so no text is lost; it costs more tokens,
-and tokens that the model has seldom seen where it needs them. No forward pass is needed. Removed are leaves of the
-token trees alone, so that all other tokens come about as before; the cheapest first, by
+A token that is removed is read and written as its parts (`TokenTrees.parts`): no text is lost, but it takes more
+tokens, which the model has seldom seen in that place. Only leaves of the token trees go, so that all other tokens come
+about as before; the cheapest first, by
 
     count(t) (split + max(0, sum of -ln p(part) over the parts + ln p(t)))        nats on the text counted
 
 where p are the shares that tokens have of the text in the dense model's segmentation, and `split` is what any split
-costs a model, however well known the parts are: it reads a word in a way in which it has not met it. A part that never
-stands alone is one that the model has hardly ever read; where its own parts say the same for less, these are meant, as
-it will be removed next. Of a script's tokens that the text does not have, those go first that merging learned last,
-which is how often the tokenizer's own training text had them.
+costs a model. A part that never stands alone is one that the model has hardly ever read; if its own parts say the same
+for less, these are meant, as it will be removed next. Of a script's tokens that the text does not have, those go first
+that merging learned last: so often did the tokenizer's own training text have them.
 """
 
 from __future__ import annotations
@@ -37,38 +36,31 @@ from cfsp.text.tokens import render_chat
 Counts = npt.NDArray[np.float64]
 """How often the text has every token, (tokens,)."""
 _SPLIT_NATS = 6.0
-"""What a split costs at the least; measured are 4 to 8 nats for each further token of a text."""
+"""What a split costs at least; measured are 4 to 8 nats for each further token of a text."""
 _SHORT, _SHORT_PRIOR = 5.0, 0.25
-"""Tokens of text for each token that there is, below which a text is short; what is expected of each beside it then."""
+"""A text of fewer tokens than this times the vocabulary is short: then so much is expected of each token beside it."""
 _UNSEEN = 3.0
-"""What is expected of tokens that the text does not have, over Good and Turing's estimate: other text is not quite of
-the same kind."""
+"""Factor on Good and Turing's estimate of unseen tokens: other text is not quite of the same kind."""
 _LEAST = 1e-6
-"""Share of all text that is expected of any script at the least: no token is worth nothing."""
+"""Least share of all text that is expected of a script: no token is worth nothing."""
 _ONCE = 1.5
-"""Of texts that are weighed to count alike, what is less was seen once."""
+"""What was seen less often was seen once: counts of texts that count alike are fractions."""
 _PRIOR_RANK = 1000.0
 """Zipf's law with an offset: the share of the token that merging learned as the r-th is as 1 / (r + this)."""
 _SHOWN = 8
-"""Scripts of more tokens than any others; these are told as one."""
+"""Scripts that are named, those of the most tokens; the rest are one."""
 _SPECIAL, _DIGITS, _SIGNS, _PARTS = "special", "digits", "signs and spaces", "parts of characters"
 _NAMES = {"CJK": "Han", "FULLWIDTH": "Latin", "MODIFIER": "Latin"}
-"""Where the first word of a character's name in Unicode is not its script."""
-_BINS = ((0, "not in the text"), (1, "below 10 times"), (10, "10 to 99 times"), (100, "100 times or more"))
+"""Scripts of characters whose Unicode name begins with another word."""
 _ID_SETTINGS = ("suppress_tokens", "begin_suppress_tokens")
 _CHAT = ({"role": "user", "content": " "}, {"role": "assistant", "content": " "})
 
 
 @dataclass(frozen=True)
 class TokenKind:
-    """Tokens of one kind.
+    """Tokens of one script, or of none: how many the dense model has, and how many stay.
 
-    Attributes:
-        name: Such as `Latin`, or `below 10 times`.
-        tokens: How many the dense model has.
-        kept: How many stay.
-        share: Of the counted text, as the dense model reads it.
-        kept_share: Of that text, what is still one token.
+    `share` is of the counted text, as the dense model reads it; `kept_share` is the part of it that is still one token.
     """
 
     name: str
@@ -84,13 +76,12 @@ class VocabularyPlan:
 
     Attributes:
         dense_size: Rows of the dense model's embedding.
-        kept: Ids of the kept tokens, ascending; their places are the new ids. Where more rows are kept than there are
-            tokens, then those of rows that none has.
+        kept: Ids of the kept tokens, ascending; their places are the new ids. If more rows are kept than there are
+            tokens, then also rows that no token has.
         sources: References of the text that was counted.
         counted_tokens: Tokens of that text, as the dense model reads it.
-        growth: Tokens after trimming to tokens before, on that text, each spelled by itself, as BPE does.
+        growth: Tokens after trimming to tokens before, on that text, each spelled by itself.
         by_script: What stays of every script.
-        by_count: What stays of rare and of common tokens.
         counts: How often the counted text has every token; what is left learns to spell the others by it.
     """
 
@@ -100,7 +91,6 @@ class VocabularyPlan:
     counted_tokens: int
     growth: float
     by_script: tuple[TokenKind, ...] = ()
-    by_count: tuple[TokenKind, ...] = ()
     counts: tuple[NonNegativeInt, ...] = ()
 
 
@@ -110,100 +100,80 @@ def plan_vocabulary(
     """Choose the tokens that a vocabulary of `size` keeps.
 
     Bytes, characters that bytes cannot stand for, added and special tokens, and all that the chat template writes are
-    kept, and what these are built of. Of rows that no token has, as many are kept as `size` is above the tokens.
-
-    Args:
-        loaded: The dense model.
-        counts: How often the text has every token.
-        size: Rows to keep.
-        sources: References of the text, for the record.
+    kept, and what these are built of. A `size` above the number of tokens keeps rows that no token has.
 
     Raises:
         InputError: More tokens than there are, or fewer than must be kept; a tokenizer that cannot be trimmed.
     """
     trees, tokenizer = token_trees(loaded.tokenizer), loaded.tokenizer
     rows, tokens = int(loaded.model.get_input_embeddings().weight.shape[0]), len(tokenizer)
-    removed, ids = token_order(loaded, counts), sorted(tokenizer.get_vocab().values())
+    scripts = scripts_of(tokenizer)
+    removed, ids = _removal_order(loaded, trees, counts, scripts), sorted(tokenizer.get_vocab().values())
     padding = range(max(ids) + 1, rows)
-    most = tokens + len(padding)
+    most, least = tokens + len(padding), tokens - len(removed)
     if not 0 < size <= most:
         raise InputError("out of range", field="vocabulary", value=size, allowed=f"1 to {most}")
-    if size < tokens - len(removed):
-        raise InputError(
-            "smaller than what has to stay: bytes, special tokens and what the chat template writes",
-            field="vocabulary",
-            value=size,
-            allowed=f"at least {tokens - len(removed)}",
-        )
+    if size < least:
+        why = "smaller than what has to stay: bytes, special tokens and what the chat template writes"
+        raise InputError(why, field="vocabulary", value=size, allowed=f"at least {least}")
     gone = set(removed[: max(0, tokens - size)])
     kept = (*(index for index in ids if index not in gone), *padding[: max(0, size - tokens)])
     before = float(counts.sum())
     after = float(
         sum(counts[index] * len(spelled(index, gone, trees)) for index in np.flatnonzero(counts).tolist())
     )
+    scripts |= dict.fromkeys(set(tokenizer.all_special_ids) & scripts.keys(), _SPECIAL)
+    plain = {_SPECIAL, _DIGITS, _SIGNS, _PARTS}
+    sizes = Counter(name for name in scripts.values() if name not in plain)
+    named = plain | {name for name, _ in sizes.most_common(_SHOWN)}
+    of_script: dict[str, list[int]] = {}
+    for index, name in scripts.items():
+        of_script.setdefault(name if name in named else "other", []).append(index)
+    kinds = []
+    for name, members in of_script.items():
+        left = [index for index in members if index not in gone]
+        shares = (
+            float(counts[chosen].sum()) / max(before, 1.0) if chosen else 0.0 for chosen in (members, left)
+        )
+        kinds.append(TokenKind(name, len(members), len(left), *shares))
     return VocabularyPlan(
         dense_size=rows,
         kept=kept,
         sources=tuple(sources),
         counted_tokens=int(before),
         growth=after / before if before else 1.0,
-        by_script=kinds_by_script(tokenizer, counts, kept),
-        by_count=kinds_by_count(ids, counts, kept),
+        by_script=tuple(sorted(kinds, key=lambda kind: (kind.name == "other", -kind.tokens))),
         counts=tuple(np.rint(counts).astype(int).tolist()),
     )
 
 
-def count_tokens(ids: Iterable[Sequence[int]], size: int) -> Counts:
-    """How often every token stands in texts of token ids."""
-    counts = np.zeros(size)
-    for text in ids:
-        counts += np.bincount(np.asarray(text, dtype=np.int64), minlength=size)[:size]
-    return counts
-
-
 def count_alike(texts: Sequence[Iterable[Sequence[int]]], size: int) -> Counts:
-    """How often every token stands in the texts, each of which counts as much as any other; the sum stays."""
-    counts = [count_tokens(text, size) for text in texts]
-    alike = sum(each.sum() for each in counts) / len(counts)
-    weighed = np.stack([each * (alike / max(each.sum(), 1.0)) for each in counts])
-    return np.asarray(weighed.sum(axis=0), dtype=np.float64)
-
-
-def required_tokens(loaded: LoadedModel) -> frozenset[int]:
-    """Tokens that something else than text names: the configuration's special ids, and the chat template's words."""
-    tokenizer = loaded.tokenizer
-    known = frozenset(tokenizer.get_vocab().values())
-    named = {index for config in _configs(loaded.model) for _, ids in _named_ids(config) for index in ids}
-    if tokenizer.chat_template:
-        for generate in (False, True):
-            text = render_chat(tokenizer, _CHAT, add_generation_prompt=generate)
-            named |= set(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return known & named
+    """How often every token stands in texts of token ids, each of which counts alike; the sum stays."""
+    counts = np.zeros((len(texts), size))
+    for row, text in zip(counts, texts, strict=True):
+        for ids in text:
+            row += np.bincount(np.asarray(ids, dtype=np.int64), minlength=size)[:size]
+    sums = counts.sum(axis=1, keepdims=True)
+    return np.asarray((counts * (sums.sum() / len(counts) / np.maximum(sums, 1.0))).sum(axis=0))
 
 
 def cut_vocabulary(loaded: LoadedModel, plan: VocabularyPlan) -> LoadedModel:
-    """Give the model the rows of the kept tokens alone, in place, and a tokenizer to match.
+    """Give the model only the rows of the kept tokens, in place, and a tokenizer to match.
 
     Raises:
         InputError: The plan was made for another vocabulary.
     """
-    model = loaded.model
-    if plan.dense_size != model.get_input_embeddings().weight.shape[0]:
-        raise InputError(
-            "the plan was made for another vocabulary",
-            field="vocabulary",
-            value=plan.dense_size,
-            allowed=str(model.get_input_embeddings().weight.shape[0]),
-        )
-    kept = torch.tensor(plan.kept)
+    model, rows = loaded.model, loaded.model.get_input_embeddings().weight.shape[0]
+    if plan.dense_size != rows:
+        why = "the plan was made for another vocabulary"
+        raise InputError(why, field="vocabulary", value=plan.dense_size, allowed=str(rows))
     tokenizer = trimmed_tokenizer(loaded.tokenizer, plan.kept)
-    cut_rows(model, kept)
+    cut_rows(model, torch.tensor(plan.kept))
     renumbered = {old: new for new, old in enumerate(plan.kept)}
-    for config in _configs(model):
-        for name, ids in list(_named_ids(config)):
-            new = [renumbered[index] for index in ids if index in renumbered]
-            alone = isinstance(getattr(config, name), int)
-            setattr(config, name, (new[0] if alone else new) if new else None)
+    for config, name, ids in list(_named_ids(model)):
+        new = [renumbered[index] for index in ids if index in renumbered]
+        alone = isinstance(getattr(config, name), int)
+        setattr(config, name, (new[0] if alone else new) if new else None)
     return replace(loaded, tokenizer=tokenizer)
 
 
@@ -233,30 +203,31 @@ def cut_rows(model: Any, kept: torch.Tensor) -> None:
         holder.vocab_size = len(kept)
 
 
-def _configs(model: Any) -> list[Any]:
-    generation = getattr(model, "generation_config", None)
-    return [model.config] if generation is None else [model.config, generation]
+def _named_ids(model: Any) -> Iterable[tuple[Any, str, list[int]]]:
+    """(configuration, setting, token ids) of all settings that name tokens."""
+    for config in filter(None, (model.config, getattr(model, "generation_config", None))):
+        for name, value in vars(config).items():
+            if name.endswith("_token_id") or name in _ID_SETTINGS:
+                ids = value if isinstance(value, list) else [value]
+                if ids and all(type(index) is int for index in ids):
+                    yield config, name, ids
 
 
-def _named_ids(config: Any) -> Iterable[tuple[str, list[int]]]:
-    """(setting, token ids) of all settings that name tokens."""
-    for name, value in vars(config).items():
-        if name.endswith("_token_id") or name in _ID_SETTINGS:
-            ids = value if isinstance(value, list) else [value]
-            if ids and all(type(index) is int for index in ids):
-                yield name, ids
-
-
-def token_order(loaded: LoadedModel, counts: Counts) -> list[int]:
+def _removal_order(
+    loaded: LoadedModel, trees: TokenTrees, counts: Counts, scripts: Mapping[int, str]
+) -> list[int]:
     """Ids of all tokens that may go, the cheapest first: one leaf of the token trees after the other.
 
-    Raises:
-        InputError: A tokenizer that cannot be trimmed.
+    Special ids of the configuration stay, and what the chat template writes.
     """
-    trees, required = token_trees(loaded.tokenizer), required_tokens(loaded)
-    expected = expected_counts(trees, counts, scripts_of(loaded.tokenizer))
+    tokenizer = loaded.tokenizer
+    required = {index for _, _, ids in _named_ids(loaded.model) for index in ids}
+    for generate in (False, True) if tokenizer.chat_template else ():
+        text = render_chat(tokenizer, _CHAT, add_generation_prompt=generate)
+        required |= set(tokenizer(text, add_special_tokens=False)["input_ids"])
+    expected = expected_counts(trees, counts, scripts)
     users = {part: len(of_part) for part, of_part in trees.built_on.items()}
-    # What a token says is what it said before any was removed; how often it is needed grows with its users' end.
+    # What a token says is what it said before any was removed; how often it is needed grows as its users go.
     needed = expected.copy()
     known = np.maximum(needed, 1e-9 * max(float(expected.sum()), 1.0))
     nats = -np.log(known / known.sum())
@@ -298,7 +269,7 @@ def expected_counts(trees: TokenTrees, counts: Counts, scripts: Mapping[int, str
 
     Tokens that a text does not have are in all about as frequent in other text of its kind as those that it has once
     (Good 1953, who names Turing): that many of each script's, so that English says nothing of Bengali. They go to its
-    tokens by their ranks. A short text says little even of that: there a part of a token is expected of each, by rank.
+    tokens by rank. A short text says little even of that: there a fraction of a token is expected of each, by rank.
     """
     prior = np.zeros(len(counts))
     of_script: dict[str, list[int]] = {}
@@ -316,40 +287,15 @@ def expected_counts(trees: TokenTrees, counts: Counts, scripts: Mapping[int, str
     return np.asarray(counts + prior, dtype=np.float64)
 
 
-def kinds_by_script(
-    tokenizer: Any, counts: npt.NDArray[np.float64], kept: Sequence[int]
-) -> tuple[TokenKind, ...]:
-    """By the script of a token's first letter, the largest first; tokens without letters are kinds of their own."""
-    special = set(tokenizer.all_special_ids)
-    scripts = {
-        index: _SPECIAL if index in special else script for index, script in scripts_of(tokenizer).items()
-    }
-    plain = {_SPECIAL, _DIGITS, _SIGNS, _PARTS}
-    sizes = Counter(name for name in scripts.values() if name not in plain)
-    common = plain | {name for name, _ in sizes.most_common(_SHOWN)}
-    named = {index: name if name in common else "other" for index, name in scripts.items()}
-    return tuple(sorted(_kinds(named, counts, kept), key=lambda kind: (kind.name == "other", -kind.tokens)))
-
-
-def kinds_by_count(
-    ids: Iterable[int], counts: npt.NDArray[np.float64], kept: Sequence[int]
-) -> tuple[TokenKind, ...]:
-    """By how often the text has them, the rarest first. Arguments as in `kinds_by_script`."""
-    lowest = np.array([low for low, _ in _BINS])
-    bins = {index: int(np.searchsorted(lowest, np.ceil(counts[index]), side="right")) - 1 for index in ids}
-    rarest_first = sorted(bins, key=lambda index: bins[index])
-    return tuple(_kinds({index: _BINS[bins[index]][1] for index in rarest_first}, counts, kept))
-
-
 def scripts_of(tokenizer: Any) -> dict[int, str]:
-    """The script of every token, in the order of their ids."""
+    """The script of every token's first letter by Unicode's names, else what it is made of, in the order of ids."""
     ids = sorted(tokenizer.get_vocab().values())
     words = tokenizer.batch_decode([[index] for index in ids], clean_up_tokenization_spaces=False)
     return {index: script_of(text) for index, text in zip(ids, words, strict=True)}
 
 
 def script_of(text: str) -> str:
-    """The script of its first letter, by Unicode's names; else what it is made of."""
+    """As `scripts_of`, of a token's text."""
     for character in text:
         if character.isalpha():
             first = unicodedata.name(character, "other").split()[0].partition("-")[0]
@@ -357,15 +303,3 @@ def script_of(text: str) -> str:
     if "\ufffd" in text:
         return _PARTS
     return _DIGITS if any(character.isdigit() for character in text) else _SIGNS
-
-
-def _kinds(names: Mapping[int, str], counts: npt.NDArray[np.float64], kept: Sequence[int]) -> list[TokenKind]:
-    """One of every name, in the order in which the names come."""
-    stay, total = set(kept), max(float(counts.sum()), 1.0)
-    kinds = []
-    for name in dict.fromkeys(names.values()):
-        ids = [index for index, other in names.items() if other == name]
-        left = [index for index in ids if index in stay]
-        shares = (float(counts[chosen].sum()) / total if chosen else 0.0 for chosen in (ids, left))
-        kinds.append(TokenKind(name, len(ids), len(left), *shares))
-    return kinds

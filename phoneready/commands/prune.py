@@ -123,7 +123,6 @@ def prune(
             windows=settings.nsamples,
             seqlen=settings.seqlen,
             only_plan=plan_only is not None,
-            has_plan=ready is not None,
         )
         check_room("prune", (model,), needs, output, device=device, kept=settings.kept, progress=progress)
         loaded = load_model(
@@ -145,7 +144,7 @@ def prune(
         )
         also: dict[str, Any] = {"counted": settings.vocabulary_text, "check": check, "progress": progress}
         if plan_only:
-            planned = plan_model(loaded, drawn, chosen, **also, only_plan=True).plan
+            _, _, planned, _ = plan_model(loaded, drawn, chosen, **also, only_plan=True)
         else:
             made = prune_model(loaded, drawn, chosen, plan=ready, **also)
             planned = made.plan

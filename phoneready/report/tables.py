@@ -195,7 +195,7 @@ def vocabulary_table(plan: PruningPlan) -> Table[Row] | None:
             f"{kind.share:.2%}",
             f"{kind.share - kind.kept_share:.3%}",
         )
-        for kind in (*plan.vocabulary.by_script, *plan.vocabulary.by_count)
+        for kind in plan.vocabulary.by_script
     ]
     return table_of_cells(("tokens", "dense", "kept", "of the text", "of it now in parts"), rows)
 

@@ -28,9 +28,16 @@ from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.block_by_block import apply_plan
+from cfsp.pruning.parts import choose_removals, counted_removals
 from cfsp.pruning.plan import PruningPlan, make_plan
-from cfsp.pruning.prune import Removals, check_removals, counts_of, prune_model, statistics_for, trim
-from cfsp.pruning.statistics import BlockStatistics, collect_input_moments, moment_windows, spread_windows
+from cfsp.pruning.prune import counts_of, prune_model, trim
+from cfsp.pruning.statistics import (
+    BlockStatistics,
+    collect_input_moments,
+    collect_statistics,
+    moment_windows,
+    spread_windows,
+)
 from cfsp.pruning.vocabulary import VocabularyPlan, plan_vocabulary
 from cfsp.reading import as_input_error
 from cfsp.records import read_record, write_record
@@ -93,7 +100,6 @@ class _Side:
 
     loaded: LoadedModel
     calibration: Calibration
-    removals: Removals
     statistics: BlockStatistics | None = None
 
 
@@ -208,7 +214,7 @@ class Evaluator:
                 allowed=f"up to {longest}",
             )
         for share in settings.groups:
-            check_removals(loaded.model, replace(self.subject.prune.settings(1), kv_groups=share))
+            counted_removals(loaded.model, replace(self.subject.prune.settings(1), kv_groups=share))
         if self.subject.recover is not None:
             check_seqlen(loaded, self.subject.recover.seqlen)
         # Without counts the tokens that merging learned first stay.
@@ -280,8 +286,7 @@ class Evaluator:
                 )
                 kept = self.vocabulary(vocabulary)
                 loaded, calibration = trim(twin, calibration, kept, settings, progress=self.progress)
-            removals = Removals(loaded.model, calibration, self.progress)
-            self._trimmed[vocabulary] = _Side(loaded, calibration, removals)
+            self._trimmed[vocabulary] = _Side(loaded, calibration)
         return self._trimmed[vocabulary]
 
     def plan(self, point: Point) -> PruningPlan:
@@ -295,13 +300,15 @@ class Evaluator:
         path = self.state / "plans" / f"{name}.json"
         if not path.is_file():
             side = self._side(point.vocabulary)
-            side.statistics = side.statistics or statistics_for(
-                side.loaded.model, side.calibration, settings, progress=self.progress
-            )
+            model, ids = side.loaded.model, side.calibration.input_ids
+            if side.statistics is None:
+                with products_in(settings.dtype, model.device.type):
+                    side.statistics = collect_statistics(
+                        model, ids, keep_states=settings.repairs, progress=self.progress
+                    )
             wanted = replace(settings, prune_ratio=0.0, vocabulary=point.vocabulary, kv_groups=point.groups)
-            made = make_plan(
-                side.loaded, side.statistics, side.calibration, wanted, *side.removals.of(wanted)
-            )
+            removals = choose_removals(model, ids, wanted, progress=self.progress)
+            made = make_plan(side.loaded, side.statistics, side.calibration, wanted, removals)
             write_record(path, replace(made, vocabulary=self.vocabulary(point.vocabulary)))
         if key not in self._plans:
             self._plans[key] = read_record(PruningPlan, path)
@@ -494,8 +501,8 @@ class Evaluator:
             loaded, plan, moments = made.loaded, made.plan, made.input_moments
         elif not point.is_dense:
             plan, loaded = self.plan(point), replace(loaded, model=copied(loaded.model))
-            ids, known = side.calibration.input_ids, side.statistics
-            apply_plan(loaded.model, plan, statistics=known, input_ids=ids, progress=self.progress)
+            ids, states = side.calibration.input_ids, side.statistics and side.statistics.states
+            apply_plan(loaded.model, plan, input_ids=ids, states=states, progress=self.progress)
         if moments is None:  # 4-bit types are rounded for these
             with products_in(self.subject.prune.dtype, loaded.model.device.type):
                 windows = moment_windows(side.calibration.input_ids)

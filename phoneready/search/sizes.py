@@ -19,7 +19,7 @@ from cfsp.models.offload import at_hand, copied
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.pruning.parts import Removal
-from cfsp.pruning.plan import BlockPlan, PruningPlan, ScoreSummary
+from cfsp.pruning.plan import BlockPlan, PruningPlan
 from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.surgery import cut_to_shape
 from cfsp.pruning.vocabulary import VocabularyPlan, cut_vocabulary
@@ -146,7 +146,7 @@ class Sizes:
 
 def _some_plan(model: Any) -> PruningPlan:
     """A plan by which a model is what it is, for what any plan adds to a file: its hash."""
-    scores, shape = ScoreSummary(0.0, 0.0, 0.0, 1.0), model_shape(model)
+    shape = model_shape(model)
     silent = tuple(block.origin for block in shape.blocks if not block.has_attention)
     return PruningPlan(
         model_type=model.config.model_type,
@@ -158,6 +158,6 @@ def _some_plan(model: Any) -> PruningPlan:
         seed=0,
         settings=PruneSettings(),
         dense_widths=shape.ffn_widths,
-        blocks=tuple(BlockPlan(width, 0.0, tuple(range(width)), scores) for width in shape.ffn_widths),
+        blocks=tuple(BlockPlan(width, 0.0, tuple(range(width))) for width in shape.ffn_widths),
         attention=Removal(silent, (), 0.0, 0) if silent else None,
     )

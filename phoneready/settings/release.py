@@ -51,6 +51,7 @@ GONE: Mapping[str, str] = MappingProxyType(
         "budgets.store": 'at_most with the limit itself, such as "1.5 GB"',
         "budgets.beside": "at_most with what is left of the limit",
         "bench.idle_s": "nothing: energy is metered while samples run",
+        "prune.allocation": "prune.strength = 0 for equal shares",
         "prune.coarse_metric": "the angular distance, which is the only one",
         "model.trust_remote_code": "nothing: no code of a model folder runs",
         "recover.optimizer": "AdamW, which is the only one",

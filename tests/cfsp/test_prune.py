@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from cfsp.errors import InputError, LimitError
 from cfsp.evaluation.divergence import divergence
 from cfsp.evaluation.perplexity import perplexity
 from cfsp.models.architectures import added_norms, decoder_layers, feed_forward, model_shape
-from cfsp.models.families import FAMILIES
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.block_by_block import _Columns, _Norm, apply_plan
 from cfsp.pruning.plan import PruningPlan
@@ -41,7 +38,7 @@ def calibration(model: Any, count: int = 6, seqlen: int = 32) -> Calibration:
     return Calibration(ids, ("random",), 5, "0" * 64)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", ["llama", "gemma4_text"])
 def test_ratio_zero_is_the_dense_model_bit_for_bit(tiny_model: Any, model_type: str) -> None:
     dense = loaded(tiny_model, model_type)
     before = {name: p.clone() for name, p in dense.model.state_dict().items()}
@@ -54,79 +51,30 @@ def test_ratio_zero_is_the_dense_model_bit_for_bit(tiny_model: Any, model_type: 
 def test_what_decides_nothing_is_told_of_few_windows(tiny_model: Any) -> None:
     dense = loaded(tiny_model)
     windows = calibration(dense.model, count=4 * TOLD_WINDOWS)
-    of = {
-        count: collect_statistics(dense.model, spread_windows(windows.input_ids, count))
-        for count in (TOLD_WINDOWS, 4 * TOLD_WINDOWS)
-    }
-    settings = PruneSettings(prune_ratio=0.0, dtype="float32")
-    plan = prune_model(dense, windows, settings).plan
+    few = collect_statistics(dense.model, spread_windows(windows.input_ids, TOLD_WINDOWS)).importance
+    plan = prune_model(dense, windows, PruneSettings(prune_ratio=0.0, dtype="float32")).plan
     told = torch.tensor([block.importance for block in plan.blocks], dtype=torch.float64)
-    few, all_of_them = (statistics.importance for statistics in of.values())
     assert torch.allclose(told, few)
-    assert not torch.allclose(told, all_of_them, rtol=1e-9)
+    assert not torch.allclose(told, collect_statistics(dense.model, windows.input_ids).importance, rtol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "settings", "overrides"),
-    [
-        ("llama", {}, {}),
-        ("llama", {"blocks": 1}, {}),
-        ("llama", {"prune_ratio": 0.0, "attentions": 2}, {}),
-        ("llama", {"kv_groups": 0.5}, {"num_key_value_heads": 4}),
-        ("gemma4_text", {}, {}),
-    ],
-)
-def test_what_the_dense_blocks_give_is_not_computed_twice(
-    tiny_model: Any, model_type: str, settings: dict[str, Any], overrides: dict[str, Any]
-) -> None:
-    asked = PruneSettings(**{"prune_ratio": 0.3, "align": 1, **settings})
-    dense = loaded(tiny_model, model_type, **overrides)
+@pytest.mark.parametrize("model_type", ["llama", "gemma4_text"])
+def test_what_the_dense_blocks_give_is_not_computed_twice(tiny_model: Any, model_type: str) -> None:
+    dense = loaded(tiny_model, model_type)
     data = calibration(dense.model)
-    _, _, statistics, plan = plan_model(dense, data, asked)
-    states, passes = {}, {}
-    for name, taken in {"kept": statistics, "again": replace(statistics, stream=None)}.items():
-        model, runs = copy.deepcopy(dense.model), []
-        watched = decoder_layers(model)[0].register_forward_hook(lambda *_, runs=runs: runs.append(1))
-        with watched:
-            apply_plan(model, plan, statistics=taken, input_ids=data.input_ids)
-        states[name], passes[name] = model.state_dict(), len(runs)
-    assert all(torch.equal(value, states["again"][name]) for name, value in states["kept"].items())
+    more: dict[str, Any] = {"blocks": 1, "kv_groups": 0.25} if model_type == "llama" else {}
+    _, _, plan, states = plan_model(dense, data, PruneSettings(prune_ratio=0.3, align=1, **more))
     # What blocks leave for later ones beside hidden states is not kept: there they are all run.
-    spared = 0 if FAMILIES[model_type].shared_keys else len(data.input_ids)
-    assert passes["kept"] == passes["again"] - spared
-
-
-def test_the_stream_of_other_windows_is_not_taken(tiny_model: Any) -> None:
-    dense = loaded(tiny_model)
-    data, others = calibration(dense.model), calibration(dense.model, count=5)
-    _, _, statistics, plan = plan_model(dense, others, PruneSettings(prune_ratio=0.3, align=1))
-    of_others, of_none = (copy.deepcopy(dense.model) for _ in range(2))
-    apply_plan(of_others, plan, statistics=statistics, input_ids=data.input_ids)
-    apply_plan(of_none, plan, input_ids=data.input_ids)
-    before = of_none.state_dict()
-    assert all(torch.equal(value, before[name]) for name, value in of_others.state_dict().items())
-
-
-def test_a_disk_that_becomes_full_only_costs_time(
-    tiny_model: Any, small_disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    disk = small_disk("4M")
-    settings = PruneSettings(prune_ratio=0.3, align=1)
-    whole, cramped = loaded(tiny_model), loaded(tiny_model)
-    data = calibration(whole.model)
-    prune_model(whole, data, settings)
-    monkeypatch.setenv("TMPDIR", str(disk))
-    stored = []
-
-    def fill(what: str, done: int, total: int) -> None:
-        stored.extend(file.name for file in disk.rglob("*.safetensors"))
-        with suppress(OSError), (disk / "other").open("wb") as file:
-            file.write(bytes(2**22))
-
-    prune_model(cramped, data, settings, progress=fill)
-    assert set(stored) == {"1.safetensors"}
-    before = whole.model.state_dict()
-    assert all(torch.equal(value, before[name]) for name, value in cramped.model.state_dict().items())
+    assert (states is None) == (model_type == "gemma4_text")
+    weights, passes = [], []
+    for kept in (states, None):
+        model, runs = copy.deepcopy(dense.model), list[int]()
+        with decoder_layers(model)[0].register_forward_hook(lambda *_, runs=runs: runs.append(1)):
+            apply_plan(model, plan, states=kept, input_ids=data.input_ids)
+        weights.append(model.state_dict())
+        passes.append(len(runs))
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert passes[0] == passes[1] - (0 if states is None else len(data.input_ids))
 
 
 def test_cutting_equals_zeroing_the_removed_channels(tiny_model: Any) -> None:
@@ -143,23 +91,13 @@ def test_cutting_equals_zeroing_the_removed_channels(tiny_model: Any) -> None:
     assert float(difference.abs().max()) < 1e-4
 
 
-@pytest.mark.parametrize(
-    ("model_type", "overrides"),
-    [
-        ("llama", {}),
-        ("gemma3_text", {}),
-        ("gemma4_text", {}),
-    ],
-)
-def test_reconstruction_keeps_the_model_closer_to_the_dense_one(
-    tiny_model: Any, model_type: str, overrides: dict[str, Any]
-) -> None:
-    kls = {}
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gemma4_text"])
+def test_reconstruction_keeps_the_model_closer_to_the_dense_one(tiny_model: Any, model_type: str) -> None:
+    kls, dense = {}, loaded(tiny_model, model_type)
+    data = calibration(dense.model, 32)
     for name in RECONSTRUCTIONS:
-        dense, pruned = (loaded(tiny_model, model_type, **overrides) for _ in range(2))
-        data = calibration(dense.model, 32)
-        settings = PruneSettings(prune_ratio=0.3, align=1, reconstruct=name)
-        prune_model(pruned, data, settings)
+        pruned = loaded(tiny_model, model_type)
+        prune_model(pruned, data, PruneSettings(prune_ratio=0.3, align=1, reconstruct=name))
         windows = TokenWindows(data.input_ids, "random", "")
         kls[name] = divergence(dense.model, pruned.model, windows).kl_mean
     assert kls["block-by-block"] < 0.9 * kls["none"]
@@ -170,7 +108,7 @@ def test_what_a_block_lacks_goes_back_through_the_norm_after_its_ffn(tiny_model:
     model, _ = tiny_model("gemma3_text")
     layer = decoder_layers(model)[0]
     down, module = feed_forward(model, layer).down, added_norms(model, layer)[1]
-    norm = _Norm.of(model, module)
+    norm = _Norm(model, module)
     generator = torch.Generator().manual_seed(3)
     x = (
         torch.randn(1, 600, down.in_features, generator=generator)
@@ -239,7 +177,7 @@ def test_dead_channels_go_first_and_cost_nothing(tiny_model: Any) -> None:
         before = dense.model(input_ids=ids).logits
     settings = PruneSettings(
         prune_ratio=len(dead) / width,
-        allocation="uniform",
+        strength=0.0,
         score="activation_norm",
         align=1,
         reconstruct="none",
@@ -266,15 +204,6 @@ def test_plan_survives_json_and_reapplies_at_other_ratios(tiny_model: Any, tmp_p
         assert torch.equal(value, fresh.model.state_dict()[name]), name
 
 
-def test_statistics_do_not_depend_on_the_number_of_tokens(tiny_model: Any) -> None:
-    dense = loaded(tiny_model)
-    ids = calibration(dense.model).input_ids
-    once = collect_statistics(dense.model, ids)
-    twice = collect_statistics(dense.model, torch.cat([ids, ids]))
-    torch.testing.assert_close(once.importance, twice.importance)
-    torch.testing.assert_close(once.norms[0], twice.norms[0])
-
-
 def test_plan_of_another_model_is_refused(tiny_model: Any) -> None:
     small, large = loaded(tiny_model), loaded(tiny_model, intermediate_size=256)
     plan = prune_model(small, calibration(small.model), PruneSettings(align=1)).plan
@@ -287,7 +216,7 @@ def test_plan_of_another_model_is_refused(tiny_model: Any) -> None:
     [
         ({"score": "flap"}, "score: removed.*flap.*allowed: cfsp"),
         ({"reconstruct": "one-pass"}, "reconstruct: removed.*allowed: block-by-block"),
-        ({"allocation": "fair"}, "allocation.*uniform"),
+        ({"score": "best"}, "score: unknown.*activation_norm"),
         ({"prune_ratio": 1.0}, "prune_ratio"),
         ({"strength": math.nan}, "strength"),
         ({"dtype": "float64"}, "dtype.*bfloat16"),

@@ -21,7 +21,7 @@ from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, feed_forward, model_shape
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.surgery import cut_channels
-from cfsp.pruning.vocabulary import count_tokens, cut_vocabulary, plan_vocabulary
+from cfsp.pruning.vocabulary import count_alike, cut_vocabulary, plan_vocabulary
 from cfsp.records import read_record
 from cfsp.recovery.adapter import add_adapter, importance_ranks, merge_adapter
 from cfsp.recovery.data import (
@@ -342,7 +342,7 @@ def test_distilling_a_model_from_itself_costs_nothing(tiny_model: TinyModel) -> 
 def trimmed_pair(tiny_model: TinyModel) -> tuple[LoadedModel, LoadedModel, Respelling]:
     """A dense model, one that lost all but 300 of its tokens, and how that spells."""
     dense, student = (LoadedModel(*tiny_model(), ModelSource("tiny", "folder", "tiny")) for _ in range(2))
-    counts = count_tokens([dense.tokenizer("The quick brown fox.")["input_ids"]], len(dense.tokenizer))
+    counts = count_alike([[dense.tokenizer("The quick brown fox.")["input_ids"]]], len(dense.tokenizer))
     student = cut_vocabulary(student, plan_vocabulary(student, counts, 300, sources=()))
     spelling = respelling_of(student, dense)
     assert spelling is not None

@@ -21,7 +21,7 @@ from cfsp.pruning.spelling import (
     _runs,
     teach_spellings,
 )
-from cfsp.pruning.vocabulary import VocabularyPlan, count_tokens, plan_vocabulary, spelled
+from cfsp.pruning.vocabulary import VocabularyPlan, count_alike, plan_vocabulary, spelled
 from cfsp.text.calibration import Calibration
 
 TEXT = "The quick brown fox jumps over the lazy dog. It's 12:30, and 7 wizards are boxing again; " * 8
@@ -39,7 +39,7 @@ def drawn(loaded: LoadedModel) -> torch.Tensor:
 
 
 def planned(loaded: LoadedModel) -> VocabularyPlan:
-    counts = count_tokens(drawn(loaded).tolist(), len(loaded.tokenizer))
+    counts = count_alike([drawn(loaded).tolist()], len(loaded.tokenizer))
     return plan_vocabulary(loaded, counts, 270, sources=())
 
 
@@ -60,36 +60,22 @@ def spelling_loss(loaded: LoadedModel, plan: VocabularyPlan, window: torch.Tenso
 
 
 def test_what_is_removed_is_spelled_more_readily(dense: LoadedModel) -> None:
-    plan, windows = planned(dense), drawn(dense)
-    before = spelling_loss(dense, plan, windows[0])
-    teach_spellings(dense, plan, windows)
-    assert spelling_loss(dense, plan, windows[0]) < before - 0.1
-
-
-def test_only_rows_that_spell_change(dense: LoadedModel) -> None:
-    plan, trees = planned(dense), token_trees(dense.tokenizer)
+    plan, windows, trees = planned(dense), drawn(dense), token_trees(dense.tokenizer)
     gone = set(trees.parts) - set(plan.kept)
+    before = spelling_loss(dense, plan, windows[0])
     head, embedding = dense.model.get_output_embeddings().weight, dense.model.get_input_embeddings().weight
     old, read = head.detach().clone(), embedding.detach().clone()
-    teach_spellings(dense, plan, drawn(dense))
+    teach_spellings(dense, replace(plan, counts=()), windows)
+    teach_spellings(dense, replace(plan, kept=tuple(range(plan.dense_size))), windows)
+    assert torch.equal(head, old), "nothing is known of the text, or nothing goes"
+    with pytest.raises(InputError, match=r"not one count a row.*383.*384"):
+        teach_spellings(dense, replace(plan, counts=plan.counts[1:]), windows)
+    teach_spellings(dense, plan, windows)
+    assert spelling_loss(dense, plan, windows[0]) < before - 0.1
     changed = {int(index) for index in (head != old).any(dim=1).nonzero()}
     assert changed
     assert changed <= {part for index in gone for part in spelled(index, gone, trees)}
     assert (embedding is head) or torch.equal(embedding, read)
-
-
-def test_plans_without_counts_and_whole_vocabularies_teach_nothing(dense: LoadedModel) -> None:
-    old = dense.model.get_output_embeddings().weight.detach().clone()
-    plan = planned(dense)
-    teach_spellings(dense, replace(plan, counts=()), drawn(dense))
-    teach_spellings(dense, replace(plan, kept=tuple(range(plan.dense_size))), drawn(dense))
-    assert torch.equal(dense.model.get_output_embeddings().weight, old)
-
-
-def test_counts_of_another_vocabulary_are_refused(dense: LoadedModel) -> None:
-    plan = planned(dense)
-    with pytest.raises(InputError, match=r"not one count a row.*383.*384"):
-        teach_spellings(dense, replace(plan, counts=plan.counts[1:]), drawn(dense))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gemma4_text", "lfm2"])
@@ -121,16 +107,13 @@ def test_least_squares_is_that_of_the_normal_equations() -> None:
     assert torch.allclose(_least_squares(h, gain, times, penalty), normal)
 
 
-def test_reconstruct_none_leaves_rows_as_they_are(tiny_model: Any) -> None:
-    rows = {}
+def test_reconstruct_none_leaves_rows_as_they_are(tiny_loaded: Any) -> None:
     for reconstruct in ("none", "block-by-block"):
-        model, tokenizer = tiny_model()
-        loaded = LoadedModel(model, tokenizer, ModelSource("tiny", "folder", "tiny"))
-        dense_rows, windows = model.get_output_embeddings().weight.detach().clone(), drawn(loaded)
-        calibration = Calibration(windows, ("text",), 0, "0" * 64)
+        loaded = tiny_loaded()
+        rows = loaded.model.get_output_embeddings().weight.detach().clone()
+        calibration = Calibration(drawn(loaded), ("text",), 0, "0" * 64)
         settings = PruneSettings(prune_ratio=0, vocabulary=270, reconstruct=reconstruct, align=1)
         result = prune_model(loaded, calibration, settings)
         assert result.plan.vocabulary is not None
-        kept = torch.tensor(result.plan.vocabulary.kept)
-        rows[reconstruct] = torch.equal(result.loaded.model.get_output_embeddings().weight, dense_rows[kept])
-    assert rows == {"none": True, "block-by-block": False}
+        left = result.loaded.model.get_output_embeddings().weight
+        assert torch.equal(left, rows[list(result.plan.vocabulary.kept)]) == (reconstruct == "none")

@@ -10,49 +10,54 @@ from cfsp.models.architectures import decoder_layers, feed_forward
 from cfsp.pruning.block_by_block import GramSum
 from cfsp.pruning.statistics import collect_input_moments, collect_statistics
 
+SLIDING = {
+    "layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2, "max_window_layers": 1,
+    "use_sliding_window": True, "sliding_window": 4,
+}  # fmt: skip
 
-def windows(model: Any, count: int = 5, seqlen: int = 24) -> torch.Tensor:
-    return torch.randint(
-        0, model.config.vocab_size, (count, seqlen), generator=torch.Generator().manual_seed(3)
-    )
+
+def windows(model: Any) -> torch.Tensor:
+    return torch.randint(0, model.config.vocab_size, (5, 24), generator=torch.Generator().manual_seed(3))
 
 
-def observed(model: Any, ids: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Inputs of every down_proj, and hidden states around every block, from the model's own forward pass."""
-    inputs: list[torch.Tensor] = []
-    hooks = [
-        feed_forward(model, layer).down.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-        for layer in decoder_layers(model)
-    ]
-    around: list[torch.Tensor] = []
+@pytest.mark.parametrize(
+    ("model_type", "overrides"), [("qwen2", SLIDING), ("gemma4_text", {}), ("qwen3_5_text", {})]
+)
+def test_block_by_block_equals_the_models_own_pass(
+    tiny_model: Any, model_type: str, overrides: dict[str, Any]
+) -> None:
+    model, _ = tiny_model(model_type, **overrides)
+    ids, inputs, around, hooks = windows(model), list[Any](), list[Any](), list[Any]()
     for layer in decoder_layers(model):
-        hooks.append(layer.register_forward_pre_hook(lambda _, args: around.append(args[0])))
-        hooks.append(
+        hooks += [
+            feed_forward(model, layer).down.register_forward_pre_hook(lambda _, a: inputs.append(a[0])),
+            layer.register_forward_pre_hook(lambda _, a: around.append(a[0])),
             layer.register_forward_hook(
                 lambda _, a, out: around.append(out[0] if isinstance(out, tuple) else out)
-            )
-        )
+            ),
+        ]
     with torch.inference_mode():
-        model(input_ids=ids, use_cache=False)
+        before = model(input_ids=ids, use_cache=False).logits
     for hook in hooks:
         hook.remove()
-    return inputs, around
-
-
-@pytest.mark.parametrize("model_type", ["qwen2", "gemma4_text", "qwen3_5_text"])
-def test_block_by_block_equals_the_models_own_pass(tiny_model: Any, model_type: str) -> None:
-    model, _ = tiny_model(model_type)
-    ids = windows(model)
-    inputs, around = observed(model, ids)
-    statistics = collect_statistics(model, ids)
+    statistics, twice = collect_statistics(model, ids), collect_statistics(model, torch.cat([ids, ids]))
     assert statistics.n_tokens == ids.numel()
+    torch.testing.assert_close(statistics.importance, twice.importance)
+    moments = collect_input_moments(model, ids)
     for index, x in enumerate(inputs):
-        x = x.reshape(-1, x.shape[-1]).double()
-        torch.testing.assert_close(statistics.norms[index], x.square().mean(0).sqrt(), rtol=1e-4, atol=1e-6)
+        squares = x.reshape(-1, x.shape[-1]).double().square().mean(0)
+        torch.testing.assert_close(statistics.norms[index], squares.sqrt(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(twice.norms[index], squares.sqrt(), rtol=1e-4, atol=1e-6)
+        name = f"model.layers.{index}.mlp.down_proj"
+        torch.testing.assert_close(moments[name].double(), squares, rtol=1e-4, atol=1e-6)
         h_in, h_out = around[2 * index].double(), around[2 * index + 1].double()
         cosine = torch.cosine_similarity(h_in, h_out, dim=-1).clamp(-1, 1)
         expected = float(cosine.arccos().mean() / torch.pi)
         assert float(statistics.importance[index]) == pytest.approx(expected, rel=1e-3)
+    if model_type == "qwen2":
+        assert len(moments) == 7 * len(decoder_layers(model))
+    with torch.inference_mode():
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
 
 
 def test_gram_of_a_width_above_one_tile() -> None:
@@ -64,31 +69,7 @@ def test_gram_of_a_width_above_one_tile() -> None:
     torch.testing.assert_close(gram.mean(len(x)), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_model_is_left_as_it_was(tiny_model: Any) -> None:
-    model, _ = tiny_model("llama")
-    ids = windows(model, 2)
-    with torch.inference_mode():
-        before = model(input_ids=ids).logits
-        collect_statistics(model, ids)
-        after = model(input_ids=ids).logits
-    assert torch.equal(before, after)
-    assert not any("forward" in layer.__dict__ for layer in decoder_layers(model))
-
-
-def test_sliding_window_layers_get_their_own_mask(tiny_model: Any) -> None:
-    layers = {"layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2}
-    model, _ = tiny_model("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1, **layers)
-    ids = windows(model)
-    inputs, _ = observed(model, ids)
-    statistics = collect_statistics(model, ids)
-    for index, x in enumerate(inputs):
-        flat = x.reshape(-1, x.shape[-1]).double()
-        torch.testing.assert_close(
-            statistics.norms[index], flat.square().mean(0).sqrt(), rtol=1e-4, atol=1e-6
-        )
-
-
-def test_identical_input_and_output_is_not_nan(tiny_model: Any) -> None:
+def test_identical_states_are_not_nan_and_infinite_activations_are_refused(tiny_model: Any) -> None:
     model, _ = tiny_model("llama")
     with torch.no_grad():
         for layer in decoder_layers(model):
@@ -97,20 +78,6 @@ def test_identical_input_and_output_is_not_nan(tiny_model: Any) -> None:
     importance = collect_statistics(model, windows(model)).importance
     assert bool(torch.isfinite(importance).all())
     assert float(importance.max()) < 1e-3
-
-
-def test_input_moments_cover_every_linear_of_the_blocks(tiny_model: Any) -> None:
-    model, _ = tiny_model("qwen2")
-    ids = windows(model)
-    inputs, _ = observed(model, ids)
-    moments = collect_input_moments(model, ids)
-    assert len(moments) == 7 * len(decoder_layers(model))
-    expected = inputs[1].reshape(-1, inputs[1].shape[-1]).square().mean(0)
-    torch.testing.assert_close(moments["model.layers.1.mlp.down_proj"], expected, rtol=1e-4, atol=1e-6)
-
-
-def test_infinite_activations_are_refused(tiny_model: Any) -> None:
-    model, _ = tiny_model("llama")
     with torch.no_grad():
         feed_forward(model, decoder_layers(model)[1]).up.weight[0, 0] = float("inf")
     with pytest.raises(InputError, match="block 1 are not finite"):

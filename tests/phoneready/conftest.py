@@ -17,7 +17,7 @@ import pytest
 from cfsp.evaluation.divergence import Divergence
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import ModelSource
-from cfsp.pruning.plan import BlockPlan, PruningPlan, ScoreSummary
+from cfsp.pruning.plan import BlockPlan, PruningPlan
 from cfsp.pruning.settings import PruneSettings
 from exporters.export_record import ExportRecord, ParityReport
 from phoneready.evaluation.evaluation_record import Degeneration, Evaluation, ModelIdentity, TextResult
@@ -282,7 +282,7 @@ def _plan(name: str) -> PruningPlan:
     blocks = []
     for i in range(BLOCKS):
         ranking = tuple((channel * 7 + i) % DENSE_WIDTH for channel in range(DENSE_WIDTH))
-        blocks.append(BlockPlan(192 + 8 * i, 0.1 + 0.01 * i, ranking, ScoreSummary(0.0, 0.5, 1.0, 0.9)))
+        blocks.append(BlockPlan(192 + 8 * i, 0.1 + 0.01 * i, ranking))
     widths = (DENSE_WIDTH,) * BLOCKS
     return PruningPlan(
         "llama", name, None, (name,), "cd" * 32, 1024, 0, PruneSettings(), widths, tuple(blocks)

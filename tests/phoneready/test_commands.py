@@ -74,7 +74,7 @@ def test_options_that_nothing_reads_are_named_and_change_nothing(
     said = warned(capsys)
     assert said == [
         "--vocabulary-text has no effect without a number of tokens to keep",
-        "--coarse-strength has no effect without the allocation cfsp, and widths of their own",
+        "--coarse-strength has no effect with one width for all blocks",
     ]
     plans = [json.loads(path.read_text("utf-8")) for path in (plain, more)]
     assert plans[1].pop("warnings") == said

@@ -260,7 +260,6 @@ def test_what_cannot_be_done_is_refused_where_it_is_written(asked: str, wrong: s
         ("[prune]", 'vocabulary_text = ["missing.txt"]', "a number of tokens to keep"),
         ("[export]\nquants = ['Q8_0']", "tune_scales = true", "GGUF files of up to 6 bits"),
         ("[export]", "mixed_bytes = 90000000", "the ONNX variant int4-mixed"),
-        ('[prune]\nallocation = "uniform"', "strength = 2.0", "the allocation cfsp"),
         ('[prune]\nreconstruct = "none"', "ridge = 0.1", "the reconstruction block-by-block"),
         ("[evaluate]", "limit = 8", "tasks"),
     ],

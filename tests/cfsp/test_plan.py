@@ -1,3 +1,5 @@
+"""Fine scores and widths against their definitions."""
+
 from __future__ import annotations
 
 import math
@@ -7,10 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.pruning.allocation import allocate_widths, cfsp_keep_ratios, integer_widths
-from cfsp.pruning.settings import PruneSettings
+from cfsp.models.architectures import FeedForward
+from cfsp.pruning.plan import allocate_widths, cfsp_keep_ratios, channel_scores
+from cfsp.pruning.settings import SCORES, PruneSettings
 
 
 def widths(importance: list[float], dense: int = 1536, **settings: Any) -> tuple[int, ...]:
@@ -48,6 +52,9 @@ def test_budget_is_met_and_widths_are_aligned(
     found = widths(importance, dense, prune_ratio=p, align=align)
     assert all(0 < w <= dense and w % align == 0 for w in found)
     assert abs(sum(found) - (1 - p) * dense * len(importance)) < align
+    wanted = cfsp_keep_ratios(torch.tensor(importance, dtype=torch.float64), p, 1.0) * dense
+    if align == 1:
+        assert all(abs(w - x) < 1 for w, x in zip(found, wanted.tolist(), strict=True))
 
 
 def test_widths_follow_the_settings() -> None:
@@ -55,12 +62,27 @@ def test_widths_follow_the_settings() -> None:
     assert first > third > second, "more important blocks keep more"
     assert widths([0.1, 0.2, 0.3], 1000, prune_ratio=0.0, align=256) == (1000,) * 3
     assert widths([0.5, 0.1], prune_ratio=0.3, align=256, uniform_width=True) == (1024, 1024)
-    assert widths([0.5, 0.1], prune_ratio=0.25, align=32, allocation="uniform") == (1152, 1152)
+    assert widths([0.5, 0.1], prune_ratio=0.25, align=32, strength=0.0) == (1152, 1152)
     with pytest.raises(InputError, match="multiples of 256"):
         widths([0.1, 0.2], 512, prune_ratio=0.9, align=256)
 
 
-@given(st.lists(st.floats(1, 100), min_size=1, max_size=8))
-def test_integer_widths_stay_near_what_was_wanted(wanted: list[float]) -> None:
-    found = integer_widths(wanted, [128] * len(wanted), total=sum(wanted), align=1)
-    assert all(abs(w - x) < 1 for w, x in zip(found, wanted, strict=True))
+@pytest.mark.parametrize("name", SCORES)
+def test_scores_match_their_definition(name: str) -> None:
+    """Channel by channel, on the raw activations."""
+    torch.manual_seed(0)
+    gate, up, down = nn.Linear(6, 10, bias=False), nn.Linear(6, 10, bias=False), nn.Linear(10, 6, bias=False)
+    ffn, x = FeedForward(nn.Module(), gate, up, down), torch.randn(50, 10, dtype=torch.float64) + 0.5
+    G, U, D = (linear.weight.detach().double() for linear in (gate, up, down))
+    expected = []
+    for i in range(10):
+        norm = float(x[:, i].norm()) / 50**0.5
+        relative = sum(float(D[j, i].abs() / D[j].abs().sum()) for j in range(6)) / 6
+        for W in (G, U):
+            relative += sum(float(W[i, j].abs() / W[:, j].abs().sum()) for j in range(6)) / 6
+        expected.append({"activation_norm": norm, "cfsp": relative * norm}[name])
+    norms = x.square().mean(0).sqrt()
+    assert channel_scores(name, ffn, norms).tolist() == pytest.approx(expected, rel=1e-5)
+    norms[3] = math.nan
+    with pytest.raises(InputError, match="NaN"):
+        channel_scores(name, ffn, norms)
