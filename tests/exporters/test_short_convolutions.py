@@ -16,7 +16,7 @@ from cfsp.errors import InputError
 from cfsp.models.architectures import attention_of, decoder_layers
 from cfsp.models.gguf_file import CONVOLUTIONS, read_gguf
 from cfsp.models.reference import load_model
-from cfsp.pruning.parts import candidate_blocks
+from cfsp.pruning.parts import removable_blocks
 from exporters.family import ExportOptions
 from exporters.gguf.architecture import read_layout
 from exporters.onnx import export_onnx
@@ -97,7 +97,7 @@ def test_a_block_that_attends_stays(tiny_loaded: Callable[..., Any]) -> None:
     model = tiny_loaded("lfm2").model
     attending = [bool(attention_of(model, layer)) for layer in decoder_layers(model)]
     assert attending == [False, True, False, True]
-    assert candidate_blocks(model) == [2, 3]
+    assert removable_blocks(model) == [2, 3]
 
 
 def test_folders_of_no_such_model(tiny_folder: TinyPath) -> None:
