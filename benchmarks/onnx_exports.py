@@ -40,11 +40,9 @@ from exporters.families import DEFAULT_FORMAT, FAMILIES, family_of
 from exporters.onnx.folder import find_graph
 from exporters.onnx.matrix import Rounded, round_to_nearest
 from exporters.onnx.quantize import (
-    OFFSET_DIGITS,
     QuantizedModel,
     bytes_of,
-    choose_few,
-    choose_mixture,
+    choose_eight_bits,
     measure,
     quantize_linears,
     rounded_model,
@@ -197,7 +195,7 @@ def mixed(arguments: argparse.Namespace) -> None:
     nearest = QuantizedModel(quantize_linears(model, lambda *_: INT4, None))
     losses = measure(model, INT4, text)
     small = rounded_model(model, INT4, (), text)
-    own = rounded_model(model, INT4, choose_few(model, INT4, losses), text)
+    own = rounded_model(model, INT4, choose_eight_bits(model, INT4, losses), text)
 
     def with_head(head: Mapping[str, Rounded]) -> QuantizedModel:
         return replace(own, layers={**own.layers, **{name: head[name] for name in HEAD_PARTS}})
@@ -205,8 +203,8 @@ def mixed(arguments: argparse.Namespace) -> None:
     def nearest_head(form: BlockFormat) -> dict[str, Rounded]:
         return {name: round_to_nearest(weight_of(model, name), form) for name in HEAD_PARTS}
 
-    budget = taken_bytes(own.layers) + OFFSET_DIGITS * len(own.layers)
-    mixture = choose_mixture(model, INT4, losses, taken_bytes(nearest.layers), budget)
+    left = taken_bytes(own.layers) - taken_bytes(nearest.layers)
+    mixture = choose_eight_bits(model, INT4, losses, left)
     choices = {
         "nearest": nearest,
         "GPTQ, nothing taken back": QuantizedModel(

@@ -1,109 +1,205 @@
-"""Weights as a graph uses them: a Linear and an embedding, each stored as floats or as blocks of few bits.
+"""What an ONNX graph is written with: a builder of nodes, and matrices that multiply or are looked up.
 
-The decoder graph only says where a layer's output goes; what multiplies is decided here, so that a variant with
-other numbers is another table of layers and the same graph.
+The decoder graph only says where a layer's output goes; how its matrix is stored and multiplied is decided here, so
+that a variant with other numbers is another set of matrices in the same graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
+import torch
 
-from exporters.onnx.graph_builder import CONTRIB, GraphBuilder, Numbers
-from exporters.onnx.matrix import Rounded
+from exporters.onnx.matrix import ZERO_OF_ROWS, Int8Rows, Rounded
 
+CONTRIB = "com.microsoft"
+"""Domain of ONNX Runtime's own operators."""
 TOKENS = ("batch_size", "sequence_length")
 """Leading dimensions of everything that is computed for each token."""
 TABLE = "model.embed_tokens.weight"
 """Name of a stored embedding."""
 _ACCURACY_LEVEL = 4
 """MatMulNBits rounds activations to int8, which is the fastest on a CPU."""
+_FAR = 10**12
+Dims = Iterable[int | str | ir.SymbolicDim | None]
+Numbers = npt.NDArray[Any] | torch.Tensor
 
 
-class Layer(Protocol):
-    """A Linear layer: y = x W^T + b."""
+def unwritten(name: str, dtype: ir.DataType, shape: Sequence[int]) -> ir.ExternalTensor:
+    """A reference to numbers in a file that is not there, with more digits than one to any that is."""
+    return ir.ExternalTensor("unwritten", _FAR, _FAR, dtype, shape=ir.Shape(shape), name=name)
+
+
+class GraphBuilder:
+    """Collects nodes and initializers; what is asked for twice by one name is there once.
+
+    Every value is given its type and shape when it is made: onnx's shape inference does not know the contributed
+    operators, and runtimes without a full one (the web's) believe the file.
+    """
+
+    def __init__(self) -> None:
+        self.tape = ir.tape.Tape()
+        self._values: dict[str, ir.Value] = {}
+
+    def op(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        name: str,
+        *,
+        dtype: ir.DataType | None = None,
+        shape: Dims | None = None,
+        domain: str = "",
+        **attributes: Any,
+    ) -> ir.Value:
+        """A node with one output, called `name`; its type and shape are the first input's unless given."""
+        if name not in self._values:
+            dims = inputs[0].shape if shape is None else shape
+            assert dims is not None  # every value that is made here has a shape
+            output = ir.val(name, dtype or inputs[0].dtype, ir.Shape(dims))
+            self._values[name] = self.tape.op(
+                op_type, inputs, attributes, domain=domain, name=name, output=output
+            )
+        return self._values[name]
+
+    def constant(self, name: str, value: npt.ArrayLike | torch.Tensor) -> ir.Value:
+        """An initializer; Python's integers become int64, and torch's meta tensors `unwritten`."""
+        if name not in self._values:
+            if isinstance(value, torch.Tensor) and value.is_meta:
+                dtype = ir.DataType.from_numpy(torch.empty(0, dtype=value.dtype).numpy().dtype)
+                tensor: ir.TensorProtocol = unwritten(name, dtype, value.shape)
+            else:
+                tensor = ir.tensor(np.asarray(value, order="C"), name=name)
+            self._values[name] = self.tape.initializer(tensor, name)
+        return self._values[name]
+
+    def cast(self, x: ir.Value, name: str, dtype: ir.DataType) -> ir.Value:
+        """x in a type; x itself if it is of that type."""
+        return x if x.dtype == dtype else self.op("Cast", [x], name, dtype=dtype, to=dtype)
+
+    def several(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        outputs: Sequence[ir.Value],
+        name: str,
+        domain: str = CONTRIB,
+        **attributes: Any,
+    ) -> None:
+        """A node with these outputs."""
+        self.tape.op_multi_out(op_type, inputs, attributes, outputs=outputs, domain=domain, name=name)
+
+    def split_last(self, x: ir.Value, parts: Mapping[str, int], name: str) -> tuple[ir.Value, ...]:
+        """x cut along its last axis, into parts of these names and sizes."""
+        assert x.shape is not None  # every value that is made here has a shape
+        leading = list(x.shape)[:-1]
+        outputs = [ir.val(part, x.dtype, ir.Shape([*leading, size])) for part, size in parts.items()]
+        sizes = self.constant(f"sizes_{'_'.join(map(str, parts.values()))}", list(parts.values()))
+        self.several("Split", [x, sizes], outputs, name, domain="", axis=-1)
+        return tuple(outputs)
+
+    def rms_norm(self, x: ir.Value, gamma: ir.Value, name: str, epsilon: float) -> ir.Value:
+        """gamma x / sqrt(mean(x^2) + epsilon) along the last axis."""
+        return self.op(
+            "SimplifiedLayerNormalization", [x, gamma], name, axis=-1, epsilon=epsilon, stash_type=1
+        )
+
+    def norm_heads(self, x: ir.Value, gamma: ir.Value, heads: int, name: str, epsilon: float) -> ir.Value:
+        """The norm of each head of x (batch_size, sequence_length, heads * size); gamma (size,) is all heads'."""
+        assert gamma.shape is not None  # a constant's
+        size = int(gamma.shape.numpy()[0])
+        normed = self.rms_norm(self.heads(x, heads, size, f"{name}.heads"), gamma, f"{name}.normed", epsilon)
+        return self.join_heads(normed, heads * size, name)
+
+    def heads(self, x: ir.Value, heads: int, size: int, name: str) -> ir.Value:
+        """(batch_size, sequence_length, heads * size) -> (batch_size, sequence_length, heads, size)."""
+        apart = self.constant(f"{heads}_heads_of_{size}", [0, 0, heads, size])
+        return self.op("Reshape", [x, apart], name, shape=(*TOKENS, heads, size))
+
+    def join_heads(self, x: ir.Value, width: int, name: str) -> ir.Value:
+        """What `heads` takes apart, together again."""
+        return self.op(
+            "Reshape", [x, self.constant("joined_heads", [0, 0, -1])], name, shape=(*TOKENS, width)
+        )
+
+
+def silu(builder: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
+    """x sigmoid(x)."""
+    return builder.op("QuickGelu", [x], name, alpha=1.0, domain=CONTRIB)
+
+
+ACTIVATIONS: Mapping[str, Callable[[GraphBuilder, ir.Value, str], ir.Value]] = MappingProxyType(
+    {"silu": silu, "gelu_tanh": lambda builder, x, name: builder.op("FastGelu", [x], name, domain=CONTRIB)}
+)
+"""As `exporters.checkpoint_reader` names them."""
+
+
+class Matrix(Protocol):
+    """W (out_features, in_features), or a table with a row for each token; a tied one is both, stored once.
+
+    `stored_name` is the beginning of its tensors' names; that of the Linear if it is None.
+    """
 
     @property
     def out_features(self) -> int: ...
 
     def apply(self, builder: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
-        """Add the nodes that compute y (batch_size, sequence_length, out_features) from x."""
-
-
-class Embedding(Protocol):
-    """A table with a row a token."""
+        """x W^T + b, (batch_size, sequence_length, out_features)."""
 
     def look_up(self, builder: GraphBuilder, ids: ir.Value, name: str) -> ir.Value:
-        """Add the nodes that give the rows of token ids (batch_size, sequence_length)."""
-
-    def as_head(self) -> Layer:
-        """The same table as output matrix, for tied embeddings: stored once."""
+        """The rows of token ids (batch_size, sequence_length)."""
 
 
 @dataclass(frozen=True)
-class FloatLinear:
-    """Weights as they are."""
+class Floats:
+    """Weights as they are; what is no table is stored as W^T."""
 
-    weight: Numbers  # w (out_features, in_features)
-    bias: Numbers | None = None  # b (out_features,), or None
-    # Of the embedding whose rows these are, multiplied as they are stored; else W^T is stored.
-    table_name: str | None = None
+    weight: Numbers
+    bias: Numbers | None = None
+    stored_name: str | None = None
 
     @property
     def out_features(self) -> int:
-        """Rows of W."""
         return int(self.weight.shape[0])
 
     def apply(self, builder: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
-        """See `Layer`."""
-        shape, product = (*TOKENS, self.out_features), product_name(name, self.bias)
-        if self.table_name is None:
+        shape, product = (*TOKENS, self.out_features), _product_name(name, self.bias)
+        if self.stored_name is None:
             matrix = builder.constant(f"{name}.weight", self.weight.T)
             y = builder.op("MatMul", [x, matrix], product, shape=shape)
         else:
-            table = builder.constant(self.table_name, self.weight)
+            table = builder.constant(self.stored_name, self.weight)
             y = builder.op("FusedMatMul", [x, table], product, domain=CONTRIB, transB=1, shape=shape)
-        return add_bias(builder, y, self.bias, name)
-
-
-@dataclass(frozen=True)
-class FloatEmbedding:
-    """A table of floats (vocab_size, hidden_size)."""
-
-    table: Numbers
+        return _add_bias(builder, y, self.bias, name)
 
     def look_up(self, builder: GraphBuilder, ids: ir.Value, name: str) -> ir.Value:
-        """See `Embedding`."""
-        table = builder.constant(TABLE, self.table)
-        return builder.op("Gather", [table, ids], name, shape=(*TOKENS, self.table.shape[1]))
-
-    def as_head(self) -> FloatLinear:
-        """See `Embedding`."""
-        return FloatLinear(self.table, table_name=TABLE)
+        table = builder.constant(self.stored_name or TABLE, self.weight)
+        return builder.op("Gather", [table, ids], name, shape=(*TOKENS, self.weight.shape[1]))
 
 
 @dataclass(frozen=True)
-class NBitsLinear:
-    """Weights of few bits, multiplied by MatMulNBits with float32 activations."""
+class NBits:
+    """Blocks of few bits, multiplied by MatMulNBits and looked up by GatherBlockQuantized, from the same bytes."""
 
-    weight: Rounded  # w in blocks
-    bias: Numbers | None = None  # b (out_features,), or None
-    stored_name: str | None = None  # prefix of the stored tensors; a tied head names the embedding's
+    weight: Rounded
+    bias: Numbers | None = None
+    stored_name: str | None = None
 
     @property
     def out_features(self) -> int:
-        """Rows of W."""
         return len(self.weight.q)
 
     def apply(self, builder: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
-        """See `Layer`."""
         y = builder.op(
             "MatMulNBits",
-            [x, *_stored(builder, self.weight, self.stored_name or f"{name}.weight")],
-            product_name(name, self.bias),
+            [x, *self._stored(builder, self.stored_name or f"{name}.weight")],
+            _product_name(name, self.bias),
             shape=(*TOKENS, self.out_features),
             domain=CONTRIB,
             K=self.weight.columns,
@@ -112,26 +208,18 @@ class NBitsLinear:
             block_size=self.weight.form.block_size,
             accuracy_level=_ACCURACY_LEVEL,
         )
-        return add_bias(builder, y, self.bias, name)
-
-
-@dataclass(frozen=True)
-class NBitsEmbedding:
-    """A table of few bits, looked up by GatherBlockQuantized; a tied head multiplies by the same bytes."""
-
-    table: Rounded
-    stored_name: str = TABLE
+        return _add_bias(builder, y, self.bias, name)
 
     def look_up(self, builder: GraphBuilder, ids: ir.Value, name: str) -> ir.Value:
-        """See `Embedding`."""
-        data, scales = _stored(builder, self.table, self.stored_name)
-        (_, count, size), columns = self.table.q.shape, self.table.columns
+        stored_name = self.stored_name or TABLE
+        data, scales = self._stored(builder, stored_name)
+        (_, count, size), columns = self.weight.q.shape, self.weight.columns
         # The numbers keep the shape that MatMulNBits wants: a reshaped table would be a second one in memory.
         apart = builder.op(
             "Unsqueeze",
             [scales, builder.constant("last_axis", [-1])],
-            f"{self.stored_name}.scale_blocks",
-            shape=(*self.table.scales.shape, 1),
+            f"{stored_name}.scale_blocks",
+            shape=(*self.weight.scales.shape, 1),
         )
         rows = builder.op(
             "GatherBlockQuantized",
@@ -140,7 +228,7 @@ class NBitsEmbedding:
             dtype=ir.DataType.FLOAT,
             shape=(*TOKENS, count, size),
             domain=CONTRIB,
-            bits=self.table.form.bits,
+            bits=self.weight.form.bits,
             block_size=size,
             gather_axis=0,
             quantize_axis=2,
@@ -151,114 +239,126 @@ class NBitsEmbedding:
         if joined_name == name:
             return joined
         bounds = [
-            builder.constant(f"{self.stored_name}.{part}", [value])
+            builder.constant(f"{stored_name}.{part}", [value])
             for part, value in (("first", 0), ("end", columns), ("axis", 2))
         ]
         return builder.op("Slice", [joined, *bounds], name, shape=(*TOKENS, columns))
 
-    def as_head(self) -> NBitsLinear:
-        """See `Embedding`."""
-        return NBitsLinear(self.table, stored_name=self.stored_name)
+    def _stored(self, builder: GraphBuilder, name: str) -> tuple[ir.Value, ir.Value]:
+        """Numbers, and scales in float32, which the runtime computes when it loads the file."""
+        scales = builder.constant(f"{name}.scale", self.weight.scales)
+        data = builder.constant(f"{name}.q{self.weight.form.bits}", self.weight.packed())
+        return data, builder.cast(scales, f"{scales.name}.cast", ir.DataType.FLOAT)
 
 
 @dataclass(frozen=True)
-class StackedLinear:
-    """Layers of the same inputs as one: the outputs of the first, then those of the next."""
+class Stacked:
+    """Matrices of the same inputs and unlike formats as one: the rows of the first, then those of the next."""
 
-    parts: tuple[Layer, ...]  # first rows first
+    parts: tuple[Matrix, ...]
 
     @property
     def out_features(self) -> int:
-        """Rows of all."""
         return sum(part.out_features for part in self.parts)
 
     def apply(self, builder: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
-        """See `Layer`."""
         outputs = [part.apply(builder, x, f"{name}.{index}") for index, part in enumerate(self.parts)]
         return builder.op("Concat", outputs, name, shape=(*TOKENS, self.out_features), axis=-1)
 
-
-@dataclass(frozen=True)
-class StackedEmbedding:
-    """Two tables as one, for rows of unlike formats."""
-
-    first: NBitsEmbedding  # of the first tokens
-    rest: NBitsEmbedding  # of all others
-
     def look_up(self, builder: GraphBuilder, ids: ir.Value, name: str) -> ir.Value:
-        """See `Embedding`: both tables are asked, with an id that each has, and one of them is believed."""
-        first_rows, int64 = len(self.first.table.q), ir.DataType.INT64
+        """Both of two tables are asked, with an id that each has, and one of them is believed."""
+        (one, other), n_first = self.parts, self.parts[0].out_features
 
-        def with_number(op: str, x: ir.Value, number: int, part: str, dtype: ir.DataType = int64) -> ir.Value:
+        def with_number(op: str, x: ir.Value, number: int, part: str, **given: Any) -> ir.Value:
             factors = [x, builder.constant(f"{name}.{number}", number)]
-            return builder.op(op, factors, f"{name}.{part}", dtype=dtype)
+            return builder.op(op, factors, f"{name}.{part}", **given)
 
-        in_first = with_number("Less", ids, first_rows, "in_first", ir.DataType.BOOL)
-        first_ids = with_number("Min", ids, first_rows - 1, "first_ids")
-        moved = with_number("Sub", ids, first_rows, "moved_ids")
+        in_first = with_number("Less", ids, n_first, "in_first", dtype=ir.DataType.BOOL)
+        first_ids = with_number("Min", ids, n_first - 1, "first_ids")
+        moved = with_number("Sub", ids, n_first, "moved_ids")
         rest_ids = with_number("Max", moved, 0, "rest_ids")
-        first = self.first.look_up(builder, first_ids, f"{name}.first")
-        rest = self.rest.look_up(builder, rest_ids, f"{name}.rest")
+        first = one.look_up(builder, first_ids, f"{name}.first")
+        rest = other.look_up(builder, rest_ids, f"{name}.rest")
         last = builder.constant("last_axis", [-1])
         chosen = builder.op("Unsqueeze", [in_first, last], f"{name}.choice", shape=(*TOKENS, 1))
-        shape = (*TOKENS, self.first.table.columns)
-        return builder.op("Where", [chosen, first, rest], name, dtype=first.dtype, shape=shape)
-
-    def as_head(self) -> StackedLinear:
-        """See `Embedding`."""
-        return StackedLinear((self.first.as_head(), self.rest.as_head()))
+        return builder.op("Where", [chosen, first, rest], name, dtype=first.dtype, shape=first.shape)
 
 
-def _stored(builder: GraphBuilder, matrix: Rounded, name: str) -> tuple[ir.Value, ir.Value]:
-    """(numbers, scales in float32)."""
-    scales = builder.constant(f"{name}.scale", matrix.scales)
-    data = builder.constant(f"{name}.q{matrix.form.bits}", matrix.packed())
-    # The runtime computes it when it loads the file.
-    return data, builder.cast(scales, f"{scales.name}.cast", ir.DataType.FLOAT)
+@dataclass(frozen=True)
+class Int8:
+    """Int8 with a scale for each output, multiplied as integers: W8A8 in standard operators.
+
+        y = ((x_q - 128) (W_q - 128)^T) * s_x * s_w,   x_q = 128 + round(x / s_x),  s_x = max |x| / 127 of the token,
+                                                       W_q likewise with s_w of the row
+
+    Both are unsigned: only for such x_q WebAssembly has a fast kernel, and on processors with AVX2 and no VNNI, ONNX
+    Runtime adds pairs of products of an unsigned and a signed number in 16 bits, which 255 * 127 * 2 does not fit.
+    MatMulInteger is fast where MatMulNBits is not: runtimes in a browser unpack the latter's weights for every token.
+    A scale for each token keeps apart the few tokens whose activations are a hundred times as large as all others',
+    which DynamicQuantizeLinear's one scale does not.
+    """
+
+    weight: Int8Rows
+    bias: Numbers | None = None
+    stored_name: str | None = None
+
+    @property
+    def out_features(self) -> int:
+        return int(self.weight.data.shape[0])
+
+    def apply(self, builder: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
+        stored, shape = self.stored_name or f"{name}.weight", (*TOKENS, self.out_features)
+        if self.stored_name is None:
+            weight = builder.constant(f"{stored}.q8", self.weight.data.T)
+        else:
+            table = builder.constant(f"{stored}.q8", self.weight.data)
+            turned = self.weight.data.shape[::-1]
+            weight = builder.op("Transpose", [table], f"{stored}.transpose", shape=turned, perm=[1, 0])
+        assert x.shape is not None  # every value that is made here has a shape
+        of_tokens = (*TOKENS, x.shape[-1])
+        last = builder.constant("last_axis", [-1])
+        sizes = builder.op("Abs", [x], f"{x.name}.abs", shape=of_tokens)
+        largest = builder.op("ReduceMax", [sizes, last], f"{x.name}.largest", shape=(*TOKENS, 1), keepdims=1)
+        # A token of zeros must not divide by zero.
+        least = builder.constant("smallest_scale", np.float32(1e-30))
+        share = builder.constant("int8_share", np.float32(1 / 127))
+        scale = builder.op("Mul", [largest, share], f"{x.name}.scale")
+        scale = builder.op("Max", [scale, least], f"{x.name}.token_scale")
+        steps = builder.op("Div", [x, scale], f"{x.name}.steps", shape=of_tokens)
+        whole = builder.op("Round", [steps], f"{x.name}.whole")
+        moved = builder.op("Add", [whole, _middle(builder)], f"{x.name}.moved")
+        rounded = builder.cast(moved, f"{x.name}.q8", ir.DataType.UINT8)
+        zero = builder.constant("zero_q8", np.uint8(ZERO_OF_ROWS))
+        factors = [rounded, weight, zero, zero]
+        product = builder.op(
+            "MatMulInteger", factors, f"{name}.product", dtype=ir.DataType.INT32, shape=shape
+        )
+        y = builder.cast(product, f"{name}.float", ir.DataType.FLOAT)
+        y = builder.op("Mul", [y, scale], f"{name}.times_token")
+        scales = builder.constant(f"{stored}.scale", self.weight.scales)
+        y = builder.op("Mul", [y, scales], name if self.bias is None else f"{name}.times_row")
+        return _add_bias(builder, y, self.bias, name)
+
+    def look_up(self, builder: GraphBuilder, ids: ir.Value, name: str) -> ir.Value:
+        data = builder.constant(f"{TABLE}.q8", self.weight.data)
+        scales = builder.constant(f"{TABLE}.scale", self.weight.scales)
+        rows = builder.op("Gather", [data, ids], f"{name}.rows", shape=(*TOKENS, self.weight.data.shape[1]))
+        values = builder.cast(rows, f"{name}.float", ir.DataType.FLOAT)
+        values = builder.op("Sub", [values, _middle(builder)], f"{name}.whole")
+        scale = builder.op("Gather", [scales, ids], f"{name}.row_scale", shape=TOKENS)
+        last = builder.constant("last_axis", [-1])
+        apart = builder.op("Unsqueeze", [scale, last], f"{name}.scale", shape=(*TOKENS, 1))
+        return builder.op("Mul", [values, apart], name)
 
 
-def split_last(
-    builder: GraphBuilder, x: ir.Value, parts: Mapping[str, int], name: str
-) -> tuple[ir.Value, ...]:
-    """x cut along its last axis, into parts of these names and sizes."""
-    assert x.shape is not None  # every value of a GraphBuilder has its shape
-    leading = list(x.shape)[:-1]
-    outputs = [ir.val(part, x.dtype, ir.Shape([*leading, size])) for part, size in parts.items()]
-    sizes = builder.constant(f"sizes_{'_'.join(map(str, parts.values()))}", list(parts.values()))
-    builder.tape.op_multi_out("Split", [x, sizes], {"axis": -1}, outputs=outputs, name=name)
-    return tuple(outputs)
+def _middle(builder: GraphBuilder) -> ir.Value:
+    return builder.constant("middle_q8", np.float32(ZERO_OF_ROWS))
 
 
-def rms_norm(builder: GraphBuilder, x: ir.Value, gamma: ir.Value, name: str, epsilon: float) -> ir.Value:
-    """gamma x / sqrt(mean(x^2) + epsilon) along the last axis."""
-    return builder.op(
-        "SimplifiedLayerNormalization", [x, gamma], name, axis=-1, epsilon=epsilon, stash_type=1
-    )
-
-
-def norm_heads(
-    builder: GraphBuilder, x: ir.Value, gamma: ir.Value, heads: int, name: str, epsilon: float
-) -> ir.Value:
-    """The norm of each head of x (batch_size, sequence_length, heads * size); gamma is (size,), of all heads."""
-    assert gamma.shape is not None  # a constant's
-    size = int(gamma.shape.numpy()[0])
-    apart = builder.constant(f"{heads}_heads_of_{size}", [0, 0, heads, size])
-    split = builder.op("Reshape", [x, apart], f"{name}.heads", shape=(*TOKENS, heads, size))
-    normed = rms_norm(builder, split, gamma, f"{name}.normed", epsilon)
-    return join_heads(builder, normed, heads * size, name)
-
-
-def join_heads(builder: GraphBuilder, x: ir.Value, width: int, name: str) -> ir.Value:
-    """The numbers of all heads, `width`, behind each other: (batch_size, sequence_length, width)."""
-    together = builder.constant("joined_heads", [0, 0, -1])
-    return builder.op("Reshape", [x, together], name, shape=(*TOKENS, width))
-
-
-def product_name(name: str, bias: Numbers | None) -> str:
-    """What a product is called, to which `add_bias` adds."""
+def _product_name(name: str, bias: Numbers | None) -> str:
     return name if bias is None else f"{name}.product"
 
 
-def add_bias(builder: GraphBuilder, y: ir.Value, bias: Numbers | None, name: str) -> ir.Value:
+def _add_bias(builder: GraphBuilder, y: ir.Value, bias: Numbers | None, name: str) -> ir.Value:
     """y + b, called `name`; y itself if there is no bias."""
     return y if bias is None else builder.op("Add", [y, builder.constant(f"{name}.bias", bias)], name)

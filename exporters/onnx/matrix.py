@@ -9,7 +9,6 @@ which is ONNX Runtime's symmetric MatMulNBits without stored zero points. *Rows*
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -43,31 +42,25 @@ class Rounded:
 
     @property
     def grid(self) -> Grid:
-        """See `QuantizedMatrix`."""
         return Grid(tuple(map(float, range(-self.form.half, self.form.half))), self.form.block_size)
 
     def dequantize(self) -> torch.Tensor:
-        """See `QuantizedMatrix`."""
         values = (self.q.float() - self.form.half) * self.scales.float()[..., None]
         return values.flatten(1)[:, : self.columns]
 
     def scales_and_offsets(self) -> tuple[torch.Tensor, None]:
-        """See `QuantizedMatrix`."""
         return self.scales.float(), None
 
     def with_codes(self, codes: torch.Tensor, scales: torch.Tensor | None = None) -> Rounded:
-        """See `QuantizedMatrix`."""
         q = self.q.flatten(1).clone()
         q[:, : self.columns] = (codes + self.form.half).to(torch.uint8).T
         scales = self.scales if scales is None else scales.half()
         return replace(self, q=q.view_as(self.q), scales=scales)
 
     def scaled(self, factors: torch.Tensor) -> Rounded:
-        """See `QuantizedMatrix`."""
         return replace(self, scales=(self.scales.float() * factors).half())
 
     def pack(self) -> dict[str, torch.Tensor]:
-        """See `QuantizedMatrix`."""
         return {".q": self.q, ".scales": self.scales}
 
     def packed(self) -> torch.Tensor:
@@ -79,6 +72,13 @@ class Rounded:
         """What `packed` has made of it."""
         q = data if bits == 8 else torch.stack([data & 15, data >> 4], -1).flatten(-2)
         return cls(q, scales, columns, BlockFormat(bits, q.shape[-1]))
+
+    @classmethod
+    def unwritten(cls, shape: Sequence[int], form: BlockFormat) -> Rounded:
+        """One without numbers, on torch's meta device."""
+        (rows, columns), size = shape, form.block_size
+        q = torch.empty(rows, -(-columns // size), size, dtype=torch.uint8, device="meta")
+        return cls(q, torch.empty(q.shape[:2], dtype=torch.float16, device="meta"), columns, form)
 
     def rows(self, rows: slice) -> Rounded:
         """Some of its rows."""
@@ -110,19 +110,6 @@ def round_to_nearest(
     scales = torch.cat([_best_scales(rows, counts, form) for rows in torch.split(blocks, _ROWS)])
     q = (blocks / scales[..., None]).round().add(form.half).clamp(0, 2 * form.half - 1).to(torch.uint8)
     return Rounded(q, scales.half(), weight.shape[1], form)
-
-
-def round_nowhere(weight: torch.Tensor, form: BlockFormat) -> Rounded:
-    """What `round_to_nearest` makes of a weight, without numbers: it is on torch's meta device."""
-    rows, columns = weight.shape
-    row = _rounded_row(columns, form)
-    q, scales = (part.to("meta").expand(rows, *part.shape[1:]) for part in (row.q, row.scales))
-    return replace(row, q=q, scales=scales)
-
-
-@functools.cache
-def _rounded_row(columns: int, form: BlockFormat) -> Rounded:
-    return round_to_nearest(torch.zeros(1, columns), form)
 
 
 def joined(parts: Sequence[Rounded]) -> Rounded:

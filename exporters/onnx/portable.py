@@ -47,7 +47,7 @@ def check_portable(shape: ModelShape) -> None:
         raise MissingExtraError("optimum-onnx", "portable")
 
 
-def portable_graph(model: Any, *, name: str, opset: int | None = None) -> ir.Model:
+def portable_graph(model: Any, name: str, opset: int | None) -> ir.Model:
     """Trace a causal LM, and store a tied embedding once.
 
     Args:

@@ -18,17 +18,9 @@ from cfsp.models.offload import at_hand
 from cfsp.models.rounded_numbers import RoundedFormat, RoundedNumbers
 from cfsp.progress import Progress, no_progress
 from exporters.checkpoint_reader import read_config
-from exporters.onnx.layers import (
-    TABLE,
-    Embedding,
-    Layer,
-    NBitsEmbedding,
-    NBitsLinear,
-    StackedEmbedding,
-    StackedLinear,
-)
-from exporters.onnx.matrix import Rounded, joined, round_nowhere, round_to_nearest
-from exporters.onnx.variants import HEAD, INT4, INT8, VARIANTS, BlockFormat, FormatOf, Variant, find_variant
+from exporters.onnx.layers import TABLE, Matrix, NBits, Stacked
+from exporters.onnx.matrix import Rounded, joined, round_to_nearest
+from exporters.onnx.variants import HEAD, INT4, INT8, VARIANTS, BlockFormat, Variant, find_variant
 from exporters.onnx.weights import (
     HEAD_PARTS,
     Weights,
@@ -46,7 +38,8 @@ from exporters.quantize.mixture import GRADIENT_WINDOWS, ROWS, TABLE_ROWS, Optio
 from exporters.quantize.training import RoundedModel, tune_scales
 from exporters.quantize.walk import CORRECTION, Readings, alike, round_blocks
 
-Nearest = Callable[[torch.Tensor, BlockFormat], Rounded]
+FormatOf = Callable[[str, int, int], BlockFormat]
+"""(name of a Linear, index of its block, number of blocks) -> its format; the output matrix follows the last block."""
 Losses = Mapping[str, Mapping[BlockFormat, float]]
 """Layer -> format -> nats a token that rounding it to the nearest costs."""
 _AT_ONCE = 2**24
@@ -58,8 +51,6 @@ _FEW = 0.03
 """Of the bytes that a token reads. On SmolLM2-135M, a fifth less is lost than without such layers."""
 _APART_BYTES = 180_000
 """Two products more: 22 microseconds of one core that reads 8 GB/s, measured on SmolLM2-135M in ONNX Runtime 1.32."""
-OFFSET_DIGITS = 8
-"""A longer tensor's place in the file may take more digits, which the graph holds."""
 
 
 @dataclass(frozen=True)
@@ -67,43 +58,34 @@ class QuantizedModel(Weights):
     """A model in few bits.
 
     Attributes:
-        layers: Every Linear of the blocks and the output matrix's parts.
+        layers: Every Linear of the blocks, the output matrix's parts, and a token embedding that is not tied to it.
         apart: What could be one layer is several all the same.
-        nearest: Rounds what is no layer.
     """
 
     layers: Mapping[str, Rounded]
     apart: bool = False
-    nearest: Nearest = round_to_nearest
 
-    def layer(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Layer:
-        """See `Weights`; the output matrix in one or in two."""
+    def layer(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Matrix:
         names = packed_names(name)
         parts = [self.layers[part] for part in names]
         if len(parts) == 1 or self.packs(names):
-            return NBitsLinear(joined(parts), bias)
+            return NBits(joined(parts), bias)
         sizes = [len(part.q) for part in parts]
         biases = [None] * len(parts) if bias is None else torch.split(bias, sizes)
-        return StackedLinear(tuple(map(NBitsLinear, parts, biases)))
+        return Stacked(tuple(map(NBits, parts, biases)))
 
-    def embedding(self, table: torch.Tensor, *, tied: bool) -> Embedding:
-        """See `Weights`; the output matrix if they are one, else the nearest of eight bits.
-
-        Rows of a table that does not multiply are looked up one by one: no input weighs more, and its size costs no
-        time.
-        """
+    def table(self, weight: torch.Tensor, *, tied: bool) -> Matrix:
         if not tied:
-            return NBitsEmbedding(self.nearest(table, INT8))
+            return NBits(self.layers[TABLE], stored_name=TABLE)
         parts = [self.layers[name] for name in HEAD_PARTS]
         if self.packs(HEAD_PARTS):
-            return NBitsEmbedding(joined(parts))
+            return NBits(joined(parts), stored_name=TABLE)
         prefix, _, last = TABLE.rpartition(".")
-        return StackedEmbedding(
-            *(NBitsEmbedding(part, f"{prefix}.{index}.{last}") for index, part in enumerate(parts))
-        )
+        names = (f"{prefix}.{index}.{last}" for index in range(len(parts)))
+        return Stacked(tuple(NBits(part, None, name) for part, name in zip(parts, names, strict=True)))
 
     def packs(self, names: Sequence[str]) -> bool:
-        """See `Weights`; layers of unlike formats cannot."""
+        """Layers of unlike formats cannot be one."""
         return not self.apart and len({self.layers[name].form for name in names}) == 1
 
 
@@ -112,23 +94,20 @@ def quantize_linears(
     format_of: FormatOf,
     input_ids: torch.Tensor | None,
     *,
-    nearest: Nearest = round_to_nearest,
     correction: float = CORRECTION,
     progress: Progress = no_progress,
 ) -> dict[str, Rounded]:
-    """Quantize every Linear of the blocks, and the output matrix.
+    """Quantize every matrix of a model: see `QuantizedModel.layers`.
+
+    A tied embedding is rounded for what it multiplies; one of its own is looked up row by row, so that no input weighs
+    more and its size costs no time: it gets the nearest of eight bits.
 
     Args:
         model: A causal LM of the architecture table, float32; unchanged.
         format_of: How each is stored.
         input_ids: Text to quantize for, (nsamples, seqlen): GPTQ; None rounds to nearest.
-        nearest: Rounds what is not rounded for the text.
         correction: See `round_blocks`.
         progress: Told after each block, and after the output matrix.
-
-    Returns:
-        Module name -> its weight; the output matrix's is in the two parts of `HEAD_PARTS`. A tied embedding is that
-        matrix, and rounded for what it multiplies.
     """
     linears = block_linears(model)
     result: dict[str, Rounded] = {}
@@ -142,7 +121,7 @@ def quantize_linears(
                 readings[name].weight if readings else linears[index][name].weight.detach() for name in names
             ]
             gram = readings[names[0]].gram if readings else None
-            whole, start = _rounded(torch.cat(each), forms[names[0]], gram, nearest), 0
+            whole, start = _rounded(torch.cat(each), forms[names[0]], gram), 0
             for name, weight in zip(names, each, strict=True):
                 found[name] = whole.rows(slice(start, start := start + len(weight)))
         result.update((name, found[name]) for name in forms)
@@ -159,35 +138,54 @@ def quantize_linears(
     head = format_of(HEAD, len(linears), len(linears))
     output = model.get_output_embeddings()
     with at_hand(output):
-        stored = _rounded(output.weight.detach(), head, gram, nearest)
+        stored = _rounded(output.weight.detach(), head, gram)
     result |= {name: stored.rows(rows) for name, rows in head_parts(len(stored.q)).items()}
+    if not is_tied(model):
+        result[TABLE] = _rounded(read_weight(model, TABLE), INT8)
     progress("quantizing", len(linears) + 1, len(linears) + 1)
     return result
 
 
-def _rounded(weight: torch.Tensor, form: BlockFormat, gram: torch.Tensor | None, nearest: Nearest) -> Rounded:
+def _rounded(weight: torch.Tensor, form: BlockFormat, gram: torch.Tensor | None = None) -> Rounded:
     parts = torch.split(weight, max(1, _AT_ONCE // weight.shape[1]))
     # Eight bits lose nothing that compensation could win back.
     if gram is None or form.bits == 8:
-        return joined([nearest(part, form) for part in parts])
+        return joined([round_to_nearest(part, form) for part in parts])
     each = (part.to(gram.device) for part in parts)
     importance = gram.diagonal()
     return joined([fit(one, round_to_nearest(one, form, importance), gram) for one in each]).to(weight.device)
 
 
+def formats_without_text(form: BlockFormat, down: str) -> FormatOf:
+    """`form` for all layers, but eight bits where rounding costs most in most models: which in this one, text says.
+
+    `down` is what FFNs call their last matrix. Measured on SmolLM2-135M, v_proj alone, 3 % of the blocks' weights,
+    makes half of the whole divergence; of the other layers down_proj costs most, above all in the two first and the two
+    last blocks. To the nearest four bits, the output matrix alone would cost more than all of them.
+    """
+
+    def format_of(name: str, block: int, blocks: int) -> BlockFormat:
+        outer = name.endswith(f".{down}") and (block < 2 or block >= blocks - 2)
+        return INT8 if outer or name == HEAD or name.endswith("v_proj") else form
+
+    return format_of
+
+
 def outline_in(model: Any, form: BlockFormat) -> QuantizedModel:
-    """A model in few bits, all apart that can be one layer, as large as it is; its numbers are nowhere."""
-    layers = quantize_linears(model, lambda *_: form, None, nearest=round_nowhere)
-    return QuantizedModel(layers, apart=True, nearest=round_nowhere)
+    """A model in few bits, all apart that can be one layer: as large as it is, without numbers."""
+    names = [name for block in block_linears(model) for name in block]
+    shapes = {name: weight_of(model, name).shape for name in (*names, *HEAD_PARTS)}
+    layers = {name: Rounded.unwritten(shape, form) for name, shape in shapes.items()}
+    table = Rounded.unwritten(weight_of(model, TABLE).shape, INT8)
+    return QuantizedModel(layers | {TABLE: table}, apart=True)
 
 
 def with_nearest(model: Any, quantized: QuantizedModel) -> QuantizedModel:
     """A model with the nearest numbers of its formats, and the norms of the model that it was made from."""
     layers = {
-        name: _rounded(read_weight(model, name), layer.form, None, quantized.nearest)
-        for name, layer in quantized.layers.items()
+        name: _rounded(read_weight(model, name), layer.form) for name, layer in quantized.layers.items()
     }
-    return replace(quantized, layers=layers, norms={})
+    return QuantizedModel(layers)
 
 
 def measure(
@@ -225,45 +223,23 @@ def measure(
     return losses
 
 
-def choose_mixture(
-    model: Any, form: BlockFormat, losses: Losses, size_bytes: int, budget_bytes: int
+def choose_eight_bits(
+    model: Any, form: BlockFormat, losses: Losses, left_bytes: int | None = None
 ) -> tuple[str, ...]:
-    """The layers to store in eight bits so that a file has a size.
+    """The layers to store in eight bits, of the least loss together.
 
     Args:
         model: A causal LM of the architecture table.
         form: Of all other layers.
         losses: By `measure`.
-        size_bytes: Of the file that has all of it in few bits, with all apart that can be one layer.
-        budget_bytes: Of the file with the mixture.
-
-    Raises:
-        InputError: Not even few bits fit the budget.
+        left_bytes: What eight bits may take more in a file that has apart all that can be one layer. None: few, until a
+            token takes 3 % longer. It takes the time to read the weights, so that price is in bytes, too: what can be
+            one layer is one as long as it has one format, and two products more cost what `_APART_BYTES` do.
     """
-    left = budget_bytes - size_bytes - OFFSET_DIGITS * len(losses)
-    if left < 0:
-        raise InputError(
-            "four bits for every layer take more",
-            field="mixed_bytes",
-            value=budget_bytes,
-            allowed=f"{budget_bytes - left} or more",
-        )
-    return _choose(model, form, losses, left, apart_bytes=0)
-
-
-def choose_few(model: Any, form: BlockFormat, losses: Losses) -> tuple[str, ...]:
-    """The few layers that gain most from eight bits for the time that they cost, until a token takes 3 % longer.
-
-    A token takes the time to read the weights, so the price is in bytes, too. What can be one layer is one as long as
-    it has one format; two products more cost what reading `_APART_BYTES` does. Arguments as for `choose_mixture`.
-    """
-    left = int(_FEW * sum(bytes_of(weight_of(model, name).shape, form) for name in losses))
-    return _choose(model, form, losses, left, apart_bytes=_APART_BYTES)
-
-
-def _choose(
-    model: Any, form: BlockFormat, losses: Losses, left_bytes: int, apart_bytes: int
-) -> tuple[str, ...]:
+    shapes = {name: weight_of(model, name).shape for name in losses}
+    few = left_bytes is None
+    if left_bytes is None:
+        left_bytes = int(_FEW * sum(bytes_of(shape, form) for shape in shapes.values()))
     # With normed heads, q, k and v are apart already.
     normed = spec_for(model.config).head_norms is not None
     options: dict[str, list[Option[tuple[str, ...]]]] = {}
@@ -273,9 +249,9 @@ def _choose(
             continue
         for formats in product((form, INT8), repeat=len(group)):
             stored = dict(zip(group, formats, strict=True))
-            n_bytes = sum(bytes_of(weight_of(model, one).shape, each) for one, each in stored.items())
-            if len({*formats}) > 1 and not (normed and name not in HEAD_PARTS):
-                n_bytes += apart_bytes
+            n_bytes = sum(bytes_of(shapes[one], each) for one, each in stored.items())
+            if few and len({*formats}) > 1 and not (normed and name not in HEAD_PARTS):
+                n_bytes += _APART_BYTES
             eight = tuple(one for one, each in stored.items() if each == INT8)
             loss = sum(losses[one][each] for one, each in stored.items())
             options.setdefault(name, []).append(Option(eight, n_bytes, loss))
@@ -310,15 +286,9 @@ def rounded_model(
     device: str = "cpu",
     progress: Progress = no_progress,
 ) -> QuantizedModel:
-    """Round all layers for a text.
+    """Round all layers for a text, some to the nearest of eight bits; see `quantize_linears`.
 
-    Args:
-        model: A causal LM of the architecture table, float32, on the CPU; unchanged.
-        form: Of all layers but some.
-        eight_bits: Those that get the nearest of eight bits.
-        input_ids: Calibration text, (nsamples, seqlen).
-        device: Where to compute.
-        progress: Told after each block.
+    The model is on the CPU, and rounded on the device.
     """
     with moved(model, device):
         layers = quantize_linears(
@@ -333,19 +303,23 @@ def tune(
     model: Any, quantized: QuantizedModel, input_ids: torch.Tensor, *, progress: Progress = no_progress
 ) -> QuantizedModel:
     """It with the scales and norms that `tune_scales` finds on a text; arguments as there."""
-    stored = {name: rounded.dequantize().to(model.device) for name, rounded in quantized.layers.items()}
+    stored = {
+        name: rounded.dequantize().to(model.device)
+        for name, rounded in quantized.layers.items()
+        if name != TABLE
+    }
     head = torch.cat([stored.pop(part) for part in HEAD_PARTS])
     table = head if is_tied(model) else model.get_input_embeddings().weight.detach()
-    tuned = tune_scales(model, stored, head, table, input_ids, _LEARNING_RATE, progress=progress)
-    scaled = {name: quantized.layers[name].scaled(rows[:, None]) for name, rows in tuned.rows.items()}
-    return replace(quantized, layers={**quantized.layers, **scaled}, norms=tuned.norms)
+    rows, norms = tune_scales(model, stored, head, table, input_ids, _LEARNING_RATE, progress=progress)
+    scaled = {name: quantized.layers[name].scaled(factors[:, None]) for name, factors in rows.items()}
+    return replace(quantized, layers={**quantized.layers, **scaled}, norms=norms)
 
 
 class OnnxRounding:
     """See `cfsp.recovery.rounding.Rounding`."""
 
     def check(self, name: str) -> None:
-        """See `Rounding`: what is chosen for a size, or loses nothing to speak of, is not trained through."""
+        """What is chosen for a size, or loses nothing to speak of, is not trained through."""
         known = [row.name for row in VARIANTS.values() if row.calibrated and not row.mixed]
         if find_variant(name).name not in known:
             allowed = ", ".join(known)
@@ -354,29 +328,24 @@ class OnnxRounding:
     def start(
         self, checkpoint: Path, name: str, input_ids: torch.Tensor, device: str, progress: Progress
     ) -> RoundedModel:
-        """See `Rounding`: numbers and which layers get eight bits are chosen for a text, as export chooses them."""
+        """Numbers and which layers get eight bits are chosen for a text, as export chooses them."""
         variant = find_variant(name)
         check_blocks(read_config(checkpoint).spec)
         assert variant.form is not None
         model = load_pruned(checkpoint, torch.float32)
         losses = measure(model, variant.form, input_ids, device=device, progress=progress)
-        names = choose_few(model, variant.form, losses)
+        names = choose_eight_bits(model, variant.form, losses)
         few = rounded_model(model, variant.form, names, input_ids, device=device, progress=progress)
-        others = {}
-        if not is_tied(model):
-            embedding = model.get_input_embeddings()
-            table = next(name for name, module in model.named_modules() if module is embedding)
-            others[f"{table}.weight"] = few.nearest(embedding.weight.detach(), INT8).dequantize()
         types = {name: str(layer.form.bits) for name, layer in few.layers.items()}
         placed = {name: _placed(name, layer) for name, layer in few.layers.items()}
-        return RoundedModel(RoundedFormat(variant.name, types, None), placed, others)
+        return RoundedModel(RoundedFormat(variant.name, types, None), placed)
 
 
 def _placed(name: str, layer: Rounded) -> Placed:
     def hold(model: Any, values: torch.Tensor) -> None:
         weight_of(model, name).copy_(values)
 
-    modules = () if name in HEAD_PARTS else (name,)
+    modules = () if name in (*HEAD_PARTS, TABLE) else (name,)
     return Placed(layer, hold, lambda factors: factors[0], modules, layer.form.block_size)
 
 

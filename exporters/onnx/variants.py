@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -31,8 +31,6 @@ class BlockFormat:
 INT4, INT4_B128, INT8 = BlockFormat(4, 32), BlockFormat(4, 128), BlockFormat(8, 32)
 HEAD = "lm_head"
 """Name of the output matrix, also where it is the embedding's."""
-FormatOf = Callable[[str, int, int], BlockFormat]
-"""(name of a Linear, index of its block, number of blocks) -> its format; the output matrix follows the last block."""
 
 
 @dataclass(frozen=True)
@@ -87,25 +85,6 @@ class Variant(ExportFormat):
     def stem(self) -> str:
         """File name without its extension."""
         return f"model{self.suffix}"
-
-
-def formats_without_text(form: BlockFormat, down: str) -> FormatOf:
-    """`form` for all layers, but eight bits where rounding costs most in most models: which in this one, text says.
-
-    `down` is what FFNs call their last matrix.
-
-    Measured on SmolLM2-135M, v_proj alone, 3 % of the blocks' weights, makes half of the whole divergence; of the
-    other layers down_proj costs most, above all in the two first and the two last blocks. To the nearest four bits,
-    the output matrix alone would cost more than all of them.
-    """
-
-    def format_of(name: str, block: int, blocks: int) -> BlockFormat:
-        if name == HEAD or name.endswith("v_proj"):
-            return INT8
-        outer = block < 2 or block >= blocks - 2
-        return INT8 if name.endswith(f".{down}") and outer else form
-
-    return format_of
 
 
 _ROWS = (

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,17 +32,11 @@ _WARM_UP = 4
 """Steps in which the learning rate rises; there is one a window."""
 
 
-@dataclass(frozen=True)
-class TunedScales:
-    """What training leaves.
+class TunedScales(NamedTuple):
+    """What training leaves."""
 
-    Attributes:
-        rows: Module -> what the rows of its weight are multiplied by, (rows,).
-        norms: Parameter name -> the weight of a norm.
-    """
-
-    rows: Mapping[str, torch.Tensor]
-    norms: Mapping[str, torch.Tensor]
+    rows: Mapping[str, torch.Tensor]  # module -> what the rows of its weight are multiplied by, (rows,)
+    norms: Mapping[str, torch.Tensor]  # parameter -> the weight of a norm
 
 
 def tune_scales(
@@ -157,12 +151,10 @@ class RoundedModel:
     Attributes:
         format: What the file is.
         placed: Its matrices, by their names there.
-        others: Parameter -> what the file has of it that is rounded, too, and stays.
     """
 
     format: RoundedFormat
     placed: Mapping[str, Placed]
-    others: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
@@ -210,5 +202,3 @@ class RoundedModel:
         """Give the model what is stored."""
         for placed in self.placed.values():
             placed.hold(model, placed.matrix.dequantize())
-        for name, values in self.others.items():
-            model.get_parameter(name).copy_(values)

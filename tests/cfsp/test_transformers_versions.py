@@ -75,18 +75,16 @@ from cfsp.models.checkpoint import load_pruned, save_checkpoint
 from cfsp.models.reference import load_model
 from cfsp.pruning.statistics import collect_input_moments
 from cfsp.text.tokens import TokenWindows
-from exporters.onnx.decoder_graph import Attention
-from exporters.onnx.weights import Weights, decoder_of
+from exporters.onnx.decoder_graph import ropes_of
 from exporters.proof import reference_of
 
 def read(model, ids):
     "What pruning and exports read of a model."
-    mixers = [block.mixer for block in decoder_of(model, Weights()).blocks]
-    ropes = [mixer.rope for mixer in mixers if isinstance(mixer, Attention)]
+    ropes, kinds = ropes_of(model)
     return {
         "moments": [float(values.sum()) for values in collect_input_moments(model, ids).values()],
         "states": float(reference_of(model, TokenWindows(ids, "", "")).hidden.square().mean()),
-        "ropes": [float(rope.frequencies.sum()) if rope else 0.0 for rope in ropes],
+        "ropes": [float(ropes[kind][0].sum()) if kind else 0.0 for kind in kinds],
     }
 
 source, target = map(Path, sys.argv[1:3])

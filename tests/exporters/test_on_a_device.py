@@ -13,7 +13,7 @@ from far_device import FAR, far_device
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from exporters.family import ExportOptions
-from exporters.onnx.quantize import QuantizedModel, choose_few, measure, rounded_model, tune
+from exporters.onnx.quantize import QuantizedModel, choose_eight_bits, measure, rounded_model, tune
 from exporters.onnx.variants import INT4
 
 pytestmark = pytest.mark.usefixtures("no_avx512_bf16")  # a device that is not there has none
@@ -70,7 +70,7 @@ def test_an_onnx_variant(tiny_model: Callable[..., Any]) -> None:
         model.set_attn_implementation("eager")
         with computing(device, float64):
             losses = measure(model, INT4, IDS, device=device)
-            names = choose_few(model, INT4, losses)
+            names = choose_eight_bits(model, INT4, losses)
             mixture = rounded_model(model, INT4, names, IDS, device=device)
             model.to(device)
             model.tie_weights()

@@ -2,62 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import psutil
 import pytest
+import torch
 
-from exporters.onnx.decoder_graph import Attention, Block, Decoder, Rope, build_decoder
+from exporters.onnx.decoder_graph import decoder_graph
 from exporters.onnx.export import save_graph
-from exporters.onnx.layers import FloatEmbedding, FloatLinear
+from exporters.onnx.weights import Weights
 
-HIDDEN, HEADS, HEAD_DIM, WIDTH, POSITIONS = 256, 4, 64, 48, 16
+HIDDEN, HEADS, HEAD_DIM = 256, 4, 64
 ROWS = 64
 """Rows of the table that are not zero: as many at its beginning as at its end."""
 
 
-def decoder(vocab_size: int) -> Decoder:
+def graph_of(tiny_model: Callable[..., Any], vocab_size: int) -> ir.Model:
     """One block; the same numbers whatever the vocabulary. A table of zeros takes no memory until it is written."""
-    generator = np.random.default_rng(0)
-
-    def floats(*shape: int) -> np.ndarray:
-        return generator.standard_normal(shape).astype(np.float32) * 0.1
-
-    def linear(out_features: int, in_features: int) -> FloatLinear:
-        return FloatLinear(floats(out_features, in_features))
-
-    table = np.zeros((vocab_size, HIDDEN), dtype=np.float32)
-    table[:ROWS], table[-ROWS:] = floats(ROWS, HIDDEN), floats(ROWS, HIDDEN)
-    embedding = FloatEmbedding(table)
-    rope = Rope("", np.abs(floats(HEAD_DIM // 2)), 1.0, POSITIONS)
-    attention = Attention(
-        num_key_value_heads=HEADS,
-        input_norm=1 + floats(HIDDEN),
-        qkv=(linear(3 * HEADS * HEAD_DIM, HIDDEN),),
-        o_proj=linear(HIDDEN, HEADS * HEAD_DIM),
-        scale=HEAD_DIM**-0.5,
-        rope=rope,
-    )
-    block = Block(
-        mixer=attention,
-        ffn_norm=1 + floats(HIDDEN),
-        gate_proj=linear(WIDTH, HIDDEN),
-        up_proj=linear(WIDTH, HIDDEN),
-        down_proj=linear(HIDDEN, WIDTH),
-    )
-    return Decoder(
-        heads_per_group=1,
-        head_dim=HEAD_DIM,
-        rms_norm_eps=1e-5,
-        embedding=embedding,
-        blocks=(block,),
-        final_norm=1 + floats(HIDDEN),
-        head=embedding.as_head(),
-    )
+    settings = {
+        "num_hidden_layers": 1,
+        "hidden_size": HIDDEN,
+        "num_key_value_heads": HEADS,
+        "head_dim": HEAD_DIM,
+    }
+    model, _ = tiny_model("llama", num_attention_heads=HEADS, **settings)
+    rows = torch.randn(2, ROWS, HIDDEN, generator=torch.Generator().manual_seed(0)) * 0.1
+    table = torch.zeros(vocab_size, HIDDEN)
+    table[:ROWS], table[-ROWS:] = rows
+    weight = torch.nn.Parameter(table, requires_grad=False)
+    model.get_input_embeddings().weight = model.get_output_embeddings().weight = weight
+    return decoder_graph(model, Weights(), name="large")
 
 
 def logits(path: Path, ids: list[int]) -> np.ndarray:
@@ -70,14 +50,16 @@ def logits(path: Path, ids: list[int]) -> np.ndarray:
 
 
 @pytest.mark.everything
-def test_weights_beyond_two_gibibytes_lie_beside_the_graph(tmp_path: Path) -> None:
+def test_weights_beyond_two_gibibytes_lie_beside_the_graph(
+    tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
     vocab_size = 2**31 // (4 * HIDDEN) + 4096
     if psutil.disk_usage(str(tmp_path)).free < 4 * 2**30 or psutil.virtual_memory().available < 6 * 2**30:
         pytest.skip("wants 4 GiB of disk and 6 GiB of memory")
     large, small = tmp_path / "large" / "model.onnx", tmp_path / "small" / "model.onnx"
     for path, rows in ((large, vocab_size), (small, 2 * ROWS)):
         path.parent.mkdir()
-        save_graph(build_decoder(decoder(rows), name="large"), path)
+        save_graph(graph_of(tiny_model, rows), path)
     data = large.with_name("model.onnx_data")
     assert data.stat().st_size > 2**31
     assert large.stat().st_size < 100_000

@@ -22,11 +22,9 @@ from exporters.family import ExportOptions
 from exporters.onnx import export_onnx
 from exporters.onnx.matrix import round_to_nearest
 from exporters.onnx.quantize import (
-    OFFSET_DIGITS,
     Losses,
     QuantizedModel,
-    choose_few,
-    choose_mixture,
+    choose_eight_bits,
     default_budget,
     measure,
     rounded_model,
@@ -71,18 +69,18 @@ def test_more_bytes_never_make_the_predicted_loss_larger(tiny_model: Callable[..
     assert names == [*(name for block in block_linears(model) for name in block), *HEAD_PARTS]
     sizes = []
     for budget in (10_000, 60_000, 10**7):
-        chosen = choose_mixture(model, INT4, losses, 0, budget)
+        chosen = choose_eight_bits(model, INT4, losses, budget)
         sizes.append(len(chosen))
         forms = {name: stored.form for name, stored in rounded(model, chosen).layers.items()}
         assert forms == {name: INT8 if name in chosen else INT4 for name in names}
     assert 0 < sizes[0] < sizes[1] < sizes[2] == len(names)
-    assert choose_mixture(model, INT4, losses, 0, 300) == ()
+    assert choose_eight_bits(model, INT4, losses, 300) == ()
     assert {stored.form for stored in rounded(model, ()).layers.values()} == {INT4}
 
 
 def test_few_layers_in_eight_bits_cost_little_time(tiny_model: Callable[..., Any]) -> None:
     model, _ = tiny_model()
-    chosen = choose_few(model, INT4, measured(model))
+    chosen = choose_eight_bits(model, INT4, measured(model))
     assert chosen
     shapes = {name: weight_of(model, name).shape for name in measured(model)}
     least = sum(stored_bytes(shape, INT4) for shape in shapes.values())
@@ -138,14 +136,13 @@ def test_frequent_tokens_alone_may_have_eight_bits(
     frequent_rows_lose_most(checkpoint / "model.safetensors", tied)
     model = load_pruned(checkpoint)
     losses = measured(model)
-    choices = ((budget, choose_mixture(model, INT4, losses, 0, budget)) for budget in range(500, 10**6, 500))
+    choices = ((budget, choose_eight_bits(model, INT4, losses, budget)) for budget in range(500, 10**6, 500))
     budget, wanted = next((budget, chosen) for budget, chosen in choices if HEAD_PARTS[0] in chosen)
     assert HEAD_PARTS[1] not in wanted
     with pytest.raises(InputError) as refused:
         export(checkpoint, tmp_path / "out", "int4-mixed", mixed_bytes=1)
     least = int(re.findall(r"(\d+) or more", str(refused.value))[0])
-    left = budget - OFFSET_DIGITS * len(losses)
-    record = export(checkpoint, tmp_path / "out", "int4-mixed", mixed_bytes=least + left)["int4-mixed"]
+    record = export(checkpoint, tmp_path / "out", "int4-mixed", mixed_bytes=least + budget)["int4-mixed"]
     assert record.eight_bit_layers == wanted
     bits = bits_in(tmp_path / "out" / record.file)
     assert [bits[part] for part in HEAD_PARTS] == [8, 4]

@@ -15,13 +15,11 @@ from hypothesis import strategies as st
 from cfsp.models.architectures import block_linears
 from exporters.onnx import BlockFormat
 from exporters.onnx.decoder_graph import OPSET
-from exporters.onnx.graph_builder import CONTRIB, GraphBuilder
-from exporters.onnx.int8_rows import Int8Weights
-from exporters.onnx.layers import NBitsEmbedding, StackedEmbedding
+from exporters.onnx.layers import CONTRIB, GraphBuilder, NBits, Stacked
 from exporters.onnx.matrix import Rounded, joined, round_to_nearest
-from exporters.onnx.quantize import QuantizedModel, quantize_linears
-from exporters.onnx.variants import HEAD, INT4, INT8, formats_without_text
-from exporters.onnx.weights import HEAD_PARTS, weight_of
+from exporters.onnx.quantize import QuantizedModel, formats_without_text, quantize_linears
+from exporters.onnx.variants import HEAD, INT4, INT8
+from exporters.onnx.weights import HEAD_PARTS, Int8Weights, weight_of
 from exporters.quantize.matrix import fit
 
 
@@ -101,26 +99,6 @@ def test_a_large_matrix_is_rounded_a_few_rows_at_a_time(
         assert (parts[name].q == rounded.q).float().mean() > 0.999  # sums differ in their last bits
 
 
-def test_a_large_matrix_is_rounded_to_nearest_a_few_rows_at_a_time(
-    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, _ = tiny_model()
-    whole = quantize_linears(model, lambda *_: INT8, None)
-    largest = 0
-
-    def counted(weight: torch.Tensor, form: BlockFormat) -> Rounded:
-        nonlocal largest
-        largest = max(largest, weight.numel())
-        return round_to_nearest(weight, form)
-
-    monkeypatch.setattr("exporters.onnx.quantize._AT_ONCE", 50 * 64)
-    parts = quantize_linears(model, lambda *_: INT8, None, nearest=counted)
-    assert largest <= 50 * 64
-    for name, rounded in whole.items():
-        assert torch.equal(parts[name].q, rounded.q)
-        assert torch.equal(parts[name].scales, rounded.scales)
-
-
 def test_important_inputs_decide_the_scale() -> None:
     weight = torch.cat([weights(64, 31), torch.full((64, 1), 12.0)], 1)
     importance = torch.ones(32)
@@ -163,11 +141,11 @@ def test_the_output_matrix_is_rounded_for_what_it_multiplies(
         float((x @ (stored.dequantize() - head).T).square().mean()) for stored in (guided, nearest)
     )
     assert guided_loss < 0.8 * nearest_loss
-    embedding = QuantizedModel(found[False]).embedding(table, tied=tied)
-    assert isinstance(embedding, NBitsEmbedding)
-    assert embedding.table.form.bits == (4 if tied else 8)
+    embedding = QuantizedModel(found[False]).table(table, tied=tied)
+    assert isinstance(embedding, NBits)
+    assert embedding.weight.form.bits == (4 if tied else 8)
     if tied:
-        assert torch.equal(embedding.table.q, guided.q)
+        assert torch.equal(embedding.weight.q, guided.q)
 
 
 def test_values_of_the_first_token_count_for_all_that_attend_to_it(tiny_model: Callable[..., Any]) -> None:
@@ -250,7 +228,7 @@ def test_rows_of_an_embedding_are_looked_up_as_they_are_stored(columns: int, bit
     rounded = round_to_nearest(weights(11, columns), BlockFormat(bits, 32))
     builder = GraphBuilder()
     given = ir.val("ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
-    output = NBitsEmbedding(rounded).look_up(builder, given, "rows")
+    output = NBits(rounded).look_up(builder, given, "rows")
     graph = graph_of(builder, given, output)
     file = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
     ids = torch.tensor([[3, 10, 0], [10, 1, 2]])
@@ -262,13 +240,11 @@ def test_rows_of_an_embedding_are_looked_up_as_they_are_stored(columns: int, bit
 def test_a_table_of_two_formats_is_one_table(columns: int) -> None:
     table = weights(11, columns)
     first, rest = (round_to_nearest(rows, form) for rows, form in ((table[:4], INT8), (table[4:], INT4)))
-    stacked = StackedEmbedding(
-        NBitsEmbedding(first, stored_name="first"), NBitsEmbedding(rest, stored_name="rest")
-    )
+    stacked = Stacked((NBits(first, stored_name="first"), NBits(rest, stored_name="rest")))
     builder = GraphBuilder()
     given = ir.val("ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
     rows = stacked.look_up(builder, given, "rows")
-    logits = stacked.as_head().apply(builder, rows, "logits")
+    logits = stacked.apply(builder, rows, "logits")
     graph = graph_of(builder, given, rows, logits)
     file = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
     ids = torch.tensor([[3, 10, 0, 4], [10, 1, 2, 5]])
