@@ -18,7 +18,7 @@ import torch
 
 from exporters.onnx.matrix import round_to_nearest
 from exporters.onnx.variants import INT4
-from exporters.quantize.matrix import fit
+from exporters.quantize.rounding import fit
 
 T = TypeVar("T")
 _TOKENS = 512

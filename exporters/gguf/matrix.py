@@ -22,8 +22,7 @@ import torch
 from cfsp.errors import InputError
 from exporters.gguf.runtime import FloatArray, library, log
 from exporters.quantize import Grid
-from exporters.quantize.gptq import gptq_blocks
-from exporters.quantize.matrix import fit
+from exporters.quantize.rounding import fit, gptq_blocks
 
 Bytes = npt.NDArray[np.uint8]
 _FLOATS = ctypes.POINTER(ctypes.c_float)
@@ -111,7 +110,7 @@ SCALES: Mapping[str, tuple[int, ...]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A matrix in one of ggml's types: see `exporters.quantize.matrix.QuantizedMatrix`.
+    """A matrix in one of ggml's types: see `exporters.quantize.QuantizedMatrix`.
 
     Attributes:
         kind: ggml's name of it.

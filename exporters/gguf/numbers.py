@@ -28,7 +28,7 @@ from exporters.gguf.architecture import ChosenLayout
 from exporters.gguf.matrix import PACKINGS, SCALES, WHOLE_BLOCKS, StoredMatrix, block_of, choose_numbers
 from exporters.gguf.tensors import TensorSpec, tensor_specs
 from exporters.proof import slope_of
-from exporters.quantize.matrix import Placed, stands_for
+from exporters.quantize import Placed, stands_for
 from exporters.quantize.training import TunedScales, tune_scales
 from exporters.quantize.walk import Readings, alike, round_blocks
 

@@ -26,7 +26,7 @@ _LARGEST, ZERO_OF_ROWS = 127, 128
 
 @dataclass(frozen=True)
 class Rounded:
-    """A matrix of blocks: see `exporters.quantize.matrix.QuantizedMatrix`.
+    """A matrix of blocks: see `exporters.quantize.QuantizedMatrix`.
 
     Attributes:
         q: (rows, blocks, block_size) uint8.

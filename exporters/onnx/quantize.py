@@ -32,9 +32,10 @@ from exporters.onnx.weights import (
     read_weight,
     weight_of,
 )
+from exporters.quantize import Placed, stands_for
 from exporters.quantize.gradients import collect_weight_moments
-from exporters.quantize.matrix import Placed, fit, stands_for
 from exporters.quantize.mixture import GRADIENT_WINDOWS, ROWS, TABLE_ROWS, Option, draw, of_rows, solve
+from exporters.quantize.rounding import fit
 from exporters.quantize.training import RoundedModel, tune_scales
 from exporters.quantize.walk import CORRECTION, Readings, alike, round_blocks
 

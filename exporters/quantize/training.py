@@ -26,7 +26,7 @@ from cfsp.models.weights import sha256_tensors
 from cfsp.precision import bulk_products, products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.recovery.losses import LossAndGradient, distillation_loss, head_loss, of_capped
-from exporters.quantize.matrix import Placed
+from exporters.quantize import Placed
 
 _WARM_UP = 4
 """Steps in which the learning rate rises; there is one a window."""

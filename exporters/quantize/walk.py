@@ -30,7 +30,7 @@ from cfsp.precision import bulk_products, exact_products
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.block_by_block import GramSum
 from cfsp.pruning.statistics import input_hook
-from exporters.quantize.gptq import factored
+from exporters.quantize.rounding import factored
 
 CORRECTION = 0.4
 """Share of earlier layers' error that is taken back: c. Of SmolLM2-135M in Q4_0 0.35 and 0.5 leave 0.77 to 0.85 of the

@@ -22,7 +22,7 @@ from exporters.gguf.architecture import read_layout
 from exporters.gguf.files import draft_gguf
 from exporters.gguf.matrix import PACKINGS, WHOLE_BLOCKS, StoredMatrix, block_of, choose_numbers
 from exporters.gguf.tensors import tensor_specs
-from exporters.quantize.gptq import round_to_codes_
+from exporters.quantize.rounding import round_to_codes_
 
 MakeCheckpoint = Callable[..., Path]
 # Of few tokens, so that inputs depend on each other, as those of trained models do.

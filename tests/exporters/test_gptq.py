@@ -16,9 +16,8 @@ from cfsp.pruning.block_by_block import damped_cholesky
 from exporters.onnx import BlockFormat
 from exporters.onnx.matrix import Rounded, round_to_nearest
 from exporters.onnx.variants import INT4
-from exporters.quantize.gptq import RIDGE, gptq_codes, invert_lower_
-from exporters.quantize.matrix import Placed, fit
-from exporters.quantize.refine import refine_codes
+from exporters.quantize import Placed
+from exporters.quantize.rounding import RIDGE, fit, gptq_codes, invert_lower_, refine_codes
 from exporters.quantize.training import RoundedModel
 
 
@@ -174,9 +173,9 @@ def test_a_wide_matrix_loses_hardly_more_in_coarser_products(
         asked.append(device_type)
         return torch.bfloat16
 
-    monkeypatch.setattr("exporters.quantize.gptq._EXACT_COLUMNS", columns - 1)
-    monkeypatch.setattr("exporters.quantize.refine._WIDE", columns - 1)
-    monkeypatch.setattr("exporters.quantize.refine.bulk_dtype", coarse)
+    monkeypatch.setattr("exporters.quantize.rounding._EXACT_COLUMNS", columns - 1)
+    monkeypatch.setattr("exporters.quantize.rounding._WIDE", columns - 1)
+    monkeypatch.setattr("exporters.quantize.rounding.bulk_dtype", coarse)
     assert lost() == pytest.approx(exact, rel=0.03)
     assert asked == ["cpu"]
 
@@ -189,10 +188,10 @@ def test_blocks_that_are_multiplied_together_know_what_those_before_them_changed
     x = torch.randn(512, 24, generator=generator) @ torch.randn(24, 560, generator=generator)
     gram = x.T @ x / len(x)
     first = round_to_nearest(weight, INT4)
-    monkeypatch.setattr("exporters.quantize.refine._WIDE", 0)
-    monkeypatch.setattr("exporters.quantize.refine.bulk_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr("exporters.quantize.rounding._WIDE", 0)
+    monkeypatch.setattr("exporters.quantize.rounding.bulk_dtype", lambda _: torch.bfloat16)
     together = refine(weight, gram, first)
-    monkeypatch.setattr("exporters.quantize.refine._TOGETHER", 1)
+    monkeypatch.setattr("exporters.quantize.rounding._TOGETHER", 1)
     apart = refine(weight, gram, first)
     assert (together.q != apart.q).float().mean() < 0.5 * (apart.q != first.q).float().mean()
 
@@ -204,7 +203,7 @@ def test_what_float32_cannot_factor_is_factored_in_float64(monkeypatch: pytest.M
         damped_cholesky(gram.float(), RIDGE)
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     exact = gptq(weight, gram, INT4)
-    monkeypatch.setattr("exporters.quantize.gptq._EXACT_COLUMNS", 63)
+    monkeypatch.setattr("exporters.quantize.rounding._EXACT_COLUMNS", 63)
     assert torch.equal(gptq(weight, gram, INT4).q, exact.q)
 
 

@@ -20,7 +20,7 @@ from exporters.onnx.matrix import Rounded, joined, round_to_nearest
 from exporters.onnx.quantize import QuantizedModel, formats_without_text, quantize_linears
 from exporters.onnx.variants import HEAD, INT4, INT8
 from exporters.onnx.weights import HEAD_PARTS, Int8Weights, weight_of
-from exporters.quantize.matrix import fit
+from exporters.quantize.rounding import fit
 
 
 def weights(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

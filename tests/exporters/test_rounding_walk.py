@@ -13,7 +13,7 @@ import torch
 from cfsp.models.architectures import attention_of, block_linears, decoder_layers, spec_for
 from cfsp.precision import exact_products
 from cfsp.pruning.statistics import input_hook
-from exporters.quantize.gptq import RIDGE
+from exporters.quantize.rounding import RIDGE
 from exporters.quantize.walk import Readings, round_blocks
 
 IDS = torch.randint(0, 300, (3, 32), generator=torch.Generator().manual_seed(3))
