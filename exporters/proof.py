@@ -34,8 +34,7 @@ from cfsp.models.architectures import (
     norm_epsilon,
     spec_for,
 )
-from cfsp.models.block_pass import enter_blocks, last_hidden_states, run_layer
-from cfsp.models.offload import at_hand
+from cfsp.models.offload import at_hand, enter_blocks, last_hidden_states, run_layer
 from cfsp.progress import Progress, no_progress
 from cfsp.text.settings import BUILTIN_TEXT
 from cfsp.text.tokens import TokenWindows, token_windows, tokens_sha256

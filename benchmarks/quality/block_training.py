@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 from cfsp.models.architectures import decoder_layers
-from cfsp.models.block_pass import Calls, enter_blocks, run_layer, run_windows
 from cfsp.models.checkpoint import PLAN_FILE, save_checkpoint
+from cfsp.models.offload import Calls, enter_blocks, run_layer, run_windows
 from cfsp.models.reference import load_model
 from cfsp.precision import casting, product_dtype
 from cfsp.pruning.plan import PruningPlan

@@ -12,8 +12,7 @@ import torch
 from cfsp.errors import InputError
 from cfsp.evaluation.language_model import Branches, Score, branch_scores, check_length, contains_any
 from cfsp.models.architectures import output_logits, spec_for, windows_of_blocks
-from cfsp.models.block_pass import last_hidden_states
-from cfsp.models.offload import at_hand, computing_dtype, is_paged
+from cfsp.models.offload import at_hand, computing_dtype, is_paged, last_hidden_states
 from cfsp.models.source import LoadedModel
 from cfsp.text.choosing import Chooser
 from cfsp.text.self_sampling import generate, stated_sampling, stop_ids

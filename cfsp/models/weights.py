@@ -44,12 +44,11 @@ _SHARD_BYTES = 10**9
 def model_class(config: Any) -> Any:
     """transformers' own causal LM class for a configuration whose model type is in the architecture table."""
     spec_for(config)
-    try:
-        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except KeyError:
-        raise InputError(
-            "models with code of their own are not supported", field="config", value=type(config).__name__
-        ) from None
+    known, kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, type(config)
+    if kind not in known:
+        problem = "models with code of their own are not supported"
+        raise InputError(problem, field="config", value=kind.__name__)
+    return known[kind]
 
 
 @contextmanager
@@ -71,7 +70,14 @@ def model_from_weights(
 ) -> Any:
     """A causal LM in eval mode with these weights; raises InputError if some are missing, unknown or misshapen."""
     builder = cls or model_class(config)
-    check_size(config, sum(tensor.numel() for tensor in weights.values()), where, cls=builder)
+    with quiet_transformers(), torch.device("meta"), as_input_error(f"{where} cannot be used"):
+        stated = sum(parameter.numel() for parameter in builder(config).parameters())
+    # transformers would make all that is missing, and takes sizes that are not stated from its default model.
+    if stated > 2 * (n_stored := sum(tensor.numel() for tensor in weights.values())):
+        raise InputError(
+            f"{where}: the configuration states a model of {stated:,} weights, and {n_stored:,} are stored",
+            allowed="the sizes of this model (hidden_size, intermediate_size, num_hidden_layers, vocab_size, ...)",
+        )
     with quiet_transformers(), as_input_error(f"{where}: the weights do not fit the configuration"):
         model, report = builder.from_pretrained(
             None,
@@ -79,22 +85,20 @@ def model_from_weights(
             state_dict=dict(weights),
             dtype=dtype,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report, and told below by name
+            ignore_mismatched_sizes=True,  # they are in the report
         )
-    check_loading(report, where)
+    for key, what in (
+        ("mismatched_keys", "tensors of the wrong shape"),
+        ("missing_keys", "missing tensors"),
+        ("unexpected_keys", "tensors that the model does not have"),
+    ):
+        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in report.get(key) or ())
+        # Old checkpoints store rotary frequencies, which are computed nowadays.
+        names = [name for name in names if not name.endswith("inv_freq")]
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise InputError(f"{where}: {what}: {', '.join(names[:3])}{more}")
     return model.eval()
-
-
-def check_size(config: Any, n_stored: int, where: str, *, cls: Any = None) -> None:
-    """Raise InputError for twice the weights that are stored: transformers would make all that is missing."""
-    with quiet_transformers(), torch.device("meta"), as_input_error(f"{where} cannot be used"):
-        model = (cls or transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])(config)
-    stated = sum(parameter.numel() for parameter in model.parameters())
-    if stated > 2 * n_stored:
-        raise InputError(
-            f"{where}: the configuration states a model of {stated:,} weights, and {n_stored:,} are stored",
-            allowed="the sizes of this model (hidden_size, intermediate_size, num_hidden_layers, vocab_size, ...)",
-        )
 
 
 def check_memory(n_weights: int, dtype: torch.dtype, where: str) -> None:
@@ -121,21 +125,6 @@ def weight_count(files: Iterable[Path], *, tied: bool) -> int:
             names = [name for name in handle.keys() if not tied or name != OUTPUT_MATRIX]  # noqa: SIM118
             total += sum(math.prod(handle.get_slice(name).get_shape()) for name in names)
     return total
-
-
-def check_loading(report: Mapping[str, Iterable[Any]], where: str) -> None:
-    """Raise InputError if transformers reports missing, unknown or misshapen tensors."""
-    for key, what in (
-        ("mismatched_keys", "tensors of the wrong shape"),
-        ("missing_keys", "missing tensors"),
-        ("unexpected_keys", "tensors that the model does not have"),
-    ):
-        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in report.get(key) or ())
-        # Old checkpoints store rotary frequencies, which are computed nowadays.
-        names = [name for name in names if not name.endswith("inv_freq")]
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise InputError(f"{where}: {what}: {', '.join(names[:3])}{more}")
 
 
 def check_finite(model: Any, where: str) -> None:
@@ -194,17 +183,15 @@ def safetensors_files(folder: Path) -> list[Path]:
     """The weight files of a Hugging Face folder, in order of name; raises InputError for pickled or missing ones."""
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
-    if (folder / INDEX_FILE).is_file():
-        files = [folder / name for name in shard_names(folder / INDEX_FILE)]
+    if (index := folder / INDEX_FILE).is_file():
+        files = [folder / name for name in shard_names(index)]
         missing = ", ".join(one.name for one in files if not one.is_file())
         if missing or not files:
-            raise InputError(f"{folder / INDEX_FILE} names weight files that are missing: {missing}")
+            raise InputError(f"{index} names weight files that are missing: {missing}")
         return files
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise InputError(
-            f"{folder} holds pickled weights only, which can run code when they are read",
-            allowed="safetensors",
-        )
+    if any(file.suffix in (".bin", ".pt", ".pth") for file in folder.glob("*")):
+        problem = f"{folder} holds pickled weights only, which can run code when they are read"
+        raise InputError(problem, allowed="safetensors")
     raise InputError(f"{folder} has no weights", allowed=f"{SINGLE_FILE} or {INDEX_FILE} with its shards")
 
 

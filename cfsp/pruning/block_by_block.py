@@ -37,8 +37,7 @@ from cfsp.models.architectures import (
     norm_epsilon,
     spec_for,
 )
-from cfsp.models.block_pass import Calls, StoredStates, enter_blocks, run_layer, run_windows
-from cfsp.models.offload import at_hand
+from cfsp.models.offload import Calls, StoredStates, at_hand, enter_blocks, run_layer, run_windows
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.parts import attention_left_out

@@ -26,7 +26,7 @@ from torch import nn
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import attention_of, decoder_layers, model_shape, output_logits, spec_for
-from cfsp.models.block_pass import Calls, computing, enter_blocks, leave_blocks, run_layer
+from cfsp.models.offload import Calls, computing, enter_blocks, leave_blocks, run_layer
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.settings import PruneSettings

@@ -20,8 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from cfsp.devices import CPU, exact, exact_sum, exact_zeros
 from cfsp.errors import InputError
 from cfsp.models.architectures import block_linears, decoder_layers, feed_forward
-from cfsp.models.block_pass import StoredStates, enter_blocks, run_layer, run_windows
-from cfsp.models.offload import at_hand, may_keep_states
+from cfsp.models.offload import StoredStates, at_hand, enter_blocks, may_keep_states, run_layer, run_windows
 from cfsp.progress import Progress, no_progress
 
 MOMENT_WINDOWS = 16

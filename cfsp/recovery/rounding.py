@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from cfsp.models.rounded_numbers import RoundedNumbers
+from cfsp.models.checkpoint import RoundedNumbers
 from cfsp.progress import Progress
 
 

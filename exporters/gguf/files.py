@@ -16,9 +16,15 @@ from torch import nn
 
 from cfsp.errors import InputError
 from cfsp.files import LargeScratch
-from cfsp.models.checkpoint import is_pruned_checkpoint, load_input_moments
+from cfsp.models.checkpoint import (
+    RoundedFormat,
+    RoundedNumbers,
+    is_pruned_checkpoint,
+    load_input_moments,
+    read_rounded,
+    read_rounded_format,
+)
 from cfsp.models.gguf_file import read_gguf
-from cfsp.models.rounded_numbers import RoundedFormat, RoundedNumbers, read_rounded, read_rounded_format
 from cfsp.models.weights import safetensors_files, uniform_dtype
 from cfsp.progress import Progress
 from cfsp.pruning.statistics import collect_input_moments

@@ -20,8 +20,8 @@ from torch import nn
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import block_linears
+from cfsp.models.checkpoint import RoundedNumbers
 from cfsp.models.gguf_file import GGUFTensor, read_gguf
-from cfsp.models.rounded_numbers import RoundedNumbers
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
 from exporters.gguf.architecture import ChosenLayout

@@ -20,9 +20,8 @@ from cfsp.errors import InputError, LimitError
 from cfsp.files import atomic_directory, sha256_file
 from cfsp.memory import give_back_memory, require_memory
 from cfsp.models.architectures import decoder_layers, spec_for
-from cfsp.models.checkpoint import load_pruned
+from cfsp.models.checkpoint import load_pruned, read_rounded
 from cfsp.models.offload import is_paged
-from cfsp.models.rounded_numbers import read_rounded
 from cfsp.text.tokens import tokens_sha256
 from exporters.chats import ReadChats
 from exporters.checkpoint_reader import read_config

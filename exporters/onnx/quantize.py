@@ -13,9 +13,8 @@ import torch
 from cfsp.devices import CPU, moved
 from cfsp.errors import InputError
 from cfsp.models.architectures import block_linears, decoder_layers, spec_for
-from cfsp.models.checkpoint import load_pruned
+from cfsp.models.checkpoint import RoundedFormat, RoundedNumbers, load_pruned
 from cfsp.models.offload import at_hand
-from cfsp.models.rounded_numbers import RoundedFormat, RoundedNumbers
 from cfsp.progress import Progress, no_progress
 from exporters.checkpoint_reader import read_config
 from exporters.onnx.layers import TABLE, Matrix, NBits, Stacked

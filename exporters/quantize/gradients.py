@@ -25,8 +25,16 @@ from torch import nn
 from cfsp.devices import exact, exact_sum
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, output_logits, state_size, token_tables
-from cfsp.models.block_pass import StoredStates, enter_blocks, leave_blocks, run_layer, run_windows
-from cfsp.models.offload import at_hand, is_paged, require_scratch
+from cfsp.models.offload import (
+    StoredStates,
+    at_hand,
+    enter_blocks,
+    is_paged,
+    leave_blocks,
+    require_scratch,
+    run_layer,
+    run_windows,
+)
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.statistics import gradient_hook
 

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from cfsp.models.architectures import capped, logit_cap, spec_for
-from cfsp.models.rounded_numbers import RoundedFormat, RoundedNumbers
+from cfsp.models.checkpoint import RoundedFormat, RoundedNumbers
 from cfsp.models.weights import sha256_tensors
 from cfsp.precision import bulk_products, products_in
 from cfsp.progress import Progress, no_progress

@@ -24,8 +24,7 @@ from torch import nn
 from cfsp.devices import exact_zeros
 from cfsp.memory import require_memory
 from cfsp.models.architectures import attention_of, block_linears, decoder_layers, feed_forward, spec_for
-from cfsp.models.block_pass import Arguments, enter_blocks, leave_blocks, run_layer
-from cfsp.models.offload import at_hand
+from cfsp.models.offload import Arguments, at_hand, enter_blocks, leave_blocks, run_layer
 from cfsp.precision import bulk_products, exact_products
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.block_by_block import GramSum

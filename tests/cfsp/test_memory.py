@@ -15,8 +15,8 @@ import torch
 
 from cfsp import memory
 from cfsp.errors import InputError
-from cfsp.models.block_pass import enter_blocks
 from cfsp.models.checkpoint import load_pruned, save_checkpoint
+from cfsp.models.offload import enter_blocks
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
 from phoneready.main import main

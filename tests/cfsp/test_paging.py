@@ -16,10 +16,9 @@ from cfsp.evaluation.divergence import divergence
 from cfsp.evaluation.perplexity import perplexity
 from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.architectures import decoder_layers, token_tables
-from cfsp.models.block_pass import last_hidden_states
 from cfsp.models.checkpoint import load_pruned, save_checkpoint
 from cfsp.models.families import FAMILIES
-from cfsp.models.offload import NARROW, VARIABLE, at_hand, copied, is_paged
+from cfsp.models.offload import NARROW, VARIABLE, at_hand, copied, is_paged, last_hidden_states
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.prune import prune_model

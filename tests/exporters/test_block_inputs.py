@@ -16,11 +16,10 @@ pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, model_shape, token_tables
-from cfsp.models.block_pass import enter_blocks, last_hidden_states, run_layer
 from cfsp.models.checkpoint import load_pruned
 from cfsp.models.families.row import FULL, WINDOWED
 from cfsp.models.gguf_file import read_gguf
-from cfsp.models.offload import VARIABLE
+from cfsp.models.offload import VARIABLE, enter_blocks, last_hidden_states, run_layer
 from cfsp.models.reference import load_model
 from cfsp.pruning.vocabulary import cut_rows
 from cfsp.text.tokens import TokenWindows

@@ -11,7 +11,7 @@ import torch
 from ternary import Ternary
 
 from cfsp.errors import InputError
-from cfsp.models.rounded_numbers import RoundedFormat
+from cfsp.models.checkpoint import RoundedFormat
 from cfsp.pruning.block_by_block import damped_cholesky
 from exporters.onnx import BlockFormat
 from exporters.onnx.matrix import Rounded, round_to_nearest
