@@ -26,12 +26,6 @@ def test_ours_sleep_and_those_that_are_measured_do_as_they_like() -> None:
     assert not {WAITING, OURS} & set(measured_environment())
 
 
-def test_what_users_set_holds_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(WAITING, "active")
-    wait_passively()
-    assert child_environment()[WAITING] == measured_environment()[WAITING] == "active"
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP says what it does")
 def test_the_command_line_says_so_before_torch_is_loaded() -> None:
     command = [sys.executable, "-m", "phoneready", "doctor"]

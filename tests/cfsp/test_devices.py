@@ -13,7 +13,7 @@ import pytest
 import torch
 from far_device import FarTensor, brought, far_device, send
 
-from cfsp.devices import OR_NARROW, exact_device, find_device, moved
+from cfsp.devices import OR_NARROW, find_device, moved
 from cfsp.errors import InputError
 from cfsp.evaluation.divergence import divergence
 from cfsp.evaluation.language_model import Branches
@@ -127,16 +127,6 @@ def test_devices_that_are_none() -> None:
 def test_the_cpu_is_always_there() -> None:
     assert find_device("cpu") == torch.device("cpu")
     assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def test_an_apple_gpu_is_taken_where_torch_can_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(InputError, match=r"is not there.*allowed: cpu"):
-        find_device("mps")
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert find_device("mps") == torch.device("mps")
-    assert find_device("auto").type in ("cuda", "cpu")
-    assert exact_device(torch.device("mps")) == torch.device("cpu")
 
 
 @pytest.mark.parametrize(

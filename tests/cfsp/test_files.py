@@ -149,21 +149,6 @@ def test_a_failed_run_leaves_neither_folder_nor_lock(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX rights")
-def test_no_umask_leaves_a_temporary(tmp_path: Path) -> None:
-    code = (
-        "import os, sys; from pathlib import Path; from cfsp.files import atomic_directory\n"
-        "os.umask(0o777)\n"
-        "with atomic_directory(Path(sys.argv[1])) as folder:\n"
-        "    (folder / 'a').write_text('1')\n"
-        "    raise KeyError\n"
-    )
-    subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "out")], stderr=subprocess.DEVNULL, check=False
-    )
-    assert not list(tmp_path.iterdir())
-
-
 WALK = """
 import os, signal, sys, threading
 from pathlib import Path

@@ -160,36 +160,6 @@ def test_what_no_model_of_the_type_is(tiny_model: TinyModel, tmp_path: Path) -> 
                 load_model(folder)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "overrides"),
-    [
-        ("granite", {**OWN, "tied": False}),
-        ("ernie4_5", {"use_bias": True, "tied": False}),
-        ("phi3", LONGROPE),
-    ],
-    ids=str,
-)
-def test_a_dense_folder_is_exported_as_what_it_is_loaded_as(
-    tiny_model: TinyModel,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    model_type: str,
-    overrides: dict[str, Any],
-) -> None:
-    pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
-    from exporters.gguf import runtime
-
-    folder, expected = saved(tiny_model, tmp_path / "folder", model_type, **overrides)
-    line = ["export", str(folder), "-o", str(tmp_path / "out"), "--gguf", "f32", "--threads", "1"]
-    assert main(line) == 0, capsys.readouterr().err
-    (file,) = (tmp_path / "out").glob("*.gguf")
-    # A window that llama.cpp has not makes no difference within it.
-    ids = IDS[0, : overrides.get("sliding_window")]
-    with runtime.open_model(file, runtime.Context(n_ctx=64, n_batch=64, cache_type="f32")) as opened:
-        logits = torch.cat([torch.from_numpy(piece.copy()) for piece in opened.iter_logits(ids.numpy())])
-    torch.testing.assert_close(logits, expected[0, : len(ids)], rtol=1e-3, atol=1e-3)
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize(
     ("model_type", "own", "tied"), [("granite", OWN, True), ("ernie4_5", {}, False)], ids=str

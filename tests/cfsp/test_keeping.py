@@ -181,16 +181,6 @@ def test_prune_is_told_products_and_weights_together_or_apart(
     assert uniform_dtype(safetensors_files(tmp_path / "out")) == stored
 
 
-def test_files_hold_the_checkpoints_own_weights(
-    tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
-    command = ["export", str(tiny_folder()), "-o", str(tmp_path / "out"), "--gguf", "Q8_0"]
-    assert main([*command, "--dtype", "bfloat16"]) == 2
-    assert "hold a checkpoint's own weights" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
 def test_an_export_of_16_bits_is_by_blocks_where_float32_takes_too_much(
     tiny_loaded: TinyLoaded,
     tmp_path: Path,

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 import zipfile
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import gguf
-import huggingface_hub
 import numpy as np
 import psutil
 import pytest
@@ -30,7 +25,6 @@ from cfsp.models.builtin import BUILTIN_MODELS, cache_directory
 from cfsp.models.checkpoint import read_checkpoint_info, save_checkpoint
 from cfsp.models.families import FAMILIES
 from cfsp.models.gguf_file import read_gguf
-from cfsp.models.gguf_model import config_from_gguf
 from cfsp.models.reference import load_model, load_tokenizer
 
 IDS = torch.arange(60).view(2, 30)
@@ -223,58 +217,26 @@ def test_of_a_hub_model_only_the_weights_that_are_read_are_fetched(
     model, tokenizer = tiny_model()
     model.save_pretrained(tmp_path / "model", max_shard_size="200KB")
     tokenizer.save_pretrained(tmp_path / "model")
-    files = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
-    commit, weights = "1" * 40, {name for name in files if name.endswith(".safetensors")}
-    assert len(weights) > 1
-    files |= {"consolidated.safetensors": b"0" * 8, "adapter_model.safetensors": b"1" * 8}
+    weights = {file.name for file in (tmp_path / "model").glob("*.safetensors")}
+    (tmp_path / "model" / "consolidated.safetensors").write_bytes(b"0" * 8)
+    commit, fetched = tmp_path / ("1" * 40), set()
 
-    class Hub(BaseHTTPRequestHandler):
-        """What the hub's client asks for: the list of files, and files."""
+    def fetch(_: str, allow_patterns: list[str], **how: Any) -> str:
+        commit.mkdir(exist_ok=True)
+        for file in (tmp_path / "model").iterdir():
+            if any(file.match(pattern) for pattern in allow_patterns):
+                shutil.copy(file, commit)
+                fetched.add(file.name)
+        return str(commit)
 
-        def do_HEAD(self) -> None:
-            self.do_GET()
+    def first(name: str, file: str, **_: Any) -> str:
+        return f"{fetch(name, [file])}/{file}"
 
-        def do_GET(self) -> None:
-            name = self.path.rpartition("/")[2]
-            body = files.get(name, b"")
-            if "/tree/" in self.path:
-                body = json.dumps(
-                    [
-                        {
-                            "type": "file",
-                            "path": one,
-                            "size": len(text),
-                            "oid": hashlib.sha1(text).hexdigest(),
-                        }
-                        for one, text in files.items()
-                    ]
-                ).encode()
-            elif self.path.startswith("/api/"):
-                siblings = [{"rfilename": one} for one in files]
-                body = json.dumps({"id": "me/it", "sha": commit, "siblings": siblings}).encode()
-            self.send_response(200 if self.path.startswith("/api/") or name in files else 404)
-            self.send_header("X-Repo-Commit", commit)
-            self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def log_message(self, *_: Any) -> None:
-            """Be quiet."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        place = f"http://127.0.0.1:{server.server_port}"
-        constants = huggingface_hub.constants
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, place)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "ENDPOINT", place)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        loaded = load_model("me/it")
-        server.shutdown()
-    assert {file.name for file in Path(loaded.source.path or "").glob("*.safetensors")} == weights
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", first)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    loaded = load_model("me/it")
+    assert loaded.source.revision == commit.name
+    assert {name for name in fetched if name.endswith(".safetensors")} == weights
     assert torch.equal(loaded.model(IDS).logits, model(IDS).logits)
 
 
@@ -312,16 +274,10 @@ def damaged(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Any
 WRONG: dict[str, list[Callable[[Path], Any]]] = {
     "has no tokenizer": [lambda folder: [file.unlink() for file in folder.glob("tokenizer*")]],
     "the tokenizer in": [damaged("tokenizer.json", lambda data: data[: len(data) // 2])],
-    "damaged or cut short": [
-        damaged("model.safetensors", lambda data: data[: len(data) // 2]),
-        damaged("model.safetensors", lambda data: b"\xff" * 16 + data[16:]),
-        damaged("model.safetensors", lambda _: b""),
-    ],
+    "damaged or cut short": [damaged("model.safetensors", lambda data: data[: len(data) // 2])],
     f"missing tensors: {UP}": [lambda folder: with_tensors(folder, lambda weights: weights.pop(UP))],
-    "model.layers.9.a": [
-        lambda folder: with_tensors(
-            folder, lambda weights: weights.update({"model.layers.9.a": torch.ones(2)})
-        )
+    "layers.9.a": [
+        lambda folder: with_tensors(folder, lambda w: w.update({"model.layers.9.a": torch.ones(2)}))
     ],
     "model-2.safetensors": [
         lambda folder: (
@@ -377,42 +333,6 @@ def test_code_in_a_folder_is_not_run(tiny_folder: Any, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     load_model(folder)
     assert not marker.exists()
-
-
-def test_gguf_cut_short_anywhere(tiny_gguf: Any, tmp_path: Path) -> None:
-    data = tiny_gguf().read_bytes()
-    path = tmp_path / "cut.gguf"
-    for share in (0.0, 1e-4, 0.001, 0.01, 0.05, 0.2, 0.5, 0.9, 0.999):
-        path.write_bytes(data[: int(len(data) * share)])
-        assert str(path) in one_line_error(path)
-
-
-def test_gguf_with_flipped_bytes_loads_or_says_why(tiny_gguf: Any, tmp_path: Path) -> None:
-    data = bytearray(tiny_gguf().read_bytes())
-    path = tmp_path / "flipped.gguf"
-    outcomes = set()
-    for position in [*range(0, 64), *range(64, 3000, 183), *range(3000, 16000, 1954)]:
-        changed = bytearray(data)
-        changed[position] ^= 0xFF
-        path.write_bytes(changed)
-        try:
-            load_model(path)
-            outcomes.add("loaded")
-        except InputError:
-            outcomes.add("refused")
-    assert outcomes == {"loaded", "refused"}
-
-
-def test_gguf_of_another_architecture(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "gpt2")
-    writer.add_block_count(1)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(InputError, match=r"unsupported architecture.*llama, qwen2, qwen3, smollm3"):
-        config_from_gguf(read_gguf(tmp_path / "other.gguf"))
-    assert "\n" not in one_line_error(tmp_path / "other.gguf")
 
 
 def test_loading_writes_nothing_to_the_terminal(tiny_folder: Any, tiny_gguf: Any) -> None:
