@@ -157,7 +157,10 @@ def config_from_gguf(file: GGUFFile) -> Any:
     if row.scale_setting:
         # llama.cpp's default, which for the family's largest model it knows by the number of blocks.
         settings[row.scale_setting] = hidden // heads if n_blocks == _BLOCKS_OF_27B else settings["head_dim"]
-    _check_shapes(file, row, shapes, settings)
+    heads, keys = settings.get("linear_num_value_heads", 0), settings.get("linear_num_key_heads", 1)
+    if heads % keys:
+        problem, allowed = "no multiple of the key heads", f"{keys} n"
+        raise InputError(problem, field="ssm.time_step_rank", value=heads, allowed=allowed)
     settings["tie_word_embeddings"] = OUTPUT not in shapes or _is_stored_twice(file)
     settings |= {key: f"blk.0.{name}.bias" in shapes for key, name in row.bias_settings.items()}
     with as_input_error(f"{file.path}: metadata that does not fit together"):
@@ -266,42 +269,6 @@ def _row(file: GGUFFile) -> Family:
     return family_of_gguf(file.architecture, str(file.path), windowed=windowed)
 
 
-def _check_shapes(
-    file: GGUFFile, row: Family, shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any]
-) -> None:
-    """Refuse metadata that contradicts the tensors before a model of the stated size is built."""
-    hidden, head_dim = settings["hidden_size"], settings["head_dim"]
-    last, attending = settings["num_hidden_layers"] - 1, settings.get("layer_types", [FULL])
-    first = next((index for index, kind in enumerate(attending) if kind in (FULL, WINDOWED)), 0)
-    if attending[first] == FULL:
-        head_dim = settings.get(row.own_heads, head_dim)
-    q_rows = (2 if row.gated else 1) * settings["num_attention_heads"] * head_dim
-    width = stated_widths({"model_type": row.model_type, **settings})[last]
-    expected = {
-        EMBEDDING: (settings["vocab_size"], hidden),
-        f"blk.{first}.attn_q.weight": (q_rows, hidden),
-        f"blk.{first}.attn_k.weight": (settings["num_key_value_heads"] * head_dim, hidden),
-        f"blk.{last}.ffn_up.weight": (width, hidden),
-    }
-    if "linear_num_key_heads" in settings and set(settings["layer_types"]) != {FULL}:
-        heads, keys = settings["linear_num_value_heads"], settings["linear_num_key_heads"]
-        if heads % keys:
-            raise InputError(
-                "no multiple of the key heads", field="ssm.time_step_rank", value=heads, allowed=f"{keys} n"
-            )
-        block = next(index for index, kind in enumerate(settings["layer_types"]) if kind != FULL)
-        key_width, value_width = (
-            keys * settings["linear_key_head_dim"],
-            heads * settings["linear_value_head_dim"],
-        )
-        expected[f"blk.{block}.attn_qkv.weight"] = (2 * key_width + value_width, hidden)
-        expected[f"blk.{block}.ssm_out.weight"] = (hidden, value_width)
-    for name, shape in expected.items():
-        if (found := shapes.get(name)) != shape:
-            problem = f"{file.path}: the metadata does not fit the tensors"
-            raise InputError(problem, field=name, value=found, allowed=str(shape))
-
-
 def model_from_gguf(
     file: GGUFFile, *, dtype: torch.dtype, by_blocks: bool = False, progress: Progress = no_progress
 ) -> Any:
@@ -352,11 +319,13 @@ def _weights(
     row, modules = _row(file), tensor_names(file.architecture, config.num_hidden_layers)
     own = {**DELTA_NET_NUMBERS, row.scalar: (row.scalar, ".weight")}
     names = {}  # llama.cpp's of every tensor that the model can have -> transformers'
-    with torch.device("meta"):
-        parameters = [name.rpartition(".") for name in model_class(config)(config).state_dict()]
-    for module, _, kind in parameters:
+    misfit = f"{file.path}: the metadata does not fit the tensors"
+    with torch.device("meta"), as_input_error(misfit):
+        parameters = model_class(config)(config).state_dict()
+    for parameter in parameters:
+        module, _, kind = parameter.rpartition(".")
         called, suffix = own.get(kind, ("", f".{kind}"))
-        names[f"{modules.get_name(f'{module}.{called}' if called else module)}{suffix}"] = f"{module}.{kind}"
+        names[f"{modules.get_name(f'{module}.{called}' if called else module)}{suffix}"] = parameter
 
     # What weights of a model that is read as one of another type are multiplied by.
     fold = next((fold for fold in FOLDS.values() if fold.gguf_name == file.architecture), None)
@@ -385,6 +354,10 @@ def _weights(
                 f"{file.path} has a tensor that {file.architecture} models do not have", value=tensor.name
             )
         stored, name = max(both.values(), key=_bits) if tensor.name in both else tensor, names[tensor.name]
+        is_kernel = tensor.name.endswith(CONVOLUTIONS)  # in torch it has one input
+        shape = (tensor.shape[0], 1, *tensor.shape[1:]) if is_kernel else tensor.shape
+        if shape != (expected := tuple(parameters[name].shape)):
+            raise InputError(misfit, field=tensor.name, value=shape, allowed=str(expected))
         values = torch.from_numpy(stored.dequantize()).float()
         stored.let_go()
         part = tensor.name.split(".")[-2]
@@ -401,10 +374,8 @@ def _weights(
                 with np.errstate(all="ignore"):  # not a number if that is not below 0
                     values = torch.from_numpy(np.log(-values.numpy()))
             values = torch.from_numpy(tiled[last].grouped(values.numpy())) if last in tiled else values
-        if tensor.name.endswith(CONVOLUTIONS):
-            values = values.unsqueeze(1)  # torch's kernels have one input each
         times_(name, values, factors)
-        yield name, values.to(dtype)
+        yield name, values.view(shape).to(dtype)
 
 
 def _unread(file: GGUFFile, config: Any) -> frozenset[str]:
