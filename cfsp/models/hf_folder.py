@@ -46,8 +46,6 @@ from cfsp.models.weights import (
 from cfsp.reading import as_input_error, panicking_silently, read_json_object
 from cfsp.validation import check_kinds, kinds
 
-_CARD_CHARACTERS = 2**16
-"""Of README.md, in which its front matter must end."""
 # Releases of transformers have put the text model before, and behind, what is common to all parts.
 _PREFIXES = {
     "language_model.model.": "model.",
@@ -56,9 +54,7 @@ _PREFIXES = {
     "lm_head.": "lm_head.",
 }
 _OF_THE_TYPE = ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map")
-"""Settings that say which type it is, or were made for it."""
 _ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def load_folder(folder: Path, *, dtype: torch.dtype, by_blocks: bool = False) -> Any:
@@ -172,34 +168,19 @@ def _has_own_shape(folder: Path, settings: Mapping[str, Any]) -> bool:
 
 
 def load_folder_tokenizer(folder: Path) -> Any:
-    """The fast tokenizer of a folder; raises InputError if there is none that can be read without the folder's code.
-
-    tokenizer.json is read as it stands: the class that AutoTokenizer would choose by model type may replace
-    what the file says about splitting.
-    """
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise InputError(f"{folder} has no tokenizer", allowed=f"one of {', '.join(_TOKENIZER_FILES)} in it")
-    complete = (folder / "tokenizer.json").is_file()
-    reader = transformers.PreTrainedTokenizerFast if complete else transformers.AutoTokenizer
-    stated = folder / "tokenizer_config.json"
-    if not complete and stated.is_file() and "auto_map" in read_json_object(stated):
-        raise InputError(
-            f"the tokenizer in {folder} is code of its own (auto_map in tokenizer_config.json), which is not run",
-            allowed="a folder with tokenizer.json",
+    """The fast tokenizer of a folder, as tokenizer.json says it and not a model type's class; raises InputError."""
+    if not (folder / "tokenizer.json").is_file():
+        how = (
+            "a fast tokenizer: transformers' AutoTokenizer reads an old one, and saves it with tokenizer.json"
         )
+        raise InputError(f"{folder} has no tokenizer.json", allowed=how)
     check_tokenizer_files(folder)
     damaged = as_input_error(f"the tokenizer in {folder} cannot be loaded")
     with quiet_transformers(), damaged, panicking_silently():
-        # Left to itself transformers asks on the terminal whether to run code.
-        tokenizer = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         tokenizer("A text.", verbose=False)  # some parts are read, and panic, with the first text
-    if not tokenizer.is_fast:
-        raise InputError(
-            f"the tokenizer in {folder} has no fast form", allowed="a folder with tokenizer.json"
-        )
     template = folder / "chat_template.json"
     if tokenizer.chat_template is None and template.is_file():
-        # Where a folder has other parts, this is what prepares all of them.
         settings = read_json_object(template)
         check_kinds(settings, kinds(chat_template=str | None), str(template))
         tokenizer.chat_template = settings.get("chat_template")
@@ -218,7 +199,7 @@ def folder_source(folder: Path, source: ModelSource) -> ModelSource:
     card, file = {}, folder / "README.md"
     if file.is_file():  # top-level `key: value` lines, and one-item lists, of the front matter
         with file.open(encoding="utf-8", errors="replace") as stream:
-            head = re.match(r"---\n(.*?)\n---", stream.read(_CARD_CHARACTERS), re.DOTALL)
+            head = re.match(r"---\n(.*?)\n---", stream.read(2**16), re.DOTALL)
         line = r"^(\w+):[ \t]*(?:\n[ \t]*-[ \t]*)?([^\s#][^\n]*)$"
         pairs = re.findall(line, head[1] if head else "", re.MULTILINE)
         card = {key: value.strip().strip("'\"") for key, value in pairs}

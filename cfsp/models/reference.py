@@ -53,7 +53,7 @@ from cfsp.reading import one_line
 
 _log = logging.getLogger(__name__)
 _REFERENCE = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
-_TOKENIZER_PATTERNS = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "chat_template*")
+_TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "chat_template*")
 _MODEL_PATTERNS = (INDEX_FILE, "generation_config.json", "README.md", *NOTICE_PATTERNS)
 
 

@@ -36,9 +36,6 @@ _INDEX = kinds(weight_map=dict[str, _ShardName])
 OUTPUT_MATRIX = "lm_head.weight"
 """A file may have it beside the embedding that it is."""
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_PIECE = 2**24
-"""Numbers that are looked at at once."""
-_SHARD_BYTES = 10**9
 
 
 def model_class(config: Any) -> Any:
@@ -156,7 +153,7 @@ def save_weights(model: Any, folder: Path, dtype: torch.dtype, *, progress: Prog
     # Numbers that are not trained; those that are computed from the configuration are not among the stored.
     parameters |= {name: buffer for name, buffer in model.named_buffers() if name in stored}
     sizes = {name: torch.empty(p.shape, dtype=dtype, device="meta") for name, p in parameters.items()}
-    split = huggingface_hub.split_torch_state_dict_into_shards(sizes, max_shard_size=_SHARD_BYTES)
+    split = huggingface_hub.split_torch_state_dict_into_shards(sizes, max_shard_size=10**9)
     for done, (file, names) in enumerate(split.filename_to_tensors.items()):
         progress("writing weights", done, len(split.filename_to_tensors))
         shard = {name: parameters[name].to("cpu", dtype).contiguous() for name in names}
@@ -175,8 +172,7 @@ def cast_weights(module: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 def _pieces(parameter: torch.Tensor) -> Iterable[torch.Tensor]:
-    """All numbers, some at a time."""
-    return torch.split(parameter.detach().flatten(), _PIECE)
+    return torch.split(parameter.detach().flatten(), 2**24)
 
 
 def safetensors_files(folder: Path) -> list[Path]:

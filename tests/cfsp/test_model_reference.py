@@ -272,7 +272,7 @@ def damaged(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Any
 
 
 WRONG: dict[str, list[Callable[[Path], Any]]] = {
-    "has no tokenizer": [lambda folder: [file.unlink() for file in folder.glob("tokenizer*")]],
+    "has no tokenizer.json": [lambda folder: [file.unlink() for file in folder.glob("tokenizer*")]],
     "the tokenizer in": [damaged("tokenizer.json", lambda data: data[: len(data) // 2])],
     "damaged or cut short": [damaged("model.safetensors", lambda data: data[: len(data) // 2])],
     f"missing tensors: {UP}": [lambda folder: with_tensors(folder, lambda weights: weights.pop(UP))],
@@ -327,10 +327,13 @@ def test_code_in_a_folder_is_not_run(tiny_folder: Any, tmp_path: Path) -> None:
     folder = tiny_folder()
     marker = tmp_path / "was-run"
     code = f"open({str(marker)!r}, 'w').close()\nfrom transformers import LlamaForCausalLM as Evil\n"
-    (folder / "modeling_evil.py").write_text(code)
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {"AutoModelForCausalLM": "modeling_evil.Evil", "AutoConfig": "modeling_evil.Evil"}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(code)
+    for name, kinds in (
+        ("config.json", {"AutoModelForCausalLM": "evil.Evil", "AutoConfig": "evil.Evil"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["evil.Evil", None]}),
+    ):
+        settings = json.loads((folder / name).read_text()) | {"auto_map": kinds}
+        (folder / name).write_text(json.dumps(settings))
     load_model(folder)
     assert not marker.exists()
 

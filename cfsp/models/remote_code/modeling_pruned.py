@@ -4,10 +4,9 @@ config.json says so as transformers 5 documents it,
 
     "per_layer_config": {"0": {"intermediate_size": 1024, "num_key_value_heads": 2}, "1": {"skip": ["attention"]}, ...}
 
-A block with fewer key-value heads has fewer query heads in proportion: each key-value head is read by as many as in the
-whole model, num_attention_heads / num_key_value_heads. (transformers 5 refuses a num_attention_heads for each block.)
-Everything else is the model of the same `model_type`: `PrunedLlamaForCausalLM` of transformers' `LlamaForCausalLM`, and
-so on. This file is self-contained, stored beside the weights and used by
+Each key-value head is read by as many query heads as in the whole model. (transformers 5 refuses a num_attention_heads
+for each block.) Everything else is the model of the same `model_type`: `PrunedLlamaForCausalLM` of transformers'
+`LlamaForCausalLM`, and so on. This file is self-contained, stored beside the weights and used by
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, under transformers 4 and 5 alike.
 """
 
@@ -28,7 +27,7 @@ _FFNS = {"mlp": "down_proj", "feed_forward": "w2"}
 
 
 def _of_blocks(config: Any) -> list[Mapping[str, Any]]:
-    """What a configuration asks for in every block, first to last; transformers 5 offers it as configurations."""
+    """What a configuration asks for in every block; transformers 5 offers it as configurations."""
     layers = getattr(config, "per_layer_config", None)
     if layers is not None and not isinstance(layers, Mapping):
         return [{name: getattr(layer, name, ()) for name in _PRUNED} for layer in layers]
@@ -43,10 +42,7 @@ def _of_blocks(config: Any) -> list[Mapping[str, Any]]:
 def per_layer_settings(
     widths: Sequence[int], kv_heads: Sequence[int], most: int
 ) -> dict[str, dict[str, Any]]:
-    """`per_layer_config` of blocks of these widths and key-value heads, 0 being no attention.
-
-    A block that has as many heads as the configuration says, `most`, does not repeat it.
-    """
+    """`per_layer_config` of blocks with these widths and key-value heads: 0 is no attention, `most` is not repeated."""
     return {
         str(index): {"intermediate_size": width}
         | ({} if heads else {"skip": ["attention"]})
@@ -56,23 +52,20 @@ def per_layer_settings(
 
 
 def joined_settings(theirs: Any, ours: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """`per_layer_config` with what transformers states of single blocks of this model type, and `ours`."""
+    """`per_layer_config` with what transformers states of single blocks, and `ours`."""
     stated = {str(int(index)): dict(entry) for index, entry in (theirs or {}).items()}
     return {index: {**stated.get(index, {}), **entry} for index, entry in ours.items()}
 
 
 def stated_settings(config: Any) -> dict[str, dict[str, Any]]:
     """What transformers states of single blocks of a model type under `per_layer_config`."""
-    stated = config.to_dict().get("per_layer_config") or {}
-    entries = {
-        str(int(index)): {name: value for name, value in entry.items() if name not in _PRUNED}
-        for index, entry in stated.items()
-    }
+    stated = (config.to_dict().get("per_layer_config") or {}).items()
+    entries = {str(int(n)): {key: own[key] for key in own if key not in _PRUNED} for n, own in stated}
     return {index: entry for index, entry in entries.items() if entry}
 
 
 def uniform_config(config: Any, width: int) -> Any:
-    """A copy of a configuration in which every block has the same width, and heads as the configuration says."""
+    """A copy of a configuration in which every block has the same width and heads."""
     plain = copy.deepcopy(config)
     if isinstance(getattr(type(plain), "per_layer_config", None), property):
         plain.per_layer_config = stated_settings(config) or None
@@ -87,8 +80,7 @@ def uniform_config(config: Any, width: int) -> Any:
 class NoAttention(nn.Module):
     """In the place of a block's attention: it adds nothing."""
 
-    # Asked by blocks and models of transformers 4 that choose a rope and a mask by it.
-    is_sliding, attention_type = False, "full_attention"
+    is_sliding, attention_type = False, "full_attention"  # by which transformers 4 chooses RoPE and mask
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         """(zeros, no attention weights)."""
@@ -113,8 +105,8 @@ def _ffn_of(layer: Any) -> tuple[str, Any]:
 class PerLayerWidths:
     """Builds each block's FFN and attention as large as the configuration says, or none; saves what it has.
 
-    The model's own `config` is uniform, with the widest block as its `intermediate_size` and the heads that the dense
-    model has: transformers 5 refuses to read a per-layer value from a configuration, and much code reads these.
+    The model's own `config` has the widest block's `intermediate_size` and the dense model's heads, which much code
+    reads: transformers 5 refuses to read them from one with values for each block.
     """
 
     # Makes transformers store this file, and name it in config.json, whenever the model is saved.
@@ -141,8 +133,7 @@ class PerLayerWidths:
                 smaller.head_dim, smaller.num_key_value_heads = attention.head_dim, kv_heads
                 smaller.num_attention_heads = kv_heads * attention.num_key_value_groups
                 layer.self_attn = type(attention)(smaller, attention.layer_idx)
-                # Of this it reads what is the same in all blocks, and may be changed.
-                layer.self_attn.config = self.config
+                layer.self_attn.config = self.config  # of which it reads what is the same in all blocks
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers does it, with what differs in config.json and this file beside the weights."""
