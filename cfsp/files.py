@@ -364,6 +364,7 @@ def no_space_as_input_error(path: Path) -> Iterator[None]:
         raise
 
 
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 _LOCK = f".phoneready-{_HOST}-{{}}.lock"
 """Of this host only: others' need not show on a shared folder."""
@@ -385,25 +386,18 @@ class LargeScratch:
                     dead.acquire()
                     name = file.name.removeprefix(_LOCK.partition("{")[0]).removesuffix(".lock")
                     _remove_locked(place / f"phoneready-{name}", dead)
-            for _ in range(100):
-                name = f"{kind}-{secrets.token_hex(4)}"
-                lock: filelock.BaseFileLock | None
-                # Not of a thread: a folder may be let go in another one than the one that made it.
-                lock = filelock.FileLock(place / _LOCK.format(name), timeout=0, thread_local=False)
-                try:
-                    lock.acquire()
-                except filelock.Timeout:  # another process takes it for a dead one's, and removes it
-                    continue
-                except (NotImplementedError, OSError) as error:
-                    code = errno.ENOSYS if isinstance(error, NotImplementedError) else error.errno
-                    if code not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                        raise
-                    lock = None
-                self.path = place / f"phoneready-{name}"
-                self.path.mkdir(mode=0o700)
-                break
-            else:
-                raise InputError(f"{place}: no folder can be locked there")
+            name, lock = f"{kind}-{secrets.token_hex(4)}", None
+            try:
+                # Not of a thread: a folder may be let go in another one than the one that made it. It is waited for if
+                # another process takes it for a dead one's, and removes it.
+                lock = filelock.FileLock(place / _LOCK.format(name), timeout=10, thread_local=False)
+                lock.acquire()
+            except (NotImplementedError, OSError) as error:
+                if getattr(error, "errno", errno.ENOSYS) not in _NO_LOCKS:
+                    raise
+                lock = None
+            self.path = place / f"phoneready-{name}"
+            self.path.mkdir(mode=0o700)
         self._close = weakref.finalize(self, _remove_locked, self.path, lock)
 
     def __enter__(self) -> Self:

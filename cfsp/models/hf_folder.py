@@ -64,7 +64,7 @@ def load_folder(folder: Path, *, dtype: torch.dtype, by_blocks: bool = False) ->
     if _has_own_shape(folder, settings):
         return load_pruned(folder, dtype, by_blocks=by_blocks)
     check_generation_config(folder)
-    if is_text_part(folder):
+    if is_part := is_text_part(folder):
         config = config_from_settings(settings, where)
     else:
         with quiet_transformers(), as_input_error(f"{folder / 'config.json'} cannot be used"):
@@ -80,9 +80,9 @@ def load_folder(folder: Path, *, dtype: torch.dtype, by_blocks: bool = False) ->
             with as_input_error(f"{file} is damaged or cut short"), safetensors.safe_open(file, "pt") as one:
                 names = text_names(folder, one.keys())
                 weights |= {ours: one.get_tensor(name).to(dtype) for name, ours in names.items()}
-        if settings.get("tie_word_embeddings") is None and OUTPUT_MATRIX not in weights:
+        if is_part and settings.get("tie_word_embeddings") is None and OUTPUT_MATRIX not in weights:
             config.tie_word_embeddings = True
-        if config.tie_word_embeddings:
+        if is_part and config.tie_word_embeddings:
             weights.pop(OUTPUT_MATRIX, None)
         if not weights:
             raise InputError(f"{folder} holds no weights of a {settings['model_type']} model")
