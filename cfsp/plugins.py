@@ -9,9 +9,8 @@ The entry point's name is the row's, and it points to the row. A plugin's code r
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from cfsp.errors import InputError
 
@@ -23,8 +22,7 @@ FAMILIES = "phoneready.families"
 Row = TypeVar("Row")
 
 
-@dataclass(frozen=True)
-class Plugin:
+class Plugin(NamedTuple):
     """One entry point."""
 
     entry: EntryPoint

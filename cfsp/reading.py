@@ -13,9 +13,8 @@ import re
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cfsp.errors import InputError, PhonereadyError
 
@@ -114,8 +113,7 @@ class NotJSONError(InputError):
     """Text that is no complete JSON document, as a write that was cut short leaves it."""
 
 
-@dataclass(frozen=True)
-class Bounds:
+class Bounds(NamedTuple):
     """The most that a document may hold."""
 
     depth: int = 100  # lists and objects inside one another
@@ -124,7 +122,10 @@ class Bounds:
     magnitude: float = 1e300  # of a number
 
 
-def parse_json(content: str | bytes, where: str, bounds: Bounds = Bounds()) -> Any:
+_USUAL = Bounds()
+
+
+def parse_json(content: str | bytes, where: str, bounds: Bounds = _USUAL) -> Any:
     """Parse one JSON document; raises NotJSONError if it is incomplete, InputError if it is beyond the bounds."""
     try:
         with _parser_limits(where):
@@ -146,7 +147,7 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
     return values
 
 
-def check_bounded(value: Any, where: str, bounds: Bounds = Bounds(), depth: int = 1) -> None:
+def check_bounded(value: Any, where: str, bounds: Bounds = _USUAL, depth: int = 1) -> None:
     """Raise InputError, which names the place, for what is beyond the bounds, not finite, or has a lone surrogate."""
     if isinstance(value, str):
         if len(value) > bounds.text:

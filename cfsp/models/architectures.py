@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,8 +14,7 @@ from cfsp.models.families.row import WINDOWED, Family
 from cfsp.models.shape import BlockShape, ModelShape
 
 
-@dataclass(frozen=True)
-class FeedForward:
+class FeedForward(NamedTuple):
     """A block's gated MLP: down(act(gate(h)) * up(h)); gate, up: (intermediate_size, hidden_size)."""
 
     module: nn.Module

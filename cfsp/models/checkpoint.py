@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import safetensors.torch
 import torch
@@ -347,8 +347,7 @@ class RoundedFormat:
     predicted_loss: float | None  # nats a token that the types cost, if they were chosen by that
 
 
-@dataclass(frozen=True)
-class RoundedNumbers:
+class RoundedNumbers(NamedTuple):
     """A file's matrices."""
 
     format: RoundedFormat

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 import transformers
@@ -51,8 +50,7 @@ _CHINESE = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 _CHINESE_AND_KANA = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 
 
-@dataclass(frozen=True)
-class PreTokenizer:
+class PreTokenizer(NamedTuple):
     """How text is split before byte-pair merging."""
 
     steps: tuple[

@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import finalize, ref
 
 import safetensors
@@ -427,8 +427,7 @@ Arguments = Mapping[str, Any]
 """Keyword arguments of a block."""
 
 
-@dataclass(frozen=True)
-class Calls:
+class Calls(NamedTuple):
     """Keyword arguments of every block, for every window.
 
     Blocks leave keys and values for later ones in them, so each run of windows through the blocks has calls of its own.

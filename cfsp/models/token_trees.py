@@ -11,8 +11,7 @@ import copy
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 
@@ -21,8 +20,7 @@ from cfsp.errors import InputError
 _BYTE = "<0x{:02X}>"
 
 
-@dataclass(frozen=True)
-class TokenTrees:
+class TokenTrees(NamedTuple):
     """What every token is made of."""
 
     size: int  # one more than the largest id

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
@@ -19,8 +19,7 @@ Settings = Mapping[str, Any]
 """Of a configuration."""
 
 
-@dataclass(frozen=True)
-class HeadNorms:
+class HeadNorms(NamedTuple):
     """Norms of queries and keys, inside attention."""
 
     query: str = "q_norm"
@@ -29,8 +28,7 @@ class HeadNorms:
     after_rope: bool = False
 
 
-@dataclass(frozen=True)
-class Mixer:
+class Mixer(NamedTuple):
     """What mixes tokens in attention's place in some blocks."""
 
     module: str
@@ -41,8 +39,7 @@ class Mixer:
     step_key: str = ""
 
 
-@dataclass(frozen=True)
-class BlockInputs:
+class BlockInputs(NamedTuple):
     """What every block gets of a token beside its hidden state x, and what it makes of that.
 
     With e the token's embedding and T its row of another table, P e and T cut into a part for each block, block l gets
@@ -61,8 +58,7 @@ class BlockInputs:
     argument: str = "per_layer_input"  # under which a block is given i_l
 
 
-@dataclass(frozen=True)
-class SharedKeys:
+class SharedKeys(NamedTuple):
     """The last blocks have no keys and values, and read those of the last block of their kind that has."""
 
     count_setting: str = "num_kv_shared_layers"
