@@ -33,9 +33,10 @@ Kinds = Mapping[str, pydantic.TypeAdapter[Any]]
 """Key -> what its value has to be."""
 
 
-def kinds(**expected: Any) -> Kinds:
-    """A table of keys and the annotations of their values."""
-    return MappingProxyType({key: pydantic.TypeAdapter(kind) for key, kind in expected.items()})
+def kinds(*tables: Mapping[str, Any], **expected: Any) -> Kinds:
+    """Keys and the annotations of their values; a key of `tables` may be several names with spaces between them."""
+    named = {key: kind for table in tables for names, kind in table.items() for key in names.split()}
+    return MappingProxyType({key: pydantic.TypeAdapter(kind) for key, kind in (named | expected).items()})
 
 
 def check_kinds(values: Mapping[str, Any], expected: Kinds, where: str) -> None:

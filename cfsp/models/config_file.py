@@ -32,40 +32,36 @@ _Ids = TokenId | list[TokenId] | None
 _PadId = Annotated[int, Field(ge=-1, lt=2**31)] | None
 _Number = Positive | None
 _Share = Annotated[float, Field(gt=0, le=1)]
+_Section = Annotated[int, Field(ge=0, le=2**16)]
 
 PER_BLOCK_LISTS = ("layer_types", "no_rope_layers")
 """Settings with an entry for each block."""
 _CONFIG = kinds(
-    **dict.fromkeys(("vocab_size", "hidden_size", "num_attention_heads"), Size),
-    intermediate_size=Size,
-    **dict.fromkeys(
-        ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
-        bool | None,
-    ),
-    **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"), dict[str, Any] | None),
-    **dict.fromkeys(("layer_types", "architectures"), list[str] | None),
-    **dict.fromkeys(("dtype", "torch_dtype"), Literal["float32", "float16", "bfloat16", "float64"] | None),
-    num_hidden_layers=LayerCount,
-    num_key_value_heads=Size | None,
-    head_dim=Annotated[int, Field(ge=2, multiple_of=2)] | None,
-    max_position_embeddings=ContextLength,
-    sliding_window=ContextLength | None,
-    max_window_layers=int | None,
-    no_rope_layers=list[Annotated[int, Field(ge=0, le=1)]] | None,
-    no_rope_layer_interval=Annotated[int, Field(ge=1)] | None,
-    **dict.fromkeys(("rms_norm_eps", "norm_eps"), Epsilon),
-    hidden_act=str,
-    final_logit_softcapping=_Number,
-    attn_logit_softcapping=None,
-    use_bidirectional_attention=Literal[False] | None,
-    sliding_window_pattern=Annotated[int, Field(ge=0)] | str | None,
-    _sliding_window_pattern=Annotated[int, Field(ge=1)],
-    original_max_position_embeddings=ContextLength | None,
-    partial_rotary_factor=_Share | None,
-    rope_theta=_Number,
-    bos_token_id=_Ids,
-    eos_token_id=_Ids,
-    pad_token_id=_PadId,
+    {
+        "vocab_size hidden_size intermediate_size num_attention_heads": Size,
+        "tie_word_embeddings attention_bias mlp_bias use_sliding_window": bool | None,
+        "rope_scaling rope_parameters quantization_config": dict[str, Any] | None,
+        "layer_types architectures": list[str] | None,
+        "dtype torch_dtype": Literal["float32", "float16", "bfloat16", "float64"] | None,
+        "num_hidden_layers": LayerCount,
+        "num_key_value_heads": Size | None,
+        "head_dim": Annotated[int, Field(ge=2, multiple_of=2)] | None,
+        "max_position_embeddings": ContextLength,
+        "sliding_window original_max_position_embeddings": ContextLength | None,
+        "max_window_layers": int | None,
+        "no_rope_layers": list[Annotated[int, Field(ge=0, le=1)]] | None,
+        "no_rope_layer_interval": Annotated[int, Field(ge=1)] | None,
+        "_sliding_window_pattern": Annotated[int, Field(ge=1)],
+        "sliding_window_pattern": Annotated[int, Field(ge=0)] | str | None,
+        "rms_norm_eps norm_eps": Epsilon,
+        "hidden_act": str,
+        "final_logit_softcapping rope_theta": _Number,
+        "attn_logit_softcapping": None,
+        "use_bidirectional_attention": Literal[False] | None,
+        "partial_rotary_factor": _Share | None,
+        "bos_token_id eos_token_id": _Ids,
+        "pad_token_id": _PadId,
+    }
 )
 _PER_BLOCK = MappingProxyType({"intermediate_size": "ffn_width", "num_key_value_heads": "kv_groups"})
 """Hugging Face's name of what a block may have of its own -> ours."""
@@ -74,24 +70,26 @@ _PER_BLOCK_KINDS = kinds(
     skip=Annotated[list[Literal["attention"]], Field(min_length=1, max_length=1)],
 )
 _ROPE = kinds(
-    **dict.fromkeys(("rope_type", "type"), str | None),
-    **dict.fromkeys(("rope_theta", "alpha", "factor", "low_freq_factor", "high_freq_factor"), _Number),
-    **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"), _Number),
-    **dict.fromkeys(("short_factor", "long_factor"), list[Positive] | None),
-    mrope_section=Annotated[list[Annotated[int, Field(ge=0, le=2**16)]], Field(min_length=3, max_length=3)]
-    | None,
-    partial_rotary_factor=_Share | None,
-    original_max_position_embeddings=ContextLength | None,
+    {
+        "rope_type type": str | None,
+        "rope_theta alpha factor low_freq_factor high_freq_factor": _Number,
+        "attention_factor beta_fast beta_slow mscale mscale_all_dim": _Number,
+        "short_factor long_factor": list[Positive] | None,
+        "mrope_section": Annotated[list[_Section], Field(min_length=3, max_length=3)] | None,
+        "partial_rotary_factor": _Share | None,
+        "original_max_position_embeddings": ContextLength | None,
+    }
 )
 _GENERATION = kinds(
-    bos_token_id=_Ids,
-    eos_token_id=_Ids,
-    pad_token_id=_PadId,
-    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), float | None),
-    top_k=int | None,
+    {
+        "bos_token_id eos_token_id": _Ids,
+        "pad_token_id": _PadId,
+        "temperature top_p min_p repetition_penalty": float | None,
+        "top_k": int | None,
+    }
 )
 _TOKENIZER = kinds(
-    **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), str | dict[str, Any] | None),
+    {"bos_token eos_token unk_token pad_token": str | dict[str, Any] | None},
     tokenizer_class=str | None,
     model_max_length=_Number,
     chat_template=str | list[dict[str, Any]] | None,

@@ -34,47 +34,42 @@ _NUMBERS = {kind: form for kind, form in enumerate(_FORMS) if form}
 
 # llama.cpp divides by some of the metadata, allocates by others, and aborts at failed assertions: all is checked first.
 _PerBlock = Size | list[Annotated[int, Field(ge=0, le=2**24)]]
-_TEXTS = (
-    *("general.architecture", "general.name", "general.license", "general.organization"),
-    *("general.base_model.0.name", "general.base_model.0.organization", "phoneready.source_sha256"),
-    *("tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template"),
-)
-_IDS = ("bos", "eos", "eot", "unknown", "padding", "seperator")
-_SWITCHES = ("bos_token", "eos_token", "space_prefix")
-_SIZES = (
-    *("embedding_length", "vocab_size", "attention.key_length", "attention.value_length"),
-    *("attention.key_length_swa", "attention.value_length_swa"),
-)
 _METADATA = kinds(
-    **dict.fromkeys(_TEXTS, str),
-    **dict.fromkeys(("tokenizer.ggml.tokens", "tokenizer.ggml.merges"), list[str]),
-    **dict.fromkeys([f"tokenizer.ggml.{name}_token_id" for name in _IDS], TokenId),
-    **dict.fromkeys([f"tokenizer.ggml.add_{name}" for name in _SWITCHES], bool),
-    **{"tokenizer.ggml.token_type": list[int], "tokenizer.ggml.scores": list[float]},
-    **{f"general.sampling.{name}": float for name in ("temp", "top_p", "min_p", "penalty_repeat")},
-    **{"general.sampling.top_k": int},
+    {
+        "general.architecture general.name general.license general.organization": str,
+        "general.base_model.0.name general.base_model.0.organization phoneready.source_sha256": str,
+        "tokenizer.ggml.model tokenizer.ggml.pre tokenizer.chat_template": str,
+        "tokenizer.ggml.tokens tokenizer.ggml.merges": list[str],
+        "tokenizer.ggml.token_type": list[int],
+        "tokenizer.ggml.scores": list[float],
+        "general.sampling.temp general.sampling.top_p general.sampling.min_p": float,
+        "general.sampling.penalty_repeat": float,
+        "general.sampling.top_k": int,
+    },
+    {f"tokenizer.ggml.{name}_token_id": TokenId for name in ("bos", "eos", "eot", "unknown")},
+    {f"tokenizer.ggml.{name}_token_id": TokenId for name in ("padding", "seperator")},
+    {f"tokenizer.ggml.add_{name}": bool for name in ("bos_token", "eos_token", "space_prefix")},
 )
 _HYPERPARAMETERS = kinds(
-    **dict.fromkeys((*_SIZES, "rope.dimension_count"), Size),
-    **dict.fromkeys(("feed_forward_length", "attention.head_count", "attention.head_count_kv"), _PerBlock),
-    **{
+    {
+        "embedding_length vocab_size rope.dimension_count": Size,
+        "attention.key_length attention.value_length": Size,
+        "attention.key_length_swa attention.value_length_swa": Size,
+        "feed_forward_length attention.head_count attention.head_count_kv": _PerBlock,
         "block_count": LayerCount,
-        "context_length": ContextLength,
+        "context_length rope.scaling.original_context_length": ContextLength,
         "attention.layer_norm_rms_epsilon": Epsilon,
         "attention.sliding_window": Annotated[int, Field(ge=0, lt=2**32)],
         "attention.sliding_window_pattern": Annotated[int, Field(ge=0, lt=2**16)] | list[bool | int],
         "final_logit_softcapping": Annotated[float, Field(ge=0, allow_inf_nan=False)],
-        "rope.scaling.original_context_length": ContextLength,
-        "rope.scaling.attn_factor": Positive,
+        "rope.freq_base rope.freq_base_swa rope.scaling.attn_factor": Positive,
         "nextn_predict_layers": Count,
-        "rope.freq_base": Positive,
-        "rope.freq_base_swa": Positive,
         "rope.scaling.type": str,
         "rope.scaling.factor": Annotated[float, Field(ge=0, lt=1e6)],  # 0 stands for none
         "rope.scaling.finetuned": bool,
     },
-    **{key: kind for row in BUILT_IN.values() for key, kind in row.gguf_kinds.items()},
-    **{key: kind for fold in FOLDS.values() for key, kind in fold.gguf_kinds.items()},
+    *(row.gguf_kinds for row in BUILT_IN.values()),
+    *(fold.gguf_kinds for fold in FOLDS.values()),
 )
 
 CONVOLUTIONS = ("shortconv.conv.weight", "ssm_conv1d.weight")

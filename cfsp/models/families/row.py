@@ -115,9 +115,7 @@ class Family:
     layouts: tuple[Layout, ...]
     release: int = 4  # first major version of transformers that has it as it is read here
     folders: tuple[str, ...] = ()  # model types of multimodal folders whose text part it is
-    kinds: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # settings only this family has -> what they must be
+    kinds: Mapping[str, Any] = field(default_factory=dict)  # its own settings -> what they must be
 
     # Modules, of a block unless they are the decoder's; empty for none.
     layers: str = "model.layers"
@@ -158,17 +156,11 @@ class Family:
     plain_scores: bool = False  # they are not scaled
     own_heads: str = ""  # head_dim of blocks without a window; transformers also has it in `per_layer_config`
     cap_setting: str = ""  # c of capped logits c tanh(z / c)
-    refused: Mapping[str, str] = field(
-        default_factory=dict
-    )  # settings -> why a model with them on is not read
+    refused: Mapping[str, str] = field(default_factory=dict)  # settings -> why they must be off
 
     # GGUF files of its first layout's architecture are read as it; of two families of one, by whether it has windows.
-    gguf_settings: Mapping[str, str | bool] = field(
-        default_factory=dict
-    )  # setting -> key of the file, or its value
-    gguf_kinds: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # keys only this family has -> what they must be
+    gguf_settings: Mapping[str, str | bool] = field(default_factory=dict)  # setting -> a file's key, or value
+    gguf_kinds: Mapping[str, Any] = field(default_factory=dict)  # its own keys -> what they must be
 
     @property
     def gguf_name(self) -> str:
@@ -252,9 +244,7 @@ class Fold:
     applies: Callable[[Settings], bool] = lambda _: True  # whether it is loaded as the target at all
     kinds: Mapping[str, Any] = field(default_factory=dict)
     gguf_name: str | None = None
-    gguf_keys: Mapping[str, str] = field(
-        default_factory=dict
-    )  # settings of the factors -> keys of a GGUF file
+    gguf_keys: Mapping[str, str] = field(default_factory=dict)  # settings of factors -> a file's keys
     gguf_kinds: Mapping[str, Any] = field(default_factory=dict)
 
 
