@@ -30,10 +30,8 @@ import filelock
 from cfsp.errors import InputError
 
 _MARK = ".tmp-"
-_ASIDE = f"{_MARK}aside"
-"""Suffix of a folder that is being replaced, if no system call swaps two folders."""
-PAGE = re.compile(rb"(?i)\A\s*<!doctype html")
-"""How a page begins; for `refuse_existing`."""
+_ASIDE = f"{_MARK}aside"  # suffix of a folder that is being replaced, if no system call swaps two folders
+PAGE = re.compile(rb"(?i)\A\s*<!doctype html")  # how a page begins; for `refuse_existing`
 
 
 def short_name(name: str) -> str:
@@ -366,8 +364,7 @@ def no_space_as_input_error(path: Path) -> Iterator[None]:
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
-_LOCK = f".phoneready-{_HOST}-{{}}.lock"
-"""Of this host only: others' need not show on a shared folder."""
+_LOCK = f".phoneready-{_HOST}-{{}}.lock"  # of this host only: others' need not show on a shared folder
 
 
 class LargeScratch:

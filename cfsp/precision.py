@@ -12,8 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-PRODUCTS = ("auto", "float32", "bfloat16")
-"""What goes into products."""
+PRODUCTS = ("auto", "float32", "bfloat16")  # what goes into products
 DTYPES = (*PRODUCTS, "float16")
 """What weights are kept in. Nothing is multiplied in float16: some models' hidden states are too large for it."""
 

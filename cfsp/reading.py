@@ -18,10 +18,8 @@ from typing import Any, NamedTuple
 
 from cfsp.errors import InputError, PhonereadyError
 
-MAX_FILE_BYTES = 256 * 2**20
-"""Of JSON, TOML and records; a plan has some megabytes."""
-MAX_TEXT_BYTES = 2**30
-"""Of a text to calibrate on or measure with."""
+MAX_FILE_BYTES = 256 * 2**20  # of JSON, TOML and records; a plan has some megabytes
+MAX_TEXT_BYTES = 2**30  # of a text to calibrate on or measure with
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 

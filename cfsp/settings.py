@@ -27,8 +27,7 @@ from cfsp.errors import InputError
 S = TypeVar("S", bound="Settings")
 T = TypeVar("T")
 
-LARGEST = 2**31 - 1
-"""No number may be beyond this unless its setting says so."""
+LARGEST = 2**31 - 1  # no number may be beyond this unless its setting says so
 
 
 @dataclass(frozen=True, eq=False)

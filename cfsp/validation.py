@@ -10,11 +10,9 @@ import pydantic
 
 from cfsp.errors import InputError, shown
 
-Location = tuple[str | int, ...]
-"""Keys and positions from the outermost to the one at fault."""
+Location = tuple[str | int, ...]  # keys and positions from the outermost to the one at fault
 Share = Annotated[float, pydantic.Field(ge=0, le=1)]
-WhereSet = pydantic.Field(exclude_if=lambda value: not value)
-"""Leaves an empty field out of a record."""
+WhereSet = pydantic.Field(exclude_if=lambda value: not value)  # leaves an empty field out of a record
 Seed = Annotated[int, pydantic.Field(ge=-(2**63), lt=2**63)]
 """What every generator of random numbers takes, and GGUF can store."""
 _MOST_PROBLEMS = 20
@@ -29,8 +27,7 @@ def describe_problems(
     return "; ".join(told + [f"and {len(problems) - len(told)} more"] * (len(problems) > len(told)))
 
 
-Kinds = Mapping[str, pydantic.TypeAdapter[Any]]
-"""Key -> what its value has to be."""
+Kinds = Mapping[str, pydantic.TypeAdapter[Any]]  # key -> what its value has to be
 
 
 def kinds(*tables: Mapping[str, Any], **expected: Any) -> Kinds:

@@ -17,8 +17,7 @@ from cfsp.errors import InputError, look_up
 from cfsp.files import atomic_file, sha256_file
 from cfsp.progress import Progress, no_progress
 
-Member = tuple[str, str]
-"""Pinned pip requirement of a wheel, and a file inside it."""
+Member = tuple[str, str]  # pinned pip requirement of a wheel, and a file inside it
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,7 @@ from cfsp.validation import Seed
 INFO_FILE = "phoneready.json"
 PLAN_FILE = "pruning_plan.json"
 _MOMENTS_FILE = "input_moments.safetensors"
-NOTICE_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
-"""Files that have to go where a model goes."""
+NOTICE_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # files that have to go where a model goes
 # Keys of tokenizer_config.json that say where a tokenizer was loaded from, or that only one major version knows.
 _DROPPED = (
     *("auto_map", "backend", "gguf_file", "is_local", "local_files_only"),

@@ -23,8 +23,7 @@ from cfsp.models.shape import BlockShape, ModelShape
 from cfsp.reading import as_input_error, parse_json, read_bytes, read_json_object
 from cfsp.validation import Kinds, check_kinds, kinds
 
-LayerCount = Annotated[int, Field(ge=1, le=512)]
-"""llama.cpp reads no more."""
+LayerCount = Annotated[int, Field(ge=1, le=512)]  # llama.cpp reads no more
 ContextLength = Annotated[int, Field(ge=1, lt=2**31)]
 Epsilon = Annotated[float, Field(gt=0, le=1)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -34,8 +33,7 @@ _Number = Positive | None
 _Share = Annotated[float, Field(gt=0, le=1)]
 _Section = Annotated[int, Field(ge=0, le=2**16)]
 
-PER_BLOCK_LISTS = ("layer_types", "no_rope_layers")
-"""Settings with an entry for each block."""
+PER_BLOCK_LISTS = ("layer_types", "no_rope_layers")  # settings with an entry for each block
 _CONFIG = kinds(
     {
         "vocab_size hidden_size intermediate_size num_attention_heads": Size,
@@ -105,8 +103,7 @@ _OF_THE_WHOLE = (
 )
 """Settings of a multimodal folder that its text part need not repeat."""
 _MOST_GROWTH = 100
-BlockSettings = Mapping[int, Mapping[str, Any]]
-"""Index of a block -> the settings in which it differs."""
+BlockSettings = Mapping[int, Mapping[str, Any]]  # index of a block -> the settings in which it differs
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:

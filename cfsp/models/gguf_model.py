@@ -50,11 +50,9 @@ SAMPLING = {
 """llama.cpp's names under general.sampling -> Hugging Face's."""
 _YARN = {"yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}
 """llama.cpp's defaults."""
-_STILL = 1e20
-"""Divisors from which on nothing turns."""
+_STILL = 1e20  # divisors from which on nothing turns
 _LLAMA3_FACTORS = (8.0, 16.0, 32.0)
-_STEP = 4
-"""Of the blocks that attend, if a file does not say it; llama.cpp's number."""
+_STEP = 4  # of the blocks that attend, if a file does not say it; llama.cpp's number
 _BLOCKS_OF_27B = 62
 _ROUNDING = 1.3
 """Relative error of weights in a type of b bits: this, times 2^-b; measured on normal numbers, 8 % for Q4_0."""

@@ -20,8 +20,7 @@ from cfsp.errors import InputError, look_up
 from cfsp.models.gguf_file import GGUFFile, read_gguf
 from cfsp.reading import as_input_error
 
-BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
-"""What GGUF files call the two kinds of tokenizer."""
+BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"  # what GGUF files call the two kinds of tokenizer
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _DIGIT = r"\p{N}"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

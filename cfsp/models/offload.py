@@ -37,11 +37,9 @@ from cfsp.progress import Progress, no_progress
 from cfsp.reading import as_input_error
 from cfsp.units import format_bytes
 
-VARIABLE = "PHONEREADY_STREAM"
-"""Environment variable: when weights stay in files."""
+VARIABLE = "PHONEREADY_STREAM"  # environment variable: when weights stay in files
 ALWAYS, NEVER, AUTO = "always", "never", "auto"
-_SHARE = 0.5
-"""Of free memory, which a model may take before its weights are kept in fewer bytes."""
+_SHARE = 0.5  # of free memory, which a model may take before its weights are kept in fewer bytes
 NARROW: Mapping[str, torch.dtype] = MappingProxyType({"bfloat16": torch.bfloat16, "float16": torch.float16})
 """Names in `cfsp.precision.DTYPES` that weights may be kept in -> 16 bits."""
 
@@ -423,8 +421,7 @@ class StoredStates:
         return self._folder.path / f"{depth}.safetensors"
 
 
-Arguments = Mapping[str, Any]
-"""Keyword arguments of a block."""
+Arguments = Mapping[str, Any]  # keyword arguments of a block
 
 
 class Calls(NamedTuple):

@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-Rope = Mapping[str, Any]
-"""`rope_type`, `rope_theta`, and what the type asks for."""
-_STILL = 1e20
-"""Divisor of a frequency at which nothing turns."""
+Rope = Mapping[str, Any]  # `rope_type`, `rope_theta`, and what the type asks for
+_STILL = 1e20  # divisor of a frequency at which nothing turns
 
 
 def stated_rope(settings: Mapping[str, Any], kind_of_block: str = "") -> dict[str, Any]:

@@ -33,8 +33,7 @@ _ShardName = Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f]{1,240}\.safetensors
 _INDEX = kinds(weight_map=dict[str, _ShardName])
 
 
-OUTPUT_MATRIX = "lm_head.weight"
-"""A file may have it beside the embedding that it is."""
+OUTPUT_MATRIX = "lm_head.weight"  # a file may have it beside the embedding that it is
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 

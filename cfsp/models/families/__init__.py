@@ -41,8 +41,7 @@ class _Families(Mapping[str, Family]):
         return len(BUILT_IN) + len(_own())
 
 
-FAMILIES: Mapping[str, Family] = _Families()
-"""By model type."""
+FAMILIES: Mapping[str, Family] = _Families()  # by model type
 FOLDS: Mapping[str, Fold] = MappingProxyType({fold.model_type: fold for fold in (*folds.FOLDS, *lfm2.FOLDS)})
 """By the model type that is loaded as another one."""
 LACKING = dict.fromkeys(("gemma3n", "gemma3n_text"), "several hidden states a token side by side (AltUp)")

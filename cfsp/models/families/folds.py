@@ -30,8 +30,7 @@ _MULTIPLIERS = {
     "logits_scaling": "logit_scale",
 }
 _GRANITE_KINDS = dict.fromkeys(_MULTIPLIERS, Annotated[float, Field(gt=1e-6, lt=1e6)])
-_SCALE = Annotated[float, Field(ge=0, lt=1e6)]
-"""0 stands for none."""
+_SCALE = Annotated[float, Field(ge=0, lt=1e6)]  # 0 stands for none
 
 
 def _granite(settings: Settings) -> dict[str, float]:

@@ -15,8 +15,7 @@ Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 Count = Annotated[int, Field(ge=0, lt=2**16)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 KernelLength = Annotated[int, Field(ge=2, le=2**10)]
-Settings = Mapping[str, Any]
-"""Of a configuration."""
+Settings = Mapping[str, Any]  # of a configuration
 
 
 class HeadNorms(NamedTuple):
