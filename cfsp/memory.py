@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from cfsp.errors import InputError
 from cfsp.units import format_bytes
@@ -25,43 +24,32 @@ _CACHED = {
     2: ("active_file", "inactive_file", "slab_reclaimable"),
 }
 """Of memory.stat: what the system drops if it needs room."""
-_KEPT_BYTES, _KEPT_BY_DEFAULT = 2**28, 2**25
-_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
+_KEPT_BY_DEFAULT, _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = 2**25, -3, -1
 SET_BY_USERS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 """With these users say what glibc keeps; then nothing is changed."""
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(n_bytes: int = 2**28) -> None:
     """Let glibc keep freed tensors of up to 256 MiB: new pages cost more (benchmarks/freed_memory.py)."""
-    _keep(_KEPT_BYTES)
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another library of C
+        library = ctypes.CDLL(None)
+        # Versions before 2.35 take at most the default; once one limit is set the other moves no more.
+        if not any(name in os.environ for name in SET_BY_USERS) and any(
+            library.mallopt(_M_MMAP_THRESHOLD, most) for most in (n_bytes, _KEPT_BY_DEFAULT)
+        ):
+            library.mallopt(_M_TRIM_THRESHOLD, n_bytes)
 
 
 def give_back_large_tensors() -> None:
     """Undo `keep_freed_memory`, for models that memory does not hold."""
-    _keep(_KEPT_BY_DEFAULT)
+    keep_freed_memory(_KEPT_BY_DEFAULT)
     give_back_memory()
 
 
 def give_back_memory() -> None:
     """Give the pages of freed tensors back to the system."""
-    with _glibc() as library:
-        library.malloc_trim(0)
-
-
-def _keep(n_bytes: int) -> None:
-    if any(name in os.environ for name in SET_BY_USERS):
-        return
-    with _glibc() as library:
-        # Versions before 2.35 take at most the default; once one limit is set the other moves no more.
-        if any(library.mallopt(_M_MMAP_THRESHOLD, most) for most in (n_bytes, _KEPT_BY_DEFAULT)):
-            library.mallopt(_M_TRIM_THRESHOLD, n_bytes)
-
-
-@contextlib.contextmanager
-def _glibc() -> Iterator[Any]:
-    """The C library; what another one lacks is left out."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
-        yield ctypes.CDLL(None)
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def usable_memory() -> int:

@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from weakref import finalize, ref
 
 import safetensors
@@ -202,7 +202,7 @@ class _Unit:
         self._known = {id(p): (p, one, p._version) for p, one in zip(parameters, stored, strict=True)}
 
 
-_UNIT, _MARK, _TABLE = "_offload_unit", "reads_no_weights", "_offload_table"
+_UNIT, _TABLE = "_offload_unit", "_offload_table"
 
 
 def _unit_of(module: nn.Module) -> _Unit | None:
@@ -322,7 +322,7 @@ def _offload(model: Any, stored: Mapping[str, _Stored], scratch: LargeScratch | 
 
 def _before(module: nn.Module, _: Any) -> None:
     unit = _unit_of(module)
-    if unit is not None and not getattr(vars(module).get("forward"), _MARK, False):
+    if unit is not None and "forward" not in vars(module):  # `computing` reads no weights
         unit.take()
         unit.calls += 1
 
@@ -355,15 +355,6 @@ def _put_rows_back(module: nn.Module, _: Any, __: Any) -> None:
     table = vars(module).pop(_TABLE, None)
     if table is not None:
         module._parameters["weight"] = table
-
-
-_Forward = TypeVar("_Forward", bound=Callable[..., Any])
-
-
-def weightless(forward: _Forward) -> _Forward:
-    """Say of a function that takes the place of a module's `forward` that it reads none of its weights."""
-    setattr(forward, _MARK, True)
-    return forward
 
 
 def scratch_bytes(n_weights: int) -> int:
@@ -522,9 +513,8 @@ def enter_blocks(
             model.get_decoder()(input_ids=window, use_cache=False)
             hidden.append(record[0][0].clone())
             own.append([{name: call[name] for name in spec.own_arguments} for _, call in record])
-    return hidden, Calls(
-        [call for _, call in record], own, spec.shared_keys.argument if spec.shared_keys else ""
-    )
+    shared = spec.shared_keys.argument if spec.shared_keys else ""
+    return hidden, Calls([call for _, call in record], own, shared)
 
 
 @contextmanager
@@ -532,7 +522,7 @@ def computing(modules: Iterable[Any], forward: Callable[..., Any]) -> Iterator[N
     """Replace modules' `forward` by a function that reads no weights while the context is open."""
     with ExitStack() as stack:
         for module in modules:
-            module.forward = weightless(forward)
+            module.forward = forward
             stack.callback(delattr, module, "forward")
         yield
 
