@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from cfsp.models.block_pass import StoredStates
-from cfsp.models.offload import at_hand, check_scratch
+from cfsp.models.offload import StoredStates, at_hand, check_scratch
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
