@@ -26,7 +26,7 @@ def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "never")
 
 
-@pytest.mark.parametrize(("model_type", "tied"), [("lfm2", True), ("gemma3_text", False)])
+@pytest.mark.parametrize(("model_type", "tied"), [("llama", True), ("gemma3_text", False)])
 def test_the_heads_of_files_say_how_large_a_model_is(
     model_type: str,
     tied: bool,
