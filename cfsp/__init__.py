@@ -37,20 +37,14 @@ __all__ = [
     "save_checkpoint",
 ]
 
-_HOMES = {
-    "cfsp.text.calibration": ("Calibration", "load_calibration"),
-    "cfsp.models.checkpoint": ("load_pruned", "save_checkpoint"),
-    "cfsp.models.reference": ("LoadedModel", "ModelSource", "load_model"),
-    "cfsp.pruning.block_by_block": ("apply_plan",),
-    "cfsp.pruning.plan": ("PruningPlan", "make_plan"),
-    "cfsp.pruning.prune": ("PruneResult", "prune_model"),
-    "cfsp.pruning.settings": ("PruneSettings",),
-    "cfsp.pruning.statistics": ("BlockStatistics", "collect_statistics"),
-}
+_MODULES = (
+    *("models.checkpoint", "models.reference", "models.source", "text.calibration"),
+    *("pruning.block_by_block", "pruning.plan", "pruning.prune", "pruning.settings", "pruning.statistics"),
+)
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(module), name)
+    for module in _MODULES if name in __all__ else ():
+        if found := getattr(importlib.import_module(f"cfsp.{module}"), name, None):
+            return found
     raise AttributeError(f"module 'cfsp' has no attribute {name!r}")

@@ -18,7 +18,7 @@ import re
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic_core import CoreSchema, core_schema
 
@@ -153,8 +153,7 @@ DTYPE = Setting(
 THREADS = Setting("Threads to compute with.", ge=1, le=4096, shown="as many as torch finds")
 
 
-@dataclass(frozen=True)
-class Declared:
+class Declared(NamedTuple):
     """A field of a settings class, or a parameter of a command, that a Setting describes."""
 
     name: str

@@ -17,7 +17,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -44,8 +43,7 @@ NARROW: Mapping[str, torch.dtype] = MappingProxyType({"bfloat16": torch.bfloat16
 """Names in `cfsp.precision.DTYPES` that weights may be kept in -> 16 bits."""
 
 
-@dataclass(frozen=True)
-class Keeping:
+class Keeping(NamedTuple):
     """How weights are kept while nothing computes with them: in which dtype, and whether in files."""
 
     dtype: torch.dtype = torch.float32
