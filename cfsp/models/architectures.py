@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cfsp.errors import InputError, look_up
-from cfsp.models.families import FAMILIES, unsupported
+from cfsp.models.families import FAMILIES
 from cfsp.models.families.row import WINDOWED, Family
 from cfsp.models.shape import BlockShape, ModelShape
 
@@ -31,7 +31,7 @@ class FeedForward(NamedTuple):
 def spec_for(config: Any) -> Family:
     """The family of a transformers config; raises InputError for an unknown one, naming the known."""
     model_type = str(getattr(config, "model_type", None))
-    return look_up(FAMILIES, model_type, unsupported(model_type), field="model_type")
+    return look_up(FAMILIES, model_type, "unsupported architecture", field="model_type")
 
 
 def state_size(config: Any) -> int:

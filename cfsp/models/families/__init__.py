@@ -44,8 +44,7 @@ class _Families(Mapping[str, Family]):
 FAMILIES: Mapping[str, Family] = _Families()  # by model type
 FOLDS: Mapping[str, Fold] = MappingProxyType({fold.model_type: fold for fold in (*folds.FOLDS, *lfm2.FOLDS)})
 """By the model type that is loaded as another one."""
-LACKING = dict.fromkeys(("gemma3n", "gemma3n_text"), "several hidden states a token side by side (AltUp)")
-"""Model types, and llama.cpp's architectures, that people ask for -> why they are not supported."""
+_UNSUPPORTED = "unsupported architecture"
 
 
 def family_of(model_type: str, where: str = "") -> Family | Fold:
@@ -53,7 +52,7 @@ def family_of(model_type: str, where: str = "") -> Family | Fold:
     if model_type in BUILT_IN:
         return BUILT_IN[model_type]
     known: dict[str, Family | Fold] = {**FOLDS, **FAMILIES}
-    return look_up(known, model_type, where + unsupported(model_type), field="model_type")
+    return look_up(known, model_type, where + _UNSUPPORTED, field="model_type")
 
 
 def fold_of(settings: Settings) -> Fold | None:
@@ -69,15 +68,9 @@ def family_of_gguf(architecture: str, where: str, *, windowed: bool) -> Family:
         rows.setdefault(row.gguf_name, row)
     if architecture not in rows:
         rows |= {row.gguf_name: row for row in _own().values()}
-    return look_up(rows, architecture, f"{where}: {unsupported(architecture)}", field="general.architecture")
+    return look_up(rows, architecture, f"{where}: {_UNSUPPORTED}", field="general.architecture")
 
 
 def text_model_of(folder_type: str) -> str | None:
     """Model type of the text part of a multimodal folder's type; None of any other."""
     return next((row.model_type for row in FAMILIES.values() if folder_type in row.folders), None)
-
-
-def unsupported(name: str) -> str:
-    """The error of a model type, or an architecture of llama.cpp, that has no family."""
-    reason = LACKING.get(name)
-    return f"unsupported architecture, with {reason}" if reason else "unsupported architecture"
