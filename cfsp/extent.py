@@ -20,8 +20,8 @@ from cfsp.models.config_file import read_model_config
 from cfsp.models.families import FAMILIES
 from cfsp.models.gguf_file import EMBEDDING, OUTPUT, read_gguf
 from cfsp.models.gguf_model import config_from_gguf, keeping_of_gguf
-from cfsp.models.hf_folder import config_from_settings, is_folded, keeping_of_folder, text_names
 from cfsp.models.offload import AUTO, NARROW, WHOLE, Keeping
+from cfsp.models.reference import config_from_settings, is_folded, keeping_of_folder, text_names
 from cfsp.models.weights import OUTPUT_MATRIX, safetensors_files, uniform_dtype
 from cfsp.reading import as_input_error
 from cfsp.units import format_bytes

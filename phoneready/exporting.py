@@ -14,9 +14,8 @@ from cfsp.devices import find_device
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, no_space_as_input_error, refuse_existing, scratch_directory
 from cfsp.models.checkpoint import PLAN_FILE, RoundedFormat, read_rounded_format, save_checkpoint
-from cfsp.models.hf_folder import is_folded
 from cfsp.models.offload import NARROW
-from cfsp.models.reference import load_model, load_tokenizer
+from cfsp.models.reference import is_folded, load_model, load_tokenizer
 from cfsp.models.source import LoadedModel
 from cfsp.models.token_trees import trimmed_tokenizer
 from cfsp.progress import Progress, no_progress

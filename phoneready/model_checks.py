@@ -17,8 +17,7 @@ from cfsp.errors import InputError, PhonereadyError
 from cfsp.models.config_file import read_model_config
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.gguf_model import config_from_gguf
-from cfsp.models.hf_folder import config_from_settings, folded_config, is_folded
-from cfsp.models.reference import find_model, load_tokenizer
+from cfsp.models.reference import config_from_settings, find_model, folded_config, is_folded, load_tokenizer
 from cfsp.models.shape import BlockShape, ModelShape
 from cfsp.models.token_trees import token_trees
 from cfsp.models.weights import model_class

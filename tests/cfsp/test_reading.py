@@ -21,8 +21,7 @@ from cfsp.models.config_file import read_model_config
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.gguf_model import config_from_gguf
 from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
-from cfsp.models.hf_folder import load_folder, load_folder_tokenizer
-from cfsp.models.reference import load_model
+from cfsp.models.reference import load_folder, load_folder_tokenizer, load_model
 from cfsp.models.weights import safetensors_files
 from cfsp.reading import as_input_error, parse_json, parse_toml
 from cfsp.text.tokens import encode, load_documents
