@@ -31,7 +31,6 @@ import torch
 from cfsp.devices import CPU, find_device
 from cfsp.errors import InputError, require_extra
 from cfsp.evaluation.tasks import needs_harness, tasks_sha256
-from cfsp.extent import Extent, Needs
 from cfsp.files import writable_place
 from cfsp.memory import usable_memory
 from cfsp.models.checkpoint import read_checkpoint_info
@@ -61,6 +60,8 @@ from phoneready.release.stages import (
 )
 from phoneready.release.steps import RECOVERY_STAGE, Steps, bench_settled, bench_stage, decide_stage
 from phoneready.room import (
+    Extent,
+    Needs,
     check_room,
     drawing_needs,
     exporting_needs,

@@ -17,7 +17,7 @@ ROOMS = {
         {"files", "reading", "validation", "units", "plugins", "settings"},
         {"records", "devices", "memory"},
         {"models"},
-        {"text", "extent"},
+        {"text"},
         {"evaluation"},
         {"pruning"},
         {"recovery"},

@@ -11,12 +11,12 @@ import safetensors.torch
 import torch
 
 from cfsp.errors import InputError
-from cfsp.extent import Needs, read_extent, require_room
 from cfsp.models.architectures import state_size
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.offload import VARIABLE, WHOLE, is_paged
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
+from phoneready.room import Needs, read_extent, require_room
 
 TinyPath = Callable[..., Path]
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from cfsp.errors import InputError
-from cfsp.extent import Extent, Needs
 from cfsp.pruning.settings import PruneSettings
 from cfsp.recovery.settings import Training
 from exporters.families import FAMILIES, find_format
@@ -22,6 +21,8 @@ from phoneready import room
 from phoneready.main import main
 from phoneready.recipe import check_stage_room, release_stages
 from phoneready.room import (
+    Extent,
+    Needs,
     check_room,
     drawing_needs,
     exporting_needs,
