@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +92,6 @@ class FileOutline:
         n_seq: Texts that the engine has at once.
         cache_type: Of keys and values, that of proofs, as the engine calls it; None for the file's own.
         ends: Tokens that end a text, if the engine does not know them.
-        stated_sampling: As in `cfsp.evaluation.language_model.LanguageModel`.
     """
 
     path: Path
@@ -105,7 +104,6 @@ class FileOutline:
     n_seq: int = 1
     cache_type: str | None = None
     ends: tuple[int, ...] = ()
-    stated_sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

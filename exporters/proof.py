@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 
 from cfsp.errors import InputError, LimitError
-from cfsp.evaluation.divergence import divergence_from_logits
+from cfsp.evaluation.loss import divergence_from_logits
 from cfsp.models.architectures import (
     capped,
     decoder_layers,

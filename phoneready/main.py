@@ -100,7 +100,8 @@ GONE: MappingProxyType[str, str] = MappingProxyType(
         "eval --timeout": "a process on a target has an hour",
         **{f"eval --max-{name}": f"use --tolerance {key}=VALUE" for name, key in _TOLERATED},
         **dict.fromkeys(
-            ("eval --top-p", "eval --top-k"), "use --temperature, or the model's generation_config.json"
+            (f"eval --{name}" for name in ("sampled", "temperature", "top-p", "top-k")),
+            "answers are greedy, as their degeneration is compared with the reference's",
         ),
         "history --false-alarms": "a change is what exceeds --threshold and the noise",
         "history --plot": "use --json, or MLflow: docs/history.md",

@@ -37,7 +37,7 @@ from cfsp.models.checkpoint import read_checkpoint_info
 from cfsp.progress import Progress
 from exporters.families import FAMILIES, makes_gguf
 from phoneready.console import prepare_torch
-from phoneready.evaluation.metrics import check_directions, metric_sha256
+from phoneready.evaluation.own_metrics import check_directions, metric_sha256
 from phoneready.figures.budgets import Verdicts, select
 from phoneready.figures.figure_set import DENSE, PRUNED, FigureSet, check_same_model, read_baseline
 from phoneready.figures.gate import write_verdicts

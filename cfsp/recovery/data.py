@@ -239,17 +239,16 @@ def _own_text(
     count = max(2, settings.self_tokens // seqlen)
     count = count if wanted is None else min(count, max(2, wanted))
     ids = sample_windows(dense, nsamples=count, seqlen=seqlen, seed=seed, writers=writers, progress=progress)
-    winnowed = without_loops(ids, dense)
-    n_loops = winnowed.n_loops
-    if n_loops > MOST_LOOPS * winnowed.n_texts or len(winnowed.windows) < 2:
+    windows, n_texts, n_loops = without_loops(ids, dense)
+    if n_loops > MOST_LOOPS * n_texts or len(windows) < 2:
         raise InputError(
-            f"{n_loops} of {winnowed.n_texts} texts that {dense.source.name} wrote are loops, which is too "
+            f"{n_loops} of {n_texts} texts that {dense.source.name} wrote are loops, which is too "
             "many to learn from it",
             field="data",
             value=SELF,
             allowed="text that was written by others",
         )
-    ids = started(winnowed.windows, tokenizer)
+    ids = started(windows, tokenizer)
     return _sequences(ids, _targets(ids, torch.ones_like(ids, dtype=torch.bool)), SELF, n_loops=n_loops)
 
 

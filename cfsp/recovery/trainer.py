@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from cfsp.devices import exact_device
 from cfsp.errors import InputError
-from cfsp.evaluation.perplexity import bounded_exp
+from cfsp.evaluation.loss import bounded_exp
 from cfsp.files import (
     atomic_file,
     fsync_directory,

@@ -18,9 +18,7 @@ from cfsp.evaluation.language_model import (
 )
 from cfsp.files import sha256_file
 from cfsp.models.gguf_file import read_gguf
-from cfsp.models.gguf_model import sampling_of_gguf
 from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
-from cfsp.text.choosing import Chooser
 from exporters.family import FileOutline
 from exporters.gguf import runtime
 from exporters.gguf.cache_types import PARITY_CACHE
@@ -45,7 +43,6 @@ def outline_of(path: Path, n_ctx: int) -> FileOutline:
         n_batch=BATCH,
         n_seq=SEQUENCES,
         cache_type=PARITY_CACHE,
-        stated_sampling=sampling_of_gguf(file),
     )
 
 
@@ -73,7 +70,7 @@ class GGUFLanguageModel:
         outline = outline_of(path, n_ctx)
         self.tokenizer, self.context_length = outline.tokenizer, outline.context_length
         self.sha256: str | None = outline.sha256
-        self.source_sha256, self.stated_sampling = outline.source_sha256, outline.stated_sampling
+        self.source_sha256 = outline.source_sha256
         cache = cache_type or PARITY_CACHE
         context = Context(self.context_length, outline.n_batch, cache_type=cache, n_seq=outline.n_seq)
         self._model = runtime.open_model(path, context, n_threads=n_threads or torch.get_num_threads())
@@ -111,7 +108,6 @@ class GGUFLanguageModel:
         max_new_tokens: int,
         *,
         stop_strings: Sequence[str] = (),
-        choosers: Sequence[Chooser] = (),
     ) -> list[list[int]]:
         """See `LanguageModel`; as many prompts at once as fit the context together."""
         lengths = [len(prompt) + max_new_tokens for prompt in prompts]
@@ -119,5 +115,5 @@ class GGUFLanguageModel:
         is_over = partial(contains_any, self.tokenizer, strings=stop_strings)
         answers: list[list[int]] = []
         for fit in fitting(lengths, 0, self.context_length):
-            answers += write_together(self._model, prompts[fit], max_new_tokens, is_over, choosers[fit])
+            answers += write_together(self._model, prompts[fit], max_new_tokens, is_over)
         return answers

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
-from contextlib import suppress
+from collections.abc import Container
 from typing import Any
 
 from cfsp.errors import InputError
 from cfsp.models.gguf_model import SAMPLING
 from cfsp.records import tool_version
-from cfsp.settings import check_settings
-from cfsp.text.choosing import Sampling
 from exporters.gguf.architecture import ChosenLayout
 from exporters.gguf.rope import rope_metadata
 from exporters.provenance import Provenance
@@ -59,18 +56,24 @@ def add_general(writer: Any, provenance: Provenance, file_type: int) -> None:
         writer.add_int64("phoneready.seed", provenance.seed)
 
 
-def add_sampling(writer: Any, stated: Mapping[str, Any]) -> None:
-    """Write how the model recommends to sample, which llama.cpp's programs do unless they are told otherwise.
+_MOST = {"temperature": 1000, "top_k": 2**31 - 1, "top_p": 1, "min_p": 1, "repetition_penalty": 1000}
 
-    Args:
-        writer: gguf.GGUFWriter.
-        stated: Fields of `cfsp.text.choosing.Sampling` that the checkpoint states; what is out of range is left out.
+
+def add_sampling(writer: Any, generation_config: Any) -> None:
+    """Write how a generation config (or None) says to sample, which llama.cpp's programs do unless told otherwise.
+
+    What is out of range is left out. A config that asks for sampling and says no more has transformers' temperature, 1.
     """
+    stated = generation_config.to_diff_dict() if generation_config is not None else {}
+    values = {name: stated[name] for name in SAMPLING.values() if stated.get(name) is not None}
+    if not values and stated.get("do_sample"):
+        values = {"temperature": 1.0}
     for key, name in SAMPLING.items():
-        if name in stated:
-            with suppress(InputError):
-                check_settings(Sampling(**{name: stated[name]}))
-                getattr(writer, f"add_sampling_{key}")(stated[name])
+        value: Any = values.get(name)
+        kinds = (int,) if name == "top_k" else (int, float)
+        may_be_zero = name in ("top_k", "min_p")
+        if type(value) in kinds and (0 < value <= _MOST[name] or (value == 0 and may_be_zero)):
+            getattr(writer, f"add_sampling_{key}")(value)
 
 
 def add_hyperparameters(writer: Any, chosen: ChosenLayout) -> None:

@@ -27,7 +27,6 @@ import numpy as np
 import numpy.typing as npt
 
 from cfsp.errors import InputError, MissingExtraError
-from cfsp.text.choosing import Chooser, greedy
 from exporters.gguf.cache_types import CACHE_TYPES, DEFAULT_CACHE, FLASH_AUTO, FLASH_ON
 
 FloatArray = npt.NDArray[np.float32]
@@ -512,18 +511,15 @@ def write_together(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     is_over: Callable[[list[int]], bool],
-    choosers: Sequence[Chooser] = (),
 ) -> list[list[int]]:
-    """Continuations of prompts that fit the context together, without the token that ends them.
+    """Greedy continuations of prompts that fit the context together, without the token that ends them.
 
     Args:
         model: The file.
         prompts: Token ids, at least one each.
         max_new_tokens: Most tokens of a continuation.
         is_over: Whether what was written ends there.
-        choosers: One for each prompt, of its tokens; greedy without any.
     """
-    choosers = choosers or [greedy] * len(prompts)
     answers: list[list[int]] = [[] for _ in prompts]
     going = list(range(len(prompts)))
     entries = [
@@ -533,8 +529,7 @@ def write_together(
     ]
     model.clear()
     while going:
-        rows = zip(going, chain.from_iterable(model.iter_entries(entries)), strict=True)
-        tokens = [choosers[one](prompts[one], answers[one], logits) for one, logits in rows]
+        tokens = [int(row.argmax()) for row in chain.from_iterable(model.iter_entries(entries))]
         entries, still = [], []
         for sequence, token in zip(going, tokens, strict=True):
             if model.is_end_of_generation(token):

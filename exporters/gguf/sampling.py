@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from cfsp.errors import InputError
 from cfsp.files import LargeScratch, large_temporary, no_space_as_input_error
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.source import LoadedModel
-from cfsp.text.choosing import drawn_tokens
 from cfsp.text.self_sampling import STEPS_A_REPORT, Continue, Report, Writer, require_room, stop_ids
 from exporters.checkpoint_reader import read_config
 from exporters.family import ExportOptions
@@ -59,6 +59,20 @@ def _opened(loaded: LoadedModel, seed: int) -> Iterator[Continue]:
 
 
 LLAMA_CPP = Writer(lambda _: {"writer": f"{runtime_version()}, {_QUANT}"}, _opened)
+
+
+def drawn_tokens(logits: npt.NDArray[np.float32], uniform: Sequence[float]) -> list[int]:
+    """A token of each row, drawn from softmax(logits), (rows, vocab_size), by a number in [0, 1) of each.
+
+    Raises:
+        InputError: Logits that are not finite.
+    """
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    sums = weights.cumsum(axis=-1, dtype=np.float64)
+    if not np.isfinite(sums[:, -1]).all():
+        raise InputError("what the model writes is not finite")
+    wanted = np.nextafter(np.asarray(uniform) * sums[:, -1], 0)  # below the sum
+    return [int(np.searchsorted(row, value, side="right")) for row, value in zip(sums, wanted, strict=True)]
 
 
 def _write(

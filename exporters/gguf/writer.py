@@ -16,7 +16,6 @@ import torch
 from cfsp.errors import InputError
 from cfsp.models.checkpoint import read_generation_config
 from cfsp.progress import Progress, no_progress
-from cfsp.text.self_sampling import stated_sampling
 from exporters.checkpoint_reader import open_tensors
 from exporters.gguf.architecture import ChosenLayout, read_layout
 from exporters.gguf.metadata import add_general, add_hyperparameters, add_sampling, check_name
@@ -99,7 +98,7 @@ def write_gguf(
 
     def add_metadata(writer: Any) -> None:
         add_general(writer, provenance, row.ftype)
-        add_sampling(writer, stated_sampling(read_generation_config(checkpoint)))
+        add_sampling(writer, read_generation_config(checkpoint))
         add_hyperparameters(writer, chosen)
         add_tokenizer(writer, tokenizer, chosen.config.vocab_size)
 

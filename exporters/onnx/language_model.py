@@ -21,8 +21,7 @@ from cfsp.files import sha256_file
 from cfsp.models.checkpoint import read_generation_config
 from cfsp.models.reference import load_tokenizer
 from cfsp.reading import read_json_object
-from cfsp.text.choosing import Chooser, greedy
-from cfsp.text.self_sampling import stated_sampling, stop_tokens
+from cfsp.text.self_sampling import stop_tokens
 from exporters.checkpoint_reader import read_config
 from exporters.family import FileOutline
 from exporters.onnx.folder import GENAI_CONFIG, GRAPHS, find_graph, folder_of
@@ -53,7 +52,6 @@ def outline_of(path: Path, n_ctx: int) -> FileOutline:
         context_length=min(n_ctx, most, length if isinstance(length, int) else most),
         n_batch=_BATCH,
         ends=tuple(sorted(stop_tokens(generation, tokenizer))),
-        stated_sampling=stated_sampling(generation),
     )
 
 
@@ -80,7 +78,7 @@ class OnnxLanguageModel:
         self.name = reference
         self.tokenizer, self.context_length = outline.tokenizer, outline.context_length
         self.sha256: str | None = outline.sha256
-        self._ends, self.stated_sampling = frozenset(outline.ends), outline.stated_sampling
+        self._ends = frozenset(outline.ends)
         threads = n_threads or torch.get_num_threads()
         self._model = open_model(path, n_ctx=self.context_length, n_threads=threads, n_batch=outline.n_batch)
         if self._model.last_logits:
@@ -113,14 +111,9 @@ class OnnxLanguageModel:
         max_new_tokens: int,
         *,
         stop_strings: Sequence[str] = (),
-        choosers: Sequence[Chooser] = (),
     ) -> list[list[int]]:
         """See `LanguageModel`; one prompt after the other."""
         longest = max((len(prompt) for prompt in prompts), default=0)
         check_length(self, longest + max_new_tokens, "a prompt with its answer")
         is_over = partial(contains_any, self.tokenizer, strings=stop_strings)
-        pairs = zip(prompts, choosers or [greedy] * len(prompts), strict=True)
-        return [
-            write(self._model, prompt, max_new_tokens, self._ends, is_over, choose)
-            for prompt, choose in pairs
-        ]
+        return [write(self._model, prompt, max_new_tokens, self._ends, is_over) for prompt in prompts]

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from cfsp.errors import InputError, require_extra
-from cfsp.text.choosing import Chooser, greedy
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -269,9 +268,8 @@ def write(
     max_new_tokens: int,
     ends: Collection[int],
     is_over: Callable[[list[int]], bool],
-    choose: Chooser = greedy,
 ) -> list[int]:
-    """Continuation of a prompt, without the token that ends it.
+    """Greedy continuation of a prompt, without the token that ends it.
 
     Args:
         model: The graph.
@@ -279,11 +277,10 @@ def write(
         max_new_tokens: Most tokens of the continuation.
         ends: Tokens that end a text.
         is_over: Whether what was written ends there.
-        choose: Chooses its tokens.
     """
     answer: list[int] = []
     logits = _read(model, prompt)
-    while (token := choose(prompt, answer, logits[-1])) not in ends:
+    while (token := int(logits[-1].argmax())) not in ends:
         answer.append(token)
         if len(answer) == max_new_tokens or is_over(answer):
             break

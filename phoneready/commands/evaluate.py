@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cfsp.errors import InputError
+from cfsp.evaluation.task_results import READS
 from cfsp.files import record_head, refuse_existing
 from cfsp.records import read_record, record_to_json, write_record
 from cfsp.settings import DEVICE, DTYPE, THREADS, Settings, as_read, declared, setting
@@ -24,7 +25,7 @@ from phoneready.evaluation.elsewhere import (
     check_place,
     open_elsewhere,
 )
-from phoneready.evaluation.settings import READS, EvaluationSettings
+from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.metrics import TOLERANCES
 from runtime_bench.workload import BenchSettings
 
@@ -121,7 +122,6 @@ def evaluate(
     for contradiction, refusal in (
         (gate.tolerance and gate.baseline is None, "--tolerance is of the gate: give --baseline too"),
         (replaced, "--save would overwrite the --baseline that is compared with: name another file"),
-        (settings.sampled and questions.no_prompts, "--sampled is of answers: leave out --no-prompts"),
         (len(together) > 1, f"{' and '.join(together)}: give one of them"),
         (questions.no_text and texts, "--no-text with --text or --chats: give one of the two"),
     ):

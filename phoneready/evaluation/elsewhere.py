@@ -1,8 +1,4 @@
-"""Where `eval` runs a model: here, or in the engine of a target that can be asked about texts.
-
-Requests are made here, of token ids, and run there, in the engine that `bench` measures. Distributions over the
-vocabulary do not travel: of a text comes back how likely it is.
-"""
+"""`eval --on TARGET`: token ids go to the engine there that `bench` measures, likelihoods and tokens come back."""
 
 from __future__ import annotations
 
@@ -10,21 +6,19 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import InputError, PhonereadyError
 from cfsp.progress import Progress, no_progress
 from runtime_bench.engines import EngineFacts, SessionSettings
 from runtime_bench.questions import Answer, AnswerRequest, Question, Scoring, Spelling, Writing
 from runtime_bench.questions import write_questions as write_to
-from runtime_bench.targets import Answering
 from runtime_bench.targets.table import TARGETS, open_target, parse_target
 
 if TYPE_CHECKING:
     import torch
 
     from cfsp.evaluation.language_model import Branches, Score
-    from cfsp.text.choosing import Chooser
     from exporters.family import FileOutline
     from phoneready.evaluation.evaluation_record import Place
     from phoneready.evaluation.models import OpenSettings
@@ -33,14 +27,13 @@ if TYPE_CHECKING:
 HERE = "local"
 TIMEOUT_S = 3600.0
 """For one process there."""
-SPELLED = (
+_SPELLED = (
     "The lighthouse stood on a rock above the sea.",
     "  two spaces,\n\ta tab; 12,345.67 and x != y",
     "Ce n'est pas là-bas, sagte er; 東京 и Москва 🙂",
 )
-"""Texts that both tokenizers cut."""
+"""Texts on which the two tokenizers are compared."""
 _JUDGED = "--text, --chats, --tasks, --prompt, --prompts"
-
 
 PLACES = ", ".join(row.form for name, row in TARGETS.items() if row.answers or name == HERE)
 
@@ -53,23 +46,15 @@ def check_place(on: str, backend: str | None, settings: EvaluationSettings) -> N
         return
     if not parse_target(on)[0].answers:
         raise InputError("cannot be asked about texts", field="--on", value=on, allowed=PLACES)
-    needs: dict[str, object] = {"--metric": settings.metrics, "--sampled": settings.sampled}
-    for option in (option for option, asked in needs.items() if asked):
-        why = f"{option} needs the probability of every token, which do not travel"
+    if settings.metrics:
+        why = "--metric needs the probability of every token, which do not travel"
         raise InputError(why, field="--on", value=on, allowed=_JUDGED)
     if not (settings.tasks or settings.prompts or settings.sources):
         raise InputError("nothing to judge", field="--on", value=on, allowed=_JUDGED)
 
 
-class _AnsweringTarget(Answering, Protocol):
-    """A target that can be asked."""
-
-    @property
-    def name(self) -> str: ...
-
-
 class FarLanguageModel:
-    """An exported file, run by its engine on a target: a `cfsp.evaluation.LanguageModel`."""
+    """A `LanguageModel` whose exported file is run by its engine on a target (one that is `Answering`)."""
 
     gives_logits = False
 
@@ -78,7 +63,7 @@ class FarLanguageModel:
         reference: str,
         runtime: str,
         outline: FileOutline,
-        target: _AnsweringTarget,
+        target: Any,
         session: SessionSettings,
         cache_type: str | None,
     ) -> None:
@@ -87,19 +72,17 @@ class FarLanguageModel:
         self.source_sha256, self.tokenizer = outline.source_sha256, outline.tokenizer
         self.vocab_size, self.context_length = outline.vocab_size, outline.context_length
         self.target, self.session = target, session
-        self.stated_sampling = outline.stated_sampling
         self.facts: EngineFacts | None = None
         self.same_tokens: bool | None = None
         self._outline = outline
 
     def close(self) -> None:
-        """Nothing is open there between questions."""
+        """Between questions nothing is open there."""
 
     def next_token_logits(self, window: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Raise InputError: these do not travel."""
-        raise InputError(
-            f"{self.target.name} does not give the logits of texts", allowed="tasks, answers, bits per byte"
-        )
+        """Raise InputError: logits do not travel."""
+        why = f"{self.target.name} does not give the logits of texts"
+        raise InputError(why, allowed="tasks, answers, bits per byte")
 
     def score(self, items: Sequence[Branches]) -> list[list[Score]]:
         """See `LanguageModel`; all items in one process there."""
@@ -115,20 +98,11 @@ class FarLanguageModel:
         return scores
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        *,
-        stop_strings: Sequence[str] = (),
-        choosers: Sequence[Chooser] = (),
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, stop_strings: Sequence[str] = ()
     ) -> list[list[int]]:
-        """See `LanguageModel`; all prompts in one process there. Raises InputError for choosers, which need logits."""
+        """See `LanguageModel`; all prompts in one process there."""
         from cfsp.evaluation.language_model import check_length
 
-        if choosers:
-            raise InputError(
-                f"{self.target.name} does not give the logits of texts", allowed="greedy answers"
-            )
         check_length(self, max(map(len, prompts), default=0) + max_new_tokens, "a prompt with its answer")
         ids, ends = tuple(map(tuple, prompts)), self._outline.ends
         (answer,) = self._ask([Writing(ids, max_new_tokens, tuple(stop_strings), ends)])
@@ -154,10 +128,10 @@ class FarLanguageModel:
         )
 
     def _ask(self, questions: Sequence[Question]) -> list[Answer]:
-        """Answers to questions; the first time the tokenizer there is looked at, too."""
+        """Answers to questions; the first time the tokenizer there is checked, too."""
         from cfsp.text.tokens import encode
 
-        name, spelled = self.target.name, SPELLED if self.same_tokens is None else ()
+        name, spelled = self.target.name, _SPELLED if self.same_tokens is None else ()
         with tempfile.TemporaryDirectory(prefix="phoneready-questions-") as folder:
             file = Path(folder) / "questions.jsonl"
             write_to(file, [*map(Spelling, spelled), *questions])
@@ -188,7 +162,7 @@ def open_elsewhere(
     *,
     progress: Progress = no_progress,
 ) -> Iterator[FarLanguageModel]:
-    """Open a model on a target for the time of a `with` block; nothing runs there between questions.
+    """Open an exported file on a target for the time of a `with` block.
 
     Raises:
         InputError: No exported file, or the target cannot run it.
@@ -215,5 +189,4 @@ def open_elsewhere(
         backend=backend,
         n_seq=outline.n_seq,
     )
-    asked = cast("_AnsweringTarget", target)
-    yield FarLanguageModel(reference, runtime, outline, asked, session, opening.cache_type)
+    yield FarLanguageModel(reference, runtime, outline, target, session, opening.cache_type)

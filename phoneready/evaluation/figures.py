@@ -1,13 +1,10 @@
-"""An evaluation as figures, which budgets hold to their limits, and `eval --baseline` to an earlier one's.
-
-Each metric has its tolerance there, and the verdicts are the gate's: accuracies are compared with their noise.
-"""
+"""An evaluation as figures: budgets limit them, `eval --baseline` compares them with an earlier one's, by the gate."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cfsp.errors import InconclusiveError, InputError, LimitError
@@ -17,7 +14,7 @@ from phoneready.figures.budgets import INCONCLUSIVE, MISSED, PASS, BudgetConfig
 from phoneready.figures.figure_set import DENSE, PRUNED, Figure
 from phoneready.figures.gate import differences, judge
 from phoneready.figures.metrics import TASK, TOLERANCES, FigureKey, metric_of, recorded_metric, tolerance_name
-from runtime_bench.presentation.table import Column, Table
+from runtime_bench.presentation.table import Table, table_of_cells
 
 
 def evaluation_figures(item: str, subject: str, evaluation: Evaluation) -> Iterator[Figure]:
@@ -52,18 +49,10 @@ def evaluation_figures(item: str, subject: str, evaluation: Evaluation) -> Itera
             yield figure(PRUNED, metric, value, tokens, name)
     yield from task_figures(item, PRUNED, subject, evaluation.tasks)
     yield from task_figures(item, DENSE, dense, evaluation.against_tasks)
-    answered = []
-    if (greedy := evaluation.degeneration) is not None:
-        answered.append(("degenerate", greedy, {"prompts": greedy.prompts_sha256}))
-    if (sampled := evaluation.sampled) is not None:
-        found, settings = sampled.degeneration, {k: f"{v:g}" for k, v in asdict(sampled.settings).items()}
-        others = {"seed of sampled answers": f"{sampled.seed}", "max_new_tokens": f"{found.max_new_tokens}"}
-        answered.append(
-            ("degenerate_sampled", found, {"prompts": found.prompts_sha256, **others, **settings})
-        )
-    for metric, answers, conditions in answered:
-        yield figure(PRUNED, metric, answers.share, conditions, None)
-        yield figure(DENSE, metric, answers.against_share, conditions, None)
+    if (answers := evaluation.degeneration) is not None:
+        prompts = {"prompts": answers.prompts_sha256}
+        yield figure(PRUNED, "degenerate", answers.share, prompts, None)
+        yield figure(DENSE, "degenerate", answers.against_share, prompts, None)
     # Own metrics are taken over all texts.
     all_tokens["texts of own metrics"] = ", ".join(
         text_name(one.kind, one.source) for one in evaluation.texts
@@ -113,13 +102,8 @@ def task_figures(item: str, role: str, subject: str, tasks: Sequence[TaskResult]
 class GateRow:
     """One comparison.
 
-    Attributes:
-        stderr: Standard error of `now`, of accuracies.
-        change: Of the kind `ratio` (now / baseline), `increase` (now - baseline) or `drop` (baseline - now): the
-            greater, the worse; None without a ratio.
-        allowed: Most that is allowed; None, as kind and reason, of a figure that is only reported.
-        ok: Whether the change is surely allowed.
-        outcome: One of OUTCOMES.
+    `change` is of the kind `ratio` (now / baseline), `increase` (now - baseline) or `drop` (baseline - now): the
+    greater, the worse. Without `allowed` the figure is only reported. `outcome` is one of OUTCOMES.
     """
 
     metric: str
@@ -185,22 +169,21 @@ def check_gate(rows: tuple[GateRow, ...]) -> None:
             raise error(f"{what}: {'; '.join(found)}")
 
 
-def gate_table(rows: Sequence[GateRow]) -> Table[GateRow]:
+def gate_table(rows: Sequence[GateRow]) -> Table[Sequence[str]]:
     """The comparison as a table."""
     words = {PASS: "ok", INCONCLUSIVE: "not decided", MISSED: "worse"}
-    columns: tuple[Column[GateRow], ...] = (
-        Column("metric", lambda row: row.metric),
-        Column("baseline", lambda row: f"{row.baseline:.4f}", right=True),
-        Column(
-            "now",
-            lambda row: f"{row.now:.4f}" + ("" if row.stderr is None else f" ± {row.stderr:.3f}"),
-            right=True,
-        ),
-        Column("change", lambda row: _change(row, ".4f") if row.kind else None),
-        Column("allowed", lambda row: None if row.allowed is None else f"{row.allowed:g}", right=True),
-        Column("verdict", lambda row: "not gated" if row.kind is None else words[row.outcome]),
-    )
-    return Table(columns, rows)
+    cells = [
+        (
+            row.metric,
+            f"{row.baseline:.4f}",
+            f"{row.now:.4f}" + ("" if row.stderr is None else f" ± {row.stderr:.3f}"),
+            _change(row, ".4f") if row.kind else "-",
+            "-" if row.allowed is None else f"{row.allowed:g}",
+            "not gated" if row.kind is None else words[row.outcome],
+        )
+        for row in rows
+    ]
+    return table_of_cells(("metric", "baseline", "now", "change", "allowed", "verdict"), cells)
 
 
 def _change(row: GateRow, form: str) -> str:

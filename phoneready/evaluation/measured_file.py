@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 from pydantic import NonNegativeFloat, PositiveInt
 
-from cfsp.evaluation.perplexity import tokens_per_byte
 from cfsp.validation import Share
 from phoneready.evaluation.evaluation_record import text_name
 from runtime_bench.records.summary import NORMAL_95
@@ -24,11 +23,10 @@ from runtime_bench.records.summary import NORMAL_95
 
 @dataclass(frozen=True)
 class MeasuredText:
-    """What a file loses on one text, window by window, beside what the dense model in float32 loses.
+    """What a file loses on one text, beside the dense model in float32.
 
-    `n_tokens` are those that the file predicts, `n_bytes` what they spell in each window, `nats` -ln p of each window.
-    With fewer tokens than the dense model's, `kl_mean` (nats) and `same_top1` are over these, where a dense one ends;
-    records of versions that did not measure them have None.
+    `n_bytes` are the bytes of each window that its predicted tokens spell, `nats` -ln p of each window. With a smaller
+    vocabulary `kl_mean` (nats) and `same_top1` are over its tokens, where one of the dense model's ends.
     """
 
     kind: str
@@ -84,7 +82,7 @@ class MeasuredFile:
     @property
     def tokens_per_byte(self) -> float:
         """Tokens that the file needs for a byte of all texts together."""
-        return tokens_per_byte(sum(text.n_tokens for text in self.texts), self.n_bytes)
+        return sum(text.n_tokens for text in self.texts) / self.n_bytes
 
     @property
     def dense_bits_per_byte(self) -> float:
@@ -123,8 +121,7 @@ class Excess:
 
 @dataclass(frozen=True)
 class Standing:
-    """How a file stands to those that are no larger: a verdict of VERDICTS, and the file that dominates it, or that it
-    is not told apart from; None on the frontier."""
+    """A verdict of VERDICTS, and the file that dominates this one or is within noise of it; None on the frontier."""
 
     file: str
     verdict: str
@@ -160,9 +157,8 @@ def excess(one: MeasuredFile, other: MeasuredFile) -> Excess:
 def standing(point: MeasuredFile, points: Iterable[MeasuredFile]) -> Standing:
     """A file against all that are no larger.
 
-    Dominated: one of them loses surely no more, and is smaller or loses less. Within noise: of one of them it cannot be
-    told whether it loses more. On the frontier: all of them surely lose more. Of several that dominate, a dense one is
-    named first, then the best.
+    Dominated: one of them loses surely no more, and is smaller or loses less. Within noise: whether one of them loses
+    more is not decided. On the frontier: all of them surely lose more. A dense file is named first, then the best.
     """
     rivals = [one for one in points if one is not point and one.file_bytes <= point.file_bytes]
     beating, open_ = [], []

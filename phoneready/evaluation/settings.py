@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from dataclasses import dataclass
 
-from cfsp.evaluation.task_results import READS as OF_TASKS
 from cfsp.evaluation.task_results import TaskSettings
-from cfsp.settings import SEED, Reads, Settings, setting
-from cfsp.text.choosing import TEMPERATURE
+from cfsp.settings import SEED, Settings, setting
 from cfsp.text.settings import TEXT_FORMS
 
 
@@ -45,12 +42,6 @@ class TextSettings(WindowSettings):
         shown="a built-in set",
     )
     max_new_tokens: int = setting(64, "Longest answer.", ge=1, le=2**20)
-    sampled: bool = setting(
-        False, "Also sample answers, as the reference model, or else the model, recommends."
-    )
-    temperature: float | None = setting(
-        None, replace(TEMPERATURE, help="Temperature of sampled answers.", shown="as recommended")
-    )
     metrics: tuple[str, ...] = setting(
         (),
         "Own metrics, FILE.py:FUNCTION or MODULE:FUNCTION.",
@@ -64,16 +55,8 @@ class JudgementSettings(TaskSettings, TextSettings):
     """What to judge on, as a release and the command line ask for it; without prompts a built-in set is asked."""
 
 
-READS: Reads = MappingProxyType(
-    {
-        **OF_TASKS,
-        "temperature": (lambda asked: asked.sampled, "without sampled answers"),
-    }
-)
-
-
 @dataclass(frozen=True)
 class EvaluationSettings(JudgementSettings):
     """What to judge on. Only `prompts` are asked; the seed, of `self`, should be another than the calibration's."""
 
-    seed: int = setting(1, "Seed of `--chats self` and `--sampled`.", ge=SEED.ge, le=2**32 - 2)
+    seed: int = setting(1, "Seed of `--chats self`.", ge=SEED.ge, le=2**32 - 2)

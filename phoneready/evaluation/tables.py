@@ -3,83 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from functools import partial
 from typing import Any
 
-from cfsp.text.choosing import Sampling
-from phoneready.evaluation.evaluation_record import (
-    Degeneration,
-    Evaluation,
-    TextResult,
-)
-from phoneready.evaluation.measured_file import DOMINATED, UNDECIDED, MeasuredFile, MeasuredText, Standing
-from phoneready.figures.metrics import METRICS
+from phoneready.evaluation.evaluation_record import Evaluation, TextResult
+from phoneready.evaluation.measured_file import DOMINATED, UNDECIDED, MeasuredFile, Standing
 from runtime_bench.presentation.table import Column, Table, table_of_cells
 from runtime_bench.records.reported import fell_back
 
 NAMES = ("reference", "model")
 """What the two models are called, unless they are the dense one and the pruned one."""
 _DIVERGENCE = {
-    "perplexity_ratio": ".3f",
-    "kl_mean": ".4f",
-    "kl_median": ".4f",
-    "kl_p99": ".3f",
-    "kl_p99_9": ".3f",
-    "same_top1": ".2%",
+    "perplexity_ratio": ("ratio", ".3f"),
+    "kl_mean": ("KL mean", ".4f"),
+    "kl_median": ("KL median", ".4f"),
+    "kl_p99": ("KL p99", ".3f"),
+    "kl_p99_9": ("KL p99.9", ".3f"),
+    "same_top1": ("same top-1", ".2%"),
 }
-"""Figure of a divergence -> how it is written."""
-_TITLES = {"perplexity_ratio": "ratio", "kl_median": "KL median", "kl_p99": "KL p99"}
-
+"""Figure of a divergence -> its title and format."""
 _RELATIONS = {DOMINATED: "dominated by", UNDECIDED: "within noise of"}
 WHAT_STANDINGS_MEAN = (
     "Dominated by: that file is no larger and surely loses no more. Within noise of: that file is no larger, and "
-    "that it loses more cannot be told. Surely: by the 95 % interval of the difference over the windows."
+    "whether it loses more is within noise. Surely: by the 95 % interval of the difference over the windows."
 )
 
 
-def _named(text: TextResult) -> str:
-    return f"{text.source} ({text.kind})"
-
-
 def text_table(
-    evaluation: Evaluation, names: tuple[str, str] = NAMES, called: Callable[[TextResult], str] = _named
+    evaluation: Evaluation,
+    names: tuple[str, str] = NAMES,
+    called: Callable[[TextResult], str] = lambda text: f"{text.source} ({text.kind})",
 ) -> Table[TextResult]:
-    """The figures on text; `names` are of the reference model and the model.
+    """The figures on text; `names` are of the reference model and the model."""
+    texts = evaluation.texts
+    against = bool(texts) and all(text.divergence for text in texts)
 
-    The reference's tokens a byte stand there if its tokenizer is another one.
-    """
-    columns: list[Column[TextResult]] = [
-        Column("measured on", called),
-        Column("tokens", lambda text: f"{text.n_tokens}", right=True),
-    ]
-    own = "perplexity"
-    if evaluation.texts and all(text.divergence for text in evaluation.texts):
-        own = f"{names[1]}'s"
-        columns.append(_divergence("reference_perplexity", ".3f", f"perplexity, {names[0]}'s"))
-    columns.append(Column(own, lambda text: f"{text.perplexity:.3f}", right=True))
-    per_byte = {"bits/byte": "bits_per_byte", f"{names[0]}'s": "against_bits_per_byte"}
-    per_byte["tokens/byte"] = "tokens_per_byte"
-    if any(text.tokens_per_byte != text.against_tokens_per_byte for text in evaluation.texts):
-        per_byte[f"tokens/byte, {names[0]}'s"] = "against_tokens_per_byte"
-    for title, field in per_byte.items():
-        if evaluation.texts and all(getattr(text, field) is not None for text in evaluation.texts):
-            columns.append(Column(title, _number(field), right=True))
-    if own != "perplexity":
-        columns += [_divergence(field, form) for field, form in _DIVERGENCE.items()]
-    return Table(columns, evaluation.texts)
+    def number(title: str, value: Callable[[TextResult], str]) -> Column[TextResult]:
+        return Column(title, value, right=True)
 
+    def diverging(field: str, form: str, text: TextResult) -> str:
+        return format(getattr(text.divergence, field), form)
 
-def _number(field: str) -> Callable[[TextResult], str]:
-    return lambda text: f"{getattr(text, field):.4f}"
+    def per_byte(field: str, text: TextResult) -> str:
+        return f"{getattr(text, field):.4f}"
 
-
-def _divergence(field: str, form: str, title: str | None = None) -> Column[TextResult]:
-    title = title or _TITLES.get(field) or METRICS[field].title
-    return Column(title, lambda text: format(getattr(text.divergence, field), form), right=True)
+    columns = [Column("measured on", called), number("tokens", lambda text: f"{text.n_tokens}")]
+    if against:
+        theirs = partial(diverging, "reference_perplexity", ".3f")
+        columns.append(number(f"perplexity, {names[0]}'s", theirs))
+    own = f"{names[1]}'s" if against else "perplexity"
+    columns.append(number(own, lambda text: f"{text.perplexity:.3f}"))
+    titles = {"bits/byte": "bits_per_byte", f"{names[0]}'s": "against_bits_per_byte"}
+    titles["tokens/byte"] = "tokens_per_byte"
+    if any(text.tokens_per_byte != text.against_tokens_per_byte for text in texts):
+        titles[f"tokens/byte, {names[0]}'s"] = "against_tokens_per_byte"
+    for title, field in titles.items():
+        if texts and all(getattr(text, field) is not None for text in texts):
+            columns.append(number(title, partial(per_byte, field)))
+    if against:
+        rows = _DIVERGENCE.items()
+        columns += [number(title, partial(diverging, field, form)) for field, (title, form) in rows]
+    return Table(columns, texts)
 
 
 def vocabulary_note(evaluation: Evaluation, names: tuple[str, str] = NAMES) -> str:
-    """What is compared if the vocabularies differ, for people; "" where they do not."""
+    """What is compared if the vocabularies differ, for people; "" if they do not."""
     both = evaluation.vocabularies
     if both is None or not evaluation.texts:
         return ""
@@ -91,35 +79,36 @@ def vocabulary_note(evaluation: Evaluation, names: tuple[str, str] = NAMES) -> s
         )
     return (
         f"KL and same top-1 are taken where tokens of the {reference} end, over the {both.tokens} of its "
-        f"{both.against_tokens} tokens that the {model} has; perplexities are a token of the {reference}'s. "
+        f"{both.against_tokens} tokens that the {model} has; perplexities are per token of the {reference}. "
         "Bits per byte are of the whole text."
     )
 
 
-_TOKENS: Column[Any] = Column("tokens/byte", lambda one: f"{one.tokens_per_byte:.4f}", right=True)
-
-
 def loss_columns(files: Sequence[MeasuredFile]) -> list[Column[Any]]:
     """What files lose, of all texts and of each if there are several; tokens a byte if vocabularies differ."""
-    texts = files[0].texts if files else ()
-    return [
-        Column("bits/byte", lambda one: f"{one.bits_per_byte:.4f}", right=True),
-        *(_loss_on(index, text) for index, text in enumerate(texts) if len(texts) > 1),
-        Column(
-            "over dense f32",
-            lambda one: f"{one.bits_per_byte / one.dense_bits_per_byte - 1:+.2%}",
-            right=True,
-        ),
-        *([_TOKENS] if len({one.tokens_per_byte for one in files}) > 1 else []),
-        Column("KL", lambda one: None if one.kl_mean is None else f"{one.kl_mean:.4f}", right=True),
-        Column(
-            "same top-1", lambda one: None if one.same_top1 is None else f"{one.same_top1:.1%}", right=True
-        ),
-    ]
+
+    def number(title: str, value: Callable[[Any], str | None]) -> Column[Any]:
+        return Column(title, value, right=True)
+
+    def lost_on(index: int, one: MeasuredFile) -> str:
+        return f"{one.texts[index].bits_per_byte:.4f}"
+
+    columns = [number("bits/byte", lambda one: f"{one.bits_per_byte:.4f}")]
+    if files and len(files[0].texts) > 1:
+        texts = enumerate(files[0].texts)
+        columns += [number(text.name, partial(lost_on, index)) for index, text in texts]
+    columns.append(
+        number("over dense f32", lambda one: f"{one.bits_per_byte / one.dense_bits_per_byte - 1:+.2%}")
+    )
+    if len({one.tokens_per_byte for one in files}) > 1:
+        columns.append(number("tokens/byte", lambda one: f"{one.tokens_per_byte:.4f}"))
+    columns.append(number("KL", lambda one: None if one.kl_mean is None else f"{one.kl_mean:.4f}"))
+    same = number("same top-1", lambda one: None if one.same_top1 is None else f"{one.same_top1:.1%}")
+    return [*columns, same]
 
 
 def standing_column(files: Sequence[MeasuredFile], standings: Mapping[str, Standing]) -> Column[Any]:
-    """How files stand to those that are no larger; of the others by their labels."""
+    """How files stand to those that are no larger, which are named by their labels."""
     labels = {one.file: one.label for one in files}
 
     def stands(one: MeasuredFile) -> str:
@@ -138,28 +127,35 @@ def measured_on(files: Sequence[MeasuredFile]) -> str:
     return f"Bits per byte on {named}; the dense model in float32 has {files[0].dense_bits_per_byte:.4f}."
 
 
-def _loss_on(index: int, text: MeasuredText) -> Column[Any]:
-    return Column(text.name, lambda one: f"{one.texts[index].bits_per_byte:.4f}", right=True)
-
-
 def figure_tables(evaluation: Evaluation, names: tuple[str, str] = NAMES) -> list[Table[Sequence[str]]]:
     """Tasks, own metrics and the shares of degenerate answers, if they were asked for."""
+    header = ["task", "version", "items", "few-shot", "metric", names[1], "standard error"]
+    if evaluation.against_tasks:
+        header += [names[0], "difference"]
+    tasks = []
+    for index, task in enumerate(evaluation.tasks):
+        for number, metric in enumerate(task.metrics):
+            error = "-" if metric.stderr is None else f"{metric.stderr:.4f}"
+            row = [task.task, task.version, f"{task.n_items}", f"{task.num_fewshot}", metric.name]
+            row += [f"{metric.value:.4f}", error]
+            if evaluation.against_tasks:
+                other = evaluation.against_tasks[index].metrics[number].value
+                row += [f"{other:.4f}", f"{metric.value - other:+.4f}"]
+            tasks.append(row)
     own = [(metric.name, f"{metric.value:.6g}", metric.unit) for metric in evaluation.metrics]
-    tables = [
-        _tasks(evaluation, names),
-        table_of_cells(("own metric", names[1], "unit"), own),
-        _degeneration(evaluation.degeneration, names, "degenerate answers"),
-    ]
-    if sampled := evaluation.sampled:
-        title = f"degenerate answers, sampled at {_described(sampled.settings)}"
-        tables.append(_degeneration(sampled.degeneration, names, title))
+    tables = [table_of_cells(header, tasks), table_of_cells(("own metric", names[1], "unit"), own)]
+    if found := evaluation.degeneration:
+        sides = [found.reasons, *([found.against_reasons] if found.against_reasons else [])]
+        rows = []
+        for why in (*sorted({one for side in sides for one in side if one}), None):
+            counts = [sum(one == why if why else one is not None for one in side) for side in sides]
+            shares = [count / len(side) for count, side in zip(counts, sides, strict=True)]
+            change = [f"{100 * (shares[0] - shares[1]):+.1f}"] if len(sides) > 1 else []
+            title = why or f"all, of {len(found.reasons)} answers"
+            rows.append((title, *(f"{share:.1%}" for share in shares), *change))
+        titles = ("degenerate answers", names[1], names[0], "difference, points")
+        tables.append(table_of_cells(titles[: len(rows[0])], rows))
     return [table for table in tables if table.rows]
-
-
-def _described(settings: Sampling) -> str:
-    """The temperature, and whatever else changes something."""
-    stated = {name: value for name, value in asdict(settings).items() if value != getattr(Sampling, name)}
-    return ", ".join(f"{name} {value:g}" for name, value in ({"temperature": 1.0} | stated).items())
 
 
 def evaluation_text(evaluation: Evaluation, seqlen: int) -> str:
@@ -187,57 +183,15 @@ def evaluation_text(evaluation: Evaluation, seqlen: int) -> str:
             f"Judged on {place.target} in {evaluation.model.runtime}: {computed}, {threads}{cache}.\n"
         )
         if place.same_tokens is False:
-            parts.append(
-                "Its own tokenizer cuts texts otherwise than the one here, whose tokens were used.\n"
-            )
-    answers: list[str] = []
-    for index, prompt in enumerate(evaluation.prompts):
-        answers.append(f"Q: {prompt}")
-        for how, of in evaluation.answer_sets.items():
-            if (why := of.degeneration) is None:
-                continue
-            sides = zip(
-                NAMES, (of.against_answers, of.answers), (why.against_reasons, why.reasons), strict=True
-            )
+            parts.append("Its own tokenizer cuts texts differently; the tokens of the one here were used.\n")
+    if why := evaluation.degeneration:
+        answers = (evaluation.against_answers, evaluation.answers)
+        sides = list(zip(NAMES, answers, (why.against_reasons, why.reasons), strict=True))
+        for index, prompt in enumerate(evaluation.prompts):
+            lines = [f"Q: {prompt}"]
             for name, said, reasons in sides:
                 if said:
                     flag = f" [{reasons[index]}]" if reasons[index] else ""
-                    answers.append(f"{name}{how}{flag}: {' '.join(said[index].split())}")
-        answers.append("")
-    return "\n".join(part for part in (*parts, "\n".join(answers)) if part)
-
-
-def _tasks(evaluation: Evaluation, names: tuple[str, str]) -> Table[Sequence[str]]:
-    header = ["task", "version", "items", "few-shot", "metric", names[1], "standard error"]
-    if evaluation.against_tasks:
-        header += [names[0], "difference"]
-    rows = []
-    for index, task in enumerate(evaluation.tasks):
-        for number, metric in enumerate(task.metrics):
-            error = "-" if metric.stderr is None else f"{metric.stderr:.4f}"
-            row = [task.task, task.version, f"{task.n_items}", f"{task.num_fewshot}", metric.name]
-            row += [f"{metric.value:.4f}", error]
-            if evaluation.against_tasks:
-                other = evaluation.against_tasks[index].metrics[number].value
-                row += [f"{other:.4f}", f"{metric.value - other:+.4f}"]
-            rows.append(row)
-    return table_of_cells(header, rows)
-
-
-def _degeneration(
-    degeneration: Degeneration | None, names: tuple[str, str], title: str
-) -> Table[Sequence[str]]:
-    if degeneration is None:
-        return table_of_cells((), ())
-    shares = [
-        (reason, degeneration.by_reason.get(reason, 0.0), degeneration.against_by_reason.get(reason, 0.0))
-        for reason in sorted({*degeneration.by_reason, *degeneration.against_by_reason})
-    ]
-    shares.append(
-        (f"all, of {degeneration.n_prompts} answers", degeneration.share, degeneration.against_share or 0.0)
-    )
-    if degeneration.against_share is None:
-        return table_of_cells((title, names[1]), [(why, f"{ours:.1%}") for why, ours, _ in shares])
-    header = (title, names[1], names[0], "difference, points")
-    rows = [(why, f"{a:.1%}", f"{b:.1%}", f"{100 * (a - b):+.1f}") for why, a, b in shares]
-    return table_of_cells(header, rows)
+                    lines.append(f"{name}{flag}: {' '.join(said[index].split())}")
+            parts.append("\n".join((*lines, "")))
+    return "\n".join(parts)

@@ -116,10 +116,6 @@ _ROWS = (
         "degenerate", "degenerate answers", "answers that are empty, loop, echo or are no language", ANSWERS, "share",
         tolerance=0.05,
     ),
-    Metric(
-        "degenerate_sampled", "degenerate answers, sampled", "the same of sampled answers, where they are asked for",
-        ANSWERS, "share", tolerance=0.05,
-    ),
     Metric("projected_memory_bytes", "projected memory", "what a GGUF file would need there", PROJECTION, "bytes"),
     Metric("projected_pp", "projected prompt processing", "speed there, a band", PROJECTION, "t/s", True),
     Metric("projected_tg", "projected generation", "speed there, a band", PROJECTION, "t/s", True),
@@ -135,8 +131,8 @@ OWN_METRIC = Metric(
 
 
 def tolerance_name(metric: Metric) -> str:
-    """What `eval --tolerance` calls a metric; one name means greedy and sampled answers, one all own metrics."""
-    return "own" if metric is OWN_METRIC else metric.name.removesuffix("_sampled")
+    """What `eval --tolerance` calls a metric; one name means all own metrics."""
+    return "own" if metric is OWN_METRIC else metric.name
 
 
 TOLERANCES: Mapping[str, float] = MappingProxyType(

@@ -16,7 +16,7 @@ import torch
 from cfsp.devices import find_device
 from cfsp.errors import InputError, PhonereadyError
 from cfsp.evaluation.language_model import PROMPTS, LanguageModel, answer
-from cfsp.evaluation.tasks import check_chat_tasks, load_chat_tasks
+from cfsp.evaluation.tasks import chat_requests, load_chat_tasks
 from cfsp.evaluation.torch_model import RememberedModel, TorchLanguageModel
 from cfsp.models.checkpoint import read_checkpoint_info, save_checkpoint
 from cfsp.models.reference import load_model, load_tokenizer
@@ -28,6 +28,7 @@ from cfsp.pruning.statistics import collect_input_moments, moment_windows, sprea
 from cfsp.records import read_record, write_record
 from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord
 from cfsp.text.calibration import Calibration, check_seqlen
+from cfsp.text.respelling import respelling
 from cfsp.text.tokens import tokens_sha256
 from exporters.families import FAMILIES, ROUNDING, family_of, find_format
 from exporters.provenance import file_stem
@@ -35,11 +36,8 @@ from phoneready.evaluation.evaluation_record import Evaluation, ModelIdentity
 from phoneready.evaluation.measured_file import MeasuredFile
 from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
 from phoneready.evaluation.run import (
-    JudgedText,
     evaluate,
     measure_file,
-    sampling_for,
-    shortened,
     text_windows,
 )
 from phoneready.evaluation.settings import EvaluationSettings
@@ -164,9 +162,9 @@ class Steps:
             may_stream=True,
             progress=progress,
         )
-        # What nobody says how to sample, and chats that cannot be asked, must not be found after hours of recovery.
-        sampling_for([TorchLanguageModel(loaded)], self._judged_on)
-        check_chat_tasks(TorchLanguageModel(loaded), load_chat_tasks(self._judged_on))
+        # Chats that cannot be asked must not be found after hours of recovery.
+        for task in load_chat_tasks(self._judged_on):
+            chat_requests(TorchLanguageModel(loaded), task)
         if self.config.recover is not None:
             check_seqlen(loaded, self.config.recover.seqlen)
         ids = load_calibration(
@@ -225,11 +223,11 @@ class Steps:
         dense, pruned = RememberedModel(self._load("dense", progress)), self.checkpoint(self.final)
         tokenizers = {DENSE: dense.tokenizer, PRUNED: load_tokenizer(pruned)}
         judged = self._judged_on
-        cut = [
-            JudgedText(kind, text_windows(one, dense, judged, progress, WRITERS))
+        spelling = respelling(*tokenizers.values())
+        texts = [
+            (kind, spelling.shortened(text_windows(one, dense, judged, progress, WRITERS)))
             for kind, one in judged.sources
         ]
-        texts = [shortened(text, *tokenizers.values()) for text in cut]
         files = []
         for artifact in self.artifacts():
             tokenizer = tokenizers[artifact.role]

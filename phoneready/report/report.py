@@ -184,11 +184,11 @@ def _answers(figures: ReleaseFigures) -> list[tuple[str, list[tuple[str | None, 
     questions = []
     for i, prompt in enumerate(figures.answers.prompts):
         sides: list[tuple[str | None, ...]] = []
-        for how, of in figures.evaluation.answer_sets.items():
-            if i < len(of.answers) and i < len(of.against_answers):
-                why = of.degeneration
-                reasons = (why.against_reasons[i], why.reasons[i]) if why else (None, None)
-                sides.append((f"checkpoint, in torch{how}", of.against_answers[i], of.answers[i], *reasons))
+        of = figures.evaluation
+        if i < len(of.answers) and i < len(of.against_answers):
+            why = of.degeneration
+            reasons = (why.against_reasons[i], why.reasons[i]) if why else (None, None)
+            sides.append(("checkpoint, in torch", of.against_answers[i], of.answers[i], *reasons))
         for dense, pruned in figures.pairs:
             sides.append((f"{dense.quant} file", said[dense.file][i], said[pruned.file][i], None, None))
         questions.append((prompt, sides))

@@ -49,7 +49,7 @@ from exporters.checkpoint_reader import read_config
 from exporters.gguf.family import GGUF
 from exporters.gguf.files import draft_gguf
 from exporters.provenance import file_stem
-from phoneready.evaluation.run import JudgedText, measure_file, text_windows
+from phoneready.evaluation.run import measure_file, text_windows
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.budgets import INCONCLUSIVE, MISSED
 from phoneready.release.fitting import fitting_settings
@@ -164,7 +164,7 @@ class Evaluator:
         return Calibration(ids, prune.calibration, seed, tokens_sha256(ids))
 
     @functools.cached_property
-    def texts(self) -> tuple[JudgedText, ...]:
+    def texts(self) -> tuple[tuple[str, TokenWindows], ...]:
         """What every file is measured on: windows of the dense model's ids."""
         judged = EvaluationSettings(
             text=self.settings.text, chats=self.settings.chats, seqlen=self.settings.seqlen,
@@ -176,9 +176,7 @@ class Evaluator:
             return [text_windows(one, self._dense, judged, self.progress, WRITERS).ids for one in sources]
 
         rows = zip(judged.sources, self._drawn_once("texts", draw), strict=True)
-        return tuple(
-            JudgedText(kind, TokenWindows(ids, source, tokens_sha256(ids))) for (kind, source), ids in rows
-        )
+        return tuple((kind, TokenWindows(ids, source, tokens_sha256(ids))) for (kind, source), ids in rows)
 
     def _drawn_once(self, name: str, draw: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
         """Windows of token ids, those of the first run in this folder: text that a model writes takes minutes."""

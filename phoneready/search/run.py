@@ -348,7 +348,7 @@ def _share(run: _Run, grid: Sequence[Point], most: int) -> None:
         raise InputError(
             f"cannot be opened as an Optuna storage: {error}", field="--storage", value=name
         ) from error
-    windows = [text.windows.sha256 for text in evaluator.texts]
+    windows = [text.sha256 for _, text in evaluator.texts]
     if study.user_attrs.get("windows", windows) != windows:
         raise InputError("another machine at work on it measures on other windows of text", field="--storage")
     study.set_user_attr("windows", windows)

@@ -13,6 +13,7 @@ from typing import Any
 import pydantic
 
 from cfsp.errors import InputError
+from cfsp.evaluation.task_results import READS as JUDGING
 from cfsp.pruning.settings import READS as PRUNING
 from cfsp.reading import parse_toml, read_text
 from cfsp.recovery.settings import training_as_read
@@ -23,7 +24,6 @@ from exporters.gguf import find_quant
 from exporters.onnx import find_variant
 from exporters.settings import READS as FILES
 from phoneready.evaluation.evaluation_record import repeated_text, text_name
-from phoneready.evaluation.settings import READS as JUDGING
 from phoneready.figures.budgets import SELECTORS, fits, select
 from phoneready.figures.metrics import (
     ANY_MEMBER,
@@ -57,7 +57,8 @@ GONE: Mapping[str, str] = MappingProxyType(
         "recover.optimizer": "AdamW, which is the only one",
         "recover.end_weight": "nothing: answers ended no sooner (docs/results/recovery.md)",
         **dict.fromkeys(
-            ("evaluate.top_p", "evaluate.top_k"), "evaluate.temperature, or generation_config.json"
+            (f"evaluate.{name}" for name in ("sampled", "temperature", "top_p", "top_k")),
+            "nothing: answers are greedy",
         ),
     }
 )
@@ -353,8 +354,6 @@ def planned_figures(config: ReleaseConfig) -> Iterator[FigureKey]:
             yield FigureKey("accuracy", item)
             yield FigureKey("mean_accuracy", item)
         yield FigureKey("degenerate", item)
-        if evaluate.sampled:
-            yield FigureKey("degenerate_sampled", item)
         yield from (FigureKey(name + ANY_MEMBER, item) for name in evaluate.metrics)
 
 

@@ -14,7 +14,7 @@ from cfsp.evaluation.task_results import TaskResult, TaskSettings
 from cfsp.evaluation.tasks import (
     ChatItem,
     ChatTask,
-    asked_ids,
+    chat_requests,
     json_value,
     load_chat_task,
     load_tasks,
@@ -57,7 +57,7 @@ def test_answers_that_are_the_known_ones_are_counted(
     language_model: TorchLanguageModel, tmp_path: Path
 ) -> None:
     tokenizer = language_model.tokenizer
-    (first,) = language_model.generate([asked_ids(tokenizer, item("What is this?", "-"))], 12)
+    (first,) = language_model.generate([asked_ids(language_model, item("What is this?", "-"))], 12)
     # Where the model says this token, its answer ends.
     end = next(n for n in range(3, 12) if first[n] not in first[:n])
     language_model.loaded.model.generation_config.eos_token_id = first[end]
@@ -71,6 +71,11 @@ def test_answers_that_are_the_known_ones_are_counted(
         assert figures(result) == {"exact_match": share}
         assert result.metrics[0].stderr == pytest.approx(share)
         assert result.metrics[0].right == ("10" if share else "00")
+
+
+def asked_ids(model: TorchLanguageModel, asked: ChatItem) -> list[int]:
+    ((ids, _),) = chat_requests(model, ChatTask("t", "t.jsonl", "", (asked,)))
+    return ids
 
 
 def item(asked: str, answer: str) -> ChatItem:
@@ -105,7 +110,7 @@ def test_values_count_where_all_known_answers_are_json(language_model: TorchLang
 def test_all_turns_before_the_answer_are_asked(language_model: TorchLanguageModel, tmp_path: Path) -> None:
     path = written(tmp_path / "turns.jsonl", [("one", "two", "three", "four")])
     (turns,) = load_chat_task(str(path)).items
-    text = language_model.tokenizer.decode(asked_ids(language_model.tokenizer, turns))
+    text = language_model.tokenizer.decode(asked_ids(language_model, turns))
     assert text == "<s>user\none</s><s>assistant\ntwo</s><s>user\nthree</s><s>assistant\n"
     assert turns.answer == "four"
 
@@ -181,4 +186,3 @@ def test_the_loaded_task_is_what_the_file_says(tmp_path: Path) -> None:
     path = written(tmp_path / "calls.jsonl", [("a", ' {"b": 2} ')])
     task = load_chat_task(str(path))
     assert task.items == (item("a", '{"b": 2}'),)
-    assert task.is_json

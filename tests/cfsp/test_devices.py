@@ -15,9 +15,8 @@ from far_device import FarTensor, brought, far_device, send
 
 from cfsp.devices import OR_NARROW, find_device, moved
 from cfsp.errors import InputError
-from cfsp.evaluation.divergence import divergence
 from cfsp.evaluation.language_model import Branches
-from cfsp.evaluation.perplexity import perplexity
+from cfsp.evaluation.loss import divergence, perplexity
 from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.checkpoint import open_pruned, save_checkpoint
 from cfsp.models.offload import Keeping
@@ -92,10 +91,10 @@ def test_a_model_is_judged_where_it_is(
         model = TorchLanguageModel(loaded)
         (scores,) = model.score(items)
         return [
-            figures(perplexity(model, WINDOWS)),
+            {"perplexity": perplexity(model, WINDOWS)},
             figures(divergence(TorchLanguageModel(other), model, WINDOWS)),
             figures(divergence(model, TorchLanguageModel(other), WINDOWS)),
-            *map(figures, scores),
+            *(score._asdict() for score in scores),
             {"ids": generate(loaded, [[5, 6], [7, 8, 9]], 4, do_sample=False)},
         ]
 

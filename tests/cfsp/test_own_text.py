@@ -59,25 +59,25 @@ def test_texts_that_loop_are_left_out_whole_and_counted(
     loaded.tokenizer.chat_template = template or loaded.tokenizer.chat_template
     good = [(f"Name pear {n}.", f" It is the {word} one.") for n, word in enumerate("abcdefg")]
     texts = written(loaded, [*good[:3], looping, *good[3:5], looping, *good[5:]])
-    found = without_loops(windows(texts), loaded)
-    assert (found.n_texts, found.n_loops) == (9, 2)
-    assert torch.equal(found.windows, windows(written(loaded, good))[: len(found.windows)])
-    assert len(found.windows) >= len(windows(written(loaded, good))) - 1
+    left, *counts = without_loops(windows(texts), loaded)
+    assert counts == [9, 2]
+    assert torch.equal(left, windows(written(loaded, good))[: len(left)])
+    assert len(left) >= len(windows(written(loaded, good))) - 1
 
 
 @pytest.mark.parametrize("chats", [True, False])
 def test_texts_without_loops_stay_as_they_are(tiny_model: Any, chats: bool) -> None:
     loaded = author(tiny_model, chats=chats)
     ids = windows(written(loaded, [("Count.", " 1, 2, 3, 4, 5, 6, 7, 8."), ("Say it.", " ha ha ha")]))
-    found = without_loops(ids, loaded)
-    assert found.n_loops == 0
-    assert torch.equal(found.windows, ids)
+    left, _, n_loops = without_loops(ids, loaded)
+    assert n_loops == 0
+    assert torch.equal(left, ids)
 
 
 def test_one_token_may_begin_and_end_texts(tiny_model: Any) -> None:
     loaded = author(tiny_model, chats=False)
     loaded.tokenizer.bos_token = loaded.tokenizer.eos_token
     good = [("A pear.", ""), ("Two pears.", ""), ("Three pears.", "")]
-    found = without_loops(windows(written(loaded, [*good[:1], (LOOP, ""), *good[1:]]), 4), loaded)
-    assert (found.n_texts, found.n_loops) == (4, 1)
-    assert torch.equal(found.windows, windows(written(loaded, good), 4)[: len(found.windows)])
+    left, *counts = without_loops(windows(written(loaded, [*good[:1], (LOOP, ""), *good[1:]]), 4), loaded)
+    assert counts == [4, 1]
+    assert torch.equal(left, windows(written(loaded, good), 4)[: len(left)])

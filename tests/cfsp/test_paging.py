@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.evaluation.divergence import divergence
-from cfsp.evaluation.perplexity import perplexity
+from cfsp.evaluation.loss import divergence, perplexity
 from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.architectures import decoder_layers, token_tables
 from cfsp.models.checkpoint import load_pruned, save_checkpoint

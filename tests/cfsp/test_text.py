@@ -11,7 +11,7 @@ import tokenizers
 import torch
 
 from cfsp.errors import InputError
-from cfsp.evaluation.perplexity import respelled
+from cfsp.evaluation.loss import respelled
 from cfsp.models.architectures import decoder_layers, feed_forward, model_shape
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cfsp.errors import InputError
-from cfsp.evaluation.divergence import respelled_divergence
+from cfsp.evaluation.loss import respelled_divergence
 from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.builtin import fetch_builtin
 from cfsp.models.gguf_file import read_gguf

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
 from cfsp.errors import InputError
-from cfsp.evaluation.divergence import divergence_from_logits
+from cfsp.evaluation.loss import divergence_from_logits
 from cfsp.models.checkpoint import load_pruned
 from cfsp.models.gguf_file import read_gguf
 from cfsp.text.tokens import TokenWindows

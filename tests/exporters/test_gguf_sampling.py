@@ -16,10 +16,9 @@ from cfsp.errors import InputError
 from cfsp.models.offload import VARIABLE, is_paged
 from cfsp.models.source import LoadedModel
 from cfsp.text import self_sampling
-from cfsp.text.choosing import drawn_tokens
 from cfsp.text.self_sampling import TRANSFORMERS, sample_windows
 from exporters.gguf import sampling
-from exporters.gguf.sampling import LLAMA_CPP
+from exporters.gguf.sampling import LLAMA_CPP, drawn_tokens
 
 pytest.importorskip("llama_cpp")
 
@@ -80,6 +79,15 @@ def test_a_text_ends_after_a_token_that_ends_it(tiny_loaded: Loaded, monkeypatch
     assert all(not stops & set(text[:-1]) for text in new)
     assert all(text[-1] in stops or len(text) == LENGTH for text in new)
     assert len({len(text) for text in new}) > 3
+
+
+def test_numbers_draw_tokens_by_their_probabilities() -> None:
+    logits = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.9, 1e-30]], dtype=np.float32))
+    assert drawn_tokens(logits, [0.4999, 0.0999]) == [0, 0]
+    assert drawn_tokens(logits, [0.5001, 0.1001]) == [1, 1]
+    assert drawn_tokens(logits, [0.7501, np.nextafter(1, 0)]) == [2, 1]
+    with pytest.raises(InputError, match="not finite"):
+        drawn_tokens(np.array([[0, np.nan]], dtype=np.float32), [0.5])
 
 
 def test_a_model_with_unlike_blocks_writes_and_what_it_wrote_is_kept(

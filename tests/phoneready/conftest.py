@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from cfsp.evaluation.divergence import Divergence
+from cfsp.evaluation.loss import Divergence
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import ModelSource
 from cfsp.pruning.plan import BlockPlan, PruningPlan
@@ -291,7 +291,7 @@ def _plan(name: str) -> PruningPlan:
 
 def _evaluation(name: str) -> Evaluation:
     d = Divergence(0.1, 0.05, 1.0, 2.0, 0.8, 9.0, 13.0, 15.0, 15 / 13, 1024, name, 64, "ef" * 32)
-    flags = Degeneration("0", 1, 64, 1.0, {name: 1.0}, (name,), 0.0, {}, (None,), 100.0)
+    flags = Degeneration("0", 64, 1.0, (name,), 0.0, (None,))
     return Evaluation(
         ModelIdentity("pruned"),
         ModelIdentity(name),

@@ -1,4 +1,4 @@
-"""`phoneready eval` on tiny models: runtimes, tasks, own metrics, degeneration, sampled answers, and the gate."""
+"""`phoneready eval` on tiny models: runtimes, tasks, own metrics, degeneration, and the gate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import transformers
 
 from cfsp.errors import InputError
 from cfsp.files import sha256_file
-from phoneready.evaluation.metrics import metric_sha256
+from phoneready.evaluation.own_metrics import metric_sha256
 from phoneready.main import main
 
 TinyPath = Callable[..., Path]
@@ -190,10 +190,9 @@ def test_answers_are_checked(dense: str, tmp_path: Path, shown: Shown) -> None:
     result = shown(*asked, lines)
     assert result["prompts"] == ["Once", "List three fruits."]
     found = result["degeneration"]
-    assert found["n_prompts"] == len(found["reasons"]) == len(found["against_reasons"]) == 2
+    assert len(found["reasons"]) == 2
     assert found["share"] == sum(reason is not None for reason in found["reasons"]) / 2
-    assert sum(found["by_reason"].values()) == pytest.approx(found["share"])
-    assert found["difference_points"] == 0
+    assert (found["against_share"], found["against_reasons"]) == (found["share"], found["reasons"])
     assert shown(*asked, plain)["prompts"] == ["Once", "Twice"]
 
 

@@ -85,7 +85,7 @@ def test_a_plan_has_an_entry_for_each_block() -> None:
 
 
 def test_answers_without_their_reasons_are_refused(tmp_path: Path) -> None:
-    why = Degeneration("0" * 64, 1, 8, 0.0, {}, (None,), 0.0, {}, (None,), 0.0)
+    why = Degeneration("0" * 64, 8, 0.0, (None,), 0.0, (None,))
     record = dataclasses.replace(
         _evaluation(), prompts=("q",), answers=("a",), against_answers=("b",), degeneration=why
     )

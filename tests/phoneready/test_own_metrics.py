@@ -15,7 +15,7 @@ from cfsp.models.reference import load_model
 from cfsp.records import write_record
 from phoneready.evaluation.evaluation_record import Evaluation
 from phoneready.evaluation.figures import evaluation_figures
-from phoneready.evaluation.metrics import check_directions, metric_sha256
+from phoneready.evaluation.own_metrics import check_directions, metric_sha256
 from phoneready.evaluation.run import evaluate
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.figure_set import FigureSet, read_baseline

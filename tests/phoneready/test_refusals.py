@@ -145,13 +145,8 @@ eval MODEL --no-prompts --text a/t.txt --text b/t.txt | text t.txt
 eval MODEL --no-prompts --no-text --text builtin:python-docs | --no-text
 eval MODEL --cache-type q8_0 | torch keeps keys and values as it computes them
 eval MODEL --cache-type q2_K | allowed: f16, q8_0, q4_0
-eval MODEL --no-text --sampled | --temperature
-eval MODEL --no-text --sampled --top-p 0.9 | --top-p is gone: use --temperature
-eval MODEL --no-text --sampled --temperature 0 | --temperature: out of range
-eval MODEL --no-text --sampled --temperature nan | --temperature: out of range
-eval MODEL --no-text --sampled --temperature 0.5 --no-prompts | leave out --no-prompts
+eval MODEL --no-text --sampled | --sampled is gone: answers are greedy
 eval FILE --on ssh:board --chats self | only a reference model in torch
-eval FILE --on ssh:board --sampled | --sampled needs the probability of every token
 eval FILE --on ssh:board --metric a:b | --metric needs the probability of every token
 eval FILE --on ssh:board --no-prompts | nothing to judge
 eval FILE --on browser | cannot be asked about texts

@@ -8,7 +8,6 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from cfsp import plugins
@@ -33,7 +32,20 @@ def find_metric(reference: str) -> Metric:
     if not colon and (plugin := plugins.load_plugins(plugins.METRICS, METRICS).get(reference)):
         function = plugin.load(object)
     elif module and name.isidentifier():
-        function = _imported(module, name)
+        try:
+            if module.endswith(".py"):  # its folder is not searched for other modules
+                spec = importlib.util.spec_from_file_location(f"own_metrics_{Path(module).stem}", module)
+                assert spec is not None  # for a name that ends in .py there is a loader
+                assert spec.loader is not None
+                imported = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(imported)
+            else:
+                imported = importlib.import_module(module)
+            function = getattr(imported, name)
+        except Exception as error:  # a user's module raises whatever it likes
+            hint = f"; a file is named as {module}.py:{name}" if Path(f"{module}.py").is_file() else ""
+            reason = f"{type(error).__name__}: {error}{hint}"
+            raise InputError(f"metric {reference} cannot be imported: {reason}") from error
     else:
         raise InputError(
             "not a metric",
@@ -47,27 +59,6 @@ def find_metric(reference: str) -> Metric:
     return metric
 
 
-def _imported(module: str, name: str) -> object:
-    try:
-        return getattr(
-            _run(Path(module)) if module.endswith(".py") else importlib.import_module(module), name
-        )
-    except Exception as error:  # a user's module raises whatever it likes
-        hint = f"; a file is named as {module}.py:{name}" if Path(f"{module}.py").is_file() else ""
-        reason = f"{type(error).__name__}: {error}{hint}"
-        raise InputError(f"metric {module}:{name} cannot be imported: {reason}") from error
-
-
-def _run(file: Path) -> ModuleType:
-    """A file as a module; its folder is not searched for others."""
-    spec = importlib.util.spec_from_file_location(f"own_metrics_{file.stem}", file)
-    assert spec is not None  # for a name that ends in .py there is a loader
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def metric_sha256(reference: str) -> str:
     """Hash of the file that a metric is in, which is not imported; empty if there is none.
 
@@ -78,24 +69,21 @@ def metric_sha256(reference: str) -> str:
     if not colon:
         known = plugins.load_plugins(plugins.METRICS, METRICS)
         module = known[reference].entry.module if reference in known else ""
-    file = module if module.endswith(".py") else _origin(module)
+    file: str | None = module
+    if not module.endswith(".py"):
+        # `importlib.util.find_spec` would import the packages that the module is in.
+        place, spec, parts = None, None, module.split(".")
+        for depth in range(1, len(parts) + 1):
+            name = ".".join(parts[:depth])
+            specs = (finder.find_spec(name, place) for finder in sys.meta_path)
+            if (spec := next(filter(None, specs), None)) is None:
+                break
+            place = spec.submodule_search_locations
+        file = spec.origin if spec is not None and spec.has_location else None
     try:
         return sha256_file(Path(file)) if file else ""
     except OSError as error:
         raise InputError(f"metric {reference}: {error.strerror}", field="metric", value=file) from error
-
-
-def _origin(module: str) -> str | None:
-    """The file of a module. `find_spec` of importlib.util would import the packages that it is in."""
-    place, spec = None, None
-    parts = module.split(".")
-    for depth in range(1, len(parts) + 1):
-        name = ".".join(parts[:depth])
-        specs = (finder.find_spec(name, place) for finder in sys.meta_path)
-        if (spec := next(filter(None, specs), None)) is None:
-            return None
-        place = spec.submodule_search_locations
-    return spec.origin if spec is not None and spec.has_location else None
 
 
 def check_directions(budgets: Sequence[BudgetConfig]) -> None:
@@ -108,9 +96,8 @@ def check_directions(budgets: Sequence[BudgetConfig]) -> None:
         if metric_of(budget.metric).source != OWN:
             continue
         reference = own_reference(budget.metric)
-        _, direction = _declared(
-            find_metric(reference), budget.metric.removeprefix(reference).removeprefix(".")
-        )
+        key = budget.metric.removeprefix(reference).removeprefix(".")
+        _, direction = _declared(find_metric(reference), key)
         if direction is not None:
             try:
                 budget.check_direction(direction)
@@ -123,8 +110,8 @@ def measure(
 ) -> tuple[MetricResult, ...]:
     """Call a metric as `function(model, tokenizer, windows)`.
 
-    Its attributes `higher_is_better` and `unit` say which way is better and what is counted, one value for all figures
-    or a mapping by their names; without a direction a figure is reported but not held against a baseline.
+    Its attributes `higher_is_better` and `unit` are one value for all figures or a mapping by their names; a figure
+    without a direction is reported but not held against a baseline.
 
     Raises:
         InputError: It fails, or returns anything but a finite number or a mapping of names to such.
@@ -141,7 +128,13 @@ def measure(
     measured = []
     for key, value in figures.items():
         name, (unit, direction) = f"{reference}.{key}" if key else reference, _declared(metric, str(key))
-        measured.append(MetricResult(name, _number(name, value), direction, unit))
+        try:
+            number = float(value) if not isinstance(value, str | bytes | bool) else math.nan
+        except (TypeError, ValueError, RuntimeError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise InputError("not a finite number", field=f"metric {name}", value=value)
+        measured.append(MetricResult(name, number, direction, unit))
     return tuple(measured)
 
 
@@ -150,13 +143,3 @@ def _declared(metric: Metric, key: str) -> tuple[str, bool | None]:
     stated = (getattr(metric, name, None) for name in ("unit", "higher_is_better"))
     unit, direction = (one.get(key) if isinstance(one, Mapping) else one for one in stated)
     return str(unit or ""), None if direction is None else bool(direction)
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        number = float(value) if not isinstance(value, str | bytes | bool) else math.nan
-    except (TypeError, ValueError, RuntimeError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise InputError("not a finite number", field=f"metric {name}", value=value)
-    return number
