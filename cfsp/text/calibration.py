@@ -1,7 +1,4 @@
-"""The token windows that pruning statistics are taken from.
-
-Each source contributes the same number of windows, so several sources weigh equally.
-"""
+"""The token windows that pruning statistics are taken from, as many from each source."""
 
 from __future__ import annotations
 
@@ -21,14 +18,7 @@ from cfsp.text.tokens import join_documents, load_documents, shuffled, started, 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration windows and where they came from.
-
-    Attributes:
-        input_ids: (nsamples, seqlen) int64.
-        sources: References, in the order given.
-        seed: Seed of the drawing (and of the sampling, for `self`).
-        sha256: Hash of the token ids.
-    """
+    """Calibration windows (nsamples, seqlen) int64, their references, seed, and the hash of the token ids."""
 
     input_ids: torch.Tensor
     sources: tuple[str, ...]
@@ -55,7 +45,6 @@ def load_calibration(
 
     Args:
         references: `self`, or text references as in `cfsp.text.tokens`.
-        seed: Same seed and inputs give the same windows.
         writers: What may have the model write, for `self`; the first that can does.
 
     Raises:
@@ -76,32 +65,29 @@ def load_calibration(
                 loaded, nsamples=share, seqlen=seqlen, seed=seed, writers=writers, progress=progress
             )
         else:
-            windows = _draw_windows(reference, loaded, share, seqlen, seed)
+            # Random windows of a single text; of many documents, shuffled and packed one after another.
+            documents, needed = load_documents(reference), share * seqlen
+            single = len(documents) == 1
+            order, limit = (documents, None) if single else (shuffled(documents, seed), needed)
+            stream = join_documents(order, loaded.tokenizer, limit=limit)
+            if len(stream) < needed:
+                raise InputError(
+                    f"calibration text {reference} has {len(stream)} tokens, too few for {share} windows of {seqlen}",
+                    allowed=f"more text, or at most {len(stream) // seqlen} windows from it",
+                )
+            if single:
+                generator = random.Random(seed)
+                starts = [generator.randint(0, len(stream) - seqlen) for _ in range(share)]
+                windows = torch.stack([stream[start : start + seqlen].long() for start in starts])
+            else:
+                windows = stream.view(share, seqlen).long()
         parts.append(started(windows, loaded.tokenizer))
     ids = torch.cat(parts)
     return Calibration(ids, tuple(references), seed, tokens_sha256(ids))
 
 
 def check_seqlen(loaded: LoadedModel, seqlen: int) -> None:
-    """Raise InputError where windows of so many tokens are none, or longer than the model's context."""
+    """Raise InputError for windows of under two tokens, or longer than the model's context."""
     longest = getattr(loaded.model.config, "max_position_embeddings", None) or seqlen
     if not 2 <= seqlen <= longest:
         raise InputError("out of range", field="seqlen", value=seqlen, allowed=f"2 to {longest}")
-
-
-def _draw_windows(reference: str, loaded: LoadedModel, count: int, seqlen: int, seed: int) -> torch.Tensor:
-    """Random windows of a single text; of many documents, the shuffled documents packed one after another."""
-    documents, needed = load_documents(reference), count * seqlen
-    single = len(documents) == 1
-    order, limit = (documents, None) if single else (shuffled(documents, seed), needed)
-    stream = join_documents(order, loaded.tokenizer, limit=limit)
-    if len(stream) < needed:
-        raise InputError(
-            f"calibration text {reference} has {len(stream)} tokens, too few for {count} windows of {seqlen}",
-            allowed=f"more text, or at most {len(stream) // seqlen} windows from it",
-        )
-    if not single:
-        return stream.view(count, seqlen).long()
-    generator = random.Random(seed)
-    starts = [generator.randint(0, len(stream) - seqlen) for _ in range(count)]
-    return torch.stack([stream[start : start + seqlen].long() for start in starts])

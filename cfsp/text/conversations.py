@@ -43,13 +43,9 @@ _RESULT = {"role": "tool", "tool_call_id": "abcdefghi", "name": "get_weather", "
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as chat templates take them.
+    """Messages as chat templates take them, and functions that may be called, as JSON schemas.
 
-    Attributes:
-        name: What is in it.
-        messages: Role and content of each, tool calls and results among them.
-        tools: Functions that may be called, as JSON schemas.
-        to_be_answered: Whether the text ends where the model has to answer.
+    With `to_be_answered` the text ends where the model has to answer.
     """
 
     name: str
@@ -92,10 +88,7 @@ CONVERSATIONS = (
 def rendered(
     tokenizer: Any, conversations: Sequence[Conversation] = CONVERSATIONS, *, template: str | None = None
 ) -> dict[str, str]:
-    """Text of each conversation by its name, of those that a template takes; the model's unless one is given.
-
-    None without a template.
-    """
+    """Name -> text of the conversations that a template, else the model's own, takes; empty without a template."""
     texts = {}
     for conversation in conversations if tokenizer.chat_template else ():
         options: dict[str, Any] = {"chat_template": template} if template else {}
@@ -120,7 +113,7 @@ def shows_tools(texts: Mapping[str, str]) -> bool:
 
 
 def turn_end(tokenizer: Any) -> int | None:
-    """The special token with which a template ends an answer; None where it ends none, or ends it otherwise."""
+    """The special token with which a template ends an answer; None if it has none."""
     text = rendered(tokenizer, [Conversation("", _said("a", _ANSWER), to_be_answered=False)]).get("", "")
     _, shown, behind = text.rpartition(_ANSWER)
     others = (tokenizer.unk_token_id, tokenizer.bos_token_id)

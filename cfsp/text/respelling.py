@@ -1,8 +1,7 @@
 """How a vocabulary that lost tokens spells them, and what a model that has them all would predict in it.
 
-Both models cut a text at the same places, but where a token that one of them lacks is several of the other's. So
-predictions are comparable wherever one of the larger vocabulary's tokens ends: the probability that a kept token comes
-next is that of all tokens whose spelling begins with it.
+Predictions are comparable where a token of the larger vocabulary ends: the probability that a kept token comes next is
+that of all tokens whose spelling begins with it.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,14 +17,8 @@ from cfsp.errors import InputError
 from cfsp.text.tokens import TokenWindows, tokens_sha256
 
 
-@dataclass(frozen=True)
-class Respelled:
-    """A text in the tokens that are left.
-
-    Attributes:
-        ids: (n,) int64.
-        owners: (n,) int64, which of the text's tokens in the larger vocabulary each is a part of.
-    """
+class Respelled(NamedTuple):
+    """A text (n,) int64 in the tokens that are left, and which token of the larger vocabulary each is a part of."""
 
     ids: torch.Tensor
     owners: torch.Tensor
@@ -38,11 +31,10 @@ class Respelled:
 
 @dataclass(frozen=True)
 class Respelling:
-    """Every token of a vocabulary in those of a smaller one, which are all among them.
+    """Every token of a vocabulary in those of a smaller one.
 
-    Attributes:
-        kept: (n_kept,) int64, the larger vocabulary's ids in the order of the smaller one's.
-        spellings: The larger vocabulary's ids to the smaller one's; of a row that has no text, nothing.
+    `kept` (n_kept,) int64 are the larger vocabulary's ids in the order of the smaller one's; `spellings` are the larger
+    one's ids to the smaller one's, nothing for a row without text.
     """
 
     kept: torch.Tensor
@@ -77,13 +69,8 @@ class Respelling:
     def log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """What the larger vocabulary's model predicts, in the tokens that are left.
 
-        p(b) is the sum of p(t) over all tokens t whose spelling begins with b.
-
-        Args:
-            logits: (n, rows) float32, of the larger vocabulary; rows beyond its tokens are left out.
-
-        Returns:
-            (n, n_kept) float32; exp of a row sums to one but for rows of no text.
+        p(b) is the sum of p(t) over all tokens t whose spelling begins with b. Logits (n, rows) float32 of the larger
+        vocabulary, padding included; returns (n, n_kept) float32.
         """
         p = logits.softmax(-1)
         kept, removed, first = (index.to(logits.device) for index in (self.kept, *self._firsts))

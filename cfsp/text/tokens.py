@@ -6,8 +6,8 @@ A reference is one of
     hub:NAME[@CONFIG][:SPLIT]     a Hugging Face data set with such columns (split `train` unless given)
     builtin:python-docs           the language reference that every CPython carries: English prose, no download
 
-A chat template is a program that the model's folder brings along. transformers runs it in Jinja's sandbox, which keeps
-it from everything but time and memory; both are bounded here.
+A chat template is a program from the model's folder. transformers runs it in Jinja's sandbox; its time and memory are
+bounded here.
 """
 
 from __future__ import annotations
@@ -44,11 +44,7 @@ Token = tuple[int, int, int]
 
 
 def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = False) -> list[int]:
-    """Token ids of a text.
-
-    Raises:
-        InputError: The tokenizer has no token for a part of it.
-    """
+    """Token ids of a text; raises InputError if the tokenizer has no token for a part of it."""
     with as_input_error("the model's tokenizer cannot take the text"):
         encoded = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
     return list(encoded["input_ids"])
@@ -66,13 +62,10 @@ def start_token(tokenizer: Any) -> int | None:
 
 
 def encode_long(tokenizer: Any, text: str, limit: int | None = None) -> array[int]:
-    """Token ids of a text of any length, without special tokens.
+    """Token ids of a text of any length, without special tokens; raises as `encode`.
 
-    Pieces overlap, and the next goes on where it has the same tokens at the same places as the one before. A text in
-    which that is nowhere (one endless word) is cut.
-
-    Raises:
-        InputError: As `encode`.
+    Pieces overlap, and the next goes on where both have the same tokens at the same places. A text in which that is
+    nowhere (one endless word) is cut.
     """
     size = _PIECE if limit is None else min(_PIECE, _CHARACTERS * limit + 2 * _OVERLAP)
     if len(text) <= (WHOLE if limit is None else size):
@@ -154,18 +147,16 @@ def render_prompt(tokenizer: Any, prompt: str) -> str:
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Let what runs inside fail beyond `_MOST_SECONDS` and `_MOST_BYTES`, in the main thread and where systems can.
-
-    Raises:
-        TimeoutError: It takes longer.
-        MemoryError: It takes more.
-    """
-    bounded = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
-    if not bounded:
+    """Raise TimeoutError or MemoryError inside beyond `_MOST_SECONDS` and `_MOST_BYTES`, in the main thread of POSIX."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError(f"it does not come to an end within {_MOST_SECONDS:g} s")
+
     with ExitStack() as stack:
-        stack.callback(signal.signal, signal.SIGVTALRM, signal.signal(signal.SIGVTALRM, _give_up))
+        stack.callback(signal.signal, signal.SIGVTALRM, signal.signal(signal.SIGVTALRM, give_up))
         # Again and again: Jinja goes on after what is raised while it folds constants.
         signal.setitimer(signal.ITIMER_VIRTUAL, _MOST_SECONDS, 0.5)
         stack.callback(signal.setitimer, signal.ITIMER_VIRTUAL, 0)
@@ -181,10 +172,6 @@ def _bounded() -> Iterator[None]:
         yield
 
 
-def _give_up(*_: object) -> None:
-    raise TimeoutError(f"it does not come to an end within {_MOST_SECONDS:g} s")
-
-
 @dataclass(frozen=True)
 class Document:
     """One piece of text, or one chat as a sequence of {"role", "content"} messages."""
@@ -195,13 +182,7 @@ class Document:
 
 @dataclass(frozen=True)
 class TokenWindows:
-    """Consecutive, non-overlapping windows of a token stream.
-
-    Attributes:
-        ids: (n_windows, seqlen) int64.
-        source: The reference the text came from.
-        sha256: Hash of the token ids, so that equal hashes mean equal windows.
-    """
+    """Windows (n_windows, seqlen) int64 of a text, its reference, and the hash of the token ids."""
 
     ids: torch.Tensor
     source: str
@@ -215,21 +196,29 @@ def load_documents(reference: str) -> list[Document]:
         InputError: Unknown or unreadable reference, or nothing usable in it.
         MissingExtraError: parquet or hub without the `data` extra.
     """
-    prefix, _, rest = reference.partition(":")
-    if prefix in _SCHEMES and rest:
-        documents = _SCHEMES[prefix](rest)
+    path = Path(reference)
+    if reference == BUILTIN_TEXT:
+        from pydoc_data.topics import topics
+
+        documents = [Document(text="\n\n".join(topics[key] for key in sorted(topics)))]
+    elif reference.startswith("hub:") and reference != "hub:":
+        documents = _read_hub(reference.removeprefix("hub:"))
+    elif path.suffix not in _SUFFIXES:
+        raise InputError(
+            "unknown built-in text" if reference.startswith("builtin:") else "unknown kind of text",
+            field="text",
+            value=reference,
+            allowed=f"a file ending in {', '.join(_SUFFIXES)}, hub:NAME, or {BUILTIN_TEXT}",
+        )
+    elif not path.is_file():
+        raise InputError(f"text file {path} does not exist")
+    elif path.suffix == ".parquet":
+        documents = _read_parquet(path)
+    elif path.suffix == ".jsonl":
+        rows = read_json_lines(path, MAX_TEXT_BYTES)
+        documents = [_document_from_row(row, where) for where, row in rows]
     else:
-        path = Path(reference)
-        if path.suffix not in _READERS:
-            raise InputError(
-                "cannot tell what kind of text this is",
-                field="text",
-                value=reference,
-                allowed=f"a file ending in {', '.join(_READERS)}, hub:NAME, or {BUILTIN_TEXT}",
-            )
-        if not path.is_file():
-            raise InputError(f"text file {path} does not exist")
-        documents = _READERS[path.suffix](path)
+        documents = [Document(text=read_text(path, MAX_TEXT_BYTES))]
     kept = [d for d in documents if d.messages or (d.text and d.text.strip())]
     if not kept:
         raise InputError(f"{reference} has no usable text (no non-empty `text` or `messages`)")
@@ -237,11 +226,7 @@ def load_documents(reference: str) -> list[Document]:
 
 
 def document_ids(document: Document, tokenizer: Any, limit: int | None = None) -> array[int]:
-    """Token ids of a document, without special tokens; a chat is rendered in the model's own template.
-
-    Raises:
-        InputError: A chat, but the tokenizer has no chat template, or the template refuses the chat; or as `encode`.
-    """
+    """Token ids of a document, a chat in the model's template, without special tokens; raises as `render_chat`."""
     chat = document.messages
     text = document.text or "" if chat is None else render_chat(tokenizer, chat)
     return encode_long(tokenizer, text, limit)
@@ -285,10 +270,9 @@ def token_windows(
 
 
 def started(windows: torch.Tensor, tokenizer: Any) -> torch.Tensor:
-    """Windows of a text as the model reads any text: with the start token first, if its tokenizer puts one there.
+    """Windows with the start token in place of the first, if the tokenizer puts one before texts.
 
-    It takes the place of the first token, which nothing predicts. Some models read nothing without it: Gemma 3 270M has
-    1.15 bits per byte on chats then, and 0.82 with it.
+    Gemma 3 270M has 1.15 bits per byte on chats without it, 0.82 with it.
     """
     ids, start = windows.clone(), start_token(tokenizer)
     if start is not None:
@@ -303,10 +287,19 @@ def tokens_sha256(ids: torch.Tensor) -> str:
 
 
 def _document_from_row(row: Mapping[str, Any], where: str) -> Document:
+    def content(value: Any) -> str:
+        """What a message says: a text, a list of texts as parts, or nothing beside a tool call."""
+        if value is None or isinstance(value, str):
+            return value or ""
+        parts = [part["text"] for part in value if part["type"] == "text"]
+        if len(parts) != len(value):
+            raise TypeError("a part that is no text")
+        return "".join(parts)
+
     messages = row.get("messages")
     if messages is not None:
         try:
-            chat = tuple({"role": str(m["role"]), "content": _content(m["content"])} for m in messages)
+            chat = tuple({"role": str(m["role"]), "content": content(m["content"])} for m in messages)
         except (TypeError, KeyError) as error:
             raise InputError(f"{where}: `messages` must list objects with role and content (text)") from error
         return Document(messages=chat)
@@ -317,24 +310,7 @@ def _document_from_row(row: Mapping[str, Any], where: str) -> Document:
     return Document(text=row["text"])
 
 
-def _content(value: Any) -> str:
-    """What a message says: a text, a list of texts as parts, or nothing beside a tool call."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    parts = [part["text"] for part in value if part["type"] == "text"]
-    if len(parts) != len(value):
-        raise TypeError("a part that is no text")
-    return "".join(parts)
-
-
-def _read_text(path: Path) -> list[Document]:
-    return [Document(text=read_text(path, MAX_TEXT_BYTES))]
-
-
-def _read_jsonl(path: Path) -> list[Document]:
-    return [_document_from_row(row, where) for where, row in read_json_lines(path, MAX_TEXT_BYTES)]
-
-
+_SUFFIXES = (".txt", ".raw", ".jsonl", ".parquet")
 _COLUMNS = ("text", "messages")
 _ROWS_AT_ONCE = 64
 """A column may hold the same long text in a million rows, compressed to nothing."""
@@ -374,22 +350,6 @@ def _read_hub(name: str) -> list[Document]:
             allowed=f"up to {MAX_TEXT_BYTES // 2**20} MiB of rows; a part: hub:{name}:{split or 'train'}[:1%]",
         )
     return [_document_from_row(row, f"hub:{name}, row {n}") for n, row in enumerate(rows)]
-
-
-def _read_builtin(name: str) -> list[Document]:
-    if name != BUILTIN_TEXT.partition(":")[2]:
-        raise InputError("unknown built-in text", field="text", value=f"builtin:{name}", allowed=BUILTIN_TEXT)
-    from pydoc_data.topics import topics
-
-    return [Document(text="\n\n".join(topics[key] for key in sorted(topics)))]
-
-
-_SCHEMES: Mapping[str, Callable[[str], Sequence[Document]]] = MappingProxyType(
-    {"hub": _read_hub, "builtin": _read_builtin}
-)
-_READERS: Mapping[str, Callable[[Path], Sequence[Document]]] = MappingProxyType(
-    {".txt": _read_text, ".raw": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-)
 
 
 def shuffled(documents: Sequence[Document], seed: int) -> Iterator[Document]:
