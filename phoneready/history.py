@@ -23,9 +23,7 @@ from cfsp.errors import InputError, LimitError
 from cfsp.files import write_text
 from cfsp.reading import read_json_lines
 from cfsp.records import record_from_json, record_to_json
-from phoneready.figures.budgets import format_figure
-from phoneready.figures.figure_set import DENSE, Figure, FigureSet
-from phoneready.figures.metrics import FigureKey, recorded_metric
+from phoneready.figures.figures import DENSE, Figure, FigureKey, FigureSet, format_figure, recorded_metric
 from runtime_bench.presentation.markup import escape_markdown
 from runtime_bench.presentation.table import table_of_cells
 from runtime_bench.records.judgement import Samples, judge
@@ -193,7 +191,7 @@ def entry_of(
         figures=tuple(
             _followed(f, f.value)
             for f in figures.figures
-            if f.value is not None and not (f.noise or f.anchor_noise)
+            if f.value is not None and not (f.noise or (f.anchor and f.anchor.noise))
         ),
     )
 

@@ -38,8 +38,15 @@ from cfsp.progress import Progress
 from exporters.families import FAMILIES, makes_gguf
 from phoneready.console import prepare_torch
 from phoneready.evaluation.own_metrics import check_directions, metric_sha256
-from phoneready.figures.budgets import Verdicts, select
-from phoneready.figures.figure_set import DENSE, PRUNED, FigureSet, check_same_model, read_baseline
+from phoneready.figures.figures import (
+    DENSE,
+    PRUNED,
+    FigureSet,
+    Verdicts,
+    check_same_model,
+    read_baseline,
+    select,
+)
 from phoneready.figures.gate import write_verdicts
 from phoneready.history import append_entry, entry_of
 from phoneready.publish.manifest import ReleaseManifest

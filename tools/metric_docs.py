@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from phoneready.figures.metrics import (
+from phoneready.figures.figures import (
     ANSWERS,
     BENCH,
     ENERGY_OF,

@@ -125,7 +125,9 @@ def _is_echo(text: str, prompt: str, system: str) -> bool:
     Either it holds ECHO_WORDS words in a row (or all, if there are fewer, but at least four) of the system prompt; or
     at least ECHO_SHARE of its words stand in runs of that length taken from the user's prompt, or it is the prompt.
     """
-    words, asked, told = ([word.casefold() for word in _WORD.findall(part)] for part in (text, prompt, system))
+    words, asked, told = (
+        [word.casefold() for word in _WORD.findall(part)] for part in (text, prompt, system)
+    )
     if len(told) >= N_GRAM and any(_taken(words, told, min(ECHO_WORDS, len(told)))):
         return True
     if not words or not asked:

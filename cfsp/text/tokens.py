@@ -17,11 +17,10 @@ import signal
 import threading
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -147,7 +146,7 @@ def render_prompt(tokenizer: Any, prompt: str) -> str:
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Raise TimeoutError or MemoryError inside beyond `_MOST_SECONDS` and `_MOST_BYTES`, in the main thread of POSIX."""
+    """Raise TimeoutError or MemoryError inside beyond `_MOST_SECONDS` and `_MOST_BYTES`, in POSIX's main thread."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return

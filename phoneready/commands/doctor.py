@@ -148,14 +148,14 @@ def _enough(name: str, available: int, found: str) -> Check:
 
 def _plugins() -> Iterator[Check]:
     from cfsp.models.families import BUILT_IN
-    from phoneready.figures import metrics
+    from phoneready.figures import figures
     from runtime_bench import engines
     from runtime_bench.targets import table
 
     built_in = {
         "engine": (ENGINES, engines.ENGINES),
         "target": (TARGETS, table.TARGETS),
-        "metric": (METRICS, metrics.METRICS),
+        "metric": (METRICS, figures.METRICS),
         "family": (FAMILIES, BUILT_IN),
     }
     for kind, (group, names) in built_in.items():

@@ -26,7 +26,7 @@ from phoneready.evaluation.elsewhere import (
     open_elsewhere,
 )
 from phoneready.evaluation.settings import EvaluationSettings
-from phoneready.figures.metrics import TOLERANCES
+from phoneready.figures.figures import TOLERANCES
 from runtime_bench.workload import BenchSettings
 
 if TYPE_CHECKING:

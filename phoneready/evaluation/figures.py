@@ -10,10 +10,22 @@ from pathlib import Path
 from cfsp.errors import InconclusiveError, InputError, LimitError
 from cfsp.evaluation.task_results import TaskMetric, TaskResult
 from phoneready.evaluation.evaluation_record import Evaluation, text_name
-from phoneready.figures.budgets import INCONCLUSIVE, MISSED, PASS, BudgetConfig
-from phoneready.figures.figure_set import DENSE, PRUNED, Figure
+from phoneready.figures.figures import (
+    DENSE,
+    INCONCLUSIVE,
+    MISSED,
+    OWN_METRIC,
+    PASS,
+    PRUNED,
+    TASK,
+    TOLERANCES,
+    BudgetConfig,
+    Figure,
+    FigureKey,
+    metric_of,
+    recorded_metric,
+)
 from phoneready.figures.gate import differences, judge
-from phoneready.figures.metrics import TASK, TOLERANCES, FigureKey, metric_of, recorded_metric, tolerance_name
 from runtime_bench.presentation.table import Table, table_of_cells
 
 
@@ -196,7 +208,8 @@ def _row(name: str, before: Figure, now: Figure, limits: Mapping[str, float]) ->
     row = GateRow(name, before.value, now.value, now.stderr)
     metric = recorded_metric(now.key.metric)
     higher = now.higher_is_better if metric.higher_is_better is None else metric.higher_is_better
-    allowed = math.inf if metric.tolerance is None else limits.get(tolerance_name(metric), metric.tolerance)
+    tolerance = "own" if metric is OWN_METRIC else metric.name
+    allowed = math.inf if metric.tolerance is None else limits.get(tolerance, metric.tolerance)
     if higher is None or math.isinf(allowed):
         return row
     budget = BudgetConfig(

@@ -16,8 +16,7 @@ from cfsp.evaluation.language_model import LanguageModel
 from cfsp.files import sha256_file
 from cfsp.text.tokens import TokenWindows
 from phoneready.evaluation.evaluation_record import MetricResult
-from phoneready.figures.budgets import BudgetConfig
-from phoneready.figures.metrics import METRICS, OWN, metric_of, own_reference
+from phoneready.figures.figures import METRICS, OWN, BudgetConfig, metric_of, own_reference
 
 Metric = Callable[[LanguageModel, Any, Sequence[TokenWindows]], Any]
 

@@ -1,14 +1,14 @@
 """The gate: figures held against budgets, with their noise.
 
-A figure passes or misses its budget only where its whole interval does; where the limit lies inside, or where there is
-too little to say, the verdict is inconclusive. An interval is
+A figure passes or misses its budget only if its whole interval does; if the limit lies inside, or there is too little
+to say, the verdict is inconclusive. An interval is
 
     of timings      the bootstrap interval of the median, or of the ratio of medians (runtime_bench.records.summary),
                     as in `phoneready compare`, with samples of at least five processes; if the machine was too busy
                     to tell, none is missed, and no ratio passes; of fewer samples than a look among several needs,
                     their range, 1.5 times wider at both ends
     of memory       the least and the most of all processes; relative: of the most, from the least over the other's most
-    of energy       that of timings, wider by what the meter may be wrong; of a busy machine nothing is said
+    of energy       that of timings, wider by the error of the meter; of a busy machine nothing is said
     of accuracies   1.96 standard errors to both sides; compared: a paired bootstrap over items
     of projections  the band
     of sizes, and of figures on a fixed text, the figure itself
@@ -21,8 +21,9 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -31,21 +32,25 @@ from cfsp.errors import InconclusiveError, InputError, LimitError
 from cfsp.files import write_text
 from cfsp.records import write_record
 from cfsp.units import format_seconds
-from phoneready.figures.budgets import (
+from phoneready.figures.figures import (
+    DENSE,
+    FIGURES_FILE,
     INCONCLUSIVE,
     MISSED,
     OUTCOMES,
     PASS,
+    PRUNED,
     VERDICTS_FILE,
     BudgetConfig,
     BudgetVerdict,
+    Figure,
+    FigureSet,
     Verdicts,
     format_figure,
+    own_reference,
+    recorded_metric,
     select,
-    worst_outcome,
 )
-from phoneready.figures.figure_set import DENSE, FIGURES_FILE, PRUNED, Figure, FigureSet
-from phoneready.figures.metrics import own_reference, recorded_metric
 from runtime_bench.presentation.markup import lay_out_table
 from runtime_bench.presentation.table import table_of_cells
 from runtime_bench.records.bench_record import DOES_NOT_FIT
@@ -54,14 +59,19 @@ from runtime_bench.records.judgement import MIN_SAMPLES, WIDEST, surer
 from runtime_bench.records.judgement import judge as judge_samples
 from runtime_bench.records.summary import CONFIDENCE, NORMAL_95, ratio_interval
 
+logger = logging.getLogger(__name__)
+JUNIT_FILE, SUMMARY_FILE = "junit.xml", "summary.md"
+STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
 _ROUNDING = 1e-9
 _RESAMPLES = 10_000
 _CELLS = (("1", "1"), ("1", "0"), ("0", "1"), ("0", "0"))
 """What both models made of an item."""
+_MARKUP = str.maketrans({character: f"&#{ord(character)};" for character in "\\`*{}[]<>#~|&@$"})
+_HEADER = ("metric", "of", "on", "limit", "figure", "verdict", "why")
+_MARKS = {PASS: "✅ pass", MISSED: "❌ missed", INCONCLUSIVE: "❔ inconclusive"}
 
 
-@dataclass(frozen=True)
-class _Estimate:
+class _Estimate(NamedTuple):
     """A figure, its interval, why nothing can be said of it if nothing can, and what is to be said beside it."""
 
     value: float | None = None
@@ -171,63 +181,53 @@ def _absolute(figure: Figure) -> _Estimate:
 
 
 def _relative(budget: BudgetConfig, figure: Figure, reference: Figure) -> _Estimate:
-    if figure.value is None:
+    now, before = figure.value, reference.value
+    if now is None:
         return _failed(figure)
-    if reference.value is None:
-        return replace(_failed(reference), missed=False)
-    if not math.isfinite(reference.value):
-        return _Estimate(reason=f"{reference.subject}: {reference.value} is nothing to be compared with")
+    if before is None:
+        return _failed(reference)._replace(missed=False)
+    if not math.isfinite(before):
+        return _Estimate(reason=f"{reference.subject}: {before} is nothing to be compared with")
     if why := differing(figure, reference):
         if figure.target is None:
             raise InputError(f"the {budget.relative_to} was measured otherwise: {why}")
         return _Estimate(reason=f"the {budget.relative_to} was measured otherwise: {why}")
-    if recorded_metric(figure.key.metric).name == "peak_rss_bytes" and reference.value:
-        least, most = figure.low or figure.value, figure.high or figure.value
-        its_least, its_most = reference.low or reference.value, reference.high or reference.value
-        return _Estimate(figure.value / reference.value, least / its_most, most / its_least)
+    if recorded_metric(figure.key.metric).name == "peak_rss_bytes" and before:
+        least, most = figure.low or now, figure.high or now
+        its_least, its_most = reference.low or before, reference.high or before
+        return _Estimate(now / before, least / its_most, most / its_least)
     if figure.samples and reference.samples:
-        return _ratio_of_samples(figure, reference)
-    return _of_values(figure, figure.value, reference, reference.value, difference=budget.difference)
-
-
-def _ratio_of_samples(figure: Figure, reference: Figure) -> _Estimate:
-    apart = figure.paired is None or figure.paired != reference.paired
-    before, now = reference.anchor, figure.anchor
-    anchors = (before, now) if apart and before and now else None
-    found = judge_samples(reference.timed, figure.timed, anchors)
-    if found.problem or found.shown is None:
-        return _Estimate(reason=found.problem or f"{TOO_NOISY}: {found.noise}")
-    interval = figure.in_unit(found.shown)
-    least, most = _meter(figure)
-    its_least, its_most = _meter(reference)
-    return _Estimate(interval.ratio, interval.low * least / its_most, interval.high * most / its_least)
+        apart = figure.paired is None or figure.paired != reference.paired
+        both = reference.anchor, figure.anchor
+        anchors = (both[0], both[1]) if apart and both[0] and both[1] else None
+        found = judge_samples(reference.timed, figure.timed, anchors)
+        if found.problem or found.shown is None:
+            return _Estimate(reason=found.problem or f"{TOO_NOISY}: {found.noise}")
+        interval = figure.in_unit(found.shown)
+        (least, most), (its_least, its_most) = _meter(figure), _meter(reference)
+        return _Estimate(interval.ratio, interval.low * least / its_most, interval.high * most / its_least)
+    if not budget.difference and not before and now:
+        return _Estimate(reason=f"no ratio to {reference.subject}, whose figure is 0")
+    value = now - before if budget.difference else 1.0 if now == before else now / before
+    counts = [[len(task) for task in one.right] for one in (figure, reference)]
+    if counts[0] and counts[0] == counts[1] and (budget.difference or before):
+        ends = paired_interval(figure.right, reference.right, difference=budget.difference)
+        return _Estimate(value, *ends)
+    # Which answers were right is not recorded: squares of standard errors, of a ratio the relative ones, are added.
+    errors = [figure.stderr or 0.0, reference.stderr or 0.0]
+    if not budget.difference:
+        shares = zip(errors, (now, before), strict=True)
+        errors = [abs(value) * error / one if one else 0.0 for error, one in shares]
+    aside = "; taken as independent: which items were right is not recorded of both" if any(errors) else ""
+    return _around(value, NORMAL_95 * math.hypot(*errors))._replace(aside=aside)
 
 
 def _meter(figure: Figure) -> tuple[float, float]:
-    """By which factors a meter may be wrong; what it is wrong on one side says nothing of the other."""
+    """The factors by which its meter may be wrong; an error on one side says nothing of the other."""
     metered = recorded_metric(figure.key.metric).metered
     if not metered or not figure.value or figure.low is None or figure.high is None:
         return 1.0, 1.0
     return figure.low / figure.value, figure.high / figure.value
-
-
-def _of_values(
-    figure: Figure, now: float, reference: Figure, before: float, *, difference: bool
-) -> _Estimate:
-    """Difference or ratio, of answers paired by item. If it is not recorded which were right, the standard errors are
-    added as squares, of a ratio the relative ones (first order)."""
-    if not difference and not before and now:
-        return _Estimate(reason=f"no ratio to {reference.subject}, whose figure is 0")
-    value = now - before if difference else 1.0 if now == before else now / before
-    counts = [[len(task) for task in one.right] for one in (figure, reference)]
-    if counts[0] and counts[0] == counts[1] and (difference or before):
-        return _Estimate(value, *paired_interval(figure.right, reference.right, difference=difference))
-    errors = [figure.stderr or 0.0, reference.stderr or 0.0]
-    if not difference:
-        shares = zip(errors, (now, before), strict=True)
-        errors = [abs(value) * error / one if one else 0.0 for error, one in shares]
-    aside = "; taken as independent: which items were right is not recorded of both" if any(errors) else ""
-    return replace(_around(value, NORMAL_95 * math.hypot(*errors)), aside=aside)
 
 
 def _around(value: float, half: float) -> _Estimate:
@@ -243,25 +243,22 @@ def _too_noisy(figure: Figure) -> str:
     return f"{TOO_NOISY}: {figure.subject}: {figure.noise}"
 
 
-def differences(figure: Figure, reference: Figure) -> str:
-    """What must be equal for two figures to be comparable and is not; empty if all is."""
+def differences(figure: Figure, reference: Figure, *, but: str = "") -> str:
+    """What must be equal for two figures to be comparable and is not, without the condition `but`; empty if all is."""
     before, now = reference.conditions, figure.conditions
     names = [*now, *(name for name in before if name not in now)]
-    pairs = ((name, before.get(name, "not stated"), now.get(name, "not stated")) for name in names)
+    pairs = (
+        (name, before.get(name, "not stated"), now.get(name, "not stated")) for name in names if name != but
+    )
     return ", ".join(f"{name} was {then} and is {today}" for name, then, today in pairs if then != today)
 
 
 def differing(figure: Figure, reference: Figure) -> str:
     """As `differences`, and what computed them, if both say it; clocks are judged with the samples."""
-    found = differences(*(_without_clocks(one) for one in (figure, reference)))
+    found = differences(figure, reference, but="clocks" if figure.samples or reference.samples else "")
     if not found and figure.backends and reference.backends and figure.backends != reference.backends:
         return f"backends was {reference.backends} and is {figure.backends}"
     return found
-
-
-def _without_clocks(figure: Figure) -> Figure:
-    conditions = {name: value for name, value in figure.conditions.items() if name != "clocks"}
-    return replace(figure, conditions=conditions) if figure.samples else figure
 
 
 def _outcome(budget: BudgetConfig, estimate: _Estimate, unit: str) -> tuple[str, str]:
@@ -305,14 +302,6 @@ def paired_interval(now: Sequence[str], before: Sequence[str], *, difference: bo
     return float(low), float(high)
 
 
-logger = logging.getLogger(__name__)
-JUNIT_FILE, SUMMARY_FILE = "junit.xml", "summary.md"
-STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
-_MARKUP = str.maketrans({character: f"&#{ord(character)};" for character in "\\`*{}[]<>#~|&@$"})
-_HEADER = ("metric", "of", "on", "limit", "figure", "verdict", "why")
-_MARKS = {PASS: "✅ pass", MISSED: "❌ missed", INCONCLUSIVE: "❔ inconclusive"}
-
-
 def write_verdicts(
     budgets: Sequence[BudgetConfig],
     folder: Path,
@@ -329,11 +318,19 @@ def write_verdicts(
     """
     write_record(folder / FIGURES_FILE, figures)
     verdicts = judge_all(budgets, figures, baseline)
+    worst = min((verdict.outcome for verdict in verdicts), key=OUTCOMES.index, default=PASS)
     where = baseline_file.name if baseline_file else None
-    record = Verdicts(worst_outcome(verdicts), figures.source, figures.source_sha256, where, verdicts)
+    record = Verdicts(worst, figures.source, figures.source_sha256, where, verdicts)
     write_record(folder / VERDICTS_FILE, record)
-    write_text(folder / JUNIT_FILE, junit_xml(record))
-    summary = summary_markdown(record)
+    write_text(folder / JUNIT_FILE, _junit_xml(record))
+    parts = [f"### {_escape(badge(record))}\n"]
+    if verdicts:
+        worst_first = sorted(verdicts, key=lambda verdict: OUTCOMES.index(verdict.outcome))
+        rows = [[*map(_escape, _cells(v, _MARKS[v.outcome]))] for v in worst_first]
+        parts.append(lay_out_table(_HEADER, rows, right=()))
+    if where:
+        parts.append(f"Baseline: {_escape(where)}\n")
+    summary = "\n".join(parts)
     write_text(folder / SUMMARY_FILE, summary)
     step_summary = os.environ.get(STEP_SUMMARY)
     if step_summary:
@@ -375,19 +372,7 @@ def verdict_rows(found: Verdicts) -> str:
     ).markdown()
 
 
-def summary_markdown(found: Verdicts) -> str:
-    """A page for a build's summary; names and reasons are escaped."""
-    parts = [f"### {_escape(badge(found))}\n"]
-    if found.verdicts:
-        worst_first = sorted(found.verdicts, key=lambda verdict: OUTCOMES.index(verdict.outcome))
-        rows = [[*map(_escape, _cells(v, _MARKS[v.outcome]))] for v in worst_first]
-        parts.append(lay_out_table(_HEADER, rows, right=()))
-    if found.baseline:
-        parts.append(f"Baseline: {_escape(found.baseline)}\n")
-    return "\n".join(parts)
-
-
-def junit_xml(found: Verdicts) -> str:
+def _junit_xml(found: Verdicts) -> str:
     """JUnit's XML: a missed budget is a failure, one that could not be decided is an error."""
     counts = Counter(verdict.outcome for verdict in found.verdicts)
     numbers = {"tests": len(found.verdicts), "failures": counts[MISSED], "errors": counts[INCONCLUSIVE]}
@@ -396,17 +381,18 @@ def junit_xml(found: Verdicts) -> str:
     suite = ElementTree.SubElement(
         suites, "testsuite", {"name": _xml(f"budgets of {Path(found.source).name}"), **attributes}
     )
+    elements = {
+        MISSED: ("failure", {"type": "budget"}),
+        INCONCLUSIVE: ("error", {"type": "not decided"}),
+        PASS: ("system-out", {}),
+    }
     for verdict in found.verdicts:
         name = f"{verdict.metric} {verdict.limit}"
         place = ".".join(filter(None, ("budgets", verdict.target, verdict.subject)))
         case = ElementTree.SubElement(suite, "testcase", {"name": _xml(name), "classname": _xml(place)})
         said = _xml(f"{verdict.figure()}: {verdict.reason}")
-        if verdict.outcome == MISSED:
-            ElementTree.SubElement(case, "failure", {"message": said, "type": "budget"}).text = said
-        elif verdict.outcome == INCONCLUSIVE:
-            ElementTree.SubElement(case, "error", {"message": said, "type": "not decided"}).text = said
-        else:
-            ElementTree.SubElement(case, "system-out").text = said
+        tag, more = elements[verdict.outcome]
+        ElementTree.SubElement(case, tag, {"message": said, **more} if more else {}).text = said
     ElementTree.indent(suites)
     content: bytes = ElementTree.tostring(suites, encoding="utf-8", xml_declaration=True)
     return content.decode() + "\n"

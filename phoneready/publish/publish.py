@@ -19,8 +19,7 @@ from cfsp.models.checkpoint import NOTICE_PATTERNS, read_checkpoint_info
 from cfsp.models.reference import load_tokenizer
 from cfsp.records import read_record, write_record
 from cfsp.validation import describe_problems
-from phoneready.figures.budgets import VERDICTS_FILE
-from phoneready.figures.figure_set import FIGURES_FILE, PRUNED
+from phoneready.figures.figures import FIGURES_FILE, PRUNED, VERDICTS_FILE
 from phoneready.figures.gate import JUNIT_FILE, SUMMARY_FILE
 from phoneready.publish.manifest import (
     MANIFEST_FILE,

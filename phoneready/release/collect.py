@@ -8,8 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from phoneready.evaluation.figures import evaluation_figures
-from phoneready.figures.figure_set import DENSE, PRUNED, Figure, FigureSet
-from phoneready.figures.metrics import ENERGY_OF, METRICS, FigureKey, metric_of
+from phoneready.figures.figures import (
+    DENSE,
+    ENERGY_OF,
+    METRICS,
+    PRUNED,
+    Figure,
+    FigureKey,
+    FigureSet,
+    measured_place,
+    metric_of,
+)
 from phoneready.release.results import ReleaseFigures
 from phoneready.release.steps import Steps
 from phoneready.settings.schema import ReleaseConfig
@@ -87,7 +96,7 @@ def _unmeasured(
     if metric != "peak_rss_bytes" and (cap := capped_at(record) or 1.0) < 1 - CAP_LIMIT:
         conditions["clocks"] = f"capped at {cap:.0%}"
     return Figure(
-        key=FigureKey(metric, item, place, threads),
+        key=FigureKey(metric, item, measured_place(place), threads),
         role=role,
         subject=record.model_filename,
         unit=metric_of(metric).unit,
@@ -138,15 +147,19 @@ def _anchored(figure: Figure, anchor: BenchRecord) -> Figure:
     found = replace(figure, conditions=conditions | {"anchor": str(anchor.anchor_sha256)})
     if figure.value is None:
         return found
-    timed, failure = samples_of(anchor, "it"), _unusable(anchor)
+    timed, failure = samples_of(anchor, f"the anchor of {figure.subject}"), _unusable(anchor)
+    unit = 1e9 * (anchor.n_tokens or 1e-3)  # of what 1 / times are: tokens a second, or milliseconds
     return replace(
         found,
-        anchor_samples=_in_unit(anchor, timed.times),
-        anchor_rounds=anchor.rounds,
-        anchor_noise=failure or timed.noise,
-        anchor_cpu_samples=_in_unit(anchor, timed.cpu_times),
-        anchor_cpu_noise=failure or timed.cpu_noise,
-        anchor_cap=timed.cap,
+        anchor=replace(
+            timed,
+            times=tuple(ns / unit for ns in timed.times),
+            cpu_times=tuple(ns / unit for ns in timed.cpu_times),
+            session=figure.paired,
+            problem=failure if failure and not timed.times else None,
+            noise=failure or timed.noise,
+            cpu_noise=failure or timed.cpu_noise,
+        ),
     )
 
 

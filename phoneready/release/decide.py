@@ -16,8 +16,7 @@ from typing import Any
 
 from cfsp.errors import PhonereadyError
 from cfsp.progress import Progress
-from phoneready.figures.budgets import INCONCLUSIVE, select
-from phoneready.figures.figure_set import DENSE, PRUNED, FigureSet
+from phoneready.figures.figures import DENSE, INCONCLUSIVE, PRUNED, FigureSet, select
 from phoneready.figures.gate import differing, judge
 from phoneready.release.collect import benchmark_figures
 from phoneready.release.steps import BENCH_FILE, Steps, bench_named

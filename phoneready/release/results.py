@@ -17,7 +17,7 @@ from cfsp.units import format_bytes
 from exporters.export_record import ExportManifest, ExportRecord
 from phoneready.evaluation.evaluation_record import Evaluation
 from phoneready.evaluation.measured_file import Standing, standing
-from phoneready.figures.figure_set import DENSE, PRUNED
+from phoneready.figures.figures import DENSE, PRUNED
 from phoneready.release.stages import RECORD_FILE, stage_folder
 from phoneready.release.steps import (
     ANSWERS_FILE,

@@ -41,8 +41,7 @@ from phoneready.evaluation.run import (
     text_windows,
 )
 from phoneready.evaluation.settings import EvaluationSettings
-from phoneready.figures.figure_set import DENSE, PRUNED
-from phoneready.figures.metrics import CHECKPOINT
+from phoneready.figures.figures import CHECKPOINT, DENSE, PRUNED
 from phoneready.release.fitting import fitting_settings, shape_check
 from phoneready.release.stages import stage_folder
 from phoneready.settings.schema import BenchConfig, ModelConfig, RecoverConfig, ReleaseConfig

@@ -22,7 +22,6 @@ from markupsafe import Markup
 from cfsp.errors import MissingExtraError
 from cfsp.units import format_bytes
 from phoneready.evaluation.measured_file import DOMINATED
-from phoneready.figures import figure_set
 from phoneready.release.results import ReleaseFigures
 from runtime_bench.presentation.markup import Markdown, escape_cell, finalize_markdown
 from runtime_bench.presentation.record_table import speed_text
@@ -82,7 +81,7 @@ def losses_plot(figures: ReleaseFigures) -> Plot | None:
     """What every file of a release loses, against its size; None if that was not measured."""
     if not figures.losses:
         return None
-    roles = (figure_set.DENSE, figure_set.PRUNED)
+    roles = ("dense", "pruned")
     figure = loss_figure(
         {role: [one for one in figures.losses if one.role == role] for role in roles},
         Axis("file size, MiB", lambda one: float(one.file_bytes / 2**20)),

@@ -12,7 +12,7 @@ from cfsp.units import format_bytes
 from exporters.export_record import ExportRecord
 from phoneready.evaluation.measured_file import DOMINATED
 from phoneready.evaluation.tables import WHAT_STANDINGS_MEAN, figure_tables, measured_on, vocabulary_note
-from phoneready.figures.budgets import INCONCLUSIVE, MISSED, VERDICTS_FILE, BudgetVerdict, Verdicts
+from phoneready.figures.figures import INCONCLUSIVE, MISSED, VERDICTS_FILE, BudgetVerdict, Verdicts
 from phoneready.release.results import ReleaseFigures
 from phoneready.report import plots, tables
 from phoneready.report.plots import usable

@@ -12,8 +12,7 @@ from cfsp.units import format_bytes
 from exporters.export_record import ExportRecord
 from phoneready.evaluation.evaluation_record import Evaluation, TextResult
 from phoneready.evaluation.tables import loss_columns, standing_column, text_table
-from phoneready.figures.budgets import OUTCOMES, BudgetVerdict
-from phoneready.figures.metrics import METRICS
+from phoneready.figures.figures import METRICS, OUTCOMES, BudgetVerdict
 from phoneready.release.results import ReleaseFigures
 from phoneready.release.steps import FileLosses
 from runtime_bench.presentation.comparison_table import NOT_COMPARABLE, speeds_text

@@ -51,7 +51,7 @@ from exporters.gguf.files import draft_gguf
 from exporters.provenance import file_stem
 from phoneready.evaluation.run import measure_file, text_windows
 from phoneready.evaluation.settings import EvaluationSettings
-from phoneready.figures.budgets import INCONCLUSIVE, MISSED
+from phoneready.figures.figures import INCONCLUSIVE, MISSED
 from phoneready.release.fitting import fitting_settings
 from phoneready.release.inputs import identities, identity, made_with
 from phoneready.release.steps import load_stage, run_recovery, shortcoming_of

@@ -17,7 +17,7 @@ from cfsp.validation import Share
 from exporters.families import required_multiple
 from exporters.gguf.family import GGUF
 from phoneready.evaluation.settings import WindowSettings
-from phoneready.figures.budgets import INCONCLUSIVE, MISSED, PASS
+from phoneready.figures.figures import INCONCLUSIVE, MISSED, PASS
 from runtime_bench.devices.profile import load_profiles
 from runtime_bench.targets.table import check_target
 

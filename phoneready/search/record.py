@@ -13,7 +13,7 @@ from cfsp.units import format_bytes, megabytes
 from cfsp.validation import Seed, Share
 from phoneready.evaluation.measured_file import DOMINATED, Choice, Excess, MeasuredFile, Standing
 from phoneready.evaluation.tables import WHAT_STANDINGS_MEAN, loss_columns, measured_on, standing_column
-from phoneready.figures.budgets import INCONCLUSIVE, MISSED, PASS
+from phoneready.figures.figures import INCONCLUSIVE, MISSED, PASS
 from phoneready.report.plots import BITS, DARK, Axis, loss_figure, plotly_script, render_page
 from phoneready.search.point import Held, Point
 from phoneready.settings.schema import RecoverConfig

@@ -24,7 +24,7 @@ from exporters.gguf.family import GGUF
 from phoneready.evaluation.measured_file import FRONTIER, UNDECIDED, choose, excess, standing, telling_sizes
 from phoneready.evaluation.run import check_texts
 from phoneready.evaluation.settings import EvaluationSettings
-from phoneready.figures.budgets import INCONCLUSIVE, MISSED, PASS
+from phoneready.figures.figures import INCONCLUSIVE, MISSED, PASS
 from phoneready.release.inputs import check_training
 from phoneready.release.stages import claim_folder
 from phoneready.room import check_room, drawing_needs

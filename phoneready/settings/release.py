@@ -24,15 +24,18 @@ from exporters.gguf import find_quant
 from exporters.onnx import find_variant
 from exporters.settings import READS as FILES
 from phoneready.evaluation.evaluation_record import repeated_text, text_name
-from phoneready.figures.budgets import SELECTORS, fits, select
-from phoneready.figures.metrics import (
+from phoneready.figures.figures import (
     ANY_MEMBER,
     CHECKPOINT,
     PROJECTION,
+    SELECTORS,
     TEXT,
     FigureKey,
+    fits,
     means,
+    measured_place,
     metrics_from,
+    select,
 )
 from phoneready.settings.schema import COUNTED, RecoverConfig, ReleaseConfig
 from phoneready.settings.template import demo_config_text
@@ -342,7 +345,9 @@ def planned_figures(config: ReleaseConfig) -> Iterator[FigureKey]:
     for place in bench.targets:
         for item in bench.measured(config.export.names):
             for n_threads in bench.n_threads or (None,):
-                yield from (FigureKey(metric, item, place, n_threads) for metric in bench.metrics)
+                yield from (
+                    FigureKey(metric, item, measured_place(place), n_threads) for metric in bench.metrics
+                )
     for device in bench.devices:
         for item in bench.measured(config.export.projected):
             yield from (FigureKey(metric, item, device) for metric in metrics_from(PROJECTION))

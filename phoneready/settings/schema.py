@@ -24,8 +24,7 @@ from cfsp.validation import Section
 from exporters.families import DEFAULT_FORMAT, ROUNDING, find_format, required_multiple
 from exporters.settings import FileSettings
 from phoneready.evaluation.settings import EvaluationSettings, JudgementSettings
-from phoneready.figures.budgets import BudgetConfig
-from phoneready.figures.metrics import ENERGY_OF, metric_of
+from phoneready.figures.figures import ENERGY_OF, BudgetConfig, measured_place, metric_of
 from runtime_bench.devices.model_facts import FACTS
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.devices.projection import CONTEXT, DEFAULT_CONTEXT
@@ -242,7 +241,9 @@ class ReleaseConfig(Section):
         return tuple(
             one
             for one in self.budgets
-            if self.bench.decide_s and metric_of(one.metric).is_speed and place in (one.targets or (place,))
+            if self.bench.decide_s
+            and metric_of(one.metric).is_speed
+            and measured_place(place) in (one.targets or (measured_place(place),))
         )
 
     @property

@@ -12,8 +12,7 @@ from typing import Any
 from cfsp.errors import require_extra
 from cfsp.reading import as_input_error
 from cfsp.records import read_record
-from phoneready.figures.budgets import VERDICTS_FILE, Verdicts
-from phoneready.figures.figure_set import FIGURES_FILE, PRUNED, FigureSet
+from phoneready.figures.figures import FIGURES_FILE, PRUNED, VERDICTS_FILE, FigureSet, Verdicts
 from phoneready.history import HISTORY_FILE, read_entries
 from phoneready.publish.manifest import MANIFEST_FILE, ReleaseManifest
 from phoneready.settings.schema import TrackingConfig

@@ -7,7 +7,6 @@ the machine was so busy that neither tells of the files, there is no ratio.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runtime_bench.records import summary
@@ -35,9 +34,9 @@ class Samples:
     """The samples of one row, as they are judged."""
 
     name: str  # What reasons call it
-    times: Sequence[float]  # Less is better; in the order taken
-    rounds: Sequence[int] = ()  # For each, the process that it came from; if empty, each is one of its own
-    cpu_times: Sequence[float] = ()  # The same by the processor's clock, if that tells of the file
+    times: tuple[float, ...]  # Less is better; in the order taken
+    rounds: tuple[int, ...] = ()  # For each, its process; if empty, each has one of its own
+    cpu_times: tuple[float, ...] = ()  # The same by the processor's clock, if that tells of the file
     session: str | None = None  # Rows of one session took turns
     problem: str | None = None  # Why nothing is said of it, whatever its times
     noise: str | None = None  # Why its times tell more of the machine than of the file

@@ -22,7 +22,7 @@ from cfsp.pruning.settings import PruneSettings
 from exporters.export_record import ExportRecord, ParityReport
 from phoneready.evaluation.evaluation_record import Degeneration, Evaluation, ModelIdentity, TextResult
 from phoneready.evaluation.measured_file import MeasuredText
-from phoneready.figures.budgets import BudgetVerdict, Verdicts
+from phoneready.figures.figures import BudgetVerdict, Verdicts
 from phoneready.main import main
 from phoneready.release.results import ReleaseFigures
 from phoneready.release.steps import Answers, FileLosses

@@ -13,10 +13,17 @@ import pytest
 
 from cfsp.errors import InconclusiveError, InputError, LimitError
 from cfsp.records import read_record, write_record
-from phoneready.figures.budgets import BudgetConfig, BudgetVerdict, Verdicts
-from phoneready.figures.figure_set import Figure, FigureSet, check_same_model, read_baseline
+from phoneready.figures.figures import (
+    BudgetConfig,
+    BudgetVerdict,
+    Figure,
+    FigureKey,
+    FigureSet,
+    Verdicts,
+    check_same_model,
+    read_baseline,
+)
 from phoneready.figures.gate import badge, check_verdicts, judge_all, paired_interval, write_verdicts
-from phoneready.figures.metrics import FigureKey
 from phoneready.settings.release import parse_config
 from runtime_bench.records.bench_record import MeasuredOn
 

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from cfsp.errors import InputError, LimitError
-from phoneready.figures.budgets import BudgetConfig
-from phoneready.figures.figure_set import DENSE, PRUNED, Figure, FigureSet
+from phoneready.figures.figures import DENSE, PRUNED, BudgetConfig, Figure, FigureSet
 from phoneready.figures.gate import differences, judge
 from phoneready.history import (
     HISTORY_FILE,

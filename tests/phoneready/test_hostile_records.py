@@ -16,8 +16,7 @@ from cfsp.files import write_json
 from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record, record_to_json
 from phoneready.evaluation.evaluation_record import Degeneration, Evaluation, ModelIdentity, TextResult
-from phoneready.figures.figure_set import Figure, FigureSet, read_baseline
-from phoneready.figures.metrics import FigureKey
+from phoneready.figures.figures import Figure, FigureKey, FigureSet, read_baseline
 from phoneready.history import HistoryEntry, HistoryFigure, read_entries
 from phoneready.release.steps import Answers
 

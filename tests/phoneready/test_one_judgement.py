@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from phoneready.figures.budgets import BudgetConfig
-from phoneready.figures.figure_set import DENSE, PRUNED, Figure
+from phoneready.figures.figures import DENSE, PRUNED, BudgetConfig, Figure
 from phoneready.figures.gate import judge
 from phoneready.main import main
 from phoneready.release.collect import benchmark_figures

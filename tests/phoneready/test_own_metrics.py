@@ -18,7 +18,7 @@ from phoneready.evaluation.figures import evaluation_figures
 from phoneready.evaluation.own_metrics import check_directions, metric_sha256
 from phoneready.evaluation.run import evaluate
 from phoneready.evaluation.settings import EvaluationSettings
-from phoneready.figures.figure_set import FigureSet, read_baseline
+from phoneready.figures.figures import FigureSet, read_baseline
 from phoneready.figures.gate import judge_all
 from phoneready.history import check_history, entry_of, format_history, make_history
 from phoneready.settings.release import parse_config, planned_figures

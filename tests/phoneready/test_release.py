@@ -16,9 +16,7 @@ import pytest
 
 from cfsp.files import sha256_file
 from cfsp.records import read_record
-from phoneready.figures.budgets import Verdicts
-from phoneready.figures.figure_set import FigureSet
-from phoneready.figures.metrics import FigureKey
+from phoneready.figures.figures import FigureKey, FigureSet, Verdicts
 from phoneready.history import HISTORY_FILE, read_entries
 from phoneready.main import main
 from phoneready.publish.manifest import verify_release
@@ -292,7 +290,7 @@ def test_an_anchor_takes_turns_and_is_in_the_figures_alone(
     figures = read_record(FigureSet, tmp_path / "out" / "figures.json").figures
     speeds = [figure for figure in figures if figure.key.metric.startswith("tg")]
     assert {figure.role for figure in speeds} == {"dense", "pruned"}
-    assert all(len(figure.anchor_samples) == len(figure.samples) == 5 for figure in speeds)
+    assert all(figure.anchor and len(figure.anchor.times) == len(figure.samples) == 5 for figure in speeds)
     assert all({"anchor"} <= figure.conditions.keys() - {"processor"} for figure in speeds)
     assert {figure.conditions["key-value cache"] for figure in speeds} == {"q8_0"}
     (row, *_) = read_jsonl(next((tmp_path / "out").rglob("bench*.jsonl")))

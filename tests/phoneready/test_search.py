@@ -31,7 +31,7 @@ from phoneready.evaluation.measured_file import (
     standing,
     telling_sizes,
 )
-from phoneready.figures.budgets import INCONCLUSIVE, MISSED, PASS
+from phoneready.figures.figures import INCONCLUSIVE, MISSED, PASS
 from phoneready.main import main
 from phoneready.search import run as search_run
 from phoneready.search.evaluate import Evaluator, Subject

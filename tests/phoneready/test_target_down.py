@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cfsp.records import read_record
-from phoneready.figures.budgets import Verdicts
+from phoneready.figures.figures import Verdicts
 from phoneready.main import main
 from phoneready.release import steps
 from runtime_bench.records.bench_record import BenchRecord
