@@ -18,12 +18,16 @@ from exporters.families import FAMILIES
 from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES, PARITY_CACHE
 from phoneready.commands.options import JsonOption, ModelArgument
 from phoneready.console import prepare_torch, show_progress, warn, write_result
-from phoneready.evaluation.elsewhere import (
+from phoneready.evaluation.models import (
     HERE,
     PLACES,
+    TORCH,
     FarLanguageModel,
+    OpenSettings,
     check_place,
-    open_elsewhere,
+    open_language_model,
+    own_cache,
+    runtime_for,
 )
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.figures import TOLERANCES
@@ -33,7 +37,6 @@ if TYPE_CHECKING:
     from cfsp.progress import Progress
     from phoneready.evaluation.evaluation_record import Evaluation
     from phoneready.evaluation.figures import GateRow
-    from phoneready.evaluation.models import OpenSettings
 
 _RECORD = record_head("evaluation")
 """How a file begins that --save may replace: one that it made."""
@@ -136,7 +139,6 @@ def evaluate(
     from cfsp.devices import find_device
     from cfsp.evaluation.language_model import CHECK_PROMPTS
     from phoneready.evaluation.evaluation_record import Evaluation
-    from phoneready.evaluation.models import OpenSettings
     from phoneready.evaluation.run import check_texts, read_prompts
     from phoneready.evaluation.tables import evaluation_text
 
@@ -174,8 +176,7 @@ def _judge(
     progress: Progress,
 ) -> Evaluation:
     """Open the model, with the runtime that is asked for, and its reference, and judge."""
-    from phoneready.evaluation.elsewhere import HERE
-    from phoneready.evaluation.models import TORCH, open_language_model, own_cache, runtime_for
+    from cfsp.devices import find_device
     from phoneready.evaluation.run import evaluate as judge
     from phoneready.room import check_room, judging_needs
     from phoneready.text import WRITERS
@@ -194,13 +195,13 @@ def _judge(
                 judging_needs, seqlen=opening.seqlen, few_bits=tuple(runtime != TORCH for _, runtime in pairs)
             )
             names = [name for name, _ in pairs]
-            check_room("eval", names, needs, device=opening.device, kept=opening.dtype, progress=progress)
-            opened = open_language_model(model, chosen, opening, progress=progress)
-            judged = stack.enter_context(opened)
-        else:
-            judged = stack.enter_context(
-                open_elsewhere(model, chosen, run.on, run.backend, opening, progress=progress)
+            check_room(
+                "eval", names, needs, device=find_device(run.device), kept=run.dtype, progress=progress
             )
+        opened = open_language_model(
+            model, chosen, opening, on=run.on, backend=run.backend, progress=progress
+        )
+        judged = stack.enter_context(opened)
         dense = None
         if against and other:
             dense = stack.enter_context(open_language_model(against, other, of_reference, progress=progress))

@@ -37,8 +37,8 @@ class MeasuredText:
     n_bytes: tuple[PositiveInt, ...]
     nats: tuple[NonNegativeFloat, ...]
     dense_nats: tuple[NonNegativeFloat, ...]
-    kl_mean: float | None = None
-    same_top1: Share | None = None
+    kl_mean: float
+    same_top1: Share
 
     @property
     def name(self) -> str:
@@ -71,38 +71,33 @@ class MeasuredFile:
 
     @property
     def n_bytes(self) -> int:
-        """Of all texts together."""
+        """Of all texts together, as the figures below."""
         return sum(sum(text.n_bytes) for text in self.texts)
 
     @property
     def bits_per_byte(self) -> float:
-        """Of all texts together."""
+        """What the file loses."""
         return sum(sum(text.nats) for text in self.texts) / (math.log(2) * self.n_bytes)
 
     @property
     def tokens_per_byte(self) -> float:
-        """Tokens that the file needs for a byte of all texts together."""
+        """Tokens that the file needs for a byte."""
         return sum(text.n_tokens for text in self.texts) / self.n_bytes
 
     @property
     def dense_bits_per_byte(self) -> float:
-        """The dense model's in float32, of all texts together."""
+        """What the dense model loses in float32."""
         return sum(sum(text.dense_nats) for text in self.texts) / (math.log(2) * self.n_bytes)
 
     @property
-    def kl_mean(self) -> float | None:
-        """Mean KL divergence over the texts' tokens; None if no text has one."""
-        return _mean((t.kl_mean, t.n_tokens) for t in self.texts)
+    def kl_mean(self) -> float:
+        """Mean KL divergence over the texts' tokens."""
+        return sum(t.kl_mean * t.n_tokens for t in self.texts) / sum(t.n_tokens for t in self.texts)
 
     @property
-    def same_top1(self) -> float | None:
-        """Share of tokens where the dense model puts the same one first; None if no text has it."""
-        return _mean((t.same_top1, t.n_tokens) for t in self.texts)
-
-
-def _mean(weighted: Iterable[tuple[float | None, int]]) -> float | None:
-    known = [(value, weight) for value, weight in weighted if value is not None]
-    return sum(value * weight for value, weight in known) / sum(w for _, w in known) if known else None
+    def same_top1(self) -> float:
+        """Share of tokens where the dense model puts the same one first."""
+        return sum(t.same_top1 * t.n_tokens for t in self.texts) / sum(t.n_tokens for t in self.texts)
 
 
 VERDICTS = FRONTIER, UNDECIDED, DOMINATED = "frontier", "within noise", "dominated"

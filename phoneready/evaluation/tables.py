@@ -87,7 +87,7 @@ def vocabulary_note(evaluation: Evaluation, names: tuple[str, str] = NAMES) -> s
 def loss_columns(files: Sequence[MeasuredFile]) -> list[Column[Any]]:
     """What files lose, of all texts and of each if there are several; tokens a byte if vocabularies differ."""
 
-    def number(title: str, value: Callable[[Any], str | None]) -> Column[Any]:
+    def number(title: str, value: Callable[[Any], str]) -> Column[Any]:
         return Column(title, value, right=True)
 
     def lost_on(index: int, one: MeasuredFile) -> str:
@@ -102,9 +102,8 @@ def loss_columns(files: Sequence[MeasuredFile]) -> list[Column[Any]]:
     )
     if len({one.tokens_per_byte for one in files}) > 1:
         columns.append(number("tokens/byte", lambda one: f"{one.tokens_per_byte:.4f}"))
-    columns.append(number("KL", lambda one: None if one.kl_mean is None else f"{one.kl_mean:.4f}"))
-    same = number("same top-1", lambda one: None if one.same_top1 is None else f"{one.same_top1:.1%}")
-    return [*columns, same]
+    columns.append(number("KL", lambda one: f"{one.kl_mean:.4f}"))
+    return [*columns, number("same top-1", lambda one: f"{one.same_top1:.1%}")]
 
 
 def standing_column(files: Sequence[MeasuredFile], standings: Mapping[str, Standing]) -> Column[Any]:

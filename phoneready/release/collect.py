@@ -156,7 +156,7 @@ def _anchored(figure: Figure, anchor: BenchRecord) -> Figure:
             times=tuple(ns / unit for ns in timed.times),
             cpu_times=tuple(ns / unit for ns in timed.cpu_times),
             session=figure.paired,
-            problem=failure if failure and not timed.times else None,
+            problem=None if timed.times else failure or timed.problem or timed.noise,
             noise=failure or timed.noise,
             cpu_noise=failure or timed.cpu_noise,
         ),

@@ -285,7 +285,7 @@ def render_search(found: SearchRecord) -> str:
     beaten = {one.file for one in found.standings if one.verdict == DOMINATED}
 
     def lines(one: EvaluatedPoint) -> list[str]:
-        return [megabytes(one.file_bytes), *([f"KL {one.kl_mean:.4f}"] if one.kl_mean is not None else [])]
+        return [megabytes(one.file_bytes), f"KL {one.kl_mean:.4f}"]
 
     table = search_table(found)
     plots = {

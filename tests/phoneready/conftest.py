@@ -261,7 +261,7 @@ def _losses(name: str, role: str, record: ExportRecord) -> FileLosses:
     bits = {"dense": 0.9, "pruned": 1.0}[role] + {"Q8_0": 0.0, "Q4_0": 0.02}[record.quant]
     sizes = (200, 220)
     nats = tuple(math.log(2) * bits * size for size in sizes)
-    text = MeasuredText("text", name, 64, "f" * 64, 126, sizes, nats, nats)
+    text = MeasuredText("text", name, 64, "f" * 64, 126, sizes, nats, nats, 0.1, 0.9)
     return FileLosses(record.file, record.file_bytes, (text,), role, record.quant)
 
 

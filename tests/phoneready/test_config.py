@@ -155,7 +155,7 @@ def test_every_error_stands_at_its_line() -> None:
         ('metric = "accuracy"\nat_least = 0.5', "accuracy is not measured here"),
         ('metric = "file_bytes"\nat_most = 1\nrelative_to = "baseline"', r"there is no \[baseline\]"),
         ('metric = "file_bytes"\nat_most = "1 MB"\nrelative_to = "dense"', "a ratio is a number"),
-        ('metric = "file_bytes"\nat_most = 1.0\ndifference = true', "difference: wants relative_to"),
+        ('metric = "file_bytes"\nat_most = 1.0\ndifference = true', "difference: needs relative_to"),
     ],
 )  # fmt: skip
 def test_a_budget_on_what_is_not_produced_is_an_error(more: str, wrong: str) -> None:

@@ -320,7 +320,7 @@ def point(
     """A file that loses so many bits a byte on each window."""
     nats = tuple(math.log(2) * each * n for each, n in zip(bits, BYTES, strict=False))
     sizes = BYTES[: len(bits)]
-    text = MeasuredText("text", source, 64, "f" * 64, 63 * len(bits), sizes, nats, nats)
+    text = MeasuredText("text", source, 64, "f" * 64, 63 * len(bits), sizes, nats, nats, 0.1, 0.9)
     return EvaluatedPoint(
         f"{file}.gguf", size, (text,), Point(file, ratio=ratio), "0" * 64, ratio, None, None, 1.0
     )
