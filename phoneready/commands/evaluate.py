@@ -30,13 +30,12 @@ from phoneready.evaluation.models import (
     runtime_for,
 )
 from phoneready.evaluation.settings import EvaluationSettings
-from phoneready.figures.figures import TOLERANCES
+from phoneready.figures.figures import TOLERANCES, BudgetVerdict
 from runtime_bench.workload import BenchSettings
 
 if TYPE_CHECKING:
     from cfsp.progress import Progress
     from phoneready.evaluation.evaluation_record import Evaluation
-    from phoneready.evaluation.figures import GateRow
 
 _RECORD = record_head("evaluation")
 """How a file begins that --save may replace: one that it made."""
@@ -111,7 +110,8 @@ def evaluate(
 
     Every figure is printed with its text and its number of tokens: without these it means nothing.
     """
-    from phoneready.evaluation.figures import check_gate, compare_with_baseline, gate_table, read_tolerances
+    from phoneready.evaluation.figures import compare_with_baseline, read_tolerances
+    from phoneready.figures.gate import check_verdicts, verdict_rows
 
     limits = read_tolerances(gate.tolerance)
     asked = {
@@ -159,13 +159,13 @@ def evaluate(
     result = replace(judged, warnings=warnings)
     if gate.save:
         write_record(gate.save, result)
-    rows: tuple[GateRow, ...] = ()
+    verdicts: tuple[BudgetVerdict, ...] = ()
     if earlier and gate.baseline:
-        rows = compare_with_baseline(result, earlier, limits, where=gate.baseline)
-    payload = record_to_json(result) | ({"gate": [asdict(row) for row in rows]} if earlier else {})
-    parts = (evaluation_text(result, settings.seqlen), gate_table(rows).markdown())
+        verdicts = compare_with_baseline(result, earlier, limits, where=gate.baseline)
+    payload = record_to_json(result) | ({"gate": [asdict(one) for one in verdicts]} if earlier else {})
+    parts = (evaluation_text(result, settings.seqlen), verdict_rows(verdicts))
     write_result("\n".join(part for part in parts if part), payload, as_json=json)
-    check_gate(rows)
+    check_verdicts(verdicts, "limits of the baseline")
 
 
 def _judge(

@@ -86,13 +86,13 @@ def release(
         losses_table(figures).markdown(),
         quality_text(figures),
         f"{best.file} answers:\n  Q: {prompt}\n  A: {' '.join(answer.split())}\n",
-        *([verdict_rows(verdicts)] if verdicts.verdicts else []),
+        *([verdict_rows(verdicts.verdicts)] if verdicts.verdicts else []),
         f"Report: {output / PAGE_FILE}",
         badge(verdicts),
     ]
     write_result("\n".join(lines), record_to_json(manifest), as_json=how.json)
     if not_logged is not None:
         note(f"warning: {not_logged}")
-    check_verdicts(verdicts)
+    check_verdicts(verdicts.verdicts)
     if not_logged is not None:
         raise not_logged

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from cfsp.errors import InconclusiveError, InputError, LimitError
+from cfsp.errors import InputError
 from cfsp.evaluation.task_results import TaskMetric, TaskResult
 from phoneready.evaluation.evaluation_record import Evaluation, text_name
 from phoneready.figures.figures import (
     DENSE,
-    INCONCLUSIVE,
-    MISSED,
     OWN_METRIC,
-    PASS,
     PRUNED,
     TASK,
     TOLERANCES,
     BudgetConfig,
+    BudgetVerdict,
     Figure,
     FigureKey,
     metric_of,
     recorded_metric,
 )
 from phoneready.figures.gate import differences, judge
-from runtime_bench.presentation.table import Table, table_of_cells
 
 
 def evaluation_figures(item: str, subject: str, evaluation: Evaluation) -> Iterator[Figure]:
@@ -110,26 +107,6 @@ def task_figures(item: str, role: str, subject: str, tasks: Sequence[TaskResult]
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class GateRow:
-    """One comparison.
-
-    `change` is of the kind `ratio` (now / baseline), `increase` (now - baseline) or `drop` (baseline - now): the
-    greater, the worse. Without `allowed` the figure is only reported. `outcome` is one of OUTCOMES.
-    """
-
-    metric: str
-    baseline: float
-    now: float
-    stderr: float | None
-    change: float | None = None
-    allowed: float | None = None
-    kind: str | None = None
-    ok: bool = True
-    outcome: str = PASS
-    reason: str | None = None
-
-
 def read_tolerances(stated: Sequence[str]) -> dict[str, float]:
     """`KEY=VALUE` texts as metric -> tolerance; raises InputError for an unknown key, or no number of 0 or more."""
     limits = {}
@@ -147,101 +124,51 @@ def read_tolerances(stated: Sequence[str]) -> dict[str, float]:
 
 def compare_with_baseline(
     now: Evaluation, baseline: Evaluation, limits: Mapping[str, float], *, where: str | Path
-) -> tuple[GateRow, ...]:
-    """Every figure of the baseline beside today's.
+) -> tuple[BudgetVerdict, ...]:
+    """Every figure held against the baseline's, with its tolerance; without a direction there is no verdict.
 
     Raises:
         InputError: The baseline was measured otherwise (reference model, text, tasks, prompts), or has a figure that
             is missing now; what differs is named.
     """
     ours, theirs = _comparable(now, baseline), _comparable(baseline, now)
-    for name, before in theirs.items():
-        if name in ours and (differing := differences(ours[name], before)):
+    for key, before in theirs.items():
+        if key in ours and (differing := differences(ours[key], before)):
             raise InputError(f"{where} is a baseline of something else: {differing}")
-    if missing := [name for name in theirs if name not in ours]:
-        raise InputError(f"{where} has {', '.join(missing)}, which was not measured now")
+    if missing := [key.describe() for key in theirs if key not in ours]:
+        raise InputError(f"{where} has {'; '.join(missing)}, which was not measured now")
     if not theirs:
         raise InputError(f"{where} has no figures to compare with")
-    return tuple(_row(name, before, ours[name], limits) for name, before in theirs.items())
-
-
-def check_gate(rows: tuple[GateRow, ...]) -> None:
-    """Raise LimitError naming every figure beyond its tolerance, else InconclusiveError for those not decided."""
-    for outcome, error, what in (
-        (MISSED, LimitError, "worse than the baseline"),
-        (INCONCLUSIVE, InconclusiveError, "not decided whether it is worse than the baseline"),
-    ):
-        found = [
-            f"{row.metric} went from {row.baseline:.5g} to {row.now:.5g} ({_change(row, '.4g')}, "
-            f"allowed {row.allowed:g}): {row.reason}"
-            for row in rows
-            if row.outcome == outcome
-        ]
-        if found:
-            raise error(f"{what}: {'; '.join(found)}")
-
-
-def gate_table(rows: Sequence[GateRow]) -> Table[Sequence[str]]:
-    """The comparison as a table."""
-    words = {PASS: "ok", INCONCLUSIVE: "not decided", MISSED: "worse"}
-    cells = [
-        (
-            row.metric,
-            f"{row.baseline:.4f}",
-            f"{row.now:.4f}" + ("" if row.stderr is None else f" ± {row.stderr:.3f}"),
-            _change(row, ".4f") if row.kind else "-",
-            "-" if row.allowed is None else f"{row.allowed:g}",
-            "not gated" if row.kind is None else words[row.outcome],
+    verdicts = []
+    for key, before in theirs.items():
+        figure, metric = ours[key], recorded_metric(key.metric)
+        higher = figure.higher_is_better if metric is OWN_METRIC else metric.higher_is_better
+        allowed = limits.get("own" if metric is OWN_METRIC else metric.name, metric.tolerance or 0.0)
+        if higher is None or math.isinf(allowed):
+            continue
+        budget = BudgetConfig(
+            metric=key.metric,
+            relative_to="baseline",
+            difference=not metric.tolerates_ratio,
+            at_least=-allowed if higher else None,
+            at_most=None if higher else allowed,
         )
-        for row in rows
-    ]
-    return table_of_cells(("metric", "baseline", "now", "change", "allowed", "verdict"), cells)
+        verdicts.append(judge(budget, figure, before))
+    return tuple(verdicts)
 
 
-def _change(row: GateRow, form: str) -> str:
-    return f"no {row.kind}" if row.change is None else f"{row.kind} {row.change:{form}}"
-
-
-def _row(name: str, before: Figure, now: Figure, limits: Mapping[str, float]) -> GateRow:
-    assert before.value is not None
-    assert now.value is not None
-    row = GateRow(name, before.value, now.value, now.stderr)
-    metric = recorded_metric(now.key.metric)
-    higher = now.higher_is_better if metric.higher_is_better is None else metric.higher_is_better
-    tolerance = "own" if metric is OWN_METRIC else metric.name
-    allowed = math.inf if metric.tolerance is None else limits.get(tolerance, metric.tolerance)
-    if higher is None or math.isinf(allowed):
-        return row
-    budget = BudgetConfig(
-        metric=now.key.metric,
-        relative_to="baseline",
-        difference=not metric.tolerates_ratio,
-        at_least=-allowed if higher else None,
-        at_most=None if higher else allowed,
-    )
-    verdict = judge(budget, now, before)
-    return replace(
-        row,
-        change=-verdict.value if higher and verdict.value is not None else verdict.value,
-        allowed=allowed,
-        kind="ratio" if metric.tolerates_ratio else "drop" if higher else "increase",
-        ok=verdict.outcome == PASS,
-        outcome=verdict.outcome,
-        reason=verdict.reason,
-    )
-
-
-def _comparable(evaluation: Evaluation, other: Evaluation) -> dict[str, Figure]:
-    """Every figure that has a tolerance, by its name for people, with all that must be equal for a comparison."""
+def _comparable(evaluation: Evaluation, other: Evaluation) -> dict[FigureKey, Figure]:
+    """Every figure that has a tolerance, with all that must be equal for a comparison."""
     subject, figures = evaluation.model.reference, {}
-    for figure in evaluation_figures("", subject, evaluation):
+    for figure in evaluation_figures("model", subject, evaluation):
         metric = recorded_metric(figure.key.metric)
         if figure.role == PRUNED and metric.tolerance is not None and metric.source != TASK:
-            title = metric.title if metric.name == figure.key.metric else figure.key.metric
-            figures[f"{title}, {figure.key.on}" if figure.key.on else title] = figure
+            figures[figure.key] = figure
     for task in evaluation.tasks:
         for score in task.metrics:
-            figures[f"{task.task} {score.name}"] = score_figure("", PRUNED, subject, task, score)
+            figure = score_figure("model", PRUNED, subject, task, score)
+            key = replace(figure.key, on=f"{task.task} {score.name}")
+            figures[key] = replace(figure, key=key)
     shared: dict[str, str] = {}
     if against := evaluation.against:
         known = against.sha256 if other.against and other.against.sha256 else None
@@ -249,11 +176,11 @@ def _comparable(evaluation: Evaluation, other: Evaluation) -> dict[str, Figure]:
         shared["cache of the reference model"] = str(against.cache_type)
     if evaluation.model.source_sha256 and other.model.source_sha256:
         shared["hash of the dense model"] = evaluation.model.source_sha256
-    for name, figure in figures.items():
+    for key, figure in figures.items():
         own = {}
-        if figure.key.metric == "degenerate" and evaluation.degeneration is not None:
+        if key.metric == "degenerate" and evaluation.degeneration is not None:
             own["max_new_tokens"] = str(evaluation.degeneration.max_new_tokens)
         if figure.higher_is_better is not None:
-            own[f"higher_is_better of {name}"] = str(figure.higher_is_better)
-        figures[name] = replace(figure, conditions=figure.conditions | shared | own)
+            own[f"higher_is_better of {key.metric}"] = str(figure.higher_is_better)
+        figures[key] = replace(figure, conditions=figure.conditions | shared | own)
     return figures

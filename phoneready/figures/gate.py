@@ -342,19 +342,21 @@ def write_verdicts(
     return record
 
 
-def check_verdicts(found: Verdicts) -> None:
-    """Turn the outcome into an exit status: a budget that nobody knows to be met is not met.
+def check_verdicts(verdicts: Sequence[BudgetVerdict], what: str = "budgets") -> None:
+    """Turn verdicts into an exit status: a budget that nobody knows to be met is not met.
 
     Raises:
         LimitError: A budget is missed.
         InconclusiveError: None is missed, and one is inconclusive.
     """
-    if found.outcome == PASS:
-        return
-    told = [v for v in found.verdicts if v.outcome == found.outcome]
-    names = "; ".join(f"{v.metric} of {v.subject} is {v.figure()}, {v.limit}: {v.reason}" for v in told)
-    kind, said = (LimitError, MISSED) if found.outcome == MISSED else (InconclusiveError, "not decided")
-    raise kind(f"{len(told)} of {len(found.verdicts)} budgets {said}: {names}")
+    for outcome, kind, said in (
+        (MISSED, LimitError, MISSED),
+        (INCONCLUSIVE, InconclusiveError, "not decided"),
+    ):
+        told = [v for v in verdicts if v.outcome == outcome]
+        names = "; ".join(f"{v.metric} of {v.subject} is {v.figure()}, {v.limit}: {v.reason}" for v in told)
+        if told:
+            raise kind(f"{len(told)} of {len(verdicts)} {what} {said}: {names}")
 
 
 def badge(found: Verdicts) -> str:
@@ -365,11 +367,9 @@ def badge(found: Verdicts) -> str:
     return f"[{outcome}] {Path(found.source).name}: {', '.join(parts) or 'no budgets are set'}"
 
 
-def verdict_rows(found: Verdicts) -> str:
+def verdict_rows(verdicts: Sequence[BudgetVerdict]) -> str:
     """The verdicts for a terminal."""
-    return table_of_cells(
-        _HEADER, [_cells(verdict, verdict.outcome) for verdict in found.verdicts]
-    ).markdown()
+    return table_of_cells(_HEADER, [_cells(verdict, verdict.outcome) for verdict in verdicts]).markdown()
 
 
 def _junit_xml(found: Verdicts) -> str:

@@ -144,7 +144,7 @@ def test_own_metrics_and_their_gate(
     assert [metric["higher_is_better"] for metric in found] == [None, True, True]
     asked = ["eval", dense, *TEXT, "--metric", f"{name}:two"]
     shown(*asked, "--save", "saved.json")
-    assert all(row["ok"] for row in shown(*asked, "--baseline", "saved.json")["gate"])
+    assert all(row["outcome"] == "pass" for row in shown(*asked, "--baseline", "saved.json")["gate"])
     record = json.loads(Path("saved.json").read_text(encoding="utf-8"))
     undirected = [record["metrics"][0], record["metrics"][1] | {"higher_is_better": None}]
     more = [*record["texts"], record["texts"][0] | {"source": "another.txt"}]
@@ -210,9 +210,9 @@ def test_the_gate(
     shown(*asked, "--save", saved)
     rows = {row["metric"]: row for row in shown(*asked, "--baseline", saved)["gate"]}
     assert len(rows) == 6
-    assert all(row["ok"] for row in rows.values())
-    assert rows["perplexity, text builtin:python-docs"]["change"] == pytest.approx(1)
-    assert rows["KL mean, text builtin:python-docs"]["allowed"] == 0.01
+    assert {row["outcome"] for row in rows.values()} == {"pass"}
+    assert rows["perplexity, text builtin:python-docs"]["value"] == pytest.approx(1)
+    assert rows["kl_mean, text builtin:python-docs"]["limit"] == "at most 0.01 nats above baseline"
 
     record = json.loads(saved.read_text(encoding="utf-8"))
     record["texts"][0]["perplexity"] /= 1.1
@@ -222,10 +222,11 @@ def test_the_gate(
     capsys.readouterr()
     assert main(asked) == 1
     captured = capsys.readouterr()
-    for part in ("perplexity, text", "ratio 1.1", "KL mean"):
+    assert "2 of 6 limits of the baseline missed" in captured.err
+    for part in ("perplexity, text", "is 1.1 x", "kl_mean, text"):
         assert part in captured.err
-    assert "same top-1" not in captured.err
-    assert captured.out.count("worse") == 2
+    assert "same_top1" not in captured.err
+    assert captured.out.count("| missed") == 2
     assert main([*asked, "--tolerance", "perplexity=1.2", "--tolerance", "kl_mean=0.1"]) == 0
 
     changes: dict[str, Callable[[dict[str, Any]], None]] = {
@@ -270,7 +271,7 @@ def test_task_figures_are_gated(
     asked = ["eval", dense, "--no-text", "--no-prompts", "--tasks", str(task)]
     shown(*asked, "--save", saved)
     asked += ["--baseline", str(saved)]
-    assert all(row["ok"] for row in shown(*asked)["gate"])
+    assert all(row["outcome"] == "pass" for row in shown(*asked)["gate"])
     record = json.loads(saved.read_text(encoding="utf-8"))
     metric = record["tasks"][0]["metrics"][0]
     right = metric["right"]
@@ -283,10 +284,10 @@ def test_task_figures_are_gated(
     one_more = right.replace("0", "1", 1)
     rewrite(right=one_more, value=one_more.count("1") / 10)
     said = refused(*asked, status=3)
-    assert "not decided whether it is worse than the baseline: fruits acc went from" in said
+    assert "1 of 2 limits of the baseline not decided: accuracy, fruits acc of" in said
     assert main([*asked, "--tolerance", "accuracy=0.4"]) == 0
     rewrite(right="1" * 10, value=1.0)
-    assert "fruits acc went from" in refused(*asked, status=1)
+    assert "missed: accuracy, fruits acc of" in refused(*asked, status=1)
     rewrite(right="10x")
     assert "tasks[0].metrics[0].right" in refused(*asked)
     del metric["right"]  # as an earlier version wrote it

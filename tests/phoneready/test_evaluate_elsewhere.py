@@ -93,7 +93,7 @@ def test_the_native_runner_gives_what_is_given_here(
     assert there["tasks"] == here["tasks"]
     likely = [one["texts"][0]["bits_per_byte"] for one in (there, here)]
     assert likely[0] == pytest.approx(likely[1], rel=1e-6)
-    assert all(row["ok"] for row in there["gate"])
+    assert all(row["outcome"] == "pass" for row in there["gate"])
     short = shown("eval", gguf, *QUICK, *where, "--cache-type", "f16")
     assert short["place"]["cache_type"] == "f16"
     said = refused("eval", gguf, *QUICK, *where, "--backend", "gpu")
@@ -125,7 +125,7 @@ def test_texts_are_as_likely_there_as_here(
     (there,) = result["texts"]
     assert there["bits_per_byte"] == pytest.approx(here["bits_per_byte"], rel=1e-6)
     assert [there[key] for key in ("n_tokens", "windows_sha256")] == [470, here["windows_sha256"]]
-    assert all(row["ok"] for row in result["gate"])
+    assert all(row["outcome"] == "pass" for row in result["gate"])
     (beside,) = shown("eval", *asked, *where, "--against", gguf)["texts"]
     assert beside["against_bits_per_byte"] == pytest.approx(here["bits_per_byte"], rel=1e-6)
     assert beside["bits_per_byte"] == pytest.approx(here["bits_per_byte"], rel=1e-6)

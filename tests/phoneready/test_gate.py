@@ -21,6 +21,7 @@ from phoneready.figures.figures import (
     FigureSet,
     Verdicts,
     check_same_model,
+    measured_place,
     read_baseline,
 )
 from phoneready.figures.gate import badge, check_verdicts, judge_all, paired_interval, write_verdicts
@@ -67,27 +68,24 @@ def judge(one: BudgetConfig, *found: Figure, baseline: FigureSet | None = None) 
     return verdict
 
 
-@pytest.mark.parametrize(("limit", "outcome"), [(100, "pass"), ("100 B", "pass"), (99, "missed")])
-def test_a_size_keeps_to_its_limit_or_not(limit: float | str, outcome: str) -> None:
-    verdict = judge(budget(metric="file_bytes", at_most=limit), figure(SIZE, 100))
-    assert (verdict.outcome, verdict.value, verdict.low, verdict.unit) == (outcome, 100, None, "bytes")
-    assert (verdict.metric, verdict.subject, verdict.target) == ("file_bytes", "pruned-Q4_0", None)
+def test_a_size_keeps_to_its_limit_or_not() -> None:
+    for limit, outcome in ((100, "pass"), ("100 B", "pass"), (99, "missed"), ("1 KB", "pass")):
+        verdict = judge(budget(metric="file_bytes", at_most=limit), figure(SIZE, 100))
+        assert (verdict.outcome, verdict.value, verdict.low, verdict.unit) == (outcome, 100, None, "bytes")
+        assert (verdict.metric, verdict.subject, verdict.target) == ("file_bytes", "pruned-Q4_0", None)
 
 
-@pytest.mark.parametrize(
-    ("text", "count"), [("1 KB", 1000), ("1 KiB", 1024), ("1.5M", 1572864), ("2 GB", 2e9)]
-)
-def test_sizes_have_units(text: str, count: float) -> None:
-    assert budget(metric="file_bytes", at_most=text).limit == count
+def test_a_speed_passes_only_with_its_whole_interval() -> None:
+    for limit, outcome in ((90, "pass"), (100, "inconclusive"), (115, "missed")):
+        verdict = judge(budget(metric="tg128", at_least=limit), speed(samples(100, 0.05)))
+        assert verdict.outcome == outcome
+        assert (verdict.low or 100) < 100 < (verdict.high or 100)
 
 
-@pytest.mark.parametrize(("limit", "outcome"), [(90, "pass"), (100, "inconclusive"), (115, "missed")])
-def test_a_speed_passes_only_with_its_whole_interval(limit: float, outcome: str) -> None:
-    verdict = judge(budget(metric="tg128", at_least=limit), speed(samples(100, 0.05)))
-    assert verdict.outcome == outcome
-    assert verdict.low is not None
-    assert verdict.high is not None
-    assert verdict.low < 100 < verdict.high
+def test_options_that_change_no_figure_are_not_in_a_targets_name() -> None:
+    assert measured_place("ssh:board,retries=5,runner=/r,folder=/tmp/x") == "ssh:board,runner=/r"
+    one = budget(metric="tg128", targets=["local,retries=3"], at_least=1)
+    assert judge(one, speed(samples(100, 0.05))).outcome == "pass"
 
 
 def test_memory_is_compared_by_the_most_as_the_report_does() -> None:
@@ -134,11 +132,10 @@ def test_a_limit_far_from_every_sample_needs_no_more_of_them() -> None:
     assert "a verdict needs 8, and each is far from the limit" in outcomes[65].reason
 
 
-@pytest.mark.parametrize("metric", ["load", "ttft128", "pp512", "tg128", "peak_rss_bytes"])
-def test_what_is_sampled_has_no_difference(metric: str) -> None:
-    limit = {"at_least" if metric[:2] in ("pp", "tg") else "at_most": 1.0}
-    with pytest.raises(ValueError, match=f"difference: {metric} is measured"):
-        budget(metric=metric, relative_to="dense", difference=True, **limit)
+def test_what_is_sampled_has_no_difference() -> None:
+    for metric, limit in (("load", "at_most"), ("pp512", "at_least"), ("peak_rss_bytes", "at_most")):
+        with pytest.raises(ValueError, match=f"difference: {metric} is measured"):
+            budget(metric=metric, relative_to="dense", difference=True, **{limit: 1.0})
 
 
 def test_pairs_decide_what_single_samples_cannot() -> None:
@@ -175,18 +172,16 @@ def accuracy(right: str, role: str = "pruned", *, recorded: bool = True, key: Fi
     return figure(key, share, role, stderr=error, right=(right,) if recorded else ())
 
 
-@pytest.mark.parametrize(
-    ("lost", "gained", "outcome"),
-    [(0, 0, "pass"), (6, 5, "pass"), (8, 0, "inconclusive"), (40, 4, "missed")],
-)
-def test_answers_to_the_same_items_are_compared_item_by_item(lost: int, gained: int, outcome: str) -> None:
-    before, now = answers(500, lost, gained)
+def test_answers_to_the_same_items_are_compared_item_by_item() -> None:
     limit = {"metric": "accuracy", "relative_to": "dense"}
-    for one in (budget(**limit, at_least=-0.02, difference=True), budget(**limit, at_least=0.975)):
-        verdict = judge(one, accuracy(now), accuracy(before, "dense"))
-        assert verdict.outcome == outcome
-        assert "independent" not in verdict.reason
-    # A record of an earlier version has no answers by item.
+    for lost, gained, outcome in ((0, 0, "pass"), (6, 5, "pass"), (8, 0, "inconclusive"), (40, 4, "missed")):
+        before, now = answers(500, lost, gained)
+        for one in (budget(**limit, at_least=-0.02, difference=True), budget(**limit, at_least=0.975)):
+            verdict = judge(one, accuracy(now), accuracy(before, "dense"))
+            assert verdict.outcome == outcome
+            assert "independent" not in verdict.reason
+    # Not every task says which items were answered rightly.
+    before, now = answers(500)
     old = accuracy(before, "dense", recorded=False)
     verdict = judge(budget(**limit, at_least=-0.02, difference=True), accuracy(now), old)
     assert verdict.outcome == "inconclusive", "five hundred items cannot tell two points without pairs"
@@ -205,9 +200,8 @@ def test_a_mean_over_tasks_is_compared_item_by_item() -> None:
     assert -0.02 < verdict.low < 0
 
 
-@pytest.mark.parametrize(("lost", "gained"), [(0.05, 0.05), (0.08, 0.02)])
-def test_the_interval_of_paired_answers_covers_the_truth(lost: float, gained: float) -> None:
-    generator = random.Random(1)
+def test_the_interval_of_paired_answers_covers_the_truth() -> None:
+    generator, lost, gained = random.Random(1), 0.08, 0.02
     covered = 0
     for _ in range(100):
         drawn = generator.choices(("11", "10", "01", "00"), (0.6, lost, gained, 0.4 - lost - gained), k=300)
@@ -237,13 +231,11 @@ def test_a_band_is_an_interval() -> None:
 def test_energy_is_as_sure_as_its_meter() -> None:
     key = FigureKey("joules_tg64", "Q4_0", "local")
 
-    processes = tuple(range(6))
-
     def joules(
         value: float, role: str = "pruned", meter: str = "RAPL counter, package", **more: Any
     ) -> Figure:
         bounds = {"low": value * 0.98, "high": value * 1.02, "conditions": {"meter": meter}}
-        bounds |= {"samples": (value,) * 6, "rounds": processes} | more
+        bounds |= {"samples": (value,) * 6, "rounds": tuple(range(6))} | more
         return Figure(key, role, f"{role}-Q4_0", "J", value, target="local", **bounds)
 
     outcomes = [judge(budget(metric="joules_tg64", at_most=n), joules(1.0)).outcome for n in (0.9, 1.01, 1.1)]
@@ -266,8 +258,6 @@ def test_energy_is_as_sure_as_its_meter() -> None:
     assert (few.outcome, "a verdict needs 5" in few.reason) == ("inconclusive", True)
     scattered = joules(1.0, samples=(0.8, 1.25, 0.9, 1.1, 1.3, 0.85))
     assert judge(budget(metric="joules_tg64", at_most=1.05), scattered).outcome == "inconclusive"
-    with pytest.raises(ValueError, match="difference: joules_tg64 is measured"):
-        budget(metric="joules_tg64", at_most=0.1, relative_to="dense", difference=True)
 
 
 def test_a_baseline_must_be_of_the_same_model_schema_text_and_machine(tmp_path: Path) -> None:
@@ -283,7 +273,7 @@ def test_a_baseline_must_be_of_the_same_model_schema_text_and_machine(tmp_path: 
     check_same_model(before, "elsewhere/the-same", "ab", path)
     with pytest.raises(InputError, match="of another model: some/model"):
         check_same_model(before, "some/model", "cd", path)
-    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 99'))
+    path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 99'))
     with pytest.raises(InputError, match="unknown schema version"):
         read_baseline(path, [])
 
@@ -336,12 +326,12 @@ def test_verdicts_are_read_back_and_make_the_exit_status(written: Path) -> None:
     with pytest.raises(
         LimitError, match=r"1 of 3 budgets missed: file_bytes of .* is 3\.0 MiB, at most 1 B"
     ) as missed:
-        check_verdicts(verdicts)
+        check_verdicts(verdicts.verdicts)
     assert missed.value.exit_code == 1
     rest = dataclasses.replace(verdicts, outcome="inconclusive", verdicts=verdicts.verdicts[1:])
     with pytest.raises(InconclusiveError, match="1 of 2 budgets not decided: tg128 of ") as open_:
-        check_verdicts(rest)
-    check_verdicts(dataclasses.replace(rest, outcome="pass", verdicts=rest.verdicts[1:]))
+        check_verdicts(rest.verdicts)
+    check_verdicts(rest.verdicts[1:])
     assert open_.value.exit_code == 3
     assert len(read_record(FigureSet, written / "figures.json").figures) == 3
 
