@@ -191,7 +191,7 @@ def entry_of(
         figures=tuple(
             _followed(f, f.value)
             for f in figures.figures
-            if f.value is not None and not (f.noise or (f.anchor and f.anchor.noise))
+            if f.value is not None and not any(one and one.noise for one in (f.samples, f.anchor))
         ),
     )
 
@@ -200,7 +200,7 @@ def _followed(figure: Figure, value: float) -> HistoryFigure:
     """What of a figure is followed; of one with an anchor, its multiple of the anchor's."""
     unit, error = figure.unit, None
     if figure.samples:
-        timed = replace(figure.timed, looks=1)
+        timed = replace(figure.samples, looks=1)
         found = judge(figure.anchor or Samples("", (1.0,)), timed).interval
         if found and timed.n_independent >= _FEWEST:
             # The standard error that the median's bootstrap interval stands for.

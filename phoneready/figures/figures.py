@@ -220,18 +220,14 @@ class Figure:
         subject: The file or checkpoint, by name.
         value: None if it could not be found; `failure` says why.
         kind: How it came about: `exact`, or as in benchmark records, as are target and backends.
-        samples: What it is the median of, in its unit, in the order taken; `rounds`: the process of each, from 0.
-        paired: Figures of one name were sampled in turns: their samples may be compared pair by pair.
+        samples: What it is the median of, as judged: less is better, so of a speed 1 / value.
         stderr: Standard error, of accuracies.
         low: Lower end, `high` upper end: of bands, of the most of several, and by a meter's error.
-        noise: Why its samples tell more of the machine than of the file.
         conditions: What must be equal for two such figures to be comparable.
         higher_is_better: Direction, of own metrics that state it.
-        cpu_samples: The samples by the processor's clock; empty if that clock does not tell of the file.
         right: For each task, which of its items were answered rightly, if that is recorded.
         measured_on: Whether samples were added until budgets were decided, as in benchmark records.
-        cap: Share of its highest clock that the machine was held to, if known.
-        anchor: The file that was measured in turns with it, so that other sessions can be compared with it.
+        anchor: Samples of the file that was measured in turns with it, so that other sessions can be compared with it.
     """
 
     key: FigureKey
@@ -241,51 +237,23 @@ class Figure:
     value: float | None
     kind: str = "exact"
     target: str | None = None
-    samples: tuple[float, ...] = ()
-    rounds: tuple[int, ...] = ()
-    paired: str | None = None
+    samples: Samples | None = None
     stderr: float | None = None
     low: float | None = None
     high: float | None = None
     failure: str | None = None
-    noise: str | None = None
     conditions: dict[str, str] = field(default_factory=dict)
     higher_is_better: bool | None = None
-    cpu_samples: tuple[float, ...] = ()
-    cpu_noise: str | None = None
     backends: str | None = None
     right: tuple[Right, ...] = ()
     measured_on: MeasuredOn | None = None
-    cap: float | None = None
     anchor: Samples | None = None
 
-    @property
-    def timed(self) -> Samples:
-        """Its samples, as they are judged: less is better."""
-        times, cpu_times = self.samples, self.cpu_samples
-        if self._is_speed:
-            times, cpu_times = (tuple(1 / value for value in found) for found in (times, cpu_times))
-        return Samples(
-            self.subject,
-            times,
-            self.rounds,
-            cpu_times=cpu_times,
-            session=self.paired,
-            noise=self.noise,
-            cpu_noise=self.cpu_noise,
-            looks=self.measured_on.looks if self.measured_on else 1,
-            cap=self.cap,
-        )
-
     def in_unit(self, of_speeds: RatioInterval) -> RatioInterval:
-        """What was found of speeds, which are 1 / times, in the figure's own unit or as its ratio."""
-        if self._is_speed:
+        """What was found of speeds, which are 1 / samples, in the figure's own unit or as its ratio."""
+        if recorded_metric(self.key.metric).higher_is_better:
             return of_speeds
         return RatioInterval(1 / of_speeds.ratio, 1 / of_speeds.high, 1 / of_speeds.low)
-
-    @property
-    def _is_speed(self) -> bool:
-        return recorded_metric(self.key.metric).higher_is_better is True
 
 
 @dataclass(frozen=True)
@@ -313,7 +281,8 @@ def read_baseline(path: Path, wanted: Iterable[FigureKey]) -> FigureSet:
     """
     baseline = read_record(FigureSet, path)
     for figure in baseline.figures:
-        values = [value for value in (figure.value, *figure.samples) if value is not None]
+        samples = figure.samples.times if figure.samples else ()
+        values = [value for value in (figure.value, *samples) if value is not None]
         if recorded_metric(figure.key.metric) is not OWN_METRIC and min(values, default=0) < 0:
             raise InputError(
                 f"{path}: no figure: {figure.key.describe()}", value=min(values), allowed="0 or more"

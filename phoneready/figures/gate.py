@@ -128,11 +128,12 @@ def judge(budget: BudgetConfig, figure: Figure, reference: Figure | None) -> Bud
     outcome, reason = _outcome(budget, estimate, unit)
     reason += estimate.aside if outcome != INCONCLUSIVE or not estimate.reason else ""
     # A busy machine only slows: what passes there, passes.
-    if figure.noise and outcome == MISSED and budget.relative_to is None:
+    if figure.samples and figure.samples.noise and outcome == MISSED and budget.relative_to is None:
         outcome, reason = INCONCLUSIVE, _too_noisy(figure)
     if outcome == INCONCLUSIVE and figure.measured_on and figure.measured_on.seconds:
         took, over = format_seconds(figure.measured_on.seconds), figure.measured_on.time_over
-        reason += f"; not decided in {figure.timed.n_independent} rounds; those added took {took}"
+        rounds = figure.samples.n_independent if figure.samples else 0
+        reason += f"; not decided in {rounds} rounds; those added took {took}"
         reason += ": the time of bench.decide_s is over" if over else ""
     low, high = (None, None) if estimate.low == estimate.high else (estimate.low, estimate.high)
     return BudgetVerdict(
@@ -152,16 +153,15 @@ def judge(budget: BudgetConfig, figure: Figure, reference: Figure | None) -> Bud
 def _absolute(figure: Figure) -> _Estimate:
     if figure.value is None:
         return _failed(figure)
-    metered = recorded_metric(figure.key.metric).metered
-    if metered and figure.noise:  # what slows a processor may spare energy
+    metered, timed = recorded_metric(figure.key.metric).metered, figure.samples
+    if metered and timed and timed.noise:  # what slows a processor may spare energy
         return _Estimate(reason=_too_noisy(figure))
     if figure.low is not None and figure.high is not None and not metered:
         return _Estimate(figure.value, figure.low, figure.high)
     if figure.stderr is not None:
         return _around(figure.value, NORMAL_95 * figure.stderr)
-    if not figure.samples:
+    if not timed:
         return _Estimate(figure.value, figure.value, figure.value)
-    timed = figure.timed
     few = timed.too_few(CONFIDENCE)
     if few and timed.n_independent < MIN_SAMPLES:
         return _Estimate(figure.value, reason=few)
@@ -197,10 +197,10 @@ def _relative(budget: BudgetConfig, figure: Figure, reference: Figure) -> _Estim
         its_least, its_most = reference.low or before, reference.high or before
         return _Estimate(now / before, least / its_most, most / its_least)
     if figure.samples and reference.samples:
-        apart = figure.paired is None or figure.paired != reference.paired
+        apart = figure.samples.session is None or figure.samples.session != reference.samples.session
         both = reference.anchor, figure.anchor
         anchors = (both[0], both[1]) if apart and both[0] and both[1] else None
-        found = judge_samples(reference.timed, figure.timed, anchors)
+        found = judge_samples(reference.samples, figure.samples, anchors)
         if found.problem or found.shown is None:
             return _Estimate(reason=found.problem or f"{TOO_NOISY}: {found.noise}")
         interval = figure.in_unit(found.shown)
@@ -240,7 +240,7 @@ def _failed(figure: Figure) -> _Estimate:
 
 
 def _too_noisy(figure: Figure) -> str:
-    return f"{TOO_NOISY}: {figure.subject}: {figure.noise}"
+    return f"{TOO_NOISY}: {figure.subject}: {figure.samples and figure.samples.noise}"
 
 
 def differences(figure: Figure, reference: Figure, *, but: str = "") -> str:

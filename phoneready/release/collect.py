@@ -28,7 +28,7 @@ from runtime_bench.devices.projection import Band, project
 from runtime_bench.records.bench_record import DOES_NOT_FIT, BenchRecord
 from runtime_bench.records.energy import EnergyAccount, energy
 from runtime_bench.records.fairness import CAP_LIMIT, capped_at, noise
-from runtime_bench.records.judgement import samples_of
+from runtime_bench.records.judgement import Samples, samples_of
 
 
 def collect_figures(config: ReleaseConfig, folder: Path, release: ReleaseFigures) -> FigureSet:
@@ -104,7 +104,6 @@ def _unmeasured(
         kind=record.kind,
         target=record.target,
         backends=record.backends,
-        paired=f"{record.session} {metric} {record.n_threads}",
         failure=_unusable(record),
         conditions=conditions,
     )
@@ -116,27 +115,29 @@ def _unusable(record: BenchRecord) -> str | None:
 
 
 def _timing(config: ReleaseConfig, place: str, record: BenchRecord, role: str, item: str) -> Figure:
-    figure = _unmeasured(config, place, record, role, item, record.test)
-    timed = samples_of(record, "it")
+    figure, timed = _unmeasured(config, place, record, role, item, record.test), samples_of(record, "it")
     if figure.failure or timed.problem or record.median_ns is None:
         return replace(figure, failure=figure.failure or timed.problem)
+    n_tokens, ns = record.n_tokens, record.median_ns
     return replace(
         figure,
-        value=_in_unit(record, [record.median_ns])[0],
-        samples=_in_unit(record, timed.times),
-        rounds=record.rounds,
-        noise=timed.noise,
-        cpu_samples=_in_unit(record, timed.cpu_times),
-        cpu_noise=timed.cpu_noise,
-        cap=timed.cap,
+        value=1e9 * n_tokens / ns if n_tokens else ns / 1e6,
+        samples=_samples(record, figure, _session(record, record.test)),
         measured_on=record.measured_on,
     )
 
 
-def _in_unit(record: BenchRecord, times_ns: Sequence[float]) -> tuple[float, ...]:
-    """Times as tokens a second, of workloads that are no rate as milliseconds."""
-    n_tokens = record.n_tokens
-    return tuple(1e9 * n_tokens / ns if n_tokens else ns / 1e6 for ns in times_ns)
+def _session(record: BenchRecord, metric: str) -> str:
+    """Rows of one name took turns: their samples may be compared pair by pair."""
+    return f"{record.session} {metric} {record.n_threads}"
+
+
+def _samples(record: BenchRecord, figure: Figure, session: str) -> Samples:
+    """Samples as they are judged: milliseconds, or of a rate seconds a token."""
+    found = samples_of(record, figure.subject)
+    unit = 1e9 * (record.n_tokens or 1e-3)
+    times, cpu_times = (tuple(ns / unit for ns in each) for each in (found.times, found.cpu_times))
+    return replace(found, times=times, cpu_times=cpu_times, session=session, problem=None, loaded=None)
 
 
 def _anchored(figure: Figure, anchor: BenchRecord) -> Figure:
@@ -145,22 +146,12 @@ def _anchored(figure: Figure, anchor: BenchRecord) -> Figure:
         name: value for name, value in figure.conditions.items() if name not in ("processor", "clocks")
     }
     found = replace(figure, conditions=conditions | {"anchor": str(anchor.anchor_sha256)})
-    if figure.value is None:
+    if figure.samples is None:
         return found
-    timed, failure = samples_of(anchor, f"the anchor of {figure.subject}"), _unusable(anchor)
-    unit = 1e9 * (anchor.n_tokens or 1e-3)  # of what 1 / times are: tokens a second, or milliseconds
-    return replace(
-        found,
-        anchor=replace(
-            timed,
-            times=tuple(ns / unit for ns in timed.times),
-            cpu_times=tuple(ns / unit for ns in timed.cpu_times),
-            session=figure.paired,
-            problem=None if timed.times else failure or timed.problem or timed.noise,
-            noise=failure or timed.noise,
-            cpu_noise=failure or timed.cpu_noise,
-        ),
-    )
+    timed, failure = _samples(anchor, figure, str(figure.samples.session)), _unusable(anchor)
+    noise, cpu_noise = failure or timed.noise, failure or timed.cpu_noise
+    problem, name = None if timed.times else noise, f"the anchor of {figure.subject}"
+    return replace(found, anchor=replace(timed, name=name, problem=problem, noise=noise, cpu_noise=cpu_noise))
 
 
 def _energy(
@@ -172,16 +163,10 @@ def _energy(
     found = account.joules
     if found is None or figure.failure:
         return replace(figure, failure=figure.failure or account.reason)
-    samples = account.of_processes
-    return replace(
-        figure,
-        value=found.value,
-        low=found.low,
-        high=found.high,
-        samples=samples,
-        rounds=tuple(range(len(samples))),
-        noise=noise(record),
-    )
+    times, session = account.of_processes, _session(record, figure.key.metric)
+    rounds = tuple(range(len(times)))
+    samples = Samples(figure.subject, times, rounds, session=session, noise=noise(record))
+    return replace(figure, value=found.value, low=found.low, high=found.high, samples=samples)
 
 
 def _peak(config: ReleaseConfig, place: str, records: Sequence[BenchRecord], role: str, item: str) -> Figure:
@@ -198,8 +183,8 @@ def _peak(config: ReleaseConfig, place: str, records: Sequence[BenchRecord], rol
     peaks = tuple(map(float, worst.peak_rss_samples_bytes))
     if failed or not peaks:
         return figure
-    rounds = tuple(range(len(peaks)))
-    return replace(figure, value=max(peaks), samples=peaks, rounds=rounds, low=min(peaks), high=max(peaks))
+    samples = Samples(figure.subject, peaks, tuple(range(len(peaks))))
+    return replace(figure, value=max(peaks), samples=samples, low=min(peaks), high=max(peaks))
 
 
 def projected_figures(

@@ -27,6 +27,7 @@ from phoneready.figures.figures import (
 from phoneready.figures.gate import badge, check_verdicts, judge_all, paired_interval, write_verdicts
 from phoneready.settings.release import parse_config
 from runtime_bench.records.bench_record import MeasuredOn
+from runtime_bench.records.judgement import Samples
 
 MODEL = '[model]\nreference = "some/model"\n'
 SIZE = FigureKey("file_bytes", "Q4_0")
@@ -51,8 +52,12 @@ def figure(key: FigureKey, value: float | None, role: str = "pruned", **more: ob
     return Figure(key, role, f"{role}-{key.item}", units[key.metric], value, **more)  # type: ignore[arg-type]
 
 
-def speed(values: tuple[float, ...], role: str = "pruned", **more: object) -> Figure:
-    return figure(SPEED, sorted(values)[len(values) // 2], role, samples=values, target="local", **more)
+def speed(
+    values: tuple[float, ...], role: str = "pruned", conditions: dict[str, str] | None = None, **more: Any
+) -> Figure:
+    timed = Samples(f"{role}-Q4_0", tuple(1 / value for value in values), **more)
+    middle = sorted(values)[len(values) // 2]
+    return figure(SPEED, middle, role, samples=timed, target="local", conditions=conditions or {})
 
 
 def figures(*found: Figure, sha256: str | None = "ab") -> FigureSet:
@@ -92,7 +97,8 @@ def test_memory_is_compared_by_the_most_as_the_report_does() -> None:
     key = FigureKey("peak_rss_bytes", "Q4_0", "local")
 
     def peaks(*found: float, role: str = "pruned") -> Figure:
-        ends = {"low": min(found), "high": max(found), "samples": found, "target": "local"}
+        timed = Samples(f"{role}-Q4_0", found)
+        ends = {"low": min(found), "high": max(found), "samples": timed, "target": "local"}
         return Figure(key, role, f"{role}-Q4_0", "bytes", max(found), **ends)  # type: ignore[arg-type]
 
     dense, ours = peaks(100.0, 104.0, 102.0, role="dense"), peaks(90.0, 91.0, 90.5)
@@ -124,8 +130,9 @@ def test_few_samples_and_failed_runs_say_nothing() -> None:
 
 
 def test_a_limit_far_from_every_sample_needs_no_more_of_them() -> None:
-    few = replace(speed((100.0, 101.0, 99.0, 100.0, 102.0)), measured_on=MeasuredOn(5))
-    assert few.timed.too_few(0.95) == "pruned-Q4_0 has 5 samples, a verdict needs 8"
+    few = replace(speed((100.0, 101.0, 99.0, 100.0, 102.0), looks=5), measured_on=MeasuredOn(5))
+    assert few.samples is not None
+    assert few.samples.too_few(0.95) == "pruned-Q4_0 has 5 samples, a verdict needs 8"
     outcomes = {limit: judge(budget(metric="tg128", at_least=limit), few) for limit in (65, 67, 152, 154)}
     assert [one.outcome for one in outcomes.values()] == ["pass", "inconclusive", "inconclusive", "missed"]
     assert outcomes[67].reason == "pruned-Q4_0 has 5 samples, a verdict needs 8"
@@ -141,11 +148,11 @@ def test_what_is_sampled_has_no_difference() -> None:
 def test_pairs_decide_what_single_samples_cannot() -> None:
     """A machine whose speed drifts by half, and a file that is 5 % faster in every round."""
     drift = [100 * (1 + 0.5 * i / 19) for i in range(20)]
-    dense = speed(tuple(drift), "dense", paired="one")
+    dense = speed(tuple(drift), "dense", session="one")
     ours = tuple(1.05 * value for value in drift)
     one = budget(metric="tg128", at_least=1.02, relative_to="dense")
-    assert judge(one, speed(ours, paired="one"), dense).outcome == "pass"
-    apart = judge(one, speed(ours, paired="two"), dense)
+    assert judge(one, speed(ours, session="one"), dense).outcome == "pass"
+    apart = judge(one, speed(ours, session="two"), dense)
     assert apart.outcome == "inconclusive"
     assert (apart.unit, apart.limit) == ("x", "at least 1.02 x dense")
 
@@ -234,9 +241,10 @@ def test_energy_is_as_sure_as_its_meter() -> None:
     def joules(
         value: float, role: str = "pruned", meter: str = "RAPL counter, package", **more: Any
     ) -> Figure:
-        bounds = {"low": value * 0.98, "high": value * 1.02, "conditions": {"meter": meter}}
-        bounds |= {"samples": (value,) * 6, "rounds": tuple(range(6))} | more
-        return Figure(key, role, f"{role}-Q4_0", "J", value, target="local", **bounds)
+        times = more.pop("times", (value,) * 6)
+        timed = Samples(f"{role}-Q4_0", times, tuple(range(len(times))), **more)
+        bounds: dict[str, Any] = {"low": value * 0.98, "high": value * 1.02, "conditions": {"meter": meter}}
+        return Figure(key, role, f"{role}-Q4_0", "J", value, target="local", samples=timed, **bounds)
 
     outcomes = [judge(budget(metric="joules_tg64", at_most=n), joules(1.0)).outcome for n in (0.9, 1.01, 1.1)]
     assert outcomes == ["missed", "inconclusive", "pass"]
@@ -252,11 +260,9 @@ def test_energy_is_as_sure_as_its_meter() -> None:
     # What slows a processor spares energy: it proves nothing of a file.
     slowed = judge(budget(metric="joules_tg64", at_most=2.0), joules(1.0, noise="clocks were capped"))
     assert (slowed.outcome, "clocks were capped" in slowed.reason) == ("inconclusive", True)
-    few = judge(
-        budget(metric="joules_tg64", at_most=2.0), joules(1.0, samples=(1.0,) * 4, rounds=(0, 1, 2, 3))
-    )
+    few = judge(budget(metric="joules_tg64", at_most=2.0), joules(1.0, times=(1.0,) * 4))
     assert (few.outcome, "a verdict needs 5" in few.reason) == ("inconclusive", True)
-    scattered = joules(1.0, samples=(0.8, 1.25, 0.9, 1.1, 1.3, 0.85))
+    scattered = joules(1.0, times=(0.8, 1.25, 0.9, 1.1, 1.3, 0.85))
     assert judge(budget(metric="joules_tg64", at_most=1.05), scattered).outcome == "inconclusive"
 
 

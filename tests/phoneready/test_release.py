@@ -290,7 +290,10 @@ def test_an_anchor_takes_turns_and_is_in_the_figures_alone(
     figures = read_record(FigureSet, tmp_path / "out" / "figures.json").figures
     speeds = [figure for figure in figures if figure.key.metric.startswith("tg")]
     assert {figure.role for figure in speeds} == {"dense", "pruned"}
-    assert all(figure.anchor and len(figure.anchor.times) == len(figure.samples) == 5 for figure in speeds)
+    assert all(
+        figure.anchor and figure.samples and len(figure.anchor.times) == len(figure.samples.times) == 5
+        for figure in speeds
+    )
     assert all({"anchor"} <= figure.conditions.keys() - {"processor"} for figure in speeds)
     assert {figure.conditions["key-value cache"] for figure in speeds} == {"q8_0"}
     (row, *_) = read_jsonl(next((tmp_path / "out").rglob("bench*.jsonl")))
