@@ -72,7 +72,7 @@ class LanguageModel(Protocol):
         ...
 
     def score(self, items: Sequence[Branches]) -> list[list[Score]]:
-        """The score of every continuation of every item; a shared context is run once."""
+        """The score of every continuation of every item; runtimes may run a shared context once."""
         ...
 
     def generate(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,8 +11,8 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.evaluation.language_model import Branches, Score, branch_scores, check_length, contains_any
-from cfsp.models.architectures import output_logits, spec_for, windows_of_blocks
-from cfsp.models.offload import at_hand, computing_dtype, is_paged, last_hidden_states
+from cfsp.models.architectures import output_logits
+from cfsp.models.offload import at_hand, is_paged, last_hidden_states
 from cfsp.models.source import LoadedModel
 from cfsp.text.self_sampling import generate, stop_ids
 
@@ -73,11 +72,7 @@ class BlocksAhead:
 
 
 class TorchLanguageModel:
-    """A loaded model, run by torch.
-
-    Continuations of one context share a row with it, each attending to the context and itself: the context is computed
-    once, and the result is that of separate sequences.
-    """
+    """A loaded model, run by torch."""
 
     runtime = "torch"
     gives_logits = True
@@ -102,59 +97,33 @@ class TorchLanguageModel:
 
     @torch.inference_mode()
     def score(self, items: Sequence[Branches]) -> list[list[Score]]:
-        """See `LanguageModel`; items of similar length share a batch."""
+        """See `LanguageModel`; each continuation is a row behind its context, and rows of about one length a batch."""
         if not all(item.context and all(item.continuations) for item in items):
             raise InputError("a context and a continuation need at least one token each")
-        config = self.loaded.model.config
-        # One mask serves all blocks: it knows no sliding windows, and convolutions ignore it.
-        narrowest = min((window for window in windows_of_blocks(config) if window), default=math.inf)
-        lengths = [item.n_tokens for item in items]
-        scores: list[list[Score]] = [[] for _ in items]
-        batches: list[list[int]] = []
-        for index in sorted(range(len(items)), key=lengths.__getitem__, reverse=True):
-            item = items[index]
-            longest = len(item.context) + max(map(len, item.continuations), default=0) - 1
-            if longest > narrowest or spec_for(config).sees_neighbours:
-                scores[index] = list(branch_scores(item, self._apart(item)))
-            elif batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= _BATCH_TOKENS:
-                batches[-1].append(index)
-            else:
-                batches.append([index])
-        for batch in batches:
-            for index, item_scores in zip(batch, self._score_batch([items[i] for i in batch]), strict=True):
-                scores[index] = item_scores
-        return scores
-
-    def _apart(self, item: Branches) -> torch.Tensor:
-        """What `branch_scores` reads, from a row of its own for each continuation."""
-        model, start = self.loaded.model, len(item.context)
-        rows: list[torch.Tensor] = []
-        for continuation in item.continuations:
-            ids = torch.tensor([[*item.context, *continuation[:-1]]], device=model.device)
-            hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, start - 1 :]
-            rows.append(hidden[1 if rows else 0 :])
-        return output_logits(model, torch.cat(rows)).log_softmax(-1).cpu()
-
-    def _score_batch(self, items: Sequence[Branches]) -> Iterator[list[Score]]:
-        width = max(item.n_tokens for item in items)
-        ids = torch.zeros(len(items), width, dtype=torch.int64)
-        positions = torch.zeros(len(items), width, dtype=torch.int64)
-        allowed = torch.zeros(len(items), 1, width, width, dtype=torch.bool)
-        for row, item in enumerate(items):
-            _lay_out(item, ids[row], positions[row], allowed[row, 0])
         model = self.loaded.model
-        dtype = computing_dtype(model)
-        bias = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
-        hidden = model.get_decoder()(
-            input_ids=ids.to(model.device),
-            attention_mask=bias.to(model.device),
-            position_ids=positions.to(model.device),
-            use_cache=False,
-        ).last_hidden_state
-        for row, item in enumerate(items):
-            start = len(item.context)
-            logits = output_logits(model, hidden[row, start - 1 : item.n_tokens])
-            yield list(branch_scores(item, logits.log_softmax(-1).cpu()))
+        rows = [(place, item.context, ids) for place, item in enumerate(items) for ids in item.continuations]
+        scores: dict[int, Score] = {}
+        left = sorted(range(len(rows)), key=lambda n: len(rows[n][1]) + len(rows[n][2]), reverse=True)
+        most = _TOKENS_AHEAD if is_paged(model) else _BATCH_TOKENS
+        while left:
+            _, context, continuation = rows[left[0]]
+            width = len(context) + len(continuation) - 1
+            batch, left = left[: max(1, most // width)], left[max(1, most // width) :]
+            ids = torch.zeros(len(batch), width, dtype=torch.int64)
+            for row, n in zip(ids, batch, strict=True):  # what comes behind a text changes nothing before
+                text = (*rows[n][1], *rows[n][2][:-1])
+                row[: len(text)] = torch.tensor(text)
+            hidden = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+            for states, n in zip(hidden, batch, strict=True):
+                _, context, continuation = rows[n]
+                start = len(context) - 1
+                logits = output_logits(model, states[start : start + len(continuation)])
+                one = Branches(context, (continuation,))
+                (scores[n],) = branch_scores(one, logits.log_softmax(-1).cpu())
+        found: list[list[Score]] = [[] for _ in items]
+        for n, (place, *_) in enumerate(rows):
+            found[place].append(scores[n])
+        return found
 
     @torch.inference_mode()
     def generate(
@@ -180,26 +149,6 @@ class TorchLanguageModel:
                     ids = next(one for one in beginnings if contains_any(self.tokenizer, one, stop_strings))
                 answers[index] = ids
         return answers
-
-
-def _lay_out(item: Branches, ids: torch.Tensor, positions: torch.Tensor, allowed: torch.Tensor) -> None:
-    """Fill one row (width,) and its attention (width, width): the context, then each continuation but its end."""
-    start = len(item.context)
-    ids[:start] = torch.tensor(item.context)
-    positions[:start] = torch.arange(start)
-    allowed[:start, :start] = torch.ones(start, start, dtype=torch.bool).tril()
-    place = start
-    for continuation in item.continuations:
-        length = len(continuation) - 1
-        stop = place + length
-        if length:
-            ids[place:stop] = torch.tensor(continuation[:-1])
-            positions[place:stop] = torch.arange(start, start + length)
-            allowed[place:stop, :start] = True
-            allowed[place:stop, place:stop] = torch.ones(length, length, dtype=torch.bool).tril()
-        place = stop
-    # Padding attends to itself, or its softmax would be over nothing.
-    allowed[place:, place:] |= torch.eye(allowed.shape[0] - place, dtype=torch.bool)
 
 
 class RememberedModel(TorchLanguageModel):

@@ -59,26 +59,10 @@ def find_metric(reference: str) -> Metric:
 
 
 def metric_sha256(reference: str) -> str:
-    """Hash of the file that a metric is in, which is not imported; empty if there is none.
-
-    Raises:
-        InputError: The file cannot be read.
-    """
-    module, colon, _ = reference.rpartition(":")
-    if not colon:
-        known = plugins.load_plugins(plugins.METRICS, METRICS)
-        module = known[reference].entry.module if reference in known else ""
-    file: str | None = module
-    if not module.endswith(".py"):
-        # `importlib.util.find_spec` would import the packages that the module is in.
-        place, spec, parts = None, None, module.split(".")
-        for depth in range(1, len(parts) + 1):
-            name = ".".join(parts[:depth])
-            specs = (finder.find_spec(name, place) for finder in sys.meta_path)
-            if (spec := next(filter(None, specs), None)) is None:
-                break
-            place = spec.submodule_search_locations
-        file = spec.origin if spec is not None and spec.has_location else None
+    """Hash of the file that a metric is in, if any; raises InputError if it cannot be read, or as `find_metric`."""
+    file: str | None = reference.rpartition(":")[0]
+    if not str(file).endswith(".py"):
+        file = getattr(sys.modules.get(find_metric(reference).__module__), "__file__", None)
     try:
         return sha256_file(Path(file)) if file else ""
     except OSError as error:

@@ -31,8 +31,8 @@ class WindowSettings(Settings):
 
 
 @dataclass(frozen=True)
-class TextSettings(WindowSettings):
-    """Texts to measure on, questions to ask, own metrics."""
+class JudgementSettings(TaskSettings, WindowSettings):
+    """What to judge on, as a release and the command line ask for it; without prompts a built-in set is asked."""
 
     prompts: tuple[str, ...] = setting(
         (),
@@ -48,11 +48,6 @@ class TextSettings(WindowSettings):
         option="--metric",
         metavar="MODULE:FUNCTION,...",
     )
-
-
-@dataclass(frozen=True)
-class JudgementSettings(TaskSettings, TextSettings):
-    """What to judge on, as a release and the command line ask for it; without prompts a built-in set is asked."""
 
 
 @dataclass(frozen=True)
