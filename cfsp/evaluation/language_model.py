@@ -39,28 +39,17 @@ class Score(NamedTuple):
 
 
 class LanguageModel(Protocol):
-    """A causal language model in some runtime, with a transformers tokenizer, whose ids all token ids are.
+    """A causal language model in some runtime; token ids are those of its transformers tokenizer."""
 
-    Attributes:
-        name: What was opened, as the user gave it.
-        runtime: What runs it, such as `torch`.
-        sha256: Hash of its weights' files, if known.
-        source_sha256: Hash of the dense model's weights that it was made from, if it says so.
-        cache_type: Type of its keys and values, if one was asked for.
-        vocab_size: Length of a row of logits.
-        context_length: Most tokens of one sequence.
-        gives_logits: Whether it has `next_token_logits`; without, it only scores and generates.
-    """
-
-    name: str
-    runtime: str
-    sha256: str | None
-    source_sha256: str | None
-    cache_type: str | None
+    name: str  # as the user gave it
+    runtime: str  # such as `torch`
+    sha256: str | None  # of its weights' files
+    source_sha256: str | None  # of the dense model's weights that it was made from
+    cache_type: str | None  # of keys and values, if one was asked for
     tokenizer: Any
-    vocab_size: int
-    context_length: int
-    gives_logits: bool
+    vocab_size: int  # length of a row of logits
+    context_length: int  # most tokens of one sequence
+    gives_logits: bool  # whether it has `next_token_logits`; without, it only scores and generates
 
     def next_token_logits(self, window: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """Logits that predict tokens 1.. of a window (seqlen,) without context before it.

@@ -37,35 +37,20 @@ OUTCOMES = MISSED, INCONCLUSIVE, PASS = "missed", "inconclusive", "pass"
 
 
 class Metric(NamedTuple):
-    """A kind of figure.
+    """A kind of figure."""
 
-    Attributes:
-        name: As budgets and records write it.
-        title: As tables for people call it.
-        help: What it is.
-        source: Where it comes from: FILE, BENCH, PROJECTION, TEXT, TASK, ANSWERS or OWN.
-        unit: As in BudgetVerdict.
-        higher_is_better: Its direction; None if the metric itself says it, or nobody does.
-        sized: A number of tokens follows the name.
-        sampled: A figure is the median of noisy samples: ratios have an interval, differences have none.
-        metered: A figure's low and high are the error of its meter, beside the noise of its samples.
-        against_dense: Whether it can be given relative to the dense model's; a divergence from that model cannot.
-        tolerance: How much worse than its baseline `eval --baseline` lets it be; None: it is not compared there.
-        tolerates_ratio: The tolerance is of now / baseline; else of their difference.
-    """
-
-    name: str
-    title: str
+    name: str  # as budgets and records write it
+    title: str  # as tables for people call it
     help: str
-    source: str
-    unit: str = ""
-    higher_is_better: bool | None = False
-    sized: bool = False
-    sampled: bool = False
-    metered: bool = False
-    against_dense: bool = True
-    tolerance: float | None = None
-    tolerates_ratio: bool = False
+    source: str  # FILE, BENCH, PROJECTION, TEXT, TASK, ANSWERS or OWN
+    unit: str = ""  # as in BudgetVerdict
+    higher_is_better: bool | None = False  # None: its function says it, or nobody does
+    sized: bool = False  # a number of tokens follows the name
+    sampled: bool = False  # the median of noisy samples: ratios have an interval, differences have none
+    metered: bool = False  # low and high are the error of a meter, beside the noise of the samples
+    against_dense: bool = True  # a divergence from the dense model is relative to it already
+    tolerance: float | None = None  # how much worse than its baseline `eval --baseline` lets it be
+    tolerates_ratio: bool = False  # the tolerance is of now / baseline; else of their difference
 
     @property
     def is_speed(self) -> bool:
@@ -177,21 +162,13 @@ def means(wanted: str, name: str) -> bool:
 
 @dataclass(frozen=True)
 class FigureKey:
-    """Which figure; the same in every release of the same configuration.
+    """Which figure; the same in every release of the same configuration."""
 
-    Attributes:
-        metric: A name in METRICS, with its number of tokens.
-        item: Quantization, ONNX variant, or CHECKPOINT.
-        place: Target or device; None if it depends on no machine.
-        n_threads: Of benchmarks; None if the configuration leaves them to the target.
-        on: Text (`text builtin:python-docs`) or task; None for all tasks, or if there is neither.
-    """
-
-    metric: Annotated[str, pydantic.Field(min_length=1, max_length=300)]
-    item: str
-    place: str | None = None
-    n_threads: int | None = None
-    on: str | None = None
+    metric: Annotated[str, pydantic.Field(min_length=1, max_length=300)]  # with its number of tokens
+    item: str  # quantization, ONNX variant, or CHECKPOINT
+    place: str | None = None  # target or device, if it depends on one
+    n_threads: int | None = None  # of benchmarks, unless they are left to the target
+    on: str | None = None  # text (`text builtin:python-docs`) or task; None for all tasks
 
     @property
     def threads(self) -> str | None:
@@ -213,41 +190,28 @@ def measured_place(target: str) -> str:
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of a release.
-
-    Attributes:
-        role: PRUNED, or DENSE for what the pruned one is compared with.
-        subject: The file or checkpoint, by name.
-        value: None if it could not be found; `failure` says why.
-        kind: How it came about: `exact`, or as in benchmark records, as are target and backends.
-        samples: What it is the median of, as judged: less is better, so of a speed 1 / value.
-        stderr: Standard error, of accuracies.
-        low: Lower end, `high` upper end: of bands, of the most of several, and by a meter's error.
-        conditions: What must be equal for two such figures to be comparable.
-        higher_is_better: Direction, of own metrics that state it.
-        right: For each task, which of its items were answered rightly, if that is recorded.
-        measured_on: Whether samples were added until budgets were decided, as in benchmark records.
-        anchor: Samples of the file that was measured in turns with it, so that other sessions can be compared with it.
-    """
+    """One figure of a release, of PRUNED or of the DENSE model that it is compared with."""
 
     key: FigureKey
     role: str
-    subject: str
+    subject: str  # the file or checkpoint, by name
     unit: str
-    value: float | None
-    kind: str = "exact"
+    value: float | None  # None if it could not be found; `failure` says why
+    kind: str = "exact"  # or as in benchmark records, as are target and backends
     target: str | None = None
-    samples: Samples | None = None
-    stderr: float | None = None
-    low: float | None = None
+    samples: Samples | None = (
+        None  # what it is the median of, as judged: less is better, so of a speed 1 / value
+    )
+    stderr: float | None = None  # of accuracies
+    low: float | None = None  # of bands, of the most of several, and by a meter's error
     high: float | None = None
     failure: str | None = None
-    conditions: dict[str, str] = field(default_factory=dict)
-    higher_is_better: bool | None = None
+    conditions: dict[str, str] = field(default_factory=dict)  # equal for two figures that are comparable
+    higher_is_better: bool | None = None  # of own metrics that state it
     backends: str | None = None
-    right: tuple[Right, ...] = ()
-    measured_on: MeasuredOn | None = None
-    anchor: Samples | None = None
+    right: tuple[Right, ...] = ()  # for each task, which of its items were answered rightly
+    measured_on: MeasuredOn | None = None  # whether samples were added until budgets were decided
+    anchor: Samples | None = None  # of the file that took turns with it, to compare other sessions by
 
     def in_unit(self, of_speeds: RatioInterval) -> RatioInterval:
         """What was found of speeds, which are 1 / samples, in the figure's own unit or as its ratio."""
@@ -316,26 +280,18 @@ def check_same_model(baseline: FigureSet, source: str, sha256: str | None, where
 
 
 class BudgetConfig(Section):
-    """A limit on figures of one metric.
-
-    Attributes:
-        files: Quantizations, variants or `checkpoint`; all that have the metric if empty. So are the others.
-        on: `text`, `chats`, a reference or a task.
-        at_most: Upper limit: a number in the metric's unit, or with its unit, such as "80 MB".
-        relative_to: What the limit is a multiple of; None: it limits the figure itself.
-        difference: The limit is on figure minus reference instead of figure over reference.
-    """
+    """A limit on figures of one metric: of all that have it, or of those that all selectors name."""
 
     metric: str
-    files: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()  # quantizations, variants or `checkpoint`
     targets: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
     threads: tuple[int, ...] = ()
-    on: tuple[str, ...] = ()
-    at_most: float | str | None = None
+    on: tuple[str, ...] = ()  # `text`, `chats`, a reference or a task
+    at_most: float | str | None = None  # in the metric's unit, or with its unit, such as "80 MB"
     at_least: float | str | None = None
-    relative_to: Literal["dense", "baseline"] | None = None
-    difference: bool = False
+    relative_to: Literal["dense", "baseline"] | None = None  # what the limit is a multiple of
+    difference: bool = False  # the limit is on figure minus reference
 
     @pydantic.field_validator("metric")
     @classmethod
