@@ -206,4 +206,4 @@ def _judge(
         if against and other:
             dense = stack.enter_context(open_language_model(against, other, of_reference, progress=progress))
         result = judge(judged, dense, settings, writers=WRITERS, progress=progress)
-        return replace(result, place=judged.place()) if isinstance(judged, FarLanguageModel) else result
+        return replace(result, place=judged.place) if isinstance(judged, FarLanguageModel) else result

@@ -99,7 +99,7 @@ class Place:
     versions: Mapping[str, str]
     system_info: str | None
     cache_type: str | None
-    same_tokens: bool | None
+    same_tokens: bool
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cfsp.errors import InputError, PhonereadyError
 from cfsp.progress import Progress, no_progress
 from exporters.families import FAMILIES
-from runtime_bench.engines import EngineFacts, SessionSettings
+from runtime_bench.engines import SessionSettings
 from runtime_bench.questions import (
     Answer,
     AnswerRequest,
@@ -185,8 +185,7 @@ class FarLanguageModel:
         self.source_sha256, self.tokenizer = outline.source_sha256, outline.tokenizer
         self.vocab_size, self.context_length = outline.vocab_size, outline.context_length
         self.target, self.session, self._outline = target, session, outline
-        self.facts: EngineFacts | None = None
-        self.same_tokens: bool | None = None
+        self.place: Place | None = None  # where the answers came from, once there was one
 
     def close(self) -> None:
         """Between questions nothing is open there."""
@@ -222,28 +221,12 @@ class FarLanguageModel:
             raise PhonereadyError(f"{self.target.name}: some prompts were not answered")
         return [list(tokens) for tokens in answer.written]
 
-    def place(self) -> Place | None:
-        """Where the answers came from; None before there was any."""
-        from phoneready.evaluation.evaluation_record import Place
-
-        if self.facts is None:
-            return None
-        return Place(
-            target=self.target.name,
-            n_threads=self.session.n_threads,
-            backends=self.facts.backends,
-            asked_backend=self.session.backend,
-            versions=self.facts.versions,
-            system_info=self.facts.system_info,
-            cache_type=self.facts.settings.cache_type,
-            same_tokens=self.same_tokens,
-        )
-
     def _ask(self, questions: Sequence[Question]) -> list[Answer]:
         """Answers to questions; the first time the tokenizer there is checked, too."""
         from cfsp.text.tokens import encode
+        from phoneready.evaluation.evaluation_record import Place
 
-        name, spelled = self.target.name, _SPELLED if self.same_tokens is None else ()
+        name, spelled = self.target.name, () if self.place else _SPELLED
         with tempfile.TemporaryDirectory(prefix="phoneready-questions-") as folder:
             file = Path(folder) / "questions.jsonl"
             write_questions(file, [*map(Spelling, spelled), *questions])
@@ -254,11 +237,20 @@ class FarLanguageModel:
         spellings, answers = result.answers[: len(spelled)], result.answers[len(spelled) :]
         if len(answers) != len(questions):
             raise PhonereadyError(f"{name}: some questions were not answered")
-        asked, had = self.session.cache_type, result.facts.settings.cache_type if result.facts else None
+        session, facts = self.session, result.facts
+        asked, had = session.cache_type, facts.settings.cache_type if facts else None
         if asked not in (None, had):
             raise PhonereadyError(f"{name}: a cache of {asked} was asked for, and there was {had}")
-        self.facts = result.facts
-        if spelled:
+        if facts and not self.place:
             ours = [tuple(encode(self.tokenizer, text, add_special_tokens=True)) for text in spelled]
-            self.same_tokens = ours == [one.ids for one in spellings]
+            self.place = Place(
+                target=name,
+                n_threads=session.n_threads,
+                backends=facts.backends,
+                asked_backend=session.backend,
+                versions=facts.versions,
+                system_info=facts.system_info,
+                cache_type=had,
+                same_tokens=ours == [one.ids for one in spellings],
+            )
         return list(answers)

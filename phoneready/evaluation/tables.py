@@ -181,7 +181,7 @@ def evaluation_text(evaluation: Evaluation, seqlen: int) -> str:
         parts.append(
             f"Judged on {place.target} in {evaluation.model.runtime}: {computed}, {threads}{cache}.\n"
         )
-        if place.same_tokens is False:
+        if not place.same_tokens:
             parts.append("Its own tokenizer cuts texts differently; the tokens of the one here were used.\n")
     if why := evaluation.degeneration:
         answers = (evaluation.against_answers, evaluation.answers)
