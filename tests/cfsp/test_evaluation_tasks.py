@@ -92,11 +92,8 @@ def test_batches_generate_what_single_prompts_do(each_language_model: TorchLangu
     (short,) = each_language_model.generate([prompts[0]], 12, stop_strings=[stop])
     assert short == together[0][: len(short)]
     assert len(short) <= 5
-
-
-def test_a_prompt_longer_than_the_context_is_refused(language_model: TorchLanguageModel) -> None:
     with pytest.raises(InputError, match="a prompt has 513 tokens"):
-        language_model.generate([[1], [1] * 513], 4)
+        each_language_model.generate([[1], [1] * 513], 4)
 
 
 def test_requests_score_as_in_the_harness_own_model(language_model: TorchLanguageModel) -> None:
@@ -149,23 +146,15 @@ def test_a_task_file_with_data_elsewhere(language_model: TorchLanguageModel, dat
     assert (again.n_items, other.n_items) == (12, 13)
 
 
-@pytest.mark.parametrize("name", ["piqa", "arc_easy", "sciq"])
-def test_the_example_tasks_are_the_harness_own(name: str) -> None:
+def test_the_example_tasks_are_the_harness_own() -> None:
     import lm_eval
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    (own,) = Path(lm_eval.__file__).parent.glob(f"tasks/*/{name}.yaml")
-    ours, theirs = load_yaml(EXAMPLES / f"{name}.yaml"), load_yaml(own)
-    for key in (
-        "task",
-        "output_type",
-        "doc_to_text",
-        "doc_to_target",
-        "doc_to_choice",
-        "metric_list",
-        "metadata",
-    ):
-        assert ours[key] == theirs[key], key
+    keys = ["task", "output_type", "doc_to_text", "doc_to_target", "doc_to_choice", "metric_list", "metadata"]
+    for name in ("piqa", "arc_easy", "sciq"):
+        (own,) = Path(lm_eval.__file__).parent.glob(f"tasks/*/{name}.yaml")
+        ours, theirs = load_yaml(EXAMPLES / f"{name}.yaml"), load_yaml(own)
+        assert [ours[key] for key in keys] == [theirs[key] for key in keys]
 
 
 def test_task_files_need_no_network(data: Path) -> None:
@@ -186,12 +175,13 @@ def test_task_files_need_no_network(data: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
+        ("", "missing.yaml"),
+        ("", "no_such_task_anywhere"),
         ("[1, 2]", "task file"),
         ("task: [", "task file"),
         ("dataset_path: json", "task"),
         ("task: 5", "task"),
         ("task: t\ndataset_kwargs: 5", "dataset_kwargs"),
-        ("task: t\ndataset_kwargs: text", "dataset_kwargs"),
         ("task: t # " + "x" * 2**20, "1 MiB"),
         ("task: t\ndataset_path: json\ndataset_kwargs: {data_files: missing.jsonl}", "missing.jsonl"),
         (
@@ -210,7 +200,8 @@ def test_task_files_need_no_network(data: Path) -> None:
 def test_bad_task_files_are_named(content: str, reason: str, data: Path) -> None:
     file = data / "bad.yaml"
     file.write_text(content, encoding="utf-8")
-    with pytest.raises(InputError, match=reason), load_tasks(TaskSettings((str(file),))):
+    name = str(file) if content else reason
+    with pytest.raises(InputError, match=reason), load_tasks(TaskSettings((name,))):
         pass
 
 
@@ -234,9 +225,3 @@ def test_all_that_a_task_file_reads_is_in_its_hash(data: Path) -> None:
     assert len(set(found)) == 6
     assert tasks_sha256(str(file), None) == found[-1]
     assert tasks_sha256("arc_easy", None) == ""
-
-
-@pytest.mark.parametrize("name", ["missing.yaml", "no_such_task_anywhere"])
-def test_unknown_tasks_are_named(name: str) -> None:
-    with pytest.raises(InputError, match=name), load_tasks(TaskSettings((name,))):
-        pass

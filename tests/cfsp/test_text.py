@@ -35,17 +35,20 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def test_text_file_is_one_document_as_it_stands(tmp_path: Path) -> None:
+def test_documents_are_read_as_they_stand(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one\n\n two ü\n", encoding="utf-8")
     assert [d.text for d in load_documents(str(path))] == ["one\n\n two ü\n"]
-
-
-def test_jsonl_and_parquet_hold_the_same_rows(tmp_path: Path) -> None:
-    rows = [{"text": "alpha"}, {"text": "beta"}]
+    rows = [{"text": "alpha"}, {"text": "one\u2028two"}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    jsonl = load_documents(str(write_rows(tmp_path / "a.jsonl", rows)))
-    assert jsonl == load_documents(str(tmp_path / "a.parquet"))
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "alpha"}\n{"text": "one\u2028two"}\n', encoding="utf-8")
+    for found in (load_documents(str(path)), load_documents(str(tmp_path / "a.parquet"))):
+        assert [document.text for document in found] == ["alpha", "one\u2028two"]
+    parts = [{"type": "text", "text": "An "}, {"type": "text", "text": "apple."}]
+    chats = [[CHAT[0], {"role": "assistant", "content": content}] for content in (parts, None)]
+    documents = load_documents(str(write_rows(tmp_path / "c.jsonl", [{"messages": chat} for chat in chats])))
+    assert [d.messages and d.messages[1]["content"] for d in documents] == ["An apple.", ""]
 
 
 def test_parquet_is_read_no_further_than_text_may_be_long(
@@ -90,19 +93,6 @@ def test_chats_are_rendered_in_the_models_template(tiny_model: Any, tmp_path: Pa
     assert windows.ids.flatten().tolist() == expected[: windows.ids.numel()]
 
 
-def test_messages_in_parts_or_without_text(tmp_path: Path) -> None:
-    parts = [{"type": "text", "text": "An "}, {"type": "text", "text": "apple."}]
-    rows = [[CHAT[0], {"role": "assistant", "content": content}] for content in (parts, None)]
-    documents = load_documents(str(write_rows(tmp_path / "c.jsonl", [{"messages": row} for row in rows])))
-    assert [d.messages and d.messages[1]["content"] for d in documents] == ["An apple.", ""]
-
-
-def test_a_row_may_hold_line_separators(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "one\u2028two"}\n{"text": "three"}\n', encoding="utf-8")
-    assert [d.text for d in load_documents(str(path))] == ["one\u2028two", "three"]
-
-
 def test_windows_are_cut_in_order_from_one_tokenization(tiny_model: Any, tmp_path: Path) -> None:
     loaded = as_loaded(tiny_model)
     path = tmp_path / "a.txt"
@@ -110,6 +100,8 @@ def test_windows_are_cut_in_order_from_one_tokenization(tiny_model: Any, tmp_pat
     stream = loaded.tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     windows = token_windows(str(path), loaded.tokenizer, seqlen=10, max_windows=2, skip_windows=1)
     assert windows.ids.tolist() == [stream[10:20], stream[20:30]]
+    windows = token_windows(BUILTIN_TEXT, loaded.tokenizer, seqlen=128, max_windows=3)
+    assert windows.ids.shape == (3, 128)
 
 
 def starting(tokenizer: Any) -> Any:
@@ -148,11 +140,6 @@ def test_a_start_token_is_the_other_vocabularys_or_what_parts_its_texts(tiny_mod
     back = respelled(window[1:], plain, started)
     assert back.ids.tolist() == window.tolist()
     assert back.n_context == 2
-
-
-def test_builtin_text_is_there_without_download(tiny_model: Any) -> None:
-    windows = token_windows(BUILTIN_TEXT, as_loaded(tiny_model).tokenizer, seqlen=128, max_windows=3)
-    assert windows.ids.shape == (3, 128)
 
 
 def test_sources_share_the_windows_equally(tiny_model: Any, tmp_path: Path) -> None:
