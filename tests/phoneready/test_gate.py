@@ -299,9 +299,10 @@ def test_a_baseline_must_be_of_the_same_model_schema_text_and_machine(tmp_path: 
 HOSTILE = "<script>alert(1)</script> | `x` [y](http://z) @someone #1 $a$ \x00 & ❤"
 
 
-@pytest.fixture
-def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A release folder with one verdict of each kind, about a file with a hostile name."""
+def test_verdicts_are_written_for_people_and_machines_and_make_the_exit_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One verdict of each kind, about a file with a hostile name."""
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "step.md"))
     (tmp_path / "step.md").write_text("before\n", encoding="utf-8")
     config = parse_config(
@@ -312,20 +313,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     found = (figure(SIZE, 3 * 2**20), speed(samples(100, 0.05)), figure(KL, 0.1))
     hostile = [dataclasses.replace(one, subject=HOSTILE) for one in found]
     write_verdicts(config.budgets, tmp_path, figures(*hostile))
-    return tmp_path
-
-
-def test_a_summary_that_cannot_be_written_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "no" / "step.md"))
-    assert write_verdicts((), tmp_path, figures(figure(SIZE, 1))).outcome == "pass"
-    assert (tmp_path / "summary.md").is_file()
-    assert "the summary is not in" in caplog.text
-
-
-def test_verdicts_are_read_back_and_make_the_exit_status(written: Path) -> None:
-    verdicts = read_record(Verdicts, written / "verdicts.json")
+    verdicts = read_record(Verdicts, tmp_path / "verdicts.json")
     assert [v.outcome for v in verdicts.verdicts] == ["missed", "inconclusive", "pass"]
     assert verdicts.outcome == "missed"
     assert badge(verdicts) == "[MISSED] model: 1 pass, 1 inconclusive, 1 missed"
@@ -339,11 +327,9 @@ def test_verdicts_are_read_back_and_make_the_exit_status(written: Path) -> None:
         check_verdicts(rest.verdicts)
     check_verdicts(rest.verdicts[1:])
     assert open_.value.exit_code == 3
-    assert len(read_record(FigureSet, written / "figures.json").figures) == 3
+    assert len(read_record(FigureSet, tmp_path / "figures.json").figures) == 3
 
-
-def test_junit_is_xml_with_a_case_for_every_budget(written: Path) -> None:
-    suite = ElementTree.parse(written / "junit.xml").getroot().find("testsuite")
+    suite = ElementTree.parse(tmp_path / "junit.xml").getroot().find("testsuite")
     assert suite is not None
     assert {name: suite.get(name) for name in ("tests", "failures", "errors")} == {
         "tests": "3",
@@ -354,10 +340,8 @@ def test_junit_is_xml_with_a_case_for_every_budget(written: Path) -> None:
     assert kinds == [{"failure"}, {"error"}, {"system-out"}]
     assert "<script>" in str(suite[0].get("classname")), "the reader, not the file, has the characters"
 
-
-def test_the_step_summary_is_appended_and_escaped(written: Path) -> None:
-    summary = (written / "summary.md").read_text(encoding="utf-8")
-    assert (written / "step.md").read_text(encoding="utf-8") == f"before\n{summary}\n"
+    summary = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert (tmp_path / "step.md").read_text(encoding="utf-8") == f"before\n{summary}\n"
     rows = [line for line in summary.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + 3
     assert "missed" in rows[2], "the worst first"
@@ -366,6 +350,10 @@ def test_the_step_summary_is_appended_and_escaped(written: Path) -> None:
         for character in "<>`[]@$":
             assert character not in row
         assert "://" not in row
+
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "no" / "step.md"))
+    assert write_verdicts((), tmp_path, figures(figure(SIZE, 1))).outcome == "pass"
+    assert "the summary is not in" in caplog.text
 
 
 def test_what_a_busy_machine_measured_passes_and_misses_nothing() -> None:

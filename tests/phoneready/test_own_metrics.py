@@ -20,7 +20,6 @@ from phoneready.evaluation.run import evaluate
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.figures import FigureSet, read_baseline
 from phoneready.figures.gate import judge_all
-from phoneready.history import check_history, entry_of, format_history, make_history
 from phoneready.settings.release import parse_config, planned_figures
 from phoneready.settings.schema import ReleaseConfig
 
@@ -121,28 +120,6 @@ def test_a_baseline_has_own_metrics(module: str, tiny_folder: TinyPath, tmp_path
     others = [dataclasses.replace(key, metric=f"{module}:absent.*") for key in wanted]
     with pytest.raises(InputError, match="absent"):
         read_baseline(tmp_path / "figures.json", others)
-
-
-def test_histories_follow_own_metrics(module: str, tiny_folder: TinyPath) -> None:
-    evaluation = judged(module, tiny_folder)
-    entries = []
-    for run in range(4):
-        scale = 1.0 if run < 2 else 1.5
-        metrics = tuple(dataclasses.replace(m, value=m.value * scale) for m in evaluation.metrics)
-        now = figures(dataclasses.replace(evaluation, metrics=metrics))
-        entries.append(
-            entry_of(now, outcome="pass", settings={}, versions={}, stages={"run": str(run)}, label=f"v{run}")
-        )
-    history = make_history(entries)
-    worse = {
-        anomaly.series.split(":tokens.")[1].split(",")[0]: anomaly.worse for anomaly in history.anomalies
-    }
-    assert worse == {"read": False, "lost": True, "seen": None}
-    text = format_history(history)
-    assert "changed: " in text
-    assert "64 tokens" in text
-    with pytest.raises(Exception, match="1 changes for the worse"):
-        check_history(history, 10)
 
 
 def test_a_plugin_brings_a_metric(
