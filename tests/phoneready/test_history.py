@@ -146,7 +146,7 @@ def test_an_emulators_clock_makes_no_figure() -> None:
     record = replace(bench_record("pruned.gguf", [10**9] * 5), kind="emulated", target="qemu-aarch64")
     found = benchmark_figures(CONFIG, "qemu-aarch64", [record], {"pruned.gguf": (PRUNED, "Q4_0")})
     (speed,) = (figure for figure in found if figure.key.metric == "tg64")
-    assert (speed.value, speed.samples, speed.failure) == (None, (), "emulated times say nothing")
+    assert (speed.value, speed.samples, speed.failure) == (None, None, "emulated times say nothing")
 
 
 def test_speeds_at_pinned_clocks_are_figures_of_their_own() -> None:
@@ -159,7 +159,8 @@ def test_speeds_at_pinned_clocks_are_figures_of_their_own() -> None:
         }
         for record in (free, pinned)
     )
-    assert now["tg64"].noise is None
+    assert now["tg64"].samples
+    assert now["tg64"].samples.noise is None
     assert differences(now["tg64"], before["tg64"]) == "clocks was not stated and is capped at 60%"
     assert not differences(now["peak_rss_bytes"], before["peak_rss_bytes"])
 
@@ -326,9 +327,11 @@ def test_a_baseline_of_another_machine_is_compared_by_the_anchor() -> None:
     (now,) = beside_an_anchor(7e8, 5e8, "fast")
     (before,) = beside_an_anchor(3 * 7e8 * 1.1, 3 * 5e8, "slow")
     budget = BudgetConfig(metric="tg64", at_least=0.95, relative_to="baseline")
-    verdict = judge(budget, now, replace(before, paired="another session"))
+    assert before.samples
+    before = replace(before, samples=replace(before.samples, session="another"))
+    verdict = judge(budget, now, before)
     assert (verdict.outcome, verdict.value) == ("pass", pytest.approx(1.1, rel=0.001))
     (other,) = beside_an_anchor(7e8, 5e8, "fast", anchor="e" * 64)
-    verdict = judge(budget, now, replace(other, paired="another session"))
+    verdict = judge(budget, now, other)
     assert verdict.outcome == "inconclusive"
     assert "anchor was eeee" in verdict.reason
