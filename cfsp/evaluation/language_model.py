@@ -58,11 +58,9 @@ class LanguageModel(Protocol):
             (slice of target positions, logits (chunk, vocab_size) float32), in order, never all at once. They are where
             the runtime computes; the window is on the CPU.
         """
-        ...
 
     def score(self, items: Sequence[Branches]) -> list[list[Score]]:
         """The score of every continuation of every item; runtimes may run a shared context once."""
-        ...
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, stop_strings: Sequence[str] = ()
@@ -71,11 +69,9 @@ class LanguageModel(Protocol):
 
         A continuation also ends once its text contains one of `stop_strings`, which it then still holds.
         """
-        ...
 
     def close(self) -> None:
         """Free the model; may be called twice."""
-        ...
 
 
 _ROWS = 64

@@ -25,11 +25,6 @@ class Calibration:
     seed: int
     sha256: str
 
-    @property
-    def n_tokens(self) -> int:
-        """Number of tokens in all windows."""
-        return self.input_ids.numel()
-
 
 def load_calibration(
     references: Sequence[str],

@@ -89,12 +89,10 @@ def evaluate(
         ]
         # Beside a model of other tokens, or that gives no logits, only bits and tokens per byte are compared.
         comparable = model.gives_logits and (not different or spelling is not None)
-        texts = []
-        for (kind, _), text in zip(settings.sources, windows, strict=True):
-            if against and comparable:
-                texts.append(_compared(kind, model, against, text, spelling, progress))
-            else:
-                texts.append(_side_by_side(kind, model, against, text, progress))
+        texts = [
+            _judge(kind, model, against, text, spelling, progress, token_by_token=comparable)
+            for (kind, _), text in zip(settings.sources, windows, strict=True)
+        ]
         done = [run_tasks(one, tasks, progress=progress) if tasks else () for one in models]
     measured = [row for name, metric in metrics.items() for row in measure(name, metric, model, windows)]
     answers: list[tuple[str, ...]] = [() for _ in models]
@@ -190,67 +188,52 @@ def text_windows(
     return TokenWindows(ids, SELF, tokens_sha256(ids))
 
 
-def _bits(nats: float, n_bytes: int) -> float:
-    return nats / (math.log(2) * max(n_bytes, 1))
-
-
-def _side_by_side(
-    kind: str, model: LanguageModel, against: LanguageModel | None, windows: TokenWindows, progress: Progress
+def _judge(
+    kind: str,
+    model: LanguageModel,
+    against: LanguageModel | None,
+    windows: TokenWindows,
+    spelling: Respelling | None,
+    progress: Progress,
+    *,
+    token_by_token: bool,
 ) -> TextResult:
-    """Loss of a model and, on the same text, of one that it cannot be compared with token by token."""
-    theirs: tuple[float, int] | None = None
-    if against:
-        theirs, (nats, n_tokens), n_bytes = losses_on_shared_text(against, model, windows, progress=progress)
+    """By itself; against a model of the same tokens, or of more if there is a spelling; or on the same text."""
+    both = theirs = n_theirs = None
+    if against and token_by_token:
+        if spelling is not None:
+            windows = spelling.shortened(windows)
+            both = respelled_divergence(against, model, windows, spelling, progress=progress)
+            n_own = spelling.n_predicted(windows.ids)
+        else:
+            both = divergence(against, model, windows, progress=progress)
+            n_own = both.n_tokens
+        n_tokens = n_theirs = both.n_tokens
+        n_bytes = predicted_bytes(windows.ids, against.tokenizer)
+        nats, theirs = (math.log(each) * n_tokens for each in (both.perplexity, both.reference_perplexity))
+    elif against:
+        (theirs, n_theirs), (nats, n_own), n_bytes = losses_on_shared_text(
+            against, model, windows, progress=progress
+        )
+        n_tokens = n_own
     else:
         nats = text_loss(model, [Scored(window, 1) for window in windows.ids], progress=progress)
-        n_tokens = windows.ids[:, 1:].numel()
+        n_tokens = n_own = windows.ids[:, 1:].numel()
         n_bytes = predicted_bytes(windows.ids, model.tokenizer)
+    size = max(n_bytes, 1)
     return TextResult(
         kind,
         windows.source,
         windows.ids.shape[1],
         n_tokens,
         windows.sha256,
-        bounded_exp(nats / n_tokens),
-        n_bytes=n_bytes,
-        bits_per_byte=_bits(nats, n_bytes),
-        against_bits_per_byte=_bits(theirs[0], n_bytes) if theirs else None,
-        tokens_per_byte=n_tokens / max(n_bytes, 1),
-        against_tokens_per_byte=theirs[1] / max(n_bytes, 1) if theirs else None,
-    )
-
-
-def _compared(
-    kind: str,
-    model: LanguageModel,
-    against: LanguageModel,
-    windows: TokenWindows,
-    spelling: Respelling | None,
-    progress: Progress,
-) -> TextResult:
-    """Against a model of the same tokens, or of more if there is a spelling."""
-    if spelling is not None:
-        windows = spelling.shortened(windows)
-        both = respelled_divergence(against, model, windows, spelling, progress=progress)
-        n_own = spelling.n_predicted(windows.ids)
-    else:
-        both = divergence(against, model, windows, progress=progress)
-        n_own = both.n_tokens
-    n_bytes = predicted_bytes(windows.ids, against.tokenizer)
-    ours, theirs = (math.log(each) * both.n_tokens for each in (both.perplexity, both.reference_perplexity))
-    return TextResult(
-        kind,
-        windows.source,
-        windows.ids.shape[1],
-        both.n_tokens,
-        windows.sha256,
-        both.perplexity,
+        both.perplexity if both else bounded_exp(nats / n_tokens),
         both,
         n_bytes=n_bytes,
-        bits_per_byte=_bits(ours, n_bytes),
-        against_bits_per_byte=_bits(theirs, n_bytes),
-        tokens_per_byte=n_own / max(n_bytes, 1),
-        against_tokens_per_byte=both.n_tokens / max(n_bytes, 1),
+        bits_per_byte=nats / math.log(2) / size,
+        against_bits_per_byte=None if theirs is None else theirs / math.log(2) / size,
+        tokens_per_byte=n_own / size,
+        against_tokens_per_byte=None if n_theirs is None else n_theirs / size,
     )
 
 
