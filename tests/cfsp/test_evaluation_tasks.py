@@ -58,7 +58,7 @@ def run(model: Any, *tasks: str | Path, **settings: Any) -> tuple[TaskResult, ..
         return run_tasks(model, loaded)
 
 
-def test_a_shared_context_gives_the_scores_of_separate_sequences(
+def test_scores_are_those_of_separate_sequences(
     each_language_model: TorchLanguageModel,
 ) -> None:
     generator = torch.Generator().manual_seed(0)

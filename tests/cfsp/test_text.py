@@ -12,10 +12,8 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.evaluation.loss import respelled
-from cfsp.models.architectures import decoder_layers, feed_forward, model_shape
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
-from cfsp.pruning.surgery import cut_channels
 from cfsp.text import self_sampling
 from cfsp.text.calibration import load_calibration
 from cfsp.text.self_sampling import sample_windows
@@ -237,19 +235,3 @@ def test_the_built_in_model_wrote_the_text_that_comes_with_the_package(smollm2_g
             loss = loaded.model(window, labels=window).loss
             shuffled = window[:, torch.randperm(512, generator=torch.Generator().manual_seed(0))]
             assert loss < 4 < loaded.model(shuffled, labels=shuffled).loss - 2
-
-
-def test_a_copy_to_sample_from_has_the_blocks_of_the_model(tiny_model: Any) -> None:
-    """It was built from the configuration, which does not say that blocks differ."""
-    model, tokenizer = tiny_model()
-    for layer, width in zip(decoder_layers(model), (96, 64, 128, 32), strict=True):
-        cut_channels(feed_forward(model, layer), torch.arange(width))
-    loaded = LoadedModel(model, tokenizer, ModelSource("tiny", "folder", "tiny"))
-    fast = self_sampling._copy_in(loaded, torch.bfloat16).model
-    assert {p.dtype for p in fast.parameters()} == {torch.bfloat16}
-    assert {b.dtype for b in fast.buffers()} == {torch.float32}
-    assert fast.lm_head.weight is fast.model.embed_tokens.weight
-    assert model_shape(fast) == model_shape(model)
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    ids = torch.arange(60).view(2, 30)
-    torch.testing.assert_close(fast(ids).logits.float(), model(ids).logits, rtol=0.1, atol=0.3)
