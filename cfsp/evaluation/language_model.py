@@ -144,18 +144,13 @@ def vocabulary_difference(model: LanguageModel, reference: LanguageModel) -> str
 
 _AT_ONCE = 16
 
-PROMPTS = (
+CHECK_PROMPTS = (
     "List three fruits.",
     "What is 2+2?",
     "What is the capital of France?",
     "Explain in one sentence why the sky is blue.",
     "Write a short greeting to a colleague.",
     "Name two animals that can fly.",
-)
-"""Short tasks that a small chat model can do before pruning."""
-
-CHECK_PROMPTS = (
-    *PROMPTS,
     "Tell a very short story about a lighthouse.",
     "How do I boil an egg?",
     "Write a Python function that returns the larger of two numbers.",
@@ -168,6 +163,8 @@ CHECK_PROMPTS = (
     "Describe the sea to someone who has never seen it.",
 )
 """Varied short prompts for the check on degenerate text."""
+PROMPTS = CHECK_PROMPTS[:6]
+"""Short tasks that a small chat model can do before pruning."""
 
 
 def answer(

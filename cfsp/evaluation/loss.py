@@ -49,11 +49,7 @@ def logits_of(model: LanguageModel | torch.nn.Module | Any, windows: Sequence[to
 def perplexity(
     model: LanguageModel | torch.nn.Module | Any, windows: TokenWindows, *, progress: Progress = no_progress
 ) -> float:
-    """exp of the mean loss of each window's tokens after its first; windows (n_windows, seqlen) have no other context.
-
-    Raises:
-        LimitError: The model gives logits that are not finite.
-    """
+    """exp of the mean loss of the tokens of each window after its first, as `text_loss`."""
     total = text_loss(model, [Scored(window, 1) for window in windows.ids], progress=progress)
     return bounded_exp(total / windows.ids[:, 1:].numel())
 
@@ -73,11 +69,7 @@ class Scored(NamedTuple):
 def text_loss(
     model: LanguageModel | torch.nn.Module | Any, texts: Sequence[Scored], *, progress: Progress = no_progress
 ) -> float:
-    """Sum of -ln p over the predicted tokens of all texts, in nats.
-
-    Raises:
-        LimitError: The model gives logits that are not finite.
-    """
+    """Sum of -ln p over the predicted tokens of all texts, in nats; raises LimitError if logits are not finite."""
     total = 0.0
     if isinstance(model, torch.nn.Module) or model.gives_logits:
         run = logits_of(model, [text.ids for text in texts])
@@ -129,9 +121,6 @@ def losses_on_shared_text(
 
     Returns:
         (nats, predicted tokens) of the reference, the same of the model, and the bytes of the text.
-
-    Raises:
-        LimitError: A model gives logits that are not finite.
     """
     pairs = []
     for window in windows.ids:
@@ -235,10 +224,7 @@ def divergence_from_logits(
 ) -> Divergence:
     """Divergence from (reference logits (n, vocab_size), model logits (n, vocab_size), target ids (n,)) in pieces.
 
-    The last position of a window may come without a target. `windows` are only recorded.
-
-    Raises:
-        LimitError: Logits that are not finite.
+    The last position of a window may come without a target. `windows` are only recorded. Raises as `text_loss`.
     """
     sums, predicted, nll_reference, nll_model = _Sums(), 0, 0.0, 0.0
     with torch.inference_mode():
@@ -264,9 +250,6 @@ def respelled_divergence(
     KL and agreement are taken where a token of the reference ends, over the model's tokens; perplexities are per token
     of the reference for both. Windows (n_windows, seqlen) are of the reference's ids; the model reads all their text,
     however many tokens that takes.
-
-    Raises:
-        LimitError: Logits that are not finite.
     """
     sums, nll = _Sums(), [0.0, 0.0]  # the reference's, the model's
     texts = [respelling.spell(window.tolist()) for window in windows.ids]

@@ -170,11 +170,7 @@ def needs_harness(name: str) -> bool:
 
 
 def load_chat_task(name: str, limit: int | None = None) -> ChatTask:
-    """A file's chats as a task.
-
-    Raises:
-        InputError: No such file, or a row of it that is no chat which ends with an answer.
-    """
+    """A file's chats as a task; raises InputError for a row that is no chat which ends with an answer."""
     path, items = Path(name), []
     for number, document in enumerate(load_documents(name)[:limit], 1):
         messages = document.messages or ()
@@ -197,9 +193,7 @@ def load_chat_tasks(settings: TaskSettings) -> tuple[ChatTask, ...]:
 def chat_requests(model: LanguageModel, task: ChatTask) -> list[tuple[list[int], int]]:
     """Each chat in the model's template, up to where it has to answer, and most tokens of the answer.
 
-    Raises:
-        InputError: The model has no chat template, or one that refuses a chat; or a chat is longer with its answer than
-            the model's context or MAX_CONTEXT.
+    Raises InputError as `render_chat`, and for a chat that is longer with its answer than every runtime reads.
     """
     tokenizer, asked = model.tokenizer, []
     for item in task.items:
@@ -307,11 +301,7 @@ def load_tasks(settings: TaskSettings) -> Iterator[TaskSet]:
 def run_tasks(
     model: LanguageModel, tasks: TaskSet, *, progress: Progress = no_progress
 ) -> tuple[TaskResult, ...]:
-    """Let a model do the tasks.
-
-    Raises:
-        InputError: The harness cannot make the requests or read the answers; it says why. Or as `run_chat_task`.
-    """
+    """Let a model do the tasks; raises InputError if the harness cannot, and as `run_chat_task`."""
     chats = tuple(run_chat_task(model, task, progress=progress) for task in tasks.chats)
     names = tasks.loaded["tasks"]
     if not names:
@@ -356,10 +346,7 @@ def _task_files(name: str) -> list[Path]:
 def tasks_sha256(name: str, data: Path | None) -> str:
     """Hash of a file of chats, of a task file or a folder of them, with its data and all that it may include.
 
-    Runs no code. Empty for a name that lm_eval knows.
-
-    Raises:
-        InputError: A file that is no task, or whose data is missing.
+    Runs no code. Empty for a name that lm_eval knows. Raises as `load_tasks`.
     """
     if not needs_harness(name):
         if not Path(name).is_file():

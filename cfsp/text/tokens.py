@@ -118,8 +118,7 @@ def render_chat(
 ) -> str:
     """A chat's text in the model's own template; `options` are the template's, such as add_generation_prompt.
 
-    Raises:
-        InputError: There is none, it refuses the chat, or does not come to an end.
+    Raises InputError if there is none, it refuses the chat, or does not come to an end.
     """
     if not tokenizer.chat_template:
         raise InputError(f"{what} cannot be rendered: the model has no chat template; use plain text")
@@ -251,11 +250,7 @@ def join_documents(
 def token_windows(
     reference: str, tokenizer: Any, *, seqlen: int, max_windows: int | None = None, skip_windows: int = 0
 ) -> TokenWindows:
-    """Windows for measuring: the stream cut in order, the incomplete last window dropped; see `started`.
-
-    Raises:
-        InputError: Fewer tokens than one window.
-    """
+    """Windows for measuring: the stream cut in order, without the incomplete last window; see `started`."""
     stop = None if max_windows is None else skip_windows + max_windows
     documents = load_documents(reference)
     stream = join_documents(documents, tokenizer, limit=None if stop is None else stop * seqlen)

@@ -22,11 +22,7 @@ Metric = Callable[[LanguageModel, Any, Sequence[TokenWindows]], Any]
 
 
 def find_metric(reference: str) -> Metric:
-    """The function in a file, in an installed module, or of a plugin; this imports it.
-
-    Raises:
-        InputError: No such reference, file, module, function or plugin, or it fails when it is imported.
-    """
+    """The function in a file, in an installed module, or of a plugin; raises InputError if it cannot be imported."""
     module, colon, name = reference.rpartition(":")
     if not colon and (plugin := plugins.load_plugins(plugins.METRICS, METRICS).get(reference)):
         function = plugin.load(object)
@@ -70,11 +66,7 @@ def metric_sha256(reference: str) -> str:
 
 
 def check_directions(budgets: Sequence[BudgetConfig]) -> None:
-    """Hold budgets on own metrics against the directions that those state, before anything is measured.
-
-    Raises:
-        InputError: A limit to the good side, or a metric as in `find_metric`.
-    """
+    """Raise InputError for a budget on an own metric that limits its good side, before anything is measured."""
     for position, budget in enumerate(budgets):
         if metric_of(budget.metric).source != OWN:
             continue
@@ -94,10 +86,8 @@ def measure(
     """Call a metric as `function(model, tokenizer, windows)`.
 
     Its attributes `higher_is_better` and `unit` are one value for all figures or a mapping by their names; a figure
-    without a direction is reported but not held against a baseline.
-
-    Raises:
-        InputError: It fails, or returns anything but a finite number or a mapping of names to such.
+    without a direction is reported but not held against a baseline. Raises InputError if it fails, or returns anything
+    but a finite number or a mapping of names to such.
     """
     try:
         result = metric(model, model.tokenizer, tuple(windows))

@@ -133,11 +133,7 @@ def check_texts(settings: EvaluationSettings) -> None:
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """Prompts from a file: .txt one a line; .jsonl with `prompt`, or `turns` of which the first counts.
-
-    Raises:
-        InputError: Not there, not such a file, or without prompts.
-    """
+    """Prompts from a file: .txt one a line; .jsonl with `prompt`, or `turns` of which the first counts."""
     if path.suffix not in (".txt", ".jsonl"):
         raise InputError("not a prompts file", field="prompts", value=str(path), allowed=".txt or .jsonl")
     if path.suffix == ".txt":
@@ -162,11 +158,7 @@ def text_windows(
     progress: Progress,
     writers: Sequence[Writer],
 ) -> TokenWindows:
-    """The windows of one text, or sampled from the reference model; token ids are the reference's.
-
-    Raises:
-        InputError: A text that cannot be read or is too short, or a model that cannot be sampled from.
-    """
+    """The windows of one text, or sampled from the reference model; token ids are the reference's."""
     if source != SELF:
         return token_windows(
             source, reference.tokenizer, seqlen=settings.seqlen, max_windows=settings.max_windows
@@ -265,12 +257,7 @@ def measure_file(
     threads: int | None,
     progress: Progress,
 ) -> tuple[MeasuredText, ...]:
-    """What a file loses in its own runtime on texts: (`text` or `chats`, windows of the dense model's ids).
-
-    Raises:
-        InputError: A text in the file's own tokens is longer than its context.
-        LimitError: It gives logits that are not finite.
-    """
+    """What a file loses in its own runtime on texts: (`text` or `chats`, windows of the dense model's ids)."""
     same = tokenizer.get_vocab() == dense.tokenizer.get_vocab()
     spelling = None if same else respelling(dense.tokenizer, tokenizer)
     rows = [window for _, text in texts for window in text.ids]

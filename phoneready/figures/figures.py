@@ -238,11 +238,7 @@ class FigureSet:
 
 
 def read_baseline(path: Path, wanted: Iterable[FigureKey]) -> FigureSet:
-    """An earlier release's figures.
-
-    Raises:
-        InputError: No such file, another schema, a figure that it does not have, or one that no release can have.
-    """
+    """An earlier release's figures; raises InputError if one that is wanted is missing, or one cannot be."""
     baseline = read_record(FigureSet, path)
     for figure in baseline.figures:
         samples = figure.samples.times if figure.samples else ()

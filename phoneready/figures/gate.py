@@ -85,11 +85,7 @@ class _Estimate(NamedTuple):
 def judge_all(
     budgets: Sequence[BudgetConfig], figures: FigureSet, baseline: FigureSet | None = None
 ) -> tuple[BudgetVerdict, ...]:
-    """Every budget's verdict on every figure that it limits.
-
-    Raises:
-        InputError: A budget that limits nothing, or a baseline measured on another text or task.
-    """
+    """Every budget's verdict on every figure; raises InputError for one that limits nothing, and as `judge`."""
     ours = figures.by_key(PRUNED)
     references = {"dense": figures.by_key(DENSE), "baseline": baseline.by_key(PRUNED) if baseline else {}}
     verdicts = []
