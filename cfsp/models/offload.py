@@ -400,12 +400,6 @@ class StoredStates:
         states = safetensors.torch.load_file(self._file(depth))
         return [states[str(window)].to(device) for window in range(len(states))]
 
-    def take(self, depth: int, device: torch.device) -> list[torch.Tensor]:
-        """As `get`; they are not stored any more."""
-        states = self.get(depth, device)
-        self._file(depth).unlink()
-        return states
-
     def _file(self, depth: int) -> Path:
         return self._folder.path / f"{depth}.safetensors"
 

@@ -193,7 +193,7 @@ def _backwards_by_blocks(
     of_keys: list[dict[Any, tuple[torch.Tensor, ...]]] = [{} for _ in gradients]
     for index, layer in reversed(list(enumerate(layers))):
         with at_hand(layer):
-            for window, state in enumerate(before.take(index, model.device)):
+            for window, state in enumerate(before.get(index, model.device)):
                 arguments = calls.of(index, window)
                 leaves: dict[str, torch.Tensor] = {}
                 for name, value in calls.own[window][index].items():
