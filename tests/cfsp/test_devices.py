@@ -157,21 +157,6 @@ def raised(error: Exception) -> None:
     raise error
 
 
-def test_a_gpu_that_is_not_there_is_said_in_one_line(
-    tiny_folder: Callable[[], Any], tmp_path: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = str(tiny_folder())
-    for command, device in (("prune", "cuda:99"), ("export", "gpu"), ("eval", "mps")):
-        output = [] if command == "eval" else ["-o", str(tmp_path / "out")]
-        capsys.readouterr()
-        assert main([command, model, *output, "--device", device]) == 2
-        error = capsys.readouterr().err.strip()
-        assert "device" in error
-        assert "cpu" in error
-        assert len(error.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_full_gpu_is_told_of_16_bits_only_where_they_help(
     tiny_loaded: TinyLoaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

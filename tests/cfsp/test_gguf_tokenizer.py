@@ -117,21 +117,6 @@ def test_other_vocabularies_tokenize_as_llama_cpp(name: str, llama_cpp_vocabular
     assert hf_ids(tokenizer, texts) == llama_cpp_ids(path, texts)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral"])
-def test_tiny_tokenizer_survives_the_way_through_gguf(
-    model_type: str, tiny_model: Any, tiny_gguf: Any
-) -> None:
-    _, original = tiny_model(model_type)
-    path = tiny_gguf(model_type)
-    rebuilt = tokenizer_from_gguf(path)
-    texts = varied_texts(original.all_special_tokens)
-    if model_type == "mistral":  # the file names a kind that adds a start token unless told not to
-        assert rebuilt("a")["input_ids"] == original("a")["input_ids"]
-    assert hf_ids(rebuilt, texts) == hf_ids(original, texts) == llama_cpp_ids(path, texts)
-    assert rebuilt.chat_template == original.chat_template
-    assert rebuilt.special_tokens_map == original.special_tokens_map
-
-
 def with_splitting(tokenizer: Any, **parts: Any) -> Any:
     """The same tokenizer with other parts."""
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

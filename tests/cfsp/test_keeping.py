@@ -13,10 +13,9 @@ import torch
 from far_device import brought, far_device, send
 from torch import nn
 
-from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers
 from cfsp.models.checkpoint import PLAN_FILE, load_pruned, save_checkpoint
-from cfsp.models.offload import NARROW, VARIABLE, WHOLE, Keeping, held_model, is_paged, keeping_of
+from cfsp.models.offload import VARIABLE, WHOLE, Keeping, held_model, is_paged, keeping_of
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel
 from cfsp.models.weights import cast_weights, safetensors_files, uniform_dtype, weight_count
@@ -27,7 +26,6 @@ from cfsp.pruning.settings import PruneSettings
 from cfsp.records import read_record
 from cfsp.text.calibration import Calibration
 from phoneready.main import main
-from phoneready.settings.release import parse_config
 
 TinyPath = Callable[..., Path]
 TinyLoaded = Callable[..., LoadedModel]
@@ -145,23 +143,6 @@ def test_a_model_of_16_bits_is_pruned_where_it_is(tiny_loaded: TinyLoaded) -> No
         assert set(found) == set(weights)
         for name, tensor in found.items():
             assert torch.equal(brought(tensor), weights[name]), name
-
-
-def test_what_weights_and_products_may_not_be_in(
-    tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model, output = str(tiny_folder()), ["-o", str(tmp_path / "out")]
-    for command, dtype, allowed in (
-        (["prune", model, *output], "float8", f"auto, float32, {', '.join(NARROW)}"),
-        (["recover", model, *output], "float16", "auto, float32, bfloat16"),
-    ):
-        capsys.readouterr()
-        assert main([*command, "--dtype", dtype]) == 2
-        error = capsys.readouterr().err
-        assert f"allowed: {allowed}" in error
-        assert len(error.splitlines()) == 1
-    with pytest.raises(InputError, match=r"allowed: auto, float32, bfloat16$"):
-        parse_config('[model]\nreference = "m"\n[prune]\ndtype = "float16"\n', where="release.toml")
 
 
 @pytest.mark.parametrize(

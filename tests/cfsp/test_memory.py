@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -86,29 +85,3 @@ def test_windows_whose_hidden_states_do_not_fit(tiny_model: Any, monkeypatch: py
     little(monkeypatch, 4 * 64 * ids.numel() - 1)
     with pytest.raises(InputError, match=r"8 windows of 16 tokens takes .*fewer windows"):
         enter_blocks(model, list(model.model.layers), ids)
-
-
-FAULTS = """
-import resource, sys
-import torch
-from cfsp.memory import keep_freed_memory
-if sys.argv[1] == "kept":
-    keep_freed_memory()
-torch.ones(25_000_000)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
-    torch.ones(25_000_000)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another library of C")
-def test_freed_tensors_serve_again_unless_users_have_set_how() -> None:
-    def faults(how: str, **environment: str) -> int:
-        command = [sys.executable, "-c", FAULTS, how]
-        own = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-        return int(subprocess.run(command, env=own, capture_output=True, text=True, check=True).stdout)
-
-    anew = faults("given back")
-    assert faults("kept") < anew / 4
-    assert faults("kept", MALLOC_MMAP_THRESHOLD_=str(2**20)) > anew / 4

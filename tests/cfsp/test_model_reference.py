@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import safetensors.torch
 import torch
@@ -21,7 +20,7 @@ import transformers
 
 from cfsp.errors import InputError
 from cfsp.models import builtin
-from cfsp.models.builtin import BUILTIN_MODELS, cache_directory
+from cfsp.models.builtin import BUILTIN_MODELS
 from cfsp.models.checkpoint import read_checkpoint_info, save_checkpoint
 from cfsp.models.families import FAMILIES
 from cfsp.models.gguf_file import read_gguf
@@ -165,18 +164,6 @@ def test_built_in_model_answers(smollm2_gguf: Path) -> None:
     config = loaded.model.config
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 2)
     assert loaded.source.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-
-def test_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PHONEREADY_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value, expected in (
-        ("HOME", "/home/me", "/home/me/.cache/phoneready"),
-        ("XDG_CACHE_HOME", "/x", "/x/phoneready"),
-        ("PHONEREADY_CACHE", "/a/b", "/a/b"),
-    ):
-        monkeypatch.setenv(name, value)
-        assert cache_directory() == Path(expected)
 
 
 def test_built_in_model_that_is_not_the_pinned_one_is_refused(
@@ -345,21 +332,3 @@ def test_loading_writes_nothing_to_the_terminal(tiny_folder: Any, tiny_gguf: Any
     environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="what the kernel tells of a process's pages")
-def test_bytes_of_a_file_leave_memory_when_they_were_used(
-    tiny_model: Any, write_gguf: Any, tmp_path: Path
-) -> None:
-    path, values = tmp_path / "file.gguf", np.arange(2**22, dtype=np.float32).reshape(2**11, 2**11)
-    write_gguf(path, *tiny_model(), {"large.weight": values})
-
-    def resident() -> int:
-        return sum(part.rss for part in psutil.Process().memory_maps() if part.path == str(path))
-
-    (tensor,) = (one for one in read_gguf(path).tensors if one.name == "large.weight")
-    assert np.array_equal(tensor.dequantize(), values)
-    assert resident() > 2**23
-    tensor.let_go()
-    assert resident() < 2**20
-    assert np.array_equal(tensor.dequantize(), values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -65,16 +64,3 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_has_stays(place: 
             assert (kept / "large").is_file()
         living.communicate("")
     assert not list(place.iterdir())
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="locks of another kind")
-def test_a_place_without_locks_will_do(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fcntl
-
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with LargeScratch("weights") as made:
-        assert made.path.is_dir()
-    assert not made.path.exists()

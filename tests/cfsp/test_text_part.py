@@ -141,17 +141,3 @@ def test_what_config_leaves_to_defaults(tiny_model: TinyModel, tmp_path: Path) -
     del settings["text_config"]["model_type"]
     file.write_text(json.dumps(settings), encoding="utf-8")
     torch.testing.assert_close(load_model(folder).model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_a_template_that_stands_alone(tiny_model: TinyModel, tmp_path: Path) -> None:
-    folder, _ = saved(tiny_model, tmp_path / "whole", "gemma3")
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
-    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    settings.pop("chat_template", None)
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    assert load_model(folder).tokenizer.chat_template is None
-    (folder / "chat_template.json").write_text('{"chat_template": "{{ messages }}"}', encoding="utf-8")
-    assert load_model(folder).tokenizer.chat_template == "{{ messages }}"
-    (folder / "chat_template.json").write_text('{"chat_template": 5}', encoding="utf-8")
-    with pytest.raises(InputError, match="chat_template"):
-        load_model(folder)
