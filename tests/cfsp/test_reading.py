@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -152,41 +153,26 @@ def test_an_index_names_only_safetensors_in_its_own_folder(changed: Path) -> Non
             assert len(str(caught.value)) < 800
 
 
-GGUF_VALUES: list[tuple[str, int, bytes]] = [
-    ("llama.attention.layer_norm_rms_epsilon", 6, struct.pack("<f", float("nan"))),
-    ("llama.block_count", 4, struct.pack("<I", 0)),
-    ("llama.block_count", 4, struct.pack("<I", 4_000_000_000)),
-    ("tokenizer.ggml.bos_token_id", 6, struct.pack("<f", 1.5)),
-    ("tokenizer.ggml.eos_token_id", 9, struct.pack("<IQI", 4, 1, 1)),
-    ("llama.context_length", 8, struct.pack("<Q", 1) + b"x"),
-    ("tokenizer.ggml.tokens", 4, struct.pack("<I", 5)),
-    ("tokenizer.ggml.model", 9, struct.pack("<IQQ", 8, 1, 4) + b"gpt2"),
-    ("general.name", 4, struct.pack("<I", 5)),
-]
-
-
-def test_metadata_that_llama_cpp_would_abort_at_is_refused_by_key(gguf_file: Path, tmp_path: Path) -> None:
-    content, path = gguf_file.read_bytes(), tmp_path / "bad.gguf"
-    for key, kind, value in GGUF_VALUES:
-        # Of two keys with one name the later counts, so one is put in front of the tensors' names.
-        path.write_bytes(_with_key(content, key, kind, value))
+def test_metadata_that_llama_cpp_would_abort_at_is_refused_by_key(tmp_path: Path) -> None:
+    path, kinds = tmp_path / "bad.gguf", gguf.GGUFValueType
+    for key, value, kind in (
+        ("llama.attention.layer_norm_rms_epsilon", float("nan"), kinds.FLOAT32),
+        ("llama.block_count", 0, kinds.UINT32),
+        ("llama.block_count", 4_000_000_000, kinds.UINT32),
+        ("tokenizer.ggml.bos_token_id", 1.5, kinds.FLOAT32),
+        ("tokenizer.ggml.eos_token_id", [1], kinds.ARRAY),
+        ("llama.context_length", "x", kinds.STRING),
+        ("tokenizer.ggml.tokens", 5, kinds.UINT32),
+        ("tokenizer.ggml.model", ["gpt2"], kinds.ARRAY),
+        ("general.name", 5, kinds.UINT32),
+    ):
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_key_value(key, value, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
         with pytest.raises(InputError, match=key.removeprefix("llama.")):
             read_gguf(path)
-
-
-def _with_key(content: bytes, key: str, kind: int, value: bytes) -> bytes:
-    """A GGUF file with one more metadata value, behind all others."""
-    n_tensors, n_values = struct.unpack_from("<QQ", content, 8)
-    name = b"token_embd.weight"
-    names = content.index(struct.pack("<Q", len(name)) + name)
-    first = min(
-        content.index(struct.pack("<Q", len(text)) + text)
-        for text in (name, b"output_norm.weight", b"blk.0.attn_norm.weight")
-    )
-    assert first <= names
-    entry = struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
-    head = content[:8] + struct.pack("<QQ", n_tensors, n_values + 1) + content[24:first]
-    return head + entry + content[first:] + b"\0" * 64
 
 
 def _precompiled(charsmap: bytes) -> dict[str, Any]:
