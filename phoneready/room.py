@@ -188,7 +188,6 @@ class Extent:
     blocks: tuple[tuple[tuple[int, int], ...], ...]  # of every block its matrices, (rows, columns)
     vocab_size: int  # rows of the embedding
     hidden_size: int  # its columns
-    tied: bool  # whether it is the output matrix, too
     beside: int = 0  # weights of all other matrices, such as a further table of tokens
     stored_bytes: int = 4  # of a weight, in a checkpoint that is made of the model
     keeping: Keeping = WHOLE
@@ -206,13 +205,8 @@ class Extent:
         return self.vocab_size * self.hidden_size
 
     @property
-    def n_weights(self) -> int:
-        """All but norms and biases."""
-        return self.block_weights + self.beside + self.end_weights * (1 if self.tied else 2)
-
-    @property
     def least_weights(self) -> int:
-        """If the output matrix is the embedding after all, which a file may hold twice."""
+        """All but norms and biases, if the output matrix is the embedding, which a file may hold twice."""
         return self.block_weights + self.beside + self.end_weights
 
     @cached_property
@@ -268,7 +262,6 @@ def read_extent(path: Path, dtype: str = AUTO) -> Extent:
     return Extent(
         tuple(tuple(blocks[index]) for index in sorted(blocks)),
         *embedding,
-        tied=not any(name in shapes for name in _OUTPUTS),
         beside=beside,
         stored_bytes=NARROW.get(dtype, stored).itemsize,
         keeping=keeping,

@@ -35,7 +35,7 @@ from phoneready.settings.schema import ReleaseConfig
 TinyPath = Callable[..., Path]
 SmallDisk = Callable[[str], Path]
 BLOCK = ((64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128))
-SMALL = Extent((BLOCK,) * 4, 384, 64, tied=True)
+SMALL = Extent((BLOCK,) * 4, 384, 64)
 LARGE = replace(SMALL, blocks=(BLOCK,) * 8)
 EXPORTING = FileSettings(quants=("Q4_0",), onnx=("int4",))
 NEEDS: dict[str, Callable[[list[Extent]], Needs]] = {
@@ -66,7 +66,7 @@ def test_only_what_is_held_is_asked_for() -> None:
 def test_every_format_is_no_larger_than_floats(name: str) -> None:
     family = next(family for family in FAMILIES.values() if name in family.formats)
     made = replace(FileSettings(quants=(), onnx=()), **{family.setting: (name,)})
-    assert 0 <= exporting_needs([SMALL], made, None, 0).disk <= 8.1 * SMALL.n_weights
+    assert 0 <= exporting_needs([SMALL], made, None, 0).disk <= 8.1 * SMALL.least_weights
 
 
 def test_a_disk_need_not_hold_what_is_not_there_at_once() -> None:
