@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Annotated, Any
@@ -61,10 +61,10 @@ def note(message: str) -> None:
     print(printable(message), file=sys.stderr, flush=True)
 
 
-def warn(warnings: Iterable[str], tell: Callable[[str], None] = note) -> None:
+def warn(warnings: Iterable[str]) -> None:
     """Tell the user, a line each, what was asked for and has no effect."""
     for warning in dict.fromkeys(warnings):
-        tell(f"warning: {warning}")
+        note(f"warning: {warning}")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +18,6 @@ from cfsp.recovery.settings import (
     training_as_read,
 )
 from cfsp.settings import no_effect, setting
-from phoneready.commands.processes import note_once, one_voice
 from phoneready.console import MakeOptions, prepare_torch, show_progress, warn, write_result
 
 if TYPE_CHECKING:
@@ -52,44 +52,44 @@ def recover(
     warnings = training_as_read(settings, references.texts)[1]
     if teacher is not None and not reads_teacher(settings, references.texts):
         warnings += (no_effect("--teacher", "without --loss distill or both, or the reference self"),)
-    warn(warnings, note_once)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes on a machine the first
+        warn(warnings)
     inputs = [Path(name) for name in (checkpoint, teacher, *references.texts) if name]
     refuse_existing(output, force=how.force, inputs=inputs)
-    with one_voice():
-        prepare_torch(how.threads)
-        from cfsp.devices import find_device
-        from cfsp.recovery.recover import RecoveryJob, check_outcome
-        from cfsp.recovery.recover import recover as run_recovery
-        from exporters.families import ROUNDING
-        from phoneready.room import check_room, recovering_needs
-        from phoneready.text import WRITERS
+    prepare_torch(how.threads)
+    from cfsp.devices import find_device
+    from cfsp.recovery.recover import RecoveryJob, check_outcome
+    from cfsp.recovery.recover import recover as run_recovery
+    from exporters.families import ROUNDING
+    from phoneready.room import check_room, recovering_needs
+    from phoneready.text import WRITERS
 
-        def before() -> None:
-            needs = partial(recovering_needs, settings=settings)
-            check_room("recover", (checkpoint,), needs, output, device=find_device(how.device))
+    def before() -> None:
+        needs = partial(recovering_needs, settings=settings)
+        check_room("recover", (checkpoint,), needs, output, device=find_device(how.device))
 
-        with show_progress() as progress:
-            result = run_recovery(
-                RecoveryJob(
-                    checkpoint,
-                    output,
-                    settings,
-                    references.data,
-                    references.validation,
-                    teacher=teacher,
-                    work=work,
-                    device=how.device,
-                    force=how.force,
-                ),
-                writers=WRITERS,
-                rounding=ROUNDING,
-                before=before,
-                progress=progress,
-            )
-        if result.is_main:
-            text = format_recovery(result.record, output)
-            write_result(text, record_to_json(result.record), as_json=how.json)
-        check_outcome(result.record, output)
+    with show_progress() as progress:
+        result = run_recovery(
+            RecoveryJob(
+                checkpoint,
+                output,
+                settings,
+                references.data,
+                references.validation,
+                teacher=teacher,
+                work=work,
+                device=how.device,
+                force=how.force,
+            ),
+            writers=WRITERS,
+            rounding=ROUNDING,
+            before=before,
+            progress=progress,
+        )
+    if result.is_main:
+        text = format_recovery(result.record, output)
+        write_result(text, record_to_json(result.record), as_json=how.json)
+    check_outcome(result.record, output)
 
 
 def format_recovery(record: RecoveryRecord, output: Path) -> str:

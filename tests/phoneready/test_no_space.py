@@ -51,7 +51,7 @@ def test_a_disk_that_others_fill_while_a_command_runs(
     def filling() -> Iterator[Progress]:
         yield lambda description, done, total: _fill(disk) if description == "calibrating" else None
 
-    monkeypatch.setattr("phoneready.commands.processes.show_progress", filling)
+    monkeypatch.setattr("phoneready.commands.prune.show_progress", filling)
     assert "error: no space left to write " in refused("prune", model, "-o", disk / "out", *text)
     gc.collect()
     assert [path.name for path in disk.iterdir()] == ["full"]
