@@ -107,12 +107,6 @@ def read_here(model: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def other_packages(packages_folder: Callable[..., Path]) -> Path:
-    """Folder with the other major version of transformers."""
-    return packages_folder(f"transformers-{OTHER}", REQUIREMENTS[OTHER])
-
-
-@pytest.fixture(scope="module")
 def checkpoints(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint for every model type, tied or not, with widths different and uniform, heads too."""
     folder = tmp_path_factory.mktemp("written-here")
@@ -138,29 +132,20 @@ def checkpoints(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-@pytest.fixture(scope="module")
-def other_report(
-    other_packages: Path, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[dict[str, Any], Path]:
-    """What the other version found in the checkpoints, and where it saved them again."""
-    target = tmp_path_factory.mktemp("written-there")
+def test_the_other_version_loads_what_is_written_here(
+    packages_folder: Callable[..., Path], checkpoints: Path, tmp_path: Path
+) -> None:
+    packages = packages_folder(f"transformers-{OTHER}", REQUIREMENTS[OTHER])
     root = str(Path(next(iter(cfsp.__path__))).parent)
     environment = dict(os.environ) | {
-        "PYTHONPATH": os.pathsep.join([str(other_packages), root]),
-        "HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules")),
+        "PYTHONPATH": os.pathsep.join([str(packages), root]),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
     }
-    command = [sys.executable, "-c", SCRIPT, str(checkpoints), str(target), json.dumps(TEXT)]
+    command = [sys.executable, "-c", SCRIPT, str(checkpoints), str(tmp_path / "again"), json.dumps(TEXT)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     report = json.loads(result.stdout.splitlines()[-1])
     assert report.pop("version").startswith(f"{OTHER}.")
-    return report, target
-
-
-def test_the_other_version_loads_what_is_written_here(
-    other_report: tuple[dict[str, Any], Path], checkpoints: Path
-) -> None:
-    report, _ = other_report
     assert sorted(report) == sorted(folder.name for folder in checkpoints.iterdir())
     for name, found in report.items():
         loaded = load_model(checkpoints / name)
