@@ -117,7 +117,15 @@ def save_checkpoint(
         save_weights(model, folder, dtype, progress=progress)
         _save_config(model, folder, shape, str(dtype).removeprefix("torch."))
         save_tokenizer(loaded.tokenizer, folder)
-        _save_license(loaded.source, folder)
+        origin = loaded.source.path
+        # A lone GGUF file may lie in a folder of other things, whose licence is not its own.
+        if origin and loaded.source.kind != "gguf":
+            copy_notices(Path(origin) if Path(origin).is_dir() else Path(origin).parent, folder)
+        if loaded.source.license and not any(folder.glob("LICENSE*")):
+            of = loaded.source.base_model or loaded.source.name
+            text = f"Derived from {of}, whose stated licence is: {loaded.source.license}"
+            printable = "".join(c if c.isprintable() else " " for c in text)  # as a terminal may show it
+            (folder / "LICENSE").write_text(f"{printable}\n", encoding="utf-8")
         files = {**({} if plan is None else {PLAN_FILE: plan}), **(beside or {})}
         if input_moments is not None:
             files[_MOMENTS_FILE] = {n: values.float().contiguous() for n, values in input_moments.items()}
@@ -127,7 +135,6 @@ def save_checkpoint(
             else:
                 write_record(folder / name, content)
         let_go(model)
-        origin = loaded.source.path
         packages = ("torch", "transformers", "tokenizers", "safetensors")
         versions = {"phoneready": tool_version(), "python": platform.python_version()}
         info = CheckpointInfo(
@@ -145,13 +152,28 @@ def save_checkpoint(
 
 
 def _save_config(model: Any, folder: Path, shape: ModelShape, dtype: str) -> None:
-    """config.json, generation_config.json, and the modelling file if blocks differ."""
+    """config.json, generation_config.json, and the modelling file if blocks differ; raises InputError."""
     native = model_class(model.config)
     model.config.architectures, model.config.dtype = [native.__name__], dtype
     model.config.save_pretrained(folder)
     # Not `save_pretrained`: published models have settings that contradict each other, which it refuses.
     model.generation_config.to_json_file(folder / "generation_config.json")
-    stored = portable_config(read_json(folder / "config.json"))
+    stored = read_json(folder / "config.json")
+    row, rope = FAMILIES[stored["model_type"]], stored.get("rope_parameters")
+    if row.release == 4 and isinstance(rope, dict):
+        # In both spellings: version 4 of transformers reads `rope_theta`, `rope_scaling` and, in some model types, a
+        # base of sliding windows, and would silently take its defaults.
+        of_windows, rope = rope.get(WINDOWED), dict(rope.get(FULL, rope))
+        theta = rope.pop("rope_theta", None)
+        if isinstance(of_windows, dict):
+            setting, base = row.window_rope_setting, of_windows["rope_theta"]
+            if not setting and base != theta:
+                problem = "transformers 4 has one base for all blocks"
+                raise InputError(problem, field="rope_theta", value=base, allowed=str(theta))
+            stored |= {setting: base} if setting else {}
+        if theta is not None:
+            stored["rope_theta"] = theta
+        stored["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
     code = Path(str(modeling_pruned.__file__))
     (folder / code.name).unlink(missing_ok=True)
     stored, _ = dense_settings(stored, str(folder))
@@ -167,30 +189,6 @@ def _save_config(model: Any, folder: Path, shape: ModelShape, dtype: str) -> Non
         ours = modeling_pruned.per_layer_settings(widths, kv_heads, most)
         stored["per_layer_config"] = modeling_pruned.joined_settings(stored.get("per_layer_config"), ours)
     write_json(folder / "config.json", stored)
-
-
-def portable_config(stored: dict[str, Any]) -> dict[str, Any]:
-    """A config.json's content with the rotary settings in both spellings.
-
-    transformers 5 writes `rope_parameters`; version 4 reads `rope_theta`, `rope_scaling` and, in some model types, a
-    base of sliding windows, and would silently take its defaults. Raises InputError for a base that it cannot read.
-    """
-    row, rope = FAMILIES[stored["model_type"]], stored.get("rope_parameters")
-    if row.release > 4 or not isinstance(rope, dict):
-        return dict(stored)
-    portable = dict(stored)
-    of_windows, rope = rope.get(WINDOWED), dict(rope.get(FULL, rope))
-    theta = rope.pop("rope_theta", None)
-    if isinstance(of_windows, dict):
-        setting, base = row.window_rope_setting, of_windows["rope_theta"]
-        if not setting and base != theta:
-            problem = "transformers 4 has one base for all blocks"
-            raise InputError(problem, field="rope_theta", value=base, allowed=str(theta))
-        portable |= {setting: base} if setting else {}
-    if theta is not None:
-        portable["rope_theta"] = theta
-    portable["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
-    return portable
 
 
 def _is_stated(shape: ModelShape, settings: Mapping[str, Any]) -> bool:
@@ -233,19 +231,6 @@ def copy_notices(source: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
         else:
             _log.warning("%s leads out of its folder, and is not copied", file)
-
-
-def _save_license(source: ModelSource, folder: Path) -> None:
-    """The source's licence files; if it only names a licence, a file that says which."""
-    origin = Path(source.path) if source.path else None
-    beside = origin if origin is None or origin.is_dir() else origin.parent
-    # A lone GGUF file may lie in a folder of other things, whose licence is not its own.
-    if beside is not None and source.kind != "gguf":
-        copy_notices(beside, folder)
-    if source.license and not any(folder.glob("LICENSE*")):
-        text = f"Derived from {source.base_model or source.name}, whose stated licence is: {source.license}"
-        shown = "".join(c if c.isprintable() else " " for c in text)  # as a terminal may show it
-        (folder / "LICENSE").write_text(f"{shown}\n", encoding="utf-8")
 
 
 def load_pruned(directory: Path, dtype: torch.dtype | None = None, *, by_blocks: bool = False) -> Any:
