@@ -263,7 +263,7 @@ class TaskSet(NamedTuple):
 
 @contextlib.contextmanager
 def load_tasks(settings: TaskSettings) -> Iterator[TaskSet]:
-    """Find and load tasks with their data; without names of lm_eval's own nothing asks the network.
+    """Find and load tasks with their data.
 
     Raises:
         InputError: An unknown name, a file that is no task, missing data, data without the fields the task names.
@@ -281,7 +281,7 @@ def load_tasks(settings: TaskSettings) -> Iterator[TaskSet]:
     harness = import_harness() if given else None
     with tempfile.TemporaryDirectory(prefix="phoneready-tasks-") as cache:
         if harness is not None:
-            with _quiet(offline=not names):
+            with _quiet():
                 manager = harness.tasks.TaskManager(include_defaults=bool(names))
                 tasks: list[Any] = []
                 for file in (file for _, files in given for file in files):
@@ -472,21 +472,13 @@ def _result(name: str, found: Any, tasks: TaskSet) -> TaskResult:
 
 
 @contextlib.contextmanager
-def _quiet(*, offline: bool = False) -> Iterator[None]:
-    """Keep what the harness prints and logs from the terminal; `offline`: tell it that there is no network."""
+def _quiet() -> Iterator[None]:
+    """Keep what the harness prints and logs from the terminal; its errors come as exceptions."""
     with contextlib.ExitStack() as stack:
         for name in ("lm_eval", "datasets", "huggingface_hub"):
             logger = logging.getLogger(name)
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.CRITICAL)
-        if offline:
-            import datasets.config
-            import huggingface_hub.constants
-
-            places: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
-            for place in places:
-                stack.callback(setattr, place, "HF_HUB_OFFLINE", place.HF_HUB_OFFLINE)
-                place.HF_HUB_OFFLINE = True
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         yield

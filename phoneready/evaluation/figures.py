@@ -15,12 +15,14 @@ from phoneready.figures.figures import (
     OWN_METRIC,
     PRUNED,
     TASK,
+    TEXT,
     TOLERANCES,
     BudgetConfig,
     BudgetVerdict,
     Figure,
     FigureKey,
     metric_of,
+    metrics_from,
     recorded_metric,
 )
 from phoneready.figures.gate import differences, judge
@@ -39,23 +41,17 @@ def evaluation_figures(item: str, subject: str, evaluation: Evaluation) -> Itera
 
     all_tokens: dict[str, str] = {}
     for text in evaluation.texts:
-        name = text_name(text.kind, text.source)
+        name, d = text_name(text.kind, text.source), text.divergence
         tokens = {f"tokens of {name}": text.windows_sha256}
         all_tokens |= tokens
-        values = {"perplexity": text.perplexity}
-        for metric in ("bits_per_byte", "tokens_per_byte"):
-            own, theirs = getattr(text, metric), getattr(text, f"against_{metric}")
-            if own is not None:
-                values[metric] = own
-            if theirs is not None:
-                yield figure(DENSE, metric, theirs, tokens, name)
-        if (d := text.divergence) is not None:
-            values |= {
-                one: getattr(d, one) for one in ("perplexity_ratio", "kl_mean", "kl_p99_9", "same_top1")
-            }
-            yield figure(DENSE, "perplexity", d.reference_perplexity, tokens, name)
-        for metric, value in values.items():
-            yield figure(PRUNED, metric, value, tokens, name)
+        for metric in metrics_from(TEXT):
+            own = getattr(text, metric, getattr(d, metric, None))
+            theirs = getattr(text, f"against_{metric}", None)
+            if d is not None and metric == "perplexity":
+                theirs = d.reference_perplexity
+            for role, value in ((PRUNED, own), (DENSE, theirs)):
+                if value is not None:
+                    yield figure(role, metric, value, tokens, name)
     yield from task_figures(item, PRUNED, subject, evaluation.tasks)
     yield from task_figures(item, DENSE, dense, evaluation.against_tasks)
     if (answers := evaluation.degeneration) is not None:
