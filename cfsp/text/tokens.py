@@ -55,7 +55,7 @@ def decode(tokenizer: Any, ids: torch.Tensor | Sequence[int]) -> str:
 
 
 def start_token(tokenizer: Any) -> int | None:
-    """The start token that a tokenizer puts before any text, None where it puts nothing there."""
+    """The start token that a tokenizer puts before any text; None if it puts none."""
     plain, whole = (encode(tokenizer, "a", add_special_tokens=added) for added in (False, True))
     return tokenizer.bos_token_id if whole[:1] == [tokenizer.bos_token_id] and whole != plain else None
 
@@ -63,8 +63,8 @@ def start_token(tokenizer: Any) -> int | None:
 def encode_long(tokenizer: Any, text: str, limit: int | None = None) -> array[int]:
     """Token ids of a text of any length, without special tokens; raises as `encode`.
 
-    Pieces overlap, and the next goes on where both have the same tokens at the same places. A text in which that is
-    nowhere (one endless word) is cut.
+    Pieces overlap, and the next continues at tokens that both have at the same places. A text without such tokens (one
+    endless word) is cut.
     """
     size = _PIECE if limit is None else min(_PIECE, _CHARACTERS * limit + 2 * _OVERLAP)
     if len(text) <= (WHOLE if limit is None else size):
@@ -347,6 +347,6 @@ def _read_hub(name: str) -> list[Document]:
 
 
 def shuffled(documents: Sequence[Document], seed: int) -> Iterator[Document]:
-    """The documents in an order that depends on the seed alone."""
+    """The documents in an order that depends only on the seed."""
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
     return (documents[int(i)] for i in order)

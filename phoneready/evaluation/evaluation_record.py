@@ -140,6 +140,6 @@ def text_name(kind: str, reference: str) -> str:
 
 
 def repeated_text(text: Iterable[str], chats: Iterable[str]) -> str | None:
-    """A name that two of the references have, so that their figures could not be told apart."""
+    """A name that two of the references have, whose figures could not be distinguished."""
     names = [text_name(kind, one) for kind, all_ in (("text", text), ("chats", chats)) for one in all_]
     return next((name for position, name in enumerate(names) if name in names[:position]), None)

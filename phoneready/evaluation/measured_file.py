@@ -1,4 +1,4 @@
-"""What files of one model lose on the same windows of text, and which of them are beaten, told from the text's noise.
+"""What files of one model lose on the same windows of text, and which of them are beaten beyond the text's noise.
 
 Losses are compared window by window. The difference of two files' bits per byte is a ratio of sums over windows,
 
