@@ -15,7 +15,6 @@ import json
 import shutil
 import subprocess
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +137,30 @@ def _genai_chats(job: Job, folder: Path) -> ReadChats:
     installed. No weights are read."""
     if not (folder / GENAI_CONFIG).is_file() or importlib.util.find_spec("onnxruntime_genai") is None:
         return ReadChats()
-    found = _ask(folder)
+    request = json.dumps([[list(c.messages), list(c.tools) or None, c.to_be_answered] for c in CONVERSATIONS])
+    found: Any = {}
+    try:
+        result = subprocess.run(
+            [*python_module("exporters.onnx.genai_worker"), str(folder)],
+            input=request,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            env=child_environment(),
+            timeout=_SECONDS,
+        )
+        lines = result.stdout.splitlines()
+        if result.returncode or not lines:
+            found = {"error": f"it ended with status {result.returncode}"}
+        else:
+            found = json.loads(lines[-1])
+            if not isinstance(found, dict):
+                raise ValueError
+    except subprocess.TimeoutExpired:
+        found = {"error": f"it has not answered within {_SECONDS:g} s"}
+    except ValueError:
+        found = {"error": f"its answer cannot be read: {lines[-1]}"}
     if "error" in found:
         return ReadChats(
             warnings=(f"GenAI cannot read the folder's tokenizer: {one_line(found['error'], 160)}",)
@@ -153,29 +175,3 @@ def _genai_chats(job: Job, folder: Path) -> ReadChats:
         return ids
 
     return read_chats("GenAI", job.tokenizer, job.stops, read, set(found["stops"]).__contains__)
-
-
-def _ask(folder: Path) -> dict[str, Any]:
-    """What `genai_worker` says."""
-    request = json.dumps([[list(c.messages), list(c.tools) or None, c.to_be_answered] for c in CONVERSATIONS])
-    try:
-        result = subprocess.run(
-            [*python_module("exporters.onnx.genai_worker"), str(folder)],
-            input=request,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            env=child_environment(),
-            timeout=_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"it has not answered within {_SECONDS:g} s"}
-    lines = result.stdout.splitlines()
-    if result.returncode or not lines:
-        return {"error": f"it ended with status {result.returncode}"}
-    with suppress(ValueError):
-        answer = json.loads(lines[-1])
-        if isinstance(answer, dict):
-            return answer
-    return {"error": f"its answer cannot be read: {lines[-1]}"}

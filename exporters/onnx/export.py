@@ -178,7 +178,7 @@ class _Made:
         self.folder = job.folder / variant.name / GRAPHS
         self.folder.mkdir(parents=True)
         self.every, self.last = self.folder / f"{variant.stem}.onnx", self._last_of(self.folder)
-        self.text = job.settings.calibration if variant.calibrated else None
+        self.text = job.settings.calibration if variant.needs_text else None
         self.text_sha256 = None if self.text is None else tokens_sha256(self.text)
         self.budget = (job.settings.mixed_bytes or default_budget(job.model)) if variant.mixed else None
         more = {
@@ -340,7 +340,7 @@ class _Made:
 
     def _warnings(self) -> Iterator[str]:
         job, config = self.job, self.job.config
-        if self.variant.calibrated and self.text is None:
+        if self.variant.needs_text and self.text is None:
             yield f"{self.variant.name} is rounded to the nearest numbers, without text"
         if self.text is not None and is_paged(job.model):
             yield UNTRAINED

@@ -27,6 +27,12 @@ def _outline(reference: str, n_ctx: int) -> FileOutline:
     return outline_of(find_graph(reference), n_ctx)
 
 
+def _through() -> Any:
+    from exporters.onnx.quantize import OnnxRounding
+
+    return OnnxRounding()
+
+
 ONNX = ExportFamily(
     name="onnx",
     setting="onnx",
@@ -41,5 +47,5 @@ ONNX = ExportFamily(
     claims=is_onnx,
     needs={"onnx": "onnx", "onnx_ir": "onnx-ir", "onnxruntime": "onnxruntime"},
     extra="onnx",
-    through=lambda: onnx.OnnxRounding(),
+    through=_through,
 )

@@ -31,11 +31,7 @@ _BATCH = 256
 
 
 def outline_of(path: Path, n_ctx: int) -> FileOutline:
-    """What the folder of a graph says without its being run.
-
-    Raises:
-        InputError: No tokenizer beside it, or no configuration.
-    """
+    """What the folder of a graph says without its being run; raises InputError without tokenizer or configuration."""
     folder = folder_of(path)
     config, tokenizer = read_config(folder), load_tokenizer(folder)
     generation, genai = read_generation_config(folder), folder / GENAI_CONFIG
@@ -56,12 +52,7 @@ def outline_of(path: Path, n_ctx: int) -> FileOutline:
 
 
 class OnnxLanguageModel:
-    """An exported graph, run by ONNX Runtime.
-
-    Args:
-        reference: The .onnx file with the logits of every position, or the folder of its variant.
-        n_ctx: Most tokens at once; cut to the model's context.
-        n_threads: Threads; torch's number by default.
+    """An exported graph, run by ONNX Runtime: the .onnx file with the logits of every position, or its folder.
 
     Raises:
         InputError: As `open_model`, or no tokenizer beside it.
@@ -93,17 +84,15 @@ class OnnxLanguageModel:
         self._model.close()
 
     def next_token_logits(self, window: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """See `LanguageModel`."""
         check_length(self, len(window), "a window")
         yield from predicting(self._model.iter_logits(window.numpy()), len(window))
 
     def score(self, items: Sequence[Branches]) -> list[list[Score]]:
-        """See `LanguageModel`; after each continuation the cache is rewound, or the context is read again."""
-        return [list(self._score(item)) for item in items]
-
-    def _score(self, item: Branches) -> Iterator[Score]:
-        rows = torch.from_numpy(continuation_rows(self._model, item.context, item.continuations))
-        yield from branch_scores(item, rows.log_softmax(-1))
+        return [
+            list(branch_scores(item, torch.from_numpy(rows).log_softmax(-1)))
+            for item in items
+            for rows in [continuation_rows(self._model, item.context, item.continuations)]
+        ]
 
     def generate(
         self,
@@ -112,7 +101,6 @@ class OnnxLanguageModel:
         *,
         stop_strings: Sequence[str] = (),
     ) -> list[list[int]]:
-        """See `LanguageModel`; one prompt after the other."""
         longest = max((len(prompt) for prompt in prompts), default=0)
         check_length(self, longest + max_new_tokens, "a prompt with its answer")
         is_over = partial(contains_any, self.tokenizer, strings=stop_strings)

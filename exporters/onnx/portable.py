@@ -48,12 +48,9 @@ def check_portable(shape: ModelShape) -> None:
 
 
 def portable_graph(model: Any, name: str, opset: int | None) -> ir.Model:
-    """Trace a causal LM, and store a tied embedding once.
+    """Trace a causal LM that `check_portable` takes, float32, and store a tied embedding once.
 
-    Args:
-        model: A causal LM that `check_portable` takes, float32; its class may be changed to transformers' own.
-        name: Of the graph.
-        opset: Of its operators; optimum's choice where None.
+    The model's class becomes transformers' own. Without an opset it is optimum's choice.
 
     Raises:
         InputError: optimum cannot export it.
@@ -80,22 +77,18 @@ def portable_graph(model: Any, name: str, opset: int | None) -> ir.Model:
         if weight is not None and weight.const_value is not None:
             # /model/layers.0/mlp/up_proj/MatMul is module model.layers.0.mlp.up_proj, as in the other graph.
             node.name = _SCOPES.sub(lambda scope: scope[1].replace("/", "."), node.name or "")
-    _share_embedding(graph)
-    return traced
-
-
-def _share_embedding(graph: ir.Graph) -> None:
-    """Multiply by the transpose of the embedding where the output matrix is stored as that; runtimes fold it."""
+    # Multiply by the transpose of the embedding if the output matrix is stored as that; runtimes fold it.
     look_up = next(node for node in graph if node.op_type == "Gather" and "embed_tokens" in (node.name or ""))
     head = next(node for node in reversed(graph) if node.op_type == "MatMul")
     table, matrix = look_up.inputs[0], head.inputs[1]
     if table is None or matrix is None or table.const_value is None or matrix.const_value is None:
-        return
-    if not np.array_equal(table.const_value.numpy(), matrix.const_value.numpy().T):
-        return
-    shape = list(reversed(table.const_value.shape.numpy()))
-    output = ir.val("lm_head.weight", table.const_value.dtype, shape)
-    transposed = ir.node("Transpose", [table], {"perm": [1, 0]}, name="lm_head.transpose", outputs=[output])
-    graph.insert_before(head, transposed)
-    head.replace_input_with(1, output)
-    graph.initializers.pop(str(matrix.name))
+        return traced
+    if np.array_equal(table.const_value.numpy(), matrix.const_value.numpy().T):
+        shape = list(reversed(table.const_value.shape.numpy()))
+        output = ir.val("lm_head.weight", table.const_value.dtype, shape)
+        attributes = {"perm": [1, 0]}
+        turned = ir.node("Transpose", [table], attributes, name="lm_head.transpose", outputs=[output])
+        graph.insert_before(head, turned)
+        head.replace_input_with(1, output)
+        graph.initializers.pop(str(matrix.name))
+    return traced

@@ -320,7 +320,7 @@ class OnnxRounding:
 
     def check(self, name: str) -> None:
         """What is chosen for a size, or loses nothing to speak of, is not trained through."""
-        known = [row.name for row in VARIANTS.values() if row.calibrated and not row.mixed]
+        known = [row.name for row in VARIANTS.values() if row.needs_text and not row.mixed]
         if find_variant(name).name not in known:
             allowed = ", ".join(known)
             raise InputError("cannot be trained through", field="for_quant", value=name, allowed=allowed)

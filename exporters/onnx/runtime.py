@@ -33,24 +33,16 @@ _PRESENT = {
     "past_recurrent.": "present_recurrent.",
 }
 """How the names of caches begin, as inputs and as outputs."""
-_RECORD_PROVIDERS = "session.record_ep_graph_assignment_info"
-_PROVIDER = "ExecutionProvider"
+_RECORD_PROVIDERS, _PROVIDER = "session.record_ep_graph_assignment_info", "ExecutionProvider"
 _FEEDS = ("input_ids", "attention_mask", "position_ids")
 _TYPES: Mapping[str, tuple[str, type]] = MappingProxyType(
-    {
-        "tensor(float)": ("f32", np.float32),
-        "tensor(float16)": ("f16", np.float16),
-    }
+    {"tensor(float)": ("f32", np.float32), "tensor(float16)": ("f16", np.float16)}
 )
 """ONNX Runtime's name of a cache's type, to ours and NumPy's."""
 
 
 def runtime_version() -> str:
-    """Name and version.
-
-    Raises:
-        MissingExtraError: It is not installed.
-    """
+    """Name and version; raises MissingExtraError if it is not installed."""
     require_extra("onnxruntime", "onnx")
     import onnxruntime
 
@@ -70,8 +62,7 @@ class OnnxModel:
         last_logits: Whether the graph gives only the last position's logits.
         metadata: The file's own keys.
         cache_type: Of keys and values: f32 or f16; None without any.
-        providers: Nodes of the graph by the execution provider that runs them, such as CPU; empty where ONNX Runtime
-            does not say.
+        providers: Nodes of the graph by the execution provider that runs them, such as CPU; empty if it does not say.
     """
 
     def __init__(self, path: Path, session: Any, n_ctx: int, n_batch: int) -> None:
@@ -120,15 +111,20 @@ class OnnxModel:
         """Forget all but the first `n_past` tokens: any number if all of the cache has a fixed length, else 0."""
         if n_past and not self.can_rewind:
             raise InputError("this graph's cache cannot be rewound", value=n_past, allowed="0")
+        from onnxruntime import OrtValue
+
         self.n_past = n_past
-        kept = {name: self._cache[name] for name in self._in_place if name in self._cache}
-        self._cache = {name: kept.get(name) or self._empty(name) for name in self._caches}
+        for name in self._caches:
+            if name in self._in_place and name in self._cache:
+                continue
+            value, sizes = self._inputs[name], _sizes(name, self._inputs[name])
+            if name.startswith(_KEYS_AND_VALUES):
+                sizes.insert(1, self.n_ctx if name in self._in_place else 0)
+            zeros = np.zeros((1, *sizes), dtype=_TYPES[value.type][1])
+            self._cache[name] = OrtValue.ortvalue_from_numpy(zeros)
 
     def decode(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> FloatArray:
-        """Append tokens, at most n_batch.
-
-        Returns:
-            Logits (n, vocab_size) float32 of the tokens, or of the last only, (1, vocab_size).
+        """Append tokens; returns their logits (n, vocab_size), or the last one's, (1, vocab_size), as float32.
 
         Raises:
             InputError: More than fits the cache.
@@ -139,7 +135,7 @@ class OnnxModel:
                 "more text than the context holds",
                 field="n_ctx",
                 value=self.n_past + count,
-                allowed=f"up to {self.n_ctx}",
+                allowed=str(self.n_ctx),
             )
         feeds = {
             "input_ids": np.asarray(tokens, dtype=np.int64)[None],
@@ -154,10 +150,12 @@ class OnnxModel:
             binding.bind_ortvalue_input(name, cache)
         binding.bind_output("logits", "cpu")
         for name in self._caches:
+            prefix = next(prefix for prefix in _PRESENT if name.startswith(prefix))
+            present_name = f"{_PRESENT[prefix]}{name.removeprefix(prefix)}"
             if name in self._in_place:
-                binding.bind_ortvalue_output(present_name(name), self._cache[name])
+                binding.bind_ortvalue_output(present_name, self._cache[name])
             else:
-                binding.bind_output(present_name(name), "cpu")
+                binding.bind_output(present_name, "cpu")
         self._session.run_with_iobinding(binding)
         logits, *presents = binding.get_outputs()
         for name, present in zip(self._caches, presents, strict=True):
@@ -172,20 +170,6 @@ class OnnxModel:
         self.clear()
         for start in range(0, len(tokens), self.n_batch):
             yield self.decode(tokens[start : start + self.n_batch])
-
-    def _empty(self, name: str) -> Any:
-        from onnxruntime import OrtValue
-
-        value, sizes = self._inputs[name], _sizes(name, self._inputs[name])
-        if name.startswith(_KEYS_AND_VALUES):
-            sizes.insert(1, self.n_ctx if name in self._in_place else 0)
-        return OrtValue.ortvalue_from_numpy(np.zeros((1, *sizes), dtype=_TYPES[value.type][1]))
-
-
-def present_name(name: str) -> str:
-    """The output of what a cache is then."""
-    prefix = next(prefix for prefix in _PRESENT if name.startswith(prefix))
-    return f"{_PRESENT[prefix]}{name.removeprefix(prefix)}"
 
 
 def _sizes(name: str, value: Any) -> list[Any]:
@@ -209,8 +193,8 @@ def open_model(
         n_ctx: Tokens that the cache holds.
         n_threads: Threads inside an operator.
         n_batch: Most tokens run at once; logits of all of them are held.
-        provider: Execution provider that is to run it, in any case and without the word, such as cuda; what it cannot
-            take, or all if it is not there, runs on the CPU.
+        provider: Execution provider, in any case and without the word, such as cuda; what it cannot take, or all if it
+            is not there, runs on the CPU.
 
     Raises:
         InputError: ONNX Runtime cannot load it, or an unknown provider.
@@ -269,15 +253,7 @@ def write(
     ends: Collection[int],
     is_over: Callable[[list[int]], bool],
 ) -> list[int]:
-    """Greedy continuation of a prompt, without the token that ends it.
-
-    Args:
-        model: The graph.
-        prompt: Token ids, at least one.
-        max_new_tokens: Most tokens of the continuation.
-        ends: Tokens that end a text.
-        is_over: Whether what was written ends there.
-    """
+    """Greedy continuation of a prompt, without the token of `ends` that ends it; `is_over` may end it after any other."""
     answer: list[int] = []
     logits = _read(model, prompt)
     while (token := int(logits[-1].argmax())) not in ends:

@@ -12,15 +12,10 @@ from exporters.export_record import ExportFormat, ParityLimits
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """How a matrix of few bits is stored.
+    """How a matrix of few bits is stored."""
 
-    Attributes:
-        bits: 4 or 8.
-        block_size: Inputs that share a scale; a power of two, 16 or more.
-    """
-
-    bits: int
-    block_size: int
+    bits: int  # 4 or 8
+    block_size: int  # inputs that share a scale; a power of two, 16 or more
 
     @property
     def half(self) -> int:
@@ -54,31 +49,24 @@ class Variant(ExportFormat):
     mixed: bool = False
 
     @property
-    def calibrated(self) -> bool:
-        """Whether it is rounded by GPTQ, which wants text."""
-        return self.form is not None and self.form.bits < INT8.bits
-
-    @property
     def bits(self) -> float:
-        """See ExportFormat: with a scale of 16 bits for each block."""
+        """With a scale of 16 bits for each block."""
         if self.form is not None:
             return self.form.bits + 16 / self.form.block_size
         return 8.0 if self.int8_rows else float(self.dtype.removeprefix("float"))
 
     @property
     def is_sized(self) -> bool:
-        """See ExportFormat: not of what optimum traces, nor of what is chosen for a size."""
         return not (self.portable or self.mixed)
 
     @property
     def needs_text(self) -> bool:
-        """See ExportFormat."""
-        return self.calibrated
+        """Whether it is rounded by GPTQ."""
+        return self.form is not None and self.form.bits < INT8.bits
 
     @property
     def reads(self) -> frozenset[str]:
-        """See ExportFormat."""
-        own = {"calibration": self.calibrated, "mixed_bytes": self.mixed}
+        own = {"calibration": self.needs_text, "mixed_bytes": self.mixed}
         return frozenset({"opset", *(field for field, read in own.items() if read)})
 
     @property

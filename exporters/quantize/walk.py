@@ -12,11 +12,10 @@ so that it takes back a share c of the error that the rounded ones before it hav
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -38,17 +37,11 @@ one half of the text tells of the other, layer by layer (0.2 to 0.9; 16 windows)
 as large (16 and 64 windows) were no better."""
 
 
-@dataclass(frozen=True)
-class Reading:
-    """A layer that is about to read.
+class Reading(NamedTuple):
+    """A layer that is about to read."""
 
-    Attributes:
-        gram: X^T X / T of its input, float64; layers that read the same tensor share one.
-        weight: What it is to be rounded to, W' (rows, columns) float32.
-    """
-
-    gram: torch.Tensor
-    weight: torch.Tensor
+    gram: torch.Tensor  # X^T X / T of its input, float64; layers that read the same tensor share one
+    weight: torch.Tensor  # what it is to be rounded to, W' (rows, columns) float32
 
 
 Readings = Mapping[str, Reading]
@@ -103,11 +96,14 @@ def round_blocks(
         exact = hidden
         for index, layer in enumerate(layers):
             with at_hand(layer), bulk_products(model.device.type):
-                block = _Block(linears[index], _sums_of(model, layer, linears[index]), correction)
-                block.find_groups(layer, hidden.narrow(-3, 0, 1), each.of(index))
+                block = _Block(model, layer, linears[index], partial(visit, index), correction)
+                groups = block.groups(hidden.narrow(-3, 0, 1), each.of(index))
                 if correction:
-                    exact = block.run_exact(layer, exact, exact_calls.of(index))
-                with block.rounded_when_read(partial(visit, index)):
+                    # What the block makes of the exact stream, before anything of it is rounded.
+                    firsts = {name: linears[index][name] for name in groups}
+                    with _inputs(firsts, block.exact), _inputs(block.sums, block.exact_sums):
+                        exact = run_layer(layer, exact, exact_calls.of(index))
+                with block.rounded_when_read(groups):
                     hidden = run_layer(layer, hidden, calls.of(index))
             progress("quantizing", index + 1, len(layers) + 1)
         total = GramSum(hidden.shape[-1], hidden.device)
@@ -142,40 +138,38 @@ def _with_attention_sink(x: torch.Tensor) -> torch.Tensor:
     return weighted
 
 
-def _sums_of(model: Any, layer: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, nn.Module]:
-    """Linears whose output is added to the residual sum as it is -> the norm that has read this sum before."""
-    spec = spec_for(model.config)
-    if spec.added_norms or spec.goes_on:
-        return {}
-    attention = attention_of(model, layer)
-    writers = {spec.ffn_norm: feed_forward(model, layer).down}
-    if attention is not None:
-        writers[spec.attention_norm] = getattr(attention, spec.output)
-    names = {linear: name for name, linear in linears.items()}
-    return {names[linear]: layer.get_submodule(norm) for norm, linear in writers.items()}
-
-
 class _Block:
     """A block whose layers are rounded when they are about to read.
 
-    Args:
-        linears: By their names in the model.
-        sums: Name of a Linear -> the norm that reads the sum that its output is added to.
-        correction: c.
+    Attributes:
+        sums: Name of a Linear whose output is added to the residual sum as it is -> the norm that has read that before.
+        exact: Of the exact stream what the first layer of each group reads.
+        exact_sums: Of the exact stream the sums.
     """
 
     def __init__(
-        self, linears: Mapping[str, nn.Linear], sums: Mapping[str, nn.Module], correction: float
+        self,
+        model: Any,
+        layer: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        visit: Callable[[Readings], Mapping[str, torch.Tensor]],
+        correction: float,
     ) -> None:
-        self._linears, self._sums, self._correction = linears, sums, correction
-        self._groups: dict[str, tuple[str, ...]] = {}
-        # Of the exact stream what the first layer of each group reads; of both the sums.
-        self._exact: dict[str, torch.Tensor] = {}
-        self._exact_sums: dict[str, torch.Tensor] = {}
+        self._layer, self._linears, self._visit, self._correction = layer, linears, visit, correction
+        self.exact: dict[str, torch.Tensor] = {}
+        self.exact_sums: dict[str, torch.Tensor] = {}
         self._own_sums: dict[str, torch.Tensor] = {}
+        self.sums: dict[str, nn.Module] = {}
+        spec, attention = spec_for(model.config), attention_of(model, layer)
+        if not (spec.added_norms or spec.goes_on):
+            writers = {spec.ffn_norm: feed_forward(model, layer).down}
+            if attention is not None:
+                writers[spec.attention_norm] = getattr(attention, spec.output)
+            names = {linear: name for name, linear in linears.items()}
+            self.sums = {names[linear]: layer.get_submodule(norm) for norm, linear in writers.items()}
 
-    def find_groups(self, layer: nn.Module, window: torch.Tensor, arguments: Arguments) -> None:
-        """See which layers read one tensor, as q, k and v do, or gate and up."""
+    def groups(self, window: torch.Tensor, arguments: Arguments) -> dict[str, tuple[str, ...]]:
+        """First of the layers that read one tensor, as q, k and v do, or gate and up -> all of them."""
         # The tensor is held, or its id could belong to another one.
         read: dict[int, tuple[torch.Tensor, list[str]]] = {}
 
@@ -185,32 +179,26 @@ class _Block:
         with ExitStack() as stack, exact_products(window.device.type):
             for name, linear in self._linears.items():
                 stack.enter_context(input_hook(linear, partial(add, name)))
-            run_layer(layer, window, arguments)
-        self._groups = {names[0]: tuple(names) for _, names in read.values()}
-
-    def run_exact(self, layer: nn.Module, exact: torch.Tensor, arguments: Arguments) -> torch.Tensor:
-        """What the block makes of the exact stream, before anything of it is rounded."""
-        firsts = {name: self._linears[name] for name in self._groups}
-        with _inputs(firsts, self._exact), _inputs(self._sums, self._exact_sums):
-            return run_layer(layer, exact, arguments)
+            run_layer(self._layer, window, arguments)
+        return {names[0]: tuple(names) for _, names in read.values()}
 
     @contextmanager
-    def rounded_when_read(self, visit: Callable[[Readings], Mapping[str, torch.Tensor]]) -> Iterator[None]:
+    def rounded_when_read(self, groups: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
         """Round each group when its first layer is about to read; layers compute with what the runtime will have."""
         weights = {name: linear.weight for name, linear in self._linears.items()}
 
         def round_group(names: tuple[str, ...], x: torch.Tensor) -> None:
             # A sum of rounded products need not be positive definite, beside channels a thousand times as large.
             with exact_products(x.device.type):
-                changed = visit(self._readings(names, x))
+                changed = self._visit(self._readings(names, x))
             for name, weight in changed.items():
                 moved = weight.to(weights[name].device)
                 self._linears[name].weight = nn.Parameter(moved, requires_grad=False)
 
         with ExitStack() as stack:
             if self._correction:
-                stack.enter_context(_inputs(self._sums, self._own_sums))
-            for first, names in self._groups.items():
+                stack.enter_context(_inputs(self.sums, self._own_sums))
+            for first, names in groups.items():
                 stack.enter_context(input_hook(self._linears[first], partial(round_group, names)))
             try:
                 yield
@@ -219,58 +207,40 @@ class _Block:
                     self._linears[name].weight = weight
 
     def _readings(self, names: tuple[str, ...], x: torch.Tensor) -> dict[str, Reading]:
-        """Of layers that read x, (..., windows, seqlen, in_features)."""
+        """Of layers that read x, X of (windows, seqlen, in_features), by a share of the drift taken back:
+
+            W' = W + c L^T X (H + RIDGE mean(diag H) I)^-1 / T
+
+        L, (T, rows), is what outputs lack, (X* - X) W^T + h* - h. Without sums, and if there are more rows than
+        columns, inputs are corrected in place of outputs: (X* - X)^T X is the smaller product.
+        """
         weigh = _with_attention_sink if names[0].endswith(_ATTENTION) else torch.Tensor.float
-        total = GramSum(x.shape[-1], x.device)
+        count = x.shape[:-1].numel()
+        gram_sum = GramSum(x.shape[-1], x.device)
         for window in x:
-            total.add(weigh(window).float())
-        gram = total.mean(x.shape[:-1].numel())
+            gram_sum.add(weigh(window).float())
+        gram = gram_sum.mean(count)
         weights = [self._linears[name].weight.detach().float() for name in names]
-        exact = self._exact.pop(names[0], None)
+        exact = self.exact.pop(names[0], None)
         if exact is not None:
-            sums = (self._own_sums.pop(names[0], None), self._exact_sums.pop(names[0], None))
-            weights = _taken_back(weights, gram, self._correction, weigh, (x, exact), sums)
+            own_sum, exact_sum = self._own_sums.pop(names[0], None), self.exact_sums.pop(names[0], None)
+            whole = torch.cat(weights)
+            rows, columns = whole.shape
+            of_outputs = own_sum is not None or rows < columns
+            total = exact_zeros(rows if of_outputs else columns, columns, device=whole.device)
+            for n, (own, wanted) in enumerate(zip(x, exact, strict=True)):
+                lack = (wanted - own).float()
+                if of_outputs:
+                    lack = lack @ whole.T
+                if own_sum is not None and exact_sum is not None:
+                    lack += exact_sum[n] - own_sum[n]
+                total += (weigh(lack).T @ weigh(own)).to(total.device)
+            total *= self._correction / count
+            factor = factored(gram)
+            change = torch.cholesky_solve(total.T.to(factor), factor).T.to(whole)
+            whole = whole + (change if of_outputs else whole @ change)
+            weights = list(torch.split(whole, [len(weight) for weight in weights]))
         return {name: Reading(gram, weight) for name, weight in zip(names, weights, strict=True)}
-
-
-def _taken_back(
-    weights: Sequence[torch.Tensor],
-    gram: torch.Tensor,
-    share: float,
-    weigh: Callable[[torch.Tensor], torch.Tensor],
-    streams: tuple[torch.Tensor, torch.Tensor],
-    sums: tuple[torch.Tensor | None, torch.Tensor | None],
-) -> list[torch.Tensor]:
-    """Weights (rows, columns) that take a share of the drift back: W' = W + c L^T X (H + RIDGE mean(diag H) I)^-1 / T.
-
-    L, (T, rows), is what outputs lack, (X* - X) W^T + h* - h. Without sums, and where there are more rows than
-    columns, inputs are corrected in place of outputs: (X* - X)^T X is the smaller product.
-
-    Args:
-        weights: Of the layers that read the same.
-        gram: Of what they read.
-        share: c.
-        weigh: A window of inputs (seqlen, features) -> them, times the roots of what tokens count.
-        streams: X and X*, what they read and would read in the exact stream, (windows, seqlen, features).
-        sums: h and h*, the residual sums that the output is added to; None if it is not added as it is.
-    """
-    whole = torch.cat(list(weights))
-    rows, columns = whole.shape
-    (own, exact), (own_sum, exact_sum) = streams, sums
-    of_outputs = own_sum is not None or rows < columns
-    total = exact_zeros(rows if of_outputs else columns, columns, device=whole.device)
-    for n, (x, wanted) in enumerate(zip(own, exact, strict=True)):
-        lack = (wanted - x).float()
-        if of_outputs:
-            lack = lack @ whole.T
-        if own_sum is not None and exact_sum is not None:
-            lack += exact_sum[n] - own_sum[n]
-        total += (weigh(lack).T @ weigh(x)).to(total.device)
-    total *= share / own.shape[:-1].numel()
-    factor = factored(gram)
-    change = torch.cholesky_solve(total.T.to(factor), factor).T.to(whole)
-    whole = whole + (change if of_outputs else whole @ change)
-    return list(torch.split(whole, [len(weight) for weight in weights]))
 
 
 @contextmanager
