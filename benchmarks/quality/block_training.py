@@ -33,7 +33,7 @@ from cfsp.precision import casting, product_dtype
 from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record
 from cfsp.text.calibration import load_calibration
-from exporters.quantize.gradients import collect_weight_moments
+from exporters.quantize.mixture import collect_weight_moments
 
 States = list[torch.Tensor]
 """Each window's, (1, seqlen, hidden_size)."""

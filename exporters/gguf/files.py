@@ -42,8 +42,18 @@ from exporters.gguf.tensors import TensorSpec, linear_inputs, tensor_specs
 from exporters.gguf.writer import write_gguf
 from exporters.job import Job, settled
 from exporters.proof import Choice
-from exporters.quantize.gradients import LOOKUP, WeightMoments, collect_weight_moments
-from exporters.quantize.mixture import GRADIENT_WINDOWS, ROWS, TABLE_ROWS, Option, Sample, draw, solve
+from exporters.quantize.mixture import (
+    GRADIENT_WINDOWS,
+    LOOKUP,
+    ROWS,
+    TABLE_ROWS,
+    Option,
+    Sample,
+    WeightMoments,
+    collect_weight_moments,
+    draw,
+    solve,
+)
 from exporters.quantize.training import RoundedModel
 
 Imatrix = Mapping[str, FloatArray]

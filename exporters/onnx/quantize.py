@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,17 @@ from exporters.onnx.weights import (
     weight_of,
 )
 from exporters.quantize import Placed, stands_for
-from exporters.quantize.gradients import collect_weight_moments
-from exporters.quantize.mixture import GRADIENT_WINDOWS, ROWS, TABLE_ROWS, Option, draw, of_rows, solve
+from exporters.quantize.mixture import GRADIENT_WINDOWS, Option, predict_divergence, solve
 from exporters.quantize.rounding import fit
 from exporters.quantize.training import RoundedModel, tune_scales
 from exporters.quantize.walk import CORRECTION, Readings, alike, round_blocks
 
 FormatOf = Callable[[str, int, int], BlockFormat]
 """(name of a Linear, index of its block, number of blocks) -> its format; the output matrix follows the last block."""
-Losses = Mapping[str, Mapping[BlockFormat, float]]
-"""Layer -> format -> nats a token that rounding it to the nearest costs."""
+Losses = Mapping[str, float]
+"""Layer -> nats a token that rounding it to the nearest of a format costs."""
+_EIGHT_BITS_LOSE = 1 / 256
+"""Of what four bits lose: their steps are 16 times as small."""
 _AT_ONCE = 2**24
 """Numbers that are rounded together: rows do not depend on each other, and each number takes 20 bytes meanwhile."""
 _LEARNING_RATE = 1e-3
@@ -196,31 +198,23 @@ def measure(
     device: str = "cpu",
     progress: Progress = no_progress,
 ) -> Losses:
-    """What each layer loses in a format and in eight bits, by some rows: see `exporters.quantize.mixture`.
+    """What each Linear of the blocks, and each part of the output matrix, loses in a format.
 
-    Args:
-        model: A causal LM of the architecture table, float32, on the CPU; unchanged.
-        form: Of few bits.
-        input_ids: Calibration text, (nsamples, seqlen).
-        device: Where to compute.
-        progress: Told about the gradients.
+    The model is on the CPU, and measured on the device; of the text, (nsamples, seqlen), a few windows are read.
     """
-    linears = [name for block in block_linears(model) for name in block]
-    with moved(model, device):
-        ids = input_ids[:GRADIENT_WINDOWS]
-        moments = collect_weight_moments(model, [*linears, HEAD], ids, progress=progress)
     rows = head_parts(model.config.vocab_size)
-    losses: dict[str, dict[BlockFormat, float]] = {}
-    for name in (*linears, *HEAD_PARTS):
-        weight = read_weight(model, name)
-        own = of_rows(moments[HEAD], rows[name]) if name in rows else moments[name]
-        sample = draw(weight, own, TABLE_ROWS if name in rows else ROWS)
-        some = weight[sample.rows]
-        losses[name] = {
-            each: float(sample.cost(round_to_nearest(some, each).dequantize() - some).sum())
-            for each in (form, INT8)
+    with moved(model, device):
+        layers = quantize_linears(model, lambda *_: form, None)
+
+        def changed(name: str, some: slice) -> torch.Tensor:
+            return layers[name].rows(some).dequantize() - weight_of(model, name)[some]
+
+        changes = {
+            name: (HEAD if name in rows else name, rows.get(name, slice(None)), partial(changed, name))
+            for name in layers
+            if name != TABLE
         }
-    return losses
+        return predict_divergence(model, changes, input_ids[:GRADIENT_WINDOWS], progress=progress)
 
 
 def choose_eight_bits(
@@ -253,7 +247,9 @@ def choose_eight_bits(
             if few and len({*formats}) > 1 and not (normed and name not in HEAD_PARTS):
                 n_bytes += _APART_BYTES
             eight = tuple(one for one, each in stored.items() if each == INT8)
-            loss = sum(losses[one][each] for one, each in stored.items())
+            loss = sum(
+                losses[one] * (_EIGHT_BITS_LOSE if each == INT8 else 1) for one, each in stored.items()
+            )
             options.setdefault(name, []).append(Option(eight, n_bytes, loss))
     least = sum(min(option.n_bytes for option in each) for each in options.values())
     chosen = {one for option in solve(options, least + left_bytes).values() for one in option.kind}

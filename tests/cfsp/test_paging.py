@@ -24,7 +24,7 @@ from cfsp.pruning.prune import prune_model
 from cfsp.pruning.settings import PruneSettings
 from cfsp.text.calibration import load_calibration
 from cfsp.text.tokens import TokenWindows
-from exporters.quantize.gradients import LOOKUP, collect_weight_moments
+from exporters.quantize.mixture import LOOKUP, collect_weight_moments
 from phoneready.main import main
 
 PUT_AWAY = ("always", "bfloat16")

@@ -31,7 +31,7 @@ from exporters.gguf.writer import write_gguf
 from exporters.onnx import export_onnx
 from exporters.proof import compare, reference_of
 from exporters.provenance import read_provenance
-from exporters.quantize.gradients import LOOKUP, collect_weight_moments
+from exporters.quantize.mixture import LOOKUP, collect_weight_moments
 from phoneready.main import main
 from runtime_bench.devices.model_facts import gguf_facts
 

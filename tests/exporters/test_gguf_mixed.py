@@ -26,8 +26,7 @@ from exporters.gguf import QUANTS, export_gguf, files, find_quant
 from exporters.gguf.files import Files, draft_files, draft_gguf
 from exporters.gguf.matrix import StoredMatrix
 from exporters.gguf.quants import limits_of_bits
-from exporters.quantize.gradients import LOOKUP, collect_weight_moments
-from exporters.quantize.mixture import Option, drawn_rows, solve
+from exporters.quantize.mixture import LOOKUP, Option, collect_weight_moments, drawn_rows, solve
 
 MakeCheckpoint = Callable[..., Path]
 IDS = torch.randint(0, 384, (4, 96), generator=torch.Generator().manual_seed(3))
@@ -146,11 +145,16 @@ def test_predicted_loss_is_the_measured_divergence(make_checkpoint: MakeCheckpoi
             module.weight += change
             pairs = ((dense(w[None]).logits[0], changed(w[None]).logits[0], w[1:]) for w in ids)
             measured = divergence_from_logits(pairs, TokenWindows(ids, "random", "")).kl_mean
-        predicted = float(moments[name].cost(change, moments[name].rows).sum())
+        own = moments[name]
+        predicted = float(Sample(torch.arange(len(change)), own.columns, own.rows).cost(change).sum())
         assert 0.5 * measured < predicted < 2 * measured, name
-        rows, factors = drawn_rows(moments[name].rows, len(change) // 4)
-        some = moments[name].cost(change[rows], moments[name].rows[rows] * factors)
+        rows, factors = drawn_rows(own.rows, len(change) // 4)
+        some = Sample(rows, own.columns, own.rows[rows] * factors).cost(change[rows])
         assert float(some.sum()) == pytest.approx(predicted, rel=0.3)
+        if name != LOOKUP:
+            of_rows = {name: (name, slice(None), change.__getitem__)}
+            exact = predict_divergence(dense, of_rows, ids)[name]
+            assert exact == pytest.approx(measured, rel=0.25), name
 
 
 def test_drawn_rows_know_a_sum_of_which_few_rows_are_most() -> None:

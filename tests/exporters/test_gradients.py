@@ -1,6 +1,6 @@
 import torch
 
-from exporters.quantize.gradients import collect_weight_moments
+from exporters.quantize.mixture import collect_weight_moments
 
 
 def test_the_model_is_left_as_it_was(tiny_model):
