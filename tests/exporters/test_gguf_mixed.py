@@ -26,7 +26,15 @@ from exporters.gguf import QUANTS, export_gguf, files, find_quant
 from exporters.gguf.files import Files, draft_files, draft_gguf
 from exporters.gguf.matrix import StoredMatrix
 from exporters.gguf.quants import limits_of_bits
-from exporters.quantize.mixture import LOOKUP, Option, collect_weight_moments, drawn_rows, solve
+from exporters.quantize.mixture import (
+    LOOKUP,
+    Option,
+    Sample,
+    collect_weight_moments,
+    drawn_rows,
+    predict_divergence,
+    solve,
+)
 
 MakeCheckpoint = Callable[..., Path]
 IDS = torch.randint(0, 384, (4, 96), generator=torch.Generator().manual_seed(3))
