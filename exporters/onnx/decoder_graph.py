@@ -60,13 +60,7 @@ _LENGTH_EPSILON = 1e-6
 
 
 def decoder_graph(model: Any, weights: Weights, *, name: str, opset: int = OPSET) -> ir.Model:
-    """The graph of a causal LM, with the logits of every position.
-
-    Args:
-        model: Of the architecture table, float32.
-        weights: How they are stored.
-        name: Of the graph.
-        opset: Of ONNX's own operators.
+    """The graph of a causal LM of the architecture table, with the logits of every position.
 
     Raises:
         InputError: A rope, or blocks, that the graph cannot compute; or the opset lacks an operator.
@@ -82,15 +76,8 @@ def decoder_graph(model: Any, weights: Weights, *, name: str, opset: int = OPSET
 
 
 def block_graph(model: Any, block: int, entering: torch.Tensor, gain: torch.Tensor, *, name: str) -> ir.Model:
-    """A block of a causal LM as a decoder of its own, float32: see `exporters.proof`.
-
-    Args:
-        model: Of the architecture table.
-        block: Its number.
-        entering: Hidden states before it, (tokens, hidden_size).
-        gain: Of the norm behind it, (hidden_size,).
-        name: Of the graph.
-    """
+    """A block of a causal LM as a decoder of its own, float32, between hidden states that enter (tokens, hidden_size)
+    and a norm that multiplies by gain (hidden_size,): see `exporters.proof`."""
     table = Floats(entering, stored_name=TABLE)
     return _Graph(model, Weights()).built(range(block, block + 1), (table, gain, table), name)
 
@@ -359,14 +346,8 @@ class _Graph:
         if window is not None:
             attributes["local_window_size"] = window
         inputs = [query, key, value, *past, self.seqlens_k, self.total, *rotary]
-        b.tape.op_multi_out(
-            "GroupQueryAttention",
-            inputs,
-            attributes,
-            outputs=[attended, *present],
-            domain=CONTRIB,
-            name=prefix,
-        )
+        outputs, op = [attended, *present], "GroupQueryAttention"
+        b.tape.op_multi_out(op, inputs, attributes, outputs=outputs, domain=CONTRIB, name=prefix)
         self.inputs += past
         self.outputs += present
         if gate is None:

@@ -80,12 +80,6 @@ def export_onnx(
     all are of few bits, a model that would take much of the memory is read block by block, and the proof is one of
     every block as float32.
 
-    Args:
-        checkpoint: Hugging Face folder, pruned or dense.
-        output: Folder to create.
-        variants: Names from VARIANTS, in any case.
-        settings: How.
-
     Returns:
         One record a variant, in the order asked.
 
@@ -142,36 +136,16 @@ def export_onnx(
         return job.write_manifest([records[row] for row in rows])
 
 
-def save_graph(graph: ir.Model, path: Path, metadata: Mapping[str, str] | None = None) -> Path:
-    """Write a graph, and its weights beside it, whose hash it holds: no protobuf is larger than 2 GiB.
-
-    Args:
-        graph: Its weights become references to the file.
-        path: The .onnx file.
-        metadata: More keys for it.
-
-    Returns:
-        The file of the weights.
-    """
+def save_graph(graph: ir.Model, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a graph, and its weights beside it, whose hash it holds: no protobuf is larger than 2 GiB."""
     data = path.with_name(f"{path.name}_data")
     ir.external_data.unload_from_model(graph, path.parent, data.name, size_threshold_bytes=_EXTERNAL_BYTES)
     graph.metadata_props.update({**(metadata or {}), "phoneready.data_sha256": sha256_file(data)})
     ir.save(graph, path)
-    return data
 
 
 class _Made:
-    """A variant of a job, as it is made.
-
-    Attributes:
-        every: The graph with the logits of every position.
-        last: The one with only the last position's, over the same weights; None if the variant has none.
-        text: What its numbers are chosen for.
-        budget: Most bytes of a mixture; None if it is not chosen for a size.
-        eight_bits: Layers to which text gave them.
-        slopes: By `slope_sums`, of layers whose numbers were chosen for a text.
-        choice: Whose numbers it has, if any were chosen for a text.
-    """
+    """A variant of a job, as it is made: `every` has the logits of every position, `last` only the last one's."""
 
     def __init__(self, job: Job, variant: Variant) -> None:
         self.job, self.variant, self.name = job, variant, f"{job.provenance.name}-{variant.name}"
@@ -197,11 +171,7 @@ class _Made:
     def write(self, measured: dict[BlockFormat, Losses]) -> None:
         """Write both graphs; if numbers are chosen for a text, those or the plain quantizer's, which lose less.
 
-        Args:
-            measured: What formats of earlier variants of the job cost layers.
-
-        Raises:
-            InputError: A model that the graph cannot compute, or a budget that it does not fit.
+        `measured` is what formats of earlier variants of the job cost layers.
         """
         job, variant, form, text = self.job, self.variant, self.variant.form, self.text
         device, progress = job.settings.device, job.progress
@@ -291,11 +261,7 @@ class _Made:
             return self.job.compare(self.variant, model.iter_logits)
 
     def proven(self, chats: ReadChats, blocks: BlockProof | None) -> ExportRecord:
-        """Compare the graph with the checkpoint, the other one of its weights with it, and describe it.
-
-        Raises:
-            LimitError: They are too far from the checkpoint.
-        """
+        """Compare the graph with the checkpoint, the other one of its weights with it, and describe it."""
         job, variant, path, choice = self.job, self.variant, self.every, self.choice
         if not variant.portable:  # optimum's own names; the graph is proven in its logits, as float32 is
             check_numbers(path, job.model, self.slopes)

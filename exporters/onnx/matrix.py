@@ -26,18 +26,11 @@ _LARGEST, ZERO_OF_ROWS = 127, 128
 
 @dataclass(frozen=True)
 class Rounded:
-    """A matrix of blocks: see `exporters.quantize.QuantizedMatrix`.
+    """A matrix of blocks: see `exporters.quantize.QuantizedMatrix`."""
 
-    Attributes:
-        q: (rows, blocks, block_size) uint8.
-        scales: (rows, blocks) float16; a graph casts them when it is loaded.
-        columns: Inputs before padding.
-        form: How it is stored.
-    """
-
-    q: torch.Tensor
-    scales: torch.Tensor
-    columns: int
+    q: torch.Tensor  # (rows, blocks, block_size) uint8
+    scales: torch.Tensor  # (rows, blocks) float16; a graph casts them when it is loaded
+    columns: int  # inputs before padding
     form: BlockFormat
 
     @property
@@ -92,12 +85,9 @@ class Rounded:
 def round_to_nearest(
     weight: torch.Tensor, form: BlockFormat, importance: torch.Tensor | None = None
 ) -> Rounded:
-    """Every number to its nearest, with the scale of each block that loses least.
+    """Every number of (rows, columns) float32 to its nearest, with the scale of each block that loses least.
 
-    Args:
-        weight: (rows, columns) float32.
-        form: How to store it.
-        importance: (columns,) mean squared inputs, by which an input's error counts; equal unless given.
+    An input's error counts by its importance, mean squared inputs (columns,), if that is given.
     """
 
     def in_blocks(matrix: torch.Tensor) -> torch.Tensor:
@@ -142,18 +132,12 @@ def _best_scales(blocks: torch.Tensor, counts: torch.Tensor, form: BlockFormat) 
 
 @dataclass(frozen=True)
 class Int8Rows:
-    """A matrix W (rows, columns) in int8 with a scale for each row: w = (data - 128) * scale.
+    """A matrix in int8 with a scale for each row: w = (data - 128) * scale."""
 
-    Attributes:
-        data: (rows, columns) uint8.
-        scales: (rows,) float32.
-    """
-
-    data: torch.Tensor
-    scales: torch.Tensor
+    data: torch.Tensor  # (rows, columns) uint8
+    scales: torch.Tensor  # (rows,) float32
 
     def dequantize(self) -> torch.Tensor:
-        """The matrix that the runtime computes with, (rows, columns) float32."""
         return (self.data.float() - ZERO_OF_ROWS) * self.scales[:, None]
 
 

@@ -57,15 +57,11 @@ _APART_BYTES = 180_000
 
 @dataclass(frozen=True)
 class QuantizedModel(Weights):
-    """A model in few bits.
+    """A model in few bits."""
 
-    Attributes:
-        layers: Every Linear of the blocks, the output matrix's parts, and a token embedding that is not tied to it.
-        apart: What could be one layer is several all the same.
-    """
-
+    # Every Linear of the blocks, the output matrix's parts, and as `TABLE` a token embedding that is not tied to it.
     layers: Mapping[str, Rounded]
-    apart: bool = False
+    apart: bool = False  # what could be one layer is several all the same
 
     def layer(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Matrix:
         names = packed_names(name)
@@ -104,12 +100,8 @@ def quantize_linears(
     A tied embedding is rounded for what it multiplies; one of its own is looked up row by row, so that no input weighs
     more and its size costs no time: it gets the nearest of eight bits.
 
-    Args:
-        model: A causal LM of the architecture table, float32; unchanged.
-        format_of: How each is stored.
-        input_ids: Text to quantize for, (nsamples, seqlen): GPTQ; None rounds to nearest.
-        correction: See `round_blocks`.
-        progress: Told after each block, and after the output matrix.
+    Without text, (nsamples, seqlen), numbers are the nearest. `correction` is `round_blocks`'s; `progress` is told after
+    each block, and after the output matrix.
     """
     linears = block_linears(model)
     result: dict[str, Rounded] = {}
@@ -222,13 +214,9 @@ def choose_eight_bits(
 ) -> tuple[str, ...]:
     """The layers to store in eight bits, of the least loss together.
 
-    Args:
-        model: A causal LM of the architecture table.
-        form: Of all other layers.
-        losses: By `measure`.
-        left_bytes: What eight bits may take more in a file that has apart all that can be one layer. None: few, until a
-            token takes 3 % longer. It takes the time to read the weights, so that price is in bytes, too: what can be
-            one layer is one as long as it has one format, and two products more cost what `_APART_BYTES` do.
+    Others are of `form`. `left_bytes` is what eight bits may take more in a file that has apart all that can be one
+    layer. None is few, until a token takes 3 % longer. It takes the time to read the weights, so that price is in
+    bytes, too: what can be one layer is one as long as it has one format, and two products more cost `_APART_BYTES`.
     """
     shapes = {name: weight_of(model, name).shape for name in losses}
     few = left_bytes is None
@@ -346,11 +334,7 @@ def _placed(name: str, layer: Rounded) -> Placed:
 
 
 def trained_layers(model: Any, variant: Variant, numbers: RoundedNumbers) -> dict[str, Rounded]:
-    """The layers of a checkpoint that has a variant's numbers.
-
-    Raises:
-        InputError: They are not what its weights stand for, or not of its shape.
-    """
+    """The layers of a checkpoint that has a variant's numbers; InputError if its weights are not those."""
     assert variant.form is not None
     forms: dict[str, BlockFormat] = {str(form.bits): form for form in (variant.form, INT8)}
     layers = {}

@@ -63,18 +63,10 @@ _Embedded = Iterator[tuple[torch.Tensor, list[torch.Tensor]]]
 def predict_divergence(
     model: Any, changes: Mapping[str, Change], input_ids: torch.Tensor, *, progress: Progress = no_progress
 ) -> dict[str, float]:
-    """KL(model || model with one Linear's weight changed), nats a token to second order, of many Linears at once.
+    """KL(model || model with one Linear's weight changed), nats a token to second order, of many changes at once.
 
-    What tokens do to each other through a change is left out.
-
-    Args:
-        model: A causal LM of the architecture table, in eval mode; unchanged.
-        changes: By any name.
-        input_ids: (nsamples, seqlen) int64.
-        progress: Told after each window, or block.
-
-    Raises:
-        InputError: A gradient is not finite.
+    What tokens do to each other through a change is left out. The model is in eval mode, and stays as it is. Raises
+    InputError if a gradient is not finite.
     """
     totals = dict.fromkeys(changes, 0.0)
 
@@ -109,16 +101,9 @@ class WeightMoments(NamedTuple):
 def collect_weight_moments(
     model: Any, names: Iterable[str], input_ids: torch.Tensor, *, progress: Progress = no_progress
 ) -> dict[str, WeightMoments]:
-    """Run every window forwards and backwards once.
+    """What changes of weights cost: of Linears, and of all tables of tokens, the embedding as `LOOKUP`.
 
-    Args:
-        model: A causal LM of the architecture table, in eval mode; unchanged.
-        names: Of Linears, of further tables of tokens, and `LOOKUP`: the token embedding as what looks a token up.
-        input_ids: (nsamples, seqlen) int64.
-        progress: Told after each window, or block.
-
-    Raises:
-        InputError: A gradient is not finite.
+    The model and errors as for `predict_divergence`.
     """
     sums: dict[str, WeightMoments] = {}
 
@@ -164,7 +149,7 @@ class Sample:
     weights: torch.Tensor  # the same of each row and of those that it stands for, (n,) float64
 
     def cost(self, change: torch.Tensor, step: int = 1) -> torch.Tensor:
-        """Nats a token that a change (n, columns) of the rows, or of one in `step` of them, costs, by rows."""
+        """Nats a token that a change (n, columns) of the rows, or of one in `step` of them, costs, row by row."""
         squares = exact(change[:, : len(self.columns)]).square()
         return squares @ self.columns * self.weights[::step] / 2
 
@@ -186,15 +171,9 @@ def draw(weight: torch.Tensor, moments: WeightMoments, count: int) -> Sample:
 def drawn_rows(sizes: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows that stand for all in a sum over rows which is known of few.
 
-    Rows are drawn at even steps of the running sum of sizes, the largest first: systematic sampling with probability
-    proportional to size (Madow 1949). The more a row's part in the sum is as its size says, the less the sum is off.
-
-    Args:
-        sizes: Not negative, (n,) float64.
-        count: Draws. With no more rows than that each stands for itself.
-
-    Returns:
-        Rows, each once, (m,) int64, and the factors with which theirs sum up to all rows' parts, (m,) float64.
+    Rows are drawn at even steps of the running sum of sizes (n,) float64, the largest first: systematic sampling with
+    probability proportional to size (Madow 1949). The more a row's part in the sum is as its size says, the less the
+    sum is off. Returns rows, each once, (m,) int64, and the factors with which theirs sum up to all rows' parts.
     """
     if count >= len(sizes):
         return torch.arange(len(sizes)), torch.ones_like(sizes)
@@ -219,11 +198,8 @@ class Option(Generic[Kind]):
 def solve(options: Mapping[str, Sequence[Option[Kind]]], left_bytes: int) -> dict[str, Option[Kind]]:
     """One option for each name with the least loss in all that fits; of equal ones the first.
 
-    Sizes are in steps of 1/65536 of what is to be shared out beyond the smallest, rounded up.
-
-    Args:
-        options: Name -> what it may have.
-        left_bytes: For all, at least what the smallest take.
+    Sizes are in steps of 1/65536 of what is to be shared out beyond the smallest, rounded up; `left_bytes` are for all,
+    and at least what the smallest take.
     """
     least = {name: min(option.n_bytes for option in each) for name, each in options.items()}
     spare = left_bytes - sum(least.values())

@@ -42,15 +42,10 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 def fit(weight: torch.Tensor, stored: M, gram: torch.Tensor) -> M:
-    """A matrix of the same kind that is closer to a weight for its inputs.
+    """A matrix of the same kind as `stored`, which is rounded to the nearest, closer to a weight for its inputs.
 
-    Args:
-        weight: (rows, columns) float32.
-        stored: Rounded to the nearest.
-        gram: X^T X / T of its inputs, (columns, columns).
-
-    Raises:
-        InputError: That is not finite.
+    The weight is (rows, columns) float32, and gram X^T X / T of its inputs, (columns, columns). Raises InputError if
+    that is not finite.
     """
     grid = stored.grid
     scales, offsets = stored.scales_and_offsets()
@@ -74,13 +69,10 @@ def gptq_codes(weight: torch.Tensor, scales: torch.Tensor, grid: Grid, gram: tor
         weight: W, (rows, columns) float32, without the offsets of its blocks.
         scales: Of each block, (rows, blocks) float32, none of them 0; the last block may have columns beyond W.
         grid: What a block can hold.
-        gram: H = X^T X / T of the layer's inputs, (columns, columns).
+        gram: H = X^T X / T of the layer's inputs; InputError if it is not finite or cannot be inverted.
 
     Returns:
         Codes, (columns, rows) float32.
-
-    Raises:
-        InputError: H is not finite or cannot be inverted.
     """
     columns = weight.shape[1]
     order = gram.diagonal().argsort(descending=True)
@@ -111,16 +103,8 @@ def gptq_blocks(
 ) -> None:
     """GPTQ block after block, for formats in which a block's numbers cannot be chosen one by one.
 
-    What block B loses, E = (W_B - Q_B) U_BB^-1, is taken from the later columns as E U_B.
-
-    Args:
-        weight: W, (rows, columns) float32.
-        gram: H = X^T X / T of the layer's inputs, (columns, columns).
-        block_size: Neighbouring columns that are rounded at once; it divides their number.
-        rounded: (index of a block, what it is to hold (rows, block_size)) -> what it holds.
-
-    Raises:
-        InputError: H is not finite or cannot be inverted.
+    What block B loses, E = (W_B - Q_B) U_BB^-1, is taken from the later columns as E U_B. Arguments as for
+    `gptq_codes`; `rounded` is (index of a block, what it is to hold (rows, block_size)) -> what it holds.
     """
     places = torch.arange(weight.shape[1], device=weight.device).view(-1, block_size)
     blocks = gram.diagonal()[places].sum(1).argsort(descending=True)
@@ -164,11 +148,7 @@ def _upper_factor_of_inverse(gram: torch.Tensor, order: torch.Tensor) -> torch.T
 
 
 def factored(gram: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
-    """L with L L^T = H + RIDGE mean(diag H) I; float32 if that is enough.
-
-    Raises:
-        InputError: H is not finite or cannot be factored.
-    """
+    """L with L L^T = H + RIDGE mean(diag H) I, float32 if that is enough; InputError if H cannot be factored."""
 
     def ordered(matrix: torch.Tensor) -> torch.Tensor:
         return matrix.clone() if order is None else matrix[order[:, None], order]
@@ -182,8 +162,8 @@ def factored(gram: torch.Tensor, order: torch.Tensor | None = None) -> torch.Ten
 def invert_lower_(matrix: torch.Tensor) -> torch.Tensor:
     """The inverse of a lower triangular matrix (n, n), in its place.
 
-    [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]: two halves, and two products with triangular matrices.
-    Solving for the columns of I takes two to three times as long, and a second matrix.
+    [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]: solving for the columns of I takes two to three times as
+    long, and a second matrix.
     """
     size = len(matrix)
     if size <= _SMALL:
@@ -213,15 +193,8 @@ def refine_codes(
     several times: its scale becomes the best one, and after it each of its codes, in turn, the one that is best
     beside all the others (QuantEase, Behdin et al., arXiv 2309.01885).
 
-    Args:
-        weight: W, (rows, columns) float32, without the offsets of its blocks.
-        codes: To start from, (columns, rows), as `gptq_codes` gives them.
-        scales: To start from, (rows, blocks) float32, none of them 0, exact in float16 where the grid leaves them free.
-        grid: What a block can hold.
-        gram: H = X^T X / T of its inputs, (columns, columns).
-
-    Returns:
-        Codes (columns, rows) and scales (rows, blocks), float32.
+    Arguments as for `gptq_codes`, with its codes to start from, and scales exact in float16 if the grid leaves them
+    free. Returns codes (columns, rows) and scales (rows, blocks), float32.
     """
     columns, size = weight.shape[1], grid.block_size
     padding = scales.shape[1] * size - columns
@@ -295,15 +268,8 @@ def _descend_(
 ) -> None:
     """Choose the scale and the codes of one block after another anew, beside what the others lose by then.
 
-    Args:
-        h: Damped, in the dtype of products.
-        inside: Of every block's own columns, (blocks, block_size, block_size) float32.
-        weight: W, (columns with padding, rows).
-        codes: Likewise.
-        scales: (blocks, rows).
-        lost: E = W - Q likewise, in the dtype of products.
-        grid: What a block can hold.
-        columns: Without padding.
+    With H damped (`inside`: of every block's own columns), W, codes and E = W - Q (columns with padding, rows), scales
+    (blocks, rows), H and E in the dtype of products, and the number of columns without padding.
     """
     size = grid.block_size
     step = size * (1 if h.dtype == torch.float32 else _TOGETHER)

@@ -51,12 +51,10 @@ def tune_scales(
 ) -> TunedScales:
     """Train a factor of each row and norm, one step a window, on the KL divergence from the model as it was.
 
-    The output matrix stays, as a tied one is looked up, too.
-
     Args:
         model: A causal LM of the architecture table, float32; unchanged.
         stored: Linear of the blocks -> its weight as it is stored (out_features, in_features); others stay.
-        head: The output matrix as it is stored, (vocab_size, hidden_size).
+        head: The output matrix as it is stored, which stays, as a tied one is looked up, too.
         table: The token embedding likewise; the same if they are tied.
         input_ids: Text, (nsamples, seqlen).
         learning_rate: Adam's, at its peak.
@@ -146,12 +144,7 @@ class ScaledBlocks(nn.Module):
 
 @dataclass(frozen=True)
 class RoundedModel:
-    """A model as a file of few bits holds it: see `cfsp.recovery.rounding.RoundedModel`.
-
-    Attributes:
-        format: What the file is.
-        placed: Its matrices, by their names there.
-    """
+    """See `cfsp.recovery.rounding.RoundedModel`; `placed` are the file's matrices, by their names there."""
 
     format: RoundedFormat
     placed: Mapping[str, Placed]

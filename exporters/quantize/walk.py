@@ -62,24 +62,18 @@ def round_blocks(
     correction: float = CORRECTION,
     progress: Progress = no_progress,
 ) -> torch.Tensor:
-    """Let a caller round layer after layer, and run each as it is then.
-
-    A block is run once in each stream, with all windows beside each other: a layer is rounded when it is about to read,
-    so that its inputs are what the rounded ones before it give, those of its own block too.
+    """Let a caller round layer after layer, each when it is about to read; a block is run once in each stream.
 
     Args:
         model: A causal LM of the architecture table, float32; unchanged.
         input_ids: Text to round for, (nsamples, seqlen).
-        visit: (index of a block, those of its layers that read one tensor) -> module name -> what its weight has
-            become; others stay. It is called several times a block, in the order in which layers read.
+        visit: (index of a block, those of its layers that read one tensor) -> module -> what its weight has become;
+            others stay. It is called several times a block, in the order in which layers read.
         correction: c; without any there is one stream, and every layer is rounded to its own weight.
         progress: Told after each block, of one more than there are; the output matrix is the caller's.
 
     Returns:
-        X^T X / T of the output matrix's inputs.
-
-    Raises:
-        InputError: So much text does not fit the memory.
+        X^T X / T of the output matrix's inputs. InputError if so much text does not fit the memory.
     """
     layers, linears = decoder_layers(model), block_linears(model)
     if model.device.type == "cpu":
@@ -139,13 +133,7 @@ def _with_attention_sink(x: torch.Tensor) -> torch.Tensor:
 
 
 class _Block:
-    """A block whose layers are rounded when they are about to read.
-
-    Attributes:
-        sums: Name of a Linear whose output is added to the residual sum as it is -> the norm that has read that before.
-        exact: Of the exact stream what the first layer of each group reads.
-        exact_sums: Of the exact stream the sums.
-    """
+    """A block whose layers are rounded when they are about to read."""
 
     def __init__(
         self,
@@ -156,9 +144,11 @@ class _Block:
         correction: float,
     ) -> None:
         self._layer, self._linears, self._visit, self._correction = layer, linears, visit, correction
+        # Of the exact stream what the first layer of each group reads; of both the residual sums.
         self.exact: dict[str, torch.Tensor] = {}
         self.exact_sums: dict[str, torch.Tensor] = {}
         self._own_sums: dict[str, torch.Tensor] = {}
+        # Linear whose output is added to the residual sum as it is -> the norm that has read that before.
         self.sums: dict[str, nn.Module] = {}
         spec, attention = spec_for(model.config), attention_of(model, layer)
         if not (spec.added_norms or spec.goes_on):
