@@ -81,17 +81,11 @@ def _genai_config(job: Job, variant: Variant, stored: Mapping[str, Any]) -> dict
         "eos_token_id": ends or None,
         "pad_token_id": next(iter(ends), None) if config.pad_token_id is None else config.pad_token_id,
     }
-    inputs = {
-        "input_ids": "input_ids",
-        "attention_mask": "attention_mask",
-        "past_key_names": "past_key_values.%d.key",
-        "past_value_names": "past_key_values.%d.value",
-    }
-    outputs = {
-        "logits": "logits",
-        "present_key_names": "present.%d.key",
-        "present_value_names": "present.%d.value",
-    }
+    inputs = {name: name for name in ("input_ids", "attention_mask")}
+    outputs = {"logits": "logits"}
+    for part in ("key", "value"):
+        inputs[f"past_{part}_names"] = f"past_key_values.%d.{part}"
+        outputs[f"present_{part}_names"] = f"present.%d.{part}"
     for kind in job.config.kept_of_texts:
         inputs[f"past_{kind}_names"] = f"past_{kind}.%d"
         outputs[f"present_{kind}_names"] = f"present_{kind}.%d"

@@ -13,10 +13,7 @@ GENAI_CONFIG = "genai_config.json"
 
 
 def is_onnx(reference: str) -> bool:
-    """Whether a reference is an .onnx file, or a folder that `export_onnx` made for a variant.
-
-    Checkpoints from the hub often have a folder of graphs, too; what has weights is a checkpoint.
-    """
+    """Whether a reference is an .onnx file, or a folder of graphs without the weights that make it a checkpoint."""
     path = Path(reference)
     if path.suffix == ".onnx":
         return True
@@ -25,11 +22,7 @@ def is_onnx(reference: str) -> bool:
 
 
 def folder_of(graph: Path) -> Path:
-    """The variant's folder that a graph belongs to: the one with the tokenizer, beside it or above.
-
-    Raises:
-        InputError: There is none.
-    """
+    """The variant's folder that a graph belongs to: the one with the tokenizer, beside it or above."""
     for folder in graph.resolve().parents[:2]:
         if (folder / "tokenizer.json").is_file():
             return folder
@@ -39,10 +32,8 @@ def folder_of(graph: Path) -> Path:
 def find_graph(reference: str, *, last_logits: bool = False) -> Path:
     """The graph of a reference: the file itself, or of a variant's folder the one with the logits that are wanted.
 
-    A folder may lack the graph with the last position's logits; the one with all of them will do.
-
-    Raises:
-        InputError: A folder without a graph, or with several.
+    A folder may lack the graph with the last position's logits; the one with all of them will do. Raises InputError
+    for a folder without a graph, or with several.
     """
     path = Path(reference)
     if path.suffix == ".onnx":

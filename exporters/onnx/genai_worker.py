@@ -1,8 +1,8 @@
 """`python -m exporters.onnx.genai_worker FOLDER`: what ONNX Runtime GenAI makes of conversations.
 
-A process of its own, as GenAI can end its process for a tokenizer.json of a kind that it does not know. Standard
-input is a list of [messages, tools or null, add_generation_prompt]; standard output is {"stops": token ids, "read":
-[{"ids": ...} or {"error": ...}]}, or {"error": ...} where it cannot read the folder.
+A process of its own, as GenAI can end it for a tokenizer.json that it does not know. Standard input is a list of
+[messages, tools or null, add_generation_prompt]; standard output is {"stops": token ids, "read": [{"ids": ...} or
+{"error": ...}]}, or {"error": ...} if it cannot read the folder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 
 def main() -> None:
-    """Read, render, split, write."""
     import onnxruntime_genai
 
     try:

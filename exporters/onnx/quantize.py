@@ -100,8 +100,7 @@ def quantize_linears(
     A tied embedding is rounded for what it multiplies; one of its own is looked up row by row, so that no input weighs
     more and its size costs no time: it gets the nearest of eight bits.
 
-    Without text, (nsamples, seqlen), numbers are the nearest. `correction` is `round_blocks`'s; `progress` is told after
-    each block, and after the output matrix.
+    Without text, (nsamples, seqlen), numbers are the nearest; `correction` is `round_blocks`'s.
     """
     linears = block_linears(model)
     result: dict[str, Rounded] = {}

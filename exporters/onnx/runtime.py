@@ -53,14 +53,10 @@ class OnnxModel:
     """An open decoder graph and the text it has seen. Not safe to share between threads.
 
     Attributes:
-        path: The file.
-        vocab_size: Length of a row of logits.
-        n_ctx: Tokens that fit the cache.
         n_batch: Tokens of a text that `iter_logits` runs at once.
-        n_past: Tokens in it.
+        n_past: Tokens in the cache, which holds `n_ctx`.
         can_rewind: Whether all but the first of them can be forgotten.
         last_logits: Whether the graph gives only the last position's logits.
-        metadata: The file's own keys.
         cache_type: Of keys and values: f32 or f16; None without any.
         providers: Nodes of the graph by the execution provider that runs them, such as CPU; empty if it does not say.
     """
@@ -186,15 +182,10 @@ def open_model(
     n_batch: int = PREFILL_TOKENS,
     provider: str | None = None,
 ) -> OnnxModel:
-    """Open a file.
+    """Open a file, for n_ctx tokens, of which at most n_batch are run at once.
 
-    Args:
-        path: The .onnx file; its external data lies beside it.
-        n_ctx: Tokens that the cache holds.
-        n_threads: Threads inside an operator.
-        n_batch: Most tokens run at once; logits of all of them are held.
-        provider: Execution provider, in any case and without the word, such as cuda; what it cannot take, or all if it
-            is not there, runs on the CPU.
+    `provider` is an execution provider in any case and without the word, such as cuda; what it cannot take, or all if
+    it is not there, runs on the CPU.
 
     Raises:
         InputError: ONNX Runtime cannot load it, or an unknown provider.

@@ -30,23 +30,14 @@ HEAD = "lm_head"
 
 @dataclass(frozen=True)
 class Variant(ExportFormat):
-    """One way to store the weights; any FFN width is stored as asked, as rows are padded to whole blocks.
+    """One way to store the weights; any FFN width is stored as asked, as rows are padded to whole blocks."""
 
-    Attributes:
-        suffix: Of the file name; transformers.js finds the known ones by its `dtype`.
-        dtype: Name of the torch dtype of what is computed: float32 or float16.
-        form: Format of most Linears and, with the output matrix, of a tied embedding; None stores floats.
-        int8_rows: Stored and multiplied as int8 with a scale for each row and each token.
-        portable: In standard operators only, as optimum exports it.
-        mixed: As many get eight bits as fit a size, not as few as cost little time.
-    """
-
-    suffix: str
-    dtype: str = "float32"
-    form: BlockFormat | None = None
-    int8_rows: bool = False
-    portable: bool = False
-    mixed: bool = False
+    suffix: str  # of the file name; transformers.js finds the known ones by its `dtype`
+    dtype: str = "float32"  # torch's name of what is computed: float32 or float16
+    form: BlockFormat | None = None  # of most Linears, and of a tied embedding; None stores floats
+    int8_rows: bool = False  # stored and multiplied as int8 with a scale for each row and each token
+    portable: bool = False  # in standard operators only, as optimum exports it
+    mixed: bool = False  # as many get eight bits as fit a size, not as few as cost little time
 
     @property
     def bits(self) -> float:

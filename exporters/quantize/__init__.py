@@ -52,21 +52,15 @@ M = TypeVar("M", bound=QuantizedMatrix)
 
 @dataclass(frozen=True)
 class Placed:
-    """A matrix of a file, and where its numbers are in a model.
-
-    Attributes:
-        matrix: It.
-        hold: (model, its values) -> these are the model's weights.
-        stack: The modules' factors, (rows, blocks) each -> those of the matrix.
-        modules: Those whose blocks' scales can be trained.
-        block_size: Columns of a block that has a scale of its own.
-    """
+    """A matrix of a file, and where its numbers are in a model."""
 
     matrix: QuantizedMatrix
-    hold: Callable[[Any, torch.Tensor], None]
-    stack: Callable[[list[torch.Tensor]], torch.Tensor]
-    modules: tuple[str, ...]
-    block_size: int
+    hold: Callable[[Any, torch.Tensor], None]  # (model, its values) -> these are the model's weights
+    stack: Callable[
+        [list[torch.Tensor]], torch.Tensor
+    ]  # modules' factors, (rows, blocks) each -> the matrix's
+    modules: tuple[str, ...]  # those whose blocks' scales can be trained
+    block_size: int  # columns of a block that has a scale of its own
 
 
 def stands_for(values: torch.Tensor, weight: torch.Tensor) -> bool:

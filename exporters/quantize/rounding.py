@@ -33,9 +33,8 @@ _ROWS, _PRODUCTS = 4096, 2**24
 _SCALE_RIDGE = 1e-4
 """Relative to the mean of the diagonal of a row's system of scales."""
 _WIDE = 4096
-"""Columns beyond which H and H's products with errors and codes are in bfloat16, where a processor multiplies that
-faster. The errors that come of what is chosen stay exact: of 4096 x 14336 numbers (benchmarks/rounding.py) float32
-and bfloat16 lose 0.000862 of the output's mean square."""
+"""Columns beyond which H and its products are in bfloat16, if a processor multiplies that faster. Errors stay exact: of
+4096 x 14336 numbers (benchmarks/rounding.py) both lose 0.000862 of the output's mean square."""
 _TOGETHER = 8
 """Blocks whose products in bfloat16 are made at once: each product copies all errors into another order first."""
 _TINY = torch.finfo(torch.float32).tiny

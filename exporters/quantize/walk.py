@@ -32,9 +32,8 @@ from exporters.quantize.rounding import factored
 
 CORRECTION = 0.4
 """Share of earlier layers' error that is taken back: c. Of SmolLM2-135M in Q4_0 0.35 and 0.5 leave 0.77 to 0.85 of the
-divergence that is there without, and 1, which fits the text too closely, 0.9 to 0.95. In four bits of ONNX, shares that
-one half of the text tells of the other, layer by layer (0.2 to 0.9; 16 windows), and c = 1 with a ridge 7 to 100 times
-as large (16 and 64 windows) were no better."""
+divergence that is there without, and 1, which fits the text too closely, 0.9 to 0.95. Shares of each layer's own, and
+a larger ridge, were no better."""
 
 
 class Reading(NamedTuple):
