@@ -142,7 +142,10 @@ def test_predicted_loss_is_the_measured_divergence(make_checkpoint: MakeCheckpoi
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 384, (16, 96), generator=generator)
     dense = load_pruned(checkpoint, dtype=torch.float32)
+    before = {name: parameter.requires_grad for name, parameter in dense.named_parameters()}
     moments = collect_weight_moments(dense, names, ids)
+    assert {name: parameter.requires_grad for name, parameter in dense.named_parameters()} == before
+    assert not any(module._forward_hooks for module in dense.modules())
     for name in names:
         changed = load_pruned(checkpoint, dtype=torch.float32)
         if name in ("lm_head", LOOKUP):  # apart, as the prediction has them

@@ -52,21 +52,6 @@ def test_gptq_loses_less_of_the_output_than_nearest_numbers(columns: int) -> Non
     assert lost(gptq(weight, gram, form).dequantize()) < 0.5 * nearest
 
 
-def test_gptq_of_independent_inputs_is_nearest_numbers() -> None:
-    weight, form = weights(8, 64), INT4
-    found = gptq(weight, torch.eye(64), form)
-    assert torch.equal(found.q, round_to_nearest(weight, form, torch.ones(64)).q)
-
-
-def test_gptq_takes_the_largest_inputs_first_wherever_they_stand() -> None:
-    weight, form = weights(8, 32), INT4
-    x = correlated_inputs(32) * torch.linspace(0.5, 4, 32)
-    gram = x.T @ x / len(x)
-    order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
-    moved = gptq(weight[:, order], gram[order][:, order], form).dequantize()
-    torch.testing.assert_close(moved, gptq(weight, gram, form).dequantize()[:, order], atol=0, rtol=0)
-
-
 @pytest.mark.parametrize(("columns", "form"), [(64, INT4), (72, INT4), (200, BlockFormat(4, 128))])
 def test_refining_takes_loss_away_and_keeps_what_is_exact(columns: int, form: BlockFormat) -> None:
     weight, x = weights(48, columns), correlated_inputs(columns)
@@ -130,19 +115,6 @@ def test_gptq_makes_up_for_each_column_by_those_after_it(columns: int) -> None:
         done.append(j)
 
 
-def test_inputs_that_are_never_seen_count_alike() -> None:
-    weight = weights(8, 64)
-    nearest = round_to_nearest(weight, INT4)
-    refined = refine(weight, torch.zeros(64, 64), nearest)
-    before, after = (float((weight - r.dequantize()).square().mean()) for r in (nearest, refined))
-    assert 0.8 * before < after < before
-
-
-def test_gptq_refuses_a_gram_matrix_that_is_not_finite() -> None:
-    with pytest.raises(InputError):
-        gptq(weights(4, 32), torch.full((32, 32), float("nan")), INT4)
-
-
 @pytest.mark.parametrize("size", [1, 5, 128, 129, 300, 1700])
 def test_a_triangular_matrix_is_inverted_in_its_place(size: int) -> None:
     generator = torch.Generator().manual_seed(size)
@@ -154,7 +126,7 @@ def test_a_triangular_matrix_is_inverted_in_its_place(size: int) -> None:
     torch.testing.assert_close(inverse @ matrix, torch.eye(size, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("columns", [200, 256, 560])
+@pytest.mark.parametrize("columns", [200, 560])
 def test_a_wide_matrix_loses_hardly_more_in_coarser_products(
     monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
@@ -178,22 +150,6 @@ def test_a_wide_matrix_loses_hardly_more_in_coarser_products(
     monkeypatch.setattr("exporters.quantize.rounding.bulk_dtype", coarse)
     assert lost() == pytest.approx(exact, rel=0.03)
     assert asked == ["cpu"]
-
-
-def test_blocks_that_are_multiplied_together_know_what_those_before_them_changed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(96, 560, generator=generator)
-    x = torch.randn(512, 24, generator=generator) @ torch.randn(24, 560, generator=generator)
-    gram = x.T @ x / len(x)
-    first = round_to_nearest(weight, INT4)
-    monkeypatch.setattr("exporters.quantize.rounding._WIDE", 0)
-    monkeypatch.setattr("exporters.quantize.rounding.bulk_dtype", lambda _: torch.bfloat16)
-    together = refine(weight, gram, first)
-    monkeypatch.setattr("exporters.quantize.rounding._TOGETHER", 1)
-    apart = refine(weight, gram, first)
-    assert (together.q != apart.q).float().mean() < 0.5 * (apart.q != first.q).float().mean()
 
 
 def test_what_float32_cannot_factor_is_factored_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,19 +30,11 @@ OPTIONS = ExportOptions(calibration=IDS, parity_windows=IDS, limits=LOOSE)
 @pytest.mark.parametrize(
     "asked",
     [
-        {"model_type": "llama"},
         {"model_type": "llama", "widths": (96, 128, 64, 96), "silent": (2,), "tied": False},
-        {"model_type": "llama", "silent": (1, 2, 3)},
         {"model_type": "llama", "groups": {1: (0,)}},
-        {"model_type": "mistral", "widths": (96, 128, 64, 96)},
-        {"model_type": "qwen2", "tied": False},
         {"model_type": "olmo3"},
-        {"model_type": "exaone4"},
-        {"model_type": "hunyuan_v1_dense"},
         {"model_type": "lfm2"},
         {"model_type": "qwen3_5_text"},
-        {"model_type": "qwen3"},
-        {"model_type": "smollm3"},
         {"model_type": "gemma3_text", "num_hidden_layers": 8, "hidden_size": 96},
     ],
 )

@@ -12,7 +12,6 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.models.gguf_file import read_gguf
-from cfsp.models.reference import load_tokenizer
 from exporters.export_record import ParityLimits
 from exporters.family import ExportOptions
 from exporters.gguf.export import export_gguf
@@ -32,10 +31,8 @@ EVERY = dict.fromkeys(range(4), (1,))
     ("model_type", "tied", "changes", "architecture"),
     [
         ("llama", True, {"groups": GROUPS, "silent": (3,), "widths": (96, 64, 128, 32)}, "deci"),
-        ("mistral", False, {"silent": (2, 3)}, "deci"),
         ("qwen3", True, {"groups": GROUPS}, "openelm"),
         ("llama", True, {"groups": EVERY}, "llama"),
-        ("qwen2", True, {"groups": EVERY}, "deci"),
         ("qwen3", False, {"groups": EVERY}, "qwen3"),
     ],
 )
@@ -91,7 +88,7 @@ def graphs(
     folder = tmp_path_factory.mktemp("onnx") / "out"
     silent = () if request.param is EVERY else (2,)
     checkpoint = make_checkpoint("llama", groups=request.param, silent=silent, widths=(64, 96, 128, 64))
-    return checkpoint, export_onnx(checkpoint, folder, ("fp32", "int4"), OPTIONS), folder
+    return checkpoint, export_onnx(checkpoint, folder, ("fp32",), OPTIONS), folder
 
 
 def test_every_cache_has_its_block_s_heads(graphs: tuple[Path, Any, Path]) -> None:
@@ -108,22 +105,3 @@ def test_every_cache_has_its_block_s_heads(graphs: tuple[Path, Any, Path]) -> No
     else:
         assert heads == [2, 1, 2]
         assert any("optimum's ORTModelForCausalLM" in warning for warning in records[0].warnings)
-
-
-def test_genai_generates_what_the_graph_generates(graphs: tuple[Path, Any, Path]) -> None:
-    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
-    checkpoint, _, folder = graphs
-    ids = load_tokenizer(checkpoint)("List three fruits: an apple, ", add_special_tokens=False)["input_ids"]
-    for variant, stem in (("fp32", "model"), ("int4", "model_q4")):
-        model = genai.Model(str(folder / variant))
-        parameters = genai.GeneratorParams(model)
-        parameters.set_search_options(max_length=len(ids) + 8)
-        generator = genai.Generator(model, parameters)
-        generator.append_tokens(ids)
-        graph = open_model(folder / variant / "onnx" / f"{stem}_last.onnx", n_ctx=64, n_threads=1)
-        logits = graph.decode(ids)
-        for _ in range(6):
-            generator.generate_next_token()
-            token = int(generator.get_next_tokens()[0])
-            assert token == int(logits[-1].argmax())
-            logits = graph.decode([token])
