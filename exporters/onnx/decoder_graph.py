@@ -439,10 +439,9 @@ class _Graph:
 
             y_t = sum over k of weights[k] z_{t - length + 1 + k} + bias
 
-        What is kept of a text are its last `length` z, zeros before its start, (batch_size, channels, length): one more
-        than the next token reads, as ONNX Runtime GenAI and transformers.js want it. Rows of a batch that end with
-        padding keep the z of their last tokens. There is one product for each place: of ONNX Runtime's Conv each
-        channel is one, which for one token is slower by far.
+        What is kept of a text are its last `length` z that are no padding, zeros before its start: one more than the
+        next token reads, as ONNX Runtime GenAI and transformers.js want it. There is one product for each place: of
+        ONNX Runtime's Conv each channel is one, which for one token is slower by far.
         """
         b, weights = self.builder, self.weights.stored(convolution.weight.squeeze(1).T)
         length, channels = weights.shape
@@ -558,13 +557,12 @@ def _require_operators(graph: ir.Graph, opset: int) -> None:
             continue
         try:
             schema = onnx.defs.get_schema(node.op_type, opset)
-            lacks = ", ".join(sorted(node.attributes.keys() - schema.attributes.keys()))
-            if len(node.inputs) > schema.max_input:
-                lacks = f"{len(node.inputs)} inputs"
         except onnx.defs.SchemaError:
-            raise InputError(
-                f"the graph wants {node.op_type}, which ONNX has not", field="opset", value=opset
-            ) from None
+            lacks = node.op_type
+        else:
+            unknown = ", ".join(sorted(node.attributes.keys() - schema.attributes.keys()))
+            lacks = f"{node.op_type} with {unknown}" if unknown else ""
+            if len(node.inputs) > schema.max_input:
+                lacks = f"{node.op_type} with {len(node.inputs)} inputs"
         if lacks:
-            what = f"the graph wants {node.op_type} with {lacks}, which ONNX has not"
-            raise InputError(what, field="opset", value=opset)
+            raise InputError(f"the graph wants {lacks}, which ONNX has not", field="opset", value=opset)

@@ -49,14 +49,14 @@ from exporters.onnx.quantize import (
     measure,
     outline_in,
     quantize_linears,
+    rounded,
     rounded_model,
     trained_layers,
     tune,
-    with_nearest,
 )
 from exporters.onnx.runtime import PREFILL_TOKENS, FloatArray, OnnxModel, open_model, runtime_version
 from exporters.onnx.variants import INT8, VARIANTS, BlockFormat, Variant, find_variant
-from exporters.onnx.weights import Int8Weights, Weights, check_blocks
+from exporters.onnx.weights import Int8Weights, Weights, check_blocks, read_weight
 from exporters.proof import Choice, Slice, check_limits, prove_slices
 from exporters.provenance import SOME_HASH
 
@@ -151,7 +151,10 @@ class _Made:
         self.job, self.variant, self.name = job, variant, f"{job.provenance.name}-{variant.name}"
         self.folder = job.folder / variant.name / GRAPHS
         self.folder.mkdir(parents=True)
-        self.every, self.last = self.folder / f"{variant.stem}.onnx", self._last_of(self.folder)
+        self.every, self.last = (
+            self.folder / f"{variant.stem}.onnx",
+            self.folder / f"{variant.stem}_last.onnx",
+        )
         self.text = job.settings.calibration if variant.needs_text else None
         self.text_sha256 = None if self.text is None else tokens_sha256(self.text)
         self.budget = (job.settings.mixed_bytes or default_budget(job.model)) if variant.mixed else None
@@ -163,10 +166,6 @@ class _Made:
         self.eight_bits: tuple[str, ...] = ()
         self.slopes: Mapping[str, Sums] = {}
         self.choice: Choice | None = None
-
-    def _last_of(self, folder: Path) -> Path | None:
-        # One portable graph: who takes only standard operators wants what optimum's users expect.
-        return None if self.variant.portable else folder / f"{self.variant.stem}_last.onnx"
 
     def write(self, measured: dict[BlockFormat, Losses]) -> None:
         """Write both graphs; if numbers are chosen for a text, those or the plain quantizer's, which lose less.
@@ -213,10 +212,13 @@ class _Made:
             with moved(job.model, device):
                 chosen = tune(job.model, chosen, text, progress=progress)
         self._save(chosen, self.folder)
-        nearest, self.slopes = with_nearest(job.model, chosen), slope_sums(job.model, chosen.layers)
+        self.slopes = slope_sums(job.model, chosen.layers)
+        layers = {
+            name: rounded(read_weight(job.model, name), one.form) for name, one in chosen.layers.items()
+        }
         del chosen
         with tempfile.TemporaryDirectory(dir=self.folder) as beside:
-            self._save(nearest, Path(beside))
+            self._save(QuantizedModel(layers), Path(beside))
             self.choice = Choice(self._compared(Path(beside) / self.every.name), self._compared(self.every))
             if self.choice.is_plain:
                 self.slopes = {}
@@ -229,11 +231,10 @@ class _Made:
     def _save(self, weights: Weights, folder: Path) -> None:
         """Both graphs over weights that are known."""
         self.job.progress(f"writing {self.variant.name}", 0, 1)
-        graph, last = self._graph(weights), self._last_of(folder)
+        graph = self._graph(weights)
         save_graph(graph, folder / self.every.name, self.metadata)
-        if last:
-            keep_last_logits(graph.graph)
-            ir.save(graph, last)
+        keep_last_logits(graph.graph)
+        ir.save(graph, folder / self.last.name)
 
     def _least_bytes(self, form: BlockFormat) -> int:
         """Most that the larger graph and its weights take in few bits, with all apart that can be one layer."""
@@ -267,7 +268,8 @@ class _Made:
             check_numbers(path, job.model, self.slopes)
         limits = job.settings.limits_of(variant)
         parity = self._compared(path) if choice is None else choice.held_to(limits)
-        if self.last:
+        # One portable graph: who takes only standard operators wants what optimum's users expect.
+        if not variant.portable:
             window = job.reference.windows.ids[0, :PREFILL_TOKENS].numpy()
             with self._opened(path) as model:
                 every = next(iter(model.iter_logits(window)))[-1].copy()

@@ -292,10 +292,9 @@ class Int8:
                                                        W_q likewise with s_w of the row
 
     Both are unsigned: only for such x_q WebAssembly has a fast kernel, and on processors with AVX2 and no VNNI, ONNX
-    Runtime adds pairs of products of an unsigned and a signed number in 16 bits, which 255 * 127 * 2 does not fit.
-    MatMulInteger is fast where MatMulNBits is not: runtimes in a browser unpack the latter's weights for every token.
-    A scale for each token keeps apart the few tokens whose activations are a hundred times as large as all others',
-    which DynamicQuantizeLinear's one scale does not.
+    Runtime adds products of an unsigned and a signed number in 16 bits, which two do not fit. In a browser
+    MatMulInteger is fast, and MatMulNBits unpacks its weights for every token. A scale for each token keeps apart the
+    few whose activations are a hundred times as large, which DynamicQuantizeLinear's one scale does not.
     """
 
     weight: Int8Rows

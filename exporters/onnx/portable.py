@@ -6,7 +6,6 @@ attention reads the mask, so rows of a batch may begin with padding. It is slowe
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import warnings
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from cfsp.errors import InputError, MissingExtraError
+from cfsp.errors import InputError, require_extra
 from cfsp.files import LargeScratch
 from cfsp.models.shape import ModelShape
 from cfsp.models.weights import quiet_transformers
@@ -40,11 +39,8 @@ def check_portable(shape: ModelShape) -> None:
             value=", ".join(map(str, heads)),
             allowed="the other variants, or whole blocks that go (--blocks)",
         )
-    if (
-        importlib.util.find_spec("optimum") is None
-        or importlib.util.find_spec("optimum.exporters.onnx") is None
-    ):
-        raise MissingExtraError("optimum-onnx", "portable")
+    require_extra("optimum", "portable", "optimum-onnx")
+    require_extra("optimum.exporters.onnx", "portable", "optimum-onnx")
 
 
 def portable_graph(model: Any, name: str, opset: int | None) -> ir.Model:

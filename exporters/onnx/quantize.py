@@ -97,9 +97,7 @@ def quantize_linears(
 ) -> dict[str, Rounded]:
     """Quantize every matrix of a model: see `QuantizedModel.layers`.
 
-    A tied embedding is rounded for what it multiplies; one of its own is looked up row by row, so that no input weighs
-    more and its size costs no time: it gets the nearest of eight bits.
-
+    A tied embedding is rounded for what it multiplies; one of its own costs no time: it gets the nearest of eight bits.
     Without text, (nsamples, seqlen), numbers are the nearest; `correction` is `round_blocks`'s.
     """
     linears = block_linears(model)
@@ -114,7 +112,7 @@ def quantize_linears(
                 readings[name].weight if readings else linears[index][name].weight.detach() for name in names
             ]
             gram = readings[names[0]].gram if readings else None
-            whole, start = _rounded(torch.cat(each), forms[names[0]], gram), 0
+            whole, start = rounded(torch.cat(each), forms[names[0]], gram), 0
             for name, weight in zip(names, each, strict=True):
                 found[name] = whole.rows(slice(start, start := start + len(weight)))
         result.update((name, found[name]) for name in forms)
@@ -131,15 +129,16 @@ def quantize_linears(
     head = format_of(HEAD, len(linears), len(linears))
     output = model.get_output_embeddings()
     with at_hand(output):
-        stored = _rounded(output.weight.detach(), head, gram)
+        stored = rounded(output.weight.detach(), head, gram)
     result |= {name: stored.rows(rows) for name, rows in head_parts(len(stored.q)).items()}
     if not is_tied(model):
-        result[TABLE] = _rounded(read_weight(model, TABLE), INT8)
+        result[TABLE] = rounded(read_weight(model, TABLE), INT8)
     progress("quantizing", len(linears) + 1, len(linears) + 1)
     return result
 
 
-def _rounded(weight: torch.Tensor, form: BlockFormat, gram: torch.Tensor | None = None) -> Rounded:
+def rounded(weight: torch.Tensor, form: BlockFormat, gram: torch.Tensor | None = None) -> Rounded:
+    """The nearest numbers, or for inputs (X^T X / T) those that `fit` finds."""
     parts = torch.split(weight, max(1, _AT_ONCE // weight.shape[1]))
     # Eight bits lose nothing that compensation could win back.
     if gram is None or form.bits == 8:
@@ -150,11 +149,10 @@ def _rounded(weight: torch.Tensor, form: BlockFormat, gram: torch.Tensor | None 
 
 
 def formats_without_text(form: BlockFormat, down: str) -> FormatOf:
-    """`form` for all layers, but eight bits where rounding costs most in most models: which in this one, text says.
+    """`form` for all layers, but eight bits where rounding costs most in most models; `down`: an FFN's last matrix.
 
-    `down` is what FFNs call their last matrix. Measured on SmolLM2-135M, v_proj alone, 3 % of the blocks' weights,
-    makes half of the whole divergence; of the other layers down_proj costs most, above all in the two first and the two
-    last blocks. To the nearest four bits, the output matrix alone would cost more than all of them.
+    Of SmolLM2-135M, v_proj alone, 3 % of the blocks' weights, makes half of the whole divergence; of the others
+    down_proj costs most, above all at both ends. To the nearest, the output matrix alone would cost more than all.
     """
 
     def format_of(name: str, block: int, blocks: int) -> BlockFormat:
@@ -171,14 +169,6 @@ def outline_in(model: Any, form: BlockFormat) -> QuantizedModel:
     layers = {name: Rounded.unwritten(shape, form) for name, shape in shapes.items()}
     table = Rounded.unwritten(weight_of(model, TABLE).shape, INT8)
     return QuantizedModel(layers | {TABLE: table}, apart=True)
-
-
-def with_nearest(model: Any, quantized: QuantizedModel) -> QuantizedModel:
-    """A model with the nearest numbers of its formats, and the norms of the model that it was made from."""
-    layers = {
-        name: _rounded(read_weight(model, name), layer.form) for name, layer in quantized.layers.items()
-    }
-    return QuantizedModel(layers)
 
 
 def measure(
@@ -245,13 +235,14 @@ def choose_eight_bits(
 
 def default_budget(model: Any) -> int:
     """1.1 times what weights take in GGUF's Q4_0: 4.5 bits in the blocks' matrices, 8.5 in the embedding and a head."""
-    blocks = sum(
-        bytes_of(linear.weight.shape, INT4) for block in block_linears(model) for linear in block.values()
+    tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    n_bytes = sum(
+        bytes_of(each.shape, INT8 if any(each is table for table in tables) else INT4)
+        if each.ndim == 2
+        else 4 * each.numel()
+        for each in model.parameters()
     )
-    embedding = bytes_of(model.get_input_embeddings().weight.shape, INT8)
-    tables = embedding * (1 if is_tied(model) else 2)
-    vectors = sum(4 * parameter.numel() for parameter in model.parameters() if parameter.ndim != 2)
-    return int(_Q4_0_RATIO * (blocks + tables + vectors))
+    return int(_Q4_0_RATIO * n_bytes)
 
 
 def bytes_of(shape: Sequence[int], form: BlockFormat) -> int:

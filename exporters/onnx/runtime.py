@@ -7,9 +7,8 @@ keep of a text that do not attend is given anew each time by both, and knows not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -35,9 +34,7 @@ _PRESENT = {
 """How the names of caches begin, as inputs and as outputs."""
 _RECORD_PROVIDERS, _PROVIDER = "session.record_ep_graph_assignment_info", "ExecutionProvider"
 _FEEDS = ("input_ids", "attention_mask", "position_ids")
-_TYPES: Mapping[str, tuple[str, type]] = MappingProxyType(
-    {"tensor(float)": ("f32", np.float32), "tensor(float16)": ("f16", np.float16)}
-)
+_TYPES = {"tensor(float)": ("f32", np.float32), "tensor(float16)": ("f16", np.float16)}
 """ONNX Runtime's name of a cache's type, to ours and NumPy's."""
 
 

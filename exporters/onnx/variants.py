@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from cfsp.errors import InputError
+from cfsp.errors import look_up
 from exporters.export_record import ExportFormat, ParityLimits
 
 
@@ -88,11 +88,5 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType({row.name: row for row in _RO
 
 
 def find_variant(name: str) -> Variant:
-    """Row of the table, in whatever case the name is written.
-
-    Raises:
-        InputError: Unknown; the message names the known ones.
-    """
-    if name.lower() in VARIANTS:
-        return VARIANTS[name.lower()]
-    raise InputError("unknown ONNX variant", field="onnx", value=name, allowed=", ".join(VARIANTS))
+    """Row of the table, in whatever case the name is written; InputError for another one names them all."""
+    return look_up(VARIANTS, name.lower(), "unknown ONNX variant", field="onnx")

@@ -55,7 +55,6 @@ Kind = TypeVar("Kind", bound=Hashable)
 Change = tuple[str, slice, Callable[[slice], torch.Tensor]]
 """Name of a Linear; rows of its weight to which C is added; some of these -> their rows of C, (n, in_features) float32,
 which is called for each window, so that not all have to be held."""
-_Receivers = Iterable[tuple[nn.Linear, Callable[[torch.Tensor, torch.Tensor], None]]]
 _Embedded = Iterator[tuple[torch.Tensor, list[torch.Tensor]]]
 """Each window (seqlen,) and the gradients at what each of `token_tables` gives for it, (seqlen, columns)."""
 
@@ -222,7 +221,9 @@ def solve(options: Mapping[str, Sequence[Option[Kind]]], left_bytes: int) -> dic
     return dict(reversed(chosen.items()))
 
 
-def _backwards(model: Any, receivers: _Receivers, input_ids: torch.Tensor, progress: Progress) -> _Embedded:
+def _backwards(
+    model: Any, receivers: Sequence[tuple[nn.Linear, Any]], input_ids: torch.Tensor, progress: Progress
+) -> _Embedded:
     """Forwards and backwards through every window, with a `gradient_hook` on each Linear; weights are frozen."""
     generator = torch.Generator(device=model.device).manual_seed(0)
     # By name: a page that comes back has other parameters, and what was there is let go.
@@ -268,10 +269,9 @@ def _embeddings_as_leaves(model: Any) -> Iterator[dict[nn.Module, torch.Tensor]]
 def _backwards_by_blocks(
     model: Any, input_ids: torch.Tensor, generator: torch.Generator, progress: Progress
 ) -> _Embedded:
-    """The same with one block in memory: it is run again when its gradients are due.
+    """The same with one block in memory, which is run again when its gradients are due.
 
-    Beside hidden states, gradients go back through what a block gets of each token, and through the keys and values
-    that it reads of an earlier block.
+    They go back through hidden states, what a block gets of each token, and keys and values of an earlier block.
     """
     layers = decoder_layers(model)
     require_scratch(input_ids.numel() * state_size(model.config) * torch.float32.itemsize * len(layers))
@@ -335,10 +335,7 @@ def _gradient(leaf: torch.Tensor) -> torch.Tensor:
 
 
 def _head_gradient(model: Any, hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The gradient at the output matrix's inputs (1, seqlen, hidden_size), for labels that are drawn.
-
-    The matrix multiplies in chunks, so that seqlen x vocab_size is never held.
-    """
+    """The gradient at the output matrix's inputs (1, seqlen, hidden_size), for labels that are drawn, in chunks."""
     ending = hidden[0].detach().requires_grad_()
     for chunk in torch.split(ending, _HEAD_CHUNK):
         logits = output_logits(model, chunk)

@@ -1,9 +1,8 @@
-"""Training what few bits leave free: the scales of rows or blocks, and norms, which cost nothing more at run time.
+"""Training what few bits leave free, which costs nothing at run time: the scales of rows or blocks, and norms.
 
-`tune_scales` distils a model into the scales of its rows: rounding makes each layer's own error small, and what all
-errors do together only shows in the logits (Chen et al., EfficientQAT, arXiv 2407.11062, train scales so; Li et al.,
-Norm Tweaking, arXiv 2309.02784, norms). `RoundedModel` lets recovery train the scale of every block (QAT): the codes
-that a file has stay, so the trained file has as many bytes and computes as fast.
+`tune_scales` distils a model into the scales of its rows and norms: what all errors do together only shows in the
+logits (Chen et al., EfficientQAT, arXiv 2407.11062; Li et al., Norm Tweaking, arXiv 2309.02784). `RoundedModel` lets
+recovery train the scale of every block (QAT): the codes stay, so the trained file has as many bytes.
 """
 
 from __future__ import annotations

@@ -122,9 +122,9 @@ def alike(forms: Mapping[str, Any], readings: Readings) -> list[list[str]]:
 def _with_attention_sink(x: torch.Tensor) -> torch.Tensor:
     """Attention's inputs (seqlen, hidden_size), or what they lack, as much of the first token as comes out of it.
 
-    Heads that have nothing to say attend to the first token (Xiao et al., arXiv 2309.17453), so an error in its key or
-    value reaches every other token. Where it counts as one of hundreds, GPTQ moves the others' errors to it: on
-    SmolLM2-135M in four bits, one v_proj then made 30 % of the whole divergence.
+    Heads that have nothing to say attend to it (Xiao et al., arXiv 2309.17453), so an error in its key or value reaches
+    every other token. As one of hundreds, GPTQ moves the others' errors to it: of SmolLM2-135M in four bits, one v_proj
+    then made 30 % of the whole divergence.
     """
     weighted = x.float().clone()
     weighted[0] *= max(1.0, _SINK_SHARE * len(x)) ** 0.5
