@@ -35,7 +35,7 @@ def outline_of(path: Path, n_ctx: int) -> FileOutline:
     folder = folder_of(path)
     config, tokenizer = read_config(folder), load_tokenizer(folder)
     generation, genai = read_generation_config(folder), folder / GENAI_CONFIG
-    # Graphs of old folders have no windows, and genai_config.json states a shorter context.
+    # Of a rope that only holds in short texts, genai_config.json states a shorter context.
     stated = read_json_object(genai).get("model") if genai.is_file() else None
     length = stated.get("context_length") if isinstance(stated, dict) else None
     most = config.max_position_embeddings
@@ -54,9 +54,7 @@ def outline_of(path: Path, n_ctx: int) -> FileOutline:
 class OnnxLanguageModel:
     """An exported graph, run by ONNX Runtime: the .onnx file with the logits of every position, or its folder.
 
-    Raises:
-        InputError: As `open_model`, or no tokenizer beside it.
-        MissingExtraError: ONNX Runtime is not installed.
+    Raises as `open_model`, and InputError without a tokenizer beside it.
     """
 
     runtime = "onnxruntime"

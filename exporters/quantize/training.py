@@ -7,8 +7,8 @@ recovery train the scale of every block (QAT): the codes stay, so the trained fi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -90,7 +90,14 @@ def tune_scales(
     }
     of_norms = {name: torch.ones_like(norm, requires_grad=True) for name, norm in norms.items()}
     optimizer = torch.optim.Adam([*of_rows.values(), *of_norms.values()])
-    with _scaled(model, of_rows), torch.enable_grad():
+
+    def scale(rows: torch.Tensor, linear: nn.Linear, _: Any, y: torch.Tensor) -> torch.Tensor:
+        return y * rows if linear.bias is None else (y - linear.bias) * rows + linear.bias
+
+    with ExitStack() as stack, torch.enable_grad():
+        for name, rows in of_rows.items():
+            hook = model.get_submodule(name).register_forward_hook(partial(scale, rows))
+            stack.callback(hook.remove)
         for done, (window, target) in enumerate(zip(input_ids, targets, strict=True)):
             tuned = {name: scaled_norm(norm, of_norms[name]) for name, norm in norms.items()}
             hidden = last_hidden(weights | tuned, window)
@@ -110,20 +117,6 @@ def tune_scales(
             for name, norm in norms.items()
         },
     )
-
-
-@contextmanager
-def _scaled(model: Any, factors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Let the rows of Linears of the blocks be multiplied."""
-
-    def scale(rows: torch.Tensor, linear: nn.Linear, _: Any, y: torch.Tensor) -> torch.Tensor:
-        return y * rows if linear.bias is None else (y - linear.bias) * rows + linear.bias
-
-    with ExitStack() as stack:
-        for name, rows in factors.items():
-            hook = model.get_submodule(name).register_forward_hook(partial(scale, rows))
-            stack.callback(hook.remove)
-        yield
 
 
 class ScaledBlocks(nn.Module):

@@ -73,8 +73,11 @@ def test_a_file_has_the_types_and_bytes_that_were_chosen(
     checkpoint: Path, costs: Files, tmp_path: Path
 ) -> None:
     least, most = bounds(costs)
+    losses = [costs.mixture(int(size), IDS).loss for size in np.linspace(least, most, 6)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] > 5 * losses[-1]
     size = (2 * least + most) // 3
-    name, loose = f"mixed:{size}", {f"mixed-{size}B": ParityLimits(kl_mean=10.0)}
+    name = f"mixed:{size}"
     name_of_file = find_quant(name).name
     loose = {name_of_file: ParityLimits(kl_mean=10.0)}
     (record,) = export_gguf(checkpoint, tmp_path / "out", [name], options(limits=loose))
@@ -91,16 +94,11 @@ def test_a_file_has_the_types_and_bytes_that_were_chosen(
     assert drafts[name_of_file].read_bytes() == (tmp_path / "out" / record.file).read_bytes()
 
 
-def test_more_bytes_lose_less(costs: Files) -> None:
-    least, most = bounds(costs)
-    losses = [costs.mixture(int(size), IDS).loss for size in np.linspace(least, most, 6)]
-    assert losses == sorted(losses, reverse=True)
-    assert losses[0] > 5 * losses[-1]
-
-
 def test_a_size_that_nothing_fits_says_the_smallest(checkpoint: Path, costs: Files, tmp_path: Path) -> None:
     least, _ = bounds(costs)
     small = f"mixed:{least - 1}"
+    with pytest.raises(InputError, match="text to choose types by"):
+        export_gguf(checkpoint, tmp_path / "out", ["mixed:1MB"], options(calibration=None))
     with pytest.raises(InputError, match=rf"no types are small enough.*{least} bytes or more"):
         export_gguf(checkpoint, tmp_path / "out", [small], options())
     assert not (tmp_path / "out").exists()
@@ -115,11 +113,6 @@ def test_without_importance_matrix_no_type_wants_one(checkpoint: Path, tmp_path:
     least, _ = bounds(costs)
     (path,) = draft_gguf(checkpoint, tmp_path, [f"mixed:{least}"], options(use_imatrix=False)).values()
     assert not {"IQ3_S", "IQ3_XXS", "IQ2_S"} & {tensor.kind.name for tensor in read_gguf(path).tensors}
-
-
-def test_types_are_chosen_by_text(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="text to choose types by"):
-        export_gguf(checkpoint, tmp_path / "out", ["mixed:1MB"], options(calibration=None))
 
 
 def test_rounding_is_the_quantizers(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
@@ -235,13 +228,10 @@ def test_a_size_is_part_of_the_name(said: str, name: str, size: int) -> None:
     assert not re.search(r"[:\s/]", row.name)
 
 
-@pytest.mark.parametrize("said", ["mixed:", "mixed", "mixed:big", "mixed:0MB", "mixed:-3MB"])
-def test_no_size(said: str) -> None:
-    with pytest.raises(InputError):
-        find_format(said)
-
-
-def test_a_mixture_is_held_to_what_as_many_bits_must_reach() -> None:
+def test_no_size_is_refused_and_a_mixture_is_held_to_what_as_many_bits_must_reach() -> None:
+    for said in ("mixed:", "mixed", "mixed:big", "mixed:0MB", "mixed:-3MB"):
+        with pytest.raises(InputError):
+            find_format(said)
     assert limits_of_bits(4.6) == QUANTS["Q4_0"].limits
     assert limits_of_bits(3.5) == QUANTS["IQ3_S"].limits
     assert limits_of_bits(9.0) == QUANTS["Q6_K"].limits

@@ -115,7 +115,7 @@ def test_gptq_makes_up_for_each_column_by_those_after_it(columns: int) -> None:
         done.append(j)
 
 
-@pytest.mark.parametrize("size", [1, 5, 128, 129, 300, 1700])
+@pytest.mark.parametrize("size", [1, 129, 1700])
 def test_a_triangular_matrix_is_inverted_in_its_place(size: int) -> None:
     generator = torch.Generator().manual_seed(size)
     matrix = torch.randn(size, size, generator=generator, dtype=torch.float64).tril() / size**0.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,13 @@ from exporters.onnx import export_onnx
 from exporters.onnx.matrix import round_to_nearest
 from exporters.onnx.quantize import (
     Losses,
-    QuantizedModel,
+    bytes_of,
     choose_eight_bits,
     default_budget,
     measure,
     rounded_model,
 )
-from exporters.onnx.variants import HEAD, INT4, INT8, BlockFormat
+from exporters.onnx.variants import HEAD, INT4, INT8
 from exporters.onnx.weights import HEAD_PARTS, group_of, head_parts, packed_names, read_weight, weight_of
 
 MakeCheckpoint = Callable[..., Path]
@@ -55,14 +55,6 @@ def measured(model: Any) -> Losses:
     return measure(model, INT4, WINDOWS)
 
 
-def stored_bytes(shape: Sequence[int], form: BlockFormat) -> int:
-    return shape[0] * -(-shape[1] // form.block_size) * (form.block_size * form.bits // 8 + 2)
-
-
-def rounded(model: Any, eight_bits: Sequence[str]) -> QuantizedModel:
-    return rounded_model(model, INT4, eight_bits, WINDOWS)
-
-
 def test_more_bytes_never_make_the_predicted_loss_larger(tiny_model: Callable[..., Any]) -> None:
     model, _ = tiny_model()
     losses = measured(model)
@@ -72,11 +64,12 @@ def test_more_bytes_never_make_the_predicted_loss_larger(tiny_model: Callable[..
     for budget in (10_000, 60_000, 10**7):
         chosen = choose_eight_bits(model, INT4, losses, budget)
         sizes.append(len(chosen))
-        forms = {name: stored.form for name, stored in rounded(model, chosen).layers.items()}
+        forms = {
+            name: stored.form for name, stored in rounded_model(model, INT4, chosen, WINDOWS).layers.items()
+        }
         assert forms == {name: INT8 if name in chosen else INT4 for name in names}
     assert 0 < sizes[0] < sizes[1] < sizes[2] == len(names)
     assert choose_eight_bits(model, INT4, losses, 300) == ()
-    assert {stored.form for stored in rounded(model, ()).layers.values()} == {INT4}
 
 
 def test_few_layers_in_eight_bits_cost_little_time(tiny_model: Callable[..., Any]) -> None:
@@ -84,8 +77,8 @@ def test_few_layers_in_eight_bits_cost_little_time(tiny_model: Callable[..., Any
     chosen = choose_eight_bits(model, INT4, measured(model))
     assert chosen
     shapes = {name: weight_of(model, name).shape for name in measured(model)}
-    least = sum(stored_bytes(shape, INT4) for shape in shapes.values())
-    more = sum(stored_bytes(shapes[name], INT8) - stored_bytes(shapes[name], INT4) for name in chosen)
+    least = sum(bytes_of(shape, INT4) for shape in shapes.values())
+    more = sum(bytes_of(shapes[name], INT8) - bytes_of(shapes[name], INT4) for name in chosen)
     assert 0 < more <= 0.03 * least
     # Of a model so small, a product more costs more than all else: what can be one layer stays one.
     assert all(len(group_of(name)) == 1 for name in chosen)
