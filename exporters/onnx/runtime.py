@@ -241,7 +241,7 @@ def write(
     ends: Collection[int],
     is_over: Callable[[list[int]], bool],
 ) -> list[int]:
-    """Greedy continuation of a prompt, without the token of `ends` that ends it; `is_over` may end it after any other."""
+    """Greedy continuation of a prompt, without the token of `ends` that ends it; `is_over` may end it, too."""
     answer: list[int] = []
     logits = _read(model, prompt)
     while (token := int(logits[-1].argmax())) not in ends:
