@@ -1,4 +1,4 @@
-"""Settings that are declared once."""
+"""Settings that are declared once, sizes and times as people write them, and what errors tell of a login: nothing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import pydantic
 import pytest
 
-from cfsp.errors import InputError
+from cfsp.errors import InputError, without_credentials
 from cfsp.settings import SEED, Reads, Settings, as_read, check_settings, declared, pick, setting
+from cfsp.units import parse_bytes, parse_ms
 
 
 @dataclass(frozen=True)
@@ -75,3 +76,39 @@ def test_what_nothing_reads_has_its_default_and_a_warning() -> None:
     )
     assert as_read(Small(rank=8, name="b"), READS, True) == (Small(rank=8, name="b"), ())
     assert as_read(Small(rank=4), READS, False) == (Small(), ())
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("https://me:secret@host:5000/a@b", "https://host:5000/a@b"),
+        ("https://token@host", "https://host"),
+        ("postgresql://me:se/cr@et@host/runs", "postgresql://host/runs"),
+        (
+            "postgresql://host/runs?user=me&password=secret&a=b",
+            "postgresql://host/runs?user=me&password=***&a=b",
+        ),
+        ("http://host:5000/a@b", "http://host:5000/a@b"),
+        ("sqlite:////runs@home.db", "sqlite:////runs@home.db"),
+        ("ssh:me@host", "ssh:me@host"),
+        ("Qwen/Qwen3-0.6B@main", "Qwen/Qwen3-0.6B@main"),
+    ],
+)
+def test_urls_lose_their_login(url: str, told: str) -> None:
+    assert without_credentials({"tracking": [{"mlflow": url}, 3]}) == {"tracking": [{"mlflow": told}, 3]}
+    assert str(InputError(f"cannot reach {url}", value=url)) == f"cannot reach {told} (got '{told}')"
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("400M", 400 * 2**20), ("80 MB", 80_000_000), ("1.5 GiB", 3 * 2**29)]
+)
+def test_sizes(text: str, count: int) -> None:
+    assert parse_bytes(text, "--memory") == count
+
+
+@pytest.mark.parametrize("text", ["", "-1M", "1e9", "much", "9" * 400, "1." + "9" * 400, "1 parsec"])
+def test_what_is_no_size_is_named(text: str) -> None:
+    with pytest.raises(InputError, match="--memory"):
+        parse_bytes(text, "--memory")
+    with pytest.raises(InputError, match="ttft"):
+        parse_ms(f"{text} s", "ttft")
