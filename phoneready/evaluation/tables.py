@@ -29,6 +29,10 @@ WHAT_STANDINGS_MEAN = (
 )
 
 
+def _number(title: str, value: Callable[[Any], str]) -> Column[Any]:
+    return Column(title, value, right=True)
+
+
 def text_table(
     evaluation: Evaluation,
     names: tuple[str, str] = NAMES,
@@ -38,31 +42,28 @@ def text_table(
     texts = evaluation.texts
     against = bool(texts) and all(text.divergence for text in texts)
 
-    def number(title: str, value: Callable[[TextResult], str]) -> Column[TextResult]:
-        return Column(title, value, right=True)
-
     def diverging(field: str, form: str, text: TextResult) -> str:
         return format(getattr(text.divergence, field), form)
 
     def per_byte(field: str, text: TextResult) -> str:
         return f"{getattr(text, field):.4f}"
 
-    columns = [Column("measured on", called), number("tokens", lambda text: f"{text.n_tokens}")]
+    columns = [Column("measured on", called), _number("tokens", lambda text: f"{text.n_tokens}")]
     if against:
         theirs = partial(diverging, "reference_perplexity", ".3f")
-        columns.append(number(f"perplexity, {names[0]}'s", theirs))
+        columns.append(_number(f"perplexity, {names[0]}'s", theirs))
     own = f"{names[1]}'s" if against else "perplexity"
-    columns.append(number(own, lambda text: f"{text.perplexity:.3f}"))
+    columns.append(_number(own, lambda text: f"{text.perplexity:.3f}"))
     titles = {"bits/byte": "bits_per_byte", f"{names[0]}'s": "against_bits_per_byte"}
     titles["tokens/byte"] = "tokens_per_byte"
     if any(text.tokens_per_byte != text.against_tokens_per_byte for text in texts):
         titles[f"tokens/byte, {names[0]}'s"] = "against_tokens_per_byte"
     for title, field in titles.items():
         if texts and all(getattr(text, field) is not None for text in texts):
-            columns.append(number(title, partial(per_byte, field)))
+            columns.append(_number(title, partial(per_byte, field)))
     if against:
         rows = _DIVERGENCE.items()
-        columns += [number(title, partial(diverging, field, form)) for field, (title, form) in rows]
+        columns += [_number(title, partial(diverging, field, form)) for field, (title, form) in rows]
     return Table(columns, texts)
 
 
@@ -87,23 +88,19 @@ def vocabulary_note(evaluation: Evaluation, names: tuple[str, str] = NAMES) -> s
 def loss_columns(files: Sequence[MeasuredFile]) -> list[Column[Any]]:
     """What files lose, of all texts and of each if there are several; tokens a byte if vocabularies differ."""
 
-    def number(title: str, value: Callable[[Any], str]) -> Column[Any]:
-        return Column(title, value, right=True)
-
     def lost_on(index: int, one: MeasuredFile) -> str:
         return f"{one.texts[index].bits_per_byte:.4f}"
 
-    columns = [number("bits/byte", lambda one: f"{one.bits_per_byte:.4f}")]
-    if files and len(files[0].texts) > 1:
-        texts = enumerate(files[0].texts)
-        columns += [number(text.name, partial(lost_on, index)) for index, text in texts]
-    columns.append(
-        number("over dense f32", lambda one: f"{one.bits_per_byte / one.dense_bits_per_byte - 1:+.2%}")
-    )
-    if len({one.tokens_per_byte for one in files}) > 1:
-        columns.append(number("tokens/byte", lambda one: f"{one.tokens_per_byte:.4f}"))
-    columns.append(number("KL", lambda one: f"{one.kl_mean:.4f}"))
-    return [*columns, number("same top-1", lambda one: f"{one.same_top1:.1%}")]
+    texts = files[0].texts if files else ()
+    tokens = _number("tokens/byte", lambda one: f"{one.tokens_per_byte:.4f}")
+    return [
+        _number("bits/byte", lambda one: f"{one.bits_per_byte:.4f}"),
+        *(_number(text.name, partial(lost_on, n)) for n, text in enumerate(texts) if len(texts) > 1),
+        _number("over dense f32", lambda one: f"{one.bits_per_byte / one.dense_bits_per_byte - 1:+.2%}"),
+        *([tokens] if len({one.tokens_per_byte for one in files}) > 1 else []),
+        _number("KL", lambda one: f"{one.kl_mean:.4f}"),
+        _number("same top-1", lambda one: f"{one.same_top1:.1%}"),
+    ]
 
 
 def standing_column(files: Sequence[MeasuredFile], standings: Mapping[str, Standing]) -> Column[Any]:
