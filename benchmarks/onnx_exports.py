@@ -191,7 +191,7 @@ def mixed(arguments: argparse.Namespace) -> None:
     sizes = {"nsamples": arguments.windows, "seqlen": ExportSettings.seqlen}
     text = load_calibration(references, loaded, **sizes).input_ids
     windows = choose_windows(loaded.tokenizer, model.config.max_position_embeddings)
-    reference = reference_of(model, replace(windows, ids=windows.ids[:2]))
+    reference = reference_of(model, windows._replace(ids=windows.ids[:2]))
     nearest = QuantizedModel(quantize_linears(model, lambda *_: INT4, None))
     losses = measure(model, INT4, text)
     small = rounded_model(model, INT4, (), text)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from cfsp.errors import InputError
 from cfsp.text.tokens import encode, render_chat
@@ -41,8 +40,7 @@ _CALLED = {
 _RESULT = {"role": "tool", "tool_call_id": "abcdefghi", "name": "get_weather", "content": '{"degrees": 21.5}'}
 
 
-@dataclass(frozen=True)
-class Conversation:
+class Conversation(NamedTuple):
     """Messages as chat templates take them, and functions that may be called, as JSON schemas.
 
     With `to_be_answered` the text ends where the model has to answer.
@@ -50,7 +48,7 @@ class Conversation:
 
     name: str
     messages: Sequence[Mapping[str, Any]]
-    tools: Sequence[Mapping[str, Any]] = field(default=())
+    tools: Sequence[Mapping[str, Any]] = ()
     to_be_answered: bool = True
 
 

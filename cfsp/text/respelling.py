@@ -7,7 +7,7 @@ that of all tokens whose spelling begins with it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -64,7 +64,7 @@ class Respelling:
         if size == most:
             return windows
         ids = ids[:, :size].contiguous()
-        return replace(windows, ids=ids, sha256=tokens_sha256(ids))
+        return windows._replace(ids=ids, sha256=tokens_sha256(ids))
 
     def log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """What the larger vocabulary's model predicts, in the tokens that are left.

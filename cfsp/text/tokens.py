@@ -19,9 +19,8 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -170,16 +169,14 @@ def _bounded() -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """One piece of text, or one chat as a sequence of {"role", "content"} messages."""
 
     text: str | None = None
     messages: tuple[Mapping[str, str], ...] | None = None
 
 
-@dataclass(frozen=True)
-class TokenWindows:
+class TokenWindows(NamedTuple):
     """Windows (n_windows, seqlen) int64 of a text, its reference, and the hash of the token ids."""
 
     ids: torch.Tensor
