@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.utils import parametrize
 
 from exporters.onnx.decoder_graph import decoder_graph
 from exporters.onnx.quantize import QuantizedModel, quantize_linears, tune
 from exporters.onnx.variants import INT8
 from exporters.onnx.weights import HEAD_PARTS, Weights, weight_of
+from exporters.quantize.training import ScaledBlocks
 
 TEXT, UNSEEN = (
     torch.randint(0, 384, (count, 64), generator=torch.Generator().manual_seed(seed))
@@ -65,3 +67,20 @@ def test_tuned_norms_are_what_the_graph_gets(tiny_model: Callable[..., Any]) -> 
     graph = decoder_graph(model, Weights(norms=norms), name="tuned").graph
     stored = [v.const_value.numpy() for n, v in graph.initializers.items() if "norm" in n and v.const_value]
     assert sorted({float(vector[0]) for vector in stored}) == list(range(2, len(names) + 2))
+
+
+def test_weight_decay_draws_to_the_stored_scales_and_not_to_zero() -> None:
+    linear = torch.nn.Linear(6, 3, bias=False)
+    stored, blocks = linear.weight.detach().clone(), ScaledBlocks(3, 6, 4)
+    parametrize.register_parametrization(linear, "weight", blocks)
+    assert torch.equal(linear.weight, stored)
+    with torch.no_grad():
+        blocks.changes[0, 1] = 0.5
+    optimizer = torch.optim.AdamW([blocks.changes], lr=0.1, weight_decay=0.5)
+    blocks.changes.grad = torch.zeros_like(blocks.changes)
+    optimizer.step()
+    drawn = float(blocks.changes.detach()[0, 1])
+    assert 0 < drawn < 0.5
+    assert int(blocks.changes.count_nonzero()) == 1
+    torch.testing.assert_close(linear.weight[0, 4:], stored[0, 4:] * (1 + drawn))
+    assert torch.equal(linear.weight[:, :4], stored[:, :4])
