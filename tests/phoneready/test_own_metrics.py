@@ -1,4 +1,4 @@
-"""Own metrics as figures: budgets hold them to limits, histories follow them, plugins bring them."""
+"""Own metrics as figures: budgets hold them to limits, plugins bring them."""
 
 from __future__ import annotations
 
