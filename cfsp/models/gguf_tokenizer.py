@@ -59,37 +59,25 @@ class PreTokenizer(NamedTuple):
     add_bos: bool = False  # whether the start token is added if the file does not say
 
 
-_DIGITS_THEN_GPT2 = PreTokenizer((_DIGIT, _GPT2))
-_LIKE_GPT2 = PreTokenizer((_GPT2,))
-_LIKE_LLAMA3 = PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True)
-_LIKE_QWEN2 = PreTokenizer((_QWEN2,))
-
-# Of names with the same meaning the first is the one given to a Hugging Face tokenizer.
+# The first of several names is the one given to a Hugging Face tokenizer.
+_ROWS = {
+    "gpt-2 phi-2 mpt olmo jais trillion granite-docling exaone4": PreTokenizer((_GPT2,)),
+    "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2": PreTokenizer((_DIGIT, _GPT2)),
+    "llama-bpe llama3 llama-v3 falcon3 pixtral midm-2.0 lfm2": PreTokenizer(
+        (_LLAMA3,), ignore_merges=True, add_bos=True
+    ),
+    "smaug-bpe dbrx": PreTokenizer((_LLAMA3,)),
+    "qwen2 deepseek-r1-qwen stablelm2 megrez hunyuan solar-open": PreTokenizer((_QWEN2,)),
+    "qwen35": PreTokenizer((_QWEN35,)),
+    "gpt-4o llama4": PreTokenizer((_GPT4O,)),
+    "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
+    "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CHINESE, _DIGIT)),
+    "hunyuan-dense": PreTokenizer((r"\p{N}{1,3}", _CHINESE_AND_KANA, _HUNYUAN)),
+    "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")),
+    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
+}
 PRE_TOKENIZERS: Mapping[str, PreTokenizer] = MappingProxyType(
-    {
-        "gpt-2": _LIKE_GPT2,
-        **dict.fromkeys(
-            ("phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4"), _LIKE_GPT2
-        ),
-        "smollm": _DIGITS_THEN_GPT2,
-        **dict.fromkeys(
-            ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"),
-            _DIGITS_THEN_GPT2,
-        ),
-        "llama-bpe": _LIKE_LLAMA3,
-        **dict.fromkeys(("llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0", "lfm2"), _LIKE_LLAMA3),
-        "smaug-bpe": PreTokenizer((_LLAMA3,)),
-        "dbrx": PreTokenizer((_LLAMA3,)),
-        "qwen2": _LIKE_QWEN2,
-        **dict.fromkeys(("deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "solar-open"), _LIKE_QWEN2),
-        "qwen35": PreTokenizer((_QWEN35,)),
-        **dict.fromkeys(("gpt-4o", "llama4"), PreTokenizer((_GPT4O,))),
-        "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
-        "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CHINESE, _DIGIT)),
-        "hunyuan-dense": PreTokenizer((r"\p{N}{1,3}", _CHINESE_AND_KANA, _HUNYUAN)),
-        "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")),
-        "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
-    }
+    {name: row for names, row in _ROWS.items() for name in names.split()}
 )
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
