@@ -128,7 +128,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         settings = {"model_type": text_type} | whole | own
     model_type = str(settings.get("model_type"))
     row = family_of(model_type, f"{where}: ")
-    check_kinds(settings, {**_CONFIG, **kinds(**row.kinds)}, where)
+    check_kinds(settings, {**_CONFIG, **kinds(row.kinds)}, where)
     fold = fold_of(settings)
     if fold is not None and (obstacle := fold.obstacle(settings)):
         raise InputError(
@@ -269,7 +269,7 @@ def _contradictions(settings: Mapping[str, Any], row: Family | Fold) -> Iterator
     if mixer and set(said("layer_types") or ()) == {mixer.kind}:
         yield "no block attends (layer_types)"
     keys, values = said("linear_num_key_heads"), said("linear_num_value_heads")
-    if "linear_num_key_heads" in row.kinds and keys and values and values % keys:
+    if mixer and "key_heads" in mixer.sizes and keys and values and values % keys:
         yield f"linear_num_value_heads {values} is no multiple of linear_num_key_heads {keys}"
     for key in PER_BLOCK_LISTS:
         count = layers if said(key) is None else len(settings[key])

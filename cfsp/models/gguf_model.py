@@ -62,8 +62,8 @@ _LEAST_DIFFERENCE, _MOST_DIFFERENCE, _CHUNK_ROWS = 0.005, 0.5, 4096
 def config_from_gguf(file: GGUFFile) -> Any:
     """transformers configuration of a GGUF file, special token ids included; raises InputError."""
     row, said = _row(file), file.hyperparameter
-    own = {key: value for key in row.gguf_kinds if (value := said(key)) is not None}
-    check_kinds(own, kinds(**row.gguf_kinds), str(file.path))
+    own = kinds(row.gguf_kinds)
+    check_kinds({key: value for key in own if (value := said(key)) is not None}, own, str(file.path))
     shapes = {tensor.name: tensor.shape for tensor in file.tensors}
     heads, hidden, kv_heads = said("attention.head_count"), said("embedding_length"), None
     if not heads or not hidden or EMBEDDING not in shapes:

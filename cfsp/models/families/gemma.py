@@ -25,7 +25,7 @@ FAMILIES = (
         (Layout("gemma3", activation="gelu_tanh", window_base=True, full_step=6),),
         folders=("gemma3",),
         kinds={
-            **dict.fromkeys(("rope_local_base_freq", "query_pre_attn_scalar"), Positive | None),
+            "rope_local_base_freq query_pre_attn_scalar": Positive | None,
             "hidden_activation": str,
         },
         head_norms=HeadNorms(),
@@ -59,13 +59,9 @@ FAMILIES = (
         release=5,
         folders=("gemma4",),
         kinds={
-            **dict.fromkeys(
-                ("global_head_dim", "num_global_key_value_heads"), Annotated[int, Field(ge=2)] | None
-            ),
-            **dict.fromkeys(
-                ("hidden_size_per_layer_input", "num_kv_shared_layers"), Annotated[int, Field(ge=0)] | None
-            ),
-            **dict.fromkeys(("use_double_wide_mlp", "enable_moe_block", "attention_k_eq_v"), bool | None),
+            "global_head_dim num_global_key_value_heads": Annotated[int, Field(ge=2)] | None,
+            "hidden_size_per_layer_input num_kv_shared_layers": Annotated[int, Field(ge=0)] | None,
+            "use_double_wide_mlp enable_moe_block attention_k_eq_v": bool | None,
             "vocab_size_per_layer_input": Size,
             "hidden_activation": str,
         },
@@ -91,6 +87,6 @@ FAMILIES = (
             "num_kv_shared_layers": "attention.shared_kv_layers",
             "global_head_dim": "attention.key_length",
         },
-        gguf_kinds=dict.fromkeys(("embedding_length_per_layer_input", "attention.shared_kv_layers"), Count),
+        gguf_kinds={"embedding_length_per_layer_input attention.shared_kv_layers": Count},
     ),
 )

@@ -30,8 +30,8 @@ FAMILIES = (
         (Layout("lfm2", free_head_dim=False),),
         kinds={
             "conv_L_cache": KernelLength,
-            **dict.fromkeys(("conv_bias", "block_auto_adjust_ff_dim", "tie_embedding"), bool),
-            **dict.fromkeys(("block_ff_dim", "block_multiple_of"), Size),
+            "conv_bias block_auto_adjust_ff_dim tie_embedding": bool,
+            "block_ff_dim block_multiple_of": Size,
             "block_ffn_dim_multiplier": Positive | None,
             "full_attn_idxs": list[int] | None,
         },

@@ -26,8 +26,8 @@ FAMILIES = (
         folders=("qwen3_5",),
         kinds={
             "linear_conv_kernel_dim": KernelLength,
-            **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), Size),
-            **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), Size),
+            "linear_key_head_dim linear_value_head_dim": Size,
+            "linear_num_key_heads linear_num_value_heads": Size,
         },
         mixer=Mixer(
             "linear_attn",

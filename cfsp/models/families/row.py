@@ -114,7 +114,7 @@ class Family:
     layouts: tuple[Layout, ...]
     release: int = 4  # first major version of transformers that has it as it is read here
     folders: tuple[str, ...] = ()  # model types of multimodal folders whose text part it is
-    kinds: Mapping[str, Any] = field(default_factory=dict)  # its own settings -> what they must be
+    kinds: Mapping[str, Any] = field(default_factory=dict)  # settings, "a b" for two -> what they must be
 
     # Modules, of a block unless they are the decoder's; empty for none.
     layers: str = "model.layers"
