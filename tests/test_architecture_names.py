@@ -18,10 +18,7 @@ NAMES = {*FAMILIES, *(layout.architecture for row in FAMILIES.values() for layou
 CLASSES = re.compile(rf"(Pruned)?({'|'.join(FAMILIES)})(ForCausalLM|Config|Model)", re.IGNORECASE)
 OTHERS = {
     ("cfsp/models/gguf_tokenizer.py", "llama"): "a kind of tokenizer in GGUF files",
-    ("cfsp/models/gguf_tokenizer.py", "qwen2"): "a pre-tokenizer in GGUF files",
-    ("cfsp/models/gguf_tokenizer.py", "exaone4"): "a pre-tokenizer in GGUF files",
     ("cfsp/models/gguf_tokenizer.py", "hunyuan-dense"): "a pre-tokenizer in GGUF files",
-    ("cfsp/models/gguf_tokenizer.py", "lfm2"): "a pre-tokenizer in GGUF files",
     ("cfsp/models/gguf_tokenizer.py", "qwen35"): "a pre-tokenizer in GGUF files",
     ("exporters/onnx/companions.py", "llama"): "what GenAI calls every decoder of these graphs",
     ("exporters/onnx/companions.py", "lfm2"): "what GenAI calls decoders with a cache of short convolutions",
