@@ -21,7 +21,7 @@ from cfsp.models.reference import config_from_settings, find_model, folded_confi
 from cfsp.models.shape import BlockShape, ModelShape
 from cfsp.models.token_trees import token_trees
 from cfsp.models.weights import model_class
-from cfsp.text.conversations import CONVERSATIONS, rendered, shows_tools, turn_end
+from cfsp.text.conversations import CONVERSATIONS, rendered, turn_end
 from exporters.checkpoint_reader import ModelConfig, open_tensors, read_config
 from exporters.gguf.architecture import ChosenLayout, choose_layout
 from exporters.gguf.rope import rope_metadata
@@ -123,7 +123,9 @@ def examine_model(reference: str) -> list[Check]:
             raise InputError("no chat template: chats cannot be read, answers are continuations")
         texts, end = rendered(tokenizer), turn_end(tokenizer)
         refused = [one.name for one in CONVERSATIONS if one.name not in texts]
-        tools = "and shows tools" if shows_tools(texts) else "and knows no tools"
+        asking = [one for one in CONVERSATIONS if one.tools]
+        shown = any(one.tools[0]["function"]["name"] in texts.get(one.name, "") for one in asking)
+        tools = "and shows tools" if shown else "and knows no tools"
         without = f"; refuses a chat with {', '.join(refused)}" if refused else ""
         ends = "no token of its own" if end is None else tokenizer.convert_ids_to_tokens(end)
         return f"a chat template that ends an answer with {ends} {tools}{without}"

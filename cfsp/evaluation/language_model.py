@@ -25,11 +25,6 @@ class Branches(NamedTuple):
     context: tuple[int, ...]
     continuations: tuple[tuple[int, ...], ...]
 
-    @property
-    def n_tokens(self) -> int:
-        """Tokens to run: the context once, every continuation but its last token."""
-        return len(self.context) + sum(len(c) - 1 for c in self.continuations)
-
 
 class Score(NamedTuple):
     """Sum of ln p(token | all before it) of a continuation, in nats, and whether greedy decoding writes it."""

@@ -27,10 +27,8 @@ from cfsp.text.respelling import Respelling
 from cfsp.text.tokens import TokenWindows, decode, encode, start_token
 from cfsp.validation import Share
 
-_ROWS = 16
-"""Positions whose logits are worked on at once: they stay in the processor's cache."""
-_TEXTS_AT_ONCE = 8
-"""Texts whose likelihood is asked for together."""
+_ROWS = 16  # positions whose logits are worked on at once: they stay in the processor's cache
+_TEXTS_AT_ONCE = 8  # whose likelihood is asked for together
 
 LogitsOf = Callable[[torch.Tensor], Iterator[tuple[slice, torch.Tensor]]]
 

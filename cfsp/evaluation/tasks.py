@@ -32,19 +32,16 @@ from cfsp.settings import check_settings
 from cfsp.text.tokens import encode, load_documents, render_chat
 from cfsp.validation import check_kinds, kinds
 
-MAX_CONTEXT = 2048
-"""Most tokens of a request, in every runtime; longer ones lose their beginning."""
+MAX_CONTEXT = 2048  # tokens of a request, in every runtime; longer ones lose their beginning
 _MAX_NEW_TOKENS = 256
 _AT_ONCE = 64
 _SEED = 1234
 _BOOTSTRAP = 1000
 _SUFFIXES = (".yaml", ".yml")
-_MOST_BYTES = 2**20
-"""Of a task file."""
+_MOST_BYTES = 2**20  # of a task file
 _TASK = kinds(task=str, dataset_kwargs=dict[str, Any] | None)
 _CHAT_SUFFIXES = (".jsonl", ".parquet")
-_MARGIN = 16
-"""Tokens that an answer may have beyond the longest known one that is written with it."""
+_MARGIN = 16  # tokens that an answer may have beyond the longest known one that is written with it
 
 
 def import_harness() -> Any:
@@ -100,7 +97,7 @@ class _Requests:
             indices.setdefault(tuple(ids[:start]), []).append(index)
             continuations.append(tuple(ids[start:]))
         items = [Branches(one, tuple(continuations[i] for i in same)) for one, same in indices.items()]
-        items.sort(key=lambda item: item.n_tokens, reverse=True)
+        items.sort(key=lambda item: len(item.context), reverse=True)
         scores: list[tuple[float, bool]] = [(0.0, False)] * len(continuations)
         done = 0
         for start in range(0, len(items), _AT_ONCE):

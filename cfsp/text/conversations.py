@@ -104,12 +104,6 @@ def rendered(
     return texts
 
 
-def shows_tools(texts: Mapping[str, str]) -> bool:
-    """Whether a template puts the tools that may be called into its text; `texts` are `rendered`'s."""
-    name: str = _WEATHER["function"]["name"]
-    return any(name in texts.get(one.name, "") for one in CONVERSATIONS if one.tools)
-
-
 def turn_end(tokenizer: Any) -> int | None:
     """The special token with which a template ends an answer; None if it has none."""
     text = rendered(tokenizer, [Conversation("", _said("a", _ANSWER), to_be_answered=False)]).get("", "")

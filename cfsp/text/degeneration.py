@@ -11,32 +11,23 @@ import unicodedata
 from collections import Counter
 from typing import Any
 
-LOOP_REPEATS = 3
-"""A tail that says the same this many times in a row is a loop,"""
-LOOP_CHARACTERS = 60
-"""if the repetition covers at least this many characters."""
-LOOP_COUNTED_LETTERS = 12
-"""A period that differs only in its digits counts as the same if it has this many letters (so 1, 2, 3 does not)."""
-REPEATED_SHARE = 0.5
-"""Share of word 4-grams that occurred before, above which a text only repeats itself."""
-REPEATED_MINIMUM = 40
-"""Number of 4-grams below which that share says nothing."""
-N_GRAM = 4
-"""Words in a row that are compared."""
-REPLACEMENT_SHARE = 0.02
-"""Share of replacement, control and private-use characters; one at the end, cut off by the token limit, is none."""
-MOJIBAKE_SHARE = 0.03
-"""Share of characters in sequences that UTF-8 read as Latin-1 or Windows-1252 leaves."""
-WORD_CHARACTER_SHARE = 0.25
-"""Least share of letters, marks and digits among the visible characters of at least _SHORT."""
-LONGEST_WORD = 45
-"""Letters in a row, in a script that puts spaces between words."""
-VOWELLESS_SHARE = 0.3
-"""Share of Latin words of five letters and more that have no vowel, of at least five."""
-ECHO_WORDS = 8
-"""Words in a row taken from the system prompt."""
-ECHO_SHARE = 0.8
-"""Share of a text's words that stand in such runs taken from the user's prompt."""
+LOOP_REPEATS = 3  # a tail that says the same this many times in a row is a loop,
+LOOP_CHARACTERS = 60  # if the repetition covers at least this many characters;
+LOOP_COUNTED_LETTERS = (
+    12  # with this many letters in the period its digits may differ (so 1, 2, 3 is no loop)
+)
+REPEATED_SHARE = 0.5  # of word 4-grams that occurred before, above which a text only repeats itself
+REPEATED_MINIMUM = 40  # 4-grams below which that share says nothing
+N_GRAM = 4  # words in a row that are compared
+REPLACEMENT_SHARE = 0.02  # of replacement, control and private-use characters, but for one cut off at the end
+MOJIBAKE_SHARE = 0.03  # of characters in sequences that UTF-8 read as Latin-1 or Windows-1252 leaves
+WORD_CHARACTER_SHARE = (
+    0.25  # least share of letters, marks and digits among at least _SHORT visible characters
+)
+LONGEST_WORD = 45  # letters in a row, in a script that puts spaces between words
+VOWELLESS_SHARE = 0.3  # of Latin words of five letters and more without a vowel, of at least five
+ECHO_WORDS = 8  # in a row taken from the system prompt
+ECHO_SHARE = 0.8  # of a text's words that stand in such runs taken from the user's prompt
 
 _SHORT = 20
 _SPACED_SCRIPTS = ("LATIN", "CYRILLIC", "GREEK", "ARMENIAN", "GEORGIAN", "HEBREW", "ARABIC", "DEVANAGARI")

@@ -50,10 +50,6 @@ class Respelling:
         """Windows (n_windows, seqlen) in the tokens that are left, each as long as before: their ends are cut."""
         return torch.stack([self.spell(window.tolist()).ids[: ids.shape[1]] for window in ids])
 
-    def n_predicted(self, ids: torch.Tensor) -> int:
-        """Tokens that are left, of windows (n_windows, seqlen), but for those of each window's first token."""
-        return sum(int((self.spell(window.tolist()).owners != 0).sum()) for window in ids)
-
     def shortened(self, windows: TokenWindows) -> TokenWindows:
         """Windows (n_windows, seqlen), all cut to the length that no more than `seqlen` tokens are needed to spell."""
         ids = windows.ids

@@ -29,13 +29,11 @@ from cfsp.errors import InputError, require_extra
 from cfsp.reading import MAX_TEXT_BYTES, as_input_error, one_line, read_json_lines, read_text
 from cfsp.text.settings import BUILTIN_TEXT
 
-WHOLE = 2**19
-"""Characters up to which a text is tokenized in one go; a token then takes some 250 bytes for a moment."""
+WHOLE = 2**19  # characters up to which a text is tokenized in one go; a token then takes some 250 bytes
 _PIECE = 2**17
 _OVERLAP = 2**12
 _AGREEING = 32
-_CHARACTERS = 8
-"""Of a text that are tokenized first for each token that is wanted; a token of English takes some four."""
+_CHARACTERS = 8  # of a text, for each token that is wanted; a token of English takes some four
 
 Token = tuple[int, int, int]
 """Id, and where in the text it begins and ends."""
@@ -104,11 +102,9 @@ def _seam(before: Sequence[Token], after: Sequence[Token], start: int) -> tuple[
     return len(before), bisect_left(after, end, key=lambda token: token[1])
 
 
-_MOST_SECONDS = 5.0
-"""Of processor time for one chat; templates take fractions of a millisecond."""
+_MOST_SECONDS = 5.0  # of processor time for one chat; templates take fractions of a millisecond
 _MOST_CHARACTERS = 2**28
-_MOST_BYTES = 2**30
-"""Of memory while a chat is rendered, beyond what the process has."""
+_MOST_BYTES = 2**30  # of memory while a chat is rendered, beyond what the process has
 _SIZES = Path("/proc/self/statm")
 
 

@@ -196,7 +196,8 @@ def _judge(
         if spelling is not None:
             windows = spelling.shortened(windows)
             both = respelled_divergence(against, model, windows, spelling, progress=progress)
-            n_own = spelling.n_predicted(windows.ids)
+            texts = (spelling.spell(window.tolist()) for window in windows.ids)
+            n_own = sum(int((text.owners != 0).sum()) for text in texts)
         else:
             both = divergence(against, model, windows, progress=progress)
             n_own = both.n_tokens
