@@ -69,8 +69,7 @@ class LanguageModel(Protocol):
         """Free the model; may be called twice."""
 
 
-_ROWS = 64
-"""Rows of logits that are copied at once: fresh memory for many more takes far longer."""
+_ROWS = 64  # of logits that are copied at once: fresh memory for many more takes far longer
 
 
 def check_length(model: LanguageModel, needed: int, what: str) -> None:

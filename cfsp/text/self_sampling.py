@@ -90,8 +90,7 @@ def generate(
     return written
 
 
-Report = Callable[[int], None]
-"""Told now and then how many tokens were written since the call began."""
+Report = Callable[[int], None]  # told now and then how many tokens were written since the call began
 Continue = Callable[[Sequence[Sequence[int]], int, Report], list[list[int]]]
 """(texts as token ids, most new tokens, report) -> each with what the model drew after it, its end token included."""
 

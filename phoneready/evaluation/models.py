@@ -37,12 +37,10 @@ if TYPE_CHECKING:
 
 BY_RUNTIME = {family.runtime: family for family in FAMILIES.values()}
 """Runtime -> the family of exports whose files it runs."""
-TORCH = "torch"
-"""The runtime of all else."""
+TORCH = "torch"  # the runtime of all else
 HERE = "local"
 PLACES = ", ".join(row.form for name, row in TARGETS.items() if row.answers or name == HERE)
-TIMEOUT_S = 3600.0
-"""For one process on a target."""
+TIMEOUT_S = 3600.0  # for one process on a target
 _SPELLED = (
     "The lighthouse stood on a rock above the sea.",
     "  two spaces,\n\ta tab; 12,345.67 and x != y",

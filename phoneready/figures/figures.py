@@ -21,19 +21,14 @@ from runtime_bench.records.bench_record import MeasuredOn
 from runtime_bench.records.judgement import Samples
 from runtime_bench.records.summary import RatioInterval
 
-CHECKPOINT = "checkpoint"
-"""The item that is the pruned (and recovered) model before export."""
+CHECKPOINT = "checkpoint"  # the item that is the pruned (and recovered) model before export
 PRUNED, DENSE = "pruned", "dense"
 FILE, BENCH, PROJECTION = "file", "bench", "projection"
 TEXT, TASK, ANSWERS, OWN = "text", "task", "answers", "own"
-"""Where figures come from."""
-ENERGY_OF = "joules_"
-"""Prefix of the energy of a rate: joules_tg128."""
-ANY_MEMBER = ".*"
-"""Suffix of the planned name of an own metric: which figures its function returns is known after it ran."""
+ENERGY_OF = "joules_"  # begins the energy of a rate: joules_tg128
+ANY_MEMBER = ".*"  # ends the planned name of an own metric, whose figures are known after it ran
 FIGURES_FILE, VERDICTS_FILE = "figures.json", "verdicts.json"
-OUTCOMES = MISSED, INCONCLUSIVE, PASS = "missed", "inconclusive", "pass"
-"""How a figure can stand to its budget, the worst first."""
+OUTCOMES = MISSED, INCONCLUSIVE, PASS = "missed", "inconclusive", "pass"  # the worst first
 
 
 class Metric(NamedTuple):
@@ -380,8 +375,7 @@ def select(budget: BudgetConfig, keys: Iterable[FigureKey]) -> list[FigureKey]:
 
 
 _Names = Callable[[FigureKey], tuple[str | int | None, ...]]
-_ANY = "any task"
-"""What is planned of tasks before they are read."""
+_ANY = "any task"  # what is planned of tasks before they are read
 
 
 def fits(key: FigureKey, names: _Names, wanted: Sequence[str | int]) -> bool:

@@ -64,8 +64,7 @@ JUNIT_FILE, SUMMARY_FILE = "junit.xml", "summary.md"
 STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
 _ROUNDING = 1e-9
 _RESAMPLES = 10_000
-_CELLS = (("1", "1"), ("1", "0"), ("0", "1"), ("0", "0"))
-"""What both models made of an item."""
+_CELLS = (("1", "1"), ("1", "0"), ("0", "1"), ("0", "0"))  # what both models made of an item
 _MARKUP = str.maketrans({character: f"&#{ord(character)};" for character in "\\`*{}[]<>#~|&@$"})
 _HEADER = ("metric", "of", "on", "limit", "figure", "verdict", "why")
 _MARKS = {PASS: "✅ pass", MISSED: "❌ missed", INCONCLUSIVE: "❔ inconclusive"}
