@@ -193,10 +193,6 @@ def test_history_and_reports_say_what_was_measured_and_are_made_again_without_a_
         (folder / name).unlink()
     commands = [line for line in before["report.md"].splitlines() if line.startswith("    phoneready ")]
     assert all("--seed" in line or "export" in line for line in commands)
-    # As a release of an earlier version, which named no loss.
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    manifest["config"]["recover"]["loss"] = "auto"
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     assert main(["report", str(folder)]) == 0
     assert {name: (folder / name).read_text(encoding="utf-8") for name in before} == before
     assert verify_release(folder)[1] == []
