@@ -1,13 +1,13 @@
 """Training and validation sequences: documents become tokens with targets, packed to one length.
 
-`targets[t]` is the token that position t has to predict, or IGNORED where nothing is learnt.
+`targets[t]` is the token that position t has to predict, or IGNORED if nothing is learnt there.
 """
 
 from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,17 +16,12 @@ import torch
 from cfsp.errors import InputError
 from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress, no_progress
-from cfsp.recovery.settings import (
-    RecoverySettings,
-    held_out,
-    labels_whole_chats,
-    token_budget,
-)
+from cfsp.recovery.recovery_record import DataRecord
+from cfsp.recovery.settings import DISTILL, RecoverySettings
 from cfsp.text.respelling import Respelling
 from cfsp.text.self_sampling import TRANSFORMERS, Writer, sample_windows, without_loops
 from cfsp.text.settings import SELF
 from cfsp.text.tokens import (
-    Document,
     document_ids,
     encode_in_place,
     load_documents,
@@ -38,17 +33,18 @@ from cfsp.text.tokens import (
 
 IGNORED = -100
 """Target of a position where nothing is learnt, as torch and transformers have it."""
-
-_SENTINEL = "\N{SNOWMAN}answer\N{SNOWMAN}"
-
 INSIDE = -1
 """Place in the teacher's text of a position that is inside one of the teacher's tokens."""
-
+_SENTINEL = "\N{SNOWMAN}answer\N{SNOWMAN}"
 _VALIDATION_SEED = 2
 """Added to the seed, so that `self` is neither what is trained on nor what a release judges with, the seed after."""
-
 MOST_LOOPS = 0.5
-"""Share of the texts of a model above which it is not one to learn from."""
+"""Share of a model's texts that may be loops, above which it is not one to learn from."""
+HELD_OUT_SHARE = 0.1
+"""Most of the data that is held out if no validation data is given."""
+
+Labelled = tuple[Sequence[int], Sequence[bool]]
+"""Token ids, and for each whether it is to be learnt."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +53,10 @@ class Sequences:
 
     Attributes:
         input_ids: (n, seqlen) int64.
-        targets: (n, seqlen) int64; IGNORED where nothing is learnt, the last position always.
+        targets: (n, seqlen) int64; IGNORED if nothing is learnt, the last position always.
         source: Reference of the data.
         sha256: Hash of ids and targets.
-        teacher_ids: (n, seqlen) int64, the same text in the teacher's tokens where these are others.
+        teacher_ids: (n, seqlen) int64, the same text in the teacher's tokens if these are others.
         teacher_places: (n, seqlen) int64, which of these each position is the last part of, or INSIDE.
         n_loops: Texts of the source that a model wrote in loops, and that are left out.
     """
@@ -73,10 +69,6 @@ class Sequences:
     teacher_places: torch.Tensor | None = None
     n_loops: int = 0
 
-    def items(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Every sequence."""
-        return (self[row] for row in range(len(self.input_ids)))
-
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         """One sequence, as `Student.forward` takes it."""
         item = {"input_ids": self.input_ids[row], "labels": self.targets[row]}
@@ -85,27 +77,10 @@ class Sequences:
         return item
 
     @property
-    def n_tokens(self) -> int:
-        """Number of positions."""
-        return self.input_ids.numel()
-
-    @property
-    def n_learnt(self) -> int:
-        """Number of positions with a target."""
-        return int((self.targets != IGNORED).sum())
-
-    @property
-    def learnt(self) -> torch.Tensor:
-        """(n, seqlen) bool, which tokens are some position's target."""
-        return self.targets.roll(1, dims=1) != IGNORED
-
-
-@dataclass(frozen=True)
-class RecoveryData:
-    """What is trained and validated on."""
-
-    training: tuple[Sequences, ...]
-    validation: tuple[Sequences, ...]
+    def record(self) -> DataRecord:
+        """What the record of a run says of it."""
+        count, n_learnt = len(self.input_ids), int((self.targets != IGNORED).sum())
+        return DataRecord(self.source, self.sha256, count, self.input_ids.numel(), n_learnt, self.n_loops)
 
 
 class TrainingMix(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -155,12 +130,15 @@ def load_recovery_data(
     respelling: Respelling | None = None,
     writers: Sequence[Writer] = (TRANSFORMERS,),
     progress: Progress = no_progress,
-) -> RecoveryData:
+) -> tuple[list[Sequences], list[Sequences]]:
     """Read, label and pack training and validation data.
+
+    Distillation learns all of a chat: the teacher's distribution is as good a target in the user's turn. Other losses
+    learn the answers.
 
     Args:
         references: `self`, or text references as in `cfsp.text.tokens`; they are mixed in equal shares.
-        validation: The same; nothing holds out a share of the training data.
+        validation: The same; without any a share of the training data is held out.
         tokenizer: Of the model that is trained.
         dense: The dense model, if a reference is `self`, or if the model has fewer tokens.
         respelling: How the model spells the dense model's tokens, if it has fewer.
@@ -172,36 +150,55 @@ def load_recovery_data(
     """
     if not references:
         raise InputError("no training data given", allowed="self, or one or more text references")
-    seqlen = settings.seqlen
+    seqlen, whole_chats = settings.seqlen, settings.loss == DISTILL
     if respelling is not None and dense is not None:
         tokenizer = dense.tokenizer
 
-    def read(reference: str, wanted: int | None, seed: int, most: int | None = None) -> Sequences:
-        """At most about `wanted` sequences (all: None), never more than `most`."""
+    def read(reference: str, wanted: int, seed: int, most: int | None = None) -> Sequences:
+        """About `wanted` sequences, never more than `most`."""
         if reference == SELF:
             return _own_text(dense, tokenizer, wanted, seed, settings, writers, progress)
-        limit = None if wanted is None else wanted * seqlen
-        chats, stream = _read_documents(reference, tokenizer, settings, limit, seed, progress)
-        ids, learnt = _pack_chats(chats, seqlen, tokenizer)
+        chats: list[Labelled] = []
+        stream: list[int] = []
+        documents, used = load_documents(reference), 0
+        for done, document in enumerate(shuffled(documents, seed), 1):
+            if used + len(stream) >= wanted * seqlen:
+                break
+            if document.messages is None:
+                if stream and tokenizer.eos_token_id is not None:
+                    stream.append(tokenizer.eos_token_id)
+                stream += document_ids(document, tokenizer)
+            else:
+                ids, learnt = labelled_chat(document.messages, tokenizer)
+                if any(learnt[1:]):
+                    chats.append((ids, (True,) * len(ids) if whole_chats else learnt))
+                    used += min(len(ids), seqlen)
+            progress(f"reading {reference}", done, len(documents))
+        progress(f"reading {reference}", len(documents), len(documents))
+        if not chats and not stream and any(document.messages for document in documents):
+            raise InputError(
+                f"no chat in {reference} has an answer to learn from",
+                field="messages",
+                allowed='chats with a non-empty message of role "assistant"',
+            )
+        packed, flags = _pack_chats(chats, seqlen, tokenizer)
         count = len(stream) // seqlen
         text = torch.tensor(stream[: count * seqlen], dtype=torch.int64).view(count, seqlen)
-        text = started(text, tokenizer)
-        ids = torch.cat([ids, text])
-        targets = _targets(ids, torch.cat([learnt, torch.ones_like(text, dtype=torch.bool)]))
+        rows = torch.cat([packed, started(text, tokenizer)])
+        targets = _targets(rows, torch.cat([flags, torch.ones_like(text, dtype=torch.bool)]))
         useful = (targets != IGNORED).any(dim=1)
-        ids, targets = ids[useful], targets[useful]
-        if not len(ids):
+        rows, targets = rows[useful], targets[useful]
+        if not len(rows):
             raise InputError(
                 f"{reference} gives no training sequence: {len(stream)} tokens of text and {len(chats)} chats "
                 f"for sequences of {seqlen}",
                 allowed="more text, chats with answers, or a smaller seqlen",
             )
-        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:most]
-        return _sequences(ids[order], targets[order], reference)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:most]
+        return _sequences(rows[order], targets[order], reference)
 
     share = math.ceil(settings.validation_windows / len(validation or references))
-    tokens = token_budget(settings)
-    wanted = None if tokens is None else math.ceil(tokens / seqlen / len(references)) + share
+    wanted = math.ceil(settings.max_tokens / seqlen / len(references)) + share
     loaded = [read(reference, wanted, settings.seed) for reference in references]
     if validation:
         held = [read(reference, share, settings.seed + _VALIDATION_SEED, share) for reference in validation]
@@ -214,19 +211,19 @@ def load_recovery_data(
                     f"{part.source} fills one sequence only, which cannot be both trained on and validated with",
                     allowed="more data, a smaller seqlen, or validation data of its own",
                 )
-            first = count - held_out(count, share)
+            first = count - max(1, min(share, int(count * HELD_OUT_SHARE)))
             ids, targets = part.input_ids, part.targets
             loaded.append(_sequences(ids[:first], targets[:first], part.source, n_loops=part.n_loops))
             held.append(_sequences(ids[first:], targets[first:], part.source))
     if respelling:
         loaded, held = ([respelled(part, respelling) for part in parts] for parts in (loaded, held))
-    return RecoveryData(tuple(loaded), tuple(held))
+    return loaded, held
 
 
 def _own_text(
     dense: LoadedModel | None,
     tokenizer: Any,
-    wanted: int | None,
+    wanted: int,
     seed: int,
     settings: RecoverySettings,
     writers: Sequence[Writer],
@@ -236,8 +233,7 @@ def _own_text(
     if dense is None:
         raise InputError(f"`{SELF}` needs the model that the text is sampled from", field="teacher")
     seqlen = settings.seqlen
-    count = max(2, settings.self_tokens // seqlen)
-    count = count if wanted is None else min(count, max(2, wanted))
+    count = min(max(2, settings.self_tokens // seqlen), max(2, wanted))
     ids = sample_windows(dense, nsamples=count, seqlen=seqlen, seed=seed, writers=writers, progress=progress)
     windows, n_texts, n_loops = without_loops(ids, dense)
     if n_loops > MOST_LOOPS * n_texts or len(windows) < 2:
@@ -264,69 +260,8 @@ def check_readable(references: Iterable[str]) -> None:
             load_documents(reference)
 
 
-def _read_documents(
-    reference: str,
-    tokenizer: Any,
-    settings: RecoverySettings,
-    limit: int | None,
-    seed: int,
-    progress: Progress,
-) -> tuple[list[LabelledTokens], list[int]]:
-    """Labelled chats, and the plain texts as one stream, up to `limit` tokens in all."""
-    chats: list[LabelledTokens] = []
-    stream: list[int] = []
-    documents = load_documents(reference)
-    whole = labels_whole_chats(settings)
-    eos, used = tokenizer.eos_token_id, 0
-    for done, document in enumerate(shuffled(documents, seed), 1):
-        if limit is not None and used + len(stream) >= limit:
-            break
-        if document.messages is None:
-            if stream and eos is not None:
-                stream.append(eos)
-            stream += document_ids(document, tokenizer)
-        else:
-            chat = labelled_chat(document, tokenizer)
-            if any(chat.learnt[1:]):
-                chats.append(replace(chat, learnt=(True,) * len(chat.ids)) if whole else chat)
-                used += min(len(chat.ids), settings.seqlen)
-        progress(f"reading {reference}", done, len(documents))
-    progress(f"reading {reference}", len(documents), len(documents))
-    if not chats and not stream and any(document.messages for document in documents):
-        raise InputError(
-            f"no chat in {reference} has an answer to learn from",
-            field="messages",
-            allowed='chats with a non-empty message of role "assistant"',
-        )
-    return chats, stream
-
-
-@dataclass(frozen=True)
-class LabelledTokens:
-    """Token ids, and for each whether it is to be learnt."""
-
-    ids: tuple[int, ...]
-    learnt: tuple[bool, ...]
-
-
-def labelled_chat(document: Document, tokenizer: Any) -> LabelledTokens:
-    """Tokens of a chat; learnt are those of the answers, the token that ends the turn included.
-
-    Raises:
-        InputError: As `answer_spans`.
-    """
-    text, spans = answer_spans(document.messages or (), tokenizer)
-    tokens = encode_in_place(tokenizer, text)
-    learnt = tuple(
-        any(start <= first < end and last > first for start, end in spans) for _, first, last in tokens
-    )
-    return LabelledTokens(tuple(token for token, *_ in tokens), learnt)
-
-
-def answer_spans(
-    messages: Sequence[Mapping[str, str]], tokenizer: Any
-) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """A chat's text in the model's template, and the (start, end) of every answer in it, end-of-turn token included.
+def labelled_chat(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> Labelled:
+    """Tokens of a chat in the model's template; learnt are those of the answers, the end of the turn included.
 
     An answer begins where the messages before it end when they are rendered with the generation prompt, which is what
     the model sees when it has to answer.
@@ -336,9 +271,8 @@ def answer_spans(
     """
     text = render_chat(tokenizer, messages)
     probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SENTINEL}]
-    end_of_turn = (
-        render_chat(tokenizer, probe).rpartition(_SENTINEL)[2].strip()
-    )  # such as <|im_end|>, or nothing
+    # Such as <|im_end|>, or nothing.
+    end_of_turn = render_chat(tokenizer, probe).rpartition(_SENTINEL)[2].strip()
     spans: list[tuple[int, int]] = []
     for index, message in enumerate(messages):
         answer = message["content"].strip()
@@ -358,20 +292,20 @@ def answer_spans(
         if text[end:].lstrip().startswith(end_of_turn):
             end = text.index(end_of_turn, end) + len(end_of_turn)
         spans.append((start, end))
-    return text, tuple(spans)
+    tokens = encode_in_place(tokenizer, text)
+    learnt = [any(start <= first < end and last > first for start, end in spans) for _, first, last in tokens]
+    return [token for token, *_ in tokens], learnt
 
 
-def _pack_chats(
-    chats: Sequence[LabelledTokens], seqlen: int, tokenizer: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _pack_chats(chats: Sequence[Labelled], seqlen: int, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Whole chats in as few sequences as best-fit decreasing finds; the rest of a sequence is padding.
 
     A chat that is longer than a sequence loses its end. An answer never stands without its question.
     """
-    bins: list[list[LabelledTokens]] = []
+    bins: list[list[Labelled]] = []
     room: list[tuple[int, int]] = []  # (free positions, index of the bin), ascending
-    for chat in sorted(chats, key=lambda c: -len(c.ids)):
-        size = min(len(chat.ids), seqlen)
+    for chat in sorted(chats, key=lambda chat: -len(chat[0])):
+        size = min(len(chat[0]), seqlen)
         place = bisect.bisect_left(room, (size, -1))
         free, index = room.pop(place) if place < len(room) else (seqlen, len(bins))
         if index == len(bins):
@@ -382,9 +316,9 @@ def _pack_chats(
     ids = torch.full((len(bins), seqlen), pad, dtype=torch.int64)
     learnt = torch.zeros((len(bins), seqlen), dtype=torch.bool)
     for row, members in enumerate(bins):
-        tokens = [token for chat in members for token in chat.ids][:seqlen]
+        tokens = [token for chat, _ in members for token in chat][:seqlen]
         # The first token of a chat is never predicted: what stands before it has nothing to do with it.
-        flags = [flag and place > 0 for chat in members for place, flag in enumerate(chat.learnt)][:seqlen]
+        flags = [flag and place > 0 for _, of in members for place, flag in enumerate(of)][:seqlen]
         ids[row, : len(tokens)] = torch.tensor(tokens)
         learnt[row, : len(flags)] = torch.tensor(flags)
     return ids, learnt
@@ -408,7 +342,9 @@ def respelled(sequences: Sequences, respelling: Respelling) -> Sequences:
     """
     size = sequences.input_ids.shape[1]
     ids, learnt, places = [], [], []
-    for window, is_learnt in zip(sequences.input_ids, sequences.learnt, strict=True):
+    for window, is_learnt in zip(
+        sequences.input_ids, sequences.targets.roll(1, dims=1) != IGNORED, strict=True
+    ):
         text = respelling.spell(window.tolist())
         ids.append(text.ids[:size])
         learnt.append(is_learnt[text.owners[:size]])

@@ -15,7 +15,7 @@ LossAndGradient = tuple[torch.Tensor, torch.Tensor]
 """A loss summed over positions, scalar, and its gradient with respect to the logits (n, vocab_size)."""
 
 ChunkLoss = Callable[[torch.Tensor, slice], LossAndGradient]
-"""Told the logits of a chunk (n, vocab_size) float32 and which positions they are."""
+"""From the logits of a chunk (n, vocab_size) float32, and which positions they are."""
 
 
 def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> LossAndGradient:
@@ -29,22 +29,15 @@ def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> LossAndGradi
     return loss, probabilities.scatter_add_(1, chosen, probabilities.new_full(chosen.shape, -1.0))
 
 
-def distillation_loss(
-    logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0
-) -> LossAndGradient:
-    """T^2 * sum_t KL( softmax(teacher_t / T) || softmax(z_t / T) ), in nats (Hinton et al., arXiv 1503.02531).
-
-    T^2 keeps the gradient's size,  T * (softmax(z_t / T) - softmax(teacher_t / T)),  independent of T.
+def distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor) -> LossAndGradient:
+    """sum_t KL(softmax(teacher_t) || softmax(z_t)), in nats; its gradient is softmax(z_t) - softmax(teacher_t).
 
     Logits are (n, vocab_size) float32.
     """
-    # Dividing by one would cost as much as a softmax.
-    student, teacher = (z if temperature == 1 else z / temperature for z in (logits, teacher_logits))
-    p, q = F.softmax(student, dim=-1), F.softmax(teacher, dim=-1)
-    partitions = _log_partition(student, p) - _log_partition(teacher, q)
-    loss = torch.dot(q.flatten(), (teacher - student).flatten()) + partitions.sum()
-    gradient = p.sub_(q)
-    return temperature**2 * loss, gradient if temperature == 1 else gradient.mul_(temperature)
+    p, q = F.softmax(logits, dim=-1), F.softmax(teacher_logits, dim=-1)
+    partitions = _log_partition(logits, p) - _log_partition(teacher_logits, q)
+    loss = torch.dot(q.flatten(), (teacher_logits - logits).flatten()) + partitions.sum()
+    return loss, p.sub_(q)
 
 
 def _log_partition(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
@@ -55,19 +48,15 @@ def _log_partition(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.T
 def head_loss(
     hidden: torch.Tensor, weight: torch.Tensor, loss: ChunkLoss, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Sum of a loss over the logits  hidden @ weight^T, chunk by chunk.
+    """Sum of a loss over the logits  hidden @ weight^T, chunk by chunk: a float32 scalar.
 
-    Gradients are formed in the forward pass already, so that no logits outlive their chunk and none is computed
-    twice.
+    Gradients are formed in the forward pass, so that no logits outlive their chunk and none is computed twice.
 
     Args:
         hidden: (n, hidden_size), the positions that count.
         weight: (vocab_size, hidden_size), the output embedding.
-        loss: Told the logits of each chunk.
+        loss: Gets the logits of each chunk.
         dtype: Of the products.
-
-    Returns:
-        A float32 scalar; zero for no positions.
     """
     if not torch.is_grad_enabled():
         # Of a trained weight `needs_input_grad` is true even then.
@@ -77,7 +66,7 @@ def head_loss(
 
 
 def of_capped(loss: ChunkLoss, cap: float | None) -> ChunkLoss:
-    """A loss of the logits c tanh(z / c) as one of the products z; the same where there is no c."""
+    """A loss of the logits c tanh(z / c) as one of the products z; the same without a cap c."""
     if cap is None:
         return loss
 

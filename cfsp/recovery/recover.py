@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
@@ -32,22 +32,20 @@ from cfsp.progress import Progress, no_progress
 from cfsp.pruning.plan import PruningPlan
 from cfsp.pruning.statistics import collect_input_moments, moment_windows
 from cfsp.records import read_record
-from cfsp.recovery.adapter import add_adapter, importance_ranks, merge_adapter
-from cfsp.recovery.data import RecoveryData, TrainingMix, check_readable, load_recovery_data
-from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord, data_record
-from cfsp.recovery.rounding import RoundedModel, Rounding
+from cfsp.recovery.data import TrainingMix, check_readable, load_recovery_data
+from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord
+from cfsp.recovery.rounding import Rounding
 from cfsp.recovery.settings import (
+    DISTILL,
     RecoverySettings,
-    distils_alone,
     learning_rate,
     learns_from_teacher,
     method_of,
     reads_teacher,
-    token_budget,
     training_as_read,
     usable,
 )
-from cfsp.recovery.student import Student, Teacher
+from cfsp.recovery.student import Student, Teacher, add_adapter, importance_ranks, merge_adapter
 from cfsp.text.calibration import check_seqlen
 from cfsp.text.respelling import Respelling, respelling
 from cfsp.text.self_sampling import TRANSFORMERS, Writer, model_fingerprint
@@ -66,9 +64,9 @@ class RecoveryJob:
     Attributes:
         checkpoint: A pruned checkpoint, or any model reference (to train a dense model alike).
         data: `self` (sampled from the teacher), or text references; mixed in equal shares.
-        validation: The same; nothing holds out a share of `data`.
-        teacher: Model reference; the checkpoint's dense model unless given, if the loss or the data needs one.
-        work: Folder for training's own checkpoints; `output` with `.work` appended unless given. Removed at the end.
+        validation: The same; without any a share of `data` is held out.
+        teacher: Model reference; the checkpoint's dense model by default, if the loss or the data needs one.
+        work: Folder for training's own checkpoints; `output` with `.work` appended by default. Removed at the end.
         device: A name as `find_device` takes; of several processes each takes its own GPU, whatever number it says.
         force: Replace an existing output, and a work folder of other inputs.
     """
@@ -89,16 +87,7 @@ class RecoveryJob:
         return (*self.data, *self.validation)
 
 
-@dataclass(frozen=True)
-class Recovered:
-    """A finished run, and whether this process is the one that wrote the output."""
-
-    record: RecoveryRecord
-    is_main: bool
-
-
-@dataclass(frozen=True)
-class RecoveryInputs:
+class _Inputs(NamedTuple):
     """What a run is made from.
 
     Attributes:
@@ -127,7 +116,7 @@ def recover(
     rounding: Rounding | None = None,
     before: Callable[[], None] = lambda: None,
     progress: Progress = no_progress,
-) -> Recovered:
+) -> tuple[RecoveryRecord, bool]:
     """Train what pruning has cost back into a checkpoint, and write a new one.
 
     The weights that are written are those of the best validation, which may be the untrained ones: `check_outcome`
@@ -138,6 +127,9 @@ def recover(
         rounding: Knows the formats of `for_quant`.
         before: Called once the models are read, in the process that writes; it may raise.
 
+    Returns:
+        The record, and whether this process is the one that wrote the output.
+
     Raises:
         InputError: Something that cannot be used, a teacher without some of the tokens, or a full disk.
         MissingExtraError: Without the `recover` extra.
@@ -145,8 +137,8 @@ def recover(
     from cfsp.recovery.trainer import RunInputs, WorkFolder, start_accelerator, train
 
     warnings = training_as_read(job.settings, job.references)[1]
-    job = replace(job, settings=usable(job.settings, job.references, rounding), work=_work_folder(job))
-    settings, where, folder = job.settings, find_device(job.device), WorkFolder(_work_folder(job))
+    settings = usable(job.settings, job.references, rounding)
+    where, folder = find_device(job.device), WorkFolder(_work_folder(job))
     accelerator = start_accelerator(settings, folder.path, where)
     processes, is_main = accelerator.num_processes, accelerator.is_main_process
     where = where if processes == 1 else accelerator.device
@@ -160,14 +152,15 @@ def recover(
         plain = json.loads(json.dumps(dataclasses.asdict(replace(settings, report_to=()))))
         run = RunInputs(plain | {"dtype": str(dtype)}, {}, processes)
         folder.refuse_other(run, force=job.force)
-        inputs = load_inputs(job, progress)
+        inputs = _load_inputs(job, settings, progress)
+        loaded, hashes = inputs.loaded, inputs.hashes
         if is_main:
             before()
         with accelerator.main_process_first():
-            drawn = load_recovery_data(
+            training, validation = load_recovery_data(
                 job.data,
                 job.validation,
-                inputs.loaded.tokenizer,
+                loaded.tokenizer,
                 settings,
                 dense=inputs.teacher,
                 respelling=inputs.respelling,
@@ -177,24 +170,36 @@ def recover(
         source = None if inputs.teacher is None else inputs.teacher.source
         if not learns_from_teacher(settings):
             # It has written the text, and is not held beside what is trained.
-            inputs = replace(inputs, teacher=None)
+            inputs = inputs._replace(teacher=None)
         per_step = settings.batch_size * settings.gradient_accumulation_steps * processes
-        mix = TrainingMix(drawn.training, _n_steps(settings, drawn, per_step) * per_step, settings.seed)
+        n_steps = max(1, round(settings.max_tokens / (per_step * settings.seqlen)))
+        mix = TrainingMix(training, n_steps * per_step, settings.seed)
         rounded = None
         if settings.for_quant is not None and rounding is not None:
             with LargeScratch("recover") as scratch:
                 start = scratch.path / "model"
                 with no_space_as_input_error(start):
-                    save_checkpoint(inputs.loaded, start, plan=inputs.plan, seed=settings.seed)
+                    save_checkpoint(loaded, start, plan=inputs.plan, seed=settings.seed)
                 windows = mix.first_windows(ROUNDING_TOKENS)
                 rounded = rounding.start(start, settings.for_quant, windows, str(where), progress)
-            inputs.hashes["rounded"] = rounded.sha256
-        for name, parts in (("data", drawn.training), ("validation data", drawn.validation)):
-            inputs.hashes[name] = " ".join(part.sha256 for part in parts)
+            hashes["rounded"] = rounded.sha256
+        for name, parts in (("data", training), ("validation data", validation)):
+            hashes[name] = " ".join(part.sha256 for part in parts)
         with accelerator.main_process_first():
-            folder.open(replace(run, hashes=inputs.hashes), force=job.force)
-        student = _student(inputs, settings, dtype, rounded)
-        state = train(student, mix, drawn.validation, folder, accelerator, where, progress)
+            folder.open(replace(run, hashes=hashes), force=job.force)
+
+        model, tutor = loaded.model, None
+        torch.manual_seed(settings.seed)
+        if inputs.ranks:
+            model = add_adapter(model, inputs.ranks, settings.alpha)
+        if rounded is not None:
+            rounded.attach(model)
+        if inputs.teacher is not None:
+            dense = inputs.teacher.model.requires_grad_(False)
+            tutor = Teacher(dense, inputs.respelling).eval()
+            cast_weights(dense, dtype)
+        student = Student(model, settings.loss, dtype, tutor)
+        state = train(student, settings, mix, validation, folder, accelerator, where, progress)
         record = RecoveryRecord(
             checkpoint=job.checkpoint,
             checkpoint_sha256=inputs.sha256,
@@ -207,8 +212,8 @@ def recover(
             processes=processes,
             ranks=inputs.ranks,
             n_trainable=sum(p.numel() for _, p in student.trainable()),
-            training=tuple(data_record(part) for part in drawn.training),
-            validation=tuple(data_record(part) for part in drawn.validation),
+            training=tuple(part.record for part in training),
+            validation=tuple(part.record for part in validation),
             held_out=not job.validation,
             losses=tuple(state.losses),
             validations=tuple(state.validations),
@@ -219,14 +224,31 @@ def recover(
             warnings=warnings,
         )
         if is_main:
-            _write(job, inputs, student, rounded, mix, record, progress)
+            student.to("cpu")
+            model = merge_adapter(student.model) if inputs.ranks else student.model.eval()
+            numbers = None if rounded is None else rounded.finish(model)
+            with products_in(settings.dtype, model.device.type):
+                windows = moment_windows(mix.first_windows(MOMENT_TOKENS))
+                moments = collect_input_moments(model, windows, progress=progress)
+            save_checkpoint(
+                replace(loaded, model=model),
+                job.output,
+                plan=inputs.plan,
+                input_moments=moments,
+                beside={RECOVERY_FILE: record, **(numbers.files if numbers else {})},
+                seed=settings.seed,
+                force=job.force,
+            )
             folder.remove()
-    return Recovered(record, is_main)
+    return record, is_main
 
 
 def _work_folder(job: RecoveryJob) -> Path:
     """Where training keeps its own checkpoints; raises InputError for places that cannot be written to."""
-    read = (job.checkpoint, job.teacher or dense_of(job.checkpoint), *job.references)
+    checkpoint, dense = Path(job.checkpoint), job.checkpoint
+    if is_pruned_checkpoint(checkpoint):
+        dense = read_checkpoint_info(checkpoint).source.again
+    read = (job.checkpoint, job.teacher or dense, *job.references)
     refuse_existing(job.output, force=job.force, inputs=map(Path, read))
     work = job.work or job.output.with_name(job.output.name + ".work")
     first, second = work.resolve(), job.output.resolve()
@@ -238,51 +260,6 @@ def _work_folder(job: RecoveryJob) -> Path:
     return work
 
 
-def _student(
-    inputs: RecoveryInputs, settings: RecoverySettings, dtype: torch.dtype, rounded: RoundedModel | None
-) -> Student:
-    """The model with its adapters or rounded weights, and its teacher."""
-    model: Any = inputs.loaded.model
-    torch.manual_seed(settings.seed)
-    if inputs.ranks:
-        model = add_adapter(model, inputs.ranks, settings.alpha)
-    if rounded is not None:
-        rounded.attach(model)
-    tutor = None
-    if inputs.teacher is not None:
-        dense = inputs.teacher.model.requires_grad_(False)
-        tutor = Teacher(dense, inputs.respelling, settings.temperature).eval()
-        cast_weights(dense, dtype)
-    return Student(model, settings, dtype, tutor)
-
-
-def _write(
-    job: RecoveryJob,
-    inputs: RecoveryInputs,
-    student: Student,
-    rounded: RoundedModel | None,
-    mix: TrainingMix,
-    record: RecoveryRecord,
-    progress: Progress,
-) -> None:
-    """The trained model as a plain checkpoint."""
-    student.to("cpu")
-    model = merge_adapter(student.model) if inputs.ranks else student.model.eval()
-    numbers = None if rounded is None else rounded.finish(model)
-    with products_in(job.settings.dtype, model.device.type):
-        windows = moment_windows(mix.first_windows(MOMENT_TOKENS))
-        moments = collect_input_moments(model, windows, progress=progress)
-    save_checkpoint(
-        replace(inputs.loaded, model=model),
-        job.output,
-        plan=inputs.plan,
-        input_moments=moments,
-        beside={RECOVERY_FILE: record, **(numbers.files if numbers else {})},
-        seed=job.settings.seed,
-        force=job.force,
-    )
-
-
 def check_outcome(record: RecoveryRecord, output: Path) -> None:
     """Raise LimitError if a run diverged or gained nothing; what was kept is in `output` all the same."""
     if record.shortcoming is not None:
@@ -290,7 +267,7 @@ def check_outcome(record: RecoveryRecord, output: Path) -> None:
         raise LimitError(f"{record.shortcoming} in {output}{remedy}")
 
 
-def load_inputs(job: RecoveryJob, progress: Progress = no_progress) -> RecoveryInputs:
+def _load_inputs(job: RecoveryJob, settings: RecoverySettings, progress: Progress) -> _Inputs:
     """Load what a run needs, and check that it fits together.
 
     Raises:
@@ -298,7 +275,6 @@ def load_inputs(job: RecoveryJob, progress: Progress = no_progress) -> RecoveryI
             is missing, lacks tokens of the checkpoint, is not the model of the checkpoint any more, or has nothing to
             teach as it has the same weights.
     """
-    settings = job.settings
     read = partial(load_model, dtype="float32", progress=progress)
     loaded = read(job.checkpoint)
     folder, sha256 = Path(job.checkpoint), loaded.source.sha256 or ""
@@ -320,7 +296,7 @@ def load_inputs(job: RecoveryJob, progress: Progress = no_progress) -> RecoveryI
         ranks = (settings.rank,) * len(decoder_layers(loaded.model))
     hashes = {"checkpoint": model_fingerprint(loaded.model), "ranks": str(ranks)}
     if not reads_teacher(settings, job.references):
-        return RecoveryInputs(loaded, sha256, plan, ranks, hashes)
+        return _Inputs(loaded, sha256, plan, ranks, hashes)
     try:
         dense = read(job.teacher or loaded.source.again)
     except InputError as error:
@@ -336,14 +312,14 @@ def load_inputs(job: RecoveryJob, progress: Progress = no_progress) -> RecoveryI
             allowed=f"the model of hash {then}; --teacher takes another one",
         )
     hashes["teacher"] = model_fingerprint(dense.model)
-    if hashes["teacher"] == hashes["checkpoint"] and distils_alone(settings) and settings.for_quant is None:
+    if hashes["teacher"] == hashes["checkpoint"] and settings.loss == DISTILL and settings.for_quant is None:
         raise InputError(
             "a model learns nothing from its own distribution",
             field="loss",
             value=settings.loss,
             allowed="next-token or both, another teacher, or --for-quant",
         )
-    return RecoveryInputs(loaded, sha256, plan, ranks, hashes, dense, spelled)
+    return _Inputs(loaded, sha256, plan, ranks, hashes, dense, spelled)
 
 
 def respelling_of(loaded: LoadedModel, dense: LoadedModel) -> Respelling | None:
@@ -364,20 +340,3 @@ def respelling_of(loaded: LoadedModel, dense: LoadedModel) -> Respelling | None:
         value=dense.source.reference,
         allowed="the dense model of the checkpoint, or one whose tokenizer has all of the checkpoint's tokens",
     ) from cause
-
-
-def dense_of(checkpoint: str) -> str:
-    """Reference of the model that a checkpoint was pruned from; of any other model the model itself."""
-    folder = Path(checkpoint)
-    return read_checkpoint_info(folder).source.again if is_pruned_checkpoint(folder) else checkpoint
-
-
-def _n_steps(settings: RecoverySettings, drawn: RecoveryData, per_step: int) -> int:
-    """Optimizer steps that come closest to the budget, at least one."""
-    budget = token_budget(settings)
-    tokens = (
-        budget
-        if budget is not None
-        else (settings.epochs or 1.0) * sum(part.n_tokens for part in drawn.training)
-    )
-    return max(1, round(tokens / (per_step * settings.seqlen)))

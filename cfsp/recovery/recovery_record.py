@@ -1,19 +1,15 @@
-"""How a run goes: its state, which its own checkpoints keep, and recovery.json, which the recovered one keeps."""
+"""recovery.json: how a run went, kept with the checkpoint that it made."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from cfsp.errors import InputError
-from cfsp.recovery.data import Sequences
 from cfsp.recovery.settings import RecoverySettings
 from cfsp.validation import WhereSet
 
 RECOVERY_FILE = "recovery.json"
-DIVERGENCE_FACTOR = 2.0
-"""A validation loss whose exponential is so many times the best's means that training diverges."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +35,7 @@ class DataRecord:
 
 @dataclass(frozen=True)
 class LossPoint:
-    """Training loss of one step.
-
-    Attributes:
-        step: Optimizer step, from 1.
-        tokens: Input tokens seen by then, over all processes.
-        loss: Mean objective over the step's labelled positions, in nats.
-    """
+    """A step, from 1; input tokens seen by then over all processes; mean objective over its labels, in nats."""
 
     step: int
     tokens: int
@@ -53,19 +43,9 @@ class LossPoint:
 
 
 @dataclass(frozen=True)
-class ValidationPoint:
-    """One validation.
+class ValidationPoint(LossPoint):
+    """The same of the validation data (step 0 is untrained), and exp of its mean next-token loss."""
 
-    Attributes:
-        step: Optimizer step; 0 is before training.
-        tokens: Input tokens seen by then.
-        loss: Mean objective over the labelled validation positions, in nats.
-        perplexity: exp of the mean next-token loss over the same positions.
-    """
-
-    step: int
-    tokens: int
-    loss: float
     perplexity: float
 
 
@@ -74,19 +54,15 @@ class RecoveryRecord:
     """A recovery run.
 
     Attributes:
-        checkpoint: What was recovered.
-        checkpoint_sha256: Of its weights.
-        teacher: The dense model, where the loss or the data needed one.
-        teacher_sha256: Of its weights.
+        checkpoint: What was recovered, then the hash of its weights.
+        teacher: The dense model, if the loss or the data needed one, then the hash of its weights.
         settings: How it was trained.
         learning_rate: The peak that was used.
-        dtype: The dtype that the matrix products were computed in.
+        dtype: Of matrix products.
         device: Kind of device, such as "cpu".
         processes: Number of processes.
-        ranks: Adapter rank of every block; empty where all weights were trained.
+        ranks: Adapter rank of every block; empty if all weights were trained.
         n_trainable: Number of weights trained.
-        training: Training data.
-        validation: Validation data.
         held_out: Whether the validation data is a held-out share of the training data.
         losses: Training curve.
         validations: Validation curve; the first is the untrained state.
@@ -94,11 +70,11 @@ class RecoveryRecord:
         tokens_seen: Input tokens trained on.
         seconds: Spent in training and validation.
         stopped_by: "budget", "patience" or "diverged".
-        warnings: What was asked for and has had no effect.
+        warnings: Settings that had no effect.
     """
 
     KIND: ClassVar[str] = "recovery"
-    SCHEMA_VERSION: ClassVar[int] = 3
+    SCHEMA_VERSION: ClassVar[int] = 4
 
     checkpoint: str
     checkpoint_sha256: str
@@ -147,7 +123,7 @@ class RecoveryRecord:
 
     @property
     def shortcoming(self) -> str | None:
-        """In words, where training diverged or gained nothing; None where it went well."""
+        """In words, if training diverged or gained nothing."""
         kept = (
             f"the weights of step {self.kept_step} are kept"
             if self.kept_step
@@ -156,70 +132,3 @@ class RecoveryRecord:
         if self.stopped_by == "diverged":
             return f"training diverged after step {self.losses[-1].step if self.losses else 0}; {kept}"
         return None if self.kept_step else f"training gained nothing on the validation data; {kept}"
-
-
-def data_record(sequences: Sequences) -> DataRecord:
-    """The record of one source."""
-    return DataRecord(
-        sequences.source,
-        sequences.sha256,
-        len(sequences.input_ids),
-        sequences.n_tokens,
-        sequences.n_learnt,
-        sequences.n_loops,
-    )
-
-
-@dataclass
-class RunState:
-    """Everything about a run that its checkpoints keep beside the weights.
-
-    Attributes:
-        losses: Training curve.
-        validations: Validation curve, the untrained state first.
-        best_step: Step of the best validation; 0 is the untrained state.
-        without_improvement: Validations since then.
-        seconds: Spent in training, over all resumed parts.
-        stopped_by: Why training ended; None while it goes on.
-    """
-
-    KIND: ClassVar[str] = "recovery_state"
-    SCHEMA_VERSION: ClassVar[int] = 1
-
-    losses: list[LossPoint] = field(default_factory=list)
-    validations: list[ValidationPoint] = field(default_factory=list)
-    best_step: int = 0
-    without_improvement: int = 0
-    seconds: float = 0.0
-    stopped_by: str | None = None
-
-    @property
-    def best(self) -> ValidationPoint:
-        """The best validation."""
-        return next(point for point in self.validations if point.step == self.best_step)
-
-    def add_loss(self, point: LossPoint) -> None:
-        """Note a step's training loss; one that is not finite ends the run as diverged and is not kept."""
-        if math.isfinite(point.loss):
-            self.losses.append(point)
-        else:
-            self.stopped_by = "diverged"
-
-    def add_validation(self, point: ValidationPoint, patience: int | None) -> bool:
-        """Note a validation and decide whether the run goes on; returns whether it is the best so far.
-
-        Without `patience`, None or 0, no lack of improvement ends the run.
-        """
-        if not math.isfinite(point.loss):
-            self.stopped_by = "diverged"
-            return False
-        self.validations.append(point)
-        if len(self.validations) == 1 or point.loss < self.best.loss:
-            self.best_step, self.without_improvement = point.step, 0
-            return True
-        self.without_improvement += 1
-        if point.loss > self.best.loss + math.log(DIVERGENCE_FACTOR):
-            self.stopped_by = "diverged"
-        elif patience and self.without_improvement >= patience:
-            self.stopped_by = "patience"
-        return False

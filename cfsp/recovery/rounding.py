@@ -1,7 +1,4 @@
-"""Training through a rounding: what the model is while it is trained, and what is left when it is done.
-
-Which numbers a format can hold is the business of whoever writes its files; here is what recovery asks of them.
-"""
+"""What recovery asks of formats of few bits: which numbers one can hold is the business of whoever writes its files."""
 
 from __future__ import annotations
 
@@ -15,30 +12,24 @@ from cfsp.progress import Progress
 
 
 class RoundedModel(Protocol):
-    """A model as a file of few bits holds it."""
+    """A model as a file of few bits holds it; `sha256` is of what it starts from."""
 
     @property
-    def sha256(self) -> str:
-        """Hash of what it starts from."""
+    def sha256(self) -> str: ...
 
     def attach(self, model: Any) -> None:
-        """Give a causal LM, float32, the file's weights; what training may change, and nothing else, has gradients."""
+        """Give a causal LM, float32, the file's weights; only what training may change has gradients."""
 
     def finish(self, model: Any) -> RoundedNumbers:
         """Leave the trained weights as a file will hold them, in plain modules, and return its numbers."""
 
 
 class Rounding(Protocol):
-    """What knows formats of few bits."""
+    """Knows formats of few bits; raises InputError for one that cannot be trained through."""
 
-    def check(self, name: str) -> None:
-        """Raise InputError for a format that cannot be trained through."""
+    def check(self, name: str) -> None: ...
 
     def start(
         self, checkpoint: Path, name: str, input_ids: torch.Tensor, device: str, progress: Progress
     ) -> RoundedModel:
-        """A checkpoint as a file of a format holds it, its numbers chosen for a text.
-
-        Raises:
-            InputError: As `check`, or the format cannot hold the checkpoint.
-        """
+        """A checkpoint as a file of a format holds it, its numbers chosen for a text."""

@@ -1,15 +1,17 @@
-"""The model that is trained, with its loss as its forward pass, and its teacher."""
+"""The model that is trained: its adapters, its loss as its forward pass, and its teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cfsp.models.architectures import capped, logit_cap
+from cfsp.errors import InputError, require_extra
+from cfsp.models.architectures import block_linears, capped, logit_cap
 from cfsp.precision import casting
 from cfsp.recovery.data import IGNORED, INSIDE
 from cfsp.recovery.losses import (
@@ -20,31 +22,99 @@ from cfsp.recovery.losses import (
     next_token_loss,
     of_capped,
 )
-from cfsp.recovery.settings import RecoverySettings, loss_weights
+from cfsp.recovery.settings import LOSSES
 from cfsp.text.respelling import Respelling
 
 _IMPOSSIBLE = -80.0
-"""Logit of what is not the label, where that is certain: exp of it is still a float32."""
-
+"""Logit of what is certainly not next: exp of it is still a float32."""
 
 Batch = dict[str, torch.Tensor]
 """Sequences of `cfsp.recovery.data`, (batch, seqlen) int64 each: input_ids, labels, and for a teacher of other tokens
 teacher_ids and teacher_places."""
 
 
-class Teacher(nn.Module):
-    """The dense model, which is never trained or saved; its logits will be divided by the temperature."""
+def add_adapter(model: Any, ranks: Sequence[int], alpha: float) -> Any:
+    """Put LoRA (arXiv 2106.09685) on all Linear layers of the blocks, in place; only adapters are trainable then.
 
-    def __init__(self, model: Any, respelling: Respelling | None = None, temperature: float = 1.0) -> None:
+        W_l x  becomes  W_l x + alpha * B_l A_l x,    A_l (r_l, in_features), B_l (out_features, r_l) zero
+
+    `ranks` are r_l of every block; alpha is alpha_l / r_l in PEFT's terms.
+
+    Raises:
+        MissingExtraError: PEFT is not installed.
+    """
+    require_extra("peft", "recover")
+    import peft
+
+    by_name = {name: rank for rank, names in zip(ranks, block_linears(model), strict=True) for name in names}
+    config = peft.LoraConfig(
+        r=max(ranks),
+        lora_alpha=alpha * max(ranks),
+        target_modules=list(by_name),
+        rank_pattern={re.escape(name): rank for name, rank in by_name.items()},
+        alpha_pattern={re.escape(name): alpha * rank for name, rank in by_name.items()},
+        lora_dropout=0.0,
+        bias="none",
+    )
+    adapted = peft.get_peft_model(model, config)
+    for module in adapted.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            # Under autocast PEFT would cast every input up to float32, only for autocast to cast it down again.
+            module.cast_input_dtype_enabled = False
+    return adapted
+
+
+def merge_adapter(adapted: Any) -> Any:
+    """Add the adapters to the weights (W + alpha * B A) and return the plain model, same modules and widths."""
+    model = adapted.merge_and_unload()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model.eval()
+
+
+def importance_ranks(importance: Sequence[float], mean_rank: int) -> tuple[int, ...]:
+    """CFSP's ranks of adapters, r_l ~ L * mean_rank * I_l / sum(I), with exactly that mean and none below 1.
+
+    Blocks whose quota is below one get one, the others share the rest in proportion; fractions are rounded by
+    largest remainder, ties to the earlier block.
+
+    Raises:
+        InputError: No blocks, a negative or non-finite importance, or a mean rank below one.
+    """
+    if mean_rank < 1:
+        raise InputError("out of range", field="rank", value=mean_rank, allowed="1 or more")
+    if not importance or not all(0 <= value < float("inf") for value in importance):
+        raise InputError(
+            "importances must be finite and not negative", field="importance", value=tuple(importance)
+        )
+    count, total = len(importance), len(importance) * mean_rank
+    weights = importance if sum(importance) > 0 else [1.0] * count
+    free = list(range(count))
+    while True:  # blocks whose share is below one leave it, which makes the others' smaller
+        left, weight = total - (count - len(free)), sum(weights[i] for i in free)
+        quotas = {i: left * weights[i] / weight for i in free}
+        if min(quotas.values(), default=1) >= 1:
+            break
+        free = [i for i in free if quotas[i] >= 1]
+    ranks = [int(quotas.get(i, 1)) for i in range(count)]
+    by_remainder = sorted(quotas, key=lambda i: (-(quotas[i] - int(quotas[i])), i))
+    for i in by_remainder[: total - sum(ranks)]:
+        ranks[i] += 1
+    return tuple(ranks)
+
+
+class Teacher(nn.Module):
+    """The dense model, which is never trained or saved, and how the student spells its tokens, if it has fewer."""
+
+    def __init__(self, model: Any, respelling: Respelling | None = None) -> None:
         super().__init__()
         self.model, self.respelling = model, respelling
-        self.impossible = _impossible(temperature)
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> Callable[[slice], torch.Tensor]:
         """Logits (n, vocab_size) float32 of any of the labelled positions, in the student's tokens.
 
-        Where a position is inside one of the teacher's tokens, all probability is on the label: the next part.
+        If a position is inside one of the teacher's tokens, all probability is on the label: the next part.
         """
         ids = batch.get("teacher_ids", batch["input_ids"])
         states = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
@@ -59,7 +129,7 @@ class Teacher(nn.Module):
         def respelled_logits(positions: slice) -> torch.Tensor:
             found = log_probabilities_of(self._logits(hidden[positions]))
             rows = inside[positions].nonzero()[:, 0]
-            found[rows] = self.impossible
+            found[rows] = _IMPOSSIBLE
             found[rows, targets[positions][rows]] = 0.0
             return found
 
@@ -72,27 +142,17 @@ class Teacher(nn.Module):
 
 
 class Student(nn.Module):
-    """A causal LM whose forward pass is a loss, summed over labelled positions.
+    """A causal LM, or the PEFT model around it, whose forward pass is a loss summed over labelled positions.
 
-    Args:
-        model: The causal LM, or the PEFT model around it.
-        settings: They say the objective: next-token loss and distillation, each with its weight.
-        dtype: Of the matrix products (autocast); weights keep their own.
-        teacher: Where the objective has distillation in it.
+    `loss` names a row of LOSSES, and needs a teacher if that has distillation in it. `dtype` is that of matrix products
+    (autocast); weights keep their own.
     """
 
     teacher: Teacher | None
 
-    def __init__(
-        self,
-        model: Any,
-        settings: RecoverySettings,
-        dtype: torch.dtype,
-        teacher: Teacher | None = None,
-    ) -> None:
+    def __init__(self, model: Any, loss: str, dtype: torch.dtype, teacher: Teacher | None = None) -> None:
         super().__init__()
-        self.model = model
-        self.settings, self.dtype = settings, dtype
+        self.model, self.loss, self.dtype = model, loss, dtype
         # No submodule: whoever trains, wraps or moves the student leaves the teacher as it is.
         vars(self)["teacher"] = teacher
 
@@ -104,15 +164,11 @@ class Student(nn.Module):
     def forward(self, **batch: torch.Tensor) -> torch.Tensor:
         """The objective's sum over labelled positions of a `Batch`."""
         hidden, targets = self._labelled_hidden(batch)
-        loss = of_capped(self._chunk_loss(batch, targets), logit_cap(self.causal_lm.config))
-        return head_loss(hidden, self.causal_lm.get_output_embeddings().weight, loss, self.dtype)
+        return self._head_loss(hidden, self._chunk_loss(batch, targets))
 
     @torch.no_grad()
     def sums(self, batch: Batch) -> torch.Tensor:
-        """For validation: (3,) float64 over one batch's labelled positions.
-
-        The sums of the objective and of the next-token loss, and how many positions.
-        """
+        """For validation: sums of objective and next-token loss over labelled positions, and their number, float64."""
         hidden, targets = self._labelled_hidden(batch)
         next_token, loss = 0.0, self._chunk_loss(batch, targets)
 
@@ -121,9 +177,7 @@ class Student(nn.Module):
             next_token += float(next_token_loss(logits, targets[chunk])[0])
             return loss(logits, chunk)
 
-        head = self.causal_lm.get_output_embeddings().weight
-        watched = of_capped(with_next_token, logit_cap(self.causal_lm.config))
-        objective = float(head_loss(hidden, head, watched, self.dtype))
+        objective = float(self._head_loss(hidden, with_next_token))
         return torch.tensor([objective, next_token, len(targets)], dtype=torch.float64)
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -138,9 +192,12 @@ class Student(nn.Module):
         mask = labels != IGNORED
         return states[mask], labels[mask]
 
+    def _head_loss(self, hidden: torch.Tensor, loss: ChunkLoss) -> torch.Tensor:
+        head = self.causal_lm.get_output_embeddings().weight
+        return head_loss(hidden, head, of_capped(loss, logit_cap(self.causal_lm.config)), self.dtype)
+
     def _chunk_loss(self, batch: Batch, targets: torch.Tensor) -> ChunkLoss:
-        next_weight, distill_weight = loss_weights(self.settings)
-        temperature = self.settings.temperature
+        next_weight, distill_weight = LOSSES[self.loss]
         predictions = None if self.teacher is None else self.teacher(batch)
 
         def loss(logits: torch.Tensor, positions: slice) -> LossAndGradient:
@@ -149,21 +206,13 @@ class Student(nn.Module):
                 terms.append((next_weight, next_token_loss(logits, targets[positions])))
             if predictions is not None:
                 expected = predictions(positions)
-                # What no token has is not said.
-                beyond = logits.shape[-1] - expected.shape[-1]
-                expected = (
-                    F.pad(expected, (0, beyond), value=_impossible(temperature)) if beyond else expected
-                )
-                terms.append((distill_weight, distillation_loss(logits, expected, temperature)))
-            if len(terms) == 1 and terms[0][0] == 1:
+                if beyond := logits.shape[-1] - expected.shape[-1]:  # rows that no token has
+                    expected = F.pad(expected, (0, beyond), value=_IMPOSSIBLE)
+                terms.append((distill_weight, distillation_loss(logits, expected)))
+            if len(terms) == 1:
                 return terms[0][1]
             losses = torch.stack([weight * value for weight, (value, _) in terms])
             gradients = [weight * gradient for weight, (_, gradient) in terms]
             return losses.sum(), sum(gradients[1:], gradients[0])
 
         return loss
-
-
-def _impossible(temperature: float) -> float:
-    """Logit of what is not said, so far below all others that it is not said either once a temperature divides them."""
-    return _IMPOSSIBLE * max(1.0, temperature)

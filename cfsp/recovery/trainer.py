@@ -7,12 +7,13 @@ best-<step>.safetensors  trainable weights of the best validation
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -38,8 +39,8 @@ from cfsp.progress import Progress
 from cfsp.reading import as_input_error
 from cfsp.records import read_record, write_record
 from cfsp.recovery.data import IGNORED, Sequences, TrainingMix
-from cfsp.recovery.recovery_record import LossPoint, RunState, ValidationPoint
-from cfsp.recovery.settings import RecoverySettings, learning_rate, learning_rate_share, validation_interval
+from cfsp.recovery.recovery_record import LossPoint, ValidationPoint
+from cfsp.recovery.settings import RecoverySettings, learning_rate
 from cfsp.recovery.student import Student
 
 _COMPLETE = "COMPLETE"
@@ -47,16 +48,58 @@ _STATE = "recovery_state.json"
 _WEIGHTS = "trainable.safetensors"
 _OPTIMIZER = "optimizer.pt"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_VALIDATIONS = 10
+"""Most validations of a run whose settings do not say how often."""
+_DIVERGENCE_FACTOR = 2.0
+"""A validation loss whose exponential is so many times the best's means that training diverges."""
+
+
+@dataclass
+class RunState:
+    """What a run's checkpoints keep beside the weights.
+
+    Attributes:
+        losses: Training curve.
+        validations: Validation curve, the untrained state first.
+        best_step: Step of the best validation; 0 is the untrained state.
+        without_improvement: Validations since then.
+        seconds: Spent in training, over all resumed parts.
+        stopped_by: Why training ended; None while it goes on.
+    """
+
+    KIND: ClassVar[str] = "recovery_state"
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    losses: list[LossPoint] = field(default_factory=list)
+    validations: list[ValidationPoint] = field(default_factory=list)
+    best_step: int = 0
+    without_improvement: int = 0
+    seconds: float = 0.0
+    stopped_by: str | None = None
+
+    def add_validation(self, point: ValidationPoint, patience: int) -> bool:
+        """Note a validation and decide whether the run goes on; returns whether it is the best so far."""
+        if not math.isfinite(point.loss):
+            self.stopped_by = "diverged"
+            return False
+        best = min((each.loss for each in self.validations), default=math.inf)
+        self.validations.append(point)
+        if point.loss < best:
+            self.best_step, self.without_improvement = point.step, 0
+            return True
+        self.without_improvement += 1
+        if point.loss > best + math.log(_DIVERGENCE_FACTOR):
+            self.stopped_by = "diverged"
+        elif patience and self.without_improvement >= patience:
+            self.stopped_by = "patience"
+        return False
 
 
 @dataclass(frozen=True)
 class RunInputs:
     """Everything that a run's result depends on; a run is resumed only if all of it is the same.
 
-    Attributes:
-        settings: The settings, as JSON.
-        hashes: Name (checkpoint, teacher, data) -> SHA-256.
-        processes: Number of processes.
+    `hashes` are SHA-256 by name (checkpoint, teacher, data).
     """
 
     KIND: ClassVar[str] = "recovery_inputs"
@@ -67,11 +110,11 @@ class RunInputs:
     processes: int
 
 
-@dataclass(frozen=True)
 class WorkFolder:
     """One run's work folder."""
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def open(self, inputs: RunInputs, *, force: bool) -> None:
         """Make the folder this run's: anew, or as a killed run of the same inputs left it.
@@ -115,7 +158,7 @@ class WorkFolder:
         return complete[max(complete)] if complete else None
 
     def complete(self, checkpoint: Path, state: RunState) -> None:
-        """Mark a checkpoint as complete, after everything in it is on disk, and drop what it makes needless."""
+        """Mark a checkpoint as complete, after everything in it is on disk, and drop older ones."""
         write_record(checkpoint / _STATE, state)
         for file in checkpoint.iterdir():
             fsync_file(file)
@@ -133,7 +176,7 @@ class WorkFolder:
         return self.path / f"best-{step}.safetensors"
 
     def remove(self) -> None:
-        """Delete the folder, in one step for whoever looks."""
+        """Delete the folder, if possible in one step."""
         if not self.path.exists():
             return
         try:
@@ -251,8 +294,20 @@ class _Checkpoints:
         return state
 
 
+def learning_rate_share(warmup_ratio: float, steps: int, step: int) -> float:
+    """Share of the peak learning rate at step t of T; it rises linearly, then falls as a cosine, and is never zero.
+
+    (t + 1) / (w + 1)  for t < w = floor(warmup_ratio * T),    (1 + cos(pi (t - w) / (T - w))) / 2  from there
+    """
+    warmup = int(warmup_ratio * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
 def train(
     student: Student,
+    settings: RecoverySettings,
     mix: TrainingMix,
     validation: Sequence[Sequences],
     work: WorkFolder,
@@ -268,12 +323,13 @@ def train(
     Raises:
         InputError: The disk is full (the last complete checkpoint is kept), or a checkpoint is damaged.
     """
-    settings, world, rank = student.settings, accelerator.num_processes, accelerator.process_index
+    world, rank = accelerator.num_processes, accelerator.process_index
     batch, passes = settings.batch_size, settings.gradient_accumulation_steps
     per_step = batch * passes * world
     n_steps, tokens_per_step = len(mix) // per_step, per_step * settings.seqlen
-    held = [item for part in validation for item in part.items()]
-    every = validation_interval(settings, n_steps, per_step, len(held))
+    held = [part[row] for part in validation for row in range(len(part.input_ids))]
+    # A tenth of all steps, and enough to learn as much as a validation reads.
+    every = settings.eval_every or max(math.ceil(n_steps / _VALIDATIONS), math.ceil(len(held) / per_step))
     clock = time.monotonic()
 
     student.to(device)
@@ -337,16 +393,17 @@ def train(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        state.add_loss(LossPoint(step, step * tokens_per_step, mean))
+        if math.isfinite(mean):
+            state.losses.append(LossPoint(step, step * tokens_per_step, mean))
+        else:
+            state.stopped_by = "diverged"
         accelerator.log({"loss": mean, "learning_rate": rate, "grad_norm": float(norm)}, step)
         progress(f"training: loss {mean:.3f}", step, n_steps)
         if state.stopped_by is None and (step % every == 0 or step == n_steps):
             validate(step)
-        if state.stopped_by == "diverged":
-            break
-        if step % (settings.save_every or every) == 0 or step == n_steps or state.stopped_by:
-            state.seconds, clock = state.seconds + time.monotonic() - clock, time.monotonic()
-            checkpoints.save(step, state)
+            if state.stopped_by != "diverged":
+                state.seconds, clock = state.seconds + time.monotonic() - clock, time.monotonic()
+                checkpoints.save(step, state)
         if state.stopped_by:
             break
 

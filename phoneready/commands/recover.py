@@ -69,7 +69,7 @@ def recover(
         check_room("recover", (checkpoint,), needs, output, device=find_device(how.device))
 
     with show_progress() as progress:
-        result = run_recovery(
+        record, is_main = run_recovery(
             RecoveryJob(
                 checkpoint,
                 output,
@@ -86,10 +86,10 @@ def recover(
             before=before,
             progress=progress,
         )
-    if result.is_main:
-        text = format_recovery(result.record, output)
-        write_result(text, record_to_json(result.record), as_json=how.json)
-    check_outcome(result.record, output)
+    if is_main:
+        text = format_recovery(record, output)
+        write_result(text, record_to_json(record), as_json=how.json)
+    check_outcome(record, output)
 
 
 def format_recovery(record: RecoveryRecord, output: Path) -> str:

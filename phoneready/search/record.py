@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from cfsp.errors import InputError
-from cfsp.recovery.settings import settled, token_budget
+from cfsp.recovery.settings import settled
 from cfsp.units import format_bytes, megabytes
 from cfsp.validation import Seed, Share
 from phoneready.evaluation.measured_file import DOMINATED, Choice, Excess, MeasuredFile, Standing
@@ -191,7 +191,7 @@ def conditions(found: SearchRecord) -> str:
     trained = ""
     if found.recovery is not None and any(one.point.recovered for one in found.points):
         how = settled(found.recovery)
-        most = f"{how.epochs:g} passes over" if how.epochs else f"{token_budget(how)} tokens of"
+        most = f"{how.max_tokens} tokens of"
         trained = f" Recovered: {how.method}, {how.loss}, {most} {', '.join(how.data)}."
     return f"{measured_on(found.points)}{''.join(places)}{trained} {WHAT_STANDINGS_MEAN}"
 

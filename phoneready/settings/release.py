@@ -57,6 +57,11 @@ GONE: Mapping[str, str] = MappingProxyType(
         "prune.allocation": "prune.strength = 0 for equal shares",
         "prune.coarse_metric": "the angular distance, which is the only one",
         "model.trust_remote_code": "nothing: no code of a model folder runs",
+        "recover.chat_labels": "recover.loss: distill learns all of a chat, others the answers",
+        "recover.distill_weight": 'recover.loss = "both", which weighs both alike',
+        "recover.epochs": "recover.max_tokens",
+        "recover.save_every": "recover.eval_every: each validation saves a checkpoint",
+        "recover.temperature": "nothing: distillation is at temperature 1",
         "recover.optimizer": "AdamW, which is the only one",
         "recover.end_weight": "nothing: answers ended no sooner (docs/results/recovery.md)",
         **dict.fromkeys(

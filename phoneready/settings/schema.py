@@ -12,11 +12,11 @@ import pydantic
 
 from cfsp.pruning.settings import ALIGN, PruneSettings
 from cfsp.recovery.settings import (
+    DISTILL,
     RecoveryReferences,
     RecoverySettings,
     Training,
     check_settings,
-    distils_alone,
 )
 from cfsp.settings import DEVICE, DTYPE, SEED, Reads, Settings, pick, setting
 from cfsp.text.settings import BUILTIN_TEXT, SELF, CalibrationSettings
@@ -101,7 +101,7 @@ class RecoverConfig(Training, RecoveryReferences):
 
     def check(self) -> None:
         """Raise InputError if nothing can be trained so, or not through the rounding of that format."""
-        check_settings(self.settings(0), self.texts)
+        check_settings(self.settings(0))
         if self.for_quant is not None:
             ROUNDING.check(self.for_quant)
 
@@ -250,4 +250,4 @@ class ReleaseConfig(Section):
     def learns_nothing(self) -> bool:
         """Whether what is trained is the dense model, and all that it learns its own distribution."""
         how = self.recover
-        return how is not None and self.prune.removes_nothing and distils_alone(how) and how.for_quant is None
+        return how is not None and self.prune.removes_nothing and how.loss == DISTILL and how.for_quant is None

@@ -23,35 +23,25 @@ from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.surgery import cut_channels
 from cfsp.pruning.vocabulary import count_alike, cut_vocabulary, plan_vocabulary
 from cfsp.records import read_record
-from cfsp.recovery.adapter import add_adapter, importance_ranks, merge_adapter
 from cfsp.recovery.data import (
     IGNORED,
     INSIDE,
-    RecoveryData,
     Sequences,
     TrainingMix,
-    answer_spans,
     labelled_chat,
     load_recovery_data,
     respelled,
 )
 from cfsp.recovery.losses import CHUNK_TOKENS, distillation_loss, head_loss, next_token_loss
 from cfsp.recovery.recover import respelling_of
-from cfsp.recovery.recovery_record import RunState, ValidationPoint, data_record
-from cfsp.recovery.settings import (
-    RecoverySettings,
-    check_settings,
-    learning_rate,
-    learning_rate_share,
-    training_as_read,
-    validation_interval,
-)
-from cfsp.recovery.student import Student, Teacher
-from cfsp.recovery.trainer import RunInputs, WorkFolder
+from cfsp.recovery.recovery_record import ValidationPoint
+from cfsp.recovery.settings import RecoverySettings, check_settings, learning_rate, training_as_read
+from cfsp.recovery.student import Student, Teacher, add_adapter, importance_ranks, merge_adapter
+from cfsp.recovery.trainer import RunInputs, RunState, WorkFolder, learning_rate_share
 from cfsp.text import self_sampling
 from cfsp.text.respelling import Respelling
 from cfsp.text.self_sampling import chat_frame, text_origin
-from cfsp.text.tokens import Document, encode
+from cfsp.text.tokens import encode
 
 TinyModel = Callable[..., tuple[Any, Any]]
 
@@ -78,28 +68,21 @@ def test_ranks_have_the_exact_mean_and_the_order_of_importance(
 def test_ranks_are_proportional() -> None:
     assert importance_ranks([1, 2, 5], 8) == (3, 6, 15)
     assert importance_ranks([0, 0], 3) == (3, 3)
+    for importance, rank in (([], 4), ([-1.0, 1.0], 4), ([float("nan")], 4), ([1.0], 0)):
+        with pytest.raises(InputError):
+            importance_ranks(importance, rank)
 
 
-@pytest.mark.parametrize(("importance", "rank"), [([], 4), ([-1.0, 1.0], 4), ([float("nan")], 4), ([1.0], 0)])
-def test_ranks_of_nonsense_are_refused(importance: list[float], rank: int) -> None:
-    with pytest.raises(InputError):
-        importance_ranks(importance, rank)
-
-
-def learnt_text(chat: Any, tokenizer: Any) -> str:
-    ids = [token for token, learnt in zip(chat.ids, chat.learnt, strict=True) if learnt]
-    return str(tokenizer.decode(ids))
+def learnt_text(messages: Any, tokenizer: Any) -> str:
+    ids, learnt = labelled_chat(messages, tokenizer)
+    return str(tokenizer.decode([token for token, is_learnt in zip(ids, learnt, strict=True) if is_learnt]))
 
 
 def test_labels_are_the_answers_and_the_end_of_their_turn(tiny_tokenizer: Any) -> None:
-    chat = labelled_chat(Document(messages=CHAT), tiny_tokenizer)
-    assert learnt_text(chat, tiny_tokenizer) == "The capital of France is Paris.<|im_end|>An apple.<|im_end|>"
-    text, _ = answer_spans(CHAT, tiny_tokenizer)
-    assert tiny_tokenizer.decode(list(chat.ids)) == text
-
-
-def test_templates_that_change_answers_with_their_place(tiny_tokenizer: Any) -> None:
-    """The last answer gets an empty thought before it, as in Qwen 3; answers are trimmed, as in Llama 3."""
+    text = tiny_tokenizer.apply_chat_template(CHAT, tokenize=False)
+    assert learnt_text(CHAT, tiny_tokenizer) == "The capital of France is Paris.<|im_end|>An apple.<|im_end|>"
+    assert tiny_tokenizer.decode(labelled_chat(CHAT, tiny_tokenizer)[0]) == text
+    # The last answer gets an empty thought before it, as in Qwen 3; answers are trimmed, as in Llama 3.
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
@@ -108,18 +91,11 @@ def test_templates_that_change_answers_with_their_place(tiny_tokenizer: Any) -> 
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     spaced = [m | {"content": f"  {m['content']}\n"} for m in CHAT]
-    text, spans = answer_spans(spaced, tokenizer)
-    assert [text[a:b] for a, b in spans] == [
-        "The capital of France is Paris.<|im_end|>",
-        "<think>\n\n</think>\n\nAn apple.<|im_end|>",
-    ]
-
-
-def test_a_template_that_cannot_be_split_is_refused(tiny_tokenizer: Any) -> None:
-    tokenizer = copy.deepcopy(tiny_tokenizer)
+    thought = "<think>\n\n</think>\n\nAn apple.<|im_end|>"
+    assert learnt_text(spaced, tokenizer) == "The capital of France is Paris.<|im_end|>" + thought
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(InputError, match="cannot be split"):
-        answer_spans(CHAT, tokenizer)
+        labelled_chat(CHAT, tokenizer)
 
 
 def write_chats(path: Path, chats: list[Any]) -> str:
@@ -136,30 +112,21 @@ def chat_of(index: int) -> list[dict[str, str]]:
 
 def test_packed_chats_keep_every_answer_whole(tmp_path: Path, tiny_tokenizer: Any) -> None:
     chats = [chat_of(i) for i in range(30)]
-    settings = RecoverySettings(seqlen=128, max_tokens=None, epochs=1.0, loss="next-token")
-    data = load_recovery_data([write_chats(tmp_path / "c.jsonl", chats)], [], tiny_tokenizer, settings)
-    parts = (*data.training, *data.validation)
+    file = write_chats(tmp_path / "c.jsonl", chats)
+    settings = RecoverySettings(seqlen=128, loss="next-token")
+    training, validation = load_recovery_data([file], [], tiny_tokenizer, settings)
     answers = []
-    for ids, targets in ((i, t) for part in parts for i, t in zip(part.input_ids, part.targets, strict=True)):
-        where = targets != IGNORED
-        assert torch.equal(ids[1:][where[:-1]], targets[:-1][where[:-1]])
-        assert not where[-1]
-        answers += tiny_tokenizer.decode(targets[where]).split("<|im_end|>")[:-1]
+    for part in (*training, *validation):
+        for ids, targets in zip(part.input_ids, part.targets, strict=True):
+            where = targets != IGNORED
+            assert torch.equal(ids[1:][where[:-1]], targets[:-1][where[:-1]])
+            assert not where[-1]
+            answers += tiny_tokenizer.decode(targets[where]).split("<|im_end|>")[:-1]
     assert sorted(answers) == sorted(chat[1]["content"] for chat in chats)
-
-
-@pytest.mark.parametrize(
-    ("loss", "chat_labels", "whole"),
-    [("both", "auto", False), ("distill", "auto", True), ("distill", "answers", False)],
-)
-def test_what_of_a_chat_is_learnt(
-    tmp_path: Path, tiny_tokenizer: Any, loss: str, chat_labels: str, whole: bool
-) -> None:
-    chats = write_chats(tmp_path / "c.jsonl", [chat_of(i) for i in range(30)])
-    settings = RecoverySettings(seqlen=128, max_tokens=None, epochs=1.0, loss=loss, chat_labels=chat_labels)
-    data = load_recovery_data([chats], [], tiny_tokenizer, settings)
-    learnt = [tiny_tokenizer.decode(t[t != IGNORED]) for part in data.training for t in part.targets]
-    assert all(("Say" in text) == whole for text in learnt)
+    for loss, whole in (("both", False), ("distill", True)):
+        training, _ = load_recovery_data([file], [], tiny_tokenizer, replace(settings, loss=loss))
+        learnt = [tiny_tokenizer.decode(t[t != IGNORED]) for part in training for t in part.targets]
+        assert all(("Say" in text) == whole for text in learnt)
 
 
 def test_text_is_learnt_everywhere_and_sources_mix_equally(tmp_path: Path, tiny_tokenizer: Any) -> None:
@@ -167,45 +134,38 @@ def test_text_is_learnt_everywhere_and_sources_mix_equally(tmp_path: Path, tiny_
     text.write_text(" ".join(f"Fox {i} jumps over dog {i * i}." for i in range(400)), encoding="utf-8")
     chats = write_chats(tmp_path / "c.jsonl", [chat_of(i) for i in range(30)])
     settings = RecoverySettings(seqlen=64, max_tokens=64 * 200, validation_windows=4)
-    data = load_recovery_data([str(text), chats], [], tiny_tokenizer, settings)
-    assert bool((data.training[0].targets[:, :-1] == data.training[0].input_ids[:, 1:]).all())
-    mix = TrainingMix(data.training, 200, seed=3)
+    training, _ = load_recovery_data([str(text), chats], [], tiny_tokenizer, settings)
+    assert bool((training[0].targets[:, :-1] == training[0].input_ids[:, 1:]).all())
+    mix = TrainingMix(training, 200, seed=3)
     assert len(mix) == 200
-    for source, part in enumerate(data.training):
+    for source, part in enumerate(training):
         taken = [tuple(mix[i]["input_ids"].tolist()) for i in range(source, 200, 2)]
         rows = {tuple(row.tolist()) for row in part.input_ids}
         assert len(taken) == 100
         assert set(taken) <= rows
         assert len(set(taken[: len(rows)])) == min(len(rows), 100)
-    again = TrainingMix(data.training, 200, seed=3)
+    again, other = (TrainingMix(training, 200, seed=seed) for seed in (3, 4))
     assert all(torch.equal(mix[i]["labels"], again[i]["labels"]) for i in (0, 77, 199))
-    assert any(
-        not torch.equal(mix[i]["labels"], TrainingMix(data.training, 200, seed=4)[i]["labels"])
-        for i in range(9)
-    )
+    assert any(not torch.equal(mix[i]["labels"], other[i]["labels"]) for i in range(9))
 
 
-@pytest.mark.parametrize(
-    ("chats", "message"),
-    [
-        ([[{"role": "user", "content": "Hello?"}]] * 3, "no chat in .* has an answer"),
-        ([[{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": " "}]], "has an answer"),
+def test_data_without_answers_or_too_little(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    question, empty = {"role": "user", "content": "Hello?"}, {"role": "assistant", "content": " "}
+    for chats, message in (
+        ([[question]] * 3, "no chat in .* has an answer"),
+        ([[question, empty]], "has an answer"),
         ([chat_of(1)], "one sequence only"),
-    ],
-)
-def test_data_without_answers_or_too_little(
-    tmp_path: Path, tiny_tokenizer: Any, chats: list[Any], message: str
-) -> None:
-    reference = write_chats(tmp_path / "c.jsonl", chats)
-    with pytest.raises(InputError, match=message):
-        load_recovery_data([reference], [], tiny_tokenizer, RecoverySettings(seqlen=128))
+    ):
+        reference = write_chats(tmp_path / "c.jsonl", chats)
+        with pytest.raises(InputError, match=message):
+            load_recovery_data([reference], [], tiny_tokenizer, RecoverySettings(seqlen=128))
 
 
-def test_what_the_dense_model_wrote_in_loops_is_not_learnt(
-    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_the_dense_model_wrote(
+    tiny_loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, tokenizer = tiny_model("llama")
-    loaded = LoadedModel(model, tokenizer, ModelSource(reference="tiny", kind="folder", name="tiny"))
+    loaded = tiny_loaded("llama")
+    tokenizer = loaded.tokenizer
     before, between = chat_frame(tokenizer) or ([], [])
     good, loop = (
         [*before, *encode(tokenizer, said), *between, *encode(tokenizer, answer), tokenizer.eos_token_id]
@@ -214,50 +174,35 @@ def test_what_the_dense_model_wrote_in_loops_is_not_learnt(
     monkeypatch.setattr(self_sampling, "FOLDER", tmp_path)
     settings = RecoverySettings(seqlen=32, self_tokens=256, max_tokens=128)
 
-    def read(text: list[int]) -> RecoveryData:
+    def read(text: list[int]) -> tuple[list[Sequences], list[Sequences]]:
         self_sampling.write_written(text_origin(loaded, 0), torch.tensor(text * 20), {"model": "tiny"})
         return load_recovery_data(["self"], [], tokenizer, settings, dense=loaded)
 
-    found = read(good * 3 + loop + good * 30)
-    assert [data_record(part).n_loops for part in (*found.training, *found.validation)] == [1, 0]
-    learnt = torch.cat([part.input_ids.flatten() for part in (*found.training, *found.validation)])
+    training, held = read(good * 3 + loop + good * 30)
+    assert [part.record.n_loops for part in (*training, *held)] == [1, 0]
+    learnt = torch.cat([part.input_ids.flatten() for part in (*training, *held)])
     assert torch.equal(learnt, torch.tensor(good * 30)[: len(learnt)])
     with pytest.raises(InputError, match=r"texts that tiny wrote are loops.*'self'"):
         read(good + loop * 2)
-
-
-def test_own_text_to_validate_with_is_neither_trained_nor_judged_on(
-    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, tokenizer = tiny_model("llama")
-    loaded = LoadedModel(model, tokenizer, ModelSource(reference="tiny", kind="folder", name="tiny"))
-    monkeypatch.setattr(self_sampling, "FOLDER", tmp_path)
-    for seed in range(4):
+    # What validates is neither trained on nor what a release or `phoneready eval` judges with, the seed after.
+    for seed in (3, 2, 1, 0):
         said = encode(tokenizer, f"Of seed {seed} it wrote that {seed} is {seed * seed}. ")
         text = torch.tensor([*said, tokenizer.eos_token_id] * 60)
         self_sampling.write_written(text_origin(loaded, seed), text, {"model": "tiny"})
-    settings = RecoverySettings(seqlen=32, self_tokens=256, max_tokens=128, seed=0)
-    found = load_recovery_data(["self"], ["self"], tokenizer, settings, dense=loaded)
-    trained, held = (
-        tokenizer.decode(part[0].input_ids.flatten()) for part in (found.training, found.validation)
-    )
-    # A release judges with the seed after its own, and so does `phoneready eval` unless another is named.
-    assert ("Of seed 0" in trained, "Of seed 2" in held) == (True, True)
-    assert "Of seed 0" not in held
-    assert "Of seed 1" not in held
+    training, held = load_recovery_data(["self"], ["self"], tokenizer, settings, dense=loaded)
+    texts = [tokenizer.decode(part[0].input_ids.flatten()) for part in (training, held)]
+    assert ["Of seed 0" in texts[0], "Of seed 2" in texts[1]] == [True, True]
+    assert not any(f"Of seed {seed}" in texts[1] for seed in (0, 1))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_gradients_of_losses_are_their_derivatives(temperature: float) -> None:
+def test_the_gradients_of_losses_are_their_derivatives() -> None:
     torch.manual_seed(0)
     logits = torch.randn(5, 11, requires_grad=True)
     teacher, targets = torch.randn(5, 11), torch.randint(0, 11, (5,))
-    log_p, log_q = ((z / temperature).log_softmax(-1) for z in (logits, teacher))
+    log_p, log_q = (z.log_softmax(-1) for z in (logits, teacher))
     reference = {
         F.cross_entropy(logits, targets, reduction="sum"): next_token_loss(logits, targets),
-        temperature**2 * F.kl_div(log_p, log_q, reduction="sum", log_target=True): distillation_loss(
-            logits, teacher, temperature
-        ),
+        F.kl_div(log_p, log_q, reduction="sum", log_target=True): distillation_loss(logits, teacher),
     }
     for expected, (loss, gradient) in reference.items():
         torch.testing.assert_close(loss, expected)
@@ -283,16 +228,11 @@ def test_the_head_in_chunks_is_the_head_in_one_piece(frozen: bool) -> None:
         torch.testing.assert_close(weight.grad, wanted[1])
 
 
-def different_widths(tiny_model: TinyModel) -> tuple[Any, Any]:
-    model, tokenizer = tiny_model()
-    for index, layer in enumerate(decoder_layers(model)):
-        cut_channels(feed_forward(model, layer), torch.arange(128 - 16 * index))
-    return model, tokenizer
-
-
 def test_a_merged_adapter_computes_the_same_with_unchanged_modules(tiny_model: TinyModel) -> None:
     pytest.importorskip("peft", reason="the recover extra is not installed")
-    model, _ = different_widths(tiny_model)
+    model, _ = tiny_model()
+    for index, layer in enumerate(decoder_layers(model)):
+        cut_channels(feed_forward(model, layer), torch.arange(128 - 16 * index))
     widths, names = model_shape(model).ffn_widths, [(n, type(m)) for n, m in model.named_modules()]
     ids = torch.arange(3, 60)[None]
     before = model(ids).logits
@@ -320,8 +260,7 @@ def test_a_merged_adapter_computes_the_same_with_unchanged_modules(tiny_model: T
 
 def test_distilling_a_model_from_itself_costs_nothing(tiny_model: TinyModel) -> None:
     model, _ = tiny_model()
-    settings = RecoverySettings(loss="distill", temperature=2.0)
-    student = Student(model, settings, torch.float32, Teacher(model))
+    student = Student(model, "distill", torch.float32, Teacher(model))
     ids = torch.arange(4, 68).view(2, 32)
     targets = torch.full_like(ids, IGNORED)
     targets[:, 3:20] = ids[:, 4:21]
@@ -355,9 +294,7 @@ def test_a_teacher_of_more_tokens_teaches_what_the_student_can_say(tiny_model: T
     student.model.resize_token_embeddings(rows, mean_resizing=False)
     text = "The quick brown fox jumps over the lazy dog; it was never seen again."
     sequences = load_sequences(text, dense, spelling)
-    found = Student(
-        student.model, RecoverySettings(loss="distill"), torch.float32, Teacher(dense.model, spelling)
-    )
+    found = Student(student.model, "distill", torch.float32, Teacher(dense.model, spelling))
     batch = {name: ids[None] for name, ids in sequences[0].items()}
     objective, _, count = found.sums(batch).tolist()
 
@@ -379,22 +316,6 @@ def test_a_teacher_of_more_tokens_teaches_what_the_student_can_say(tiny_model: T
     assert inside > 5
     assert count == len(sequences.targets[0]) - 1
     assert objective == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize("temperature", [0.5, 20.0])
-def test_what_is_certain_stays_so_at_any_temperature(tiny_model: TinyModel, temperature: float) -> None:
-    """Inside a token of the teacher's all probability is on the next part, also of logits that are divided."""
-    dense, _, spelling = trimmed_pair(tiny_model)
-    text = "The quick brown fox jumps over the lazy dog; it was never seen again."
-    sequences = load_sequences(text, dense, spelling)
-    batch = {name: ids[None] for name, ids in sequences[0].items()}
-    logits = Teacher(dense.model, spelling, temperature)(batch)(slice(None))
-    labelled = sequences.targets[0] != IGNORED
-    inside = sequences.teacher_places[0][labelled] == INSIDE
-    labels = sequences.targets[0][labelled][inside]
-    assert len(labels) > 5
-    shares = (logits / temperature).softmax(-1)[inside]
-    assert bool((shares[torch.arange(len(labels)), labels] > 0.999).all())
 
 
 def test_rows_whose_answer_a_longer_spelling_cuts_off_are_left_out(tiny_model: TinyModel) -> None:
@@ -422,25 +343,11 @@ def load_sequences(text: str, dense: LoadedModel, spelling: Respelling) -> Seque
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"method": "qlora"},
-        {"dtype": "float16"},
-        {"distill_weight": 1.0},
-        {"learning_rate": float("nan")},
-        {"max_tokens": 10, "epochs": 1.0},
-        {"rank": 10**9},
-        {"temperature": float("inf")},
-        {"seed": None},
-    ],
+    [{"method": "qlora"}, {"dtype": "float16"}, {"learning_rate": math.nan}, {"rank": 10**9}, {"seed": None}],
 )
 def test_settings_name_the_field(change: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"^{next(iter(change))}: "):
-        check_settings(replace(RecoverySettings(), **change), ())
-
-
-def test_text_of_the_student_is_gone() -> None:
-    with pytest.raises(InputError, match=r"data: is gone .*'student'.*allowed: self"):
-        check_settings(RecoverySettings(), ("student",))
+        check_settings(replace(RecoverySettings(), **change))
 
 
 @pytest.mark.parametrize(
@@ -448,10 +355,7 @@ def test_text_of_the_student_is_gone() -> None:
     [
         ({"method": "full"}, {"rank": 4}, (), "--method ig-lora or lora"),
         ({"for_quant": "Q4_0"}, {"alpha": 1.0}, (), "--method ig-lora or lora"),
-        ({"loss": "next-token"}, {"temperature": 2.0}, (), "--loss distill or both"),
-        ({}, {"distill_weight": 0.7}, (), "--loss both"),
         ({}, {"self_tokens": 64}, ("a.txt",), "the reference self"),
-        ({}, {"chat_labels": "answers"}, ("self",), "references that have chats"),
     ],
 )
 def test_what_training_does_not_read_has_no_effect(
@@ -464,14 +368,6 @@ def test_what_training_does_not_read_has_no_effect(
     assert training_as_read(settings, references) == (settings, ())
 
 
-def test_no_more_is_validated_than_learnt() -> None:
-    def interval(*numbers: int, every: int | None = None) -> int:
-        return validation_interval(RecoverySettings(eval_every=every), *numbers)
-
-    assert [interval(100, 4, 16), interval(19, 4, 1), interval(16, 4, 9), interval(5, 16, 1)] == [10, 2, 3, 1]
-    assert interval(16, 4, 16, every=1) == 1
-
-
 @given(st.floats(0.0, 1.0, exclude_max=True), st.integers(1, 300))
 def test_the_learning_rate_rises_to_its_peak_and_falls(ratio: float, steps: int) -> None:
     shares = [learning_rate_share(ratio, steps, step) for step in range(steps)]
@@ -480,10 +376,6 @@ def test_the_learning_rate_rises_to_its_peak_and_falls(ratio: float, steps: int)
     assert min(shares) > 0
     assert shares[: peak + 1] == sorted(shares[: peak + 1])
     assert shares[peak:] == sorted(shares[peak:], reverse=True)
-
-
-def points(*losses: float) -> list[ValidationPoint]:
-    return [ValidationPoint(step, step, loss, math.exp(loss)) for step, loss in enumerate(losses)]
 
 
 def test_the_learning_rate_is_the_methods_for_the_loss() -> None:
@@ -500,15 +392,13 @@ def test_the_learning_rate_is_the_methods_for_the_loss() -> None:
         ((3.0, 2.0, 2.1, 2.2), 2, 1, "patience"),
         ((3.0, 2.0, 2.8), 5, 1, "diverged"),
         ((3.0, 2.0, float("nan")), 5, 1, "diverged"),
-        ((3.0, 3.1, 3.2), None, 0, None),
+        ((3.0, 3.1, 3.2), 0, 0, None),
     ],
 )
-def test_when_a_run_stops(
-    losses: tuple[float, ...], patience: int | None, best: int, stopped: str | None
-) -> None:
+def test_when_a_run_stops(losses: tuple[float, ...], patience: int, best: int, stopped: str | None) -> None:
     state = RunState()
-    for point in points(*losses):
-        state.add_validation(point, patience)
+    for step, loss in enumerate(losses):
+        state.add_validation(ValidationPoint(step, step, loss, math.exp(loss)), patience)
     assert (state.best_step, state.stopped_by) == (best, stopped)
 
 
