@@ -250,4 +250,6 @@ class ReleaseConfig(Section):
     def learns_nothing(self) -> bool:
         """Whether what is trained is the dense model, and all that it learns its own distribution."""
         how = self.recover
-        return how is not None and self.prune.removes_nothing and how.loss == DISTILL and how.for_quant is None
+        return (
+            how is not None and self.prune.removes_nothing and how.loss == DISTILL and how.for_quant is None
+        )

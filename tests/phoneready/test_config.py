@@ -109,7 +109,7 @@ repetitions = 0"""]
 rank = 0
 loss = "best"
 max_tokens = 10
-epochs = 1.0
+alpha = 1.0
 "seqlen" = 1
 [[budgets]]
 metric = "file_bytes"
@@ -219,8 +219,8 @@ def test_patience_is_off_unless_it_is_asked_for() -> None:
         config = parse_config(MODEL + f"[recover]\n{asked}", where="x")
         assert config.recover is not None
         assert config.recover.settings(0).patience == patience
-    with pytest.raises(InputError, match=r"recover\.max_tokens: says how long, and so does epochs"):
-        parse_config(MODEL + "[recover]\nmax_tokens = 1\nepochs = 1.0", where="x")
+    with pytest.raises(InputError, match=r"recover\.epochs: is gone; use recover\.max_tokens"):
+        parse_config(MODEL + "[recover]\nepochs = 1.0", where="x")
 
 
 ONNX = '[export]\nquants = ["Q4_0"]\nonnx = ["fp32"]\n[bench]\n'
@@ -255,7 +255,6 @@ def test_what_cannot_be_done_is_refused_where_it_is_written(asked: str, wrong: s
 @pytest.mark.parametrize(
     ("asked", "idle", "where"),
     [
-        ('[recover]\nloss = "next-token"', "temperature = 2.0", "--loss distill or both"),
         ('[recover]\nmethod = "full"', "rank = 4", "--method ig-lora or lora"),
         ("[prune]", 'vocabulary_text = ["missing.txt"]', "a number of tokens to keep"),
         ("[export]\nquants = ['Q8_0']", "tune_scales = true", "GGUF files of up to 6 bits"),

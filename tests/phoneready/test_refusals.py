@@ -101,8 +101,8 @@ export MODEL -o out --gguf Q4_0 --tune-scales --calibration none | scales are tr
 export MODEL -o out --onnx fp32 --opset 12 | 13 to
 export MODEL -o out --onnx fp32 --opset 99 | 13 to
 recover MODEL -o out --rank 100000000 | --rank
-recover MODEL -o out --temperature nan | --temperature
-recover MODEL -o out --max-tokens 10 --epochs 1 | epochs
+recover MODEL -o out --alpha nan | --alpha
+recover MODEL -o out --max-tokens 10 --epochs 1 | use --max-tokens
 bench | bench
 bench --nonsense | --nonsense
 bench missing.gguf | missing.gguf

@@ -27,7 +27,6 @@ strength = 0.5
 [recover]
 data = ["builtin:python-docs"]
 loss = "both"
-distill_weight = 0.25
 max_tokens = 512
 seqlen = 32
 batch_size = 2
