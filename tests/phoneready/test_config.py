@@ -229,7 +229,6 @@ ONNX = '[export]\nquants = ["Q4_0"]\nonnx = ["fp32"]\n[bench]\n'
 @pytest.mark.parametrize(
     ("asked", "wrong"),
     [
-        ('[recover]\ndata = ["student"]', "recover.data: is gone"),
         ('[recover]\nfor_quant = "Q8_0"', "recover.for_quant: "),
         ('[recover]\nfor_quant = "Q4_K_M"', "line 4: recover.for_quant: not exported (got 'Q4_K_M'); allowed: Q4_0"),
         ('[prune]\nprune_ratio = 0.0\n[recover]\nloss = "distill"', "line 6: recover.loss: nothing is removed"),

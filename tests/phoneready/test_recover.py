@@ -369,7 +369,6 @@ def bad(tmp_path: Path, tiny_folder: TinyPath) -> dict[str, str]:
         (["--for-quant", "Q8_0"], "loses nothing that training could win back"),
         (["--for-quant", "int4-mixed"], "cannot be trained through"),
         (["--loss", "mse"], "allowed: next-token, distill, both"),
-        (["--max-tokens", "0"], "max_tokens: out of range"),
         (["--seqlen", "4096"], "allowed: 2 to 512"),
         (["--device", "tpu"], "allowed: auto, cpu"),
         (["--device", "cuda:99"], "is not there, or torch cannot use it"),
