@@ -12,9 +12,13 @@ from pathlib import Path
 import psutil
 
 from exporters.onnx.folder import find_graph, is_onnx
-from runtime_bench.browser.chromium import PageSettings, find_chromium, open_page, renderer_peak_bytes
-from runtime_bench.browser.packages import fetch_packages
-from runtime_bench.browser.worker import open_model, served_files
+from runtime_bench.browser.chromium import (
+    fetch_packages,
+    find_chromium,
+    open_page,
+    renderer_bytes,
+)
+from runtime_bench.browser.worker import OpenModel, served_files
 from runtime_bench.engines import SessionSettings
 from runtime_bench.targets.browser import Browser
 from runtime_bench.worker import WorkerRequest, random_tokens
@@ -37,15 +41,15 @@ def measure(name: str) -> tuple[float, float]:
     request = WorkerRequest(
         str(path), Browser().default_engine(path), workload, SessionSettings(workload.n_ctx, 1, 128, 128)
     )
-    settings = PageSettings(find_chromium(), str(fetch_packages()))
-    with open_page(settings, served_files(request)) as page:
-        model = open_model(page, request, settings)
+    packages = fetch_packages()
+    with open_page(find_chromium(), packages, served_files(request)) as page:
+        model = OpenModel(page, request, packages)
         pieces = [[token] for token in random_tokens(model, request, TOKENS)]
         page.call("bench.time", {"pieces": pieces[:8]}, None, [], 1)  # compiled by now
         before = renderers_seconds()
         page.call("bench.time", {"pieces": pieces}, None, [], 1)
         used = renderers_seconds() - before
-        return 1000 * used / TOKENS, (renderer_peak_bytes() or 0) / 2**20
+        return 1000 * used / TOKENS, (renderer_bytes()[1] or 0) / 2**20
 
 
 def main() -> None:

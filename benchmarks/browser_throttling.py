@@ -13,8 +13,7 @@ import time
 from collections import defaultdict
 from statistics import median
 
-from runtime_bench.browser.chromium import Page, PageSettings, find_chromium, open_page
-from runtime_bench.browser.packages import fetch_packages
+from runtime_bench.browser.chromium import Page, fetch_packages, find_chromium, open_page
 
 RATES = (1, 2, 4, 8)
 PRODUCTS = 20_000
@@ -53,7 +52,7 @@ def main() -> None:
     parser.add_argument("-r", "--rounds", type=int, default=5)
     rounds: int = parser.parse_args().rounds
     seconds: dict[tuple[int, str], list[float]] = defaultdict(list)
-    with open_page(PageSettings(find_chromium(), str(fetch_packages())), {}) as page:
+    with open_page(find_chromium(), fetch_packages(), {}) as page:
         page.visit("score.html?quiet")
         for _ in range(rounds):
             for rate in RATES:

@@ -38,8 +38,7 @@ from cfsp.models.builtin import cache_directory
 from phoneready.console import errors_as_exit_status
 from runtime_bench.environment import describe_environment
 from runtime_bench.measuring.measure import run_bench
-from runtime_bench.native.build import build_runner
-from runtime_bench.native.source import fetch_source
+from runtime_bench.native.build import build_runner, fetch_source
 from runtime_bench.records import summary
 from runtime_bench.targets import LOCAL, Target
 from runtime_bench.targets.native import Native

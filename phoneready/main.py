@@ -89,10 +89,8 @@ GONE: MappingProxyType[str, str] = MappingProxyType(
         "bench --at-once": "all machines are measured at the same time",
         "bench --cold": "use --regime cold",
         "bench --seed": "the random tokens are always the same",
-        **{
-            f"bench --{name}": f"set {key} in [bench] of a release"
-            for name, key in (("delay", "delay_s"), ("nominal-c", "nominal_c"), ("unplugged", "unplugged"))
-        },
+        "bench --delay": "set delay_s in [bench] of a release",
+        **dict.fromkeys(("bench --nominal-c", "bench --unplugged"), "use --wait-nominal SECONDS"),
         "compare --plot": "use --format csv",
         "compare --quality": "use --format csv, and `eval --json`",
         **dict.fromkeys(("eval --ratios", "eval --csv"), "use `phoneready search MODEL --ratios`"),

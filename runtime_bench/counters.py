@@ -23,14 +23,22 @@ and used by this process and its children that have ended."""
 
 
 def peak_rss_bytes(pid: int | None = None) -> int | None:
-    """Highest resident set size of this process, or another one, since it began to run its program.
+    """Highest resident set size of this process, or another one (Linux only), since it began to run its program.
 
-    Another's is known on Linux alone. Its VmHWM belongs to the address space and starts anew with exec. ru_maxrss, the
-    fallback, does not: a small program started by a large one begins with the large one's value, so it is only used
-    where there is no /proc.
+    VmHWM starts anew with exec. ru_maxrss, the fallback without /proc, does not: a small program started by a large one
+    begins with the large one's value.
     """
     peak = _status_bytes("VmHWM", str(pid or "self"))
-    return peak or (_maxrss_bytes() if pid is None else None)
+    if peak is not None or pid is not None:
+        return peak
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit or None
 
 
 def current_rss_bytes() -> int | None:
@@ -91,17 +99,6 @@ def _status_bytes(key: str, process: str = "self") -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
-
-
-def _maxrss_bytes() -> int | None:
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit or None
 
 
 def core_times() -> CoreTimes | None:

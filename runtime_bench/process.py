@@ -17,7 +17,7 @@ from cfsp.errors import InputError
 from cfsp.reading import parse_json
 from runtime_bench.conditions.energy import energy_of
 from runtime_bench.conditions.looks import conditions_of
-from runtime_bench.conditions.watcher import Watcher
+from runtime_bench.conditions.script import Watcher
 from runtime_bench.counters import core_times, cores_since
 from runtime_bench.records.reported import Contention
 from runtime_bench.worker import WorkerRequest, WorkerResult
@@ -63,11 +63,24 @@ def measure_in(
         except ProcessFailed as error:
             return WorkerResult(error=str(error))
     others = cores_since(start)
-    contention = Contention(*others) if others else None
-    result = result_from_json(output)
-    conditions = conditions_of(watcher.text, result.spans_ns, watcher.problem)
-    energy = energy_of(watcher.text, result.spans_ns, conditions) if metered else None
-    return replace(result, contention=contention, conditions=conditions, energy=energy)
+    result = result_of(output, watcher.text, watcher.problem, metered=metered)
+    return replace(result, contention=Contention(*others) if others else None)
+
+
+def result_of(output: bytes, looks: str, why: str, *, metered: bool) -> WorkerResult:
+    """A worker's answer, with the conditions and energy that looks at its machine show; `why` there are no looks.
+
+    An answer that cannot be read is a result with the reason.
+    """
+    try:
+        result = read_answer(WorkerResult, output)
+    except ProcessFailed as error:
+        result = WorkerResult(error=str(error))
+    if not result.samples_ns and result.error is None:
+        result = WorkerResult(error="the measuring process gave neither samples nor a reason")
+    conditions = conditions_of(looks, result.spans_ns, why)
+    energy = energy_of(looks, result.spans_ns, conditions) if metered else None
+    return replace(result, conditions=conditions, energy=energy)
 
 
 def exchange(
@@ -168,14 +181,3 @@ def read_answer(kind: type[T], output: bytes) -> T:
     except (InputError, pydantic.ValidationError) as error:
         problem = describe_problems(error) if isinstance(error, pydantic.ValidationError) else str(error)
         raise ProcessFailed(f"the measuring process gave no readable result: {problem}") from error
-
-
-def result_from_json(output: bytes) -> WorkerResult:
-    """A worker's answer; one that cannot be read is a result with the reason."""
-    try:
-        result = read_answer(WorkerResult, output)
-    except ProcessFailed as error:
-        return WorkerResult(error=str(error))
-    if not result.samples_ns and result.error is None:
-        return WorkerResult(error="the measuring process gave neither samples nor a reason")
-    return result

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 from cfsp.errors import InputError
-from cfsp.settings import Reads, Settings, check_settings, setting
+from cfsp.settings import Settings, check_settings, setting
 from cfsp.units import parse_seconds
 from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES
 
@@ -69,16 +69,14 @@ WORKLOAD_KINDS = MappingProxyType(
 )
 
 
-@dataclass(frozen=True)
-class Regime:
+class Regime(NamedTuple):
     """In what state the file and the process are when a sample begins."""
 
-    help: str  # In words
+    help: str
     pushed: bool = False  # Whether the file is pushed to the machine anew before each process
-    # What is done to the page cache before opening; None leaves it to the workload
-    page_cache: str | None = None
-    warmup: bool = True  # Whether a run comes first that is not counted, where the settings have one
-    least_samples: int = 1  # Samples that a process takes at least
+    page_cache: str | None = None  # What is done to it before opening; None leaves it to the workload
+    warmup: bool = True  # Whether an uncounted run comes first, if the settings have one
+    least_samples: int = 1  # Of a process
     lasting: bool = False  # Whether one process generates for as long as the settings say
 
     @property
@@ -168,12 +166,6 @@ class SamplingSettings(Settings):
         le=86_400,
         option="--wait-nominal",
     )
-    nominal_c: float = setting(
-        45.0, "Degrees Celsius that no thermal zone may be above to be nominal.", ge=-40, le=150, option=None
-    )
-    unplugged: bool = setting(
-        False, "Count a device as nominal only while no power comes from outside.", option=None
-    )
     energy: bool = setting(
         False,
         "Also read energy meters, RAPL's or an unplugged battery's: joules a token of pp and tg.",
@@ -258,19 +250,9 @@ def workloads_of(settings: BenchSettings) -> tuple[Workload, ...]:
     Raises:
         InputError: The settings leave nothing to measure, or contradict each other.
     """
-    regimes = settings.regimes + ((SUSTAINED,) if settings.sustained_s else ())
-    _check_regimes(settings)
-    rows = [row for regime in regimes for row in _in_regime(settings, regime)]
-    if not rows:
-        raise InputError("nothing to measure", allowed="a size in n_prompt, n_gen, ttft or start, or load")
-    return tuple(dict.fromkeys(rows))
-
-
-def _check_regimes(settings: BenchSettings) -> None:
-    """Refuse what cannot be measured as it is asked for."""
     warm = [name for name in settings.regimes if REGIMES[name].least_samples > 1]
     opening = any(not REGIMES[name].opened_before for name in settings.regimes)
-    without = (
+    refused = (
         (SUSTAINED in settings.regimes and not settings.sustained_s, "no time is given", "--regime", SUSTAINED,
          "--sustained TIME"),
         (bool(settings.sustained_s) and not any(settings.n_gen), "nothing is generated", "--sustained",
@@ -280,29 +262,23 @@ def _check_regimes(settings: BenchSettings) -> None:
         (any(settings.start) and not opening, "the file is open already", "--start", settings.start,
          "with --regime fresh, first or cold"),
     )  # fmt: skip
-    for found, problem, option, value, allowed in without:
+    for found, problem, option, value, allowed in refused:
         if found:
             raise InputError(problem, field=option, value=value, allowed=allowed)
-
-
-_WAITS = (lambda asked: asked.wait_nominal_s > 0, "without a time for --wait-nominal")
-READS: Reads = MappingProxyType(
-    {
-        "unplugged": _WAITS,
-        "nominal_c": _WAITS,
-    }
-)
-
-
-def _in_regime(settings: BenchSettings, regime: str) -> Iterator[Workload]:
-    opens, lasting = not REGIMES[regime].opened_before, REGIMES[regime].lasting
-    if settings.load and opens:
-        yield Workload("load", regime=regime)
-    for depth in settings.n_depth:
-        sizes = () if lasting else settings.n_prompt
-        yield from (Workload("pp", n_prompt=n, n_depth=depth, regime=regime) for n in sizes if n)
-        yield from (Workload("tg", n_gen=n, n_depth=depth, regime=regime) for n in settings.n_gen if n)
-    sizes = () if lasting else settings.ttft
-    yield from (Workload("ttft", n_prompt=n, n_gen=1, regime=regime) for n in sizes if n)
-    if opens:
-        yield from (Workload("start", n_prompt=n, n_gen=1, regime=regime) for n in settings.start if n)
+    rows: list[Workload] = []
+    for regime in settings.regimes + ((SUSTAINED,) if settings.sustained_s else ()):
+        opens, lasting = not REGIMES[regime].opened_before, REGIMES[regime].lasting
+        if settings.load and opens:
+            rows.append(Workload("load", regime=regime))
+        for depth in settings.n_depth:
+            sizes = () if lasting else settings.n_prompt
+            rows += (Workload("pp", n_prompt=n, n_depth=depth, regime=regime) for n in sizes if n)
+            rows += (Workload("tg", n_gen=n, n_depth=depth, regime=regime) for n in settings.n_gen if n)
+        for kind, sizes in (
+            ("ttft", () if lasting else settings.ttft),
+            ("start", settings.start if opens else ()),
+        ):
+            rows += (Workload(kind, n_prompt=n, n_gen=1, regime=regime) for n in sizes if n)
+    if not rows:
+        raise InputError("nothing to measure", allowed="a size in n_prompt, n_gen, ttft or start, or load")
+    return tuple(dict.fromkeys(rows))

@@ -32,10 +32,9 @@ ROOMS = {
         {"settings"},
     ),
     "runtime_bench": (
-        {"files", "counters", "cgroup", "workload"},
+        {"counters", "workload"},
         {"records"},
         {"engines", "environment", "devices"},
-        {"questions"},
         {"worker", "conditions"},
         {"process"},
         {"native", "browser"},

@@ -95,7 +95,7 @@ def test_a_python_is_found_or_the_error_says_how_to_name_one() -> None:
 
 def test_the_patch_for_llama_cpp_fits_the_source_that_is_installed(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
-    from runtime_bench.native.source import extract_llama, fetch_source
+    from runtime_bench.native.build import extract_llama, fetch_source
 
     source = extract_llama(fetch_source(), tmp_path)
     tool("upstream_patch").apply(source)

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from runtime_bench.native.source import extract_llama, fetch_source
+from runtime_bench.native.build import extract_llama, fetch_source
 
 API_LEVEL = 28
 """As ANDROID_PLATFORM of runtime_bench.native.targets."""

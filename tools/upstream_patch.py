@@ -68,7 +68,7 @@ def main() -> None:
 
 def build(output: Path) -> None:
     """Compile the patched source; the libraries lie in `output` afterwards."""
-    from runtime_bench.native.source import extract_llama, fetch_source
+    from runtime_bench.native.build import extract_llama, fetch_source
 
     output.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="llama-") as scratch:

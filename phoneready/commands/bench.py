@@ -10,12 +10,12 @@ from typing import Annotated
 import typer
 
 from cfsp.errors import InputError, LimitError
-from cfsp.settings import as_read, setting
+from cfsp.settings import setting
 from exporters.onnx.folder import find_graph, is_onnx
 from phoneready.commands.options import JsonOption
-from phoneready.console import note, quiet_libraries, show_progress, warn, write_result
+from phoneready.console import note, quiet_libraries, show_progress, write_result
 from runtime_bench.engines import ENGINES
-from runtime_bench.measuring.matrix import run_matrix
+from runtime_bench.measuring.measure import run_matrix
 from runtime_bench.presentation.comparison_table import format_comparison
 from runtime_bench.presentation.markup import printable
 from runtime_bench.presentation.record_table import format_table, speed_text
@@ -25,7 +25,7 @@ from runtime_bench.records.compare import against_the_first
 from runtime_bench.records.jsonl import append_jsonl, check_appendable, record_to_line
 from runtime_bench.targets.browser import BROWSER_ENGINES
 from runtime_bench.targets.table import ALL_DEVICES, TARGETS, every_target, open_target, parse_target
-from runtime_bench.workload import READS, BenchSettings
+from runtime_bench.workload import BenchSettings
 
 _AS_THEY_COME = "jsonl"
 """The format whose lines are written one by one."""
@@ -82,8 +82,6 @@ def bench(
     for name in on if others else ():  # before it is opened: that may mean to build it
         if parse_target(name)[0].gguf_only:
             raise InputError(f"{name} runs only GGUF files", field="--on", value=str(others[0]))
-    settings, unread = as_read(settings, READS)
-    warn(unread)
     with show_progress() as progress:
         targets = [open_target(name, progress) for name in on]
     names = short_names(map(str, measured))

@@ -16,16 +16,8 @@ from cfsp.errors import InputError, PhonereadyError
 from cfsp.progress import Progress, no_progress
 from exporters.families import FAMILIES
 from runtime_bench.engines import SessionSettings
-from runtime_bench.questions import (
-    Answer,
-    AnswerRequest,
-    Question,
-    Scoring,
-    Spelling,
-    Writing,
-    write_questions,
-)
 from runtime_bench.targets.table import TARGETS, open_target, parse_target
+from runtime_bench.worker import Answer, AnswerRequest, Question, write_questions
 
 if TYPE_CHECKING:
     import torch
@@ -200,7 +192,9 @@ class FarLanguageModel:
         for item in items:
             longest = len(item.context) + max(map(len, item.continuations), default=1) - 1
             check_length(self, longest, "a context with its continuation")
-        answers = self._ask([Scoring(item.context, item.continuations) for item in items])
+        answers = self._ask(
+            [{"context": item.context, "continuations": item.continuations} for item in items]
+        )
         scores = [list(map(Score, one.log_likelihoods, one.greedy)) for one in answers]
         if [len(one) for one in scores] != [len(item.continuations) for item in items]:
             raise PhonereadyError(f"{self.target.name}: some continuations were not scored")
@@ -213,9 +207,9 @@ class FarLanguageModel:
         from cfsp.evaluation.language_model import check_length
 
         check_length(self, max(map(len, prompts), default=0) + max_new_tokens, "a prompt with its answer")
-        ids, ends = tuple(map(tuple, prompts)), self._outline.ends
-        (answer,) = self._ask([Writing(ids, max_new_tokens, tuple(stop_strings), ends)])
-        if len(answer.written) != len(ids):
+        asked = {"prompts": list(map(list, prompts)), "max_new_tokens": max_new_tokens}
+        (answer,) = self._ask([asked | {"stop_strings": list(stop_strings), "ends": self._outline.ends}])
+        if len(answer.written) != len(prompts):
             raise PhonereadyError(f"{self.target.name}: some prompts were not answered")
         return [list(tokens) for tokens in answer.written]
 
@@ -227,7 +221,7 @@ class FarLanguageModel:
         name, spelled = self.target.name, () if self.place else _SPELLED
         with tempfile.TemporaryDirectory(prefix="phoneready-questions-") as folder:
             file = Path(folder) / "questions.jsonl"
-            write_questions(file, [*map(Spelling, spelled), *questions])
+            write_questions(file, [*({"text": text} for text in spelled), *questions])
             request = AnswerRequest(str(self._outline.path), self.runtime, self.session, str(file))
             result = self.target.answer(request, TIMEOUT_S)
         if result.error is not None:

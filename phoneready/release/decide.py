@@ -20,9 +20,7 @@ from phoneready.figures.figures import DENSE, INCONCLUSIVE, PRUNED, FigureSet, s
 from phoneready.figures.gate import differing, judge
 from phoneready.release.collect import benchmark_figures
 from phoneready.release.steps import BENCH_FILE, Steps, bench_named
-from runtime_bench.measuring.measure import SeenFile
-from runtime_bench.measuring.rows import with_more
-from runtime_bench.measuring.text_check import TextCheck
+from runtime_bench.measuring.measure import with_more
 from runtime_bench.records.bench_record import BenchRecord, MeasuredOn
 from runtime_bench.records.fairness import has_speed
 from runtime_bench.records.jsonl import append_jsonl
@@ -130,14 +128,12 @@ def _one_round(
         spread_limit=1e9,  # every sample counts
         **sizes,
     )
-    by_name = {one.model_filename: one for one in rows}
     files = {a.name: a.path for a in steps.artifacts()} | {
         one.model_filename: Path(str(bench.anchor)) for one in rows if one.is_anchor
     }
-    seen = {files[name]: SeenFile(str(one.file_sha256), TextCheck()) for name, one in by_name.items()}
-    names = {str(files[name]): name for name, one in by_name.items() if not one.is_anchor}
+    names = {str(files[one.model_filename]): one.model_filename for one in rows if not one.is_anchor}
     try:
-        more = bench_named(names, bench, settings, target, progress, seen=seen)
+        more = bench_named(names, bench, settings, target, progress)
         why = next((one.failure for one in more if not one.ok), None)
     except PhonereadyError as error:
         more, why = [], str(error)

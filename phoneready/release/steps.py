@@ -47,8 +47,8 @@ from phoneready.release.stages import stage_folder
 from phoneready.settings.schema import BenchConfig, ModelConfig, RecoverConfig, ReleaseConfig
 from phoneready.text import WRITERS, load_calibration
 from runtime_bench.devices.model_facts import FACTS, ModelFacts
-from runtime_bench.files import size_of
-from runtime_bench.measuring.measure import SeenFile, run_bench
+from runtime_bench.engines import size_of
+from runtime_bench.measuring.measure import run_bench
 from runtime_bench.presentation.record_table import speed_text
 from runtime_bench.records.bench_record import DOES_NOT_FIT, BenchRecord
 from runtime_bench.records.jsonl import append_jsonl, read_jsonl
@@ -356,7 +356,6 @@ def bench_named(
     progress: Progress,
     on_record: Callable[[BenchRecord], None] = lambda record: None,
     done: Sequence[BenchRecord] = (),
-    seen: Mapping[Path, SeenFile] | None = None,
 ) -> list[BenchRecord]:
     """Measure files in turns with each other and the anchor, if there is one."""
     anchor = Path(config.anchor) if config.anchor else None
@@ -370,7 +369,6 @@ def bench_named(
         anchor=anchor,
         on_record=on_record,
         done=[dataclasses.replace(one, model_filename=paths[one.model_filename]) for one in done],
-        seen=seen,
     )
     return [dataclasses.replace(r, model_filename=known[r.model_filename]) for r in records]
 

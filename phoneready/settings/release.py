@@ -40,7 +40,6 @@ from phoneready.figures.figures import (
 from phoneready.settings.schema import COUNTED, RecoverConfig, ReleaseConfig
 from phoneready.settings.template import demo_config_text
 from runtime_bench.targets.table import parse_target, target_slug
-from runtime_bench.workload import READS as SAMPLING
 
 GONE: Mapping[str, str] = MappingProxyType(
     {
@@ -55,6 +54,8 @@ GONE: Mapping[str, str] = MappingProxyType(
         "budgets.beside": "at_most with what is left of the limit",
         "bench.idle_s": "nothing: energy is metered while samples run",
         "prune.allocation": "prune.strength = 0 for equal shares",
+        "bench.nominal_c": "wait_nominal_s, which waits for 45 degrees Celsius",
+        "bench.unplugged": "wait_nominal_s, and unplug the device yourself",
         "prune.coarse_metric": "the angular distance, which is the only one",
         "model.trust_remote_code": "nothing: no code of a model folder runs",
         "recover.chat_labels": "recover.loss: distill learns all of a chat, others the answers",
@@ -324,7 +325,6 @@ def _as_read(config: ReleaseConfig) -> ReleaseConfig:
     rows: list[tuple[str, Reads, tuple[Any, ...]]] = [
         ("evaluate", JUDGING, ()),
         ("export", FILES, ()),
-        ("bench", SAMPLING, ()),
         ("prune", PRUNING, ()),
         ("prune", COUNTED, (bool(config.prune.vocabulary),)),
     ]

@@ -1,11 +1,16 @@
 """The script that samples a machine's conditions while a process measures on it, for any POSIX shell.
 
-It is the same here and on other machines. The shell itself reads the files and starts no program but `sleep`. Services
-(Android's dumpsys) are asked in the first, the last and every 20th sample: an answer costs a hundred times as much as a
-file. Energy meters are read between the samples.
+It is the same here, where `Watcher` runs it, and on other machines. The shell itself reads the files and starts no
+program but `sleep`. Services (Android's dumpsys) are asked in the first, the last and every 20th sample: an answer
+costs a hundred times as much as a file. Energy meters are read between the samples.
 """
 
 from __future__ import annotations
+
+import contextlib
+import subprocess
+import tempfile
+from types import TracebackType
 
 from runtime_bench.records.reported import INTERVAL_S, METER_S
 
@@ -22,15 +27,9 @@ METERS, UNREADABLE, FACT, READING = "meters", "unreadable", "fact", "reading"
 """Begin lines on meters: the files in the order of their readings; a file that may not be read; a file that does not
 change, and its text; uptime before and after a round of readings, and these."""
 
-_ONCE = '"$base"/sys/class/power_supply/*/type "$base"/sys/class/power_supply/*/scope'
-_EVERY_TIME = (
-    "/proc/uptime /proc/stat "
-    '"$base"/sys/class/power_supply/*/capacity "$base"/sys/class/power_supply/*/status '
-    '"$base"/sys/class/power_supply/*/online '
-    "/sys/firmware/acpi/platform_profile"
-)
-
 _RAPL, _SUPPLY = '"$base"/sys/class/powercap/intel-rapl:*', '"$base"/sys/class/power_supply/*'
+_ONCE = f"{_SUPPLY}/type {_SUPPLY}/scope"
+_EVERY_TIME = f"/proc/uptime /proc/stat {_SUPPLY}/status {_SUPPLY}/online /sys/firmware/acpi/platform_profile"
 _FACTS = f"{_RAPL}/name {_RAPL}/max_energy_range_uj {_SUPPLY}/type {_SUPPLY}/scope"
 
 FUNCTIONS = rf"""
@@ -183,7 +182,6 @@ sample() {{
     extreme_clock -lt scaling_max_freq
     extreme_clock -gt scaling_cur_freq
     hottest
-    chosen_lines /proc/meminfo MemAvailable:
     if test "$1"; then
         first_lines "/proc/$1/stat"
         test -r "/proc/$1/cgroup" && find_groups "$1"
@@ -223,3 +221,48 @@ meters."""
 
 WATCH = FUNCTIONS + '\nwatch "$1" "$2"\n'
 """Arguments: the process, or nothing; anything to read energy meters."""
+SHELL = ("sh", "-c", WATCH, "phoneready")
+NOT_LINUX = "this system has no /proc"
+_ENDS_S = 5.0
+"""How long the last look may take."""
+
+
+class Watcher:
+    """Looks at this machine from `watch` on until the end of the `with` block; `metered`: at energy meters, too.
+
+    Attributes:
+        text: What the looks saw, after the end.
+        problem: Why there are none, if so.
+    """
+
+    def __init__(self, *, metered: bool = False) -> None:
+        self.text, self.problem = "", ""
+        self._metered = metered
+        self._shell: subprocess.Popen[bytes] | None = None
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115  (closed at the end of the block)
+
+    def __enter__(self) -> Watcher:
+        return self
+
+    def watch(self, pid: int) -> None:
+        """Begin to look at a process."""
+        command = [*SHELL, str(pid), *(["metered"] if self._metered else [])]
+        try:
+            self._shell = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=self._output, stderr=subprocess.DEVNULL
+            )
+        except OSError:
+            self.problem = NOT_LINUX
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._shell is not None:
+            self._shell.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._shell.wait(_ENDS_S)
+            self._shell.kill()
+            self._shell.wait()
+        self._output.seek(0)
+        self.text = self._output.read().decode("utf-8", "replace")
+        self._output.close()

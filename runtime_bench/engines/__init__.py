@@ -1,24 +1,29 @@
 """Engines: the runtimes that an exported file is measured in.
 
-A row of ENGINES names the adapter's module; its import happens when it is used, so that a
-measuring process holds nothing but its own engine. Other distributions add rows by entry point (cfsp.plugins).
+A row of ENGINES names the adapter's module, which is imported when it is used, so that a measuring process holds only
+its own engine. Other distributions add rows by entry point (cfsp.plugins).
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from cfsp import plugins
-from cfsp.errors import InputError, require_extra
+from cfsp.errors import InputError, LimitError, require_extra
 from exporters.gguf.cache_types import MEASURED_CACHES
-from runtime_bench.files import size_of
 from runtime_bench.records.reported import EngineSettings
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+_DATA_SUFFIXES, _LAST = ("_data", ".data"), "_last.onnx"
 
 
 @dataclass(frozen=True)
@@ -29,22 +34,20 @@ class SessionSettings:
     n_threads: int  # Threads for prompt and generation
     n_batch: int  # Most tokens given to the engine at once
     n_ubatch: int  # Most tokens computed at once
-    # Of the key-value cache, one of the engine's `cache_types`; None for its own choice
-    cache_type: str | None = None
-    # What shall compute, in small letters; None for the processor, where an engine that cannot take it
-    # computes, too
-    backend: str | None = None
-    # Texts that the context holds at once, which may begin alike; engines that hold one read them in turn
-    n_seq: int = 1
+    cache_type: str | None = (
+        None  # Of keys and values, one of the engine's `cache_types`; None for its own choice
+    )
+    backend: str | None = None  # What shall compute, in small letters; None for the processor
+    n_seq: int = 1  # Texts that the context holds at once; engines that hold one read them in turn
 
 
 @dataclass(frozen=True)
 class EngineFacts:
     """What an engine says about itself and the open file; unknown is None."""
 
-    model_type: str | None = None  # The engine's description of the model
+    model_type: str | None = None
     model_size: int | None = None  # Bytes of all weights
-    model_n_params: int | None = None  # Number of weights
+    model_n_params: int | None = None
     backends: str | None = None  # Where it computes: CPU, or what does beside it
     build_commit: str | None = None  # Source revision of the engine
     versions: dict[str, str] = field(default_factory=dict)  # Names of libraries to their versions
@@ -52,9 +55,67 @@ class EngineFacts:
     settings: EngineSettings = field(default_factory=EngineSettings)  # How it computes
 
 
+def files_of(path: Path) -> list[Path]:
+    """A model file and, for ONNX, its external data: `model.onnx` with `model.onnx_data` or `model.onnx.data`.
+
+    `model_last.onnx` shares the data of `model.onnx`.
+    """
+    if path.suffix != ".onnx":
+        return [path]
+    owner = path.name.removesuffix(_LAST) + ".onnx" if path.name.endswith(_LAST) else path.name
+    beside = (path.with_name(owner + suffix) for suffix in _DATA_SUFFIXES)
+    return [path, *(file for file in beside if file.is_file())]
+
+
+def size_of(path: Path) -> int:
+    """Bytes of all files of a model."""
+    return sum(file.stat().st_size for file in files_of(path))
+
+
 def file_facts(path: Path, backends: str, versions: dict[str, str]) -> EngineFacts:
     """What is known of an open file whose engine says nothing of it."""
     return EngineFacts(path.stem, size_of(path), backends=backends, versions=versions)
+
+
+def continuation_scores(
+    pieces: Iterable[npt.NDArray[np.float32]], continuations: Sequence[Sequence[int]]
+) -> list[tuple[float, bool]]:
+    """For each continuation ln p of its tokens, in nats and float64, and whether each is the likeliest.
+
+    Args:
+        pieces: Rows of logits (k, vocab_size) after the context, then after all tokens but the last of each
+            continuation in turn.
+        continuations: Token ids, at least one each.
+
+    Raises:
+        LimitError: Logits that are not finite.
+    """
+    import numpy as np
+
+    first = [(number, tokens[0]) for number, tokens in enumerate(continuations)]
+    later = [[(number, token)] for number, tokens in enumerate(continuations) for token in tokens[1:]]
+    predicted = iter([first, *later])
+    sums, is_greedy = [0.0] * len(continuations), [True] * len(continuations)
+    for piece in pieces:
+        most = piece.max(-1).astype(np.float64)
+        if not np.isfinite(most).all():
+            raise LimitError("the model gives logits that are not finite")
+        totals = most + np.log(np.exp(piece - most[:, None]).sum(-1))
+        for row, total, best in zip(piece, totals, piece.argmax(-1), strict=True):
+            for number, token in next(predicted):
+                sums[number] += float(row[token] - total)
+                is_greedy[number] = is_greedy[number] and int(best) == token
+    return list(zip(sums, is_greedy, strict=True))
+
+
+def ends_at(decode: Callable[[list[int]], str], stop_strings: Sequence[str]) -> Callable[[list[int]], bool]:
+    """Whether the text of some tokens has one of the strings in it, as a function of the tokens."""
+
+    def is_over(tokens: list[int]) -> bool:
+        text = decode(tokens) if stop_strings else ""
+        return any(stop in text for stop in stop_strings)
+
+    return is_over
 
 
 class Vocabulary(Protocol):
@@ -120,20 +181,21 @@ class EngineAdapter(Protocol):
         """Import the engine's libraries, so that their cost is in no measurement."""
 
     def open_session(self, path: Path, settings: SessionSettings) -> Session:
-        """Open a file; raises InputError where the engine cannot."""
+        """Open a file; raises InputError if the engine cannot."""
 
 
 @dataclass(frozen=True)
 class EngineSpec:
     """Where an engine's adapter is and what it needs."""
 
-    module: str  # Adapter with `prepare()` and `open_session(path, settings)`
+    module: str  # The adapter's
     package: str  # Import name of the runtime
     distribution: str  # What it is called where it is installed from
     suffix: str  # Of the files it runs; the first engine for a suffix is the default
-    extra: str = ""  # Extra of phoneready that brings it; empty where none does
-    # What its worker imports in the Python of another machine; empty where it runs on this one alone
-    far_packages: tuple[str, ...] = ()
+    extra: str = ""  # Extra of phoneready that brings it
+    far_packages: tuple[
+        str, ...
+    ] = ()  # Imported by its worker on another machine; empty if it runs only here
     cache_types: tuple[str, ...] = ()  # Types of the key-value cache that can be asked for
     answers: bool = False  # Whether its sessions are of `AnsweringSession`
 
@@ -180,13 +242,13 @@ def engine_for(path: Path) -> str:
     Raises:
         InputError: No engine runs files of this kind.
     """
-    known: list[str] = []
-    for name in (*ENGINES, *plugins.load_plugins(plugins.ENGINES, ENGINES)):
-        known.append(engine_spec(name).suffix)
-        if known[-1] == path.suffix.lower():
-            return name
-    allowed = ", ".join(dict.fromkeys(known))
-    raise InputError(f"no engine runs {path.name}", field="file", value=str(path), allowed=allowed)
+    names = (*ENGINES, *plugins.load_plugins(plugins.ENGINES, ENGINES))
+    suffixes = {name: engine_spec(name).suffix for name in names}
+    found = next((name for name in names if suffixes[name] == path.suffix.lower()), None)
+    if found is None:
+        allowed = ", ".join(dict.fromkeys(suffixes.values()))
+        raise InputError(f"no engine runs {path.name}", field="file", value=str(path), allowed=allowed)
+    return found
 
 
 def check_cache(engine: str, cache_type: str | None) -> None:
@@ -204,16 +266,6 @@ def check_cache(engine: str, cache_type: str | None) -> None:
             value=cache_type,
             allowed=", ".join(types) or "without it",
         )
-
-
-def check_engine(engine: str) -> EngineSpec:
-    """Check that an engine is known, be it installed or not.
-
-    Raises:
-        InputError: Unknown engine, or plugins of one name.
-    """
-    plugins.load_plugins(plugins.ENGINES, ENGINES)
-    return engine_spec(engine)
 
 
 def engine_spec(engine: str) -> EngineSpec:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 from cfsp.errors import InputError
 from exporters.gguf.cache_types import DEFAULT_CACHE
@@ -19,13 +18,10 @@ from exporters.gguf.runtime import (
     system_info,
     write_together,
 )
-from runtime_bench.engines import EngineFacts, Session, SessionSettings
-from runtime_bench.engines.scoring import continuation_scores, ends_at
+from runtime_bench.engines import EngineFacts, Session, SessionSettings, continuation_scores, ends_at
 from runtime_bench.records.reported import EngineSettings
 
 _DISTRIBUTION = "llama-cpp-python"
-_ON_GPU = MappingProxyType({None: False, "cpu": False, "gpu": True})
-"""What can be asked to compute, and whether it is a GPU."""
 
 
 class LlamaCppSession:
@@ -40,7 +36,6 @@ class LlamaCppSession:
 
     @property
     def facts(self) -> EngineFacts:
-        """What llama.cpp says about itself and the file."""
         return EngineFacts(
             model_type=self._model.description,
             model_size=self._model.size_bytes,
@@ -60,17 +55,14 @@ class LlamaCppSession:
         )
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids, with the start token where the file asks for one."""
         return self._model.tokenize(text, add_special=True)
 
     def sample(self) -> int:
-        """The likeliest token after the last one."""
         return int(self._model.last_logits().argmax())
 
     def score(
         self, context: Sequence[int], continuations: Sequence[Sequence[int]]
     ) -> list[tuple[float, bool]]:
-        """See `AnsweringSession`; the context belongs to the sequences of all continuations at once."""
         lengths = [len(continuation) - 1 for continuation in continuations]
         scores: list[tuple[float, bool]] = []
         most = 1 if self._model.is_recurrent else self._n_seq
@@ -86,7 +78,6 @@ class LlamaCppSession:
         stop_strings: Sequence[str],
         ends: Sequence[int],
     ) -> list[list[int]]:
-        """See `AnsweringSession`; the file says what ends a text."""
         is_over = ends_at(self._model.detokenize, stop_strings)
         lengths = [len(prompt) + max_new_tokens for prompt in prompts]
         written: list[list[int]] = []
@@ -106,10 +97,10 @@ def open_session(path: Path, settings: SessionSettings) -> Session:
     Raises:
         InputError: llama.cpp cannot load it, or something else than its processor or GPU is to compute.
     """
-    if settings.backend not in _ON_GPU:
-        names = ", ".join(filter(None, _ON_GPU))
+    backend = settings.backend or "cpu"
+    if backend not in ("cpu", "gpu"):
         raise InputError(
-            "llama.cpp knows no such backend", field="backend", value=settings.backend, allowed=names
+            "llama.cpp knows no such backend", field="backend", value=backend, allowed="cpu, gpu"
         )
     context = Context(
         settings.n_ctx,
@@ -118,5 +109,5 @@ def open_session(path: Path, settings: SessionSettings) -> Session:
         settings.cache_type or DEFAULT_CACHE,
         settings.n_seq,
     )
-    on_gpu = _ON_GPU[settings.backend]
-    return LlamaCppSession(open_model(path, context, n_threads=settings.n_threads, on_gpu=on_gpu), settings)
+    model = open_model(path, context, n_threads=settings.n_threads, on_gpu=backend == "gpu")
+    return LlamaCppSession(model, settings)

@@ -19,8 +19,14 @@ from exporters.onnx.runtime import (
     runtime_version,
     write,
 )
-from runtime_bench.engines import EngineFacts, Session, SessionSettings, file_facts
-from runtime_bench.engines.scoring import continuation_scores, ends_at
+from runtime_bench.engines import (
+    EngineFacts,
+    Session,
+    SessionSettings,
+    continuation_scores,
+    ends_at,
+    file_facts,
+)
 from runtime_bench.records.reported import EngineSettings
 
 
@@ -40,32 +46,27 @@ class OnnxRuntimeSession:
 
     @property
     def facts(self) -> EngineFacts:
-        """What ONNX Runtime says about itself, and what the files say."""
         name, version = runtime_version().split(" ")
         providers = self._model.providers
         facts = file_facts(self._model.path, ", ".join(sorted(providers)) or "CPU", {name: version})
         return replace(facts, settings=EngineSettings(self._model.cache_type, providers=providers))
 
     def decode(self, tokens: Sequence[int]) -> None:
-        """Append tokens to the context, piece by piece."""
         step = self._model.n_batch
         for start in range(0, len(tokens), step):
             self._logits = self._model.decode(tokens[start : start + step])
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids, with the start token where the tokenizer adds one."""
         ids: list[int] = self._tokenizer.encode(text).ids
         return ids
 
     def sample(self) -> int:
-        """The likeliest token after the last one."""
         assert self._logits is not None  # something was decoded
         return int(self._logits[-1].argmax())
 
     def score(
         self, context: Sequence[int], continuations: Sequence[Sequence[int]]
     ) -> list[tuple[float, bool]]:
-        """See `AnsweringSession`."""
         return continuation_scores([continuation_rows(self._model, context, continuations)], continuations)
 
     def write(
@@ -75,7 +76,6 @@ class OnnxRuntimeSession:
         stop_strings: Sequence[str],
         ends: Sequence[int],
     ) -> list[list[int]]:
-        """See `AnsweringSession`; one prompt after the other."""
         is_over = ends_at(partial(self._tokenizer.decode, skip_special_tokens=False), stop_strings)
         return [write(self._model, prompt, max_new_tokens, frozenset(ends), is_over) for prompt in prompts]
 

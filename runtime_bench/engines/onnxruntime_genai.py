@@ -32,17 +32,14 @@ class GenAISession:
 
     @property
     def facts(self) -> EngineFacts:
-        """What GenAI says about itself, and what the files say."""
         return file_facts(self._path, "CPU", {"onnxruntime-genai": self._genai.__version__})
 
     def clear(self) -> None:
-        """Forget the context."""
         parameters = self._genai.GeneratorParams(self._model)
         parameters.set_search_options(max_length=self._settings.n_ctx, do_sample=False)
         self._generator: Any = self._genai.Generator(self._model, parameters)
 
     def decode(self, tokens: Sequence[int]) -> None:
-        """Append tokens to the context, piece by piece."""
         step = min(self._settings.n_batch, self._settings.n_ubatch, PREFILL_TOKENS)
         for start in range(0, len(tokens), step):
             self._generator.append_tokens(list(tokens[start : start + step]))
@@ -52,12 +49,10 @@ class GenAISession:
         return [int(token) for token in self._tokenizer.encode(text)]
 
     def sample(self) -> int:
-        """The likeliest token after the last one."""
         self._generator.generate_next_token()
         return int(self._generator.get_next_tokens()[0])
 
     def close(self) -> None:
-        """Let generator and model go."""
         self._generator = self._model = None
 
 

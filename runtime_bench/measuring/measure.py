@@ -1,36 +1,65 @@
 """Measure files against each other: interleaved, each sample's process fresh, nothing left out.
 
-For each thread count and workload, round follows round and each round runs every file once (A B A B), each
-time in a new process that opens the file, warms up, and takes `samples_per_process` samples. With the default
-of one, each sample costs a start of Python, a load and a warm-up: for a file of some hundred megabytes about
-as much time as the sample itself, and it makes loads and peaks of memory as many independent samples as there
-are timings.
+For each thread count and workload, round follows round and each round runs every file once (A B A B), each time in a
+new process that opens the file, warms up and takes `samples_per_process` samples. The default of one costs a start of
+Python, a load and a warm-up a sample, and gives as many independent loads and peaks of memory as timings.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from cfsp.errors import InputError, PhonereadyError
 from cfsp.files import sha256_file
 from cfsp.progress import Progress, no_progress
-from runtime_bench.engines import check_cache
-from runtime_bench.measuring.nominal import wait_nominal
-from runtime_bench.measuring.rows import MeasuredFile, Row, Session, record_of, row_of, shares
+from runtime_bench.engines import EngineFacts, SessionSettings, check_cache, size_of
 from runtime_bench.measuring.text_check import TextCheck, check_text
-from runtime_bench.records.bench_record import BenchRecord
+from runtime_bench.records import summary
+from runtime_bench.records.bench_record import MEMORY_VERDICTS, BenchRecord, Environment
+from runtime_bench.records.fairness import CAP_LIMIT
+from runtime_bench.records.reported import Conditions
 from runtime_bench.targets import LOCAL, Target
-from runtime_bench.targets.transport import StoppedError
+from runtime_bench.targets.far_shell import StoppedError
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import REGIMES, BenchSettings, Workload, workloads_of
 
 logger = logging.getLogger(__name__)
+NOMINAL_C = 45.0
+"""Above this a thermal zone is not nominal."""
+_POLL_S = 2.0
+
+
+@dataclass
+class Row:
+    """One file, workload and thread count while it is measured, in the order taken."""
+
+    request: WorkerRequest  # To each process, but for the number of its samples
+    sha256: str
+    check: TextCheck
+    results: list[WorkerResult] = field(default_factory=list)
+    sequence: list[int] = field(default_factory=list)  # For each sample the number of its process
+    started: str | None = None  # UTC time at which the first process began
+
+    @property
+    def failure(self) -> str | None:
+        """Why a process failed, the first that did."""
+        return next((r.error for r in self.results if r.error), None)
+
+    @property
+    def samples_ns(self) -> list[int]:
+        return [ns for result in self.results for ns in result.samples_ns]
 
 
 def run_bench(
@@ -42,47 +71,37 @@ def run_bench(
     target: Target = LOCAL,
     anchor: Path | None = None,
     on_record: Callable[[BenchRecord], None] = lambda record: None,
-    seen: Mapping[Path, SeenFile] | None = None,
     done: Sequence[BenchRecord] = (),
 ) -> list[BenchRecord]:
     """Measure every workload on every file.
 
-    A row whose samples spread too widely (p90 / p50 over `settings.spread_limit`) is set aside and measured
-    once more, together with the same row of the other files, so that the comparison stays interleaved; its
-    record says so.
+    A row whose samples spread too widely (p90 / p50 over `settings.spread_limit`) is set aside and measured once more,
+    together with the same row of the other files; its record says so.
 
     Args:
         files: Exported model files.
         settings: What to measure and how often.
         progress: Told after each process.
-        engine: Name of an engine; each file's default one on the target unless given.
+        engine: Key of ENGINES; each file's default one on the target unless given.
         target: Where to measure.
         anchor: A file that takes turns with the others, by which other sessions can be compared with this one.
-        on_record: Called with each record as soon as it is complete, so that an interrupted session loses
-            little.
-        seen: What `look_at` saw of the files, where that was done before.
-        done: Rows that were measured before on this target. Where all files have theirs, they are not measured again;
-            where one fails now, the earlier one stands.
+        on_record: Called with each record as soon as it is complete.
+        done: Rows measured before on this target. Rows that all files have are not measured again; if one fails now,
+            the earlier one stands.
 
     Returns:
-        One record for each thread count, workload and file, in this order, the anchor last. A row that could not be
-        measured is there, with the reason.
+        One record for each thread count, workload and file, in this order, the anchor last. Rows that could not be
+        measured have the reason.
 
     Raises:
         InputError: No file, a file that does not exist, an anchor that is one of the files, an engine that cannot run
             there, or nothing to measure.
     """
     workloads = workloads_of(settings)
-    check_files(files, anchor)
-    files = [*files, anchor] if anchor else files
-    engines = engines_on(target, files, settings, engine)
-    seen = look_at(files, settings) if seen is None else seen
-    measured = tuple(
-        MeasuredFile(path, seen[path].sha256, engine, seen[path].check)
-        for path, engine in zip(files, engines, strict=True)
-    )
-    session = Session(measured, settings, target, measured[-1] if anchor else None)
-    machine = target.environment()
+    engines = _check(files, settings, target, engine, anchor)
+    paths = [*files, *([anchor] if anchor else [])]
+    seen = [look_at(path, settings) for path in paths]
+    session, machine = uuid.uuid4().hex, target.environment()
     known = {
         (one.n_threads, one.timed, one.model_filename, one.file_sha256): one
         for one in done
@@ -91,15 +110,68 @@ def run_bench(
     cores = machine.cpus_usable or max((one.n_threads for one in done), default=None)
     groups = [(threads, workload) for threads in settings.threads(cores) for workload in workloads]
     before = {
-        group: [known.get((*group, str(file.path), file.sha256)) for file in measured] for group in groups
+        group: [known.get((*group, str(path), sha256)) for path, (sha256, _) in zip(paths, seen, strict=True)]
+        for group in groups
     }
-    processes = sum(len(shares(settings, group[1])) for group in groups if None in before[group])
-    counter = _Counter(progress, processes * len(files))
+    total = sum(len(shares(settings, group[1])) for group in groups if None in before[group]) * len(paths)
+    numbers, taken = itertools.count(), 0
+
+    def interleave(rows: Sequence[Row]) -> None:
+        """A B A B; a file that failed is not tried again."""
+        nonlocal taken
+        tried = [row for row in rows if row.failure is None]
+        for samples in shares(settings, rows[0].request.workload):
+            for row in tried:
+                if row.failure is None:
+                    _run_once(target, settings, row, samples, next(numbers))
+                taken += 1
+                progress("measuring", taken, total)
+
     records = []
     for threads, workload in groups:
         rows = before[threads, workload]
         if None in rows:
-            now = _measure_group(session, workload, threads, counter)
+            environment, regime = target.environment(), REGIMES[workload.regime]
+            session_settings = SessionSettings(
+                workload.n_ctx,
+                threads,
+                settings.n_batch,
+                settings.n_ubatch,
+                settings.cache_type,
+                settings.backend,
+            )
+            first = [
+                Row(
+                    WorkerRequest(
+                        path=str(path),
+                        engine=name,
+                        workload=workload,
+                        session=session_settings,
+                        warmup=settings.warmup and regime.warmup and not workload.opens,
+                        seconds=settings.sustained_s if regime.lasting else 0.0,
+                        seed=settings.seed,
+                        energy=settings.energy and workload.is_rate,
+                        page_cache=regime.page_cache or ("warm" if workload.opens else "as_found"),
+                    ),
+                    *look,
+                )
+                for path, name, look in zip(paths, engines, seen, strict=True)
+            ]
+            interleave(first)
+            last = first
+            steady = not regime.lasting  # else the spread is what was asked for
+            spreads = (summary.spread(row.samples_ns) or 1.0 for row in first if row.failure is None)
+            if steady and any(spread > settings.spread_limit for spread in spreads):
+                logger.info("%s: samples spread widely, measuring once more", workload.test)
+                last = [row if row.failure else Row(row.request, row.sha256, row.check) for row in first]
+                again = sum(row.failure is None for row in last)
+                total += again * len(shares(settings, workload))
+                interleave(last)
+            anchor_sha256 = seen[-1][0] if anchor else None
+            now = [
+                _record_of(row, old, session, settings, target, environment, anchor_sha256, path is anchor)
+                for path, row, old in zip(paths, last, first, strict=True)
+            ]
             rows = [old if old and not new.ok else new for old, new in zip(rows, now, strict=True)]
         for record in filter(None, rows):
             records.append(record)
@@ -107,178 +179,302 @@ def run_bench(
     return records
 
 
-@dataclass(frozen=True)
-class SeenFile:
-    """What is seen of a file on this machine, wherever it is measured."""
-
-    sha256: str
-    check: TextCheck  # What it writes; empty where that was not asked for
-
-
-def look_at(files: Sequence[Path], settings: BenchSettings) -> dict[Path, SeenFile]:
-    """Hash each file and, where that is asked for, let it write.
-
-    Raises:
-        InputError: A file cannot be read.
-    """
-    try:
-        return {path: SeenFile(sha256_file(path), _check_text(path, settings)) for path in files}
-    except OSError as error:
-        raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
-
-
-def _check_text(path: Path, settings: BenchSettings) -> TextCheck:
-    check = check_text(path, settings.timeout_s, settings.cache_type) if settings.check_text else TextCheck()
-    if check.problem:
-        logger.warning("%s: its text could not be checked: %s", path.name, check.problem)
-    return check
-
-
-@dataclass
-class _Counter:
-    """Numbers the processes of a session and reports them."""
-
-    progress: Progress
-    total: int
-    numbers: Iterator[int] = field(default_factory=itertools.count)
-    done: int = 0
-
-    def step(self) -> None:
-        self.done += 1
-        self.progress("measuring", self.done, self.total)
-
-
-def _measure_group(
-    session: Session, workload: Workload, threads: int, counter: _Counter
+def run_matrix(
+    files: Sequence[Path],
+    settings: BenchSettings,
+    targets: Sequence[Target],
+    progress: Progress = no_progress,
+    *,
+    engine: str | None = None,
+    anchor: Path | None = None,
+    on_record: Callable[[BenchRecord], None] = lambda record: None,
 ) -> list[BenchRecord]:
-    environment = session.target.environment()
-    rows = first = [row_of(session, file, workload, threads) for file in session.files]
-    _interleave(session, rows, counter)
-    steady = not REGIMES[workload.regime].lasting  # else the spread is what was asked for
-    if steady and any(row.failure is None and row.spread > session.settings.spread_limit for row in rows):
-        logger.info("%s: samples spread widely, measuring once more", workload.test)
-        rows = [row if row.failure else Row(row.file, row.request) for row in first]
-        again = sum(row.failure is None for row in rows)
-        counter.total += again * len(shares(session.settings, workload))
-        _interleave(session, rows, counter)
-    return [record_of(session, row, before, environment) for row, before in zip(rows, first, strict=True)]
+    """`run_bench` on every target; what cannot be measured is a failed row, and the rest goes on.
 
+    Other machines are measured at the same time, each in a thread that does little but wait. This machine's own targets
+    follow one by one: nothing else is done here while it is measured. `on_record` is called from one thread at a time.
 
-def _interleave(session: Session, rows: Sequence[Row], counter: _Counter) -> None:
-    """A B A B; a file that failed is not tried again."""
-    tried = [row for row in rows if row.failure is None]
-    for samples in shares(session.settings, rows[0].request.workload):
-        for row in tried:
-            if row.failure is None:
-                _measure_once(session, row, samples, next(counter.numbers))
-            counter.step()
-
-
-def _measure_once(session: Session, row: Row, samples: int, number: int) -> None:
-    if session.settings.delay_s:
-        time.sleep(session.settings.delay_s)
-    why = _not_ready(session, row)
-    row.started = row.started or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    if why is None:
-        request = replace(row.request, samples=samples)
-        timeout_s = session.settings.timeout_s + request.seconds
-        result = _for_so_long(request, _as_asked(request, session.target.run(request, timeout_s)))
-    else:
-        result = WorkerResult(error=why)
-    row.results.append(result)
-    row.sequence += [number] * len(result.samples_ns)
-    if result.error:
-        what = row.file.path.name, row.request.workload.test
-        logger.warning("%s: %s %s failed: %s", session.target.name, *what, result.error)
-
-
-def _not_ready(session: Session, row: Row) -> str | None:
-    """Why a process of a row cannot begin as it should; None where it can."""
-    try:
-        if REGIMES[row.request.workload.regime].pushed:
-            session.target.forget(row.file.path)
-    except StoppedError:
-        raise
-    except PhonereadyError as error:
-        return f"no first run: {error}"
-    return wait_nominal(session.target, session.settings) if session.settings.wait_nominal_s else None
-
-
-def _as_asked(request: WorkerRequest, result: WorkerResult) -> WorkerResult:
-    """The result; a failure where an engine did not heed the type of cache that it was asked for."""
-    asked = request.session.cache_type
-    if asked is None or result.facts is None or result.facts.settings.cache_type == asked:
-        return result
-    found = result.facts.settings.cache_type or "one that it does not name"
-    return WorkerResult(error=f"a cache of {asked} was asked for, and {request.engine} had {found}")
-
-
-def _for_so_long(request: WorkerRequest, result: WorkerResult) -> WorkerResult:
-    """The result; a failure where samples were to be taken for a time and were not."""
-    if result.error or not request.seconds:
-        return result
-    if result.lasted_ns is None:
-        return replace(result, error="what measures there takes samples by number, not for a given time")
-    if result.lasted_ns < request.seconds * 1e9:
-        taken = f"{len(result.samples_ns)} samples, which are all that a record holds"
-        why = f"{taken}, took {result.lasted_ns / 1e9:.1f} of {request.seconds:g} s: more tokens make longer ones"
-        return replace(result, error=why)
-    return result
-
-
-def engines_on(
-    target: Target, files: Sequence[Path], settings: BenchSettings, engine: str | None = None
-) -> tuple[str, ...]:
-    """The engine of each file on a target, checked before anything is measured.
+    Returns:
+        The records of each target, in the order of the targets.
 
     Raises:
-        InputError: Something that is asked for cannot be there.
+        InputError: As `run_bench` does, before anything is measured.
+    """
+    from runtime_bench.targets.remote import Remote
+
+    for target in targets:
+        _check(files, settings, target, engine, anchor)
+    for path in [*files, *([anchor] if anchor else [])]:
+        look_at(path, settings)  # in turn, before the threads want them
+    lock = threading.Lock()
+
+    def keep(record: BenchRecord) -> None:
+        with lock:
+            on_record(record)
+
+    def measure(target: Target) -> list[BenchRecord]:
+        def report(description: str, done: int, total: int) -> None:
+            progress(description if len(targets) == 1 else f"{target.name} {description}", done, total)
+
+        if isinstance(target, Remote):
+            target.progress = report
+        return run_bench(files, settings, report, engine=engine, target=target, anchor=anchor, on_record=keep)
+
+    remotes = [target for target in targets if isinstance(target, Remote)]
+    with ThreadPoolExecutor(max(1, len(remotes))) as pool:
+        futures = {id(remote): pool.submit(measure, remote) for remote in remotes}
+        try:
+            by_target = {key: future.result() for key, future in futures.items()}
+        except BaseException:  # Ctrl-C among them: what runs elsewhere is ended before anybody waits for it
+            for remote in remotes:
+                remote.stop()
+            raise
+    for target in targets:
+        if id(target) not in by_target:
+            by_target[id(target)] = measure(target)
+    return [record for target in targets for record in by_target[id(target)]]
+
+
+def _check(
+    files: Sequence[Path], settings: BenchSettings, target: Target, engine: str | None, anchor: Path | None
+) -> list[str]:
+    """The engine of each file and of the anchor, if all can be measured there.
+
+    Raises:
+        InputError: Something that is asked for cannot be there, or a file is not there.
         PhonereadyError: An engine is not installed, or never runs there.
     """
-    engines = tuple(engine or target.default_engine(path) for path in files)
+    if not files:
+        raise InputError("no file to measure", allowed="one or more exported model files")
+    if anchor in files:
+        raise InputError("is measured already", field="--anchor", value=str(anchor), allowed="another file")
+    paths = [*files, *([anchor] if anchor else [])]
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        raise InputError(f"no such file: {', '.join(missing)}")
+    engines = [engine or target.default_engine(path) for path in paths]
     for name in engines:
         target.require(name)
         check_cache(name, settings.cache_type)
-    _check_target(settings, target)
-    return engines
-
-
-def _check_target(settings: BenchSettings, target: Target) -> None:
-    """Refuse what a target cannot do; one of an earlier version may lack what `Target` has got since.
-
-    Raises:
-        InputError: A regime that wants files pushed, a time that samples are taken for, or a wait until it is nominal.
-    """
-    if settings.sustained_s and not getattr(target, "lasts", True):
+    if settings.sustained_s and not target.lasts:
         raise InputError(
             f"{target.name} takes samples by number, not for a given time",
             field="--sustained",
             value=settings.sustained_s,
             allowed="another place",
         )
-    if settings.wait_nominal_s and not hasattr(target, "conditions"):
-        raise InputError(
-            f"nobody can look at {target.name}",
-            field="--wait-nominal",
-            value=settings.wait_nominal_s,
-            allowed="a target with `conditions`",
-        )
     pushed = [name for name in settings.regimes if REGIMES[name].pushed]
-    if pushed and not getattr(target, "pushes", False):
+    if pushed and not target.pushes:
         raise InputError(
             f"no file is pushed to {target.name}",
             field="--regime",
             value=pushed[0],
             allowed="--on ssh:HOST, --on adb:SERIAL",
         )
+    return engines
 
 
-def check_files(files: Sequence[Path], anchor: Path | None) -> None:
-    """Raise InputError for no file, one that does not exist, or an anchor that is one of the files."""
-    if anchor in files:
-        raise InputError("is measured already", field="--anchor", value=str(anchor), allowed="another file")
-    if not files:
-        raise InputError("no file to measure", allowed="one or more exported model files")
-    missing = [str(path) for path in (*files, anchor) if path and not path.is_file()]
-    if missing:
-        raise InputError(f"no such file: {', '.join(missing)}")
+def look_at(path: Path, settings: BenchSettings) -> tuple[str, TextCheck]:
+    """SHA-256 of a file and, if it is asked for, what it writes; once as long as the file does not change.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    try:
+        status = path.stat()
+        asked = (settings.timeout_s, settings.cache_type) if settings.check_text else None
+        return _hash(path, status.st_size, status.st_mtime_ns), _write(
+            path, status.st_size, status.st_mtime_ns, asked
+        )
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
+
+
+@functools.lru_cache
+def _hash(path: Path, size: int, mtime_ns: int) -> str:
+    return sha256_file(path)
+
+
+@functools.lru_cache
+def _write(path: Path, size: int, mtime_ns: int, asked: tuple[float, str | None] | None) -> TextCheck:
+    check = check_text(path, *asked) if asked else TextCheck()
+    if check.problem:
+        logger.warning("%s: its text could not be checked: %s", path.name, check.problem)
+    return check
+
+
+def shares(settings: BenchSettings, workload: Workload) -> list[int]:
+    """How many samples each round takes in its process; of what is not warm a process has one.
+
+    If a regime wants several of each process, the last one takes as many as the others, even if that makes more than
+    were asked for.
+    """
+    regime = REGIMES[workload.regime]
+    if regime.lasting:
+        return [1]
+    most = max(settings.samples_per_process, regime.least_samples)
+    if workload.opens or not regime.warmup:
+        most = 1
+    portions = summary.portions(settings.repetitions, most)
+    return portions if regime.least_samples == 1 else [most] * len(portions)
+
+
+def _run_once(target: Target, settings: BenchSettings, row: Row, samples: int, number: int) -> None:
+    """One process of a row; what keeps it from beginning as it should is its failure."""
+    time.sleep(settings.delay_s)
+    request, path = replace(row.request, samples=samples), Path(row.request.path)
+    row.started = row.started or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    why = None
+    try:
+        if REGIMES[request.workload.regime].pushed:
+            target.forget(path)
+    except StoppedError:
+        raise
+    except PhonereadyError as error:
+        why = f"no first run: {error}"
+    if settings.wait_nominal_s and why is None:
+        why = wait_nominal(target, settings.wait_nominal_s)
+    result = WorkerResult(error=why) if why else target.run(request, settings.timeout_s + request.seconds)
+    asked = request.session.cache_type
+    if asked and result.facts and (found := result.facts.settings.cache_type) != asked:
+        found = found or "one that it does not name"
+        why = f"a cache of {asked} was asked for, and {request.engine} had {found}"
+        result = WorkerResult(error=why)
+    if not result.error and request.seconds and (lasted := result.lasted_ns or 0) < request.seconds * 1e9:
+        number_taken = f"{len(result.samples_ns)} samples, which are all that a record holds"
+        why = (
+            f"{number_taken}, took {lasted / 1e9:.1f} of {request.seconds:g} s: more tokens make longer ones"
+        )
+        result = replace(result, error=why)
+    row.results.append(result)
+    row.sequence += [number] * len(result.samples_ns)
+    if result.error:
+        logger.warning("%s: %s %s failed: %s", target.name, path.name, request.workload.test, result.error)
+
+
+def wait_nominal(target: Target, limit_s: float) -> str | None:
+    """Wait until a target is nominal, `limit_s` at most; why it is not even then, None if it is."""
+    deadline, is_told = time.monotonic() + limit_s, False
+    while (why := not_nominal(target.conditions())) is not None:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return f"not nominal after {limit_s:g} s: {why}"
+        if not is_told:
+            logger.warning("%s: waiting until it is nominal: %s", target.name, why)
+            is_told = True
+        time.sleep(min(_POLL_S, left))
+    return None
+
+
+def not_nominal(conditions: Conditions) -> str | None:
+    """What keeps a machine from being nominal by its last look; None if nothing does, or nothing tells."""
+
+    def last(name: str) -> Any:
+        return next((value for value in reversed(getattr(conditions, name)) if value is not None), None)
+
+    cap, heat, status = map(last, ("caps", "hottest_c", "thermal_status"))
+    found = []
+    if cap is not None and cap < 1 - CAP_LIMIT:
+        found.append(f"clocks are capped at {cap:.0%}")
+    if heat is not None and heat > NOMINAL_C:
+        found.append(f"a thermal zone has {heat:.1f} °C, above {NOMINAL_C:g}")
+    if status:
+        found.append(f"the system's thermal status is {status}")
+    return ", ".join(found) or None
+
+
+def _record_of(
+    row: Row,
+    first: Row,
+    session: str,
+    settings: BenchSettings,
+    target: Target,
+    environment: Environment,
+    anchor_sha256: str | None,
+    is_anchor: bool,
+) -> BenchRecord:
+    """The record of a row; `first` is what was set aside for it, or the row itself."""
+    request, workload, results = row.request, row.request.workload, row.results
+    facts = next((result.facts for result in results if result.facts), EngineFacts())
+    opened = [result for result in results if result.load_ns]
+    verdicts = [result.memory_verdict for result in results if result.memory_verdict]
+
+    def of_each_sample(times: Iterable[list[Any]]) -> tuple[Any, ...]:
+        """Times beside the samples of all processes; empty unless every sample has one."""
+        found = tuple(chain.from_iterable(times))
+        return found if len(found) == len(row.samples_ns) else ()
+
+    return BenchRecord(
+        kind=target.kind,
+        target=target.name,
+        engine=request.engine,
+        status="failed" if row.failure else "ok",
+        failure=row.failure,
+        session=session,
+        workload=workload.kind,
+        test=workload.test,
+        model_filename=request.path,
+        model_type=facts.model_type,
+        model_size=facts.model_size,
+        model_n_params=facts.model_n_params,
+        file_size_bytes=size_of(Path(request.path)),
+        file_sha256=row.sha256,
+        n_prompt=workload.n_prompt,
+        n_gen=workload.n_gen,
+        n_depth=workload.n_depth,
+        regime=workload.regime,
+        n_batch=request.session.n_batch,
+        n_ubatch=request.session.n_ubatch,
+        n_threads=request.session.n_threads,
+        backends=facts.backends,
+        build_commit=facts.build_commit,
+        engine_settings=replace(facts.settings, asked_backend=settings.backend),
+        cpu_info=environment.cpu_model,
+        test_time=row.started,
+        warmup=request.warmup,
+        samples_per_process=max(shares(settings, workload)[0], *(len(r.samples_ns) for r in results), 1),
+        sustained_s=request.seconds or None,
+        anchor_sha256=anchor_sha256,
+        is_anchor=is_anchor,
+        environment=replace(
+            environment, versions=environment.versions | facts.versions, system_info=facts.system_info
+        ),
+        page_cache=request.page_cache,
+        spread_limit=settings.spread_limit,
+        memory_limit_bytes=target.memory_limit_bytes,
+        samples_ns=tuple(row.samples_ns),
+        cpu_samples_ns=of_each_sample([ns for ns in r.cpu_ns if ns > 0] for r in results),
+        waited_samples_ns=of_each_sample(r.waited_ns for r in results),
+        held_samples_ns=of_each_sample(r.held_ns for r in results),
+        sequence=tuple(row.sequence),
+        quarantined_ns=() if first is row else tuple(first.samples_ns),
+        load_samples_ns=tuple(r.load_ns for r in opened if r.load_ns),
+        page_cache_shares=tuple(r.page_cache_share for r in opened),
+        baseline_rss_bytes=min((r.baseline_rss_bytes for r in opened if r.baseline_rss_bytes), default=None),
+        peak_rss_samples_bytes=tuple(r.peak_rss_bytes for r in results if r.peak_rss_bytes),
+        memory_verdict=max(verdicts, key=MEMORY_VERDICTS.index, default=None),
+        reread_bytes=max((r.reread_bytes for r in results if r.reread_bytes is not None), default=None),
+        throttling=next((r.throttling for r in results if r.throttling), None),
+        contention=tuple(r.contention for r in results),
+        conditions=tuple(r.conditions for r in results),
+        energy=tuple(r.energy for r in results) if request.energy else (),
+        text_sample=row.check.texts[0] if row.check.texts else None,
+        degenerate=row.check.degenerate,
+    )
+
+
+_OF_SAMPLES = ("samples_ns", "cpu_samples_ns", "waited_samples_ns", "held_samples_ns")
+_OF_PROCESSES = (
+    *("load_samples_ns", "page_cache_shares", "peak_rss_samples_bytes", "contention", "conditions", "energy"),
+)
+
+
+def with_more(record: BenchRecord, more: BenchRecord, offset: int) -> BenchRecord:
+    """A row with samples of rounds that followed its own."""
+    samples = len(record.samples_ns), len(more.samples_ns)
+    processes = len(set(record.rounds)), len(set(more.rounds))
+    joined: dict[str, Any] = {"sequence": (*record.sequence, *(number + offset for number in more.sequence))}
+    for name in (*_OF_SAMPLES, *_OF_PROCESSES):
+        known, added = getattr(record, name), getattr(more, name)
+        is_whole = (len(known), len(added)) == (samples if name in _OF_SAMPLES else processes)
+        joined[name] = (*known, *added) if is_whole else ()  # empty unless it is known of all
+    return replace(record, **joined)

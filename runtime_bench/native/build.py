@@ -1,31 +1,38 @@
-"""Building the runner: once for each source, target and compiler; kept in the cache, never half."""
+"""Building the runner: once for each source, target and compiler; kept in the cache, never half.
+
+llama.cpp's source comes out of the archive that llama-cpp-python is published as.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
+import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
+import tarfile
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar
+from pathlib import Path, PurePosixPath
+from typing import ClassVar, NamedTuple
 
 from cfsp.errors import InputError
-from cfsp.files import made_once, sha256_file
-from cfsp.models.builtin import cache_directory
+from cfsp.files import atomic_file, made_once, sha256_file
+from cfsp.models.builtin import DownloadError, cache_directory, download_distribution
 from cfsp.progress import Progress, no_progress
 from cfsp.records import read_record, write_record
-from runtime_bench.native.source import LlamaSource, extract_llama, fetch_source
-from runtime_bench.native.targets import RunnerTarget, require_target
-from runtime_bench.native.toolchain import Toolchain, find_toolchain
+from runtime_bench.native.targets import RUNNER_TARGETS, require_target
 
+_HERE = Path(__file__).parent
 _SOURCES = (
     "CMakeLists.txt",
     "llama_log.hpp",
@@ -43,6 +50,15 @@ _FLAGS = (
     "-DCMAKE_BUILD_TYPE=Release",
     *(f"-DCMAKE_{lang}_FLAGS_RELEASE=-O2 -DNDEBUG" for lang in ("C", "CXX")),
 )
+_DISTRIBUTION = "llama-cpp-python"
+_DEFAULT_VERSION = "0.3.36"
+ALLOWED = "PHONEREADY_LLAMA_SHA256"
+"""Variable with the hash of an archive that is trusted besides those that are known."""
+_KNOWN = _HERE / "llama_source.sha256"
+"""Archives whose content is known, as sha256sum writes them; tools/llama_wheel.py reads it, too."""
+_WANTED = ("CMakeLists.txt", "LICENSE", "cmake", "ggml", "include", "licenses", "src", "vendor")
+"""What of llama.cpp's folder the libraries are compiled from."""
+_NDK_TOOLCHAIN = Path("build") / "cmake" / "android.toolchain.cmake"
 
 
 @dataclass(frozen=True)
@@ -60,15 +76,22 @@ class RunnerBuild:
     compiler: str  # The compiler's own line about itself
     cmake: tuple[str, ...]  # Options that were given to CMake
     sha256: str  # Of the program
-    size_bytes: int  # Of the program
-    build_s: float  # Seconds that unpacking and compiling took
-    # Key of RUNNER_BACKENDS, of what may compute beside the processor; None where nothing does
-    backend: str | None = None
+    size_bytes: int
+    build_s: float  # Unpacking and compiling
+    backend: str | None = None  # Key of RUNNER_BACKENDS, of what may compute beside the processor
 
     @property
     def name(self) -> str:
         """Of what it was built for."""
-        return _name(self.target, self.backend)
+        return f"{self.target}-{self.backend}" if self.backend else self.target
+
+
+class LlamaSource(NamedTuple):
+    """A source archive."""
+
+    path: Path
+    version: str  # Of llama-cpp-python
+    sha256: str
 
 
 def build_runner(
@@ -86,30 +109,46 @@ def build_runner(
 
     Args:
         target: Key of RUNNER_TARGETS.
-        backend: Key of RUNNER_BACKENDS; None for the processor alone.
+        backend: Key of RUNNER_BACKENDS; None for the processor only.
         ndk: Folder of the Android NDK, for Android's targets.
         progress: Told as steps are done.
 
     Raises:
         InputError: Unknown target or backend, no compiler, no source, or it does not compile.
     """
-    row, name = require_target(target, backend), _name(target, backend)
-    toolchain = find_toolchain(target, ndk)
+    row, name = require_target(target, backend), f"{target}-{backend}" if backend else target
+    cmake, options, compiler = find_toolchain(target, ndk)
     source = fetch_source(progress)
-    key = _key(name, row, source, toolchain)
+    facts = {
+        "sources": {file: sha256_file(_HERE / file) for file in _SOURCES},
+        "llama": source.sha256,
+        "options": [*_FLAGS, *row.cmake, str(row.static)],
+        "needs": row.needs,
+        "compiler": compiler,
+    }
+    key = hashlib.sha256(json.dumps([name, facts], sort_keys=True).encode()).hexdigest()[:16]
 
     def make(place: Path) -> None:
-        start = time.monotonic()
+        start, step = time.monotonic(), f"building the runner for {name}"
         with tempfile.TemporaryDirectory(prefix="build-", dir=place) as work:
-            program = _compile(name, row, key, source, toolchain, Path(work), progress)
-            shutil.copy2(program, place / _PROGRAM)
+            build = Path(work) / "build"
+            progress(step, 0, 1)
+            llama = extract_llama(source, Path(work))
+            configure = [cmake, "-S", str(_HERE), "-B", str(build), *options, *_FLAGS, *row.cmake]
+            configure += [f"-DLLAMA_SOURCE={llama}", f"-DRUNNER_TARGET={name}", f"-DRUNNER_KEY={key}"]
+            configure += [f"-DRUNNER_NEEDS={' '.join(row.needs)}"]
+            configure += [f"-DRUNNER_STATIC={'ON' if row.static else 'OFF'}"]
+            _run(configure, step, no_progress, row.wants)
+            _run([cmake, "--build", str(build), "--target", _PROGRAM], step, progress, row.wants)
+            progress(step, 1, 1)
+            shutil.copy2(build / _PROGRAM, place / _PROGRAM)
         record = RunnerBuild(
             target=target,
             key=key,
             needs=row.needs,
             source=source.version,
             source_sha256=source.sha256,
-            compiler=toolchain.version,
+            compiler=compiler,
             cmake=(*_FLAGS, *row.cmake),
             sha256=sha256_file(place / _PROGRAM),
             size_bytes=(place / _PROGRAM).stat().st_size,
@@ -118,7 +157,16 @@ def build_runner(
         )
         write_record(place / _RECORD, record)
 
-    return made_once(cache_directory() / "runners" / f"{name}-{key}", _is_whole, make) / _PROGRAM
+    return made_once(cache_directory() / "runners" / f"{name}-{key}", is_whole, make) / _PROGRAM
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the program there is the one that was built."""
+    program = folder / _PROGRAM
+    try:
+        return program.is_file() and read_build(program).sha256 == sha256_file(program)
+    except InputError:
+        return False
 
 
 def read_build(program: Path) -> RunnerBuild:
@@ -128,52 +176,6 @@ def read_build(program: Path) -> RunnerBuild:
         InputError: No record lies beside it.
     """
     return read_record(RunnerBuild, program.parent / _RECORD)
-
-
-def _name(target: str, backend: str | None) -> str:
-    return f"{target}-{backend}" if backend else target
-
-
-def _key(name: str, row: RunnerTarget, source: LlamaSource, toolchain: Toolchain) -> str:
-    here = Path(__file__).parent
-    facts = {
-        "sources": {file: sha256_file(here / file) for file in _SOURCES},
-        "llama": source.sha256,
-        "options": [*_FLAGS, *row.cmake, str(row.static)],
-        "needs": row.needs,
-        "compiler": toolchain.version,
-    }
-    return hashlib.sha256(json.dumps([name, facts], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _is_whole(folder: Path) -> bool:
-    program = folder / _PROGRAM
-    try:
-        return program.is_file() and read_build(program).sha256 == sha256_file(program)
-    except InputError:
-        return False
-
-
-def _compile(
-    name: str,
-    row: RunnerTarget,
-    key: str,
-    source: LlamaSource,
-    toolchain: Toolchain,
-    work: Path,
-    progress: Progress,
-) -> Path:
-    build, step = work / "build", f"building the runner for {name}"
-    progress(step, 0, 1)
-    llama = extract_llama(source, work)
-    configure = [toolchain.cmake, "-S", str(Path(__file__).parent), "-B", str(build)]
-    configure += [*toolchain.options, *_FLAGS, *row.cmake]
-    configure += [f"-DLLAMA_SOURCE={llama}", f"-DRUNNER_TARGET={name}", f"-DRUNNER_KEY={key}"]
-    configure += [f"-DRUNNER_NEEDS={' '.join(row.needs)}", f"-DRUNNER_STATIC={'ON' if row.static else 'OFF'}"]
-    _run(configure, step, no_progress, row.wants)
-    _run([toolchain.cmake, "--build", str(build), "--target", _PROGRAM], step, progress, row.wants)
-    progress(step, 1, 1)
-    return build / _PROGRAM
 
 
 def _run(command: Sequence[str], step: str, progress: Progress, wants: str) -> None:
@@ -202,13 +204,119 @@ def _run(command: Sequence[str], step: str, progress: Progress, wants: str) -> N
             os.killpg(process.pid, signal.SIGKILL)
             raise
     if process.returncode:
-        raise InputError(f"{step} failed with status {process.returncode}: {_reason(lines)}", allowed=wants)
+        # The compiler's own words if there are some; CMake's first line about an error only says where it is.
+        telling = (line for mark in ("error: ", "Error", "") for line in lines if line and mark in line)
+        reason = next(telling, "no output")
+        raise InputError(f"{step} failed with status {process.returncode}: {reason}", allowed=wants)
 
 
-def _reason(lines: Iterable[str]) -> str:
-    """The compiler's own words where there are some; CMake's first line about an error only says where it is."""
-    for telling in ("error: ", "Error", ""):
-        for line in lines:
-            if line and telling in line:
-                return line
-    return "no output"
+def fetch_source(progress: Progress = no_progress) -> LlamaSource:
+    """The archive of the llama-cpp-python that is installed, or else of the version that is known here.
+
+    It is kept in the cache, where the environment's own build (tools/llama_wheel.py) leaves it too.
+
+    Raises:
+        InputError: It cannot be fetched, or is not known by its hash.
+    """
+    try:
+        version = importlib.metadata.version(_DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        version = _DEFAULT_VERSION
+    path = cache_directory() / "wheels" / f"llama_cpp_python-{version}.tar.gz"
+    if not path.is_file():
+        requirement = f"{_DISTRIBUTION}=={version}"
+        progress(f"fetching the source of {_DISTRIBUTION}", 0, 1)
+        with tempfile.TemporaryDirectory(prefix="phoneready-") as scratch:
+            try:
+                archive = download_distribution(
+                    requirement, Path(scratch), "--no-binary", _DISTRIBUTION, pattern="*.tar.gz"
+                )
+            except DownloadError as error:
+                why = f"the source of {requirement} could not be fetched from PyPI by pip: {error}"
+                raise InputError(why) from error
+            with atomic_file(path) as temporary:
+                shutil.copyfile(archive, temporary)
+        progress(f"fetching the source of {_DISTRIBUTION}", 1, 1)
+    sha256 = sha256_file(path)
+    pairs = (line.split() for line in _KNOWN.read_text(encoding="ascii").splitlines())
+    known = {name: digest for digest, name in pairs}
+    if sha256 not in (known.get(path.name), os.environ.get(ALLOWED)):
+        raise InputError(
+            f"{path} is not an archive that is known here",
+            field="sha256",
+            value=sha256,
+            allowed=f"{', '.join(map(' '.join, known.items()))}, or what {ALLOWED} says",
+        )
+    return LlamaSource(path, version, sha256)
+
+
+def extract_llama(source: LlamaSource, folder: Path) -> Path:
+    """Unpack what the libraries are compiled from into `folder`; returns llama.cpp's own folder there.
+
+    Raises:
+        InputError: The archive is damaged, or carries no llama.cpp.
+    """
+    place = PurePosixPath(source.path.name.removesuffix(".tar.gz")) / "vendor" / "llama.cpp"
+    wanted = [place / name for name in _WANTED]
+    try:
+        with tarfile.open(source.path) as archive:
+            members = [m for m in archive if any(map(PurePosixPath(m.name).is_relative_to, wanted))]
+            archive.extractall(folder, members, filter="data")
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise InputError(f"{source.path} cannot be unpacked: {error}") from error
+    llama_folder = folder / place
+    if not (llama_folder / "CMakeLists.txt").is_file():
+        raise InputError(f"{source.path} carries no llama.cpp")
+    return llama_folder
+
+
+def find_toolchain(target: str, ndk: Path | None = None) -> tuple[str, tuple[str, ...], str]:
+    """CMake, its options that choose the compiler for a target, and the compiler's own line about itself.
+
+    Raises:
+        InputError: Unknown target, or something is missing or is not what it should be.
+    """
+    row = require_target(target)
+    if ndk is not None and row.system != "android":
+        android = ", ".join(name for name, one in RUNNER_TARGETS.items() if one.system == "android")
+        raise InputError("an NDK is for Android's targets", field="ndk", value=str(ndk), allowed=android)
+    options: tuple[str, ...] = ()
+    if row.system == "android":
+        if ndk is None:
+            raise InputError(
+                "Android's targets want the Android NDK", field="ndk", allowed="the folder of an NDK"
+            )
+        toolchain, properties = ndk.resolve() / _NDK_TOOLCHAIN, ndk / "source.properties"
+        if not toolchain.is_file() or not properties.is_file():
+            allowed = f"a folder with source.properties and {_NDK_TOOLCHAIN.as_posix()}"
+            raise InputError("not an Android NDK", field="ndk", value=str(ndk), allowed=allowed)
+        text = properties.read_text(encoding="utf-8", errors="replace")
+        revision = re.search(r"^\s*Pkg\.Revision\s*=(.*)$", text, re.MULTILINE)
+        version = f"NDK {revision[1].strip() if revision else 'unknown'}"
+        options = (f"-DCMAKE_TOOLCHAIN_FILE={toolchain}",)
+    elif sys.platform != "linux":
+        raise InputError("Linux programs are built on Linux", field="target", value=target)
+    else:
+        # As CMake chooses it: CXX may name options as well.
+        command, package = shlex.split(os.environ.get("CXX", "")) or ["c++"], "g++"
+        if row.machine != RUNNER_TARGETS["native"].machine:
+            prefix = f"{row.machine}-linux-gnu-"
+            command, package = [f"{prefix}g++"], f"g++-{row.machine.replace('_', '-')}-linux-gnu"
+            options = (
+                "-DCMAKE_SYSTEM_NAME=Linux",
+                f"-DCMAKE_SYSTEM_PROCESSOR={row.machine}",
+                f"-DCMAKE_C_COMPILER={prefix}gcc",
+                f"-DCMAKE_CXX_COMPILER={prefix}g++",
+            )
+        if shutil.which(command[0]) is None:
+            raise InputError(
+                f"no compiler {command[0]} on this {platform.machine()} machine",
+                allowed=f"Debian's package {package}",
+            )
+        result = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+        version = next(iter(result.stdout.splitlines()), "unknown").strip()
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        raise InputError("cmake is not installed; the runner is built with it", allowed="pip install cmake")
+    generator = ("-G", "Ninja") if shutil.which("ninja") else ()
+    return cmake, (*generator, *options), version

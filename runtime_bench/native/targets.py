@@ -1,9 +1,8 @@
 """What the runner can be built for.
 
 A build is one program for one set of processor features, static unless it drives a GPU: llama.cpp chooses its kernels
-when it is compiled.
-The choice at run time is therefore one between builds, made by `runner_target_for` from what the far machine's
-/proc/cpuinfo names; the program itself refuses to start where a feature is missing, instead of crashing.
+when it is compiled. So the choice at run time is one between builds, made by `runner_target_for` from the far machine's
+/proc/cpuinfo; the program refuses to start if a feature is missing, instead of crashing.
 """
 
 from __future__ import annotations
@@ -39,23 +38,20 @@ _AVX2_FLAGS = tuple(
 _AVX512 = (*_AVX2, *(f"avx512{part}" for part in ("f", "cd", "bw", "dq", "vl", "vbmi", "_vnni")))
 _AVX512_FLAGS = (*_AVX2_FLAGS, *(f"-DGGML_AVX512{part}=ON" for part in ("", "_VBMI", "_VNNI")))
 _DOTPROD = ("asimd", "asimddp", "asimdhp", "atomics")
-_ARMV8 = "-DGGML_CPU_ARM_ARCH=armv8-a"
-_ARMV82 = "-DGGML_CPU_ARM_ARCH=armv8.2-a+dotprod+fp16"
+_ARM = (
+    ("", _DOTPROD, "-DGGML_CPU_ARM_ARCH=armv8.2-a+dotprod+fp16"),
+    ("-i8mm", (*_DOTPROD, "i8mm"), "-DGGML_CPU_ARM_ARCH=armv8.2-a+dotprod+fp16+i8mm"),
+    ("-v8", (), "-DGGML_CPU_ARM_ARCH=armv8-a"),
+)
+"""Suffix of the name, processor features, option."""
 _PORTABLE = "-DGGML_NATIVE=OFF"
 _ABI_X86_64 = ("popcnt", "sse4_2")
 # The NDK's OpenMP would be one more library to carry along; llama.cpp's own threads do the same.
 _ANDROID = ("-DANDROID_PLATFORM=android-28", "-DANDROID_STL=c++_static", "-DGGML_OPENMP=OFF")
 
 
-def _arm(system: str, needs: tuple[str, ...], arch: str) -> RunnerTarget:
-    flags = (_PORTABLE, arch)
-    if system == "android":
-        return _android("aarch64", "arm64-v8a", needs, flags)
-    return RunnerTarget(system, "aarch64", needs, flags)
-
-
-def _android(machine: str, abi: str, needs: tuple[str, ...], flags: tuple[str, ...]) -> RunnerTarget:
-    options = (*flags, f"-DANDROID_ABI={abi}", *_ANDROID)
+def _android(machine: str, abi: str, needs: tuple[str, ...], *flags: str) -> RunnerTarget:
+    options = (_PORTABLE, *flags, f"-DANDROID_ABI={abi}", *_ANDROID)
     return RunnerTarget("android", machine, needs, options, static=False)
 
 
@@ -80,40 +76,35 @@ RUNNER_TARGETS: MappingProxyType[str, RunnerTarget] = MappingProxyType(
         ),
         "x86_64-linux": RunnerTarget("linux", "x86_64", _AVX2, (_PORTABLE, *_AVX2_FLAGS)),
         "x86_64-linux-avx512": RunnerTarget("linux", "x86_64", _AVX512, (_PORTABLE, *_AVX512_FLAGS)),
-        "aarch64-linux": _arm("linux", _DOTPROD, _ARMV82),
-        "aarch64-linux-i8mm": _arm("linux", (*_DOTPROD, "i8mm"), f"{_ARMV82}+i8mm"),
-        "aarch64-linux-v8": _arm("linux", (), _ARMV8),
-        "android-arm64": _arm("android", _DOTPROD, _ARMV82),
-        "android-arm64-i8mm": _arm("android", (*_DOTPROD, "i8mm"), f"{_ARMV82}+i8mm"),
-        "android-arm64-v8": _arm("android", (), _ARMV8),
-        "android-x86_64": _android("x86_64", "x86_64", _ABI_X86_64, (_PORTABLE, "-DGGML_SSE42=ON")),
+        **{
+            f"aarch64-linux{suffix}": RunnerTarget("linux", "aarch64", needs, (_PORTABLE, arch))
+            for suffix, needs, arch in _ARM
+        },
+        **{
+            f"android-arm64{suffix}": _android("aarch64", "arm64-v8a", needs, arch)
+            for suffix, needs, arch in _ARM
+        },
+        "android-x86_64": _android("x86_64", "x86_64", _ABI_X86_64, "-DGGML_SSE42=ON"),
     }
 )
 """Names of what can be built. `native` is for this machine's processor and no other: the same features as
 llama-cpp-python's own build; the other builds are portable."""
 
 
-@dataclass(frozen=True)
-class RunnerBackend:
-    """What may compute beside the processor."""
-
-    cmake: tuple[str, ...]  # Options that compile it in
-    wants: str  # What compiling it wants, for people
-
-
-RUNNER_BACKENDS: MappingProxyType[str, RunnerBackend] = MappingProxyType(
+RUNNER_BACKENDS: MappingProxyType[str, tuple[tuple[str, ...], str]] = MappingProxyType(
     {
-        "vulkan": RunnerBackend(
+        "vulkan": (
             ("-DGGML_VULKAN=ON",),
             "Debian's packages libvulkan-dev, glslc and spirv-headers, or the Vulkan SDK",
         ),
-        "opencl": RunnerBackend(
+        "opencl": (
             ("-DGGML_OPENCL=ON", "-DGGML_OPENCL_EMBED_KERNELS=ON"),
             "Debian's packages ocl-icd-opencl-dev and opencl-headers, or another OpenCL loader",
         ),
     }
 )
-"""Names of what a build can have; llama.cpp's own names in small letters. Its OpenCL is for Adreno's and Intel's."""
+"""What may compute beside the processor, by llama.cpp's name in small letters: options that compile it in, and what
+compiling it wants, for people. Its OpenCL is for Adreno's and Intel's."""
 
 
 def require_target(name: str, backend: str | None = None) -> RunnerTarget:
@@ -127,8 +118,8 @@ def require_target(name: str, backend: str | None = None) -> RunnerTarget:
     row = look_up(RUNNER_TARGETS, name, "unknown target", field="target")
     if backend is None:
         return row
-    beside = look_up(RUNNER_BACKENDS, backend, "unknown backend", field="backend")
-    return replace(row, cmake=(*row.cmake, *beside.cmake), static=False, wants=beside.wants)
+    cmake, wants = look_up(RUNNER_BACKENDS, backend, "unknown backend", field="backend")
+    return replace(row, cmake=(*row.cmake, *cmake), static=False, wants=wants)
 
 
 def runner_target_for(system: str, machine: str, features: Collection[str]) -> str:

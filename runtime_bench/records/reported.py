@@ -32,11 +32,9 @@ class Conditions:
     clocks: tuple[float | None, ...] = ()  # highest current clock, of its highest clock
     hottest_c: tuple[float | None, ...] = ()  # hottest thermal zone, degrees Celsius
     thermal_status: tuple[int | None, ...] = ()  # Android's: 0 (none) to 6 (shutdown)
-    battery_percent: tuple[float | None, ...] = ()
     charging: tuple[bool | None, ...] = ()  # whether there is external power
     low_power: tuple[bool | None, ...] = ()
     screen_on: tuple[bool | None, ...] = ()
-    free_bytes: tuple[int | None, ...] = ()
     others_cores: tuple[float | None, ...] = ()  # cores that other programs used since the reading before
     stolen_cores: tuple[float | None, ...] = ()  # cores that the hypervisor took since then
     held_share: tuple[float | None, ...] = ()  # share of that time in which a quota stopped the process

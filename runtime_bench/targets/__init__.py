@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from runtime_bench.conditions.watcher import look_here
-from runtime_bench.engines import check_engine, engine_for
+from runtime_bench.conditions.looks import look_here
+from runtime_bench.engines import engine_for, engine_spec
 from runtime_bench.environment import describe_environment
 from runtime_bench.process import run_worker
-from runtime_bench.questions import AnswerRequest, AnswerResult
 from runtime_bench.records.bench_record import Environment
 from runtime_bench.records.reported import Conditions
-from runtime_bench.worker import WorkerRequest, WorkerResult
+from runtime_bench.worker import AnswerRequest, AnswerResult, WorkerRequest, WorkerResult
 
 __all__ = ["LOCAL", "Answering", "Local", "Target", "ThisMachine"]
 
@@ -23,10 +22,9 @@ class Target(Protocol):
     Attributes:
         name: As records have it.
         kind: What its numbers are, of runtime_bench.records.bench_record.KINDS.
-        memory_limit_bytes: What a run may use; None where nothing limits it.
+        memory_limit_bytes: What a run may use; None if nothing limits it.
         pushes: Whether files have to be pushed there.
-        lasts: Whether samples can be taken for a given time there. Of a target without it, written for an earlier
-            version, each row shows that.
+        lasts: Whether samples can be taken for a given time there.
     """
 
     @property
@@ -45,11 +43,7 @@ class Target(Protocol):
     def lasts(self) -> bool: ...
 
     def default_engine(self, path: Path) -> str:
-        """The engine that runs a file there unless another one is asked for.
-
-        Raises:
-            InputError: None does.
-        """
+        """The engine that runs a file there unless another one is asked for; raises InputError if none does."""
         ...
 
     def require(self, engine: str) -> None:
@@ -91,30 +85,26 @@ class Answering(Protocol):
 
 
 class ThisMachine:
-    """What targets on this machine have in common."""
+    """What targets on this machine have in common; members are those of `Target`."""
 
     memory_limit_bytes: int | None = None
     pushes = False
     lasts = True
 
     def default_engine(self, path: Path) -> str:
-        """See `Target`."""
         return engine_for(path)
 
     def require(self, engine: str) -> None:
-        """See `Target`."""
-        check_engine(engine).require()
+        engine_spec(engine).require()
 
     def environment(self) -> Environment:
-        """See `Target`."""
         return describe_environment()
 
     def conditions(self) -> Conditions:
-        """See `Target`."""
         return look_here()
 
     def forget(self, path: Path) -> None:
-        """See `Target`: nothing is pushed here."""
+        """Nothing is pushed here."""
 
 
 class Local(ThisMachine):
@@ -124,7 +114,6 @@ class Local(ThisMachine):
     kind = "measured"
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
-        """See `Target`."""
         return run_worker(request, timeout_s)
 
 

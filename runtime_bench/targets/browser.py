@@ -1,4 +1,4 @@
-"""A mobile browser, here: headless Chromium that passes for a phone's, with the model in a page as WebAssembly.
+"""A mobile browser, here: headless Chromium with the model in a page as WebAssembly.
 
 Its numbers are of kind `constrained-host`: this machine's processor at its own instructions, under what a browser
 leaves of it. They say nothing of a phone unless the page is slowed down to a phone's score.
@@ -14,9 +14,7 @@ from types import MappingProxyType
 
 from cfsp.child_process import python_module
 from cfsp.errors import InputError, PhonereadyError, require_extra
-from runtime_bench.browser.chromium import PageSettings, find_chromium
-from runtime_bench.browser.packages import fetch_packages
-from runtime_bench.devices.profile import DeviceProfile
+from runtime_bench.browser.chromium import fetch_packages, find_chromium
 from runtime_bench.environment import describe_environment
 from runtime_bench.process import measure_in
 from runtime_bench.records.bench_record import Environment
@@ -32,9 +30,8 @@ BROWSER_ENGINES = MappingProxyType({".onnx": "onnxruntime-web", ".gguf": "wllama
 class Browser(ThisMachine):
     """Headless Chromium on this machine."""
 
-    device: str | None = None  # Id of the device that it stands for; None for no one in particular
-    mobile: bool = True  # Whether it passes for a phone's: screen, touch, user agent
-    target_score: float | None = None  # The page is slowed down to this score; None leaves it alone
+    device: str | None = None  # Id of the device that it stands for
+    target_score: float | None = None  # The page is slowed down to this score; None leaves it as it is
     # What that came to in the first run that got so far; the runs after it use it again, so that files which
     # take turns have the same processor
     throttling: Throttling | None = field(default=None, init=False, compare=False)
@@ -48,27 +45,22 @@ class Browser(ThisMachine):
 
     @property
     def name(self) -> str:
-        """As records have it, such as `browser(pixel-8a, mobile, score=1500)`."""
+        """Such as `browser(pixel-8a, score=1500)`."""
         score = "not throttled" if self.target_score is None else f"score={self.target_score:g}"
-        parts = (self.device, "mobile" if self.mobile else None, score)
-        return f"browser({', '.join(filter(None, parts))})"
+        return f"browser({', '.join(filter(None, (self.device, score)))})"
 
     def default_engine(self, path: Path) -> str:
-        """See `Target`."""
         engine = BROWSER_ENGINES.get(path.suffix.lower())
         if engine is None:
-            raise InputError(
-                "no page runs such a file", field="file", value=str(path), allowed=", ".join(BROWSER_ENGINES)
-            )
+            allowed = ", ".join(BROWSER_ENGINES)
+            raise InputError("no page runs such a file", field="file", value=str(path), allowed=allowed)
         return engine
 
     def require(self, engine: str) -> None:
         """See `Target`; whether the browser can be had shows in each run's result."""
-        known = BROWSER_ENGINES.values()
+        known = sorted(BROWSER_ENGINES.values())
         if engine not in known:
-            raise InputError(
-                "runs in no browser", field="engine", value=engine, allowed=", ".join(sorted(known))
-            )
+            raise InputError("runs in no browser", field="engine", value=engine, allowed=", ".join(known))
 
     def environment(self) -> Environment:
         """See `Target`; a page that is slowed down has one thread."""
@@ -82,15 +74,15 @@ class Browser(ThisMachine):
             return WorkerResult(error=f"{request.engine} runs no {path.suffix} file in a browser")
         try:
             require_extra("playwright", "browser")
-            settings = PageSettings(find_chromium(), str(fetch_packages()), self.mobile)
+            payload = {
+                "request": asdict(request),
+                "executable": find_chromium(),
+                "packages": str(fetch_packages()),
+                "target_score": self.target_score,
+                "throttling": asdict(self.throttling) if self.throttling else None,
+            }
         except (PhonereadyError, OSError) as error:
             return WorkerResult(error=str(error))
-        payload = {
-            "request": asdict(request),
-            "settings": asdict(settings),
-            "target_score": self.target_score,
-            "throttling": asdict(self.throttling) if self.throttling else None,
-        }
         # Chromium's profile goes with the folder, however the browser ends.
         with tempfile.TemporaryDirectory(prefix="phoneready-browser-", ignore_cleanup_errors=True) as scratch:
             command = python_module("runtime_bench.browser.worker")
@@ -101,19 +93,3 @@ class Browser(ThisMachine):
         seen, why = result.conditions, "a browser's processes are not told from others"
         conditions = seen.hiding("others_cores", why) if seen else None
         return replace(result, contention=None, conditions=conditions)
-
-
-def browser_of(profile: DeviceProfile, score: float | None = None) -> Browser:
-    """A browser that stands for a device's.
-
-    Raises:
-        InputError: A device whose browsers are not Chromium.
-    """
-    if profile.os == "ios":
-        raise InputError(
-            "browsers on iOS are WebKit, which Chromium cannot stand for",
-            field="device",
-            value=profile.id,
-            allowed="a device with android or linux",
-        )
-    return Browser(profile.id, profile.os == "android", score or profile.browser_score.value)

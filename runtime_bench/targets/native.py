@@ -1,5 +1,4 @@
-"""The runner in place of Python on this machine: as it is, what other machines' numbers can be put beside, or under an
-emulator of another processor."""
+"""The runner in place of Python on this machine: as it is, or under an emulator of another processor."""
 
 from __future__ import annotations
 
@@ -14,10 +13,9 @@ from cfsp.records import tool_version
 from runtime_bench.environment import environment_of
 from runtime_bench.native.build import build_runner
 from runtime_bench.process import ProcessFailed, exchange, measure_in, read_answer
-from runtime_bench.questions import AnswerRequest, AnswerResult
 from runtime_bench.records.bench_record import EMULATED, Environment
 from runtime_bench.targets import ThisMachine
-from runtime_bench.worker import WorkerRequest, WorkerResult
+from runtime_bench.worker import AnswerRequest, AnswerResult, WorkerRequest, WorkerResult
 from runtime_bench.workload import default_threads
 
 RUNNER_ENGINE = "llama.cpp"
@@ -41,20 +39,16 @@ class Native(ThisMachine):
         return [str(self.runner)]
 
     def default_engine(self, path: Path) -> str:
-        """See `Target`."""
         if path.suffix.lower() != ".gguf":
             raise InputError(f"{self.name} runs GGUF files", field="file", value=str(path), allowed=".gguf")
         return RUNNER_ENGINE
 
     def require(self, engine: str) -> None:
-        """See `Target`."""
         if engine != RUNNER_ENGINE:
-            raise InputError(
-                f"{self.name} runs GGUF files", field="engine", value=engine, allowed=RUNNER_ENGINE
-            )
+            why = f"{self.name} runs GGUF files"
+            raise InputError(why, field="engine", value=engine, allowed=RUNNER_ENGINE)
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
-        """See `Target`."""
         return measure_in(self.command, asdict(request), timeout_s, metered=request.energy)
 
     def answer(self, request: AnswerRequest, timeout_s: float) -> AnswerResult:
@@ -79,11 +73,10 @@ class QemuAarch64(Native):
 
     @property
     def command(self) -> list[str]:
-        """What the runner is started with."""
         return [self.emulator, *super().command]
 
     def environment(self) -> Environment:
-        """See `Target`: of the machine that is emulated, which has no clock, no memory and no temperature."""
+        """Of the machine that is emulated, which has no clock, no memory and no temperature."""
         shown = subprocess.run([self.emulator, "--version"], capture_output=True, text=True, check=False)
         first = next(iter(shown.stdout.splitlines()), "")
         versions = {"phoneready": tool_version(), "qemu": first.partition(" version ")[2] or "unknown"}
@@ -99,7 +92,7 @@ class QemuAarch64(Native):
 
 
 def qemu_aarch64(progress: Progress = no_progress) -> QemuAarch64:
-    """The target, with a runner that is built where the cache has none.
+    """The target, with a runner that is built unless the cache has it.
 
     Raises:
         InputError: No qemu-user, or the runner cannot be built.

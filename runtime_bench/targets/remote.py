@@ -13,10 +13,11 @@ import logging
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 from cfsp.errors import InputError, PhonereadyError
 from cfsp.files import atomic_file, sha256_file
@@ -24,40 +25,25 @@ from cfsp.models.builtin import cache_directory
 from cfsp.progress import Progress, no_progress
 from cfsp.records import tool_version
 from exporters.onnx.folder import folder_of
-from runtime_bench.conditions.energy import energy_of
 from runtime_bench.conditions.looks import conditions_of
 from runtime_bench.conditions.script import WATCH
-from runtime_bench.engines import check_engine, engine_for, engine_spec
+from runtime_bench.engines import engine_for, engine_spec, files_of
 from runtime_bench.environment import environment_of
-from runtime_bench.files import files_of
 from runtime_bench.native.build import build_runner
 from runtime_bench.native.targets import cpu_features, runner_target_for
-from runtime_bench.process import ProcessFailed, exit_reason, read_answer, result_from_json
-from runtime_bench.questions import AnswerRequest, AnswerResult
+from runtime_bench.process import ProcessFailed, exit_reason, read_answer, result_of
 from runtime_bench.records.bench_record import EMULATED, Environment
 from runtime_bench.records.reported import Conditions, Contention, unknown_conditions
-from runtime_bench.targets.far_scripts import (
-    CHECK,
-    CLEAN,
-    DESCRIBE,
-    FACTS_FOLLOW,
-    FORGET,
-    HAVE_PACKAGES,
-    LOOKS_FOLLOW,
-    MISMATCH,
-    PUSH,
-    RUN,
-)
-from runtime_bench.targets.native import RUNNER_ENGINE
-from runtime_bench.targets.transport import (
+from runtime_bench.targets import far_scripts
+from runtime_bench.targets.far_shell import (
     FarError,
     FarShell,
-    Reply,
     StoppedError,
     Transport,
     UnreachableError,
 )
-from runtime_bench.worker import WorkerRequest, WorkerResult
+from runtime_bench.targets.native import RUNNER_ENGINE
+from runtime_bench.worker import AnswerRequest, AnswerResult, WorkerRequest, WorkerResult
 
 logger = logging.getLogger(__name__)
 ANSWER_S = 60.0
@@ -82,49 +68,47 @@ _MACHINES = {3: "i686", 40: "arm", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
 _ABIS = {"arm64-v8a": "aarch64"}
 """Android's names of instruction sets that have another one."""
 _BUILDING = threading.Lock()
+Files = Sequence[tuple[Path, str]]
+"""Files that lie together in one folder there, and their names in it; the first is the one that an engine opens."""
 
 
-@dataclass(frozen=True)
-class BundledFile:
-    """A file of those that lie together in one folder there, which is named by their content."""
+class PushedFile(NamedTuple):
+    """A file here, and its place there, below the folder for all that is pushed."""
 
     path: Path
-    place: str  # there, below the folder for all that is pushed: the bundle's folder and its name in that
+    place: str
     sha256: str
     size_bytes: int
 
 
-Bundle = tuple[BundledFile, ...]
-"""The first is the one that is named to the engine."""
+class Machine(NamedTuple):
+    """A machine that answered."""
+
+    folder: str  # For pushed files, absolute
+    system: str  # The kernel's name
+    machine: str  # Instruction set, as the kernel calls it
+    abi: str  # Android's name of that; empty elsewhere
+    features: frozenset[str]  # That its processor names
+    environment: Environment  # For records
+    is_emulator: bool  # Android's, which takes the time of whatever machine it runs on
 
 
-def model_bundle(path: Path) -> Bundle:
-    """A model file; for ONNX with its weights and its variant's tokenizer and configurations.
-
-    Raises:
-        InputError: A file is not there, or cannot be read.
-    """
+def model_files(path: Path) -> Files:
+    """A model file; for ONNX with its weights and its variant's tokenizer and configurations."""
     if path.suffix.lower() != ".onnx":
-        return _bundle([(path, f"model{path.suffix.lower()}")])
+        return [(path, f"model{path.suffix.lower()}")]
     folder = folder_of(path)
     companions = sorted(file for file in folder.iterdir() if file.suffix in _COMPANIONS and file.is_file())
     place = "" if folder == path.resolve().parent else f"{path.resolve().parent.name}/"
-    graphs = [(file, place + file.name) for file in files_of(path)]
-    return _bundle([*graphs, *((file, file.name) for file in companions)])
+    return [(file, place + file.name) for file in files_of(path)] + [(file, file.name) for file in companions]
 
 
-def plain_bundle(path: Path) -> Bundle:
-    """A file that nothing belongs to."""
-    return _bundle([(path, path.name)])
+def pushed_files(files: Files) -> list[PushedFile]:
+    """Their folder is named by the file's SHA-256, or of several files by the SHA-256 of names and sums.
 
-
-def program_bundle(path: Path) -> Bundle:
-    """A program, or the packed worker."""
-    return _bundle([(path, "worker.zip" if path.suffix == ".zip" else "runner")])
-
-
-def _bundle(files: Sequence[tuple[Path, str]]) -> Bundle:
-    """The folder is the file's SHA-256, or of several files the SHA-256 of names and sums."""
+    Raises:
+        InputError: A file cannot be read.
+    """
     try:
         sums = [sha256_file(path) for path, _ in files]
         sizes = [path.stat().st_size for path, _ in files]
@@ -132,52 +116,10 @@ def _bundle(files: Sequence[tuple[Path, str]]) -> Bundle:
         raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
     listing = "".join(f"{digest}  {name}\n" for digest, (_, name) in zip(sums, files, strict=True))
     folder = sums[0] if len(sums) == 1 else hashlib.sha256(listing.encode()).hexdigest()
-    return tuple(
-        BundledFile(path, f"{folder}/{name}", digest, size)
+    return [
+        PushedFile(path, f"{folder}/{name}", digest, size)
         for (path, name), digest, size in zip(files, sums, sizes, strict=True)
-    )
-
-
-def program_machine(path: Path) -> str | None:
-    """Processor that a program is for, as `uname -m` has it; None for scripts and what is not known.
-
-    Raises:
-        InputError: It cannot be read.
-    """
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(20)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    if len(head) < 20 or head[:4] != b"\x7fELF":
-        return None
-    return _MACHINES.get(int.from_bytes(head[18:20], "little"))
-
-
-def pack_worker(path: Path) -> None:
-    """Write the packages that the measuring worker needs as a zip file that Python imports from.
-
-    The same sources give the same bytes, so that it is pushed once.
-    """
-    root = Path(__file__).resolve().parents[2]
-    with atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-        for package in _PACKAGES:
-            for file in sorted((root / package).rglob("*.py")):
-                entry = zipfile.ZipInfo(file.relative_to(root).as_posix(), (1980, 1, 1, 0, 0, 0))
-                archive.writestr(entry, file.read_bytes(), zipfile.ZIP_DEFLATED)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A machine that answered."""
-
-    folder: str  # for pushed files, absolute
-    system: str  # the kernel's name
-    machine: str  # instruction set, as the kernel calls it
-    abi: str  # Android's name of that; empty elsewhere
-    features: frozenset[str]  # that its processor names
-    environment: Environment  # for records
-    is_emulator: bool = False  # Android's, which takes the time of whatever machine it runs on
+    ]
 
 
 def describe(shell: FarShell, folder: str) -> Machine:
@@ -186,10 +128,10 @@ def describe(shell: FarShell, folder: str) -> Machine:
     Raises:
         FarError: No connection, or no sensible answer.
     """
-    reply = shell.run(DESCRIBE, folder, timeout_s=ANSWER_S)
+    reply = shell.run(far_scripts.DESCRIBE, folder, timeout_s=ANSWER_S)
     facts: dict[str, str] = {}
     texts: dict[str, list[str]] = {}
-    for line in reply.text.partition(f"{FACTS_FOLLOW}\n")[2].splitlines():
+    for line in reply.text.partition(f"{far_scripts.FACTS_FOLLOW}\n")[2].splitlines():
         path, colon, content = line.partition(":")
         if line.startswith("/") and colon:
             texts.setdefault(path, []).append(content)
@@ -222,103 +164,6 @@ def describe(shell: FarShell, folder: str) -> Machine:
 
 
 @dataclass
-class RemoteCache:
-    """The folder there that files are pushed to: each once, under its content's name, whole or not at all."""
-
-    shell: FarShell
-    folder: str  # absolute
-    progress: Progress = no_progress
-    _there: dict[Path, str] = field(default_factory=dict, init=False, repr=False)
-
-    def have(self, path: Path, bundle_of: Callable[[Path], Bundle]) -> str:
-        """Have a file and what belongs to it there, checked by its sum; returns its path there.
-
-        Raises:
-            FarError: No space, no such folder, no connection, or a file that does not arrive as it was sent.
-            InputError: A file here cannot be read.
-        """
-        if path in self._there:
-            return self._there[path]
-        bundle = bundle_of(path)
-        words = [word for file in bundle for word in (f"{self.folder}/{file.place}", file.sha256)]
-        hashing_s = sum(file.size_bytes for file in bundle) / _HASHED_PER_S
-        reply = self.shell.run(CHECK, *words, timeout_s=ANSWER_S + hashing_s)
-        if reply.status:
-            raise FarError("there is no sha256sum, without which nothing can be verified")
-        answers = [word for word in reply.text.split() if word in ("same", "other")][-len(bundle) :]
-        if len(answers) != len(bundle):
-            raise FarError("it does not say which files it has")
-        for file, answer in zip(bundle, answers, strict=True):
-            if answer == "other":
-                self._push(file)
-        self._there[path] = f"{self.folder}/{bundle[0].place}"
-        return self._there[path]
-
-    def forget(self, path: Path, bundle_of: Callable[[Path], Bundle]) -> None:
-        """Remove a file and what belongs to it there.
-
-        Raises:
-            FarError: No connection, or it cannot be removed.
-            InputError: A file here cannot be read.
-        """
-        folders = sorted({file.place.partition("/")[0] for file in bundle_of(path)})
-        reply = self.shell.run(FORGET, *(f"{self.folder}/{name}" for name in folders), timeout_s=ANSWER_S)
-        self._there.pop(path, None)
-        if reply.status:
-            raise reply.reason(f"removing {path.name}")
-
-    def clean(self) -> int:
-        """Remove all that was ever pushed there, and return how many folders that was.
-
-        Raises:
-            FarError: No connection, or something cannot be removed.
-        """
-        reply = self.shell.run(CLEAN, self.folder, timeout_s=ANSWER_S)
-        self._there.clear()
-        if reply.status:
-            raise reply.reason("removing files")
-        return sum(line.startswith("removed ") for line in reply.text.splitlines())
-
-    def _push(self, file: BundledFile) -> None:
-        size, name = file.size_bytes, file.path.name
-
-        def report(done: int) -> None:
-            # The step ends when all is over: what was taken last is still being checked there.
-            self.progress("pushing", min(done, size - 1), size)
-
-        report(0)
-        try:
-            reply = self.shell.run(
-                PUSH,
-                f"{self.folder}/{file.place}",
-                file.sha256,
-                timeout_s=_STALL_S,
-                file=file.path,
-                after_s=size / _HASHED_PER_S,
-                on_bytes=report,
-            )
-        except OSError as error:
-            raise FarError(f"cannot read {file.path}: {error.strerror}") from error
-        finally:
-            self.progress("pushing", size, size)
-        if reply.status == MISMATCH:
-            raise FarError(f"{name} did not arrive as it was sent, or was changed meanwhile")
-        if any(mark in line for mark in _NO_SPACE for line in reply.errors):
-            raise FarError(f"no space left there for {name} ({size / 2**20:.1f} MiB) in {self.folder}")
-        if reply.status:
-            raise reply.reason(f"pushing {name}")
-
-
-@dataclass
-class _Connection:
-    """A machine that answered, and what was found or put there since."""
-
-    machine: Machine
-    cache: RemoteCache
-    programs: dict[str, list[str] | PhonereadyError] = field(default_factory=dict)
-
-
-@dataclass
 class Remote:
     """A machine behind a transport; see `runtime_bench.targets.Target`.
 
@@ -335,7 +180,10 @@ class Remote:
     progress: Progress = no_progress  # Told what is built and pushed
     _shell: FarShell = field(init=False, repr=False)
     _left: int = field(init=False, repr=False)
-    _open: _Connection | None = field(default=None, init=False, repr=False)
+    _machine: Machine | None = field(default=None, init=False, repr=False)
+    # What is there since it answered: files, and programs by engine, or why there is none
+    _there: dict[Path, str] = field(default_factory=dict, init=False, repr=False)
+    _programs: dict[str, list[str] | PhonereadyError] = field(default_factory=dict, init=False, repr=False)
     _problem: FarError | None = field(default=None, init=False, repr=False)
     _waited_s: float = field(default=0.0, init=False, repr=False)
 
@@ -350,21 +198,19 @@ class Remote:
 
     @property
     def name(self) -> str:
-        """As records have it."""
         return self.transport.name
 
     @property
     def kind(self) -> str:
-        """See `Target`; known once it has answered."""
-        return EMULATED if self._open is not None and self._open.machine.is_emulator else "measured"
+        """Known once it has answered."""
+        return EMULATED if self._machine is not None and self._machine.is_emulator else "measured"
 
     def default_engine(self, path: Path) -> str:
-        """See `Target`."""
         return engine_for(path)
 
     def require(self, engine: str) -> None:
         """See `Target`. Whether the machine has the engine, a run finds out, so that other rows go on."""
-        if not check_engine(engine).far_packages and engine != RUNNER_ENGINE:
+        if not engine_spec(engine).far_packages and engine != RUNNER_ENGINE:
             raise InputError("runs on no other machine", field="engine", value=engine, allowed="--on local")
 
     def environment(self) -> Environment:
@@ -380,12 +226,9 @@ class Remote:
             machine = describe(self._shell, self.folder or self.transport.folder)
         except FarError as error:
             self._waited_s += time.monotonic() - began
-            self._open, self._problem = None, self._named(error)
+            self._lose(error)
             return nothing
-        if self._open is None:
-            # Whoever is told may be another one by then.
-            cache = RemoteCache(self._shell, machine.folder, lambda *step: self.progress(*step))
-            self._open = _Connection(machine, cache)
+        self._machine = self._machine or machine
         return machine.environment
 
     def conditions(self) -> Conditions:
@@ -397,8 +240,7 @@ class Remote:
         return conditions_of(reply.text, why=_NO_PROC)
 
     def forget(self, path: Path) -> None:
-        """See `Target`."""
-        self._connection().cache.forget(path, model_bundle)
+        self._forget(model_files(path), self._connected().folder)
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """See `Target`; what is missing there is pushed first.
@@ -406,17 +248,17 @@ class Remote:
         Raises:
             StoppedError: After `stop`.
         """
-
-        def asked(link: _Connection) -> WorkerRequest:
-            return replace(request, path=link.cache.have(Path(request.path), model_bundle))
-
         try:
-            reply = self._ask(request.engine, asked, timeout_s, metered=request.energy)
-            return _result_of(reply, metered=request.energy)
+            answer, looks = self._ask(request, timeout_s, metered=request.energy)
         except StoppedError:
             raise
         except PhonereadyError as error:
             return WorkerResult(error=str(error))
+        result = result_of(answer, looks.decode("utf-8", "replace"), _NO_PROC, metered=request.energy)
+        seen = result.conditions or Conditions()
+        others, stolen = ([v for _, v in seen.during_samples(n)] for n in ("others_cores", "stolen_cores"))
+        contention = Contention(fmean(others), fmean(stolen)) if others and stolen else None
+        return replace(result, contention=contention)
 
     def answer(self, request: AnswerRequest, timeout_s: float) -> AnswerResult:
         """See `runtime_bench.targets.Answering`; the questions are pushed for it, and removed after it.
@@ -424,15 +266,8 @@ class Remote:
         Raises:
             StoppedError: After `stop`.
         """
-        questions = Path(request.questions)
-
-        def asked(link: _Connection) -> AnswerRequest:
-            model = link.cache.have(Path(request.path), model_bundle)
-            return replace(request, path=model, questions=link.cache.have(questions, plain_bundle))
-
         try:
-            reply = self._ask(request.engine, asked, timeout_s)
-            return read_answer(AnswerResult, _answer_of(reply)[0])
+            return read_answer(AnswerResult, self._ask(request, timeout_s)[0])
         except StoppedError:
             raise
         except (PhonereadyError, ProcessFailed) as error:
@@ -440,51 +275,9 @@ class Remote:
         finally:
             # What cannot be removed now, `devices clean` removes.
             with contextlib.suppress(FarError, StoppedError):
-                if self._open is not None:
-                    self._open.cache.forget(questions, plain_bundle)
-
-    def _ask(
-        self,
-        engine: str,
-        asked: Callable[[_Connection], WorkerRequest | AnswerRequest],
-        timeout_s: float,
-        *,
-        metered: bool = False,
-    ) -> Reply:
-        """Have a program there answer a request, once more where the connection breaks and may be tried again.
-
-        `asked` makes the request when what it names has been pushed.
-
-        Raises:
-            PhonereadyError: It does not; the text names the target where that is what fails.
-        """
-        pause_s = _FIRST_PAUSE_S
-        while True:
-            try:
-                link = self._connection()
-                command = self._program(engine, link)
-                line, place = json.dumps(asdict(asked(link))), link.machine.folder
-                meters = "metered" if metered else ""
-                reply = self._shell.run(
-                    RUN, place, meters, *command, line=line, timeout_s=timeout_s + _GRACE_S
-                )
-                break
-            except UnreachableError as error:
-                # What is there has to be looked for again, should it come back.
-                self._open, self._problem = None, self._named(error)
-                if self._left <= 0:
-                    raise self._problem from None
-            self._left -= 1
-            logger.warning("%s; tried again in %g s", self._problem, pause_s)
-            self._shell.pause(pause_s)
-            self._problem, self._waited_s, pause_s = None, 0.0, min(2 * pause_s, _LONGEST_PAUSE_S)
-        if reply.status == _CANNOT_EXECUTE:
-            raise FarError(
-                f"the runner cannot be executed in {place}; name a folder that allows it: {self.name},folder=DIR"
-            )
-        if reply.status:
-            raise FarError(exit_reason(reply.status, reply.errors))
-        return reply
+                if self._machine is not None:
+                    questions = Path(request.questions)
+                    self._forget([(questions, questions.name)], self._machine.folder)
 
     def clean(self) -> int:
         """Remove all that was ever pushed there, and return how many files and programs that was.
@@ -494,45 +287,152 @@ class Remote:
         """
         shell = FarShell(self.transport)  # one that `stop` did not stop
         try:
-            machine = describe(shell, self.folder or self.transport.folder)
-            removed = RemoteCache(shell, machine.folder).clean()
+            folder = describe(shell, self.folder or self.transport.folder).folder
+            reply = shell.run(far_scripts.CLEAN, folder, timeout_s=ANSWER_S)
+            reply.check("removing files")
         except FarError as error:
             raise FarError(f"{self.name}: {error}") from error
-        self._open = None
-        return removed
+        self._machine, self._there, self._programs = None, {}, {}
+        return sum(line.startswith("removed ") for line in reply.text.splitlines())
 
     def stop(self) -> None:
         """End what runs there; `run`, in whatever thread, raises StoppedError."""
         self._shell.stop()
 
-    def _named(self, error: FarError) -> FarError:
-        """An error that says which machine it is about."""
-        prefix = f"{self.name}: "
-        return error if str(error).startswith(prefix) else type(error)(f"{prefix}{error}")
-
-    def _connection(self) -> _Connection:
-        if self._open is None and self._problem is None:
+    def _connected(self) -> Machine:
+        if self._machine is None and self._problem is None:
             self.environment()
-        if self._open is None:
+        if self._machine is None:
             raise self._problem or FarError(f"{self.name} does not answer")
-        return self._open
+        return self._machine
 
-    def _program(self, engine: str, link: _Connection) -> list[str]:
-        """The program that measures, with its arguments. A failure is remembered: finding out takes minutes."""
-        if engine not in link.programs:
+    def _lose(self, error: FarError) -> None:
+        """What is there has to be looked for again, should it come back."""
+        prefix = f"{self.name}: "
+        named = error if str(error).startswith(prefix) else type(error)(f"{prefix}{error}")
+        self._machine, self._there, self._programs, self._problem = None, {}, {}, named
+
+    def _ask(
+        self, request: WorkerRequest | AnswerRequest, timeout_s: float, *, metered: bool = False
+    ) -> tuple[bytes, bytes]:
+        """Have a program there answer a request, once more if the connection breaks and may be tried again.
+
+        Returns:
+            The last line that the program wrote, and the looks at the machine.
+
+        Raises:
+            PhonereadyError: It does not; the text names the target if that is what fails.
+        """
+        pause_s = _FIRST_PAUSE_S
+        while True:
             try:
-                link.programs[engine] = self._found(engine, link)
+                folder = self._connected().folder
+                command = self._program(request.engine)
+                asked = replace(request, path=self._have(model_files(Path(request.path))))
+                if isinstance(asked, AnswerRequest):
+                    questions = Path(asked.questions)
+                    asked = replace(asked, questions=self._have([(questions, questions.name)]))
+                reply = self._shell.run(
+                    far_scripts.RUN,
+                    folder,
+                    "metered" if metered else "",
+                    *command,
+                    line=json.dumps(asdict(asked)),
+                    timeout_s=timeout_s + _GRACE_S,
+                )
+                break
+            except UnreachableError as error:
+                self._lose(error)
+                if self._left <= 0:
+                    assert self._problem is not None
+                    raise self._problem from None
+            self._left -= 1
+            logger.warning("%s; tried again in %g s", self._problem, pause_s)
+            self._shell.check_stopped(pause_s)
+            self._problem, self._waited_s, pause_s = None, 0.0, min(2 * pause_s, _LONGEST_PAUSE_S)
+        if reply.status == _CANNOT_EXECUTE:
+            raise FarError(
+                f"the runner cannot be executed in {folder}; name a folder that allows it: {self.name},folder=DIR"
+            )
+        if reply.status:
+            raise FarError(exit_reason(reply.status, reply.errors))
+        output, _, looks = reply.output.partition(f"\n{far_scripts.LOOKS_FOLLOW}\n".encode())
+        return output.strip().rpartition(b"\n")[2], looks
+
+    def _have(self, files: Files) -> str:
+        """Have files there, each whole or not at all and checked by its sum; returns the path of the first there.
+
+        Raises:
+            FarError: No space, no such folder, no connection, or a file that does not arrive as it was sent.
+            InputError: A file here cannot be read.
+        """
+        path, folder = files[0][0], self._connected().folder
+        if path not in self._there:
+            pushed = pushed_files(files)
+            words = [word for file in pushed for word in (f"{folder}/{file.place}", file.sha256)]
+            hashing_s = sum(file.size_bytes for file in pushed) / _HASHED_PER_S
+            reply = self._shell.run(far_scripts.CHECK, *words, timeout_s=ANSWER_S + hashing_s)
+            if reply.status:
+                raise FarError("there is no sha256sum, without which nothing can be verified")
+            answers = [word for word in reply.text.split() if word in ("same", "other")][-len(pushed) :]
+            if len(answers) != len(pushed):
+                raise FarError("it does not say which files it has")
+            for file, answer in zip(pushed, answers, strict=True):
+                if answer == "other":
+                    self._push(file, folder)
+            self._there[path] = f"{folder}/{pushed[0].place}"
+        return self._there[path]
+
+    def _push(self, file: PushedFile, folder: str) -> None:
+        size, name = file.size_bytes, file.path.name
+
+        def report(done: int) -> None:
+            # The step ends when all is over: what was taken last is still being checked there.
+            self.progress("pushing", min(done, size - 1), size)
+
+        report(0)
+        try:
+            reply = self._shell.run(
+                far_scripts.PUSH,
+                f"{folder}/{file.place}",
+                file.sha256,
+                timeout_s=_STALL_S,
+                file=file.path,
+                after_s=size / _HASHED_PER_S,
+                on_bytes=report,
+            )
+        except OSError as error:
+            raise FarError(f"cannot read {file.path}: {error.strerror}") from error
+        finally:
+            self.progress("pushing", size, size)
+        if reply.status == far_scripts.MISMATCH:
+            raise FarError(f"{name} did not arrive as it was sent, or was changed meanwhile")
+        if any(mark in line for mark in _NO_SPACE for line in reply.errors):
+            raise FarError(f"no space left there for {name} ({size / 2**20:.1f} MiB) in {folder}")
+        reply.check(f"pushing {name}")
+
+    def _forget(self, files: Files, folder: str) -> None:
+        """Remove files that were pushed together."""
+        name = pushed_files(files)[0].place.partition("/")[0]
+        reply = self._shell.run(far_scripts.FORGET, f"{folder}/{name}", timeout_s=ANSWER_S)
+        self._there.pop(files[0][0], None)
+        reply.check(f"removing {files[0][0].name}")
+
+    def _program(self, engine: str) -> list[str]:
+        """The program that measures, with its arguments. A failure is remembered: finding out takes minutes."""
+        if engine not in self._programs:
+            try:
+                self._programs[engine] = self._found(engine, self._connected())
             except (StoppedError, UnreachableError):
                 raise
             except PhonereadyError as error:
-                link.programs[engine] = error
-        program = link.programs[engine]
+                self._programs[engine] = error
+        program = self._programs[engine]
         if isinstance(program, PhonereadyError):
             raise program
         return program
 
-    def _found(self, engine: str, link: _Connection) -> list[str]:
-        machine = link.machine
+    def _found(self, engine: str, machine: Machine) -> list[str]:
         if engine == RUNNER_ENGINE:
             runner = self.runner
             if runner is None:
@@ -543,38 +443,41 @@ class Remote:
                 ndk = self.ndk if target.startswith("android") else None
                 with _BUILDING:
                     runner = build_runner(target, ndk=ndk, progress=self.progress)
-            made_for = program_machine(runner)
+            try:
+                with runner.open("rb") as stream:
+                    head = stream.read(20)
+            except OSError as error:
+                raise InputError(f"cannot read {runner}: {error.strerror}") from error
+            made_for = (
+                _MACHINES.get(int.from_bytes(head[18:20], "little")) if head[:4] == b"\x7fELF" else None
+            )
             if made_for and made_for != machine.machine:
                 raise FarError(f"wrong ABI: {runner.name} is for {made_for}, the device is {machine.machine}")
-            return [link.cache.have(runner, program_bundle)]
+            return [self._have([(runner, "runner")])]
         if machine.abi:
             raise FarError(f"{engine} needs Python there, which Android does not have; measure a GGUF file")
         packages = engine_spec(engine).far_packages
-        reply = self._shell.run(HAVE_PACKAGES, _PYTHON, *packages, timeout_s=ANSWER_S)
+        reply = self._shell.run(far_scripts.HAVE_PACKAGES, _PYTHON, *packages, timeout_s=ANSWER_S)
         if reply.status:
             raise FarError(f"{engine} needs Python there, and there is no {_PYTHON}")
         if lacking := reply.text.strip().rpartition("\n")[2].split():
             what = "3.11 or newer" if "python" in lacking else f"with {', '.join(lacking)}"
             raise FarError(f"{engine} needs a {_PYTHON} {what} there")
-        packed = cache_directory() / "worker.zip"
-        with _BUILDING:
-            pack_worker(packed)
-        path = link.cache.have(packed, program_bundle)
+        packed, root = cache_directory() / "worker.zip", Path(__file__).resolve().parents[2]
+        # The packages that the worker needs, imported from a zip file. The same sources give the same bytes, so that
+        # they are pushed once.
+        entries = [
+            (file, zipfile.ZipInfo(file.relative_to(root).as_posix(), (1980, 1, 1, 0, 0, 0)))
+            for package in _PACKAGES
+            for file in sorted((root / package).rglob("*.py"))
+        ]
+        deflated = zipfile.ZIP_DEFLATED
+        with (
+            _BUILDING,
+            atomic_file(packed) as temporary,
+            zipfile.ZipFile(temporary, "w", deflated) as archive,
+        ):
+            for file, entry in entries:
+                archive.writestr(entry, file.read_bytes(), deflated)
+        path = self._have([(packed, "worker.zip")])
         return ["env", f"PYTHONPATH={path}", _PYTHON, "-P", "-m", "runtime_bench.worker"]
-
-
-def _answer_of(reply: Reply) -> tuple[bytes, bytes]:
-    """The last line that the program wrote, and the samples of conditions that follow."""
-    output, _, looks = reply.output.partition(f"\n{LOOKS_FOLLOW}\n".encode())
-    return output.strip().rpartition(b"\n")[2], looks
-
-
-def _result_of(reply: Reply, *, metered: bool) -> WorkerResult:
-    """What the program answered, and what the machine went through meanwhile."""
-    output, looks = _answer_of(reply)
-    result, text = result_from_json(output), looks.decode("utf-8", "replace")
-    seen = conditions_of(text, result.spans_ns, _NO_PROC)
-    energy = energy_of(text, result.spans_ns, seen) if metered else None
-    others, stolen = ([v for _, v in seen.during_samples(n)] for n in ("others_cores", "stolen_cores"))
-    contention = Contention(fmean(others), fmean(stolen)) if others and stolen else None
-    return replace(result, conditions=seen, contention=contention, energy=energy)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import re
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -32,10 +32,8 @@ from runtime_bench.environment import environment_of
 from runtime_bench.records.bench_record import Environment
 from runtime_bench.records.reported import Conditions, unknown_conditions
 from runtime_bench.targets import LOCAL, Target, ThisMachine
-from runtime_bench.targets.adb import Adb
 from runtime_bench.targets.constrained import Constrained, check_memory
-from runtime_bench.targets.ssh import Ssh
-from runtime_bench.targets.transport import Transport
+from runtime_bench.targets.far_shell import Adb, Ssh, Transport
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
 if TYPE_CHECKING:
@@ -68,10 +66,11 @@ class TargetRow:
     """One kind of target."""
 
     form: str  # How it is written
-    # Makes it from its address, the options and what shows the progress of building it
-    open: Callable[[str, TargetOptions, Progress], Target]
+    open: Callable[
+        [str, TargetOptions, Progress], Target
+    ]  # Of its address, options, and who is told of building it
     takes: frozenset[str] = frozenset()  # Options that are for it
-    gguf_only: bool = False  # Whether it runs only GGUF files
+    gguf_only: bool = False
     answers: bool = False  # Whether it is `runtime_bench.targets.Answering`
     has_runner: bool = False  # Whether GGUF files run in the native runner there
     tells_cache: bool = True  # Whether its engines can be told the type of their cache
@@ -201,34 +200,25 @@ def every_target(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-@dataclass(frozen=True)
 class Unreachable(ThisMachine):
     """A target that could not be opened: every run there fails with the reason."""
 
-    name: str
-    reason: str
+    pushes = True  # whatever is asked of it, its row says why it could not be opened
 
-    pushes = True
-    """Whatever is asked of it, its row says why it could not be opened."""
-
-    @property
-    def kind(self) -> str:
-        """What its numbers would have been."""
-        return "constrained-host" if self.name.startswith(CONSTRAINED) else "measured"
+    def __init__(self, name: str, reason: str) -> None:
+        self.name, self.reason = name, reason
+        self.kind = "constrained-host" if name.startswith(CONSTRAINED) else "measured"
 
     def require(self, engine: str) -> None:
-        """See `Target`."""
+        """Nothing is checked."""
 
     def environment(self) -> Environment:
-        """See `Target`."""
         return environment_of({}, cpus_usable=None, platform="unknown", versions={})
 
     def conditions(self) -> Conditions:
-        """See `Target`."""
         return unknown_conditions(self.reason)
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
-        """See `Target`."""
         return WorkerResult(error=self.reason)
 
 
@@ -255,7 +245,7 @@ def _retries(text: str) -> int:
     return int(text)
 
 
-_READ: MappingProxyType[str, Callable[[str], Any]] = MappingProxyType(
+_READ: Mapping[str, Callable[[str], Any]] = MappingProxyType(
     {
         "memory": _memory,
         "device": lambda text: _profile(text).id,
@@ -280,11 +270,19 @@ def _constrained(_: str, options: TargetOptions, progress: Progress) -> Target:
 
 
 def _browser(_: str, options: TargetOptions, progress: Progress) -> Target:
-    from runtime_bench.targets.browser import Browser, browser_of
+    from runtime_bench.targets.browser import Browser
 
     if options.device is None:
         return Browser(target_score=options.score)
-    return browser_of(_profile(options.device), options.score)
+    profile = _profile(options.device)
+    if profile.os == "ios":
+        raise InputError(
+            "browsers on iOS are WebKit, which Chromium cannot stand for",
+            field="device",
+            value=profile.id,
+            allowed="a device with android or linux",
+        )
+    return Browser(profile.id, options.score or profile.browser_score.value)
 
 
 def _native(_: str, options: TargetOptions, progress: Progress) -> Target:
@@ -308,17 +306,12 @@ def _qemu(_: str, options: TargetOptions, progress: Progress) -> Target:
 def _remote(transport: Transport, options: TargetOptions) -> Target:
     from runtime_bench.targets.remote import Remote
 
-    return Remote(
-        transport,
-        runner=options.runner,
-        ndk=options.ndk,
-        folder=options.folder,
-        retries=options.retries,
-    )
+    named = {key: getattr(options, key) for key in _THERE}
+    return Remote(transport, **named)
 
 
 _THERE = frozenset({"runner", "ndk", "folder", "retries"})
-TARGETS: MappingProxyType[str, TargetRow] = MappingProxyType(
+TARGETS: Mapping[str, TargetRow] = MappingProxyType(
     {
         "local": TargetRow("local", lambda address, options, progress: LOCAL),
         "native": TargetRow(

@@ -14,7 +14,7 @@ from phoneready.release.collect import benchmark_figures
 from phoneready.report.plots import ratio_plot
 from phoneready.report.report import ReportInput, render_page, verdict_table
 from phoneready.settings.release import parse_config
-from runtime_bench.measuring.rows import with_more
+from runtime_bench.measuring.measure import with_more
 from runtime_bench.presentation.comparison_table import format_comparison
 from runtime_bench.records.bench_record import BenchRecord, MeasuredOn
 from runtime_bench.records.compare import Comparison, Incomparable, against_the_first, compare_records

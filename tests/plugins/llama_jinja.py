@@ -15,7 +15,7 @@ from typing import Any
 from cfsp.errors import InputError
 from cfsp.files import made_once
 from cfsp.models.builtin import cache_directory
-from runtime_bench.native.source import LlamaSource, fetch_source
+from runtime_bench.native.build import LlamaSource, fetch_source
 
 _PROGRAM = Path(__file__).with_suffix(".cpp")
 _FOLDERS = ("/llama.cpp/common/", "/llama.cpp/vendor/nlohmann/", "/llama.cpp/ggml/include/")

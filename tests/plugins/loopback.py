@@ -18,12 +18,9 @@ import psutil
 import pytest
 
 from cfsp.errors import InputError
-from runtime_bench.native.build import build_runner
-from runtime_bench.native.source import fetch_source
-from runtime_bench.native.toolchain import find_toolchain
-from runtime_bench.targets.adb import Adb
+from runtime_bench.native.build import build_runner, fetch_source, find_toolchain
+from runtime_bench.targets.far_shell import Adb, Ssh
 from runtime_bench.targets.remote import Remote
-from runtime_bench.targets.ssh import Ssh
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = "-o $(touch pwned) `touch pwned`; 'q' \"d\" \\ \n &"

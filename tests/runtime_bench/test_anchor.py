@@ -10,16 +10,13 @@ from typing import Any
 
 import pytest
 
-from cfsp.errors import InputError
 from phoneready.main import main
-from runtime_bench.measuring.measure import run_bench
 from runtime_bench.presentation.comparison_table import format_comparison
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import Incomparable, compare
 from runtime_bench.records.jsonl import append_jsonl
 from runtime_bench.records.reported import Conditions
 from runtime_bench.records.summary import quotient_interval, ratio_interval
-from runtime_bench.workload import BenchSettings
 
 ANCHOR = "a" * 64
 Sessions = Callable[..., tuple[BenchRecord, BenchRecord]]
@@ -106,22 +103,6 @@ def test_the_interval_of_a_quotient_of_quotients() -> None:
     assert (found.ratio, found.low, found.high) == (plain.ratio, plain.low, plain.high)
     inverse = quotient_interval((ones, ones), (rounds, rounds), (samples, ones), (rounds, rounds))
     assert inverse.ratio == pytest.approx(1 / plain.ratio)
-
-
-def test_an_anchor_takes_turns_and_is_named(tiny_gguf: Callable[..., Path]) -> None:
-    pytest.importorskip("llama_cpp")
-    settings = BenchSettings(
-        check_text=False, n_prompt=(), n_gen=(4,), ttft=(), load=False, repetitions=2, n_threads=(1,), spread_limit=1e9
-    )  # fmt: skip
-    file, anchor = tiny_gguf(), tiny_gguf(seed=1)
-    record, beside = run_bench([file], settings, anchor=anchor)
-    assert record.anchor_sha256 == beside.anchor_sha256 == beside.file_sha256
-    assert (record.is_anchor, beside.is_anchor) == (False, True)
-    assert (record.sequence, beside.sequence) == ((0, 2), (1, 3))
-    with pytest.raises(InputError, match="--anchor: is measured already"):
-        run_bench([file], settings, anchor=file)
-    with pytest.raises(InputError, match="no such file"):
-        run_bench([file], settings, anchor=Path("nowhere.gguf"))
 
 
 def test_the_command_finds_anchors_among_the_records(

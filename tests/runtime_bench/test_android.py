@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from runtime_bench.conditions import android
-from runtime_bench.conditions.android import Reading
+from runtime_bench.conditions.looks import conditions_of
+from runtime_bench.conditions.script import SAMPLE_BEGINS
+from runtime_bench.records.reported import Conditions
 
 BATTERY = {
     "Android 7": """Current Battery Service state:
@@ -57,7 +57,6 @@ Battery current : 412, wireless high voltage charge: 0
   level: 3
   mBatteryHighVoltageCharger: false
 """,
-    "a scale of 255": "  AC powered: false\n  USB powered: false\n  status: 3\n  level: 51\n  scale: 255\n",
     "no battery": "  AC powered: true\n  USB powered: false\n  status: 1\n  present: false\n  level: 0\n  scale: 100\n",
     "set by hand": """Current Battery Service state:
   (UPDATES STOPPED -- use 'reset' to restart)
@@ -69,7 +68,6 @@ Battery current : 412, wireless high voltage charge: 0
 """,
     "contradictory": "  AC powered: false\n  USB powered: false\n  status: 2\n  level: 40\n  scale: 100\n",
     "no service": "Can't find service: battery\n",
-    "no permission": "Permission Denial: can't dump BatteryService from pid=1, uid=2000\n",
 }
 THERMAL = {
     "Android 12": """IsStatusOverride: false
@@ -108,77 +106,50 @@ POWER = {
 }
 
 
+def answered(service: str, text: str) -> Conditions:
+    """The conditions of one look at which a service answered."""
+    lines = [SAMPLE_BEGINS, "/proc/uptime:1.0 2.0", *(f"@{service}:{line}" for line in text.split("\n"))]
+    return conditions_of("\n".join(lines))
+
+
 @pytest.mark.parametrize(
-    ("name", "percent", "charging"),
+    ("service", "text", "expected"),
     [
-        ("Android 7", 85.0, True),
-        ("Android 14, unplugged", 71.0, False),
-        ("a vendor's own lines behind them", 100.0, True),
-        ("a scale of 255", 20.0, False),
-        ("no battery", None, True),
-        ("set by hand", None, None),
-        ("contradictory", 40.0, None),
-        ("no service", None, None),
-        ("no permission", None, None),
+        ("battery", BATTERY["Android 7"], {"charging": True}),
+        ("battery", BATTERY["Android 14, unplugged"], {"charging": False}),
+        ("battery", BATTERY["a vendor's own lines behind them"], {"charging": True}),
+        ("battery", BATTERY["no battery"], {"charging": True}),
+        ("battery", BATTERY["set by hand"], {"charging": None}),
+        ("battery", BATTERY["contradictory"], {"charging": None}),
+        ("battery", BATTERY["no service"], {"charging": None}),
+        ("thermal", THERMAL["Android 12"], {"thermal_status": 0, "hottest_c": 25.6}),
+        ("thermal", THERMAL["hot"], {"thermal_status": 3, "hottest_c": 84.208}),
+        ("thermal", THERMAL["set by hand"], {"thermal_status": None, "hottest_c": None}),
+        ("thermal", THERMAL["no driver"], {"thermal_status": None, "hottest_c": None}),
+        ("thermal", THERMAL["a status that is none"], {"thermal_status": None}),
+        ("thermal", THERMAL["no service"], {"thermal_status": None, "hottest_c": None}),
+        ("power", POWER["Android 9"], {"screen_on": True, "low_power": False}),
+        ("power", POWER["asleep"], {"screen_on": False, "low_power": True}),
+        ("power", POWER["always-on display"], {"screen_on": False, "low_power": None}),
+        ("power", POWER["no display power"], {"screen_on": True, "low_power": False}),
+        ("power", POWER["Android 4"], {"screen_on": False, "low_power": None}),
+        ("power", POWER["unknown"], {"screen_on": None, "low_power": None}),
+        ("power", POWER["no service"], {"screen_on": None, "low_power": None}),
+        ("low_power", "1\n", {"low_power": True}),
+        ("low_power", "null\n", {"low_power": False}),
+        ("low_power", "2\n", {"low_power": None}),
+        *(("battery", text, {"charging": None}) for text in ("", "AC powered: maybe")),
+        # An expression that tries each of its spaces as the end of a name would take hours.
+        ("battery", f"  vendor{' ' * 10**6}x\n\tAC powered = true \r\n  mode: level=7\n", {"charging": True}),
     ],
 )
-def test_batteries(name: str, percent: float | None, charging: bool | None) -> None:
-    found = android.battery_percent(BATTERY[name]), android.charging(BATTERY[name])
-    assert [one.value for one in found] == [percent, charging]
-    assert all(one.why for one in found if one.value is None)
+def test_answers(service: str, text: str, expected: dict[str, Any]) -> None:
+    found = answered(service, text)
+    for name, value in expected.items():
+        assert getattr(found, name) == (() if value is None else (value,)), name
+        assert bool(found.hidden.get(name)) == (value is None)
 
 
-@pytest.mark.parametrize(
-    ("name", "status", "hottest"),
-    [
-        ("Android 12", 0, 25.6),
-        ("hot", 3, 84.208),
-        ("set by hand", None, None),
-        ("no driver", None, None),
-        ("a status that is none", None, None),
-        ("no service", None, None),
-    ],
-)
-def test_heat(name: str, status: int | None, hottest: float | None) -> None:
-    found = android.thermal_status(THERMAL[name]), android.hottest_c(THERMAL[name])
-    assert [one.value for one in found] == [status, hottest]
-    assert all(one.why for one in found if one.value is None)
-
-
-@pytest.mark.parametrize(
-    ("name", "screen", "saver"),
-    [
-        ("Android 9", True, False),
-        ("asleep", False, True),
-        ("always-on display", False, None),
-        ("no display power", True, False),
-        ("Android 4", False, None),
-        ("unknown", None, None),
-        ("no service", None, None),
-    ],
-)
-def test_power(name: str, screen: bool | None, saver: bool | None) -> None:
-    found = android.screen_on(POWER[name]), android.saver(POWER[name])
-    assert [one.value for one in found] == [screen, saver]
-    assert all(one.why for one in found if one.value is None)
-
-
-@pytest.mark.parametrize(
-    ("text", "value"), [("1\n", True), ("0\n", False), ("null\n", False), ("2\n", None), ("", None)]
-)
-def test_the_setting(text: str, value: bool | None) -> None:
-    assert android.low_power(text).value is value
-
-
-READERS = (
-    android.battery_percent,
-    android.charging,
-    android.thermal_status,
-    android.hottest_c,
-    android.screen_on,
-    android.low_power,
-    android.saver,
-)
 WORDS = sorted(
     {line for corpus in (BATTERY, THERMAL, POWER) for text in corpus.values() for line in text.split("\n")}
 )
@@ -188,27 +159,11 @@ MIXED = st.lists(st.one_of(st.sampled_from(WORDS), st.text(max_size=30))).map("\
 
 @settings(max_examples=200, deadline=None)
 @given(st.one_of(TORN.map("\n".join), MIXED, st.text()))
-@example("level: 9999999999999999999999\nscale: 100")
-@example("level: ٣\nscale: 100")
+@example("Thermal Status: 9999999999999999999999")
+@example("Thermal Status: ٣")
 @example("Current temperatures from HAL:\nTemperature{mValue=1e999, mType=0}")
 def test_no_answer_crashes_a_reader_or_makes_a_number_up(text: str) -> None:
-    readings: list[Reading[Any]] = [reader(text) for reader in READERS]
-    for reading in readings:
-        assert reading.value is None or not reading.why
-        assert reading.value is not None or reading.why
-        number = reading.value
-        if isinstance(number, int | float) and not isinstance(number, bool) and reading is not readings[0]:
+    for service in ("battery", "thermal", "power", "low_power"):
+        found = answered(service, text)
+        for number in (*found.hottest_c, *found.thermal_status):
             assert f"{number:g}" in text or str(number) in text
-    percent = readings[0].value
-    assert percent is None or 0 <= percent <= 100
-
-
-def test_a_long_line_of_a_vendor_is_passed_over() -> None:
-    # An expression that tries each of its spaces as the end of a name would take hours.
-    text = f"  vendor{' ' * 10**6}x\n\tlevel = 50 \r\n  mode: level=7\n"
-    assert android.battery_percent(text).value == 50.0
-
-
-@pytest.mark.parametrize("reader", READERS)
-def test_nothing_is_no_answer(reader: Callable[[str], Reading[Any]]) -> None:
-    assert reader("").value is None

@@ -26,23 +26,22 @@ from exporters.gguf.runtime import open_model as open_gguf
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
 from exporters.onnx.runtime import open_model as open_onnx
-from runtime_bench.browser import packages
-from runtime_bench.browser.calibration import calibrate
+from runtime_bench.browser import chromium
 from runtime_bench.browser.chromium import (
     BrowserError,
-    PageSettings,
+    calibrate,
+    fetch_packages,
     find_chromium,
     open_page,
 )
-from runtime_bench.browser.packages import fetch_packages
-from runtime_bench.browser.worker import open_model, served_files
-from runtime_bench.devices.profile import load_profiles
+from runtime_bench.browser.worker import OpenModel, served_files
 from runtime_bench.engines import SessionSettings
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.records.jsonl import record_from_json, record_to_json
 from runtime_bench.records.notes import note_of
 from runtime_bench.records.reported import Throttling
-from runtime_bench.targets.browser import Browser, browser_of
+from runtime_bench.targets.browser import Browser
+from runtime_bench.targets.table import open_target
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings, Workload
 
@@ -61,10 +60,12 @@ PROMPT = [5, 17, 300, 42, 9]
 
 
 @pytest.fixture(scope="module")
-def settings() -> PageSettings:
+def packages() -> Path:
+    """The npm packages, where there is a browser, too."""
     try:
         require_extra("playwright", "browser")
-        return PageSettings(find_chromium(), str(fetch_packages()))
+        find_chromium()
+        return fetch_packages()
     except PhonereadyError as error:
         pytest.skip(str(error))
 
@@ -132,13 +133,13 @@ def nothing_left() -> Iterator[None]:
     assert browsers() - before == set()
 
 
-@pytest.mark.usefixtures("settings", "nothing_left")
+@pytest.mark.usefixtures("packages", "nothing_left")
 def test_every_workload_gives_samples(file: Path) -> None:
     records = run_bench([file], QUICK, target=Browser())
     assert [r.failure for r in records] == [None] * 4
     assert [r.test for r in records] == ["load", "pp24", "tg8", "ttft16"]
     for record in records:
-        assert (record.kind, record.target) == ("constrained-host", "browser(mobile, not throttled)")
+        assert (record.kind, record.target) == ("constrained-host", "browser(not throttled)")
         assert record.engine == {".onnx": "onnxruntime-web", ".gguf": "wllama"}[file.suffix]
         assert len(record.samples_ns) == 2
         assert {"chromium", "playwright"} <= set(record.environment.versions)
@@ -149,11 +150,11 @@ def test_every_workload_gives_samples(file: Path) -> None:
 @pytest.mark.everything
 @pytest.mark.parametrize(("threads", "count"), [(1, 16), (2, 3)])
 def test_greedy_tokens_are_those_of_the_native_runtime(
-    file: Path, settings: PageSettings, threads: int, count: int
+    file: Path, packages: Path, threads: int, count: int
 ) -> None:
     request = request_for(file, threads)
-    with open_page(settings, served_files(request)) as page:
-        model = open_model(page, request, settings)
+    with open_page(find_chromium(), packages, served_files(request)) as page:
+        model = OpenModel(page, request, packages)
         found = page.call("bench.greedy", PROMPT, count)
         again = page.call("bench.greedy", PROMPT, count)
         text = model.tokenize("The quick brown fox")
@@ -166,40 +167,26 @@ def test_greedy_tokens_are_those_of_the_native_runtime(
 @pytest.mark.everything
 @pytest.mark.parametrize("model_type", ["lfm2", "qwen3_5_text"])
 def test_caches_of_convolutions_and_states_are_handed_on(
-    model_type: str, tiny_folder: Callable[..., Path], tmp_path: Path, settings: PageSettings
+    model_type: str, tiny_folder: Callable[..., Path], tmp_path: Path, packages: Path
 ) -> None:
     pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
     export_onnx(tiny_folder(model_type), tmp_path / "out", ["fp32"], ExportOptions(n_threads=1))
     path = find_graph(str(tmp_path / "out" / "fp32"), last_logits=True)
     request = request_for(path)
-    with open_page(settings, served_files(request)) as page:
-        open_model(page, request, settings)
+    with open_page(find_chromium(), packages, served_files(request)) as page:
+        OpenModel(page, request, packages)
         assert page.call("bench.greedy", PROMPT, 16) == native_tokens(path, 16)
 
 
 @pytest.mark.everything
-def test_the_browser_passes_for_a_phones(settings: PageSettings) -> None:
-    facts = "() => [innerWidth, navigator.maxTouchPoints > 0, navigator.userAgent, crossOriginIsolated]"
-    found = []
-    for mobile in (True, False):
-        with open_page(replace(settings, mobile=mobile), {}) as page:
-            page.visit("index.html")
-            found.append(page._page.evaluate(facts))
-    (width, touch, agent, isolated), (_, desktop_touch, desktop_agent, _) = found
-    assert (width, touch, isolated, desktop_touch) == (412, True, True, False)
-    assert "Android" in agent
-    assert "Android" not in desktop_agent
-
-
-@pytest.mark.everything
-def test_throttling_holds_for_the_thread_that_the_model_runs_on(file: Path, settings: PageSettings) -> None:
+def test_throttling_holds_for_the_thread_that_the_model_runs_on(file: Path, packages: Path) -> None:
     """The page's main thread is slowed down by using the processor up, so its CPU time shows the work."""
     request = request_for(file)
     throttled = Throttling(1.0, 1.0, 8.0, 1.0)
     used = []
     for throttling in (None, throttled):
-        with open_page(settings, served_files(request)) as page:
-            open_model(page, request, settings, throttling)
+        with open_page(find_chromium(), packages, served_files(request)) as page:
+            OpenModel(page, request, packages, throttling)
             # A first go compiles.
             page.call("bench.greedy", PROMPT, 48)
             before = main_thread_seconds()
@@ -223,8 +210,8 @@ def main_thread_seconds() -> float:
 
 
 @pytest.mark.everything
-def test_a_page_is_held_to_a_score(graph: Path, settings: PageSettings) -> None:
-    with open_page(settings, {}) as page:
+def test_a_page_is_held_to_a_score(graph: Path, packages: Path) -> None:
+    with open_page(find_chromium(), packages, {}) as page:
         page.visit("score.html?quiet")
         host = float(page.call("score"))
         with pytest.raises(InputError, match="too weak to stand for the device"):
@@ -281,29 +268,23 @@ def test_a_host_that_is_a_little_too_slow_will_do_and_a_weak_one_will_not() -> N
 
 
 @pytest.mark.everything
-def test_more_than_one_thread_is_refused_where_the_page_is_throttled(
-    graph: Path, settings: PageSettings
-) -> None:
+def test_more_than_one_thread_is_refused_where_the_page_is_throttled(graph: Path, packages: Path) -> None:
     with (
-        open_page(settings, {}) as page,
-        pytest.raises(InputError, match="main thread alone"),
+        open_page(find_chromium(), packages, {}) as page,
+        pytest.raises(InputError, match="main thread only"),
     ):
-        open_model(page, request_for(graph, threads=2), settings, Throttling(1, 1, 2, 1))
+        OpenModel(page, request_for(graph, threads=2), packages, Throttling(1, 1, 2, 1))
 
 
-def test_a_profile_says_what_the_browser_passes_for() -> None:
-    profiles = load_profiles()
-    phone, board = profiles["pixel-8a"].profile, profiles["raspberry-pi-5-8gb"].profile
-    assert browser_of(phone).name == "browser(pixel-8a, mobile, not throttled)"
-    assert browser_of(phone, 1500).name == "browser(pixel-8a, mobile, score=1500)"
-    assert not browser_of(board).mobile
-    with pytest.raises(InputError, match="WebKit"):
-        browser_of(profiles["iphone-15-pro"].profile)
-    with pytest.raises(InputError, match="no score"):
-        Browser(target_score=-1)
+def test_a_profile_says_whose_browser_it_stands_for() -> None:
+    assert open_target("browser:pixel-8a").name == "browser(pixel-8a, not throttled)"
+    assert open_target("browser:pixel-8a,score=1500").name == "browser(pixel-8a, score=1500)"
+    for name, why in (("browser:iphone-15-pro", "WebKit"), ("browser:score=-1", "no score")):
+        with pytest.raises(InputError, match=why):
+            open_target(name)
 
 
-@pytest.mark.usefixtures("settings", "nothing_left")
+@pytest.mark.usefixtures("packages", "nothing_left")
 def test_a_file_that_does_not_open_is_a_result_with_a_reason(gguf_file: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(gguf_file.read_bytes()[:5000])
@@ -313,8 +294,8 @@ def test_a_file_that_does_not_open_is_a_result_with_a_reason(gguf_file: Path, tm
 
 
 @pytest.mark.everything
-def test_memory_that_runs_out_is_named(settings: PageSettings) -> None:
-    with open_page(settings, {}) as page:
+def test_memory_that_runs_out_is_named(packages: Path) -> None:
+    with open_page(find_chromium(), packages, {}) as page:
         page.visit("score.html?quiet")
         page._page.evaluate(WASTE)
         with pytest.raises(BrowserError, match="out of memory in the page"):
@@ -343,7 +324,7 @@ def wait_for_renderer(known: set[int]) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.usefixtures("settings", "nothing_left")
+@pytest.mark.usefixtures("packages", "nothing_left")
 def test_a_page_that_crashes_is_a_result_with_a_reason(graph: Path) -> None:
     known = browsers()
     results: list[WorkerResult] = []
@@ -358,13 +339,13 @@ def test_a_page_that_crashes_is_a_result_with_a_reason(graph: Path) -> None:
     assert "crash" in (results[0].error or "")
 
 
-@pytest.mark.usefixtures("settings", "nothing_left")
+@pytest.mark.usefixtures("packages", "nothing_left")
 def test_a_run_that_takes_too_long_is_ended(graph: Path) -> None:
     long = request_for(graph, workload=Workload("tg", n_gen=60), samples=10**6)
     assert Browser().run(long, 5).error == "timeout: no result after 5 s"
 
 
-@pytest.mark.usefixtures("settings", "nothing_left")
+@pytest.mark.usefixtures("packages", "nothing_left")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_command_leaves_nothing_running(graph: Path, how: signal.Signals) -> None:
     known = browsers()
@@ -400,7 +381,7 @@ def test_a_browser_that_is_missing_is_a_result_with_a_reason(
 
 
 def test_packages_are_pinned_by_version_and_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest, lock = (json.loads(file.read_text(encoding="utf-8")) for file in packages.FILES)
+    manifest, lock = (json.loads(file.read_text(encoding="utf-8")) for file in chromium._PACKAGE_FILES)
     assert lock["packages"][""]["dependencies"] == manifest["dependencies"]
     assert all(re.fullmatch(r"\d+\.\d+\.\d+", version) for version in manifest["dependencies"].values())
     entries = [entry for name, entry in lock["packages"].items() if name]

@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 
 from cfsp.errors import InputError
-from runtime_bench.cgroup import find_parent, limited_group
 from runtime_bench.engines import SessionSettings
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.notes import note_of
 from runtime_bench.targets import LOCAL
-from runtime_bench.targets.constrained import MIB, Constrained
+from runtime_bench.targets.constrained import MIB, Constrained, find_parent, limited_group
 from runtime_bench.worker import WorkerRequest
 from runtime_bench.workload import BenchSettings, Workload
 
@@ -89,13 +88,15 @@ def test_a_run_stays_on_its_cores(tiny_gguf: Callable[..., Path]) -> None:
     read, write = os.pipe()
     child = os.fork()
     if not child:
-        target._enter(None)()
-        os.write(write, ",".join(map(str, sorted(os.sched_getaffinity(0)))).encode())
-        os._exit(0)
+        try:
+            target._enter()
+            os.write(write, ",".join(map(str, sorted(os.sched_getaffinity(0)))).encode())
+        finally:
+            os._exit(0)
     os.waitpid(child, 0)
+    os.close(write)
     assert os.read(read, 64) == str(core).encode()
     os.close(read)
-    os.close(write)
 
 
 @pytest.mark.parametrize(

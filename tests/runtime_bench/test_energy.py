@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phoneready.report.tables import record_table as report_table
-from runtime_bench.conditions import watcher
+from runtime_bench.conditions import script
 from runtime_bench.conditions.energy import energy_of
 from runtime_bench.conditions.script import FACT, METERS, READING, UNREADABLE, WATCH
 from runtime_bench.measuring.measure import run_bench
@@ -159,7 +159,7 @@ def test_a_benchmark_reads_the_meters_of_its_machine(
 ) -> None:
     pytest.importorskip("llama_cpp")
     moved = WATCH.replace("\nbase=  #", f"\nbase={tmp_path}  #", 1)
-    monkeypatch.setattr(watcher, "_COMMAND", ("sh", "-c", moved, "phoneready"))
+    monkeypatch.setattr(script, "SHELL", ("sh", "-c", moved, "phoneready"))
     zone = tmp_path / f"{RAPL[1:]}:0"
     zone.mkdir(parents=True)
     (zone / "name").write_text("package-0\n")

@@ -21,16 +21,14 @@ from cfsp.models.builtin import cache_directory
 from exporters.gguf.runtime import Context, open_model, open_vocabulary
 from runtime_bench.engines import SessionSettings
 from runtime_bench.measuring.measure import run_bench
-from runtime_bench.native import build, source, targets
-from runtime_bench.native.build import build_runner, read_build
+from runtime_bench.native import build, targets
+from runtime_bench.native.build import build_runner, find_toolchain, read_build
 from runtime_bench.native.targets import (
     RUNNER_BACKENDS,
     RUNNER_TARGETS,
-    RunnerBackend,
     cpu_features,
     runner_target_for,
 )
-from runtime_bench.native.toolchain import find_toolchain
 from runtime_bench.process import exchange, measure_in, run_worker
 from runtime_bench.records.jsonl import record_to_json
 from runtime_bench.targets.native import Native
@@ -219,9 +217,9 @@ def test_a_damaged_program_is_not_served(
     folder.mkdir()
     for file in runner.parent.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    assert build._is_whole(folder)
+    assert build.is_whole(folder)
     (folder / runner.name).write_bytes(runner.read_bytes()[:-1])
-    assert not build._is_whole(folder)
+    assert not build.is_whole(folder)
 
 
 def test_all_of_its_sources_are_in_a_builds_name() -> None:
@@ -245,9 +243,9 @@ def test_an_ndk_is_known_by_its_revision(tmp_path: Path) -> None:
     toolchain.parent.mkdir(parents=True)
     toolchain.touch()
     (tmp_path / "source.properties").write_text("Pkg.Desc = Android NDK\nPkg.Revision = 27.2.12479018\n")
-    found = find_toolchain("android-arm64", tmp_path)
-    assert found.version == "NDK 27.2.12479018"
-    assert f"-DCMAKE_TOOLCHAIN_FILE={toolchain}" in found.options
+    _, options, version = find_toolchain("android-arm64", tmp_path)
+    assert version == "NDK 27.2.12479018"
+    assert f"-DCMAKE_TOOLCHAIN_FILE={toolchain}" in options
 
 
 @pytest.mark.parametrize(
@@ -348,7 +346,7 @@ def test_a_backend_whose_libraries_are_not_there_says_what_it_wants(
 ) -> None:
     (tmp_path / "wheels").symlink_to(cache_directory() / "wheels")
     monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path))
-    absent = RunnerBackend(("-DGGML_OPENVINO=ON",), "a toolkit of its own")
+    absent = (("-DGGML_OPENVINO=ON",), "a toolkit of its own")
     monkeypatch.setattr(targets, "RUNNER_BACKENDS", {"openvino": absent})
     with pytest.raises(
         InputError, match=r"runner for native-openvino failed .*; allowed: a toolkit of its own"
@@ -364,7 +362,7 @@ def test_what_drives_a_gpu_is_loaded_when_the_program_runs() -> None:
         row = targets.require_target("aarch64-linux", name)
         assert not row.static
         assert row.needs == RUNNER_TARGETS["aarch64-linux"].needs
-        assert set(RUNNER_BACKENDS[name].cmake) <= set(row.cmake)
+        assert set(RUNNER_BACKENDS[name][0]) <= set(row.cmake)
 
 
 def test_an_archive_that_is_not_the_known_one_is_refused(
@@ -376,12 +374,12 @@ def test_an_archive_that_is_not_the_known_one_is_refused(
     archive.write_bytes(b"something else")
     monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path))
     with pytest.raises(InputError, match="is not an archive that is known here") as caught:
-        source.fetch_source()
+        build.fetch_source()
     digest = hashlib.sha256(b"something else").hexdigest()
     assert digest in str(caught.value)
-    assert f"or what {source.ALLOWED} says" in str(caught.value)
-    monkeypatch.setenv(source.ALLOWED, digest)
-    assert source.fetch_source() == source.LlamaSource(archive, version, digest)
+    assert f"or what {build.ALLOWED} says" in str(caught.value)
+    monkeypatch.setenv(build.ALLOWED, digest)
+    assert build.fetch_source() == build.LlamaSource(archive, version, digest)
 
 
 @pytest.mark.everything

@@ -19,17 +19,14 @@ from exporters.onnx import export_onnx
 from runtime_bench.engines import SessionSettings
 from runtime_bench.native.build import build_runner
 from runtime_bench.process import exchange
-from runtime_bench.questions import (
+from runtime_bench.targets.native import EMULATED_RUNNER, EMULATORS, Native, qemu_aarch64
+from runtime_bench.worker import (
     AnswerRequest,
     AnswerResult,
     Question,
-    Scoring,
-    Spelling,
-    Writing,
     answer_all,
     write_questions,
 )
-from runtime_bench.targets.native import EMULATED_RUNNER, EMULATORS, Native, qemu_aarch64
 
 pytest.importorskip("llama_cpp")
 
@@ -112,7 +109,7 @@ def here(asked: tuple[Path, str, Asked]) -> Any:
 
 
 def test_choices_are_scored_as_here(asked: tuple[Path, str, Asked], here: LanguageModel) -> None:
-    result = asked[2]([Scoring(item.context, item.continuations) for item in items()])
+    result = asked[2]([{"context": item.context, "continuations": item.continuations} for item in items()])
     assert result.error is None
     assert result.facts is not None
     assert result.facts.backends == "CPU"
@@ -127,7 +124,7 @@ def _greedy(here: LanguageModel) -> list[Question]:
     """A continuation that the model would have chosen itself."""
     context = ids(random.Random(1), 6)
     ((first, *_),) = here.generate([context], 1)
-    return [Scoring(context, ((first,),))]
+    return [{"context": context, "continuations": [[first]]}]
 
 
 def test_texts_are_written_as_here(asked: tuple[Path, str, Asked], here: LanguageModel) -> None:
@@ -138,7 +135,8 @@ def test_texts_are_written_as_here(asked: tuple[Path, str, Asked], here: Languag
     assert len({tuple(text) for text in plain}) > 3
     longest = max(plain, key=len)
     stop = here.tokenizer.decode(longest[3:5])
-    result = asked[2]([Writing(prompts, 12, (), ends), Writing(prompts, 12, (stop,), ends)])
+    writing = {"prompts": prompts, "max_new_tokens": 12, "ends": ends}
+    result = asked[2]([writing | {"stop_strings": []}, writing | {"stop_strings": [stop]}])
     assert result.error is None
     assert [list(text) for text in result.answers[0].written] == plain
     stopped = here.generate(prompts, 12, stop_strings=[stop])
@@ -148,7 +146,7 @@ def test_texts_are_written_as_here(asked: tuple[Path, str, Asked], here: Languag
 
 def test_texts_are_cut_into_the_tokens_of_here(asked: tuple[Path, str, Asked], here: LanguageModel) -> None:
     texts = ["The quick brown fox.", "x = 12,345\n\tdone"]
-    answers = asked[2]([Spelling(text) for text in texts]).answers
+    answers = asked[2]([{"text": text} for text in texts]).answers
     expected = [tuple(here.tokenizer(text)["input_ids"]) for text in texts]
     assert [answer.ids for answer in answers] == expected
 
@@ -193,7 +191,7 @@ def test_the_runner_takes_the_processor_by_its_name(
     runner_for: Callable[[str], Path], tiny_gguf: Callable[..., Path], tmp_path: Path
 ) -> None:
     assert build_runner("native") == runner_for("native")
-    request = requested(tiny_gguf(), "llama.cpp", tmp_path, [Spelling("a")], backend="cpu")
+    request = requested(tiny_gguf(), "llama.cpp", tmp_path, [{"text": "a"}], backend="cpu")
     result = Native(runner_for("native")).answer(request, 120)
     assert result.facts is not None
     assert (result.error, result.facts.backends) == (None, "CPU")

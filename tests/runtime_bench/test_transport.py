@@ -11,9 +11,9 @@ import psutil
 import pytest
 
 from runtime_bench.targets import remote
-from runtime_bench.targets.remote import Remote, RemoteCache, plain_bundle
+from runtime_bench.targets.far_shell import FarError, FarShell
+from runtime_bench.targets.remote import Remote
 from runtime_bench.targets.table import check_target
-from runtime_bench.targets.transport import FarError, FarShell
 from runtime_bench.worker import SessionSettings, WorkerRequest
 from runtime_bench.workload import Workload
 
@@ -60,15 +60,15 @@ def test_a_large_file_may_be_hashed_there_for_longer_than_it_may_stall(
     model = tmp_path / "model.gguf"
     model.write_bytes(bytes(2**20))
     monkeypatch.setattr(remote, "_STALL_S", 0.5)
-    shell = FarShell(Program(f"PATH={slow.parent}:$PATH; export PATH"))
+    way = Program(f"PATH={slow.parent}:$PATH; export PATH")
     for rate, arrives in ((2**20 / 60, True), (2**30, False)):
         monkeypatch.setattr(remote, "_HASHED_PER_S", rate)
-        cache = RemoteCache(shell, str(tmp_path / f"far {arrives}"))
+        target = Remote(way, folder=str(tmp_path / f"far {arrives}"))
         if arrives:
-            assert Path(cache.have(model, plain_bundle)).read_bytes() == model.read_bytes()
+            assert Path(target._have([(model, "model.gguf")])).read_bytes() == model.read_bytes()
         else:
             with pytest.raises(FarError, match=r"timeout: no answer within 0\.5 s"):
-                cache.have(model, plain_bundle)
+                target._have([(model, "model.gguf")])
 
 
 def test_a_machine_that_never_answers_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

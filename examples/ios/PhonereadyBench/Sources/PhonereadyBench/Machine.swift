@@ -95,18 +95,17 @@ enum Machine {
     #endif
 
     #if os(iOS)
-        /// Charge in percent, and whether power comes from outside.
-        static var battery: (percent: Double, charging: Bool)? {
+        /// Whether power comes from outside.
+        static var charging: Bool? {
             DispatchQueue.main.sync {
                 MainActor.assumeIsolated {
                     UIDevice.current.isBatteryMonitoringEnabled = true
-                    let level = UIDevice.current.batteryLevel
-                    guard level >= 0, UIDevice.current.batteryState != .unknown else { return nil }
-                    return (Double(level) * 100, UIDevice.current.batteryState != .unplugged)
+                    let state = UIDevice.current.batteryState
+                    return state == .unknown ? nil : state != .unplugged
                 }
             }
         }
     #else
-        static var battery: (percent: Double, charging: Bool)? { nil }
+        static var charging: Bool? { nil }
     #endif
 }

@@ -7,7 +7,7 @@ final class Watcher: @unchecked Sendable {
         let at: Int
         let thermal: Int?
         let lowPower: Bool?
-        let battery: (percent: Double, charging: Bool)?
+        let charging: Bool?
     }
     private let lock = NSLock()
     private var looks: [Look] = []
@@ -35,8 +35,7 @@ final class Watcher: @unchecked Sendable {
         let series: [String: [Any?]] = [
             "thermal_status": looks.map(\.thermal),
             "low_power": looks.map(\.lowPower),
-            "battery_percent": looks.map { $0.battery?.percent },
-            "charging": looks.map { $0.battery?.charging },
+            "charging": looks.map(\.charging),
         ]
         var conditions: [String: Any] = [
             "at_s": looks.map { seconds($0.at) },
@@ -44,7 +43,7 @@ final class Watcher: @unchecked Sendable {
         ]
         var hidden = Dictionary(
             uniqueKeysWithValues: [
-                "caps", "clocks", "hottest_c", "screen_on", "free_bytes", "others_cores", "stolen_cores", "held_share",
+                "caps", "clocks", "hottest_c", "screen_on", "others_cores", "stolen_cores", "held_share",
             ].map { ($0, "the system shows an app none of it") })
         for (name, values) in series {
             let told = values.contains { $0 != nil }
@@ -57,7 +56,7 @@ final class Watcher: @unchecked Sendable {
     private func look() {
         let look = Look(
             at: Clocks.sinceBoot(), thermal: Machine.thermalStatus, lowPower: Machine.lowPower,
-            battery: Machine.battery)
+            charging: Machine.charging)
         lock.withLock { looks.append(look) }
     }
 }
