@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,7 @@ from cfsp.errors import InputError, LimitError
 from cfsp.files import write_text
 from cfsp.reading import read_json_lines
 from cfsp.records import record_from_json, record_to_json
-from phoneready.figures.figures import DENSE, Figure, FigureKey, FigureSet, format_figure, recorded_metric
+from phoneready.figures.figures import DENSE, FigureKey, FigureSet, format_figure, recorded_metric
 from runtime_bench.presentation.markup import escape_markdown
 from runtime_bench.presentation.table import table_of_cells
 from runtime_bench.records.judgement import Samples, judge
@@ -41,6 +41,8 @@ _SPREADS = 4
 _MAD_TO_SIGMA = 1.4826
 _SHOWN = 6
 """Newest runs in the table of figures."""
+_Row = tuple[int, "HistoryFigure"]
+"""The number of a run, from 1, and a figure of it."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,7 @@ class HistoryFigure:
 
 @dataclass(frozen=True)
 class HistoryEntry:
-    """A run: what was made, measured and decided. `id` is a hash of that: a run that found everything done has it
-    again."""
+    """A run: what was made, measured and decided. `id` hashes that: a run that found everything done has it again."""
 
     KIND: ClassVar[str] = "history-entry"
     SCHEMA_VERSION: ClassVar[int] = 1
@@ -82,39 +83,12 @@ class HistoryEntry:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run by its number, from 1; `changed` has the stages, settings and packages that differ from the run before."""
-
-    number: int
-    name: str
-    time: str
-    outcome: str
-    settings: dict[str, str]
-    changed: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Series:
-    """A figure over runs, measured in the same way; `runs`, `values` and `errors` belong together."""
-
-    name: str
-    metric: str
-    role: str
-    unit: str
-    higher_is_better: bool | None
-    conditions: dict[str, str]
-    runs: tuple[int, ...]
-    values: tuple[float, ...]
-    errors: tuple[float | None, ...]
-
-
-@dataclass(frozen=True)
 class Anomaly:
-    """A figure that left what was usual before, and the run that began it.
+    """A figure that left what was usual before, and the run that began it, by number and name.
 
     Attributes:
         before: Median of the runs before.
-        noise: Relative spread that it was compared with; 0 of exact figures.
+        noise: Relative spread that it was compared with; 0 for exact figures.
         worse: Whether the change is for the worse; None if nobody says which way is.
         changed: What that run did otherwise than the one before.
         dense_too: Whether the dense model's figure changed with it: then it was the machine or the runtime.
@@ -151,16 +125,38 @@ class Anomaly:
 
 @dataclass(frozen=True)
 class History:
-    """Runs in order of time, series of all figures, and anomalies in order of the runs that began them."""
+    """Runs in order of time, and anomalies in order of the runs that began them."""
 
     KIND: ClassVar[str] = "history"
-    SCHEMA_VERSION: ClassVar[int] = 2
+    SCHEMA_VERSION: ClassVar[int] = 3
 
     source: str
     threshold: float
-    runs: tuple[Run, ...]
-    series: tuple[Series, ...]
+    runs: tuple[HistoryEntry, ...]
     anomalies: tuple[Anomaly, ...]
+
+    def series(self) -> list[list[_Row]]:
+        """Each figure over the runs that measured it in the same way."""
+        rows: dict[tuple[object, ...], list[_Row]] = {}
+        for number, entry in enumerate(self.runs, 1):
+            for one in entry.figures:
+                key = (one.role, one.key, tuple(sorted(one.conditions.items())))
+                rows.setdefault(key, []).append((number, one))
+        return list(rows.values())
+
+    def changed(self, number: int) -> tuple[str, ...]:
+        """Stages, settings and packages of a run that differ from the run before."""
+        if number < 2:
+            return ()
+        before, now = self.runs[number - 2 : number]
+        words = [
+            f"{name} {old.get(name)} -> {value}"
+            for old, new in ((before.settings, now.settings), (before.versions, now.versions))
+            for name, value in new.items()
+            if old.get(name) != value
+        ]
+        stages = [name for name, key in now.stages.items() if before.stages.get(name) != key]
+        return (*words, *([f"stages done again: {', '.join(stages)}"] if stages else []))
 
 
 def entry_of(
@@ -175,8 +171,26 @@ def entry_of(
 ) -> HistoryEntry:
     """The line of a run; the time is now unless given.
 
-    Figures of a machine that was too busy are left out: they would look like a change of the model.
+    Figures of a machine that was too busy are left out: they would look like a change of the model. Of a figure with an
+    anchor, its multiple of the anchor's is followed.
     """
+    kept = []
+    for figure in figures.figures:
+        if figure.value is None or any(one and one.noise for one in (figure.samples, figure.anchor)):
+            continue
+        unit, value, error = figure.unit, figure.value, None
+        if figure.samples:
+            timed = replace(figure.samples, looks=1)
+            found = judge(figure.anchor or Samples("", (1.0,)), timed).interval
+            if found and timed.n_independent >= _FEWEST:
+                # The standard error that the median's bootstrap interval stands for.
+                error = math.log(found.high / found.low) / (2 * NORMAL_95)
+            if found and figure.anchor:
+                unit, value = ANCHORED, figure.in_unit(found).ratio
+        elif figure.stderr is not None and value > 0:
+            error = figure.stderr / value
+        better = figure.higher_is_better
+        kept.append(HistoryFigure(figure.key, figure.role, unit, value, error, figure.conditions, better))
     known = json.dumps([dict(stages), label, outcome, record_to_json(figures)], sort_keys=True)
     return HistoryEntry(
         id=hashlib.sha256(known.encode()).hexdigest(),
@@ -188,29 +202,7 @@ def entry_of(
         settings=dict(settings),
         versions=dict(versions),
         stages=dict(stages),
-        figures=tuple(
-            _followed(f, f.value)
-            for f in figures.figures
-            if f.value is not None and not any(one and one.noise for one in (f.samples, f.anchor))
-        ),
-    )
-
-
-def _followed(figure: Figure, value: float) -> HistoryFigure:
-    """What of a figure is followed; of one with an anchor, its multiple of the anchor's."""
-    unit, error = figure.unit, None
-    if figure.samples:
-        timed = replace(figure.samples, looks=1)
-        found = judge(figure.anchor or Samples("", (1.0,)), timed).interval
-        if found and timed.n_independent >= _FEWEST:
-            # The standard error that the median's bootstrap interval stands for.
-            error = math.log(found.high / found.low) / (2 * NORMAL_95)
-        if found and figure.anchor:
-            unit, value = ANCHORED, figure.in_unit(found).ratio
-    elif figure.stderr is not None and value > 0:
-        error = figure.stderr / value
-    return HistoryFigure(
-        figure.key, figure.role, unit, value, error, figure.conditions, figure.higher_is_better
+        figures=tuple(kept),
     )
 
 
@@ -260,92 +252,52 @@ def find_entries(paths: Sequence[Path]) -> list[HistoryEntry]:
 
 
 def make_history(entries: Sequence[HistoryEntry], *, threshold: float = 0.03, last: int = 100) -> History:
-    """Put the last runs side by side and look for changes; raises InputError without any."""
+    """Put the last runs side by side and look for changes by this module's rule; raises InputError without any."""
     if not entries:
         raise InputError("there are no runs")
-    entries = entries[-last:]
-    befores: list[HistoryEntry | None] = [None, *entries[:-1]]
-    runs = tuple(
-        Run(number, e.name, e.time, e.outcome, e.settings, tuple(_differences(before, e)))
-        for number, (before, e) in enumerate(zip(befores, entries, strict=True), 1)
-    )
-    rows_by_figure: dict[tuple[object, ...], list[tuple[int, HistoryFigure]]] = {}
-    for number, entry in enumerate(entries, 1):
-        for figure in entry.figures:
-            conditions = tuple(sorted(figure.conditions.items()))
-            rows_by_figure.setdefault((figure.role, figure.key, conditions), []).append((number, figure))
-    series = []
-    anomalies: list[Anomaly] = []
-    for rows in rows_by_figure.values():
-        first, metric = rows[0][1], recorded_metric(rows[0][1].key.metric)
-        own = rows[-1][1].higher_is_better
-        one = Series(
-            name=first.key.describe(),
-            metric=first.key.metric,
-            role=first.role,
-            unit=first.unit,
-            higher_is_better=own if metric.higher_is_better is None else metric.higher_is_better,
-            conditions=first.conditions,
-            runs=tuple(number for number, _ in rows),
-            values=tuple(figure.value for _, figure in rows),
-            errors=tuple(figure.error for _, figure in rows),
-        )
-        series.append(one)
-        sampled = metric.sampled or any(error is not None for error in one.errors)
-        anomalies += _anomalies(one, runs, threshold, sampled=sampled)
-    dense = {(a.series, a.run) for a in anomalies if a.role == DENSE}
-    marked = [replace(a, dense_too=a.role != DENSE and (a.series, a.run) in dense) for a in anomalies]
-    ordered = tuple(sorted(marked, key=lambda a: (a.run, a.role == DENSE, a.series)))
-    return History(entries[-1].source, threshold, runs, tuple(series), ordered)
-
-
-def _differences(before: HistoryEntry | None, now: HistoryEntry) -> Iterator[str]:
-    if before is None:
-        return
-    for old, new in ((before.settings, now.settings), (before.versions, now.versions)):
-        for name, value in new.items():
-            if old.get(name) != value:
-                yield f"{name} {old.get(name)} -> {value}"
-    if stages := [name for name, key in now.stages.items() if before.stages.get(name) != key]:
-        yield f"stages done again: {', '.join(stages)}"
-
-
-def _anomalies(series: Series, runs: Sequence[Run], threshold: float, *, sampled: bool) -> Iterator[Anomaly]:
-    """The rule of this module; of neighbouring runs that changed in one direction, the first."""
-    going = 0.0
-    for place, value in enumerate(series.values):
-        earlier = series.values[max(0, place - WINDOW) : place]
-        if not earlier:
-            continue
-        usual, error = median(earlier), series.errors[place]
-        known = error is not None or len(earlier) >= _FEWEST_RUNS
-        scatter = _MAD_TO_SIGMA * median(abs(one - usual) for one in earlier)
-        spread = max(scatter, (error or 0.0) * abs(value)) if sampled else 0.0
-        change = value - usual
-        if (sampled and not known) or abs(change) <= max(threshold * abs(usual), _SPREADS * spread):
-            going = 0.0
-            continue
-        if change * going <= 0:
-            run, higher = runs[series.runs[place] - 1], series.higher_is_better
-            yield Anomaly(
-                series=series.name,
-                role=series.role,
-                run=run.number,
-                name=run.name,
-                before=usual,
-                after=value,
-                unit=series.unit,
-                noise=spread / abs(usual) if usual else 0.0,
-                worse=None if higher is None else (change < 0) == higher,
-                changed=run.changed,
-            )
-        going = change
+    history = History(entries[-1].source, threshold, tuple(entries[-last:]), ())
+    found: list[Anomaly] = []
+    for rows in history.series():
+        key, newest = rows[0][1].key, rows[-1][1]
+        metric, values = recorded_metric(key.metric), [figure.value for _, figure in rows]
+        better = newest.higher_is_better if metric.higher_is_better is None else metric.higher_is_better
+        sampled = metric.sampled or any(figure.error is not None for _, figure in rows)
+        going = 0.0  # of neighbouring runs that changed in one direction, the first is named
+        for place, (number, figure) in enumerate(rows):
+            earlier = values[max(0, place - WINDOW) : place]
+            if not earlier:
+                continue
+            usual, error, value = median(earlier), figure.error, figure.value
+            known = error is not None or len(earlier) >= _FEWEST_RUNS
+            scatter = _MAD_TO_SIGMA * median(abs(one - usual) for one in earlier)
+            spread = max(scatter, (error or 0.0) * abs(value)) if sampled else 0.0
+            change = value - usual
+            if (sampled and not known) or abs(change) <= max(threshold * abs(usual), _SPREADS * spread):
+                going = 0.0
+                continue
+            if change * going <= 0:
+                anomaly = Anomaly(
+                    series=key.describe(),
+                    role=figure.role,
+                    run=number,
+                    name=history.runs[number - 1].name,
+                    before=usual,
+                    after=value,
+                    unit=rows[0][1].unit,
+                    noise=spread / abs(usual) if usual else 0.0,
+                    worse=None if better is None else (change < 0) == better,
+                    changed=history.changed(number),
+                )
+                found.append(anomaly)
+            going = change
+    dense = {(a.series, a.run) for a in found if a.role == DENSE}
+    marked = [replace(a, dense_too=a.role != DENSE and (a.series, a.run) in dense) for a in found]
+    return replace(history, anomalies=tuple(sorted(marked, key=lambda a: (a.run, a.role == DENSE, a.series))))
 
 
 def check_history(history: History, recent: int) -> None:
     """Raise LimitError if a figure of the pruned model got worse in one of the `recent` newest runs; all are named."""
-    newest = history.runs[-1].number
-    bad = [a for a in history.anomalies if a.worse and a.role != DENSE and a.run > newest - recent]
+    bad = [a for a in history.anomalies if a.worse and a.role != DENSE and a.run > len(history.runs) - recent]
     if bad:
         told = "; ".join(f"{a.series} since {a.name} (run {a.run}): {a.change}" for a in bad)
         raise LimitError(f"{len(bad)} changes for the worse in the last {recent} runs: {told}")
@@ -353,29 +305,28 @@ def check_history(history: History, recent: int) -> None:
 
 def format_history(history: History, *, every: bool = False) -> str:
     """Markdown: runs, figures of the newest of them (the dense model's too with `every`), and what changed."""
-    runs = [[str(r.number), r.name, r.time, r.outcome, "; ".join(r.changed) or "-"] for r in history.runs]
-    shown, rows = history.runs[-_SHOWN:], []
-    for series in history.series:
-        if series.role == DENSE and not every:
+    numbered = list(enumerate(history.runs, 1))
+    runs = [[str(n), r.name, r.time, r.outcome, "; ".join(history.changed(n)) or "-"] for n, r in numbered]
+    shown, rows = numbered[-_SHOWN:], []
+    for series in history.series():
+        name, first, known = series[0][1].key.describe(), series[0][1], dict(series)
+        if first.role == DENSE and not every:
             continue
-        known = dict(zip(series.runs, zip(series.values, series.errors, strict=True), strict=True))
         cells = []
-        for run in shown:
-            value, error = known.get(run.number, (None, None))
-            cells.append(format_figure(value, series.unit) + (f" ± {100 * error:.1f} %" if error else ""))
-        since = [a.name for a in history.anomalies if (a.series, a.role) == (series.name, series.role)]
-        name = f"{series.name} (dense)" if series.role == DENSE else series.name
-        rows.append([name, *cells, ", ".join(since) or "-"])
+        for number, _ in shown:
+            one = known.get(number)
+            cell = format_figure(one.value if one else None, first.unit)
+            cells.append(cell + (f" ± {100 * one.error:.1f} %" if one and one.error else ""))
+        since = [a.name for a in history.anomalies if (a.series, a.role) == (name, first.role)]
+        rows.append([f"{name} (dense)" if first.role == DENSE else name, *cells, ", ".join(since) or "-"])
     told = [f"- {escape_markdown(anomaly.describe())}" for anomaly in history.anomalies]
+    said = f"Changes of more than {history.threshold:.0%} and more than the noise:"
+    header = ["run", "name", "time (UTC)", "budgets", "changed since the run before"]
     parts = [
         f"{escape_markdown(history.source)}: {len(runs)} runs",
-        table_of_cells(
-            ["run", "name", "time (UTC)", "budgets", "changed since the run before"], runs
-        ).markdown(),
-        table_of_cells(["figure", *(run.name for run in shown), "changed"], rows).markdown(),
-        f"Changes of more than {history.threshold:.0%} and more than the noise:"
-        if told
-        else "No change beyond the noise.",
+        table_of_cells(header, runs).markdown(),
+        table_of_cells(["figure", *(run.name for _, run in shown), "changed"], rows).markdown(),
+        said if told else "No change beyond the noise.",
         "\n".join(told),
     ]
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"

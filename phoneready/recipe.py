@@ -51,14 +51,13 @@ from phoneready.figures.gate import write_verdicts
 from phoneready.history import append_entry, entry_of
 from phoneready.publish.manifest import ReleaseManifest
 from phoneready.publish.publish import publish
-from phoneready.release.beside import Work
-from phoneready.release.collect import collect_figures
 from phoneready.release.decide import measure_on
 from phoneready.release.inputs import check_inputs, identities, identity, made_with
-from phoneready.release.results import read_figures, stage_figures
+from phoneready.release.results import collect_figures, read_figures, stage_figures
 from phoneready.release.stages import (
     RUNNING,
     Stage,
+    Work,
     claim_folder,
     explain_stages,
     run_stage,

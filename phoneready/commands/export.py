@@ -75,7 +75,7 @@ def export(
 
 def format_exports(records: Sequence[ExportRecord], output: Path) -> str:
     """Size, stored types, how close each file is to the checkpoint, and how each kind of file was proven."""
-    from phoneready.report.tables import proof_table
+    from phoneready.report.report import proof_table
 
     lines = [proof_table(records).markdown()]
     lines += [f"{record.file}: {warning}" for record in records for warning in record.warnings]

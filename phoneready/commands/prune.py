@@ -94,7 +94,7 @@ def prune(
     from cfsp.models.reference import load_model
     from cfsp.pruning.plan import PruningPlan
     from cfsp.pruning.prune import plan_model, prune_model
-    from phoneready.release.fitting import fitting_settings, shape_check
+    from phoneready.release.steps import fitting_settings, shape_check
     from phoneready.room import check_room, pruning_needs
     from phoneready.text import load_calibration
 

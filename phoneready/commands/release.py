@@ -46,10 +46,16 @@ def release(
     from phoneready.publish.publish import PAGE_FILE
     from phoneready.recipe import explain_release, run_release
     from phoneready.release.results import read_figures
-    from phoneready.report.report import beaten, headline, quality_text, verdict_table
-    from phoneready.report.tables import losses_table
+    from phoneready.report.report import (
+        beaten,
+        details,
+        headline,
+        losses_table,
+        quality_text,
+        verdict_table,
+    )
     from phoneready.settings.release import load_config, with_variants
-    from phoneready.tracking.mlflow_log import log_release
+    from phoneready.tracking import log_release
 
     chosen = load_config(config, settings)
     if onnx:
@@ -81,6 +87,7 @@ def release(
     prompt, answer = figures.answers.prompts[0], figures.answers.answers[best.file][0]
     lines = [
         headline(figures),
+        details(figures),
         *beaten(figures),
         *(verdict_table(figures, d, p) for d, p in figures.pairs),
         losses_table(figures).markdown(),

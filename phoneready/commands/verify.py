@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +29,7 @@ def verify(
     count, problems = verify_release(folder)
     lines = [f"{visible(problem.path)} {problem.reason}" for problem in problems]
     text = "\n".join(lines) if lines else f"{count} files are as they were released"
-    payload = {"ok": not problems, "files": count, "problems": [asdict(problem) for problem in problems]}
+    payload = {"ok": not problems, "files": count, "problems": [problem._asdict() for problem in problems]}
     write_result(text, payload, as_json=json)
     if problems:
         more = f", and {len(lines) - 1} more" if len(lines) > 1 else ""

@@ -6,25 +6,35 @@ where phoneready is not. It is no signature: who can change a file can change it
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from cfsp.errors import InputError, without_credentials
-from cfsp.files import sha256_file, write_text
+from cfsp.files import sha256_file
 from cfsp.models.checkpoint import CheckpointInfo
+from cfsp.models.offload import AUTO
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import ModelSource
 from cfsp.records import read_record, tool_version
+from cfsp.recovery.settings import reads_teacher
+from cfsp.settings import declared, pick
 from cfsp.validation import WhereSet
-from phoneready.publish.single_commands import single_commands
+from exporters.families import find_format, makes_gguf
+from exporters.settings import ExportSettings
 from phoneready.release.results import ReleaseFigures
 from phoneready.release.stages import StageRecord
 from phoneready.settings.schema import ReleaseConfig
 
 MANIFEST_FILE = "manifest.json"
+SUMS_FILE = "SHA256SUMS"
+_KEPT_APART = ("stages", ".phoneready.lock", "history.jsonl", SUMS_FILE)
+"""Kept beside a release: what the pipeline goes on from, figures of the releases before, and the list itself."""
+_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,22 @@ class ReleasedFile:
 
 
 @dataclass(frozen=True)
+class Content:
+    """A file of a release: its path from the release folder with slashes, size, and hash."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Problem(NamedTuple):
+    """A file that is not as its release says, and how."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class ReleaseManifest:
     """manifest.json.
 
@@ -49,7 +75,6 @@ class ReleaseManifest:
         source: The dense model, whose licence the files inherit.
         shape: Of the pruned model.
         contents: Every file of the release but this one and SHA256SUMS, with its hash.
-        kinds: How each group of figures came about.
         config: Without the credentials of URLs in it.
         commands: Single commands that make the pruned files.
         stages: Stage -> its key.
@@ -69,7 +94,6 @@ class ReleaseManifest:
     checkpoint_sha256: str
     files: tuple[ReleasedFile, ...]
     contents: tuple[Content, ...]
-    kinds: dict[str, str]
     versions: dict[str, str]
     config: dict[str, Any]
     commands: tuple[str, ...]
@@ -103,7 +127,6 @@ def make_manifest(
             for r in records
         ),
         contents=(),
-        kinds={"evaluation": "measured", "parity": "measured", "bench": "measured"},
         versions=dict(sorted(versions.items())),
         config=without_credentials(config.model_dump(mode="json")),
         commands=single_commands(config, figures, {stage.name: stage.threads for stage in stages}),
@@ -150,29 +173,6 @@ def verify_release(folder: Path) -> tuple[int, list[Problem]]:
     return len(sums) + 1, problems + find_problems(folder, [*manifest.contents, itself])
 
 
-SUMS_FILE = "SHA256SUMS"
-_KEPT_APART = ("stages", ".phoneready.lock", "history.jsonl", SUMS_FILE)
-"""Kept beside a release: what the pipeline goes on from, figures of the releases before, and the list itself."""
-_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
-
-
-@dataclass(frozen=True)
-class Content:
-    """A file of a release: its path from the release folder with slashes, size, and hash."""
-
-    path: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A difference between a folder and its release: the file, and what is wrong with it."""
-
-    path: str
-    reason: str
-
-
 def describe_files(folder: Path, names: Iterable[str], known: Mapping[str, str]) -> tuple[Content, ...]:
     """Size and hash of files, and of all files in folders, in order of their paths."""
     paths: set[Path] = set()
@@ -184,11 +184,6 @@ def describe_files(folder: Path, names: Iterable[str], known: Mapping[str, str])
         name = path.relative_to(folder).as_posix()
         contents.append(Content(name, path.stat().st_size, known.get(name) or sha256_file(path)))
     return tuple(sorted(contents, key=lambda content: content.path))
-
-
-def write_sums(folder: Path, contents: Iterable[Content]) -> None:
-    """Write SHA256SUMS in the form of coreutils."""
-    write_text(folder / SUMS_FILE, "".join(f"{content.sha256}  {content.path}\n" for content in contents))
 
 
 def read_sums(folder: Path) -> dict[str, str]:
@@ -248,3 +243,60 @@ def is_inside(path: str) -> bool:
     """Whether a path stays in the folder that it is read from."""
     parts = PurePosixPath(path)
     return bool(path) and "\\" not in path and not parts.is_absolute() and ".." not in parts.parts
+
+
+def single_commands(
+    config: ReleaseConfig, figures: ReleaseFigures, threads: Mapping[str, int | None]
+) -> tuple[str, ...]:
+    """A release as single commands; the last one writes its model files, byte for byte, with its stages' threads."""
+    asked, model, made = config.prune, config.model, config.export.names
+    seed: tuple[object, ...] = ("--seed", config.seed)
+    opened = [] if model.device == "auto" else ["--device", model.device]
+    kept = [] if model.dtype == AUTO else ["--dtype", model.dtype]
+
+    # Without a name one of GGUF is meant.
+    named = asked.for_quant or (() if makes_gguf(made) else made)
+    pruning = dataclasses.replace(asked, align=figures.plan.settings.align, for_quant=named)
+    words = _words(pruning, set() if asked.vocabulary else {"vocabulary_text"})
+    weights = [] if model.dtype == pruning.dtype else ["--weights-dtype", model.dtype]
+    commands: dict[str, tuple[object, ...]] = {
+        "prune": ("prune", model.reference, "-o", "checkpoint", *words, *weights, *seed, *opened)
+    }
+    final = "checkpoint"
+    if (training := config.recover) is not None:
+        settings = dataclasses.replace(training, patience=training.patience or 0, report_to=())
+        teacher = ["--teacher", model.reference] if reads_teacher(training, training.texts) else []
+        words = (*teacher, *_words(settings))
+        commands["recover"] = ("recover", final, "-o", "recovered", *words, *seed, *opened)
+        final = "recovered"
+    judging = config.evaluate.settings(config.seed + 1, figures.evaluation.prompts)
+    no_text = [] if judging.text or judging.chats else ["--no-text"]
+    words = (*_words(judging), *opened, *kept, *no_text)
+    commands["evaluate"] = ("eval", final, "--against", model.reference, *words)
+    record = figures.pruned[0]
+    name = record.file.removesuffix(".gguf").removesuffix(f"-{record.quant}")
+    exporting = pick(ExportSettings, config.export, name=name, seed=config.seed, rounding_windows=None)
+    if any("calibration" in find_format(one).reads for one in made):
+        exporting = dataclasses.replace(
+            exporting, calibration=asked.calibration, nsamples=asked.nsamples, seqlen=asked.seqlen,
+            rounding_windows=config.export.rounding_windows, dense=model.reference,
+        )  # fmt: skip
+    commands["export-pruned"] = ("export", final, "-o", "exports", *_words(exporting), *opened, *kept)
+    return tuple(
+        shlex.join(map(str, ("phoneready", *command, *(("--threads", count) if count else ()))))
+        for command, count in ((command, threads.get(stage)) for stage, command in commands.items())
+    )
+
+
+def _words(settings: object, without: Collection[str] = ()) -> Iterable[object]:
+    """Settings as command-line options; what is None, empty or in `without` is left to the command's default."""
+    for row in (row for row in declared(type(settings)) if row.name not in without):
+        value, option = getattr(settings, row.name), row.options[-1]
+        if isinstance(value, bool):
+            yield from [] if value == row.default else [option]
+        elif isinstance(value, tuple) and row.setting.splits:
+            yield from [option, ",".join(map(str, value))] if value else []
+        elif isinstance(value, tuple):
+            yield from (word for entry in value for word in (option, entry))
+        elif value is not None:
+            yield from (option, value)

@@ -1,10 +1,8 @@
-"""README.md, Modelfile and bill of materials of a release.
+"""README.md, Modelfile and bill of materials of a release; they are alike in two runs of the same configuration.
 
-README.md is a model card with the header that the Hugging Face hub reads. With the Modelfile `ollama create NAME -f
-Modelfile` takes a GGUF file; Ollama's templates are Go's, a model's are Jinja: ChatML, which most models of this size
-speak, is written out, and others are left to Ollama, which knows the common ones in a GGUF file. The bill of materials
-is CycloneDX 1.6 (https://cyclonedx.org/docs/1.6/json/). Nothing in them differs between two runs of the same
-configuration: times are in the reports, and the serial number is made from the content.
+README.md is a model card with the header that the Hugging Face hub reads. Ollama's templates are Go's, a model's are
+Jinja: the Modelfile has ChatML, which most models of this size speak; Ollama knows other common ones in a GGUF file.
+The bill of materials is CycloneDX 1.6 (https://cyclonedx.org/docs/1.6/json/).
 """
 
 from __future__ import annotations
@@ -26,16 +24,18 @@ from phoneready.release.results import ReleaseFigures
 from phoneready.report.plots import render_markdown
 from phoneready.report.report import quality_text
 from runtime_bench.presentation.markup import Markdown, escape_markdown, visible
-from runtime_bench.presentation.table import table_of_cells
+from runtime_bench.presentation.table import Column, Table
 
-HUB_LICENSES = frozenset(
-    (
-        *("apache-2.0", "mit", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "bsd-2-clause", "bsd-3-clause", "mpl-2.0"),
-        *("unlicense", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "openrail"),
-        *("bigscience-openrail-m", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "gemma"),
-    )
-)
-"""Licences that the hub knows by these names; any other is `other` with its name."""
+_SPDX = ("Apache-2.0", "MIT", "BSD-2-Clause", "BSD-3-Clause", "MPL-2.0", "Unlicense", "CC0-1.0", "CC-BY-4.0")
+_LICENSES: dict[str, str | None] = {
+    **{name.lower(): name for name in (*_SPDX, "CC-BY-SA-4.0", "CC-BY-NC-4.0")},
+    **{name: f"{name.upper()}-only" for name in ("gpl-3.0", "lgpl-3.0", "agpl-3.0")},
+    **dict.fromkeys(
+        ("openrail", "bigscience-openrail-m", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3")
+    ),
+    "gemma": None,
+}
+"""Licences that the hub knows by these names -> SPDX's identifier; any other is given by its name."""
 
 
 def model_card_text(figures: ReleaseFigures, manifest: ReleaseManifest) -> str:
@@ -43,7 +43,7 @@ def model_card_text(figures: ReleaseFigures, manifest: ReleaseManifest) -> str:
     source, files = figures.source, figures.pruned
     base = source.base_model or (source.reference if source.kind == "hub" else source.name)
     stated = manifest.license
-    known = (stated or "").lower() in HUB_LICENSES
+    known = (stated or "").lower() in _LICENSES
     data = ModelCardData(
         base_model=base,
         license=stated.lower() if stated and known else "other" if stated else None,
@@ -53,23 +53,21 @@ def model_card_text(figures: ReleaseFigures, manifest: ReleaseManifest) -> str:
     )
     on_hub = (source.kind == "hub" or source.base_model) and re.fullmatch(r"[\w.-]+/[\w.-]+", base)
     link = f"[{escape_markdown(base)}](https://huggingface.co/{base})" if on_hub else escape_markdown(base)
-    header = ["file", "size", "perplexity", "same first choice as the pruned checkpoint", "SHA-256"]
-    rows = [
-        [
-            r.file,
-            format_bytes(r.file_bytes),
-            f"{r.parity.ppl_export:.2f}",
-            f"{r.parity.same_top1:.1%}",
-            r.sha256[:16],
-        ]
-        for r in files
+    columns: list[Column[ExportRecord]] = [
+        Column("file", lambda r: r.file),
+        Column("size", lambda r: format_bytes(r.file_bytes), right=True),
+        Column("perplexity", lambda r: f"{r.parity.ppl_export:.2f}", right=True),
+        Column(
+            "same first choice as the pruned checkpoint", lambda r: f"{r.parity.same_top1:.1%}", right=True
+        ),
+        Column("SHA-256", lambda r: r.sha256[:16]),
     ]
     context: dict[str, Any] = {
         "header": Markdown(data.to_yaml()),
         "name": source.name,
         "base": Markdown(link),
         "figures": figures,
-        "files": Markdown(table_of_cells(header, rows).markdown()),
+        "files": Markdown(Table(columns, files).markdown()),
         "quality": Markdown(quality_text(figures)),
         "gguf": next((Markdown(shlex.quote(visible(r.file))) for r in files if r.format == "gguf"), None),
         "onnx": next((r.file for r in files if r.format == "onnx"), None),
@@ -96,101 +94,68 @@ _GO_CHATML = """{{- range .Messages }}<|im_start|>{{ .Role }}
 
 def modelfile_text(exports: Sequence[ExportRecord], tokenizer: Any) -> str:
     """The Modelfile of the first GGUF file; the others are named in comments."""
-    files = [record for record in exports if record.format == "gguf"]
-    tag = re.sub(r"[^a-z0-9._-]+", "-", files[0].file.removesuffix(".gguf").lower())
-    lines = [f"# ollama create {tag} -f Modelfile", f"FROM ./{files[0].file}"]
-    lines += [f"# FROM ./{record.file}" for record in files[1:]]
-    if files[0].context_length < _OLLAMA_CONTEXT:
-        lines.append(f"PARAMETER num_ctx {files[0].context_length}")
+    first, *others = [record for record in exports if record.format == "gguf"]
+    tag = re.sub(r"[^a-z0-9._-]+", "-", first.file.removesuffix(".gguf").lower())
+    lines = [f"# ollama create {tag} -f Modelfile", f"FROM ./{first.file}"]
+    lines += [f"# FROM ./{record.file}" for record in others]
+    if first.context_length < _OLLAMA_CONTEXT:
+        lines.append(f"PARAMETER num_ctx {first.context_length}")
     if tokenizer.eos_token:
         lines.append(f"PARAMETER stop {json.dumps(tokenizer.eos_token, ensure_ascii=False)}")
-    return "\n".join([*lines, *_template(tokenizer)]) + "\n"
-
-
-def _template(tokenizer: Any) -> list[str]:
     if not tokenizer.chat_template:
-        return ["# The model has no chat template: it completes text.", 'TEMPLATE """{{ .Prompt }}"""']
+        lines += ["# The model has no chat template: it completes text.", 'TEMPLATE """{{ .Prompt }}"""']
+        return "\n".join(lines) + "\n"
     talk = [
-        {"role": role, "content": text} for role, text in (("user", "A"), ("assistant", "B"), ("user", "C"))
+        {"role": role, "content": text}
+        for role, text in zip(("user", "assistant", "user"), "ABC", strict=True)
     ]
-    rendered = render_chat(tokenizer, talk, add_generation_prompt=True)
-    match = _CHATML.fullmatch(rendered)
+    match = _CHATML.fullmatch(render_chat(tokenizer, talk, add_generation_prompt=True))
     if match is None or '"""' in (match["system"] or ""):
-        return ["# No TEMPLATE: the chat template is in the GGUF file, where Ollama looks for it."]
-    system = [f'SYSTEM """{match["system"]}"""'] if match["system"] else []
-    return [f'TEMPLATE """{_GO_CHATML}"""', *system]
+        lines.append("# No TEMPLATE: the chat template is in the GGUF file, where Ollama looks for it.")
+    else:
+        lines.append(f'TEMPLATE """{_GO_CHATML}"""')
+        lines += [f'SYSTEM """{match["system"]}"""'] if match["system"] else []
+    return "\n".join(lines) + "\n"
 
 
 BOM_FILE = "bom.cdx.json"
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://cyclonedx.org/phoneready")
-_SPDX = {
-    name.lower(): name
-    for name in (
-        *("Apache-2.0", "MIT", "GPL-3.0-only", "LGPL-3.0-only", "AGPL-3.0-only", "BSD-2-Clause"),
-        *("BSD-3-Clause", "CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0", "CC-BY-NC-4.0", "MPL-2.0", "Unlicense"),
-    )
-}
-"""Licences as models state them -> SPDX's identifiers; any other is given by its name."""
 
 
 def make_bom(figures: ReleaseFigures, manifest: ReleaseManifest) -> dict[str, Any]:
-    """The bill of materials, as JSON."""
+    """The bill of materials, as JSON: the model, the dense one it comes from, files, libraries."""
     source, plan = figures.source, figures.plan
 
-    def component(kind: str, ref: str, name: str, sha256: str | None, license_: str | None) -> dict[str, Any]:
+    def component(kind: str, ref: str, name: str, sha256: str | None = None, **more: Any) -> dict[str, Any]:
         row: dict[str, Any] = {"type": kind, "bom-ref": ref, "name": name}
         if sha256:
             row["hashes"] = [{"alg": "SHA-256", "content": sha256}]
-        if license_:
-            spdx = _SPDX.get(license_.lower())
-            row["licenses"] = [{"license": {"id": spdx} if spdx else {"name": license_}}]
-        return row
+        if kind == "machine-learning-model" and source.license:
+            spdx = _LICENSES.get(source.license.lower())
+            row["licenses"] = [{"license": {"id": spdx} if spdx else {"name": source.license}}]
+        return row | {key: value for key, value in more.items() if value}
 
-    kind = "machine-learning-model"
-    dense = component(kind, "dense", source.base_model or source.name, source.sha256, source.license)
-    dense |= {"version": source.revision} if source.revision else {}
-    dense["properties"] = [{"name": "phoneready:kind", "value": source.kind}]
-    metrics = [
-        {
-            "type": name,
-            "value": f"{getattr(text.divergence, name):.6g}",
-            "slice": f"{text.kind}, {text.n_tokens} tokens, sha256 {text.windows_sha256[:16]}",
-        }
-        for text in figures.evaluation.texts
-        if text.divergence
-        for name in ("perplexity", "perplexity_ratio", "kl_mean", "same_top1")
-    ]
-    notes = f"{plan.removed}, seed {manifest.seed}"
-    notes += "; then trained" if manifest.config.get("recover") else ""
-    model = component(kind, "model", f"{source.name}-pruned", manifest.checkpoint_sha256, manifest.license)
-    model |= {
-        "pedigree": {"ancestors": [dense | {"bom-ref": "ancestor"}], "notes": notes},
-        "modelCard": {
-            "modelParameters": {
-                "task": "text-generation",
-                "architectureFamily": "transformer",
-                "modelArchitecture": plan.model_type,
-                "datasets": [
-                    {"type": "dataset", "name": reference, "description": "calibration text"}
-                    for reference in plan.calibration
-                ],
-            },
-            "quantitativeAnalysis": {"performanceMetrics": metrics},
-        },
-        "properties": [{"name": "phoneready:plan_sha256", "value": manifest.plan_sha256 or "unknown"}],
-    }
+    kind, version = "machine-learning-model", source.revision
+    dense = component(kind, "dense", source.base_model or source.name, source.sha256, version=version)
+    model = component(kind, "model", f"{source.name}-pruned", manifest.checkpoint_sha256)
+    notes = (
+        f"{plan.removed}, seed {manifest.seed}{'; then trained' if manifest.config.get('recover') else ''}"
+    )
+    model["pedigree"] = {"ancestors": [dense | {"bom-ref": "ancestor"}], "notes": notes}
+    texts = [{"type": "dataset", "name": one, "description": "calibration text"} for one in plan.calibration]
+    model["modelCard"] = {"modelParameters": {"task": "text-generation", "datasets": texts}}
     files = []
     for r in figures.pruned:
         parts = [
-            component("file", f"file:{c.path}", c.path, c.sha256, None)
+            component("file", f"file:{c.path}", c.path, c.sha256)
             for c in manifest.contents
             if c.path.startswith(f"{r.file}/")
         ]
-        row = component("file", f"file:{r.file}", r.file, None if parts else r.sha256, manifest.license)
-        row["description"] = f"{r.format} {r.quant}, {r.architecture}"
-        files.append(row | ({"components": parts} if parts else {}))
+        about = f"{r.format} {r.quant}, {r.architecture}"
+        sha256 = None if parts else r.sha256
+        files.append(component("file", f"file:{r.file}", r.file, sha256, description=about, components=parts))
     libraries = [
-        {"type": "library", "bom-ref": f"library:{name}", "name": name, "version": version}
+        component("library", f"library:{name}", name, version=version)
         for name, version in sorted(manifest.versions.items())
     ]
     document: dict[str, Any] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import shutil
 from collections.abc import Sequence
@@ -23,18 +22,17 @@ from phoneready.figures.figures import FIGURES_FILE, PRUNED, VERDICTS_FILE
 from phoneready.figures.gate import JUNIT_FILE, SUMMARY_FILE
 from phoneready.publish.manifest import (
     MANIFEST_FILE,
+    SUMS_FILE,
     ReleaseManifest,
     describe_files,
     is_inside,
     make_manifest,
-    write_sums,
 )
 from phoneready.publish.model_card import BOM_FILE, make_bom, model_card_text, modelfile_text
 from phoneready.release.results import ReleaseFigures, read_figures
 from phoneready.release.stages import StageRecord, claim_folder
 from phoneready.release.steps import Steps
 from phoneready.report.report import ReportInput, read_verdicts, render_page, render_report
-from phoneready.settings.release import take_out_gone
 from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.devices.profile import find_profile, load_profiles
 
@@ -94,7 +92,8 @@ def seal_release(folder: Path, manifest: ReleaseManifest) -> ReleaseManifest:
     contents = sorted(manifest.contents, key=lambda content: content.path)
     manifest = replace(manifest, contents=tuple(contents))
     write_record(folder / MANIFEST_FILE, manifest)
-    write_sums(folder, [*contents, *describe_files(folder, [MANIFEST_FILE], {})])
+    listed = [*contents, *describe_files(folder, [MANIFEST_FILE], {})]
+    write_text(folder / SUMS_FILE, "".join(f"{one.sha256}  {one.path}\n" for one in listed))
     return manifest
 
 
@@ -131,9 +130,7 @@ def rewrite_reports(folder: Path) -> ReleaseManifest:
     if not (folder / "stages").is_dir():
         raise InputError(f"{folder} has no folder stages; reports are made from the records in it")
     try:
-        values = copy.deepcopy(manifest.config)
-        take_out_gone(values)  # what it did is done
-        config = ReleaseConfig.model_validate(values)
+        config = ReleaseConfig.model_validate(manifest.config)
     except pydantic.ValidationError as error:
         where = folder / MANIFEST_FILE
         raise InputError(f"{where}, config: {describe_problems(error)}") from error
@@ -164,13 +161,11 @@ def place(source: Path, destination: Path) -> None:
     files = {path.relative_to(source): path for path in source.rglob("*") if path.is_file()}
     there = {path.relative_to(destination) for path in destination.rglob("*") if path.is_file()}
 
-    def is_copied(name: Path) -> bool:
-        """By its size and time, as a copy has them, and not by a second name."""
-        one, other = files[name].stat(), (destination / name).stat()
-        same = (one.st_size, one.st_mtime_ns) == (other.st_size, other.st_mtime_ns)
-        return same and not os.path.samestat(one, other)
+    def same(one: os.stat_result, other: os.stat_result) -> bool:
+        """As a copy is, by size and time."""
+        return (one.st_size, one.st_mtime_ns) == (other.st_size, other.st_mtime_ns)
 
-    if there == set(files) and all(map(is_copied, files)):
+    if there == set(files) and all(same(files[name].stat(), (destination / name).stat()) for name in files):
         return
     with atomic_directory(destination, own=True) as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True)

@@ -1,8 +1,7 @@
-"""Measuring on if the samples leave a budget on a speed open: more rounds, until it is decided or a time is over.
+"""More rounds if the samples leave a budget on a speed open, until it is decided or the time is over.
 
-Looking again and again until something is decided would err more often than looking once. So there are LOOKS at most,
-each after twice the rounds of the one before, and each is surer in proportion (Bonferroni): together they err no more
-often than one look of 95 % would. `benchmarks/measuring_on.py` simulates it.
+Looking again until something is decided errs more often than looking once. So there are LOOKS at most, each after twice
+the rounds of the one before, and each is surer in proportion (Bonferroni). `benchmarks/measuring_on.py` simulates it.
 """
 
 from __future__ import annotations
@@ -18,12 +17,13 @@ from cfsp.errors import PhonereadyError
 from cfsp.progress import Progress
 from phoneready.figures.figures import DENSE, INCONCLUSIVE, PRUNED, FigureSet, select
 from phoneready.figures.gate import differing, judge
-from phoneready.release.collect import benchmark_figures
-from phoneready.release.steps import BENCH_FILE, Steps, bench_named
+from phoneready.release.results import benchmark_figures
+from phoneready.release.stages import stage_folder
+from phoneready.release.steps import BENCH_FILE, Steps, bench_named, bench_stage
 from runtime_bench.measuring.measure import with_more
 from runtime_bench.records.bench_record import BenchRecord, MeasuredOn
 from runtime_bench.records.fairness import has_speed
-from runtime_bench.records.jsonl import append_jsonl
+from runtime_bench.records.jsonl import append_jsonl, read_jsonl
 from runtime_bench.targets import Target
 from runtime_bench.targets.table import open_target
 
@@ -38,7 +38,8 @@ def measure_on(
     steps: Steps, place: str, baseline: FigureSet | None, output: Path, progress: Progress
 ) -> None:
     """Write the records of a place, with more rounds of those that a budget on speeds leaves open."""
-    records, limit = steps.first_records(place), steps.config.bench.decide_s
+    records = read_jsonl(stage_folder(steps.folder, bench_stage(place)) / BENCH_FILE)
+    limit = steps.config.bench.decide_s
     for turns, _ in list(_limited(steps, place, baseline, records)):
         for row in turns:
             records[row] = replace(records[row], measured_on=MeasuredOn(LOOKS))

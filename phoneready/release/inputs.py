@@ -1,7 +1,6 @@
 """What the results of a release depend on beside its settings: models, text, code, packages; and what cannot be read.
 
-Code and packages are part of the first stage's key, which every other stage comes after: no list says which stage uses
-what, so none can miss anything.
+Code and packages are part of the first stage's key, which every other stage comes after, so none can miss anything.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import hashlib
 import importlib.metadata
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,19 +69,16 @@ def made_with(root: Path = ROOT) -> dict[str, Any]:
                 digest.update(hashlib.sha256(file.read_bytes()).digest())
     required = importlib.metadata.requires("phoneready") or []
     names = {re.split(r"[^\w.-]", one)[0] for one in required if not _SHOWING.match(one)} - {"phoneready"}
+    packages = dict[str, str | None]()
+    for name in sorted(names):
+        packages[name] = None
+        with suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
     groups = (ENGINES, TARGETS, METRICS, FAMILIES)
     plugins = [plugin.origin for group in groups for plugin in find_plugins(group)]
     return {
         "tool": tool_version(),
         "code": digest.hexdigest()[:16],
-        "packages": {name: installed_version(name) for name in sorted(names)},
+        "packages": packages,
         "plugins": sorted(set(plugins)),
     }
-
-
-def installed_version(distribution: str) -> str | None:
-    """The version of a distribution; None if it is not installed."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -1,9 +1,10 @@
-"""What the stages of a finished release found, read back."""
+"""What the stages of a finished release found, read back, and the figures that budgets and history are held against."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,8 +17,19 @@ from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord
 from cfsp.units import format_bytes
 from exporters.export_record import ExportManifest, ExportRecord
 from phoneready.evaluation.evaluation_record import Evaluation
+from phoneready.evaluation.figures import evaluation_figures
 from phoneready.evaluation.measured_file import Standing, standing
-from phoneready.figures.figures import DENSE, PRUNED
+from phoneready.figures.figures import (
+    DENSE,
+    ENERGY_OF,
+    METRICS,
+    PRUNED,
+    Figure,
+    FigureKey,
+    FigureSet,
+    measured_place,
+    metric_of,
+)
 from phoneready.release.stages import RECORD_FILE, stage_folder
 from phoneready.release.steps import (
     ANSWERS_FILE,
@@ -32,8 +44,13 @@ from phoneready.release.steps import (
     row_text,
 )
 from phoneready.settings.schema import ReleaseConfig
-from runtime_bench.records.bench_record import BenchRecord
+from runtime_bench.devices.profile import find_profile, load_profiles
+from runtime_bench.devices.projection import Band, project
+from runtime_bench.records.bench_record import DOES_NOT_FIT, BenchRecord
+from runtime_bench.records.energy import energy
+from runtime_bench.records.fairness import CAP_LIMIT, capped_at, noise
 from runtime_bench.records.jsonl import read_jsonl
+from runtime_bench.records.judgement import Samples, samples_of
 
 
 @dataclass(frozen=True)
@@ -139,3 +156,154 @@ def stage_figures(folder: Path, name: str) -> str:
                 ratio = text.bits_per_byte / text.against_bits_per_byte
                 parts.append(f"{of}: bits per byte {ratio:.4f} x dense")
     return "; ".join(parts)
+
+
+def collect_figures(config: ReleaseConfig, folder: Path, release: ReleaseFigures) -> FigureSet:
+    """Every figure of `planned_figures`, of the dense model too if it has one."""
+    steps = Steps(config, folder, None)
+    exports = [(role, one) for role in (PRUNED, DENSE) for one in getattr(release, role)]
+    items = {record.file: (role, record.quant) for role, record in exports}
+    figures = [
+        Figure(FigureKey("file_bytes", record.quant), role, record.file, "bytes", record.file_bytes)
+        for role, record in exports
+    ]
+    for place in config.bench.targets:
+        figures += benchmark_figures(config, place, steps.bench_records(place), items)
+    # What a GGUF file would need, and how fast it would be, on every device of the configuration.
+    profiles, projected = load_profiles(), config.bench.measured(config.export.projected)
+    for artifact in steps.artifacts() if config.bench.devices else ():
+        if artifact.item not in projected:
+            continue
+        facts = artifact.facts
+        context = min(config.bench.n_ctx, facts.context_length)
+        for device in config.bench.devices:
+            found = project(find_profile(device, profiles).profile, facts, context)
+            memory = Band(found.memory.total, found.memory.total)
+            bands = {"memory_bytes": memory, "tg": found.decode, "pp": found.prefill}
+            for name, band in bands.items():
+                metric = f"projected_{name}"
+                figure = Figure(
+                    FigureKey(metric, artifact.item, device), artifact.role, artifact.name, metric_of(metric).unit,
+                    None, kind="projected", target=device, failure="; ".join(found.assumptions),
+                    conditions={"n_ctx": str(context)},
+                )  # fmt: skip
+                if band is not None:
+                    middle = math.sqrt(band.low * band.high)
+                    figure = replace(figure, value=middle, low=band.low, high=band.high, failure=None)
+                figures.append(figure)
+    for item, subject, evaluation in steps.evaluations():
+        figures += evaluation_figures(item, subject, evaluation)
+    return FigureSet(release.source.reference, release.source.sha256, config.seed, tuple(figures))
+
+
+def benchmark_figures(
+    config: ReleaseConfig, place: str, records: Sequence[BenchRecord], items: Mapping[str, tuple[str, str]]
+) -> Iterator[Figure]:
+    """What was measured at a place; `items` has the role and the quantization or variant of every file."""
+    rows: dict[tuple[str, int], list[BenchRecord]] = {}
+    anchors = {(record.test, record.n_threads): record for record in records if record.is_anchor}
+    for record in (record for record in records if not record.is_anchor):
+        role, item = items[record.model_filename]
+        rows.setdefault((record.model_filename, record.n_threads), []).append(record)
+        figure, problem = _unmeasured(config, place, record, role, item, record.test), None
+        if not figure.failure:
+            problem = samples_of(record, "it").problem
+        if figure.failure or problem or record.median_ns is None:
+            figure = replace(figure, failure=figure.failure or problem)
+        else:
+            n_tokens, ns = record.n_tokens, record.median_ns
+            figure = replace(
+                figure,
+                value=1e9 * n_tokens / ns if n_tokens else ns / 1e6,
+                samples=_samples(record, figure, _session(record, record.test)),
+                measured_on=record.measured_on,
+            )
+        if anchors:  # compared with other sessions, its samples stand for the machine
+            anchor = anchors[record.test, record.n_threads]
+            plain = {k: v for k, v in figure.conditions.items() if k not in ("processor", "clocks")}
+            figure = replace(figure, conditions=plain | {"anchor": str(anchor.anchor_sha256)})
+            if figure.samples is not None:
+                timed, failure = _samples(anchor, figure, str(figure.samples.session)), _unusable(anchor)
+                noise_, cpu_noise = failure or timed.noise, failure or timed.cpu_noise
+                problem, name = None if timed.times else noise_, f"the anchor of {figure.subject}"
+                timed = replace(timed, name=name, problem=problem, noise=noise_, cpu_noise=cpu_noise)
+                figure = replace(figure, anchor=timed)
+        yield figure
+        if ENERGY_OF + record.workload in METRICS and (account := energy(record)):
+            # Joules a token of a rate, of all that the meter sees.
+            figure = _unmeasured(config, place, record, role, item, ENERGY_OF + record.test)
+            figure.conditions["meter"] = account.meter
+            if account.joules is None or figure.failure:
+                yield replace(figure, failure=figure.failure or account.reason)
+                continue
+            times, j = account.of_processes, account.joules
+            session, rounds = _session(record, figure.key.metric), tuple(range(len(times)))
+            samples = Samples(figure.subject, times, rounds, session=session, noise=noise(record))
+            yield replace(figure, value=j.value, low=j.low, high=j.high, samples=samples)
+    for (name, _), group in rows.items():
+        # Of the workload that needs most: the most of any process, and the least and the most as an interval.
+        failed = [record for record in group if _unusable(record)]
+        unfit = [record for record in failed if str(record.failure).startswith(DOES_NOT_FIT)]
+        worst = next(iter((*unfit, *failed)), None) or max(group, key=lambda one: one.peak_rss_bytes or 0)
+        figure = _unmeasured(config, place, worst, *items[name], "peak_rss_bytes")
+        figure.conditions["workloads"] = ", ".join(sorted(record.test for record in group))
+        if (peaks := tuple(map(float, worst.peak_rss_samples_bytes))) and not failed:
+            samples = Samples(figure.subject, peaks, tuple(range(len(peaks))))
+            figure = replace(figure, value=max(peaks), samples=samples, low=min(peaks), high=max(peaks))
+        yield figure
+
+
+def _unmeasured(
+    config: ReleaseConfig, place: str, record: BenchRecord, role: str, item: str, metric: str
+) -> Figure:
+    """A figure of a benchmark record, without its value."""
+    threads = record.n_threads if config.bench.n_threads else None
+    conditions = {
+        "kind": record.kind,
+        "engine": record.engine,
+        "processor": str(record.cpu_info),
+        "warm-up": str(record.warmup),
+        "batches": f"{record.n_batch} and {record.n_ubatch} tokens",
+    }
+    if record.memory_limit_bytes is not None:
+        conditions["limit of memory"] = f"{record.memory_limit_bytes} bytes"
+    if threads is None:
+        conditions["threads"] = str(record.n_threads)
+    if metric == "load":
+        conditions["page cache"] = record.page_cache_state
+    if record.quantized_cache is not None:
+        conditions["key-value cache"] = record.quantized_cache
+    if config.bench.backend is not None:
+        conditions["backend"] = str(record.backends)
+    if metric != "peak_rss_bytes" and (cap := capped_at(record) or 1.0) < 1 - CAP_LIMIT:
+        conditions["clocks"] = f"capped at {cap:.0%}"
+    return Figure(
+        key=FigureKey(metric, item, measured_place(place), threads),
+        role=role,
+        subject=record.model_filename,
+        unit=metric_of(metric).unit,
+        value=None,
+        kind=record.kind,
+        target=record.target,
+        backends=record.backends,
+        failure=_unusable(record),
+        conditions=conditions,
+    )
+
+
+def _unusable(record: BenchRecord) -> str | None:
+    """Why nothing was measured of what was asked for."""
+    return record.failure or (f"{record.fallback} did not compute" if record.fallback else None)
+
+
+def _session(record: BenchRecord, metric: str) -> str:
+    """Rows of one name took turns: their samples may be compared pair by pair."""
+    return f"{record.session} {metric} {record.n_threads}"
+
+
+def _samples(record: BenchRecord, figure: Figure, session: str) -> Samples:
+    """Samples as they are judged: milliseconds, or of a rate seconds a token."""
+    found = samples_of(record, figure.subject)
+    unit = 1e9 * (record.n_tokens or 1e-3)
+    times, cpu_times = (tuple(ns / unit for ns in each) for each in (found.times, found.cpu_times))
+    return replace(found, times=times, cpu_times=cpu_times, session=session, problem=None, loaded=None)

@@ -10,23 +10,33 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 import stat
+import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, ClassVar
 
 import filelock
 
-from cfsp.errors import InputError
+from cfsp.errors import InputError, PhonereadyError
 from cfsp.files import atomic_directory, remove_stale_temporaries, writable_place
 from cfsp.progress import Progress
 from cfsp.records import read_record, write_record
-from phoneready.release.beside import Work, run_beside
+from phoneready.interrupts import interrupt, raise_again
+from runtime_bench.process import exit_reason, kill_tree
 
 LOCK_FILE = ".phoneready.lock"
 RECORD_FILE = "stage.json"
@@ -35,20 +45,25 @@ RUNNING = "running"
 _TRIED_AGAIN = "some of it failed and is tried again"
 _TRIES = 10
 """At a lock whose folder comes and goes."""
+_STOP_S = 20.0
+"""For removing what is half-written; then a process is killed."""
+Inputs = Mapping[str, str]
+"""Names of the stages before one -> their keys."""
+Work = Callable[[str, Inputs, Progress], None]
+"""Runs the stage of a name, in a process of its own: it is pickled."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A step of a pipeline.
+    """A step of a pipeline; its name is its folder's.
 
     Attributes:
-        name: Its folder's name.
         describe: Gives what its result depends on, beside the stages before it. It may read whole files for their
-            hashes, and is asked once, by whoever needs `settings`.
+            hashes, and is asked once.
         after: Names of the stages whose output it reads.
         run: Writes the output into the folder it is given.
-        settled: Says of a finished output whether another run would give the same; one that would not is done again.
-        beside: Whether others may run beside it, which need not be so where times are what it measures.
+        settled: Whether another run would give the same output; a stage whose would not is done again.
+        beside: Whether neighbours that say so, too, may run at the same time, each in a process of its own.
         resumes: Whether `run` is given what an output that is not settled has, to go on with it.
     """
 
@@ -62,7 +77,7 @@ class Stage:
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """What `describe` gives, through JSON, so that it equals what a record's file has."""
+        """What `describe` gives, as a record's file has it."""
         plain: dict[str, Any] = json.loads(json.dumps(dict(self.describe())))
         return plain
 
@@ -71,10 +86,8 @@ class Stage:
 class StageRecord:
     """What makes a stage's folder a finished one.
 
-    Attributes:
-        key: Hash of its settings and of the keys of the stages before it, which `inputs` has by name.
-        files: Path inside the folder to size in bytes.
-        threads: That it was given; None if nobody said how many.
+    `key` hashes its settings and the keys in `inputs`; `files` has their sizes in bytes by their path; `threads` are
+    those that it was given, None if nobody said how many.
     """
 
     KIND: ClassVar[str] = "stage"
@@ -105,20 +118,44 @@ def claim_folder(folder: Path, mark: str = LOCK_FILE, what: str = "release") -> 
         InputError: It holds something else, another run is using it, or it cannot be written.
     """
     status, lock = writable_place(folder), folder / mark
-    there = _content(folder) if status and stat.S_ISDIR(status.st_mode) else set()
+
+    def content() -> set[str]:
+        with suppress(FileNotFoundError):  # taken away just now
+            return {place.name for place in folder.iterdir()}
+        return set()
+
+    there = content() if status and stat.S_ISDIR(status.st_mode) else set()
     if (status and not stat.S_ISDIR(status.st_mode)) or (there and mark not in there):
         raise InputError(f"{folder} exists and is not a {what} folder; choose another one with -o")
     places = (folder / "stages", lock, folder, *folder.absolute().parents)
     made = [place for place in places if not place.exists()]
     try:
-        with _locked(lock):
+        for last in range(_TRIES):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                held = filelock.FileLock(lock, timeout=0).acquire()
+                break
+            except (
+                FileNotFoundError,
+                FileExistsError,
+            ):  # another run has failed just now: its folder is gone
+                if last == _TRIES - 1:
+                    raise
+        with held:
             remove_stale_temporaries(folder)
             if (folder / "stages").is_dir():
                 remove_stale_temporaries(folder / "stages")
             try:
                 yield
             except BaseException:
-                _remove_unused(made)
+                # Innermost first, up to what holds something else. The lock is held, and filelock takes none whose
+                # file is gone: who waits for this one makes the folder anew.
+                with suppress(OSError):
+                    for place in made:
+                        if place.is_dir():
+                            place.rmdir()
+                        elif content() == {place.name}:
+                            place.unlink()
                 raise
     except filelock.Timeout as error:
         raise InputError(
@@ -126,40 +163,6 @@ def claim_folder(folder: Path, mark: str = LOCK_FILE, what: str = "release") -> 
         ) from error
     except (PermissionError, NotADirectoryError) as error:
         raise InputError(f"cannot write {error.filename or folder}: {error.strerror}") from error
-
-
-def _content(folder: Path) -> set[str]:
-    """Names of what is in a folder; of none if it has been taken away."""
-    with suppress(FileNotFoundError):
-        return {place.name for place in folder.iterdir()}
-    return set()
-
-
-def _locked(path: Path) -> AbstractContextManager[Any]:
-    """A lock that is held, in a folder that is made when missing; raises filelock.Timeout if another run has it."""
-
-    tries = 0
-    while True:
-        tries += 1
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return filelock.FileLock(path, timeout=0).acquire()
-        except (FileNotFoundError, FileExistsError):  # another run has failed just now: its folder is gone
-            if tries == _TRIES:
-                raise
-
-
-def _remove_unused(made: Sequence[Path]) -> None:
-    """Remove what claiming a folder has made, innermost first, up to what holds something else.
-
-    The lock is held, and filelock takes none whose file is gone: who waits for this one makes the folder anew.
-    """
-    with suppress(OSError):
-        for place in made:
-            if place.is_dir():
-                place.rmdir()
-            elif _content(place.parent) == {place.name}:
-                place.unlink()
 
 
 def run_stages(
@@ -172,111 +175,42 @@ def run_stages(
     beside: Callable[[], Work | None] = lambda: None,
     threads: int | None = None,
 ) -> dict[str, StageRecord]:
-    """Run what is not done yet, in order.
-
-    Returns:
-        The record of every stage.
-    """
+    """Run what is not done yet, in order, and return the record of every stage."""
     records: dict[str, StageRecord] = {}
     _ = [stage.settings for stage in stages]  # what cannot be described ends the run before any work
 
-    def done(name: str, state: str) -> None:
+    def done(name: str, state: str = "") -> None:
         records[name] = read_record(StageRecord, stage_folder(folder, name) / RECORD_FILE)
         show(name, state or f"finished in {records[name].seconds:.0f} s")
         check(name)
 
-    for group in _groups(stages):
+    neighbours = [
+        [list(group)] if is_beside else [[stage] for stage in group]
+        for is_beside, group in itertools.groupby(stages, lambda stage: stage.beside)
+    ]
+    for group in itertools.chain.from_iterable(neighbours):
         inputs = {stage.name: {name: records[name].key for name in stage.after} for stage in group}
         to_do = [stage for stage in group if _reason(stage, inputs[stage.name], folder)]
         for stage in group:
             if stage not in to_do:
                 done(stage.name, "done before")
         work = beside() if to_do and group[0].beside else None
-        if work is not None:
-            for stage in to_do:
-                show(stage.name, RUNNING)
+        for stage in to_do if work else ():
+            show(stage.name, RUNNING)
+        if work:
             with progress() as report:
-                asked = {stage.name: inputs[stage.name] for stage in to_do}
-                run_beside(work, asked, report, lambda name: done(name, ""))
+                run_beside(work, {stage.name: inputs[stage.name] for stage in to_do}, report, done)
             continue
         for stage in to_do:
             show(stage.name, RUNNING)
             with progress() as report:
                 run_stage(stage, inputs[stage.name], folder, report, threads=threads)
-            done(stage.name, "")
+            done(stage.name)
     return {stage.name: records[stage.name] for stage in stages}
 
 
-def _groups(stages: Sequence[Stage]) -> Iterator[list[Stage]]:
-    """Neighbours that may run beside each other, as none needs another's output; all others alone."""
-    group: list[Stage] = []
-    for stage in stages:
-        together = stage.beside and all(one.beside and one.name not in stage.after for one in group)
-        if group and not together:
-            yield group
-            group = []
-        group.append(stage)
-    if group:
-        yield group
-
-
-def explain_stages(stages: Sequence[Stage], folder: Path) -> dict[str, str]:
-    """For each stage why it would run now, in words; nothing for one that is done. Nothing is run or changed."""
-    reasons: dict[str, str] = {}
-    keys: dict[str, str] = {}
-    for stage in stages:
-        inputs = {name: keys[name] for name in stage.after}
-        keys[stage.name] = _key(stage, inputs)
-        reasons[stage.name] = _reason(stage, inputs, folder)
-    return reasons
-
-
-def _reason(stage: Stage, inputs: Mapping[str, str], folder: Path) -> str:
-    """Why a stage has to run; empty if it is done."""
-    output = stage_folder(folder, stage.name)
-    if not (output / RECORD_FILE).is_file():
-        return "it was not done yet"
-    try:
-        record = read_record(StageRecord, output / RECORD_FILE)
-    except InputError:
-        return "its record cannot be read by this version"
-    changes = [_change(*difference) for difference in _differences(record.settings, stage.settings)]
-    changes += [f"{name} has changed" for name in inputs if record.inputs.get(name) != inputs[name]]
-    if changes:
-        return "; ".join(changes)
-    if record.key != _key(stage, inputs):
-        return "it depends on other stages now"
-    damaged = [name for name, size in record.files.items() if _size(output / name) != size]
-    if damaged:
-        return f"files are missing or have another size: {', '.join(damaged)}"
-    return "" if stage.settled(output) else _TRIED_AGAIN
-
-
-def _differences(
-    before: Any, now: Any, place: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
-    """(keys, then, now) of everything that differs."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in dict.fromkeys((*before, *now)):
-            yield from _differences(before.get(name), now.get(name), (*place, name))
-    elif before != now:
-        yield place, before, now
-
-
-def _change(place: tuple[str, ...], before: Any, now: Any) -> str:
-    shown = (json.dumps(value, ensure_ascii=False) for value in (before, now))
-    return f"{'.'.join(place)} was {' and is '.join(text if len(text) <= 80 else text[:77] + '...' for text in shown)}"
-
-
-def _key(stage: Stage, inputs: Mapping[str, str]) -> str:
-    text = json.dumps(
-        [stage.name, stage.settings, dict(inputs)], sort_keys=True, ensure_ascii=True, allow_nan=False
-    )
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def run_stage(
-    stage: Stage, inputs: Mapping[str, str], folder: Path, progress: Progress, *, threads: int | None = None
+    stage: Stage, inputs: Inputs, folder: Path, progress: Progress, *, threads: int | None = None
 ) -> None:
     """Run a stage and leave its output and its record."""
     began = time.monotonic()
@@ -293,5 +227,139 @@ def run_stage(
         write_record(temporary / RECORD_FILE, record)
 
 
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+def explain_stages(stages: Sequence[Stage], folder: Path) -> dict[str, str]:
+    """For each stage why it would run now, in words; nothing for one that is done. Nothing is run or changed."""
+    reasons: dict[str, str] = {}
+    keys: dict[str, str] = {}
+    for stage in stages:
+        inputs = {name: keys[name] for name in stage.after}
+        keys[stage.name] = _key(stage, inputs)
+        reasons[stage.name] = _reason(stage, inputs, folder)
+    return reasons
+
+
+def _reason(stage: Stage, inputs: Inputs, folder: Path) -> str:
+    """Why a stage has to run; empty if it is done."""
+    output = stage_folder(folder, stage.name)
+    if not (output / RECORD_FILE).is_file():
+        return "it was not done yet"
+    try:
+        record = read_record(StageRecord, output / RECORD_FILE)
+    except InputError:
+        return "its record cannot be read by this version"
+    changes = list(_changes(record.settings, stage.settings))
+    changes += [f"{name} has changed" for name in inputs if record.inputs.get(name) != inputs[name]]
+    if changes:
+        return "; ".join(changes)
+    if record.key != _key(stage, inputs):
+        return "it depends on other stages now"
+    sizes = {name: place.stat().st_size for name in record.files if (place := output / name).is_file()}
+    if damaged := [name for name, size in record.files.items() if sizes.get(name) != size]:
+        return f"files are missing or have another size: {', '.join(damaged)}"
+    return "" if stage.settled(output) else _TRIED_AGAIN
+
+
+def _changes(before: Any, now: Any, place: tuple[str, ...] = ()) -> Iterator[str]:
+    """Everything that differs, in words."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in dict.fromkeys((*before, *now)):
+            yield from _changes(before.get(name), now.get(name), (*place, name))
+    elif before != now:
+        texts = (json.dumps(value, ensure_ascii=False) for value in (before, now))
+        was, is_ = (text if len(text) <= 80 else text[:77] + "..." for text in texts)
+        yield f"{'.'.join(place)} was {was} and is {is_}"
+
+
+def _key(stage: Stage, inputs: Inputs) -> str:
+    text = json.dumps([stage.name, stage.settings, dict(inputs)], sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def run_beside(
+    work: Work, stages: Mapping[str, Inputs], progress: Progress, done: Callable[[str], None]
+) -> None:
+    """Run `work` of all stages at once, in processes that end with this one; an error of one ends the others.
+
+    `done` is told each stage's name when it has ended.
+
+    Raises:
+        PhonereadyError: As a stage raised it, with its text and exit status; or its process was killed.
+        Exception: Whatever else a stage raised.
+    """
+    context = multiprocessing.get_context("spawn")
+    running: dict[Connection, SpawnProcess] = {}
+    try:
+        for name, inputs in stages.items():
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_in_process, args=(theirs, work, name, inputs), name=name)
+            process.start()
+            theirs.close()
+            running[ours] = process
+        while running:
+            for pipe in wait(list(running)):
+                assert isinstance(pipe, Connection)
+                process = running[pipe]
+                try:
+                    told = pipe.recv()
+                except EOFError:
+                    process.join()
+                    del running[pipe]
+                    if code := process.exitcode:
+                        hint = "; --threads 1 runs one stage at a time" if code == -signal.SIGKILL else ""
+                        raise PhonereadyError(f"{process.name}: {exit_reason(code, [])}{hint}") from None
+                    done(process.name)
+                    continue
+                if isinstance(told, Exception):
+                    process.join(_STOP_S)
+                    raise told
+                description, so_far, total = told
+                progress(f"{process.name}, {description}", so_far, total)
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.join(_STOP_S)
+            if process.exitcode is None and process.pid is not None:
+                kill_tree(process.pid)
+
+
+def _in_process(pipe: Connection, work: Work, stage: str, inputs: Inputs) -> None:
+    """What such a process does."""
+    caller = multiprocessing.parent_process()
+    assert caller is not None
+
+    def end_with_caller() -> None:
+        caller.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_STOP_S)  # inside a library no signal is handled
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.setpgrp()  # Ctrl-C is for the caller, which then ends this process
+    signal.signal(signal.SIGTERM, interrupt)
+    sys.unraisablehook = raise_again
+    os.dup2(2, 1)  # what a library prints is no result
+    threading.Thread(target=end_with_caller, daemon=True).start()
+    try:
+        try:
+            work(stage, inputs, lambda *told: pipe.send(told))
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends now
+    except KeyboardInterrupt:
+        sys.exit(1)
+    except Exception as error:
+        # What the caller can unpickle, with where it was raised as a note.
+        told: Exception = RuntimeError(f"{type(error).__name__}: {error}")
+        if isinstance(error, PhonereadyError):
+            told = PhonereadyError(str(error))
+            told.exit_code = error.exit_code
+        elif isinstance(error, MemoryError):
+            told = MemoryError(str(error))
+        # A pipe that broke is none that the caller reads.
+        elif (
+            isinstance(error, OSError) and error.errno is not None and not isinstance(error, BrokenPipeError)
+        ):
+            told = OSError(error.errno, error.strerror, error.filename)
+        told.add_note("".join(traceback.format_exception(error)))
+        with suppress(BrokenPipeError):
+            pipe.send(told)
+        sys.exit(1)

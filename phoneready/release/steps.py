@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import safetensors.torch
 import torch
@@ -18,19 +20,25 @@ from cfsp.errors import InputError, PhonereadyError
 from cfsp.evaluation.language_model import PROMPTS, LanguageModel, answer
 from cfsp.evaluation.tasks import chat_requests, load_chat_tasks
 from cfsp.evaluation.torch_model import RememberedModel, TorchLanguageModel
+from cfsp.files import LargeScratch
+from cfsp.models.architectures import model_shape, spec_for
 from cfsp.models.checkpoint import read_checkpoint_info, save_checkpoint
 from cfsp.models.reference import load_model, load_tokenizer
+from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress
 from cfsp.pruning.prune import prune_model
+from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import collect_input_moments, moment_windows, spread_windows
 from cfsp.records import read_record, write_record
 from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord
 from cfsp.text.calibration import Calibration, check_seqlen
 from cfsp.text.respelling import respelling
 from cfsp.text.tokens import tokens_sha256
-from exporters.families import FAMILIES, ROUNDING, family_of, find_format
+from exporters.checkpoint_reader import read_config
+from exporters.families import FAMILIES, ROUNDING, family_of, find_format, makes_gguf
+from exporters.gguf.architecture import choose_layout
 from exporters.provenance import file_stem
 from phoneready.evaluation.evaluation_record import Evaluation, ModelIdentity
 from phoneready.evaluation.measured_file import MeasuredFile
@@ -42,7 +50,6 @@ from phoneready.evaluation.run import (
 )
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.figures import CHECKPOINT, DENSE, PRUNED
-from phoneready.release.fitting import fitting_settings, shape_check
 from phoneready.release.stages import stage_folder
 from phoneready.settings.schema import BenchConfig, ModelConfig, RecoverConfig, ReleaseConfig
 from phoneready.text import WRITERS, load_calibration
@@ -60,8 +67,78 @@ CALIBRATION_FILE = "calibration.safetensors"
 EVALUATION_FILE = "evaluation.json"
 ANSWERS_FILE = "answers.json"
 BENCH_FILE = "bench.jsonl"
+SIDE_BY_SIDE_FILE = "side-by-side.json"
 RECOVERY_STAGE = "recover"
 _ANSWER_CONTEXT = 1024
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A GGUF file or the folder of an ONNX variant, `root`; benchmarks open `path`, the file or its main graph."""
+
+    role: str
+    item: str
+    name: str
+    root: Path
+    path: Path
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What a projection needs to know of it, of formats that are projected."""
+        return FACTS[family_of(self.item).name](self.path)
+
+
+@dataclass(frozen=True)
+class FileLosses(MeasuredFile):
+    """What an export loses, of the `dense` or the `pruned` role, by its quantization or variant."""
+
+    role: str
+    item: str
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing was removed."""
+        return self.role == DENSE
+
+    @property
+    def label(self) -> str:
+        """The file, for people."""
+        return f"{self.role} {self.item}"
+
+    @property
+    def family(self) -> str:
+        """What it is held against: files of the same family."""
+        return family_of(self.item).name
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """All exports on the same windows of text."""
+
+    KIND: ClassVar[str] = "side-by-side"
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    files: tuple[FileLosses, ...]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Greedy answers of exports by their names, each in its own runtime, in the chat template if the model has one."""
+
+    KIND: ClassVar[str] = "answers"
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    prompts: tuple[str, ...]
+    answers: dict[str, tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise InputError("empty", field="prompts")
+        for file, answers in self.answers.items():
+            if len(answers) != len(self.prompts):
+                told = f"{len(answers)} answers to {len(self.prompts)} prompts"
+                raise InputError(told, field=f"answers, {file}")
 
 
 def bench_stage(place: str) -> str:
@@ -101,7 +178,7 @@ def model_stem(config: ReleaseConfig, source: str, role: str) -> str:
     return file_stem(f"{source}-{PRUNED}{how}")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Steps:
     """The stages' work for one configuration and release folder; threads are those outside torch and the benchmark."""
 
@@ -321,8 +398,8 @@ class Steps:
             nonlocal latest
             latest = f": {Path(record.model_filename).name} {row_text(record)}"
 
-        def report(description: str, done: int, total: int) -> None:
-            progress(description + latest, done, total)
+        def report(what: str, done: int, total: int) -> None:
+            progress(what + latest, done, total)
 
         records = bench_named(names, self.config.bench, settings, target, report, tell, done)
         file.unlink(missing_ok=True)
@@ -330,14 +407,8 @@ class Steps:
 
     def bench_records(self, place: str) -> list[BenchRecord]:
         """What was measured at a place, the anchor's rows among it."""
-        decided = stage_folder(self.folder, decide_stage(place)) / BENCH_FILE
-        if self.config.speed_budgets(place) and decided.is_file():  # releases of earlier versions have none
-            return read_jsonl(decided)
-        return self.first_records(place)
-
-    def first_records(self, place: str) -> list[BenchRecord]:
-        """What was measured there before anybody looked at it."""
-        return read_jsonl(stage_folder(self.folder, bench_stage(place)) / BENCH_FILE)
+        stage = decide_stage(place) if self.config.speed_budgets(place) else bench_stage(place)
+        return read_jsonl(stage_folder(self.folder, stage) / BENCH_FILE)
 
     def _load(self, stage: str, progress: Progress) -> LoadedModel:
         return load_stage(self.checkpoint(stage), self.config.model, progress)
@@ -434,72 +505,43 @@ def row_text(record: BenchRecord) -> str:
     return f"{record.test} {speed_text(record) + aside if record.ok else f'failed: {record.failure}'}"
 
 
-SIDE_BY_SIDE_FILE = "side-by-side.json"
+def fitting_settings(settings: PruneSettings, model: Any, files: Collection[str]) -> PruneSettings:
+    """The same width for every block if llama.cpp would pad others; blocks that are unlike already stay so."""
+    config, widths = model.config, set(model_shape(model).ffn_widths)
+    tied, layouts = config.tie_word_embeddings, spec_for(config).layouts
+    held = any(layout.per_layer_sizes and (tied or layout.untied) for layout in layouts)
+    if held or len(widths) > 1 or not makes_gguf(files):
+        return settings
+    if settings.prune_ratio and not settings.uniform_width:
+        _warn_once(
+            f"llama.cpp has no architecture for a {config.model_type} model with a width for each block: all get the "
+            "same (--uniform)"
+        )
+    return dataclasses.replace(settings, uniform_width=True)
 
 
-@dataclass(frozen=True)
-class Artifact:
-    """A GGUF file or the folder of an ONNX variant, `root`; benchmarks open `path`, the file or its main graph."""
-
-    role: str
-    item: str
-    name: str
-    root: Path
-    path: Path
-
-    @property
-    def facts(self) -> ModelFacts:
-        """What a projection needs to know of it, of formats that are projected."""
-        return FACTS[family_of(self.item).name](self.path)
+_warn_once = functools.cache(_log.warning)
 
 
-@dataclass(frozen=True)
-class FileLosses(MeasuredFile):
-    """What an export loses, of the `dense` or the `pruned` role, by its quantization or variant."""
+def shape_check(settings: PruneSettings, model: Any, files: Collection[str]) -> Callable[[ModelShape], None]:
+    """What refuses a shape that llama.cpp has no architecture for, if a GGUF file is to be made of it.
 
-    role: str
-    item: str
+    Raises:
+        InputError: At once, if any plan of these settings would be refused.
+    """
+    if not (files and makes_gguf(files)):
+        return lambda shape: None
+    with LargeScratch("config") as scratch:
+        model.config.save_pretrained(scratch.path)
+        config = read_config(scratch.path).with_shape(model_shape(model))
+    stored = frozenset(model.state_dict())
 
-    @property
-    def is_dense(self) -> bool:
-        """Whether nothing was removed."""
-        return self.role == DENSE
+    def check(shape: ModelShape) -> None:
+        try:
+            choose_layout(config.with_shape(shape), stored)
+        except InputError as error:
+            raise InputError(f"what is left is not for the file that is to be made of it: {error}") from error
 
-    @property
-    def label(self) -> str:
-        """The file, for people."""
-        return f"{self.role} {self.item}"
-
-    @property
-    def family(self) -> str:
-        """What it is held against: files of the same family."""
-        return family_of(self.item).name
-
-
-@dataclass(frozen=True)
-class SideBySide:
-    """All exports on the same windows of text."""
-
-    KIND: ClassVar[str] = "side-by-side"
-    SCHEMA_VERSION: ClassVar[int] = 1
-
-    files: tuple[FileLosses, ...]
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Greedy answers of exports by their names, each in its own runtime, in the chat template if the model has one."""
-
-    KIND: ClassVar[str] = "answers"
-    SCHEMA_VERSION: ClassVar[int] = 1
-
-    prompts: tuple[str, ...]
-    answers: dict[str, tuple[str, ...]]
-
-    def __post_init__(self) -> None:
-        if not self.prompts:
-            raise InputError("empty", field="prompts")
-        for file, answers in self.answers.items():
-            if len(answers) != len(self.prompts):
-                told = f"{len(answers)} answers to {len(self.prompts)} prompts"
-                raise InputError(told, field=f"answers, {file}")
+    if settings.attentions:
+        check(config.shape.without(attentions=[len(config.shape.blocks) - 1]))
+    return check

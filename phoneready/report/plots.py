@@ -27,7 +27,6 @@ from runtime_bench.presentation.markup import Markdown, escape_cell, finalize_ma
 from runtime_bench.presentation.record_table import speed_text
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import BenchRecord
-from runtime_bench.records.compare import Comparison, compare_records
 from runtime_bench.records.fairness import has_speed
 from runtime_bench.records.groups import BenchGroup
 
@@ -47,13 +46,11 @@ SYMBOLS = ("circle", "diamond", "square", "triangle-up", "star", "cross")
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure for plotly, the id of its element, and where on the page it stands: `figures` or `losses`."""
+    """A figure for plotly, and the id of its element."""
 
     id: str
     title: str
     caption: str
-    section: str
-    height: int
     figure: dict[str, Any]
 
 
@@ -73,7 +70,7 @@ def make_plots(figures: ReleaseFigures, groups: Sequence[BenchGroup]) -> list[Pl
     """The plots that there are figures for; each group of benchmark records has its own."""
     plots = [losses_plot(figures)]
     for number, group in enumerate(groups):
-        plots += [speed_plot(figures, group, number), ratio_plot(figures, group, number)]
+        plots.append(speed_plot(figures, group, number))
     return [plot for plot in plots if plot is not None]
 
 
@@ -90,11 +87,13 @@ def losses_plot(figures: ReleaseFigures) -> Plot | None:
         name=lambda one: one.item,
         lines=lambda one: [format_bytes(one.file_bytes)],
     )
+    sizes = [one.file_bytes / 2**20 for one in figures.losses]
+    figure["layout"]["xaxis"]["range"] = [0.9 * min(sizes), 1.1 * max(sizes)]
     caption = (
         "Down and left is best. Open marks are files that another one dominates: it is no larger and surely loses no "
         "more on the same windows."
     )
-    return Plot("plot-losses", "Size against loss", caption, "losses", 380, figure)
+    return Plot("plot-losses", "Size against loss", caption, figure)
 
 
 def loss_figure(
@@ -163,8 +162,11 @@ def speed_plot(figures: ReleaseFigures, group: BenchGroup, number: int) -> Plot 
                 f"perplexity {export.parity.ppl_export:.2f}",
                 f"peak memory {format_bytes(group.peak_rss_bytes(export.file))}",
             ]
-            point, shown = (export.file_bytes / 2**20, span[0]), marker(index, 13, colour)
-            bars = error_bars([span])
+            middle, low, high = span
+            bars = {"type": "data", "symmetric": False, "thickness": 1.5, "width": 0}
+            bars |= {"array": [high - middle], "arrayminus": [middle - low]}
+            shown = {"color": colour, "size": 13, "symbol": SYMBOLS[index % len(SYMBOLS)]}
+            point = (export.file_bytes / 2**20, middle)
             name = f"{export.quant} {role}"
             data.append(scatter(name, [point], ["<br>".join(lines)], error_y=bars, marker=shown))
     if not data:
@@ -179,52 +181,7 @@ def speed_plot(figures: ReleaseFigures, group: BenchGroup, number: int) -> Plot 
     )
     title = f"Speed against size: {group.kind}, {group.target}"
     figure = {"data": data, "layout": layout}
-    return Plot(f"plot-speed-{number}", title, caption, "figures", 380, figure)
-
-
-def ratio_plot(figures: ReleaseFigures, group: BenchGroup, number: int) -> Plot | None:
-    """Speed of pruned over dense with intervals, one row a workload; None if nothing compares."""
-    compared = []
-    for index, (dense, pruned) in enumerate(figures.pairs):
-        pairs = group.pairs(dense.file, pruned.file)
-        found = [compare_records(a, b) for a, b in pairs if usable(a) and usable(b)]
-        if rows := [c for c in found if isinstance(c, Comparison) and c.ratio and c.low and c.high]:
-            compared.append((dense.quant, index, rows))
-    if not compared:
-        return None
-    first = compared[0][2][0]
-    threshold = first.threshold
-    layout = plot_layout(xaxis="speed of pruned / dense", yaxis="")
-    layout["yaxis"] |= {"type": "category", "autorange": "reversed", "automargin": True}
-    layout["scattermode"] = "group"
-    ends = [end for _, _, rows in compared for c in rows for end in (c.low or 1.0, c.high or 1.0)]
-    # An interval of a few noisy samples may reach very far: it leaves the picture rather than shrink the others.
-    low, high = max(min(*ends, 1 / (1 + threshold)), 0.4), min(max(*ends, 1 + threshold), 2.5)
-    layout["xaxis"]["range"] = [low - 0.02, high + 0.02]
-    one = {"type": "line", "x0": 1, "x1": 1, "line": {"color": SOFT, "width": 1}}
-    band = {"type": "rect", "x0": 1 / (1 + threshold), "x1": 1 + threshold, "layer": "below"}
-    band |= {"fillcolor": BAND, "line": {"width": 0}}
-    layout["shapes"] = [shape | {"y0": 0, "y1": 1, "yref": "paper"} for shape in (band, one)]
-    data = []
-    for quant, index, rows in compared:
-        spans = [(c.ratio or 0.0, c.low or 0.0, c.high or 0.0) for c in rows]
-        tests = [f"{c.test}, {c.n_threads} thr." for c in rows]
-        hover = [
-            f"{plot_text(quant)}, {test}<br>{ratio:.3f} times as fast ({low:.3f} to {high:.3f})<br>{c.verdict}"
-            for c, test, (ratio, low, high) in zip(rows, tests, spans, strict=True)
-        ]
-        points = [(ratio, test) for (ratio, _, _), test in zip(spans, tests, strict=True)]
-        # Horizontal, so that quantizations of one workload stand above each other.
-        shown = {"orientation": "h", "error_x": error_bars(spans), "marker": marker(index, 10)}
-        data.append(scatter(quant, points, hover, **shown))
-    caption = (
-        f"{group.title}. Right of 1 is faster; lines are {first.confidence:.0%} intervals "
-        f"of the ratio of medians. Inside the grey band, {threshold:.0%}, nothing is called a difference."
-    )
-    title = f"Speed, pruned over dense: {group.kind}, {group.target}"
-    height = 130 + max(len(rows) for _, _, rows in compared) * (26 + 12 * len(compared))
-    figure = {"data": data, "layout": layout}
-    return Plot(f"plot-ratio-{number}", title, caption, "figures", height, figure)
+    return Plot(f"plot-speed-{number}", title, caption, figure)
 
 
 def usable(record: BenchRecord) -> bool:
@@ -246,19 +203,6 @@ def scatter(
         "hoverinfo": "text",
     }
     return trace | more
-
-
-def marker(index: int, size: int, colour: str | None = None) -> dict[str, Any]:
-    """The markers of the series of that number, unless in a colour of their own."""
-    chosen = colour or SERIES[index % len(SERIES)]
-    return {"color": chosen, "size": size, "symbol": SYMBOLS[index % len(SYMBOLS)]}
-
-
-def error_bars(spans: Iterable[tuple[float, float, float]]) -> dict[str, Any]:
-    """Bars of values (middle, low, high)."""
-    above, below = zip(*((high - middle, middle - low) for middle, low, high in spans), strict=True)
-    shown = {"type": "data", "symmetric": False, "thickness": 1.5, "width": 0}
-    return shown | {"array": list(above), "arrayminus": list(below)}
 
 
 def speed_span(record: BenchRecord) -> tuple[float, float, float]:

@@ -1,41 +1,83 @@
-"""report.html and report.md: one set of tables, made from records only."""
+"""report.html and report.md: one verdict and one set of tables, made from records only."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
+from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record
-from cfsp.units import format_bytes
+from cfsp.units import format_bytes, megabytes
 from exporters.export_record import ExportRecord
-from phoneready.evaluation.measured_file import DOMINATED
-from phoneready.evaluation.tables import WHAT_STANDINGS_MEAN, figure_tables, measured_on, vocabulary_note
-from phoneready.figures.figures import INCONCLUSIVE, MISSED, VERDICTS_FILE, BudgetVerdict, Verdicts
+from phoneready.evaluation.evaluation_record import Evaluation, TextResult
+from phoneready.evaluation.measured_file import DOMINATED, excess
+from phoneready.evaluation.tables import (
+    WHAT_STANDINGS_MEAN,
+    figure_tables,
+    loss_columns,
+    measured_on,
+    standing_column,
+    text_table,
+    vocabulary_note,
+)
+from phoneready.figures.figures import (
+    INCONCLUSIVE,
+    METRICS,
+    MISSED,
+    OUTCOMES,
+    VERDICTS_FILE,
+    BudgetVerdict,
+    Verdicts,
+)
 from phoneready.release.results import ReleaseFigures
-from phoneready.report import plots, tables
-from phoneready.report.plots import usable
-from phoneready.report.tables import COMPARED, NOTHING, SIDES, TONES, Mark, Row
+from phoneready.release.steps import FileLosses
+from phoneready.report import plots
 from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.devices.model_facts import ModelFacts
 from runtime_bench.devices.profile import DeviceProfile
 from runtime_bench.devices.projection import Band, project
-from runtime_bench.presentation.comparison_table import speeds_text
+from runtime_bench.presentation.comparison_table import NOT_COMPARABLE, speeds_text
 from runtime_bench.presentation.markup import Markdown, escape_markdown, visible
-from runtime_bench.presentation.table import Table, table_of_cells
-from runtime_bench.records.bench_record import BenchRecord
-from runtime_bench.records.compare import Comparison, compare_records
+from runtime_bench.presentation.record_table import energy_text, speed_text
+from runtime_bench.presentation.table import Column, Table, table_of_cells
+from runtime_bench.records.compare import Comparison, Incomparable, compare_records
+from runtime_bench.records.energy import energy
+from runtime_bench.records.fairness import DISTURBED, THROTTLED, fairness, unfair
 from runtime_bench.records.groups import BenchGroup, bench_groups
 from runtime_bench.records.notes import note_of
+from runtime_bench.records.summary import CONFIDENCE
 
-_MODELS = ("dense model", "pruned one")
+NOTHING = "-"
+TONES = {
+    **dict(zip(OUTCOMES, ("bad", "unsure", "good"), strict=True)),
+    **{"faster": "good", "slower": "bad", "no difference": "even", "too noisy to tell": "unsure"},
+    **{THROTTLED: "bad", DISTURBED: "unsure"},
+}
+"""Outcome or verdict to the tone that it is shown in."""
+COMPARED = ("", "dense", "pruned", "pruned / dense")
+SIDES = ("dense", "pruned")
+
+
+class Mark(NamedTuple):
+    """A cell with a word that is set apart, in a tone: `good`, `bad`, `even` or `unsure`; `text` stands before it."""
+
+    word: str
+    tone: str
+    text: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text}: {self.word}" if self.text else self.word
+
+
+Cell: TypeAlias = str | Mark
+Row: TypeAlias = Sequence[Cell]
 
 
 @dataclass(frozen=True)
 class ReportInput:
-    """Everything that the reports show: `projected` has what a pruned file's projection onto `devices` needs, by its
-    name."""
+    """Everything that the reports show; `projected` has the facts of pruned files for `devices`, by their names."""
 
     config: ReleaseConfig
     figures: ReleaseFigures
@@ -60,20 +102,21 @@ def render_page(report: ReportInput) -> str:
     first = groups[0] if groups else None
     verdicts = report.verdicts.verdicts if report.verdicts else ()
     made = plots.make_plots(figures, groups) if plotly else []
+    outcome = Mark("no budgets set", "even")
+    if verdicts:
+        outcome = Mark(f"all {len(verdicts)} budgets met" if verdicts[1:] else "the budget is met", "good")
+    for bad in (INCONCLUSIVE, MISSED):
+        if count := sum(verdict.outcome == bad for verdict in verdicts):
+            outcome = Mark(f"{count} of {len(verdicts)} budgets {bad}", TONES[bad])
     context = _contents(report) | {
         "plots": made,
-        "outcome": _outcome(verdicts),
+        "outcome": outcome,
         "baseline": report.verdicts.baseline if report.verdicts else None,
-        "verdicts": tables.verdict_rows(verdicts) if verdicts else None,
-        "tiles": _tiles(figures, first),
-        "overview": tables.overview_table(figures, first),
-        "comparisons": [(p.quant, tables.comparison_table(figures, first, d, p)) for d, p in figures.pairs],
+        "verdicts": verdict_rows(verdicts) if verdicts else None,
+        "comparisons": [(pair[0].quant, comparison_table(figures, first, *pair)) for pair in figures.pairs],
         "first_group": first,
         "evaluation": figure_tables(figures.evaluation, SIDES),
-        "groups": [
-            (one, plots.KINDS[one.kind], tables.group_table(figures, one), tables.record_table(one))
-            for one in groups
-        ],
+        "groups": [(g, plots.KINDS[g.kind], group_table(figures, g), record_table(g)) for g in groups],
         "projections": _projections(report),
         "meaning_of_projected": plots.KINDS["projected"],
     }
@@ -96,46 +139,88 @@ def render_report(report: ReportInput) -> str:
 
 def _contents(report: ReportInput) -> dict[str, Any]:
     """What both reports show."""
-    figures = report.figures
+    figures, notes = report.figures, dict[str, list[str]]()
     exports = (*figures.dense, *figures.pruned)
+    for record in figures.bench:  # each remark once, with its rows
+        if remark := record.failure or note_of(record):
+            notes.setdefault(remark, []).append(f"{record.model_filename} {record.test}")
     return {
         "report": report,
         "figures": figures,
         "headline": headline(figures),
+        "details": details(figures),
         "beaten": beaten(figures),
-        "losses": tables.losses_table(figures),
+        "losses": losses_table(figures),
         "measured_on": measured_on(figures.losses) if figures.losses else "",
         "standings": WHAT_STANDINGS_MEAN,
-        "quality": tables.quality_table(figures.evaluation),
-        "quality_note": vocabulary_note(figures.evaluation, _MODELS),
-        "widths": tables.width_table(figures.plan),
-        "vocabulary": tables.vocabulary_table(figures.plan),
+        "quality": quality_table(figures.evaluation),
+        "quality_note": vocabulary_note(figures.evaluation, ("dense model", "pruned one")),
+        "widths": width_table(figures.plan),
+        "vocabulary": vocabulary_table(figures.plan),
         "answers": _answers(figures),
-        "proof": tables.proof_table(exports),
+        "proof": proof_table(exports),
         "warnings": [(r.file, warning) for r in exports for warning in r.warnings],
-        "notes": bench_notes(figures.bench),
+        "notes": [f"{remark}: {', '.join(names)}" for remark, names in notes.items()],
         "bytes": format_bytes,
-        "text_name": tables.text_name,
+        "text_name": text_name,
     }
 
 
+# Sentences.
+
+
 def headline(figures: ReleaseFigures) -> str:
-    """The outcome in one sentence."""
+    """What the first pruned file is worth, against the best dense one that is no larger, in one sentence."""
     dense, pruned = figures.pairs[0]
-    size = pruned.file_bytes / dense.file_bytes
-    parts = [
-        figures.plan.removed,
-        f"the {pruned.quant} file is {format_bytes(pruned.file_bytes)}, {size:.3f} times the dense one",
+    one, at = (
+        figures.losses_of(pruned.file),
+        f"At {megabytes(pruned.file_bytes)} the pruned {pruned.quant} file",
+    )
+    # Mixtures of a size differ by some bytes.
+    rivals = [
+        other
+        for other in figures.losses
+        if one
+        and other.is_dense
+        and other.family == one.family
+        and other.file_bytes <= 1.005 * one.file_bytes
     ]
+    rival = min(rivals, key=lambda other: other.bits_per_byte, default=figures.losses_of(dense.file))
+    said = [f"{at} is {1 - pruned.file_bytes / dense.file_bytes:.0%} smaller than the dense one"]
+    if one and rival:
+        found, more = excess(one, rival), one.bits_per_byte / rival.bits_per_byte - 1
+        sure = found.high is not None and found.low is not None and (found.high < 0 or found.low > 0)
+        bits = f"{abs(more):.1%} {'fewer' if more < 0 else 'more'} bits per byte"
+        worth = ("better than" if more < 0 else "worse than") if sure else "as good as"
+        if rivals:
+            said = [f"{at} is {worth} the {rival.label} file ({megabytes(rival.file_bytes)})"]
+        said = [f"{said[0]}: {bits}", *([] if sure else ["within the noise"])]
+    for group in bench_groups(figures.bench)[:1]:
+        tests = [key for key in group.main_tests() if key[0].startswith("tg")] or group.main_tests()
+        for test in tests[:1]:
+            a, b = (group.find(file, *test) for file in (rival.file if rival else dense.file, pruned.file))
+            speed = compare_records(a, b) if a and b and plots.usable(a) and plots.usable(b) else None
+            if isinstance(speed, Comparison):
+                decided = {"faster": f"{speed.ratio or 0:.2f} times as fast", "no difference": "as fast"}
+                decided["slower"] = decided["faster"]
+                said.append(decided.get(speed.verdict, "speed not decided"))
+    return f"{', '.join(said)}."
+
+
+def details(figures: ReleaseFigures) -> str:
+    """What went, and what that costs the checkpoint, in one sentence."""
+    parts = [figures.plan.removed]
     for text in figures.evaluation.texts:
         if d := text.divergence:
             parts.append(
-                f"on {text.kind} perplexity is {d.perplexity_ratio:.3f} times the dense model's "
+                f"on {text.kind} the checkpoint's perplexity is {d.perplexity_ratio:.3f} times the dense model's "
                 f"and the first choice is the same for {d.same_top1:.1%} of the tokens"
             )
         elif text.bits_per_byte and text.against_bits_per_byte:
             ratio = text.bits_per_byte / text.against_bits_per_byte
-            parts.append(f"on {text.kind} bits per byte are {ratio:.4f} times the dense model's")
+            parts.append(
+                f"on {text.kind} the checkpoint's bits per byte are {ratio:.4f} times the dense model's"
+            )
     return "; ".join(parts) + "."
 
 
@@ -152,30 +237,16 @@ def beaten(figures: ReleaseFigures) -> list[str]:
     return sentences
 
 
-def bench_notes(records: Sequence[BenchRecord]) -> list[str]:
-    """What a reader must know about the samples, each remark once with its rows."""
-    rows: dict[str, list[str]] = {}
-    for record in records:
-        if remark := record.failure or note_of(record):
-            rows.setdefault(remark, []).append(f"{record.model_filename} {record.test}")
-    return [f"{remark}: {', '.join(names)}" for remark, names in rows.items()]
-
-
-def verdict_table(figures: ReleaseFigures, dense: ExportRecord, pruned: ExportRecord) -> str:
-    """One quantization: size, perplexity, speed and memory of both files; a table for each place but this machine."""
-    groups = bench_groups(figures.bench)
-    here = next((group for group in groups if (group.kind, group.target) == ("measured", "local")), None)
-    parts = [tables.comparison_table(figures, here, dense, pruned).markdown()]
-    for group in groups:
-        rows = [] if group is here else tables.bench_rows(group, dense.file, pruned.file)
-        if rows:
-            parts.append(f"{escape_markdown(group.title)}:\n\n{table_of_cells(COMPARED, rows).markdown()}")
-    return "\n".join(parts)
-
-
 def quality_text(figures: ReleaseFigures) -> str:
     """The pruned checkpoint against the dense one, before quantization."""
-    return tables.quality_table(figures.evaluation).markdown() or "Nothing was evaluated.\n"
+    return quality_table(figures.evaluation).markdown() or "Nothing was evaluated.\n"
+
+
+def text_name(reference: str, seed: int) -> str:
+    """What a text reference is called in reports."""
+    if reference == "self":
+        return f"sampled from the dense model, seed {seed}"
+    return Path(reference).name if Path(reference).exists() else reference
 
 
 def _answers(figures: ReleaseFigures) -> list[tuple[str, list[tuple[str | None, ...]]]]:
@@ -195,37 +266,204 @@ def _answers(figures: ReleaseFigures) -> list[tuple[str, list[tuple[str | None, 
     return questions
 
 
-def _outcome(verdicts: Sequence[BudgetVerdict]) -> Mark:
-    """All verdicts in one."""
-    if not verdicts:
-        return Mark("no budgets set", "even")
-    total = len(verdicts)
-    for outcome in (MISSED, INCONCLUSIVE):
-        if count := sum(verdict.outcome == outcome for verdict in verdicts):
-            return Mark(f"{count} of {total} budgets {outcome}", TONES[outcome])
-    return Mark(f"all {total} budgets met" if total > 1 else "the budget is met", "good")
+# Tables: Markdown is laid out from the same cells as the page.
 
 
-def _tiles(figures: ReleaseFigures, group: BenchGroup | None) -> list[tuple[str, str, str, str]]:
-    """The first quantization in a few figures: (name, value, ratio to the dense one's, what samples say of that)."""
-    dense, pruned = figures.pairs[0]
-    size = f"{pruned.file_bytes / dense.file_bytes:.3f}"
-    tiles = [("file size", format_bytes(pruned.file_bytes), size, "")]
-    if group:
-        for test, threads in group.main_tests()[:1]:
-            a, b = (group.find(record.file, test, threads) for record in (dense, pruned))
-            comparison = compare_records(a, b) if a and b and usable(a) and usable(b) else None
-            if isinstance(comparison, Comparison) and comparison.ratio:
-                speed = speeds_text(comparison)[1]
-                tiles.append((f"speed, {test}", speed, f"{comparison.ratio:.2f}", comparison.verdict))
-        before, now = (group.peak_rss_bytes(record.file) for record in (dense, pruned))
-        if before and now:
-            tiles.append(("peak memory", format_bytes(now), f"{now / before:.3f}", ""))
-    for text in figures.evaluation.texts[:1]:
-        if d := text.divergence:
-            ratio = f"{d.perplexity_ratio:.3f}"
-            tiles.append(("perplexity, checkpoint", f"{d.perplexity:.2f}", ratio, ""))
-    return tiles
+def verdict_rows(verdicts: Sequence[BudgetVerdict]) -> Table[Row]:
+    """Budgets, the worst outcome first."""
+    worst_first = sorted(verdicts, key=lambda v: OUTCOMES.index(v.outcome) if v.outcome in OUTCOMES else 0)
+    rows = [
+        (
+            Mark(v.outcome, TONES.get(v.outcome, "unsure")),
+            v.metric,
+            v.subject + (f" on {v.target}" if v.target else ""),
+            v.limit,
+            v.figure(),
+            v.reason,
+        )
+        for v in worst_first
+    ]
+    return table_of_cells(("outcome", "metric", "of", "budget", "found", "reason"), rows, words=6)
+
+
+def verdict_table(figures: ReleaseFigures, dense: ExportRecord, pruned: ExportRecord) -> str:
+    """One quantization: size, perplexity, speed and memory of both files; a table for each place but this machine."""
+    groups = bench_groups(figures.bench)
+    here = next((group for group in groups if (group.kind, group.target) == ("measured", "local")), None)
+    parts = [comparison_table(figures, here, dense, pruned).markdown()]
+    for group in groups:
+        rows = [] if group is here else _bench_rows(group, dense.file, pruned.file)
+        if rows:
+            parts.append(f"{escape_markdown(group.title)}:\n\n{table_of_cells(COMPARED, rows).markdown()}")
+    return "\n".join(parts)
+
+
+def losses_table(figures: ReleaseFigures) -> Table[FileLosses]:
+    """What every file loses on the same text, the smallest first, and how it stands to those that are no larger."""
+    files = sorted(figures.losses, key=lambda one: (one.file_bytes, one.file))
+    columns: list[Column[FileLosses]] = [
+        Column("file", lambda one: one.label),
+        Column("size", lambda one: format_bytes(one.file_bytes), right=True),
+        *loss_columns(files),
+        standing_column(files, figures.standings),
+    ]
+    return Table(columns, files)
+
+
+def comparison_table(
+    figures: ReleaseFigures, group: BenchGroup | None, dense: ExportRecord, pruned: ExportRecord
+) -> Table[Row]:
+    """One quantization: both files, their ratio, and what the samples allow to say."""
+    rows = [_ratio_row(METRICS["file_bytes"].title, dense.file_bytes, pruned.file_bytes, format_bytes)]
+    before, now = (figures.losses_of(record.file) for record in (dense, pruned))
+    if before and now:
+        for metric in ("bits_per_byte", "tokens_per_byte"):
+            sides = getattr(before, metric), getattr(now, metric)
+            if metric == "bits_per_byte" or len({*sides}) > 1:
+                rows.append(_ratio_row(f"{METRICS[metric].title} of the file", *sides, "{:.4f}".format))
+    rows += _bench_rows(group, dense.file, pruned.file) if group else []
+    return table_of_cells(COMPARED, rows)
+
+
+def _bench_rows(group: BenchGroup, dense: str, pruned: str) -> list[Row]:
+    """Speeds and memory of two files at one place."""
+    rows = list[Row]()
+    for a, b in group.pairs(dense, pruned):
+        title = METRICS[a.workload].title + (f", {a.test}" if METRICS[a.workload].sized else "")
+        title += f", {a.n_threads} thread" + ("s" if a.n_threads > 1 else "")
+        speeds, mark = (speed_text(a), speed_text(b)), Mark("void", "bad")
+        if not (a.ok and b.ok):
+            rows.append((title, *("measured" if r.ok else "failed" for r in (a, b)), NOTHING))
+            continue
+        if plots.usable(a) and plots.usable(b):
+            c = compare_records(a, b)
+            if isinstance(c, Incomparable):
+                mark = Mark(NOT_COMPARABLE, "unsure", c.reason)
+            elif c.ratio is None:
+                mark = Mark(c.verdict, TONES[c.verdict], c.reason or "")
+            else:
+                basis = ", by processor time" if c.basis == "cpu" else ""
+                basis += "" if c.confidence == CONFIDENCE else f", {c.confidence:.0%} interval"
+                why = f"{c.ratio:.2f} times as fast ({c.low:.2f} to {c.high:.2f}){basis}"
+                speeds, mark = speeds_text(c), Mark(c.verdict, TONES[c.verdict], why)
+        rows.append((title, *speeds, mark))
+    before, now = group.peak_rss_bytes(dense), group.peak_rss_bytes(pruned)
+    if before and now:
+        rows.append(_ratio_row(METRICS["peak_rss_bytes"].title, before, now, format_bytes))
+    return rows
+
+
+def _ratio_row(name: str, dense: float, pruned: float, show: Callable[[Any], str]) -> Row:
+    return (name, show(dense), show(pruned), f"{pruned / dense:.3f}")
+
+
+def quality_table(evaluation: Evaluation) -> Table[TextResult]:
+    """The pruned checkpoint against the dense one, before quantization."""
+    return text_table(evaluation, SIDES, lambda one: f"{one.kind}: {text_name(one.source, evaluation.seed)}")
+
+
+def proof_table(records: Sequence[ExportRecord]) -> Table[ExportRecord]:
+    """Each file against the checkpoint that it was made from."""
+    columns: tuple[Column[ExportRecord], ...] = (
+        Column("file", lambda r: r.file),
+        Column(
+            "stored types", lambda r: ", ".join(f"{n} {kind}" for kind, n in sorted(r.tensor_types.items()))
+        ),
+        Column("size", lambda r: format_bytes(r.file_bytes), right=True),
+        Column("max logit diff.", lambda r: f"{r.parity.max_logit_diff:.2g}", right=True),
+        Column("KL mean", lambda r: f"{r.parity.kl_mean:.4f}", right=True),
+        Column("KL p99.9", lambda r: f"{r.parity.kl_p99_9:.3f}", right=True),
+        Column("same top-1", lambda r: f"{r.parity.same_top1:.1%}", right=True),
+        Column("perplexity ratio", lambda r: f"{r.parity.ppl_ratio:.4f}", right=True),
+        Column(
+            "limits held", lambda r: ", ".join(f"{k} {v:g}" for k, v in r.parity.limits.items()) or None, True
+        ),
+    )
+    return Table(columns, records)
+
+
+def width_table(plan: PruningPlan) -> Table[Row]:
+    """Every block's width and importance; what is left of its attention, or that it goes, if any does."""
+    widths, removal = plan.dense_shape.ffn_widths, plan.kv_groups
+    columns = {
+        "block": [str(index) for index in range(len(widths))],
+        "dense": [str(width) for width in widths],
+        "kept": [str(block.width) for block in plan.blocks],
+        "share": [f"{block.width / dense:.3f}" for block, dense in zip(plan.blocks, widths, strict=True)],
+        "importance": [f"{block.importance:.4f}" for block in plan.blocks],
+    }
+    if plan.gone or plan.silent or plan.narrowed:
+        attention = []
+        for index, dense in enumerate(plan.dense_shape.blocks):
+            if index in plan.gone:
+                attention.append("block removed")
+            elif not dense.has_attention or index in plan.silent:
+                attention.append("no attention")
+            elif removal:
+                kept, groups = len(removal.kept[index]), len(removal.losses[index])
+                attention.append(f"{kept} of {groups} KV groups")
+            else:
+                attention.append("whole")
+        columns["attention"] = attention
+    return table_of_cells(tuple(columns), list(zip(*columns.values(), strict=True)), words=0)
+
+
+def vocabulary_table(plan: PruningPlan) -> Table[Row] | None:
+    """What is kept of every script and of rare and common tokens; None if all tokens stay."""
+    if plan.vocabulary is None:
+        return None
+    rows = [
+        (
+            kind.name,
+            str(kind.tokens),
+            str(kind.kept),
+            f"{kind.share:.2%}",
+            f"{kind.share - kind.kept_share:.3%}",
+        )
+        for kind in plan.vocabulary.by_script
+    ]
+    return table_of_cells(("tokens", "dense", "kept", "of the text", "of it now in parts"), rows)
+
+
+def group_table(figures: ReleaseFigures, group: BenchGroup) -> Table[Row]:
+    """Files in rows, workloads in columns, of one kind and target."""
+    files = {r.file: (f"{side} {r.quant}", r) for side in SIDES for r in getattr(figures, side)}
+    rows: list[Row] = []
+    for file in group.files:
+        name, export = files.get(file, (file, None))
+        cells = [name, format_bytes(export.file_bytes) if export else NOTHING]
+        for key in group.tests:
+            record = group.find(file, *key)
+            found = unfair(record) if record else None
+            speed = speed_text(record) + (f" ({found.verdict})" if found else "") if record else NOTHING
+            cells.append(speed if record is None or record.ok else "failed")
+        verdicts = {r.memory_verdict for r in group.records if r.model_filename == file and r.memory_verdict}
+        rows.append((*cells, ", ".join([format_bytes(group.peak_rss_bytes(file)), *sorted(verdicts)])))
+    tests = [f"{test}, {threads} thr." for test, threads in group.tests]
+    return table_of_cells(("file", "size", *tests, "peak memory"), rows)
+
+
+def record_table(group: BenchGroup) -> Table[Row]:
+    """Every record of a group, failed ones with their reason; with joules a token, or why there are none."""
+    rows: list[Row] = []
+    metered = any(r.energy for r in group.records)
+    for r in group.records:
+        outcome: Cell = speed_text(r) if r.ok else Mark("failed", "bad", r.failure or "no reason")
+        if r.void:
+            outcome = Mark("void", "bad", f"writes degenerate text: {r.degenerate}")
+        memory = format_bytes(r.peak_rss_bytes) + (f", {r.memory_verdict}" if r.memory_verdict else "")
+        spread = NOTHING if r.spread is None else f"{r.spread:.2f}"
+        found, account = fairness(r), energy(r) if metered else None
+        conditions: Cell = Mark(found.text, TONES[found.verdict]) if unfair(r) else found.text
+        cells = [r.model_filename, r.test, f"{r.n_threads}", outcome, f"{len(r.samples_ns)}", spread, memory]
+        cells.append(conditions)
+        if metered and account is not None and account.joules is not None:
+            cells += [energy_text(account) or NOTHING, account.meter]
+        elif metered:
+            cells += [NOTHING, (account and account.reason) or NOTHING]
+        rows.append(cells)
+    header = ["file", "test", "threads", "found", "samples", "p90 / p50", "peak memory", "conditions"]
+    return table_of_cells([*header, *(["J/token", "energy of"] if metered else [])], rows)
 
 
 def _projections(report: ReportInput) -> list[tuple[str, int, Table[Row]]]:

@@ -38,7 +38,7 @@ from cfsp.pruning.statistics import (
     moment_windows,
     spread_windows,
 )
-from cfsp.pruning.vocabulary import VocabularyPlan, plan_vocabulary
+from cfsp.pruning.vocabulary import Counts, VocabularyPlan, plan_vocabulary
 from cfsp.reading import as_input_error
 from cfsp.records import read_record, write_record
 from cfsp.text.calibration import Calibration, check_seqlen
@@ -52,9 +52,8 @@ from exporters.provenance import file_stem
 from phoneready.evaluation.run import measure_file, text_windows
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.figures import INCONCLUSIVE, MISSED
-from phoneready.release.fitting import fitting_settings
 from phoneready.release.inputs import identities, identity, made_with
-from phoneready.release.steps import load_stage, run_recovery, shortcoming_of
+from phoneready.release.steps import fitting_settings, load_stage, run_recovery, shortcoming_of
 from phoneready.report.plots import speed_span
 from phoneready.search.point import Held, Point, SearchSettings
 from phoneready.search.record import EvaluatedPoint, Speed
@@ -259,16 +258,20 @@ class Evaluator:
     def _sizes(self) -> Sizes:
         return self._sizes_in(self.work / "sizes")
 
+    @functools.cached_property
+    def _counts(self) -> Counts:
+        """Of tokens in all of the calibration text, or in its windows if the model writes it."""
+        given = self.subject.prune.calibration
+        self.progress("counting tokens", 0, 1)
+        counts = counts_of(self.loaded, self.calibration, () if SELF in given else given)
+        self.progress("counting tokens", 1, 1)
+        return counts
+
     def vocabulary(self, size: int) -> VocabularyPlan | None:
-        """Which tokens a vocabulary of that size keeps; None if it keeps all. No forward pass is needed."""
+        """Which tokens a vocabulary of that size keeps; None if it keeps all."""
         if size and size not in self._vocabularies:
-            # All of the calibration text counts, unless the model writes it.
-            given = self.subject.prune.calibration
-            counted = () if SELF in given else given
-            self.progress("counting tokens", 0, 1)
-            counts = counts_of(self.loaded, self.calibration, counted)
-            self._vocabularies[size] = plan_vocabulary(self.loaded, counts, size, sources=given)
-            self.progress("counting tokens", 1, 1)
+            sources = self.subject.prune.calibration
+            self._vocabularies[size] = plan_vocabulary(self.loaded, self._counts, size, sources=sources)
         return self._vocabularies.get(size)
 
     def _side(self, vocabulary: int) -> _Side:
@@ -277,12 +280,8 @@ class Evaluator:
             for other in [size for size in self._trimmed if size]:
                 del self._trimmed[other]
             loaded, calibration = self.loaded, self.calibration
-            if vocabulary:
-                twin, settings = (
-                    replace(loaded, model=copied(loaded.model)),
-                    self.subject.prune.settings(1),
-                )
-                kept = self.vocabulary(vocabulary)
+            if kept := self.vocabulary(vocabulary):
+                twin, settings = replace(loaded, model=copied(loaded.model)), self.subject.prune.settings(1)
                 loaded, calibration = trim(twin, calibration, kept, settings, progress=self.progress)
             self._trimmed[vocabulary] = _Side(loaded, calibration)
         return self._trimmed[vocabulary]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -57,13 +58,8 @@ def search(
 ) -> SearchRecord:
     """Evaluate the points that the strategy chooses; search.json and search.md are written after every file.
 
-    Args:
-        subject: The model, its calibration, and how pruned ones are trained.
-        settings: Points and limits.
-        folder: Where; made when missing, continued when it holds a search.
-        show: Told what there is to do, and every file in a line.
-        progress: Told about every step.
-        threads: Threads outside torch; torch's number by default.
+    The folder is made when missing, and a search in it is continued. `show` is told what there is to do, and every file
+    in a line; `threads` are those outside torch, torch's number by default.
 
     Raises:
         InputError: Settings, a text or a folder that cannot be used; nothing was written then.
@@ -102,25 +98,25 @@ def search(
             require_extra("optuna", "search")
         evaluator.check()
         _ = evaluator.texts
-        run = _Run(evaluator, settings, folder, show, strategy)
+        dense, lines = [point for point in grid if point.is_dense], settings.bisected()
+        counts = {
+            BISECT: len(dense) + sum(len(line).bit_length() for line in lines),
+            STEPS: len(dense) + sum(point.recovered and point.ratio > 0 for point in grid),
+        }
+        count = min(counts.get(strategy, most), settings.max_points or sys.maxsize)
+        show(f"{count} files at most; how long they take is said after the first")
+        run = _Run(evaluator, settings, folder, show, strategy, count)
         try:
             if settings.storage or (strategy == OPTUNA and most < len(grid)):
-                run.count = most
                 _share(run, grid, most)
-            elif strategy == BISECT:
-                lines = settings.bisected()
-                dense = [point for point in grid if point.is_dense]
-                run.count = len(dense) + sum(len(line).bit_length() + 1 for line in lines)
-                for point in dense:
+            else:
+                for point in dense if strategy in (BISECT, STEPS) else grid:
                     run.evaluate(point)
+            if strategy == BISECT:
                 for line in lines:
                     _bisect(run, line)
             elif strategy == STEPS:
-                _steps(run)
-            else:
-                run.count = most
-                for point in grid:
-                    run.evaluate(point)
+                _steps(run, grid)
         except _EnoughError:
             pass
         result = run.write(last=True)
@@ -139,7 +135,7 @@ class _Run:
     folder: Path
     show: Callable[[str], None]
     strategy: str
-    count: int = 0
+    count: int
     known: dict[Point, EvaluatedPoint] = field(default_factory=dict)
     left_out: dict[Point, str] = field(default_factory=dict)
     failed: dict[Point, str] = field(default_factory=dict)
@@ -159,10 +155,6 @@ class _Run:
             return self.known[point]
         if self.settings.max_points is not None and len(self.known) >= self.settings.max_points:
             raise _EnoughError
-        if not self.made:
-            self.show(
-                f"{self.count} files at most, {len(self.known)} known; the first tells how long they take"
-            )
         try:
             size, held = self.evaluator.expected(point)
             if missed := self.missed(held):
@@ -277,19 +269,13 @@ def _bisect(run: _Run, line: Sequence[Point]) -> None:
         run.evaluate(point)
 
 
-def _steps(run: _Run) -> None:
+def _steps(run: _Run, grid: Sequence[Point]) -> None:
     """Prune and train from ratio to ratio; for each vocabulary and share of groups until all files lose too much."""
-    settings = run.settings
-    ratios = sorted({ratio for ratio in settings.ratios if ratio})
-    points = list(settings.points(ratios))
-    dense = [point for point in points if point.is_dense]
+    settings, ratios = run.settings, sorted({ratio for ratio in run.settings.ratios if ratio})
     chains: dict[tuple[int, float, int], dict[str, None]] = {}
-    for point in points:
+    for point in grid:
         if point.ratio and point.recovered:
             chains.setdefault((point.vocabulary, point.groups, point.align), {})[point.quant] = None
-    run.count = len(dense) + len(ratios) * sum(map(len, chains.values()))
-    for point in dense:
-        run.evaluate(point)
     for (vocabulary, groups, _), quants in chains.items():
         for number, ratio in enumerate(ratios):
             before = tuple(ratios[:number])

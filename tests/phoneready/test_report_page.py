@@ -19,21 +19,24 @@ from cfsp.records import write_record
 from phoneready.evaluation.evaluation_record import Vocabularies
 from phoneready.report.plots import make_plots, plot_text, script_json, spelled_out
 from phoneready.report.report import (
+    Mark,
     ReportInput,
     beaten,
-    bench_notes,
+    comparison_table,
+    headline,
+    losses_table,
     read_verdicts,
     render_page,
     render_report,
     verdict_table,
+    width_table,
 )
-from phoneready.report.tables import Mark, comparison_table, losses_table, width_table
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.groups import bench_groups
 from runtime_bench.records.reported import Conditions, Contention
 
 MakeReportInput = Callable[..., ReportInput]
-SECTIONS = ("verdicts", "figures", "pruning", "devices", "answers", "proof", "method")
+SECTIONS = ("plots", "verdicts", "figures", "pruning", "devices", "answers", "proof", "method")
 HOSTILE = {
     "markup": "</script><script>window.hacked=1</script><!--<script></style><img src=x onerror=window.hacked=1>"
     '" onmouseover=window.hacked=1 x="\' onfocus=\'window.hacked=1 <svg onload=window.hacked=1>"]}};window.hacked=1;//',
@@ -87,7 +90,7 @@ def test_it_is_complete_without_a_network(browser: Any, page_file: Path) -> None
         for link in opened.page.eval_on_selector_all("nav a", "all => all.map(one => one.hash)"):
             assert opened.page.locator(link).count() == 1
         plots = opened.page.locator(".plot").all()
-        assert len(plots) == 5
+        assert len(plots) == 3
         for plot in plots:
             assert plot.locator("svg.main-svg").count() > 0
         text = opened.page.inner_text("main")
@@ -168,20 +171,6 @@ def test_the_policy_stops_a_script_that_is_not_the_pages(browser: Any, page_file
         assert opened.page.evaluate("document.documentElement.dataset.plots") == "drawn"
 
 
-def test_kinds_and_targets_are_never_in_one_table_or_plot(make_report_input: MakeReportInput) -> None:
-    report = make_report_input("Tiny")
-    groups = bench_groups(report.figures.bench)
-    assert [(group.kind, group.target) for group in groups] == [
-        ("measured", "local"),
-        ("constrained-host", "Tiny"),
-    ]
-    for group in groups:
-        assert {(r.kind, r.target) for r in group.records} == {(group.kind, group.target)}
-    plots = {plot.id: plot for plot in make_plots(report.figures, groups)}
-    for number, group in enumerate(groups):
-        assert f"{group.kind}, {group.target}" in plots[f"plot-speed-{number}"].title
-
-
 @pytest.mark.parametrize("factor", [1.0, 1.37])
 def test_a_ratio_is_the_quotient_of_the_speeds_beside_it(
     make_report_input: MakeReportInput, factor: float
@@ -205,43 +194,6 @@ def test_a_ratio_is_the_quotient_of_the_speeds_beside_it(
         (before, unit), (after, _) = str(dense).split(), str(pruned).split()
         quotient = float(after) / float(before) if unit == "t/s" else float(before) / float(after)
         assert float(str(change).split()[0]) == pytest.approx(quotient, rel=0.01)
-
-
-def test_a_busy_machine_gives_no_ratio_in_either_report(make_report_input: MakeReportInput) -> None:
-    report = make_report_input("Tiny")
-    crowd = (Contention(1e4, 0.0),) * 5
-    figures = replace(report.figures, bench=tuple(replace(r, contention=crowd) for r in report.figures.bench))
-    text = verdict_table(figures, *figures.pairs[0])
-    assert "base: other programs took" in text
-    assert ": too noisy to tell" in text
-    assert "times as fast" not in text
-    rows = comparison_table(figures, bench_groups(figures.bench)[0], *figures.pairs[0]).rows
-    marks = [row[3] for row in rows if isinstance(row[3], Mark)]
-    assert marks
-    assert {mark.word for mark in marks} == {"too noisy to tell"}
-    assert "too noisy" in render_page(replace(report, figures=figures))
-
-
-def test_the_markdown_has_a_table_for_each_place(make_report_input: MakeReportInput) -> None:
-    report = make_report_input("Tiny")
-    figures = report.figures
-    emulated = tuple(
-        replace(r, kind="emulated", target="qemu", samples_ns=(7 * 10**9,) * 5)
-        for r in figures.bench
-        if r.target == "local"
-    )
-    figures = replace(figures, bench=(*figures.bench, *emulated))
-    text = verdict_table(figures, figures.dense[0], figures.pruned[0])
-    here, limited, far = re.split(r"\n\n?(?=Constrained-host on Tiny|Emulated on qemu)", text)
-    assert "file size" in here
-    assert "file size" not in limited + far
-    for table in (here, limited):
-        assert "generation, tg128" in table
-        assert "t/s" in table
-    assert "t/s" not in far
-    rendered = render_report(replace(report, figures=figures))
-    assert "emulated on qemu" in rendered
-    assert "emulated: that it ran counts, its times say nothing" in rendered
 
 
 def test_a_file_that_dominates_a_pruned_one_is_named(make_report_input: MakeReportInput) -> None:
@@ -277,92 +229,6 @@ def test_nothing_of_a_hostile_text_is_markdown(name: str, make_report_input: Mak
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", text)
 
 
-def test_remarks_on_samples_are_told_as_they_are(make_record: Any) -> None:
-    hot, pinned = (
-        make_record(conditions=tuple(Conditions((0.0,), caps=(cap,)) for cap in (1.0, *(0.5,) * 4))),
-        make_record(conditions=tuple(Conditions((0.0,), caps=(cap,)) for cap in (0.5,) * 5)),
-    )
-    thrashing = make_record(memory_verdict="thrashes", memory_limit_bytes=400 * 2**20, reread_bytes=2**30)
-    notes = bench_notes([hot, thrashing, pinned])
-    assert notes[0].startswith(
-        "throttled from second 0.0 of process 2: clocks were capped at 50% of the highest"
-    )
-    assert notes[1].startswith("thrashes: under the limit of 400 MiB")
-    assert notes[2].startswith("clocks were capped at 50% of the highest all the time")
-
-
-def test_a_file_that_writes_nonsense_has_no_speed(make_report_input: MakeReportInput) -> None:
-    report = make_report_input("Tiny")
-    file = report.figures.pruned[0].file
-    bench = tuple(
-        replace(r, degenerate="loop <b>") if r.model_filename == file else r for r in report.figures.bench
-    )
-    figures = replace(report.figures, bench=bench)
-    text = render_page(replace(report, figures=figures))
-    assert "writes degenerate text: loop &lt;b&gt;" in text
-    plots = {plot.id: plot for plot in make_plots(figures, bench_groups(bench))}
-    assert "Q8_0 pruned" not in {trace["name"] for trace in plots["plot-speed-0"].figure["data"]}
-    assert [trace["name"] for trace in plots["plot-ratio-0"].figure["data"]] == ["Q4_0"]
-
-
-def test_without_budgets_and_records_it_says_so(make_report_input: MakeReportInput) -> None:
-    report = make_report_input("Tiny")
-    bare = replace(report, verdicts=None, projected={}, figures=replace(report.figures, bench=()))
-    text = render_page(bare)
-    assert "No budgets were set" in text
-    assert "Nothing was measured" in text
-
-
-def test_files_are_compared_by_bits_per_byte(make_report_input: MakeReportInput) -> None:
-    report = make_report_input("Tiny")
-    pair = report.figures.pairs[0]
-    row = comparison_table(report.figures, None, *pair).rows[1]
-    assert row == ("bits per byte of the file", "0.9000", "1.0000", "1.111")
-    assert len(comparison_table(replace(report.figures, losses=()), None, *pair).rows) == 1
-
-
-def test_tokens_per_byte_stand_there_where_vocabularies_differ(make_report_input: MakeReportInput) -> None:
-    figures = make_report_input("Tiny").figures
-    assert "tokens/byte" not in losses_table(figures).markdown()
-    losses = tuple(
-        one if one.is_dense else replace(one, texts=(replace(one.texts[0], n_tokens=147),))
-        for one in figures.losses
-    )
-    figures = replace(figures, losses=losses)
-    row = comparison_table(figures, None, *figures.pairs[0]).rows[2]
-    assert row == ("tokens per byte of the file", "0.3000", "0.3500", "1.167")
-    assert "tokens/byte" in losses_table(figures).markdown()
-
-
-def test_it_says_which_tokens_a_divergence_is_over(make_report_input: MakeReportInput) -> None:
-    report = make_report_input("Tiny")
-    evaluation = replace(report.figures.evaluation, vocabularies=Vocabularies(300, 384, is_part=True))
-    trimmed = replace(report, figures=replace(report.figures, evaluation=evaluation))
-    note = "over the 300 of its 384 tokens that the pruned one has"
-    for render in (render_page, render_report):
-        assert note in render(trimmed)
-        assert note not in render(report)
-
-
-def test_what_is_kept_of_the_vocabulary_is_shown(make_report_input: MakeReportInput) -> None:
-    report = make_report_input("Tiny")
-    kept = VocabularyPlan(
-        384, tuple(range(300)), ("x.txt",), 1000, 1.1, (TokenKind("Greek", 9, 7, 0.5, 0.25),)
-    )
-    plan = replace(report.figures.plan, vocabulary=kept)
-    text = render_page(replace(report, figures=replace(report.figures, plan=plan)))
-    assert "300 of 384 tokens kept" in text
-    for part in ("1000 tokens of <bdi>x.txt</bdi>", "Greek", "50.00%", "25.000%"):
-        assert part in text
-
-
-def test_a_block_that_did_not_attend_before_is_not_said_to(make_report_input: MakeReportInput) -> None:
-    plan = make_report_input("Tiny").figures.plan
-    losses = (0.1,) * len(plan.blocks)
-    plan = replace(plan, attention=Removal((1,), losses, 0.1, 64), silent_before=(2,))
-    assert [row[-1] for row in width_table(plan).rows[:3]] == ["whole", "no attention", "no attention"]
-
-
 def test_what_is_left_of_every_block_is_shown(make_report_input: MakeReportInput) -> None:
     report = make_report_input("Tiny")
     plan = report.figures.plan
@@ -392,31 +258,6 @@ def test_the_page_is_well_formed(make_report_input: MakeReportInput) -> None:
     assert checker.open == []
 
 
-def test_verdicts_of_another_kind_are_refused(tmp_path: Path, make_report_input: MakeReportInput) -> None:
-    assert read_verdicts(tmp_path) is None
-    verdicts = make_report_input("Tiny").verdicts
-    write_record(tmp_path / "verdicts.json", verdicts)
-    assert read_verdicts(tmp_path) == verdicts
-    (tmp_path / "verdicts.json").write_text('{"kind": "something"}', encoding="utf-8")
-    with pytest.raises(InputError, match=r"verdicts\.json"):
-        read_verdicts(tmp_path)
-
-
-def test_json_in_a_script_reads_back_and_cannot_end_it() -> None:
-    value = {"a": list(HOSTILE.values())}
-    text = script_json(value)
-    assert json.loads(text) == value
-    assert not set("<>&") & set(text)
-    assert text.isascii()
-
-
-def test_overrides_of_direction_are_spelled_out_and_joiners_stay() -> None:
-    emoji = "👩\u200d🚀 שלום"
-    assert spelled_out("a\u202eb\u0000") == "a⟨U+202E⟩b⟨U+0000⟩"
-    assert spelled_out(emoji) == emoji
-    assert plot_text("<b>%{x}") == "&lt;b&gt;%&#123;x}"
-
-
 class Nesting(HTMLParser):
     VOID = ("meta", "br", "link", "img")
 
@@ -432,13 +273,131 @@ class Nesting(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_files_are_compared_by_what_they_are_not_by_their_position(
-    make_report_input: MakeReportInput,
+def test_each_place_has_its_own_table_and_plot(make_report_input: MakeReportInput) -> None:
+    report = make_report_input("Tiny")
+    emulated = tuple(
+        replace(r, kind="emulated", target="qemu", samples_ns=(7 * 10**9,) * 5)
+        for r in report.figures.bench
+        if r.target == "local"
+    )
+    figures = replace(report.figures, bench=(*report.figures.bench, *emulated))
+    groups = bench_groups(figures.bench)
+    assert [group.target for group in groups] == ["local", "Tiny", "qemu"]
+    titles = [plot.title for plot in make_plots(figures, groups)]
+    assert titles[:3] == [
+        "Size against loss",
+        *(f"Speed against size: {g.kind}, {g.target}" for g in groups[:2]),
+    ]
+    text = verdict_table(figures, *figures.pairs[0])
+    here, limited, far = re.split(r"\n\n?(?=Constrained-host on Tiny|Emulated on qemu)", text)
+    assert ("file size" in here, "file size" in limited + far) == (True, False)
+    assert ["t/s" in table for table in (here, limited, far)] == [True, True, False]
+    assert "emulated: that it ran counts, its times say nothing" in render_report(
+        replace(report, figures=figures)
+    )
+
+
+def test_a_crowded_or_void_speed_gives_no_ratio(make_report_input: MakeReportInput) -> None:
+    report = make_report_input("Tiny")
+    file, records = report.figures.pruned[0].file, report.figures.bench
+    crowded = tuple(replace(r, contention=(Contention(1e4, 0.0),) * 5) for r in records)
+    figures = replace(report.figures, bench=crowded)
+    text = verdict_table(figures, *figures.pairs[0])
+    assert "base: other programs took" in text
+    assert "times as fast" not in text
+    assert "speed not decided" in headline(figures)
+    assert "too noisy" in render_page(replace(report, figures=figures))
+    void = tuple(replace(r, degenerate="loop <b>") if r.model_filename == file else r for r in records)
+    figures = replace(report.figures, bench=void)
+    assert "writes degenerate text: loop &lt;b&gt;" in render_page(replace(report, figures=figures))
+    plots = {plot.id: plot for plot in make_plots(figures, bench_groups(void))}
+    assert "Q8_0 pruned" not in {trace["name"] for trace in plots["plot-speed-0"].figure["data"]}
+
+
+def test_the_first_sentence_says_what_the_pruned_file_is_worth(make_report_input: MakeReportInput) -> None:
+    report = make_report_input("Tiny")
+    figures = report.figures
+    dense, pruned = figures.losses[:2], figures.losses[2:]
+    # A dense file in fewer bits is smaller and better: 90 MB against 135 MB.
+    worse = "At 135.0 MB the pruned Q8_0 file is worse than the dense Q4_0 file (90.0 MB): 8.7% more bits per byte"
+    assert headline(figures).startswith(worse)
+    for made in (render_page(report), render_report(report)):
+        assert "8.7% more bits per byte" in made.replace("\\", "")
+    small = replace(figures, losses=(replace(pruned[0], file_bytes=80_000_000), *dense))
+    assert "Q8_0 file is 10% smaller than the dense one: 11.1% more bits per byte" in headline(small)
+    better = (
+        replace(dense[0], file=pruned[0].file, role="pruned"),
+        replace(pruned[0], file="d", role="dense"),
+    )
+    said = headline(replace(figures, losses=better))
+    assert "is better than the dense Q8_0 file (135.0 MB): 10.0% fewer bits per byte" in said
+    noisy = tuple(
+        replace(
+            one, texts=(replace(one.texts[0], n_bytes=(420,), nats=one.texts[0].nats[:1], dense_nats=(1.0,)),)
+        )
+        for one in better
+    )
+    assert "is as good as the dense Q8_0 file" in headline(replace(figures, losses=noisy))
+    assert headline(replace(figures, losses=(), bench=())) == (
+        "At 135.0 MB the pruned Q8_0 file is 10% smaller than the dense one."
+    )
+
+
+def test_what_is_particular_to_a_release_is_said(
+    make_report_input: MakeReportInput, make_record: Any
 ) -> None:
     report = make_report_input("Tiny")
-    shuffled = replace(report.figures, dense=report.figures.dense[::-1])
-    assert [dense.quant for dense, _ in shuffled.pairs] == [pruned.quant for pruned in shuffled.pruned]
-    assert render_report(replace(report, figures=shuffled)).count("Tiny-pruned-Q4_0.gguf")
-    assert verdict_table(shuffled, *shuffled.pairs[0]) == verdict_table(
-        report.figures, report.figures.dense[0], report.figures.pruned[0]
+    figures = report.figures
+    hot, pinned = (
+        make_record(conditions=tuple(Conditions((0.0,), caps=(cap,)) for cap in caps))
+        for caps in ((1.0, *(0.5,) * 4), (0.5,) * 5)
     )
+    longer = tuple(
+        one if one.is_dense else replace(one, texts=(replace(one.texts[0], n_tokens=147),))
+        for one in figures.losses
+    )
+    kind = TokenKind("Greek", 9, 7, 0.5, 0.25)
+    plan = replace(
+        figures.plan, vocabulary=VocabularyPlan(384, tuple(range(300)), ("x.txt",), 1000, 1.1, (kind,))
+    )
+    evaluation = replace(figures.evaluation, vocabularies=Vocabularies(300, 384, is_part=True))
+    changed = replace(figures, bench=(hot, pinned), losses=longer, plan=plan, evaluation=evaluation)
+    page, text = (render(replace(report, figures=changed)) for render in (render_page, render_report))
+    rows = comparison_table(changed, None, *changed.pairs[0]).rows
+    assert rows[1:] == [
+        ("bits per byte of the file", "0.9000", "1.0000", "1.111"),
+        ("tokens per byte of the file", "0.3000", "0.3500", "1.167"),
+    ]
+    assert "tokens/byte" in losses_table(changed).markdown()
+    assert "tokens/byte" not in losses_table(figures).markdown()
+    for part in (
+        "over the 300 of its 384 tokens that the pruned one has",
+        "throttled from second 0.0 of process 2: clocks were capped at 50% of the highest",
+        "clocks were capped at 50% of the highest all the time",
+        *("300 of 384 tokens kept", "Greek", "50.00%", "25.000%"),
+    ):
+        assert part in page
+        assert part in text.replace("\\", "")
+    bare = replace(report, verdicts=None, projected={}, figures=replace(figures, bench=()))
+    assert "No budgets were set" in render_page(bare)
+    assert "Nothing was measured" in render_page(bare)
+
+
+def test_verdicts_of_another_kind_are_refused(tmp_path: Path, make_report_input: MakeReportInput) -> None:
+    assert read_verdicts(tmp_path) is None
+    verdicts = make_report_input("Tiny").verdicts
+    write_record(tmp_path / "verdicts.json", verdicts)
+    assert read_verdicts(tmp_path) == verdicts
+    (tmp_path / "verdicts.json").write_text('{"kind": "something"}', encoding="utf-8")
+    with pytest.raises(InputError, match=r"verdicts\.json"):
+        read_verdicts(tmp_path)
+
+
+def test_text_is_made_harmless_for_scripts_and_plots() -> None:
+    value = {"a": list(HOSTILE.values())}
+    text = script_json(value)
+    assert json.loads(text) == value
+    assert text.isascii()
+    assert not set("<>&") & set(text)
+    assert spelled_out("a\u202eb\u0000 👩\u200d🚀 שלום") == "a⟨U+202E⟩b⟨U+0000⟩ 👩\u200d🚀 שלום"
+    assert plot_text("<b>%{x}") == "&lt;b&gt;%&#123;x}"

@@ -243,72 +243,57 @@ def test_processes_share_a_search(model: Path, tmp_path: Path) -> None:
         assert points == {(ratio, quant) for ratio in (0.0, 0.25) for quant in ("Q8_0", "Q4_0")}
 
 
-def test_a_sampler_proposes_where_there_are_more_points_than_may_be_made(model: Path, tmp_path: Path) -> None:
+def test_a_sampler_proposes_if_there_are_more_points_than_may_be_made(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("optuna", reason="the search extra is not installed")
     folder = tmp_path / "out"
     asked = command(model, folder, "--quants", "Q8_0", "--ratios", "0.1,0.2,0.3,0.4", "--max-points", "2")
     assert main(asked) == 0
     found = found_in(folder)
     assert found.strategy == "optuna"
+    assert "2 files at most" in capsys.readouterr().err
     assert len(found.points) == 2
     before = records(folder)
     assert main(asked) == 0
     assert records(folder) == before
 
 
-@pytest.mark.parametrize(
-    ("options", "wrong"),
-    [
-        (["--quants", "Q9"], "quant: unknown quantization"),
-        (["--ratios", "1"], "--ratios: out of range"),
-        (["--vocabularies", "3"], "vocabulary"),
-        (["--on", "nokia"], "or a device profile: "),
-        (["--strategy", "bisect"], "--strategy bisect looks for a limit"),
-        (["--strategy", "steps"], "give --recover and --ratios"),
-        (["--strategy", "optuna"], "give --max-points"),
-        (["--storage", "x.jsonl", "--strategy", "bisect", "--max-kl", "1"], "leave out --strategy bisect"),
-        (["--storage", "sqlite:////missing/folder/x.db"], "--storage: cannot be opened"),
-        (["--recover", "missing.toml"], "missing.toml"),
-        (["--max-size", "2 apples"], "--max-size: not understood"),
-        (["--text", "missing.txt"], "missing.txt"),
-        (["--seqlen", "100000"], "longer than the model's context"),
-    ],
-)
-def test_refusals(
-    options: list[str], wrong: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if "--storage" in options:
-        pytest.importorskip("optuna", reason="the search extra is not installed")
+def test_refusals(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("optuna", reason="the search extra is not installed")
     folder = tmp_path / "out"
-    assert main(command(model, folder, *options)) == 2
-    error = capsys.readouterr().err
-    assert wrong in error
-    assert error.count("error:") == 1
-    assert not list(folder.glob("*.gguf"))
+    for options, wrong in (
+        ("--quants Q9", "quant: unknown quantization"),
+        ("--ratios 1", "--ratios: out of range"),
+        ("--vocabularies 3", "vocabulary"),
+        ("--on nokia", "or a device profile: "),
+        ("--strategy bisect", "--strategy bisect looks for a limit"),
+        ("--strategy steps", "give --recover and --ratios"),
+        ("--strategy optuna", "give --max-points"),
+        ("--storage x.jsonl --strategy bisect --max-kl 1", "leave out --strategy bisect"),
+        ("--storage sqlite:////missing/folder/x.db", "--storage: cannot be opened"),
+        ("--recover missing.toml", "missing.toml"),
+        ("--max-size apples", "--max-size: not understood"),
+        ("--text missing.txt", "missing.txt"),
+        ("--seqlen 100000", "longer than the model's context"),
+    ):
+        assert main(command(model, folder, *options.split())) == 2
+        error = capsys.readouterr().err
+        assert wrong in error
+        assert error.count("error:") == 1
+        assert not list(folder.glob("*.gguf"))
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["tune", "x"],
-        ["frontier", "x"],
-        ["shrink", "x"],
-        ["prune", "x", "--target-size", "1"],
-        ["eval", "x", "--ratios", "0"],
-    ],
-    ids=" ".join,
-)
-def test_what_is_gone_names_the_search(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == 2
-    assert "is gone: use `phoneready search MODEL" in capsys.readouterr().err
-
-
-def test_a_folder_of_others_is_left_alone(
+def test_folders_and_records_of_others_are_refused(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "frontier.json").write_text("{}")
     assert main(command(model, tmp_path)) == 2
     assert "is not a search folder" in capsys.readouterr().err
+    for name in ("../notes.gguf", "/etc/passwd", "notes.txt", ""):
+        payload = record_to_json(point("p", 10, [1.0, 1.1])) | {"file": name}
+        with pytest.raises(InputError, match="not the name of a GGUF file"):
+            record_from_json(EvaluatedPoint, payload, where="point.json")
 
 
 BYTES = (100, 110, 90, 120, 105)
@@ -392,13 +377,6 @@ def test_a_limit_without_a_figure_is_not_met(
     assert (asked.find(one.point) is not None) == (outcome == PASS)
 
 
-@pytest.mark.parametrize("name", ["../notes.gguf", "/etc/passwd", "notes.txt", ""])
-def test_a_record_names_no_file_elsewhere(name: str) -> None:
-    payload = record_to_json(point("p", 10, [1.0, 1.1])) | {"file": name}
-    with pytest.raises(InputError, match="not the name of a GGUF file"):
-        record_from_json(EvaluatedPoint, payload, where="point.json")
-
-
 def test_sentences_and_the_page() -> None:
     speed = Speed("local", 9.0, 11.0, 2e8, n_threads=1)
     dense = replace(point("Q4_0", 100, [1.0, 1.1, 0.9, 1.0, 1.05]), speed=speed)
@@ -424,48 +402,34 @@ def test_intervals_are_paired_over_windows() -> None:
         replace(point("p", 1, a), texts=(replace(even, nats=tuple(100 * math.log(2) * v for v in values)),))
         for values in (b, a)
     )
-    found = excess(one, other)
+    found, back = excess(one, other), excess(other, one)
     differences = [y - x for x, y in zip(a, b, strict=True)]
     half = 2.776 * statistics.stdev(differences) / math.sqrt(5)
     assert found.bits == pytest.approx(statistics.mean(differences))
     assert (found.low, found.high) == pytest.approx((found.bits - half, found.bits + half), rel=5e-3)
-    back = excess(other, one)
-    assert back.low is not None
     assert (back.bits, back.low) == pytest.approx((-found.bits, -(found.high or 0)))
 
 
+GOOD, WORSE = [1.0, 1.1, 0.9, 1.0, 1.05], [1.2, 1.31, 1.1, 1.19, 1.26]
+
+
 def test_dominance_is_surely_no_larger_and_no_worse() -> None:
-    good = point("good", 50, [1.0, 1.1, 0.9, 1.0, 1.05])
-    worse = point("worse", 60, [1.2, 1.31, 1.1, 1.19, 1.26])
-    noisy = point("noisy", 60, [1.4, 0.8, 1.2, 0.7, 1.0])
-    small = point("small", 40, [1.2, 1.31, 1.1, 1.19, 1.26])
-    together = [good, worse, noisy, small]
-    assert standing(worse, together).verdict == DOMINATED
-    assert standing(worse, together).by == "good.gguf"
-    assert standing(noisy, together).verdict == UNDECIDED
-    assert standing(good, together).verdict == FRONTIER
-    assert standing(small, together).verdict == FRONTIER
-
-
-def test_ties() -> None:
-    bits = [1.0, 1.1, 0.9, 1.0, 1.05]
-    same, larger = [point("a", 50, bits), point("b", 50, bits)], point("c", 51, bits)
-    assert [standing(one, same).verdict for one in same] == [FRONTIER, FRONTIER]
-    assert standing(larger, [*same, larger]).verdict == DOMINATED
-    assert choose([larger, *reversed(same)], 60).best == "a.gguf"
-
-
-def test_one_window_says_nothing_of_noise() -> None:
-    good, worse = point("good", 50, [1.0]), point("worse", 60, [2.0])
-    assert standing(worse, [good, worse]).verdict == UNDECIDED
-    assert excess(worse, good).low is None
-
-
-def test_a_dense_file_that_dominates_is_named_first() -> None:
-    dense = point("dense", 50, [1.0, 1.1, 0.9, 1.0, 1.05])
+    good, worse, small = point("good", 50, GOOD), point("worse", 60, WORSE), point("small", 40, WORSE)
+    noisy, same = point("noisy", 60, [1.4, 0.8, 1.2, 0.7, 1.0]), point("same", 50, GOOD)
+    files = [good, worse, noisy, small]
+    found = {one.file: standing(one, files) for one in files}
+    verdicts = {name.removesuffix(".gguf"): one.verdict for name, one in found.items()}
+    assert verdicts == {"good": FRONTIER, "worse": DOMINATED, "noisy": UNDECIDED, "small": FRONTIER}
+    assert found["worse.gguf"].by == "good.gguf"
+    # Ties, one window, and a dense file that dominates, which is named first.
+    assert [standing(one, [good, same]).verdict for one in (good, same)] == [FRONTIER, FRONTIER]
+    larger = point("larger", 51, GOOD)
+    assert standing(larger, [good, same, larger]).verdict == DOMINATED
+    assert choose([larger, same, good], 60).best == "good.gguf"
+    once = point("a", 50, [1.0]), point("b", 60, [2.0])
+    assert (standing(once[1], once).verdict, excess(*once).low) == (UNDECIDED, None)
     best = point("best", 55, [0.9, 1.0, 0.8, 0.9, 0.95], ratio=0.1)
-    beaten = point("beaten", 60, [1.2, 1.31, 1.1, 1.19, 1.26], ratio=0.2)
-    assert standing(beaten, [dense, best, beaten]).by == "dense.gguf"
+    assert standing(worse, [good, best, worse]).by == "good.gguf"
 
 
 def test_sizes_to_tell_of() -> None:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phoneready.report.tables import record_table as report_table
+from phoneready.report.report import record_table as report_table
 from runtime_bench.conditions import script
 from runtime_bench.conditions.energy import energy_of
 from runtime_bench.conditions.script import FACT, METERS, READING, UNREADABLE, WATCH

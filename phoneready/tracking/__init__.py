@@ -1,1 +1,0 @@
-"""Telling an experiment tracker about releases."""
