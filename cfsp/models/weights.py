@@ -29,6 +29,7 @@ from cfsp.validation import check_kinds, kinds
 _log = logging.getLogger(__name__)
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+SHARD_BYTES = 10**9
 _ShardName = Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f]{1,240}\.safetensors$")]
 _INDEX = kinds(weight_map=dict[str, _ShardName])
 
@@ -152,7 +153,7 @@ def save_weights(model: Any, folder: Path, dtype: torch.dtype, *, progress: Prog
     # Numbers that are not trained; those that are computed from the configuration are not among the stored.
     parameters |= {name: buffer for name, buffer in model.named_buffers() if name in stored}
     sizes = {name: torch.empty(p.shape, dtype=dtype, device="meta") for name, p in parameters.items()}
-    split = huggingface_hub.split_torch_state_dict_into_shards(sizes, max_shard_size=10**9)
+    split = huggingface_hub.split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES)
     for done, (file, names) in enumerate(split.filename_to_tensors.items()):
         progress("writing weights", done, len(split.filename_to_tensors))
         shard = {name: parameters[name].to("cpu", dtype).contiguous() for name in names}

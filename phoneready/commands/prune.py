@@ -113,7 +113,7 @@ def prune(
         if was_given(context, "dtype"):
             ready = replace(ready, settings=replace(ready.settings, dtype=settings.products))
         references = references if was_given(context, "calibration") else ready.calibration
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError("prune runs in one process: start it without torchrun")
     with claim_output(wanted), show_progress() as progress:
         device = find_device(how.device)

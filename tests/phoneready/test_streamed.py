@@ -70,8 +70,7 @@ def test_a_folder_that_changes_under_a_command_ends_it_in_a_line(
         yield change
 
     monkeypatch.setenv("PHONEREADY_STREAM", "always")
-    opens = {"prune": "processes"}.get(command[0], command[0])
-    monkeypatch.setattr(f"phoneready.commands.{opens}.show_progress", changing)
+    monkeypatch.setattr(f"phoneready.commands.{command[0]}.show_progress", changing)
     said = refused(command[0], folder, "-o", tmp_path / "made" / "out", *command[1:])
     assert said == f"error: {file} was changed while it was read\n"
     assert not list(tmp_path.iterdir())
@@ -83,7 +82,7 @@ def test_a_missing_shard_is_told_before_anything_is_made(
     monkeypatch: pytest.MonkeyPatch,
     refused: Callable[..., str],
 ) -> None:
-    monkeypatch.setattr("cfsp.models.weights._SHARD_BYTES", 2**18)
+    monkeypatch.setattr("cfsp.models.weights.SHARD_BYTES", 2**18)
     save_checkpoint(tiny_loaded(), tmp_path / "model")
     shards = sorted((tmp_path / "model").glob("model-*.safetensors"))
     assert len(shards) > 1
