@@ -55,10 +55,25 @@ def find_metric(reference: str) -> Metric:
 
 
 def metric_sha256(reference: str) -> str:
-    """Hash of the file that a metric is in, if any; raises InputError if it cannot be read, or as `find_metric`."""
-    file: str | None = reference.rpartition(":")[0]
-    if not str(file).endswith(".py"):
-        file = getattr(sys.modules.get(find_metric(reference).__module__), "__file__", None)
+    """Hash of the file that a metric is in, which is not imported; empty if there is none.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    module, colon, _ = reference.rpartition(":")
+    if not colon:
+        known = plugins.load_plugins(plugins.METRICS, METRICS)
+        module = known[reference].entry.module if reference in known else ""
+    file, place = module if module.endswith(".py") else None, None
+    parts = [] if file else module.split(".")
+    for depth in range(1, len(parts) + 1):
+        # `find_spec` of importlib.util would import the packages that it is in.
+        name = ".".join(parts[:depth])
+        spec = next(filter(None, (finder.find_spec(name, place) for finder in sys.meta_path)), None)
+        if spec is None:
+            break
+        place = spec.submodule_search_locations
+        file = spec.origin if spec.has_location and depth == len(parts) else None
     try:
         return sha256_file(Path(file)) if file else ""
     except OSError as error:

@@ -295,6 +295,8 @@ def _problems_between(config: ReleaseConfig) -> Iterator[_Problem]:
     folders = [target_slug(place) for place in bench.targets]
     if len(set(folders)) < len(folders):
         yield ("bench", "targets"), f"two have one name on disk: {', '.join(bench.targets)}"
+    elif len(set(map(measured_place, bench.targets))) < len(folders):
+        yield ("bench", "targets"), "two are one place: folder and retries tell no figures apart"
     for place in bench.targets:
         row, _, options = parse_target(place)
         if others and row.gguf_only:

@@ -242,13 +242,14 @@ def engine_for(path: Path) -> str:
     Raises:
         InputError: No engine runs files of this kind.
     """
-    names = (*ENGINES, *plugins.load_plugins(plugins.ENGINES, ENGINES))
-    suffixes = {name: engine_spec(name).suffix for name in names}
-    found = next((name for name in names if suffixes[name] == path.suffix.lower()), None)
-    if found is None:
-        allowed = ", ".join(dict.fromkeys(suffixes.values()))
-        raise InputError(f"no engine runs {path.name}", field="file", value=str(path), allowed=allowed)
-    return found
+    known: list[str] = []
+    # A plugin is only imported if no engine before it runs the file.
+    for name in (*ENGINES, *plugins.load_plugins(plugins.ENGINES, ENGINES)):
+        known.append(engine_spec(name).suffix)
+        if known[-1] == path.suffix.lower():
+            return name
+    allowed = ", ".join(dict.fromkeys(known))
+    raise InputError(f"no engine runs {path.name}", field="file", value=str(path), allowed=allowed)
 
 
 def check_cache(engine: str, cache_type: str | None) -> None:

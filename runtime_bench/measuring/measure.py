@@ -339,7 +339,10 @@ def _run_once(target: Target, settings: BenchSettings, row: Row, samples: int, n
         found = found or "one that it does not name"
         why = f"a cache of {asked} was asked for, and {request.engine} had {found}"
         result = WorkerResult(error=why)
-    if not result.error and request.seconds and (lasted := result.lasted_ns or 0) < request.seconds * 1e9:
+    lasted = result.lasted_ns
+    if not result.error and request.seconds and lasted is None:
+        result = replace(result, error="what measures there takes samples by number, not for a given time")
+    elif not result.error and request.seconds and lasted is not None and lasted < request.seconds * 1e9:
         number_taken = f"{len(result.samples_ns)} samples, which are all that a record holds"
         why = (
             f"{number_taken}, took {lasted / 1e9:.1f} of {request.seconds:g} s: more tokens make longer ones"
