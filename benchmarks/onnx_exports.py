@@ -36,7 +36,7 @@ from cfsp.text.calibration import load_calibration
 from cfsp.text.settings import SELF
 from cfsp.units import format_bytes
 from exporters.export_record import ExportRecord, ParityReport
-from exporters.families import DEFAULT_FORMAT, FAMILIES, family_of
+from exporters.families import DEFAULT_FORMAT, FAMILIES, ExportSettings, family_of
 from exporters.onnx.folder import find_graph
 from exporters.onnx.matrix import Rounded, round_to_nearest
 from exporters.onnx.quantize import (
@@ -52,7 +52,6 @@ from exporters.onnx.variants import INT4, INT8, BlockFormat
 from exporters.onnx.weights import HEAD_PARTS, weight_of
 from exporters.proof import Reference, choose_windows, reference_of
 from exporters.proof import compare as compare_logits
-from exporters.settings import ExportSettings
 from phoneready.console import MakeOptions, prepare_torch
 from phoneready.exporting import export_model
 from runtime_bench.measuring.measure import run_bench

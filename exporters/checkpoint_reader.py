@@ -43,12 +43,10 @@ class DeltaNet:
 
     @property
     def key_width(self) -> int:
-        """Numbers of all key heads."""
         return self.key_heads * self.key_head_dim
 
     @property
     def value_width(self) -> int:
-        """Numbers of all value heads."""
         return self.value_heads * self.value_head_dim
 
     @property
@@ -62,8 +60,7 @@ class ModelConfig:
     """What an export needs to know of config.json, in Hugging Face's names, whichever release wrote it."""
 
     model_type: str
-    # Vocabulary and blocks, which differ in FFN widths, in key-value heads and in whether they attend.
-    shape: ModelShape
+    shape: ModelShape  # vocabulary and blocks, which differ in FFN widths, key-value heads, and attention
     hidden_size: int
     heads_per_group: int  # query heads that read one key-value head
     head_dim: int
@@ -71,43 +68,35 @@ class ModelConfig:
     rms_norm_eps: float
     tie_word_embeddings: bool
     rotated: tuple[bool, ...]  # whether each block rotates its queries and keys
-    # Of each block, how many tokens attention sees, itself included; None if all.
-    windows: tuple[int | None, ...]
+    windows: tuple[int | None, ...]  # tokens that attention sees in each block, itself included; None if all
     activation: str  # of the FFN, a name in ACTIVATIONS
     score_scale: float  # what attention's scores are multiplied by
     rope_theta: float  # base of the rotary frequencies
-    # The rope parameters of a scaled rope, with `rope_type`; None for the plain one.
-    rope_scaling: Mapping[str, Any] | None
-    # The base in blocks with a window, where their rope is a plain one of their own.
-    window_rope_theta: float | None = None
-    # Tokens that a convolution sees which takes attention's place in some blocks; 0 without.
-    convolution_length: int = 0
-    # What takes attention's place in some blocks; None if that is no gated delta net.
-    delta_net: DeltaNet | None = None
-    # Numbers of a head that are rotated, where these are fewer than all may be; None if they are all.
-    rotary_dim: int | None = None
-    # Of the frequencies, how many turn by time, height and width of an image; texts have one position.
-    rope_sections: tuple[int, ...] = ()
-    # Head_dim in blocks that see everything, where that of the others is said apart; None otherwise.
-    full_head_dim: int | None = None
+    rope_scaling: (
+        Mapping[str, Any] | None
+    )  # a scaled rope's parameters, with `rope_type`; None for a plain one
+    window_rope_theta: float | None = (
+        None  # the base of blocks with a window, if they have a rope of their own
+    )
+    convolution_length: int = 0  # tokens that a convolution in attention's place sees in some blocks
+    delta_net: DeltaNet | None = None  # what takes attention's place in some blocks
+    rotary_dim: int | None = None  # numbers of a head that are rotated; None if that is all of them always
+    rope_sections: tuple[int, ...] = ()  # how many frequencies turn by time, height and width of an image
+    full_head_dim: int | None = None  # in blocks that see everything, if the others have another
     sharing_blocks: int = 0  # how many of the last blocks read another block's keys and values
     block_inputs: int = 0  # numbers of a token that every block gets beside its hidden state
-    # C, where logits are c tanh(z / c) of the output matrix's products z; None if they are these.
-    logit_cap: float | None = None
+    logit_cap: float | None = None  # c, if logits are c tanh(z / c) of the output matrix's products z
 
     @property
     def spec(self) -> Family:
-        """The architecture table's row."""
         return FAMILIES[self.model_type]
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding; a config always says them."""
         return self.shape.vocab_size or 0
 
     @property
     def num_hidden_layers(self) -> int:
-        """Blocks."""
         return len(self.shape.blocks)
 
     @property
@@ -147,10 +136,7 @@ class ModelConfig:
         return min((window for window in self.windows if window), default=None)
 
     def with_shape(self, shape: ModelShape) -> ModelConfig:
-        """The same model with other blocks, of which each says by its origin which of these it was.
-
-        Key-value heads and tokens of which the shape says nothing are as they are.
-        """
+        """The same model with other blocks, each of which has one of these as its origin."""
         was = [self.shape.blocks[block.origin] for block in shape.blocks]
         blocks = (
             replace(block, kv_groups=old.kv_groups) if block.kv_groups is None else block
@@ -168,7 +154,7 @@ def read_config(folder: Path) -> ModelConfig:
     """Read config.json.
 
     Raises:
-        InputError: Missing or malformed, an architecture that is not in the table, or values that do not fit together.
+        InputError: Missing or malformed, an unknown architecture, or values that do not fit together.
     """
     import transformers
 
@@ -184,8 +170,10 @@ def read_config(folder: Path) -> ModelConfig:
     message = "no exported graph computes this activation"
     stated = config.get(spec.activation_setting, "silu")
     activation = look_up(ACTIVATIONS, stated, message, field=spec.activation_setting)
-    head_dim = head_dim_of(config)
-    rope = rope_of(config, FULL)
+    head_dim, rope = head_dim_of(config), rope_of(config, FULL)
+    scale = 1.0
+    if not spec.plain_scores:
+        scale = float((config[spec.scale_setting] if spec.scale_setting else head_dim) ** -0.5)
     sizes = {name: config[key] for name, key in spec.mixer.sizes.items()} if spec.mixer else {}
     return ModelConfig(
         model_type=config["model_type"],
@@ -200,7 +188,7 @@ def read_config(folder: Path) -> ModelConfig:
         rotated=rotated_blocks(read),
         windows=windows_of_blocks(read),
         activation=activation,
-        score_scale=_score_scale(config, spec, head_dim),
+        score_scale=scale,
         rope_theta=float(rope["rope_theta"]),
         rope_scaling=None if rope["rope_type"] == "default" else rope,
         window_rope_theta=_window_theta(config, spec),
@@ -215,18 +203,8 @@ def read_config(folder: Path) -> ModelConfig:
     )
 
 
-def _score_scale(config: Mapping[str, Any], spec: Family, head_dim: int) -> float:
-    if spec.plain_scores:
-        return 1.0
-    stated = config[spec.scale_setting] if spec.scale_setting else head_dim
-    return float(stated**-0.5)
-
-
 def _full_head_dim(config: Any, shape: ModelShape, head_dim: int) -> int:
-    """head_dim in blocks that see everything, of a transformers config that says it of each block.
-
-    Raises InputError: they differ in it, or some that see a window from the rest of those.
-    """
+    """head_dim in blocks that see everything; raises InputError: they differ in it, or those that see a window do."""
     sizes = [int(config.per_layer_config[index].head_dim) for index in range(len(shape.blocks))]
     windows = windows_of_blocks(config)
     full = {size for size, window in zip(sizes, windows, strict=True) if not window}
@@ -238,11 +216,9 @@ def _full_head_dim(config: Any, shape: ModelShape, head_dim: int) -> int:
 
 
 def rope_of(config: Mapping[str, Any], kind_of_block: str) -> Mapping[str, Any]:
-    """What blocks of a kind are rotated by: `rope_type`, `rope_theta`, and what the type asks for.
+    """What blocks of a kind (`full_attention`, `sliding_attention`) are rotated by, of a config with its defaults.
 
-    Args:
-        config: Keys of a configuration, with defaults filled in.
-        kind_of_block: `full_attention` or `sliding_attention`.
+    That is `rope_type`, `rope_theta`, and what the type asks for.
     """
     rope = stated_rope(config, kind_of_block)
     is_alpha = FAMILIES[config["model_type"]].alpha_rope
@@ -250,7 +226,7 @@ def rope_of(config: Mapping[str, Any], kind_of_block: str) -> Mapping[str, Any]:
 
 
 def _window_theta(config: Mapping[str, Any], spec: Family) -> float | None:
-    """The base in blocks with a window, under either release's name; None of a model type whose blocks are alike."""
+    """The base in blocks with a window, under either release's name; None if blocks of this type are alike."""
     if not spec.has_window_rope:
         return None
     if config.get(spec.window_rope_setting):
@@ -267,10 +243,7 @@ def _window_theta(config: Mapping[str, Any], spec: Family) -> float | None:
 
 @contextmanager
 def open_tensors(folder: Path) -> Iterator[CheckpointTensors]:
-    """The safetensors files of a Hugging Face folder, opened.
-
-    Raises InputError: no safetensors, or a file is missing, damaged or cut short.
-    """
+    """The safetensors files of a folder, opened; raises InputError: there are none, or one is missing or damaged."""
     from safetensors import safe_open
 
     handles: dict[str, Any] = {}
@@ -290,15 +263,7 @@ class CheckpointTensors:
     handles: Mapping[str, Any]  # name of every stored tensor -> its open file
 
     def read(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-        """One tensor as float32.
-
-        Args:
-            name: Its name in the checkpoint.
-            shape: The shape that the config asks for.
-
-        Raises:
-            InputError: Missing, of another shape, or not finite.
-        """
+        """One tensor as float32; raises InputError: missing, of another shape than config.json says, or not finite."""
         handle = self.handles.get(name)
         if handle is None:
             raise InputError(f"{self.folder} lacks the tensor {name}")

@@ -1,17 +1,22 @@
-"""The table of families of exports: a new one is a folder with a row, and its name here."""
+"""The families of exports, and what users say of them. A new family is a folder with a row, and its name here."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from operator import methodcaller
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import InputError
 from cfsp.progress import Progress
+from cfsp.settings import SEED, Reads, Settings, setting
+from cfsp.text.settings import TEXT_FORMS
+from cfsp.units import parse_bytes
 from exporters.export_record import ExportFormat
-from exporters.family import ExportFamily
+from exporters.family import ExportFamily, ExportOptions
 from exporters.gguf.family import GGUF
 from exporters.onnx.family import ONNX
 
@@ -28,11 +33,7 @@ DEFAULT_FORMAT = "Q4_0"
 
 
 def family_of(name: str) -> ExportFamily:
-    """The family that has a format, in whatever case it is written.
-
-    Raises:
-        InputError: None has; the message names the known ones.
-    """
+    """The family that has a format, in any case; raises InputError that names the known formats."""
     for family in FAMILIES.values():
         if family.has(name):
             return family
@@ -45,17 +46,25 @@ def find_format(name: str) -> ExportFormat:
     return family_of(name).find(name)
 
 
+def makes_gguf(names: Iterable[str]) -> bool:
+    """Whether some of the formats are GGUF; if none is named, one is made."""
+    return any(map(GGUF.has, tuple(names) or (DEFAULT_FORMAT,)))
+
+
+def required_multiple(names: Iterable[str]) -> int:
+    """Smallest width unit with which no FFN matrix in these formats falls back to a larger type."""
+    return math.lcm(*(find_format(name).width_multiple for name in names))
+
+
 class _Rounding:
     """See `cfsp.recovery.rounding.Rounding`: of every family whose rounding can be trained through."""
 
     def check(self, name: str) -> None:
-        """See `Rounding`."""
         self._of(name).check(name)
 
     def start(
         self, checkpoint: Path, name: str, input_ids: torch.Tensor, device: str, progress: Progress
     ) -> RoundedModel:
-        """See `Rounding`."""
         return self._of(name).start(checkpoint, name, input_ids, device, progress)
 
     def _of(self, name: str) -> Rounding:
@@ -73,11 +82,128 @@ ROUNDING = _Rounding()
 """What recovery asks for formats."""
 
 
-def makes_gguf(names: Iterable[str]) -> bool:
-    """Whether some of the formats are GGUF; if none is named, one is made."""
-    return any(map(GGUF.has, tuple(names) or (DEFAULT_FORMAT,)))
+@dataclass(frozen=True)
+class FileSettings(Settings):
+    """Formats, and how they are rounded."""
+
+    quants: tuple[str, ...] = setting(
+        (DEFAULT_FORMAT,),
+        f"GGUF: {', '.join(GGUF.names)}.",
+        look_up=lambda name: GGUF.find(name).name,
+        least=1,
+        option="--gguf",
+        metavar="QUANT,...",
+        shown=f"{DEFAULT_FORMAT} without --onnx",
+    )
+    onnx: tuple[str, ...] = setting(
+        (),
+        f"{', '.join(ONNX.formats)}.",
+        look_up=lambda name: ONNX.find(name).name,
+        metavar="VARIANT,...",
+        shown="none",
+    )
+    mixed_bytes: int | None = setting(
+        None,
+        "Most that `int4-mixed` may take.",
+        ge=1,
+        le=2**50,
+        parse=parse_bytes,
+        option="--mixed-size",
+        metavar="SIZE",
+        shown="1.1 times what weights take in GGUF's Q4_0",
+        example=90_000_000,
+    )
+    imatrix: bool = setting(
+        True,
+        "Quantize with the importance matrix of the calibration.",
+        option="--no-imatrix",
+        off="Quantize without the importance matrix of the calibration.",
+    )
+    gptq: bool = setting(
+        True,
+        "Round the matrices of GGUF files of up to 6 bits for the calibration text, by GPTQ.",
+        option="--no-gptq",
+        off="Leave the numbers of GGUF files as llama.cpp's quantizer rounds them.",
+    )
+    tune_scales: bool = setting(
+        False,
+        "Train the scales and norms of GGUF files of up to 6 bits on that text, too: slower, and loses less.",
+        option="--tune-scales",
+    )
+    rounding_windows: int | None = setting(
+        32,
+        "Windows of that text which files of few bits are rounded for and mixtures chosen by; with more "
+        "of them they lose a little less and take longer.",
+        ge=1,
+        le=2**20,
+    )
+
+    @property
+    def formats(self) -> dict[str, tuple[str, ...]]:
+        """Family -> what is made of it; families of which nothing is are left out."""
+        asked = {name: getattr(self, family.setting) for name, family in FAMILIES.items()}
+        return {name: formats for name, formats in asked.items() if formats}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All formats."""
+        return tuple(name for formats in self.formats.values() for name in formats)
+
+    def reads(self, name: str) -> bool:
+        """Whether any of the formats reads a setting."""
+        return any(name in find_format(one).reads for one in self.names)
+
+    def options(self, text: torch.Tensor | None, **others: Any) -> ExportOptions:
+        """What an export reads of them.
+
+        Args:
+            text: Token ids (nsamples, seqlen) that weights of few bits are rounded for; None for nearest numbers.
+            others: Further fields of ExportOptions, or other values of these.
+        """
+        own = ExportOptions(
+            use_imatrix=self.imatrix,
+            calibration=text,
+            gptq=self.gptq,
+            tune_scales=self.tune_scales,
+            mixed_bytes=self.mixed_bytes,
+        )
+        return replace(own, **others)
 
 
-def required_multiple(names: Iterable[str]) -> int:
-    """Smallest width unit with which no FFN matrix in these formats falls back to a larger type."""
-    return math.lcm(*(find_format(name).width_multiple for name in names))
+@dataclass(frozen=True)
+class ExportSettings(FileSettings):
+    """One export of a checkpoint."""
+
+    name: str | None = setting(None, "Stem of GGUF files, name of graphs.", shown="the model's name")
+    calibration: tuple[str, ...] = setting(
+        (),
+        f"Text that files of few bits are rounded for, and mixtures chosen by: `self`, `none`, {TEXT_FORMS}.",
+        metavar="REF",
+        shown="self for 4-bit ONNX variants, mixtures and trained scales, else none",
+    )
+    nsamples: int = setting(32, "Windows of that text.", ge=1, le=2**20)
+    seqlen: int = setting(512, "Tokens in such a window.", ge=2, le=2**20)
+    rounding_windows: int | None = setting(
+        None, "Use so many of the text's windows, spread over them.", ge=1, le=2**20, shown="all"
+    )
+    dense: str | None = setting(
+        None, "Model that writes the text `self`.", metavar="MODEL", shown="the checkpoint"
+    )
+    opset: int | None = setting(
+        None, "ONNX opset of the graphs; older runtimes want an older one.", ge=1, metavar="N", shown="21"
+    )
+    seed: int = setting(0, SEED)
+
+
+def read_by_formats(where: Mapping[str, str]) -> Reads:
+    """A row for each setting that formats read, of the words that say that none does."""
+    return MappingProxyType({name: (methodcaller("reads", name), words) for name, words in where.items()})
+
+
+READS = read_by_formats(
+    {
+        "tune_scales": "without GGUF files of up to 6 bits",
+        "mixed_bytes": "without the ONNX variant int4-mixed",
+    }
+)
+"""What is read of the settings of files."""

@@ -1,10 +1,11 @@
-"""What every export shares: the checkpoint, loaded once; its side of the proof; the record of a file."""
+"""What every export shares: the checkpoint, loaded once; where it comes from; its side of the proof; records."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,36 +16,80 @@ import torch
 
 from cfsp.devices import moved
 from cfsp.errors import InputError
-from cfsp.files import refuse_existing, sha256_file
-from cfsp.models.checkpoint import load_pruned, open_pruned
+from cfsp.files import refuse_existing, sha256_file, short_name
+from cfsp.memory import give_back_memory
+from cfsp.models.checkpoint import is_pruned_checkpoint, load_pruned, open_pruned, read_checkpoint_info
 from cfsp.models.offload import NARROW, keeping_of_files
 from cfsp.models.reference import load_tokenizer
-from cfsp.models.weights import safetensors_files, uniform_dtype
-from cfsp.progress import Progress
+from cfsp.models.weights import safetensors_files, sha256_files, uniform_dtype
 from cfsp.records import write_record
 from cfsp.text.self_sampling import stop_tokens
 from exporters.checkpoint_reader import ModelConfig, read_config
 from exporters.export_record import ExportFormat, ExportManifest, ExportRecord, ParityReport
 from exporters.family import ExportOptions
 from exporters.proof import Choice, Reference, choose_windows, compare, reference_of
-from exporters.provenance import Provenance, read_provenance
 
 MANIFEST_FILE = "export.json"
 UNTRAINED = "scales were not trained: that takes all of the model in memory, which is read block by block"
 """A warning."""
+SOME_HASH = "0" * 64
+"""In place of one that is not known yet: as long as any."""
+_LONGEST = 200
+"""Bytes of the beginning of a file's name; a format, a size and the mark of what is not finished follow."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a checkpoint says about its origin; None if it says nothing."""
+
+    name: str  # short, for titles and file names
+    source_model: str  # the dense model
+    source_sha256: str | None = None  # of its weights
+    checkpoint_sha256: str | None = None  # of the checkpoint's weights
+    plan_sha256: str | None = None
+    license: str | None = None  # SPDX-like
+    base_model: str | None = None  # that the dense one is made from
+    seed: int | None = None  # of the run that made the checkpoint
+
+    def metadata(self) -> dict[str, str]:
+        """What an exported file says of it under keys of our own."""
+        keys = ("source_model", "source_sha256", "checkpoint_sha256", "plan_sha256")
+        return {f"phoneready.{key}": getattr(self, key) for key in keys if getattr(self, key)}
+
+
+def read_provenance(checkpoint: Path, name: str | None = None) -> Provenance:
+    """Provenance of a checkpoint, or of a plain Hugging Face folder, of which only the name is known."""
+    if not is_pruned_checkpoint(checkpoint):
+        folder = short_name(checkpoint.resolve().name)
+        return Provenance(name=file_stem(name or folder), source_model=folder)
+    info = read_checkpoint_info(checkpoint)
+    return Provenance(
+        name=file_stem(name or info.source.name),
+        source_model=info.source.name,
+        source_sha256=info.source.sha256,
+        # Not what the info says: the weights may have been trained since it was written.
+        checkpoint_sha256=sha256_files(safetensors_files(checkpoint)),
+        plan_sha256=info.plan_sha256,
+        license=info.source.license,
+        base_model=info.source.base_model,
+        seed=info.seed,
+    )
+
+
+def file_stem(name: str) -> str:
+    """The last part of a name, if files can be called that; raises InputError if they cannot."""
+    stem = name.rsplit("/", 1)[-1]
+    if not stem or stem.startswith(".") or any(c in '\\:*?"<>|' or ord(c) < 32 for c in stem):
+        raise InputError("not usable as a file name", field="name", value=name)
+    if len(stem.encode()) > _LONGEST:
+        raise InputError("too long a file name", field="name", value=name, allowed=f"up to {_LONGEST} bytes")
+    return stem
 
 
 class Job:
-    """An export of a checkpoint, of which everything is read when it is first wanted, and once.
+    """An export of a checkpoint to a folder, by `settled` settings; what it needs is read once, when first wanted.
 
-    Args:
-        checkpoint: Hugging Face folder.
-        settings: How to export, `settled`.
-        config: The checkpoint's.
-        context_length: Longest context for which the files hold the model.
-
-    Attributes:
-        folder: Where files are written.
+    `context_length` is the longest context for which the files hold the model.
     """
 
     def __init__(
@@ -57,31 +102,27 @@ class Job:
     ) -> None:
         self.checkpoint, self.folder, self.settings = checkpoint, folder, settings
         self.config, self.context_length = config, context_length
-
-    @property
-    def n_threads(self) -> int:
-        """Threads of quantizers and of the parity run."""
-        return self.settings.n_threads or torch.get_num_threads()
-
-    @property
-    def progress(self) -> Progress:
-        """Told about every step."""
-        return self.settings.progress
+        self.n_threads: int = settings.n_threads or torch.get_num_threads()
+        self.progress = settings.progress
 
     @cached_property
     def provenance(self) -> Provenance:
-        """The checkpoint's."""
         return read_provenance(self.checkpoint, self.settings.name)
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The checkpoint's."""
         return load_tokenizer(self.checkpoint.resolve())  # a bare name could be a built-in alias
 
     @cached_property
     def model(self) -> Any:
         """The checkpoint's model on the CPU, float32 or kept in fewer bytes; nobody changes it."""
         return open_pruned(self.checkpoint, keeping=self.settings.keeping)
+
+    def drop_model(self) -> None:
+        """Give its memory back; who asks for it has it read anew. Of the reference the output matrix stays."""
+        self.__dict__.pop("model", None)
+        gc.collect()
+        give_back_memory()
 
     @contextmanager
     def placed(self) -> Iterator[Any]:
@@ -134,14 +175,7 @@ class Job:
         )
 
     def record(self, path: Path, row: ExportFormat, choice: Choice | None = None, **own: Any) -> ExportRecord:
-        """Describe a proven file.
-
-        Args:
-            path: The file.
-            row: What it is.
-            choice: Whose numbers it has, if any were chosen for a text.
-            own: Fields of ExportRecord that depend on the family.
-        """
+        """Describe a proven file; `own` are fields that depend on the family."""
         origin = self.provenance
         return ExportRecord(
             file=str(path.relative_to(self.folder)),

@@ -1,4 +1,4 @@
-"""Is an exported file the same model? Its logits, its matrices, and of a large model its blocks, each held to ours.
+"""Is an exported file the same model? Its logits, matrices, chats, and of a large model its blocks, held to ours.
 
 *Logits*: the checkpoint is run once and remembered as its last hidden states, (tokens, hidden_size), and its output
 matrix; logits are made from them in pieces, so that memory does not grow with vocabulary times tokens.
@@ -16,9 +16,9 @@ logits are the products of what comes out of the blocks at one position with wha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +36,10 @@ from cfsp.models.architectures import (
 )
 from cfsp.models.offload import at_hand, enter_blocks, last_hidden_states, run_layer
 from cfsp.progress import Progress, no_progress
+from cfsp.reading import one_line
+from cfsp.text.conversations import CONVERSATIONS, Conversation, rendered, turn_end
 from cfsp.text.settings import BUILTIN_TEXT
-from cfsp.text.tokens import TokenWindows, token_windows, tokens_sha256
+from cfsp.text.tokens import TokenWindows, encode, token_windows, tokens_sha256
 from exporters.export_record import BlockProof, ParityLimits, ParityReport
 
 FloatArray = npt.NDArray[np.float32]
@@ -54,42 +56,30 @@ _LOWER_BOUNDS = frozenset({"same_top1"})
 ROW_SLOPE, MATRIX_SLOPE = 0.5, 0.025
 """How far slopes may lie from what they should be: a row's, and a matrix's relative to it."""
 _PLAIN_ROWS, _AT_ONCE = 64, 8192
+_SHOWN = 6
+"""Tokens of a chat in a message."""
 _TINY = 1e-6
 """Of the mean row's sum of squares: below it a type's own scales may not hold a row."""
 
 
-@dataclass(frozen=True)
-class Reference:
-    """The checkpoint's side of a comparison.
+class Reference(NamedTuple):
+    """The checkpoint's side of a comparison."""
 
-    Attributes:
-        windows: The text, (n_windows, seqlen).
-        hidden: Last hidden states, after the final norm, (n_windows, seqlen, hidden_size) float32.
-        head: Output matrix (vocab_size, hidden_size), float32 or what holds the same numbers in fewer bytes.
-        cap: c, if logits are c tanh(z / c) of their products z.
-    """
-
-    windows: TokenWindows
-    hidden: torch.Tensor
-    head: torch.Tensor
-    cap: float | None = None
+    windows: TokenWindows  # the text, (n_windows, seqlen)
+    hidden: torch.Tensor  # last hidden states, after the final norm, (n_windows, seqlen, hidden_size) float32
+    head: torch.Tensor  # output matrix (vocab_size, hidden_size), float32 or the same numbers in fewer bytes
+    cap: float | None = None  # c, if logits are c tanh(z / c) of their products z
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Of a file's numbers: the plain quantizer's or those chosen for a text, whichever lose less on the proof's text.
-
-    Attributes:
-        plain: What the file loses with the plain quantizer's.
-        rounded: What it loses with the others.
-    """
+class Choice(NamedTuple):
+    """What a file loses on the proof's text with the plain quantizer's numbers, and with those chosen for a text."""
 
     plain: ParityReport
     rounded: ParityReport
 
     @property
     def is_plain(self) -> bool:
-        """Whether the plain quantizer's are kept."""
+        """Whether the plain quantizer's lose less, and are kept."""
         return self.plain.kl_mean < self.rounded.kl_mean
 
     def held_to(self, limits: ParityLimits) -> ParityReport:
@@ -111,18 +101,13 @@ class Choice:
 def choose_windows(
     tokenizer: Any, context_length: int, narrowest: int | None = None, given: torch.Tensor | None = None
 ) -> TokenWindows:
-    """The text to compare on: what is given, or windows of built-in English prose.
+    """The text to compare on: ids that are given (n_windows, seqlen), or windows of built-in English prose.
 
-    With sliding windows the text is twice as long as the narrowest, as far as that is no more text in all.
-
-    Args:
-        tokenizer: The checkpoint's.
-        context_length: Longest window that the exported file can run.
-        narrowest: Fewest tokens that a block's attention sees; None if all see all.
-        given: Token ids (n_windows, seqlen).
+    With sliding windows, of which `narrowest` sees fewest tokens, the text is twice as long as that, as far as that is
+    no more text in all.
 
     Raises:
-        InputError: Given windows are longer than the context.
+        InputError: Given windows are longer than the context of the exported file.
     """
     if given is None:
         tokens = PARITY_WINDOWS * PARITY_SEQLEN
@@ -141,7 +126,7 @@ def choose_windows(
 
 
 def reference_of(model: Any, windows: TokenWindows, *, progress: Progress = no_progress) -> Reference:
-    """Run a causal LM in eval mode, float32, on text.
+    """Run a causal LM in eval mode on text.
 
     Raises:
         InputError: No windows, windows of fewer than 2 tokens, or ids outside the vocabulary.
@@ -217,7 +202,7 @@ def compare(
 
 
 def check_limits(report: ParityReport, what: str) -> None:
-    """Raise LimitError with every metric beyond its limit, and what was exported."""
+    """Raise LimitError with every metric beyond its limit."""
     misses = []
     for metric, limit in report.limits.items():
         value = getattr(report, metric)
@@ -241,12 +226,12 @@ def check_matrix(
     """Hold a matrix of a file against the one that it was quantized from.
 
     Args:
-        name: Of the matrix, for the message.
-        n_rows: Of it.
+        name: For the message.
+        n_rows: Of the matrix.
         exact: What it was quantized from.
         stored: What the file's runtime reads.
         plain: Exact rows -> what the plain quantizer makes of them.
-        chosen: The slope of numbers that were chosen for a text, when they were; None for the plain quantizer's.
+        chosen: The slope of numbers when they were chosen for a text; None for the plain quantizer's.
 
     Raises:
         LimitError: A row is not the exact one's, or all numbers are too large or too small.
@@ -288,19 +273,12 @@ def slope_of(stored: FloatArray, exact: FloatArray) -> float:
     return float(np.vdot(stored, exact)) / squares if squares else 1.0
 
 
-@dataclass(frozen=True)
-class Slice:
-    """Some blocks, and what goes through them.
+class Slice(NamedTuple):
+    """Some blocks, and what goes through them."""
 
-    Attributes:
-        blocks: Their numbers in the model.
-        entering: Hidden states before them, (tokens, hidden_size) float32.
-        gain: What the norm behind them multiplies with, (hidden_size,).
-    """
-
-    blocks: range
-    entering: torch.Tensor
-    gain: torch.Tensor
+    blocks: range  # their numbers in the model
+    entering: torch.Tensor  # hidden states before them, (tokens, hidden_size) float32
+    gain: torch.Tensor  # what the norm behind them multiplies with, (hidden_size,)
 
 
 def prove_slices(
@@ -317,7 +295,7 @@ def prove_slices(
 
     Args:
         model: The checkpoint's, whose weights may stay in files.
-        runs: Numbers of blocks, that each slice has.
+        runs: Numbers of the blocks of each slice.
         windows: The text, (n_windows, seqlen).
         run: A slice -> its logits in the runtime for tokens 0, 1, ..., in pieces (k, tokens) of successive positions.
         runtime: Its name.
@@ -355,3 +333,63 @@ def prove_slices(
             most = max(most, largest)
             progress("parity: blocks", blocks.stop, len(layers))
     return BlockProof(len(layers), ids.numel(), f"{windows.source} ({windows.sha256[:12]})", most, limit)
+
+
+class ReadChats(NamedTuple):
+    """What a runtime made of the conversations that the model's template takes."""
+
+    equal: tuple[str, ...] = ()  # names of those that are the checkpoint's, token by token
+    warnings: tuple[str, ...] = ()  # what differs
+
+
+def read_chats(
+    runtime: str,
+    tokenizer: Any,
+    stops: Collection[int],
+    read: Callable[[Conversation, str], Sequence[int]],
+    ends: Callable[[int], bool],
+) -> ReadChats:
+    """Hold a runtime's token ids of conversations, and the tokens at which it stops, against the checkpoint's.
+
+    Args:
+        runtime: Its name.
+        tokenizer: The checkpoint's.
+        stops: Tokens at which the checkpoint's texts end.
+        read: The runtime's ids of a conversation, whose text transformers renders like this.
+        ends: Whether the runtime stops at a token.
+    """
+
+    def named(token: int) -> str:
+        try:
+            name = tokenizer.convert_ids_to_tokens(token)
+        except (IndexError, OverflowError):  # a runtime that cannot split gives ids beyond the vocabulary
+            name = None
+        return name or f"token {token}"
+
+    equal, warnings, texts = [], [], rendered(tokenizer)
+    for conversation in CONVERSATIONS:
+        if (text := texts.get(conversation.name)) is None:
+            continue
+        try:
+            ours, theirs = encode(tokenizer, text), list(read(conversation, text))
+        except Exception as error:  # each runtime has its own errors for a template that it cannot run
+            difference = one_line(error, 160)
+        else:
+            if theirs == ours:
+                equal.append(conversation.name)
+                continue
+            pairs = enumerate(zip(ours, theirs, strict=False))
+            place = next((n for n, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+            parts = [[named(token) for token in ids[place : place + _SHOWN]] for ids in (ours, theirs)]
+            difference = f"from token {place} on the checkpoint has {parts[0]}, and it {parts[1]}"
+        warnings.append(f"{runtime} reads a chat with {conversation.name} otherwise: {difference}")
+    if missed := sorted(token for token in stops if not ends(token)):
+        names = ", ".join(map(named, missed))
+        warnings.append(f"{runtime} does not stop at {names}, where the checkpoint's texts end")
+    end = turn_end(tokenizer)
+    if end is not None and end not in stops:
+        also = "" if ends(end) else f", nor does {runtime}"
+        warnings.append(
+            f"the chat template ends an answer with {named(end)}, at which generation does not stop{also}"
+        )
+    return ReadChats(tuple(equal), tuple(warnings))

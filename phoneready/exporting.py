@@ -26,10 +26,8 @@ from cfsp.settings import Reads
 from cfsp.text.respelling import respelling
 from cfsp.text.settings import SELF
 from exporters.export_record import ExportRecord
-from exporters.families import FAMILIES, find_format
-from exporters.job import has_dtype
-from exporters.provenance import file_stem
-from exporters.settings import READS, ExportSettings, read_by_formats
+from exporters.families import FAMILIES, READS, ExportSettings, find_format, read_by_formats
+from exporters.job import file_stem, has_dtype
 from phoneready.console import MakeOptions
 from phoneready.text import load_calibration
 

@@ -23,8 +23,7 @@ from cfsp.models.token_trees import token_trees
 from cfsp.models.weights import model_class
 from cfsp.text.conversations import CONVERSATIONS, rendered, turn_end
 from exporters.checkpoint_reader import ModelConfig, open_tensors, read_config
-from exporters.gguf.architecture import ChosenLayout, choose_layout
-from exporters.gguf.rope import rope_metadata
+from exporters.gguf.architecture import ChosenLayout, choose_layout, rope_metadata
 from exporters.onnx.portable import check_portable
 from exporters.onnx.weights import check_blocks, check_rope
 from phoneready.console import Check
@@ -45,8 +44,6 @@ def examine_model(reference: str) -> list[Check]:
         """What of llama.cpp holds the model in another configuration; raises InputError if none does."""
         chosen = choose_layout(changed, stored)
         rope_metadata(chosen.config)
-        if chosen.padded_width is not None:
-            raise InputError(f"llama.cpp's {chosen.layout.architecture} takes one width for all blocks")
         return chosen
 
     def held(left: Sequence[BlockShape], option: str) -> str:
@@ -66,12 +63,14 @@ def examine_model(reference: str) -> list[Check]:
     def channels() -> str:
         width = max(1, config.shape.ffn_widths[-1] // 2)
         shape = ModelShape(config.vocab_size, without_last(ffn_width=width))
-        chosen = choose_layout(replace(config, shape=shape), stored)
-        if chosen.padded_width is not None:
+        try:
+            chosen = choose_layout(replace(config, shape=shape), stored)
+        except InputError as error:
+            choose_layout(config, stored)  # if only the widths stand in the way
             others = ", ONNX with any" if has_graph else ""
             raise InputError(
                 f"GGUF with one width for all blocks (--uniform, chosen where it is needed){others}"
-            )
+            ) from error
         graph = ", ONNX" if has_graph else ""
         return f"GGUF as {chosen.layout.architecture}{graph} (--prune-ratio)"
 

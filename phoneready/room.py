@@ -36,10 +36,9 @@ from cfsp.reading import as_input_error
 from cfsp.recovery.settings import Training, method_of
 from cfsp.units import format_bytes
 from exporters.export_record import ExportFormat
-from exporters.families import family_of, find_format
+from exporters.families import FileSettings, family_of, find_format
 from exporters.proof import PARITY_SEQLEN
 from exporters.quantize.walk import rounding_bytes
-from exporters.settings import FileSettings
 
 LESS = {
     "prune": "less text (--nsamples, --seqlen), or a smaller model",

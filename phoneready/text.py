@@ -6,7 +6,7 @@ from functools import partial
 
 from cfsp.text import calibration
 from cfsp.text.self_sampling import TRANSFORMERS
-from exporters.gguf.sampling import LLAMA_CPP
+from exporters.gguf.language_model import LLAMA_CPP
 
 WRITERS = (LLAMA_CPP, TRANSFORMERS)
 

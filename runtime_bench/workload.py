@@ -10,7 +10,7 @@ from typing import NamedTuple
 from cfsp.errors import InputError
 from cfsp.settings import Settings, check_settings, setting
 from cfsp.units import parse_seconds
-from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES
+from exporters.gguf.quants import DEFAULT_CACHE, MEASURED_CACHES
 
 FRESH, SUSTAINED = "fresh", "sustained"
 """Regimes that are there without being named: of every row, and where a time is given."""

@@ -67,8 +67,8 @@ PARTS = {"gguf_size", "gguf_slices", "keeping", "onnx_slices", "spelling", "stat
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what uses such fixtures; tests that fetch a large model run only if they are asked for."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what uses such fixtures."""
     for item in items:
         if not isinstance(item, pytest.Function):
             continue
@@ -79,11 +79,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         of_many |= params.get("shell", "sh") not in ("sh", "busybox")
         if of_many or EVERYTHING.intersection(item.fixturenames):
             item.add_marker("everything")
-    if "real" in config.option.markexpr:
-        return
-    fetching = [item for item in items if item.get_closest_marker("real")]
-    config.hook.pytest_deselected(items=fetching)
-    items[:] = [item for item in items if item not in fetching]
 
 
 SENTENCES = [

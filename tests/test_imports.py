@@ -23,13 +23,12 @@ ROOMS = {
         {"recovery"},
     ),
     "exporters": (
-        {"export_record", "provenance"},
+        {"export_record"},
         {"family"},
-        {"checkpoint_reader", "proof", "chats"},
+        {"checkpoint_reader", "proof"},
         {"job", "quantize"},
         {"gguf", "onnx"},
         {"families"},
-        {"settings"},
     ),
     "runtime_bench": (
         {"counters", "workload"},

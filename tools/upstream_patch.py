@@ -135,7 +135,7 @@ def _export(settings: dict[str, Any], checkpoint: Path, output: Path) -> None:
     from cfsp.errors import PhonereadyError
     from exporters.export_record import ParityLimits
     from exporters.family import ExportOptions
-    from exporters.gguf import export_gguf
+    from exporters.gguf.export import export_gguf
 
     loose = {"Q8_0": ParityLimits(kl_mean=1.0)}  # random weights are unsure of every token
     tied = "tied" if settings.get("tie_word_embeddings", True) else "untied"

@@ -18,24 +18,20 @@ from cfsp.files import atomic_directory
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.shape import ModelShape
 from cfsp.text.tokens import tokens_sha256
-from exporters.chats import ReadChats, read_chats
 from exporters.checkpoint_reader import open_tensors
 from exporters.export_record import BlockProof, ExportRecord
 from exporters.family import DEFAULT_OPTIONS, ExportOptions
 from exporters.gguf import runtime
-from exporters.gguf.architecture import ChosenLayout, read_layout
-from exporters.gguf.cache_types import PARITY_CACHE
+from exporters.gguf.architecture import ChosenLayout, add_hyperparameters, read_layout
 from exporters.gguf.files import Files, WrittenFile, find_rows, stored_moments
 from exporters.gguf.matrix import WHOLE_BLOCKS, StoredMatrix
-from exporters.gguf.metadata import add_hyperparameters
-from exporters.gguf.quants import QUANT_NAMES, QUANTS, limits_of_bits
+from exporters.gguf.quants import PARITY_CACHE, QUANT_NAMES, QUANTS, limits_of_bits
 from exporters.gguf.runtime import Context, FloatArray
-from exporters.gguf.size import find_fallbacks
-from exporters.gguf.tensors import tensor_specs
+from exporters.gguf.tensors import find_fallbacks, tensor_specs
 from exporters.gguf.tokenizer_metadata import check_tokenizer, normalizes_to_nfc
 from exporters.gguf.writer import PlainTensor, plain_rope_tensors, write_tensors
 from exporters.job import UNTRAINED, Job, check_input, settled
-from exporters.proof import Slice, check_limits, check_matrix, prove_slices
+from exporters.proof import ReadChats, Slice, check_limits, check_matrix, prove_slices, read_chats
 
 _log = logging.getLogger(__name__)
 _BATCH = 128
@@ -47,17 +43,11 @@ def export_gguf(
     quants: Sequence[str],
     settings: ExportOptions = DEFAULT_OPTIONS,
 ) -> tuple[ExportRecord, ...]:
-    """Write output/<name>-<quant>.gguf for every quant, and output/export.json (an ExportManifest).
+    """Write output/<name>-<quant>.gguf for every quant (names from QUANTS), and output/export.json.
 
     The float32 file is always written and proven first, as everything is quantized from it; it is kept only if it is
     asked for. Of a model that is read block by block it is one in the model's own 16 bits, and the proof is one of
-    every block as float32.
-
-    Args:
-        checkpoint: Hugging Face folder, pruned or dense.
-        output: Folder to create.
-        quants: Names from QUANTS, in any case.
-        settings: How.
+    every block as float32. The model is in memory only until all files are written.
 
     Returns:
         One record a quant, in the order asked.
@@ -76,32 +66,35 @@ def export_gguf(
     chosen = read_layout(checkpoint)  # what llama.cpp cannot represent is refused before the model is run
     job = Job(checkpoint, output, settings, chosen.config, chosen.context_length)
     files = Files(job, chosen, rows)
-    _ = job.reference  # unusable text is refused before anything is written
-    strings, records, chats, blocks = 0, {}, ReadChats(), None
+    _ = job.reference, job.stops  # unusable text is refused before anything is written
+    if settings.calibration is None:
+        job.drop_model()
+    records, blocks = {}, None
     with atomic_directory(output, force=settings.force) as job.folder:
-        for file in files.write():
-            if file.quant == files.first:
-                strings, chats = check_tokenizer(file.path, job.tokenizer), _read_chats(job, file.path)
-                blocks = prove_blocks(job, chosen) if settings.by_blocks else None
-            else:
-                check_numbers(files.base, file)
-            if file.quant in rows or not settings.by_blocks:
-                records[file.quant] = replace(_prove(files, file, strings, chats), blocks=blocks)
-        return job.write_manifest([records[row] for row in rows])
-
-
-def _read_chats(job: Job, path: Path) -> ReadChats:
-    """What llama.cpp makes of chats that are rendered by the template."""
-    with runtime.open_vocabulary(path) as model:
-        read = lambda _, text: model.tokenize(text)  # noqa: E731
-        return read_chats("llama.cpp", job.tokenizer, job.stops, read, model.is_end_of_generation)
+        first = files.write(files.first)
+        strings = check_tokenizer(first.path, job.tokenizer)
+        with runtime.open_vocabulary(first.path) as model:
+            read = lambda _, text: model.tokenize(text)  # noqa: E731
+            chats = read_chats("llama.cpp", job.tokenizer, job.stops, read, model.is_end_of_generation)
+        if settings.by_blocks:
+            blocks = prove_blocks(job, chosen)
+        if first.quant in rows or not settings.by_blocks:
+            records[first.quant] = _prove(files, first, strings, chats)
+        rest = [files.write(row) for row in rows if row != files.first]
+        job.drop_model()
+        for file in rest:
+            check_numbers(files.base, file)
+            records[file.quant] = _prove(files, file, strings, chats)
+        if files.first not in rows:
+            files.base.unlink()
+        return job.write_manifest([replace(records[row], blocks=blocks) for row in rows])
 
 
 def check_numbers(base: Path, file: WrittenFile) -> None:
-    """Hold every tensor of a file against the one that it was quantized from.
+    """Hold every tensor of a file against the one that it was quantized from (`exporters.proof`).
 
     Raises:
-        LimitError: One is missing, or is not the other's (`exporters.proof`).
+        LimitError: One is missing, or is not the other's.
     """
     exact = {tensor.name: tensor for tensor in read_gguf(base).tensors}
     stored = {tensor.name: tensor for tensor in read_gguf(file.path).tensors}
@@ -130,11 +123,7 @@ def check_numbers(base: Path, file: WrittenFile) -> None:
 
 
 def _prove(files: Files, file: WrittenFile, strings: int, chats: ReadChats) -> ExportRecord:
-    """Reopen a file, compare it with the checkpoint, and describe it.
-
-    Raises:
-        LimitError: It is too far from the checkpoint.
-    """
+    """Reopen a file, compare it with the checkpoint, and describe it; raises LimitError: it is too far from it."""
     job, chosen, path, quant, row = files.job, files.chosen, file.path, file.quant, file.quant
     tensors, mixture = read_gguf(path).tensors, file.mixture
     if quant.base_type == "F32" and chosen.exact_limits is not None:
@@ -180,7 +169,6 @@ def _prove(files: Files, file: WrittenFile, strings: int, chats: ReadChats) -> E
         fallbacks=fallbacks,
         imatrix_tensors=len(file.imatrix),
         trained_tensors=file.trained_tensors,
-        padded_width=chosen.padded_width,
         tokenizer_strings=strings,
         chats=chats.equal,
         warnings=warnings,
@@ -191,12 +179,6 @@ def _prove(files: Files, file: WrittenFile, strings: int, chats: ReadChats) -> E
 
 def _warnings(job: Job, file: WrittenFile, chosen: ChosenLayout) -> Iterator[str]:
     config = chosen.config
-    if chosen.padded_width is not None:
-        yield (
-            f"llama.cpp has no architecture for this {config.model_type} model with a width for each block: every "
-            f"FFN is padded with zeros to {chosen.padded_width} channels, which is exact but saves nothing; "
-            "prune to a uniform width"
-        )
     if chosen.context_length < config.max_position_embeddings:
         yield (
             "llama.cpp has no sliding window for this model: context_length is cut to the window, "
@@ -217,23 +199,10 @@ def _warnings(job: Job, file: WrittenFile, chosen: ChosenLayout) -> Iterator[str
 
 
 def prove_blocks(job: Job, chosen: ChosenLayout) -> BlockProof:
-    """Run every block in torch and in llama.cpp, as files of a few of them: see `prove_slices`."""
-    limits = chosen.exact_limits or QUANTS["f32"].limits
-    return prove_slices(
-        job.model,
-        _runs(chosen),
-        job.reference.windows,
-        partial(_logits, job, chosen),
-        runtime="llama.cpp",
-        max_logit_diff=limits.max_logit_diff,
-        progress=job.progress,
-    )
+    """Run every block in torch and in llama.cpp, as files of a few of them: see `prove_slices`.
 
-
-def _runs(chosen: ChosenLayout) -> list[range]:
-    """As few blocks at a time as the architecture counts them by, and of each run one that attends.
-
-    llama.cpp makes no context without, nor without what takes attention's place if the architecture has that.
+    As few blocks at a time as the architecture counts them by, and of each run one that attends: llama.cpp makes no
+    context without, nor without what takes attention's place if the architecture has that.
     """
     layout, kv_heads = chosen.layout, chosen.config.kv_heads
     windowed = chosen.config.narrowest is not None
@@ -251,7 +220,16 @@ def _runs(chosen: ChosenLayout) -> list[range]:
             runs[-1] = range(runs[-1].start, stop)
         else:
             runs.append(range(start, stop))
-    return runs
+    limits = chosen.exact_limits or QUANTS["f32"].limits
+    return prove_slices(
+        job.model,
+        runs,
+        job.reference.windows,
+        partial(_logits, job, chosen),
+        runtime="llama.cpp",
+        max_logit_diff=limits.max_logit_diff,
+        progress=job.progress,
+    )
 
 
 def _logits(job: Job, chosen: ChosenLayout, part: Slice) -> Iterator[FloatArray]:
@@ -277,7 +255,7 @@ def _logits(job: Job, chosen: ChosenLayout, part: Slice) -> Iterator[FloatArray]
                 number, _, rest = rest.partition(".")
                 if kind == "blk" and int(number) in part.blocks:
                     name = f"blk.{int(number) - part.blocks.start}.{rest}"
-                    tensors.append(PlainTensor(name, spec.shape, "F32", partial(spec.build, opened)))
+                    tensors.append(PlainTensor(name, spec.shape, "F32", partial(spec.build, opened.read)))
             tensors.append(plain(chosen.name(f"model.{config.spec.last_norm}"), part.gain.numpy()))
             if not (factor == 1 and chosen.layout.tied):
                 tensors.append(plain("output.weight", entering.numpy()))

@@ -1,4 +1,4 @@
-"""GGUF files as a family of exports."""
+"""GGUF files as a family of exports; what is heavy is imported when it is first wanted."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import InputError
-from exporters import gguf
 from exporters.family import ExportedModel, ExportFamily, FileOutline
-from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES
+from exporters.gguf.quants import DEFAULT_CACHE, MEASURED_CACHES, MIXED, QUANTS, find_quant
+
+
+def _export(*request: Any) -> Any:
+    from exporters.gguf.export import export_gguf
+
+    return export_gguf(*request)
 
 
 def _locate(folder: Path, stem: str, quant: str) -> ExportedModel:
@@ -30,13 +35,19 @@ def _outline(reference: str, n_ctx: int) -> FileOutline:
     return outline_of(Path(reference), n_ctx)
 
 
+def _rounding() -> Any:
+    from exporters.gguf.files import GGUFRounding
+
+    return GGUFRounding()
+
+
 GGUF = ExportFamily(
     name="gguf",
     setting="quants",
     title=".gguf files",
-    formats=gguf.QUANTS,
-    find=gguf.find_quant,
-    export=lambda *request: gguf.export_gguf(*request),
+    formats=QUANTS,
+    find=find_quant,
+    export=_export,
     locate=_locate,
     runtime="llama.cpp",
     open_model=_open,
@@ -44,8 +55,8 @@ GGUF = ExportFamily(
     claims=lambda reference: Path(reference).suffix == ".gguf",
     needs={"llama_cpp": "llama-cpp-python"},
     extra="gguf",
-    for_size=gguf.MIXED,
-    through=lambda: gguf.GGUFRounding(),
+    for_size=MIXED,
+    through=_rounding,
     cache_types=MEASURED_CACHES,
     own_cache=DEFAULT_CACHE,
 )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +17,6 @@ from cfsp.errors import InputError
 from cfsp.files import LargeScratch
 from cfsp.models.checkpoint import (
     RoundedFormat,
-    RoundedNumbers,
     is_pruned_checkpoint,
     load_input_moments,
     read_rounded,
@@ -32,13 +30,10 @@ from exporters.export_record import ParityReport
 from exporters.family import DEFAULT_OPTIONS, ExportOptions
 from exporters.gguf import runtime
 from exporters.gguf.architecture import ChosenLayout, read_layout
-from exporters.gguf.cache_types import PARITY_CACHE
-from exporters.gguf.matrix import WHOLE_BLOCKS, StoredMatrix, block_of, floored, quantize
-from exporters.gguf.numbers import FileNumbers
-from exporters.gguf.quants import MIXED, QUANTS, Quant, find_quant
+from exporters.gguf.matrix import HEAD, TABLE, WHOLE_BLOCKS, FileNumbers, StoredMatrix, floored, quantize
+from exporters.gguf.quants import MIXED, PARITY_CACHE, QUANTS, Quant, block_of, find_quant
 from exporters.gguf.runtime import Context, FloatArray
-from exporters.gguf.size import padded
-from exporters.gguf.tensors import TensorSpec, linear_inputs, tensor_specs
+from exporters.gguf.tensors import TensorSpec, linear_inputs, padded, stored_bytes, tensor_specs
 from exporters.gguf.writer import write_gguf
 from exporters.job import Job, settled
 from exporters.proof import Choice
@@ -48,8 +43,6 @@ from exporters.quantize.mixture import (
     ROWS,
     TABLE_ROWS,
     Option,
-    Sample,
-    WeightMoments,
     collect_weight_moments,
     draw,
     solve,
@@ -57,65 +50,40 @@ from exporters.quantize.mixture import (
 from exporters.quantize.training import RoundedModel
 
 Imatrix = Mapping[str, FloatArray]
-"""llama.cpp's importance matrix: tensor name -> mean squared input per channel, (in_features in the file,), by which a
-block's error in every input channel is weighted when it is quantized."""
+"""llama.cpp's importance matrix: tensor name -> mean squared input per channel, (in_features,), by which a block's
+error in every input channel is weighted when it is quantized."""
 TYPES = (
     *("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_1", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K", "Q2_K"),
     *WHOLE_BLOCKS,
 )
 """Of mixtures."""
-_SLOW = {"IQ2_S": "IQ3_S"}
-"""Types of which ggml rounds few weights in the time that all others take, and one that costs rows alike: some rows
-tell how much more a slow one costs."""
-_FEW_ROWS = 16
 _EXACT = {torch.bfloat16: QUANTS["bf16"], torch.float16: QUANTS["f16"]}
 """Of weights in a dtype, a file that holds the same numbers in as many bytes."""
-_HEAD, _TABLE = "lm_head", "model.embed_tokens"
 _LOGITS_CHUNK = 128
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """Types that were chosen for a size.
+class Mixture(NamedTuple):
+    """Types that were chosen for a size."""
 
-    Attributes:
-        types: Tensor -> ggml type, of all that are quantized.
-        loss: Nats a token, predicted.
-        file_bytes: Size of the file.
-    """
-
-    types: dict[str, str]
-    loss: float
+    types: dict[str, str]  # tensor -> ggml type, of all that are quantized
+    loss: float  # nats a token, predicted
     file_bytes: int
 
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """A file that is not proven yet.
-
-    Attributes:
-        path: Where it is.
-        quant: What it is.
-        imatrix: The importance matrix that it was quantized with, of the tensors that have one.
-        mixture: Types that were chosen for a size.
-        gptq_tensors: Matrices whose numbers were chosen for a text.
-        tuned_tensors: Tensors that training on it changed: matrices in their scales, and norms.
-        untrained: Whether that was asked for and not done: it takes all of the model in memory.
-        trained_tensors: Matrices that hold what training through this format's rounding has left.
-        slopes: Of matrices whose numbers were chosen, when they were (`exporters.proof`).
-        choice: Whose numbers it has, if any were chosen for a text.
-    """
+    """A file that is not proven yet."""
 
     path: Path
     quant: Quant
-    imatrix: Imatrix = field(default_factory=dict)
+    imatrix: Imatrix = field(default_factory=dict)  # of the tensors that were quantized with one
     mixture: Mixture | None = None
-    gptq_tensors: int = 0
-    tuned_tensors: int = 0
-    untrained: bool = False
-    trained_tensors: int = 0
-    slopes: Mapping[str, float] = field(default_factory=dict)
-    choice: Choice | None = None
+    gptq_tensors: int = 0  # matrices whose numbers were chosen for a text
+    tuned_tensors: int = 0  # matrices and norms that training on it changed
+    untrained: bool = False  # that was asked for and not done: it takes all of the model in memory
+    trained_tensors: int = 0  # matrices that hold what training through this format's rounding has left
+    slopes: Mapping[str, float] = field(default_factory=dict)  # of chosen matrices, when they were chosen
+    choice: Choice | None = None  # whose numbers it has, if any were chosen for a text
 
 
 def find_rows(checkpoint: Path, quants: Sequence[str], settings: ExportOptions) -> list[Quant]:
@@ -128,18 +96,13 @@ def find_rows(checkpoint: Path, quants: Sequence[str], settings: ExportOptions) 
     trained = read_rounded_format(checkpoint)
     for row in rows:
         is_trained = trained is not None and trained.format == row.name
-        if row.budget_bytes is not None and settings.calibration is None and not is_trained:
+        if not row.is_sized and settings.calibration is None and not is_trained:
             raise InputError("wants text to choose types by", field="quant", value=row.name)
     return rows
 
 
 class Files:
-    """The files of a job: one that others are quantized from, and what is made of it.
-
-    Args:
-        job: Whose folder they are written to, as <name>-<quant>.gguf.
-        chosen: How the model goes into them.
-        quants: What is to be written.
+    """The files of a job, written to its folder as <name>-<quant>.gguf: one that others are quantized from, and these.
 
     Raises:
         InputError: A quantization wants an importance matrix and there is none.
@@ -156,83 +119,67 @@ class Files:
 
     @property
     def base(self) -> Path:
-        """The first file."""
         return self._path(self.first)
 
     def _path(self, quant: Quant) -> Path:
         return self.job.folder / f"{self.job.provenance.name}-{quant.name}.gguf"
 
-    def write(self) -> Iterator[WrittenFile]:
-        """Each file, the first one first; it is deleted at the end unless it is asked for.
+    def write(self, quant: Quant) -> WrittenFile:
+        """Write one of the files; `first` before all that are quantized.
 
         Raises:
             InputError: The checkpoint is unusable, or llama.cpp cannot represent or quantize it; a size is too small;
                 or what layers read of the text is not finite.
         """
-        for quant in dict.fromkeys((self.first, *self.quants)):
-            yield self._write(quant, self._path(quant))
-        if self.first not in self.quants:
-            self.base.unlink()
-
-    def _write(self, quant: Quant, path: Path) -> WrittenFile:
-        job = self.job
+        job, path, imatrix, mixture = self.job, self._path(quant), self.imatrix, None
+        settings, text, progress = job.settings, job.settings.calibration, job.progress
         if quant.is_plain:
-            origin, progress = job.provenance, job.progress
-            write_gguf(job.checkpoint, path, job.tokenizer, origin, quant=quant.name, progress=progress)
+            write_gguf(
+                job.checkpoint, path, job.tokenizer, job.provenance, quant=quant.name, progress=progress
+            )
             return WrittenFile(path, quant)
         trained = read_rounded(job.checkpoint, quant.name)
         if trained is not None:
-            return self._write_trained(quant, path, trained)
-        used, mixture = self.imatrix if quant.uses_imatrix else {}, None
-        if quant.budget_bytes is not None and job.settings.calibration is not None:
-            mixture = self.mixture(quant.budget_bytes, job.settings.calibration)
-            used = self.mixed_imatrix
-        self._quantize(quant, path, used, mixture.types if mixture else None)
-        return self._fit_to_text(WrittenFile(path, quant, used, mixture))
-
-    def _quantize(self, quant: Quant, path: Path, used: Imatrix, types: Mapping[str, str] | None) -> None:
-        self.job.progress(f"quantizing {quant.name}", 0, 1)
-        quantize(self.base, path, quant.ftype, n_threads=self.job.n_threads, imatrix=used, types=types)
-        self.job.progress(f"quantizing {quant.name}", 1, 1)
-
-    def _write_trained(self, quant: Quant, path: Path, numbers: RoundedNumbers) -> WrittenFile:
-        """A file whose matrices are those that training has left; the rest is the checkpoint's."""
-        stored = numbers.format
-        self._quantize(quant, path, self.imatrix, stored.types)
-        mixture = None
-        if quant.budget_bytes is not None:
-            mixture = Mixture(dict(stored.types), stored.predicted_loss or 0.0, path.stat().st_size)
-        file = FileNumbers(self.base, path, self.chosen)
-        file.put(numbers)
-        count, slopes = len(numbers.tensors), file.slopes
-        return WrittenFile(path, quant, self.imatrix, mixture, trained_tensors=count, slopes=slopes)
-
-    def _fit_to_text(self, file: WrittenFile) -> WrittenFile:
-        """Choose a file's codes and train its scales for the text, if that is asked for, and if it loses less then."""
-        settings, reads, path = self.job.settings, file.quant.reads, file.path
-        text, progress = settings.calibration, settings.progress
-        codes = settings.gptq and "gptq" in reads
-        scales = settings.tune_scales and "tune_scales" in reads
+            types: Mapping[str, str] | None = trained.format.types
+        elif quant.budget_bytes is not None and text is not None:
+            mixture = self.mixture(quant.budget_bytes, text)
+            types, imatrix = mixture.types, self.mixed_imatrix
+        else:
+            types, imatrix = None, imatrix if quant.uses_imatrix else {}
+        progress(f"quantizing {quant.name}", 0, 1)
+        quantize(self.base, path, quant.ftype, n_threads=job.n_threads, imatrix=imatrix, types=types)
+        progress(f"quantizing {quant.name}", 1, 1)
+        if trained is not None:
+            if not quant.is_sized:
+                loss = trained.format.predicted_loss or 0.0
+                mixture = Mixture(dict(trained.format.types), loss, path.stat().st_size)
+            numbers, count = FileNumbers(self.base, path, self.chosen), len(trained.tensors)
+            numbers.put(trained)
+            return WrittenFile(path, quant, imatrix, mixture, trained_tensors=count, slopes=numbers.slopes)
+        file = WrittenFile(path, quant, imatrix, mixture)
+        codes = settings.gptq and "gptq" in quant.reads
+        scales = settings.tune_scales and "tune_scales" in quant.reads
         if text is None or not (codes or scales):
             return file
+        # Codes are chosen and scales trained for the text; the file keeps what loses less on the proof's.
         plain = path.with_suffix(".plain")
         shutil.copyfile(path, plain)
         numbers, fitted = FileNumbers(self.base, path, self.chosen), file
-        with self.job.placed() as model:
+        with job.placed() as model:
             if codes:
                 numbers.fit_to_text(model, text, progress)
                 fitted = replace(fitted, gptq_tensors=len(numbers.slopes))
         if scales and settings.by_blocks:
             fitted = replace(fitted, untrained=True)
         elif scales:
-            with self.job.whole() as model:
+            with job.whole() as model:
                 fitted = replace(fitted, tuned_tensors=numbers.tune(model, text, progress))
-        choice = Choice(self.measured(file.quant, plain), self.measured(file.quant, path))
+        choice = Choice(self.measured(quant, plain), self.measured(quant, path))
         if choice.is_plain:
             plain.replace(path)
-        else:
-            plain.unlink()
-        return replace(file if choice.is_plain else replace(fitted, slopes=numbers.slopes), choice=choice)
+            return replace(file, choice=choice)
+        plain.unlink()
+        return replace(fitted, slopes=numbers.slopes, choice=choice)
 
     def measured(self, quant: Quant, path: Path) -> ParityReport:
         """Run a file in llama.cpp and hold it against the checkpoint; its limits are stored, not checked."""
@@ -242,29 +189,25 @@ class Files:
             return self.job.compare(quant, model.iter_logits)
 
     def _read_imatrix(self) -> Imatrix:
-        """The checkpoint's input moments by the file's tensor names, or else those of the text; empty if none are used.
-
-        Padded channels get moment 0: their weights are zero.
-        """
-        settings = self.job.settings
+        """The checkpoint's input moments by the file's tensor names, or else the text's; empty if none are used."""
+        settings, chosen = self.job.settings, self.chosen
         used = settings.use_imatrix and any(quant.uses_imatrix for quant in self.quants)
         moments = stored_moments(self.job.checkpoint) if used else None
         if used and not moments and settings.calibration is not None:
             with self.job.placed() as model:
                 moments = collect_input_moments(model, settings.calibration)
-        if not moments:
-            for quant in self.quants:
-                if quant.needs_imatrix:
-                    raise InputError(
-                        "cannot be written without an importance matrix",
-                        field="quant",
-                        value=quant.name,
-                        allowed="--calibration text, or a checkpoint with the input moments that prune leaves; "
-                        "and no --no-imatrix",
-                    )
+        needing = [quant.name for quant in self.quants if quant.needs_imatrix]
+        if not moments and not needing:
             return {}
-        chosen, result = self.chosen, {}
-        specs = {spec.name: spec for spec in tensor_specs(chosen)}
+        if not moments:
+            raise InputError(
+                "cannot be written without an importance matrix",
+                field="quant",
+                value=needing[0],
+                allowed="--calibration text, or a checkpoint with the input moments that prune leaves; "
+                "and no --no-imatrix",
+            )
+        result, specs = {}, {spec.name: spec for spec in tensor_specs(chosen)}
         for module, in_features in linear_inputs(chosen.config).items():
             if module not in moments:
                 continue
@@ -273,8 +216,6 @@ class Files:
                 raise InputError(
                     "input moments do not belong to this checkpoint", field=module, value=tuple(values.shape)
                 )
-            if chosen.padded_width and module.endswith(f".{chosen.config.spec.down}"):
-                values = np.pad(values, (0, chosen.padded_width - len(values)))
             name = chosen.name(module)
             result[name] = floored(specs[name].of_inputs(values))
         return result
@@ -304,84 +245,49 @@ class Files:
 
     def _measure_types(self, specs: Sequence[TensorSpec], text: torch.Tensor) -> dict[str, list[Option[str]]]:
         """What each type costs each tensor, the smallest first: some rows are rounded in every type."""
-        job, tied = self.job, self.chosen.config.tie_word_embeddings
-        modules = {spec.name: _modules(spec, tied) for spec in specs}
+        job, modules = self.job, dict[str, tuple[str, ...]]()
+        for spec in specs:
+            readers = tuple(name.removesuffix(".weight") for name, _ in spec.sources)
+            if readers == (TABLE,):
+                readers = (HEAD, LOOKUP) if self.chosen.config.tie_word_embeddings else (LOOKUP,)
+            modules[spec.name] = readers
         names = [name for several in modules.values() for name in several]
         with nullcontext(job.model) if job.settings.device == "cpu" else job.whole() as model:
             moments = collect_weight_moments(model, names, text[:GRADIENT_WINDOWS], progress=job.progress)
         if job.settings.use_imatrix:
             # The checkpoint's goes before what the text's few windows say.
-            found = {}
-            for spec in specs:
-                values = spec.of_inputs(moments[modules[spec.name][0]].inputs.float().numpy())
-                found[spec.name] = floored(np.pad(values, (0, spec.shape[1] - len(values))))
+            found = {
+                spec.name: floored(spec.of_inputs(moments[modules[spec.name][0]].inputs.float().numpy()))
+                for spec in specs
+            }
             self.mixed_imatrix = found | dict(self.imatrix)
         options = {}
         for done, spec in enumerate(specs, 1):
             importance = self.mixed_imatrix.get(spec.name)
-            kinds = [
-                kind
+            losses = {
+                kind: 0.0
                 for kind in TYPES
                 if spec.shape[1] % block_of(kind)[0] == 0
                 and (kind not in WHOLE_BLOCKS or importance is not None)
+            }
+            for name in modules[spec.name]:
+                module = job.model.get_submodule(TABLE if name == LOOKUP else name)
+                weight: torch.Tensor = module.weight.detach()
+                is_table = name in (HEAD, LOOKUP) or isinstance(module, nn.Embedding)
+                sample = draw(weight, moments[name], TABLE_ROWS if is_table else ROWS)
+                values = spec.of_inputs(weight[sample.rows].float().numpy())
+                columns = torch.from_numpy(spec.of_inputs(sample.columns.numpy()))
+                sample = replace(sample, columns=columns)
+                for kind in losses:
+                    change = StoredMatrix.nearest(values, kind, importance).values() - values
+                    losses[kind] += float(sample.cost(torch.from_numpy(change)).sum())
+            each = [
+                Option(kind, padded(stored_bytes(spec.shape, kind)), loss)
+                for kind, loss in (losses or {"F16": 0.0}).items()
             ]
-            costs = [
-                _costs(*_drawn(job.model, spec, name, moments[name]), kinds, importance)
-                for name in modules[spec.name]
-            ]
-            each = []
-            for kind in kinds or ["F16"]:
-                elements, size = block_of(kind)
-                n_bytes = padded(math.prod(spec.shape) // elements * size)
-                each.append(Option(kind, n_bytes, sum(one[kind] for one in costs) if kinds else 0.0))
             options[spec.name] = sorted(each, key=lambda option: option.n_bytes)
             job.progress("measuring types", done, len(specs))
         return options
-
-
-def _modules(spec: TensorSpec, tied: bool) -> tuple[str, ...]:
-    """The modules that read a tensor, as `collect_weight_moments` names them."""
-    names = [name.removesuffix(".weight") for name, _ in spec.sources]
-    if names == [_TABLE]:
-        return (_HEAD, LOOKUP) if tied else (LOOKUP,)
-    return tuple(names)
-
-
-def _drawn(model: Any, spec: TensorSpec, name: str, moments: WeightMoments) -> tuple[FloatArray, Sample]:
-    """Some rows of a module's weight, as wide as they are in the file, (n, columns) float32."""
-    module = model.get_submodule(_TABLE if name == LOOKUP else name)
-    weight = module.weight.detach()
-    is_table = name in (_HEAD, LOOKUP) or isinstance(module, nn.Embedding)
-    sample = draw(weight, moments, TABLE_ROWS if is_table else ROWS)
-    values = spec.of_inputs(weight[sample.rows].float().numpy())
-    columns = torch.from_numpy(spec.of_inputs(sample.columns.numpy()))
-    padding = spec.shape[1] - values.shape[1]
-    return np.pad(values, ((0, 0), (0, padding))), replace(sample, columns=columns)
-
-
-def _costs(
-    values: FloatArray, sample: Sample, kinds: Sequence[str], importance: FloatArray | None
-) -> dict[str, float]:
-    """Nats a token that each type costs, in an order in which the likes of slow ones come before them."""
-
-    def of_rows(kind: str, step: int = 1) -> torch.Tensor:
-        some = values[::step]
-        return sample.cost(
-            torch.from_numpy(StoredMatrix.nearest(some, kind, importance).values() - some), step
-        )
-
-    rows: dict[str, torch.Tensor] = {}
-    totals: dict[str, float] = {}
-    step = -(-len(values) // _FEW_ROWS)
-    for kind in kinds:
-        like = _SLOW.get(kind)
-        if like is None:
-            rows[kind] = of_rows(kind)
-            totals[kind] = float(rows[kind].sum())
-        else:
-            some, known = of_rows(kind, step), rows[like][::step].sum()
-            totals[kind] = float(some.sum() * totals[like] / known) if known else 0.0
-    return totals
 
 
 def stored_moments(checkpoint: Path) -> dict[str, torch.Tensor] | None:
@@ -392,16 +298,7 @@ def stored_moments(checkpoint: Path) -> dict[str, torch.Tensor] | None:
 def draft_gguf(
     checkpoint: Path, folder: Path, quants: Sequence[str], settings: ExportOptions = DEFAULT_OPTIONS
 ) -> dict[str, Path]:
-    """Write files for a search: the bytes that `export_gguf` writes, but not proven.
-
-    Args:
-        checkpoint: Checkpoint folder.
-        folder: Where to write; the caller's to make and to clear.
-        quants: Names from QUANTS.
-        settings: As for `export_gguf`; one thread unless it says more.
-
-    Returns:
-        Name of the quantization's row -> file.
+    """Write to a folder of the caller's the bytes that `export_gguf` writes, but not proven, by name of their row.
 
     Raises:
         InputError: Unknown quant, one that wants text and gets none, unusable checkpoint, or llama.cpp cannot
@@ -419,7 +316,10 @@ def draft_files(
     settings = settled(checkpoint, replace(settings, n_threads=settings.n_threads or 1))
     chosen = read_layout(checkpoint)
     files = Files(Job(checkpoint, folder, settings, chosen.config, chosen.context_length), chosen, rows)
-    return files, [file for file in files.write() if file.quant in rows]
+    written = [files.write(quant) for quant in dict.fromkeys((files.first, *rows))]
+    if files.first not in rows:
+        files.base.unlink()
+    return files, [file for file in written if file.quant in rows]
 
 
 class GGUFRounding:

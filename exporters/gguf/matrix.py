@@ -1,6 +1,8 @@
-"""Matrices in ggml's types: a code for each number, beside the scales of its block; and ggml's own quantizer.
+"""Matrices in ggml's types, ggml's own quantizer, and the numbers of a written file, chosen anew in place.
 
-Q8_0 has no row in `PACKINGS`: it loses nothing that choosing its codes with care could win back.
+llama.cpp's quantizer rounds each block of a row by itself. `FileNumbers.fit_to_text` chooses codes, and scales that are
+free, for the inputs that the rounded layers before give; `tune` trains the scales of rows, and norms; `put` writes what
+training through the rounding has left. Types and layout of the file stay.
 """
 
 from __future__ import annotations
@@ -8,43 +10,49 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from cfsp.errors import InputError
+from cfsp.models.architectures import block_linears
+from cfsp.models.checkpoint import RoundedNumbers
+from cfsp.models.gguf_file import GGUFTensor, read_gguf
+from cfsp.precision import products_in
+from cfsp.progress import Progress, no_progress
+from exporters.gguf.architecture import ChosenLayout
+from exporters.gguf.quants import block_of
 from exporters.gguf.runtime import FloatArray, library, log
-from exporters.quantize import Grid
+from exporters.gguf.tensors import TensorSpec, tensor_specs
+from exporters.proof import slope_of
+from exporters.quantize import Grid, Placed, stands_for
 from exporters.quantize.rounding import fit, gptq_blocks
+from exporters.quantize.training import TunedScales, tune_scales
+from exporters.quantize.walk import Readings, alike, round_blocks
 
 Bytes = npt.NDArray[np.uint8]
 _FLOATS = ctypes.POINTER(ctypes.c_float)
 _SMALL = 32
 
 
-@dataclass(frozen=True)
-class Plane:
+class Plane(NamedTuple):
     """Some bits of every code of a block.
 
     Codes come in runs. The first codes of a run have the lowest bits of its bytes, one each; the next ones the bits
     above these, from the first byte on.
-
-    Attributes:
-        offset: Its first byte in the block.
-        bits: Of a code.
-        run: Codes in a run.
     """
 
-    offset: int
-    bits: int
-    run: int
+    offset: int  # its first byte in the block
+    bits: int  # of a code
+    run: int  # codes in a run
 
     def write(self, blocks: Bytes, codes: Bytes) -> None:
         """Put the lowest bits of codes (blocks, elements) in their place."""
@@ -57,13 +65,10 @@ class Plane:
         blocks[:, self.offset : self.offset + flat.shape[1]] = flat
 
 
-@dataclass(frozen=True)
-class Packing:
-    """A type.
+class Packing(NamedTuple):
+    """A type: what its blocks can hold, and where codes are, counted from the grid's first, lowest bits first.
 
-    Attributes:
-        grid: What its blocks can hold; free scales are a float16 at the beginning of each block.
-        planes: Where codes are, counted from the grid's first; lowest bits first.
+    Free scales are a float16 at the beginning of each block.
     """
 
     grid: Grid
@@ -92,7 +97,7 @@ PACKINGS: Mapping[str, Packing] = MappingProxyType(
         "Q6_K": Packing(_grid(-32, 6, 16), (Plane(0, 4, 128), Plane(128, 2, 128))),
     }
 )
-"""ggml's name -> how it is stored."""
+"""ggml's name -> how it is stored. Q8_0 has no row: choosing its codes with care wins nothing back."""
 WHOLE_BLOCKS = ("IQ3_S", "IQ3_XXS", "IQ2_S")
 """Types in which one code stands for four or eight numbers: only ggml can round a block of them, and its numbers are of
 no use without an importance matrix."""
@@ -108,26 +113,27 @@ SCALES: Mapping[str, tuple[int, ...]] = MappingProxyType(
 """ggml's name -> where float16 numbers are to which everything in the block is proportional."""
 
 
+TABLE, HEAD = "model.embed_tokens", "lm_head"
+_CHOSEN = (*PACKINGS, *WHOLE_BLOCKS)
+"""Types whose numbers are chosen for a text."""
+_ROWS = 8192
+"""Of a matrix that are chosen at once: they do not depend on each other."""
+_LEARNING_RATE = 2e-3
+"""Measured on SmolLM2-135M: at 1e-3 files of 3 bits keep more bits per byte, at 3e-3 those of 4 more divergence."""
+
+
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A matrix in one of ggml's types: see `exporters.quantize.QuantizedMatrix`.
+    """A matrix in one of ggml's types: see `exporters.quantize.QuantizedMatrix`."""
 
-    Attributes:
-        kind: ggml's name of it.
-        data: (rows, bytes of a row).
-    """
-
-    kind: str
-    data: Bytes
+    kind: str  # ggml's name of it
+    data: Bytes  # (rows, bytes of a row)
 
     @classmethod
     def nearest(cls, values: FloatArray, kind: str, importance: FloatArray | None) -> StoredMatrix:
-        """As ggml rounds it.
+        """As ggml rounds values (rows, in_features) whose rows divide into blocks.
 
-        Args:
-            values: (rows, in_features) float32; rows divide into the type's blocks.
-            kind: ggml's name of the type.
-            importance: Mean squared inputs, (in_features,); ggml ends the process for a type that wants some.
+        `importance`: mean squared inputs, (in_features,); ggml ends the process for a type that wants some.
         """
         elements, size = block_of(kind)
         rows, columns = values.shape
@@ -141,7 +147,6 @@ class StoredMatrix:
 
     @property
     def grid(self) -> Grid:
-        """Of one of `PACKINGS`."""
         return PACKINGS[self.kind].grid
 
     def values(self) -> FloatArray:
@@ -149,11 +154,10 @@ class StoredMatrix:
         return np.asarray(gguf.dequantize(self.data, gguf.GGMLQuantizationType[self.kind]), dtype=np.float32)
 
     def dequantize(self) -> torch.Tensor:
-        """See `QuantizedMatrix`."""
         return torch.from_numpy(np.ascontiguousarray(self.values()))
 
     def scales_and_offsets(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `QuantizedMatrix`: what the first and the last code stand for tells both."""
+        # What the first and the last code stand for tells both.
         codes = self.grid.codes
         elements, size = block_of(self.kind)
         columns = self.data.shape[1] // size * elements
@@ -167,7 +171,6 @@ class StoredMatrix:
         return scales, first - codes[0] * scales
 
     def with_codes(self, codes: torch.Tensor, scales: torch.Tensor | None = None) -> StoredMatrix:
-        """See `QuantizedMatrix`; scales are exact in float16."""
         places = torch.searchsorted(codes.new_tensor(self.grid.codes), codes.T.contiguous()).to(torch.uint8)
         return self._with_places(places.cpu().numpy(), None if scales is None else scales.cpu().numpy())
 
@@ -183,7 +186,6 @@ class StoredMatrix:
         return StoredMatrix(self.kind, blocks.reshape(self.data.shape))
 
     def scaled(self, factors: torch.Tensor) -> StoredMatrix:
-        """See `QuantizedMatrix`; of one of `SCALES`, but for what float16 rounds."""
         _, size = block_of(self.kind)
         blocks = self.data.reshape(len(factors), -1, size).copy()
         for offset in SCALES[self.kind]:
@@ -193,7 +195,6 @@ class StoredMatrix:
         return StoredMatrix(self.kind, blocks.reshape(self.data.shape))
 
     def pack(self) -> dict[str, torch.Tensor]:
-        """See `QuantizedMatrix`."""
         return {"": torch.from_numpy(np.array(self.data))}
 
 
@@ -218,12 +219,6 @@ def floored(moments: FloatArray) -> FloatArray:
     """Mean squared inputs as importances: one that never fired must still count, or its weights become arbitrary."""
     least = 1e-6 * float(moments.mean()) or 1.0
     return np.maximum(moments, least).astype(np.float32)
-
-
-def block_of(kind: str) -> tuple[int, int]:
-    """Elements and bytes of a block of a type."""
-    elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    return int(elements), int(size)
 
 
 @functools.cache
@@ -251,12 +246,9 @@ def quantize(
     """Quantize a float32 or float16 GGUF file with llama.cpp's quantizer.
 
     Args:
-        source: The file to read.
-        destination: The file to write.
         ftype: llama.cpp's `llama_ftype`, see exporters.gguf.quants.
-        n_threads: Threads.
-        imatrix: Tensor name to the mean squared input of each of its input channels, (in_features,) float32.
-        types: Tensor name to a ggml type, of tensors that get another than the `ftype` says.
+        imatrix: Tensor -> mean squared input of each of its input channels, (in_features,) float32.
+        types: Tensor -> ggml type, of tensors that get another than the `ftype` says.
 
     Raises:
         InputError: llama.cpp refuses; the message has its reason.
@@ -283,3 +275,190 @@ def quantize(
     del keep_alive
     if status != 0:
         raise InputError(f"llama.cpp cannot quantize {source.name}: {log.last()}")
+
+
+class FileNumbers:
+    """The numbers of a quantized file, and of the unquantized one, `base`, that it was made from.
+
+    Attributes:
+        slopes: Tensor that was changed -> its slope (`exporters.proof`).
+    """
+
+    def __init__(self, base: Path, path: Path, chosen: ChosenLayout) -> None:
+        self.path, self.tied = path, chosen.config.tie_word_embeddings
+        self.specs = tensor_specs(chosen)
+        self.exact, self.stored = (
+            {tensor.name: tensor for tensor in read_gguf(file).tensors} for file in (base, path)
+        )
+        self.slopes: dict[str, float] = {}
+
+    def matrix(self, spec: TensorSpec) -> StoredMatrix:
+        tensor = self.stored[spec.name]
+        return StoredMatrix(tensor.kind.name, tensor.data.reshape(spec.shape[0], -1))
+
+    def write(self, tensor: GGUFTensor, data: npt.NDArray[Any]) -> None:
+        """Put a tensor in its place."""
+        with self.path.open("r+b") as stream:
+            stream.seek(tensor.offset)
+            stream.write(data.tobytes())
+
+    def fit_to_text(self, model: Any, input_ids: torch.Tensor, progress: Progress = no_progress) -> None:
+        """Choose the numbers of all matrices of few bits for a text (nsamples, seqlen); the model stays as it is.
+
+        Raises:
+            InputError: What the layers read is not finite.
+        """
+        specs = {spec.sources[0][0].removesuffix(".weight"): spec for spec in self.specs if spec.is_matrix}
+        what = f"rounding {self.path.stem}"
+
+        def visit(_: int, readings: Readings) -> dict[str, torch.Tensor]:
+            """Choose numbers of the matrices that are about to read; module -> what its weight has become."""
+            its = {module: specs[module] for module in readings if module in specs}
+            kinds = {module: self.stored[spec.name].kind.name for module, spec in its.items()}
+            read = lambda name, _: readings[name.removesuffix(".weight")].weight.cpu().numpy()  # noqa: E731
+            changed: dict[str, torch.Tensor] = {}
+            for modules in alike(kinds, readings):
+                several = [its[module] for module in modules]
+                if kinds[modules[0]] in _CHOSEN:
+                    wanted = [spec.build(read) for spec in several]
+                    rows = [lambda start, stop, each=each: each[start:stop] for each in wanted]
+                    values = self._choose(several, rows, _in_file(several[0], readings[modules[0]].gram))
+                else:
+                    values = [self.stored[spec.name].dequantize() for spec in several]
+                for spec, each in zip(several, values, strict=True):
+                    self.stored[spec.name].let_go()
+                    changed |= {
+                        name.removesuffix(".weight"): part for name, part in _parts(spec, each).items()
+                    }
+            return changed
+
+        embedding = model.get_input_embeddings()
+        before = embedding.weight
+        if not self.tied:
+            table = torch.from_numpy(self.stored[specs[TABLE].name].dequantize())
+            embedding.weight = nn.Parameter(table.to(model.device), requires_grad=False)
+        try:
+            report = lambda _, done, total: progress(what, done, total)  # noqa: E731
+            gram = round_blocks(model, input_ids, visit, progress=report)
+        finally:
+            embedding.weight = before
+        # The output matrix is read by nothing any more.
+        spec = specs[TABLE if self.tied else HEAD]
+        if self.stored[spec.name].kind.name in _CHOSEN:
+            self._choose([spec], [self.exact[spec.name].rows], _in_file(spec, gram))
+            self.exact[spec.name].let_go()
+        total = len(block_linears(model)) + 1
+        progress(what, total, total)
+
+    def _choose(
+        self, specs: Sequence[TensorSpec], wanted: Sequence[Any], gram: torch.Tensor
+    ) -> list[np.ndarray]:
+        """Choose numbers of matrices of one type that read the same, some rows of all at a time; their values then.
+
+        Args:
+            specs: The matrices.
+            wanted: (first row, row behind the last) -> what these rows are to be, of each.
+            gram: Of what they read, in the order of their columns.
+        """
+        matrices = [self.matrix(spec) for spec in specs]
+        data, kind = np.concatenate([matrix.data for matrix in matrices]), matrices[0].kind
+        ends = np.cumsum([len(matrix.data) for matrix in matrices]).tolist()
+        for start in range(0, len(data), _ROWS):
+            stop = min(start + _ROWS, len(data))
+            parts = [
+                rows(max(start - first, 0), max(min(stop, end) - first, 0))
+                for rows, first, end in zip(wanted, [0, *ends], ends, strict=False)
+                if first < stop and end > start
+            ]
+            weight = torch.from_numpy(np.concatenate(parts)).to(gram.device)
+            data[start:stop] = choose_numbers(weight, StoredMatrix(kind, data[start:stop]), gram).data
+        values = []
+        for spec, part in zip(specs, np.split(data, ends[:-1]), strict=True):
+            self.write(self.stored[spec.name], part)
+            values.append(StoredMatrix(kind, part).values())
+            self.slopes[spec.name] = slope_of(values[-1], self.exact[spec.name].dequantize())
+        return values
+
+    def tune(self, model: Any, input_ids: torch.Tensor, progress: Progress = no_progress) -> int:
+        """Train scales and norms on a text (nsamples, seqlen); returns how many tensors that changed."""
+        stored: dict[str, torch.Tensor] = {}
+        for spec in self.specs:
+            if spec.is_matrix and self.stored[spec.name].kind.name in SCALES:
+                parts = _parts(spec, self.stored[spec.name].dequantize())
+                stored |= {name: part.to(model.device) for name, part in parts.items()}
+        table = stored.get(f"{TABLE}.weight", model.get_input_embeddings().weight.detach())
+        own_head = stored.get(f"{HEAD}.weight", model.get_output_embeddings().weight.detach())
+        linears = [name for block in block_linears(model) for name in block if f"{name}.weight" in stored]
+        weights = {name: stored[f"{name}.weight"] for name in linears}
+        head = table if self.tied else own_head
+        with products_in("auto", model.device.type):
+            found = tune_scales(model, weights, head, table, input_ids, _LEARNING_RATE, progress=progress)
+        # All are read before any is written: the file is in memory as it is on disk.
+        changed = {spec.name: data for spec in self.specs if (data := self.tuned(spec, found)) is not None}
+        for name, data in changed.items():
+            values = data.values() if isinstance(data, StoredMatrix) else data
+            self.slopes[name] = slope_of(values, self.exact[name].dequantize())
+            self.write(self.stored[name], data.data if isinstance(data, StoredMatrix) else data)
+        return len(changed)
+
+    def tuned(self, spec: TensorSpec, found: TunedScales) -> StoredMatrix | npt.NDArray[Any] | None:
+        """What a tensor becomes; None of one that stays."""
+        modules = [name.removesuffix(".weight") for name, _ in spec.sources]
+        if all(name in found.rows for name in modules):
+            factors = torch.from_numpy(spec.stack([found.rows[name].numpy() for name in modules]))
+            return self.matrix(spec).scaled(factors[:, None])
+        norm = found.norms.get(spec.sources[0][0])
+        return None if norm is None else norm.numpy() + np.float32(spec.offset)
+
+    def put(self, numbers: RoundedNumbers) -> None:
+        """Write what a training through the rounding has left; the file's types are those of the numbers.
+
+        Raises:
+            InputError: They are not what the checkpoint's weights stand for, or not of its shape.
+        """
+        for name, tensor in numbers.tensors.items():
+            data, place = tensor.numpy(), self.stored.get(name)
+            kind = numbers.format.types.get(name)
+            if place is None or kind is None or place.kind.name != kind or place.data.size != data.size:
+                raise InputError(f"the checkpoint's rounded numbers are not of its tensor {name}")
+            weight = torch.from_numpy(self.exact[name].dequantize())
+            if not stands_for(StoredMatrix(kind, data.reshape(len(weight), -1)).dequantize(), weight):
+                raise InputError(
+                    f"the checkpoint's rounded numbers are not what its weights stand for: {name}"
+                )
+            self.write(place, data)
+            self.slopes[name] = 1.0  # the checkpoint's weights are what these numbers stand for
+
+    def placed(self) -> dict[str, Placed]:
+        """Its matrices, as training through their rounding has them."""
+        return {spec.name: self._placed(spec) for spec in self.specs if spec.is_matrix}
+
+    def _placed(self, spec: TensorSpec) -> Placed:
+        matrix = self.matrix(spec)
+        matrix = StoredMatrix(matrix.kind, np.array(matrix.data))  # the file goes
+        modules = [name.removesuffix(".weight") for name, _ in spec.sources]
+        # Tables are looked up, or read once for each token's logits; the blocks of columns in an order of their own are
+        # not the checkpoint's.
+        reordered = spec.tiling is not None and spec.tiling.axis != 0
+        is_trained = matrix.kind in SCALES and not {TABLE, HEAD} & {*modules} and not reordered
+        elements, _ = block_of(matrix.kind)
+
+        def hold(model: Any, values: torch.Tensor) -> None:
+            for name, part in _parts(spec, values.numpy()).items():
+                model.get_parameter(name).copy_(part)
+
+        def stack(factors: list[torch.Tensor]) -> torch.Tensor:
+            return torch.from_numpy(spec.stack([each.numpy() for each in factors]))
+
+        return Placed(matrix, hold, stack, tuple(modules) if is_trained else (), elements)
+
+
+def _parts(spec: TensorSpec, values: np.ndarray) -> Mapping[str, torch.Tensor]:
+    """The checkpoint's tensors that a matrix of the file holds, by their names."""
+    return {name: torch.from_numpy(np.ascontiguousarray(part)) for name, part in spec.split(values).items()}
+
+
+def _in_file(spec: TensorSpec, gram: torch.Tensor) -> torch.Tensor:
+    """X^T X / T of a module's inputs in the order of the file's columns."""
+    order = torch.from_numpy(spec.of_inputs(np.arange(len(gram))))
+    return gram[order][:, order] if (order.diff() != 1).any() else gram

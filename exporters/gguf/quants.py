@@ -1,4 +1,7 @@
-"""The quantizations that GGUF files are written in: one row each."""
+"""What a GGUF file, and llama.cpp's key-value cache, can be stored in: one row each.
+
+Neither torch nor gguf-py is imported here: they do not belong in the memory of a process that only runs a file.
+"""
 
 from __future__ import annotations
 
@@ -6,70 +9,65 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 from cfsp.errors import InputError
 from cfsp.units import parse_bytes
 from exporters.export_record import ExportFormat, ParityLimits
 
 
+def block_of(kind: str) -> tuple[int, int]:
+    """Elements and bytes of a block of a ggml type."""
+    import gguf
+
+    elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    return int(elements), int(size)
+
+
 @dataclass(frozen=True)
 class Quant(ExportFormat):
-    """One way to store the weights; its name is llama-quantize's, in lower case for the unquantized ones.
+    """A quantization, called as llama-quantize calls it; the unquantized ones in lower case."""
 
-    Attributes:
-        base_type: ggml type of most matrices.
-        uses_imatrix: Whether an importance matrix is used by default.
-        needs_imatrix: Whether llama.cpp refuses to write it without one.
-        budget_bytes: Most that the file may take, if types are chosen tensor by tensor for it.
-    """
-
-    base_type: str
+    base_type: str  # ggml type of most matrices
     uses_imatrix: bool = True
-    needs_imatrix: bool = False
-    budget_bytes: int | None = None
+    needs_imatrix: bool = False  # llama.cpp refuses to write it without one
+    budget_bytes: int | None = (
+        None  # most that the file may take, if types are chosen tensor by tensor for it
+    )
 
     @property
     def ftype(self) -> int:
         """llama.cpp's `llama_ftype`, also written as general.file_type; a mixture has none, and says Q4_K_M."""
-        import gguf  # not in the memory of a process that only runs a file
+        import gguf
 
         prefix = "ALL" if self.base_type == "F32" else "MOSTLY"
-        name = self.name if self.budget_bytes is None else "Q4_K_M"
+        name = self.name if self.is_sized else "Q4_K_M"
         return int(gguf.LlamaFileType[f"{prefix}_{name.upper()}"])
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is not quantized: a file of it is written, and others are made from it."""
+        """Not quantized: others are made from it."""
         return self.base_type in ("F32", "F16", "BF16")
 
     @property
     def bits(self) -> float:
-        """See ExportFormat."""
-        import gguf
-
-        elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.base_type]]
-        return 8 * float(size) / float(elements)
+        elements, size = block_of(self.base_type)
+        return 8 * size / elements
 
     @property
     def is_sized(self) -> bool:
-        """See ExportFormat."""
         return self.budget_bytes is None
 
     @property
     def width_multiple(self) -> int:
-        """See ExportFormat: of down_proj, whose rows they are."""
-        import gguf
-
-        return int(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.base_type]][0])
+        return block_of(self.base_type)[0]
 
     @property
     def needs_text(self) -> bool:
-        """See ExportFormat."""
         return not self.is_sized
 
     @property
     def reads(self) -> frozenset[str]:
-        """See ExportFormat."""
         return frozenset({"use_imatrix", "calibration", "gptq", "tune_scales"} if self.uses_imatrix else ())
 
 
@@ -94,25 +92,15 @@ _ROWS = (
     Quant("IQ2_M", ParityLimits(kl_mean=1.8, same_top1=0.30, ppl_ratio=4.5), "IQ2_S", needs_imatrix=True),
 )
 QUANTS: Mapping[str, Quant] = MappingProxyType({row.name: row for row in _ROWS})
-
-
 MIXED = "mixed:SIZE"
-_MIXED = re.compile(r"mixed[:-](.+)", re.IGNORECASE)
-_UNITS = (
-    ("GB", 10**9),
-    ("GiB", 2**30),
-    ("MB", 10**6),
-    ("MiB", 2**20),
-    ("kB", 10**3),
-    ("KiB", 2**10),
-    ("B", 1),
-)
 QUANT_NAMES = ", ".join((*QUANTS, MIXED))
-"""What can be asked for, in words."""
+_UNITS = MappingProxyType(
+    {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20, "kB": 10**3, "KiB": 2**10, "B": 1}
+)
 
 
 def find_quant(name: str) -> Quant:
-    """Row of the table, in whatever case the name is written; of `mixed:80MB` one of its own, called mixed-80MB.
+    """Row of a name in any case; `mixed:80MB` gets a row of its own, called mixed-80MB.
 
     Raises:
         InputError: Unknown; the message names the known ones. Or the size is none.
@@ -120,9 +108,9 @@ def find_quant(name: str) -> Quant:
     for row in QUANTS.values():
         if row.name.lower() == name.lower():
             return row
-    match = _MIXED.fullmatch(name)
+    match = re.fullmatch(r"mixed[:-](.+)", name, re.IGNORECASE)
     if match and (size := parse_bytes(match[1], "mixed")):
-        unit, factor = next((unit, factor) for unit, factor in _UNITS if size % factor == 0)
+        unit, factor = next((unit, factor) for unit, factor in _UNITS.items() if size % factor == 0)
         return Quant(f"mixed-{size // factor}{unit}", ParityLimits(), "Q4_K", budget_bytes=size)
     raise InputError("unknown quantization", field="quant", value=name, allowed=QUANT_NAMES)
 
@@ -132,3 +120,38 @@ def limits_of_bits(bits: float) -> ParityLimits:
     rows = sorted((row for row in QUANTS.values() if row.uses_imatrix), key=lambda row: row.bits)
     least = max((row.bits for row in rows if row.bits <= bits), default=rows[0].bits)
     return max((row.limits for row in rows if row.bits == least), key=lambda limits: limits.kl_mean or 0.0)
+
+
+FLASH_AUTO, FLASH_OFF, FLASH_ON = -1, 0, 1
+"""llama.cpp's `llama_flash_attn_type`."""
+
+
+class CacheType(NamedTuple):
+    """A type of keys and values alike.
+
+    Flash attention is off for float32, as its kernel rounds to float16 inside (6e-3 in the logits of a tiny model), and
+    on for quantized values, which llama.cpp reads only there.
+    """
+
+    ggml_type: int
+    block_numbers: int  # stored together, all of one token and one head
+    block_bytes: int
+    flash_attention: int
+
+    def size(self, n_numbers: int) -> int:
+        """Bytes of so many numbers, whole blocks."""
+        return -(-n_numbers // self.block_numbers) * self.block_bytes
+
+
+PARITY_CACHE, DEFAULT_CACHE = "f32", "f16"
+"""What proofs and judgements run with, so that the file is judged and not the cache; and what measurements do."""
+CACHE_TYPES: Mapping[str, CacheType] = MappingProxyType(
+    {
+        PARITY_CACHE: CacheType(0, 1, 4, FLASH_OFF),
+        DEFAULT_CACHE: CacheType(1, 1, 2, FLASH_AUTO),
+        "q8_0": CacheType(8, 32, 34, FLASH_ON),
+        "q4_0": CacheType(2, 32, 18, FLASH_ON),
+    }
+)
+MEASURED_CACHES = tuple(name for name in CACHE_TYPES if name != PARITY_CACHE)
+"""What phones are used with."""

@@ -1,7 +1,7 @@
 """llama.cpp, through llama-cpp-python's low-level API: only this file and the quantizer in `matrix` touch it.
 
-`open_model` gives a `LlamaModel`, which tokenizes, decodes and hands out logits. llama.cpp's own log is kept from the
-terminal; what it last complained about goes into error messages. No torch: a process that only runs a file holds none.
+Its log is kept from the terminal; what it last complained about goes into error messages. No torch is imported: a
+process that only runs a file holds none.
 
 What is computed together decides how sums are rounded, so all that runs several sequences in one context does it by
 `continuation_rows` and `write_together`, and the native runner (runtime_bench/native/runner.cpp) as these do.
@@ -18,16 +18,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from cfsp.errors import InputError, MissingExtraError
-from exporters.gguf.cache_types import CACHE_TYPES, DEFAULT_CACHE, FLASH_AUTO, FLASH_ON
+from exporters.gguf.quants import CACHE_TYPES, DEFAULT_CACHE, FLASH_AUTO, FLASH_ON
 
 FloatArray = npt.NDArray[np.float32]
 _DISTRIBUTION = "llama-cpp-python"
@@ -50,11 +49,10 @@ class Log:
     """The last warnings and errors that llama.cpp logged, whole lines, and those that say how a file was opened."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._complaints: deque[str] = deque(maxlen=20)
         self._facts: deque[str] = deque(maxlen=100)
-        self._open = ""
-        self._level = 0
-        self._lock = threading.Lock()
+        self._open, self._level = "", 0
 
     def __call__(self, level: int, text: bytes | None, _: Any) -> None:
         with self._lock:
@@ -79,22 +77,19 @@ class Log:
         with self._lock:
             return "; ".join(list(self._complaints)[-count:]) or "llama.cpp gave no reason"
 
-    @property
-    def flash_attention(self) -> bool | None:
-        """Whether llama.cpp chose its flash kernel, where the choice was its own; None if it told of none."""
-        with self._lock:
-            found = [match[1] for line in self._facts if (match := _FLASH.search(line))]
-        return found[-1] == "enabled" if found else None
+    def opened(self) -> tuple[bool | None, dict[str, int]]:
+        """Whether llama.cpp chose its flash kernel, None if it did not say; bytes of the weights by their buffer.
 
-    @property
-    def weight_buffers(self) -> dict[str, int]:
-        """Bytes of the weights by the buffer that holds them: `CPU_Mapped` are the file's pages, others are copies."""
+        `CPU_Mapped` are the file's pages, others are copies.
+        """
+        flash, sizes = None, dict[str, int]()
         with self._lock:
-            found = [match for line in self._facts if (match := _BUFFER.search(line))]
-        sizes: dict[str, int] = {}
-        for match in found:
-            sizes[match[1]] = sizes.get(match[1], 0) + round(float(match[2]) * 2**20)
-        return sizes
+            for line in self._facts:
+                if match := _FLASH.search(line):
+                    flash = match[1] == "enabled"
+                elif match := _BUFFER.search(line):
+                    sizes[match[1]] = sizes.get(match[1], 0) + round(float(match[2]) * 2**20)
+        return flash, sizes
 
 
 log = Log()
@@ -128,7 +123,7 @@ def runtime_version() -> str:
 
     Raises:
         MissingExtraError: llama-cpp-python is not installed.
-        InputError: Its version is not one that this module was written for.
+        InputError: This version of it is not supported.
     """
     version = library().llama_version().decode()
     return f"{_DISTRIBUTION} {importlib.metadata.version(_DISTRIBUTION)}, llama.cpp {version}"
@@ -139,41 +134,13 @@ def system_info() -> str:
     return str(library().llama_print_system_info().decode("utf-8", "replace")).strip(" |")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One token of a batch.
-
-    Attributes:
-        token: Its id.
-        position: Its place in its sequences.
-        sequences: Sequences that it belongs to; it attends to what came before in them.
-        wanted: Whether the logits after it are wanted.
-    """
+class Entry(NamedTuple):
+    """One token of a batch."""
 
     token: int
-    position: int
-    sequences: tuple[int, ...]
-    wanted: bool = False
-
-
-def _native_batch(entries: Sequence[Entry]) -> tuple[Any, list[Any]]:
-    """A llama_batch, and the arrays that it points to, which must live as long as it is used."""
-    lib = library()
-    count = len(entries)
-    ids = [(lib.llama_seq_id * len(e.sequences))(*e.sequences) for e in entries]
-    pointer = ctypes.POINTER(lib.llama_seq_id)
-    arrays: dict[str, Any] = {
-        "token": (lib.llama_token * count)(*(e.token for e in entries)),
-        "pos": (lib.llama_pos * count)(*(e.position for e in entries)),
-        "n_seq_id": (ctypes.c_int32 * count)(*(len(e.sequences) for e in entries)),
-        "seq_id": (pointer * count)(*(ctypes.cast(array, pointer) for array in ids)),
-        "logits": (ctypes.c_int8 * count)(*(e.wanted for e in entries)),
-    }
-    batch = lib.llama_batch()
-    batch.n_tokens = count
-    for name, array in arrays.items():
-        setattr(batch, name, ctypes.cast(array, type(getattr(batch, name))))
-    return batch, [*arrays.values(), ids]
+    position: int  # in its sequences
+    sequences: tuple[int, ...]  # it attends to what came before in them
+    wanted: bool = False  # whether the logits after it are
 
 
 class LlamaModel:
@@ -182,22 +149,33 @@ class LlamaModel:
     Use it as a context manager, or call `close`. Not safe to share between threads.
 
     Attributes:
-        path: The file.
-        cache_type: Type of its keys and values, a key of CACHE_TYPES.
+        description: llama.cpp's words for the model, such as "llama 256M Q4_0".
+        n_params: Elements of all tensors; `size_bytes` are their bytes.
+        bos_token: Id of the start token; -1 without one.
+        is_recurrent: Whether blocks keep something of a text that belongs to only one sequence.
         flash_attention: Whether attention runs in the flash kernel; None if llama.cpp does not tell.
         weight_buffers: Bytes of the weights by the buffer that holds them, as llama.cpp names it.
     """
 
     def __init__(self, path: Path, model: Any, context: Any, cache_type: str) -> None:
         self.path, self.cache_type = path, cache_type
+        chose_flash, self.weight_buffers = log.opened()
         asked = CACHE_TYPES[cache_type].flash_attention
-        self.flash_attention = log.flash_attention if asked == FLASH_AUTO else asked == FLASH_ON
-        self.weight_buffers = log.weight_buffers
-        self._lib = library()
-        self._model = model
-        self._context = context
+        self.flash_attention = chose_flash if asked == FLASH_AUTO else asked == FLASH_ON
+        self._lib, self._model, self._context = library(), model, context
         self._vocab = self._lib.llama_model_get_vocab(model)
         self._n_batch = self._lib.llama_n_batch(context) if context else 0
+        self.n_ctx = int(self._lib.llama_n_ctx(context)) if context else 0
+        self.vocab_size = int(self._lib.llama_vocab_n_tokens(self._vocab))
+        self.n_params = int(self._lib.llama_model_n_params(model))
+        self.size_bytes = int(self._lib.llama_model_size(model))
+        description = ctypes.create_string_buffer(256)
+        self._lib.llama_model_desc(model, description, len(description))
+        self.description = description.value.decode("utf-8", "replace")
+        self.bos_token = int(self._lib.llama_vocab_bos(self._vocab))
+        self.is_recurrent = bool(
+            self._lib.llama_model_is_recurrent(model) or self._lib.llama_model_is_hybrid(model)
+        )
 
     def __enter__(self) -> LlamaModel:
         return self
@@ -206,7 +184,7 @@ class LlamaModel:
         self.close()
 
     def close(self) -> None:
-        """Free context and model; may be called twice."""
+        """May be called twice."""
         if self._context:
             _computed(self._lib.llama_free, self._context)
         if self._model:
@@ -214,49 +192,10 @@ class LlamaModel:
         self._context = self._model = None
 
     @property
-    def vocab_size(self) -> int:
-        """Number of tokens, which is also the length of a row of logits."""
-        return int(self._lib.llama_vocab_n_tokens(self._vocab))
-
-    @property
-    def n_params(self) -> int:
-        """Elements of all tensors."""
-        return int(self._lib.llama_model_n_params(self._model))
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return int(self._lib.llama_model_size(self._model))
-
-    @property
     def backends(self) -> str:
         """What holds, and so multiplies, the weights: CPU, or the GPUs beside it."""
         others = [name for name in self.weight_buffers if not name.startswith(_OF_PROCESSOR)]
         return ", ".join(others) or "CPU"
-
-    @property
-    def n_ctx(self) -> int:
-        """Tokens that the context holds."""
-        return int(self._lib.llama_n_ctx(self._context))
-
-    @property
-    def description(self) -> str:
-        """llama.cpp's words for the model, such as "llama 256M Q4_0"."""
-        buffer = ctypes.create_string_buffer(256)
-        self._lib.llama_model_desc(self._model, buffer, len(buffer))
-        return buffer.value.decode("utf-8", "replace")
-
-    @property
-    def bos_token(self) -> int:
-        """Id of the start token; -1 without one."""
-        return int(self._lib.llama_vocab_bos(self._vocab))
-
-    @property
-    def is_recurrent(self) -> bool:
-        """Whether blocks keep something of a text that belongs to only one sequence."""
-        return bool(
-            self._lib.llama_model_is_recurrent(self._model) or self._lib.llama_model_is_hybrid(self._model)
-        )
 
     def is_end_of_generation(self, token: int) -> bool:
         """Whether llama.cpp stops generating at this token."""
@@ -265,9 +204,7 @@ class LlamaModel:
     def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
         """Token ids of a text, in which special tokens may be written out.
 
-        Args:
-            text: Any text.
-            add_special: Add the start and end tokens that the file asks for.
+        `add_special`: with the start and end tokens that the file asks for.
         """
         raw = text.encode("utf-8")
         size = len(raw) + 8
@@ -281,15 +218,16 @@ class LlamaModel:
 
     def detokenize(self, tokens: Sequence[int], *, special: bool = True) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(self._piece(token, special) for token in tokens).decode("utf-8", "replace")
-
-    def _piece(self, token: int, special: bool) -> bytes:
-        buffer = ctypes.create_string_buffer(64)
-        count = self._lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, special)
-        if count < 0:
-            buffer = ctypes.create_string_buffer(-count)
-            count = self._lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, special)
-        return buffer.raw[:count]
+        pieces = []
+        for token in tokens:
+            buffer, count = ctypes.create_string_buffer(64), 0
+            for _ in range(2):  # a token that does not fit says how long it is
+                count = self._lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, special)
+                if count >= 0:
+                    break
+                buffer = ctypes.create_string_buffer(-count)
+            pieces.append(buffer.raw[:count])
+        return b"".join(pieces).decode("utf-8", "replace")
 
     def clear(self) -> None:
         """Forget all decoded tokens: the next one is at position 0."""
@@ -302,10 +240,7 @@ class LlamaModel:
         self._lib.llama_memory_seq_cp(memory, source, target, -1, -1)
 
     def decode(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> None:
-        """Run tokens after those decoded so far, and wait until they are done: what llama-bench times.
-
-        Logits are made only for the last token. Prompts are cut where they exceed n_batch; llama.cpp itself works
-        in pieces of n_ubatch.
+        """Run tokens after those decoded so far, with logits of the last one, and wait: what llama-bench times.
 
         Raises:
             InputError: The context is full, or a token is not in the vocabulary.
@@ -323,14 +258,9 @@ class LlamaModel:
         return np.ctypeslib.as_array(pointer, shape=(self.vocab_size,)).copy()
 
     def iter_logits(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Iterator[FloatArray]:
-        """Logits of a window that starts an empty context.
+        """Logits of a window that starts an empty context, (k, vocab_size) float32 for the next k positions.
 
-        Args:
-            tokens: Token ids (n,).
-
-        Yields:
-            (k, vocab_size) float32 for k successive positions, at most n_batch. A view that the next piece
-            overwrites: use or copy it at once.
+        Each is a view that the next one overwrites: use or copy it at once.
         """
         self.clear()
         yield from self.iter_entries(
@@ -343,29 +273,26 @@ class LlamaModel:
         Yields:
             (k, vocab_size) float32 for the next k wanted entries, in order. A view: use or copy it at once.
         """
+        lib = self._lib
+        pointer = ctypes.POINTER(lib.llama_seq_id)
         for start in range(0, len(entries), self._n_batch):
             piece = entries[start : start + self._n_batch]
-            batch, arrays = _native_batch(piece)
+            count, ids = len(piece), [(lib.llama_seq_id * len(e.sequences))(*e.sequences) for e in piece]
+            arrays: dict[str, Any] = {
+                "token": (lib.llama_token * count)(*(e.token for e in piece)),
+                "pos": (lib.llama_pos * count)(*(e.position for e in piece)),
+                "n_seq_id": (ctypes.c_int32 * count)(*(len(e.sequences) for e in piece)),
+                "seq_id": (pointer * count)(*(ctypes.cast(array, pointer) for array in ids)),
+                "logits": (ctypes.c_int8 * count)(*(e.wanted for e in piece)),
+            }
+            batch = lib.llama_batch()
+            batch.n_tokens = count
+            for name, array in arrays.items():
+                setattr(batch, name, ctypes.cast(array, type(getattr(batch, name))))
             self._run(batch)
-            del arrays
-            wanted = sum(entry.wanted for entry in piece)
-            if wanted:
-                pointer = self._lib.llama_get_logits(self._context)
-                yield np.ctypeslib.as_array(pointer, shape=(wanted, self.vocab_size))
-
-    def generate(self, prompt: Sequence[int], max_new_tokens: int, *, stop_at_end: bool = True) -> list[int]:
-        """Greedy continuation of a prompt in an empty context; stops before an end-of-generation token if asked to."""
-        self.clear()
-        self.decode(prompt)
-        new: list[int] = []
-        while len(new) < max_new_tokens:
-            token = int(self.last_logits().argmax())
-            if stop_at_end and self.is_end_of_generation(token):
-                break
-            new.append(token)
-            if len(new) < max_new_tokens:
-                self.decode([token])
-        return new
+            if wanted := sum(entry.wanted for entry in piece):
+                logits = lib.llama_get_logits(self._context)
+                yield np.ctypeslib.as_array(logits, shape=(wanted, self.vocab_size))
 
     def _run(self, batch: Any) -> None:
         status = _computed(self._lib.llama_decode, self._context, batch)
@@ -377,9 +304,7 @@ class LlamaModel:
             raise InputError(f"llama.cpp cannot run {self.path}: {log.last()}")
 
 
-@functools.cache
-def _own_thread() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, "llama.cpp")
+_THREAD = ThreadPoolExecutor(1, "llama.cpp")
 
 
 def _computed(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -390,40 +315,24 @@ def _computed(function: Callable[..., Any], *arguments: Any) -> Any:
     """
     if "torch" not in sys.modules:
         return function(*arguments)
-    return _own_thread().submit(function, *arguments).result()
+    return _THREAD.submit(function, *arguments).result()
 
 
-@dataclass(frozen=True)
-class Context:
-    """What a file is opened to run.
+class Context(NamedTuple):
+    """What a file is opened to run."""
 
-    Attributes:
-        n_ctx: Tokens the context must hold; llama.cpp may round it up.
-        n_batch: Most tokens of one llama_decode call; with all logits the output buffer is n_batch * vocab_size floats.
-        n_ubatch: Tokens that are computed at once.
-        cache_type: Of keys and values, a key of CACHE_TYPES.
-        n_seq: Sequences in the context.
-        shared: Whether they may have tokens in common, and each as many as it likes of the context; else each has its
-            part, n_ctx / n_seq tokens, and attends to no other's: several times as fast for many, if those of a batch
-            follow each other without a gap.
-    """
-
-    n_ctx: int = 512
-    n_batch: int = 2048
-    n_ubatch: int = 512
-    cache_type: str = DEFAULT_CACHE
+    n_ctx: int = 512  # tokens the context must hold; llama.cpp may round it up
+    n_batch: int = 2048  # most tokens of one call; with all logits the output is n_batch * vocab_size floats
+    n_ubatch: int = 512  # tokens that are computed at once
+    cache_type: str = DEFAULT_CACHE  # of keys and values, a key of CACHE_TYPES
     n_seq: int = 1
+    # Whether sequences may have tokens in common, and each as many as it likes of the context; else each has its part,
+    # n_ctx / n_seq tokens: several times as fast for many, if those of a batch follow each other without a gap.
     shared: bool = True
 
 
 def open_model(path: Path, context: Context, *, n_threads: int = 1, on_gpu: bool = False) -> LlamaModel:
-    """Open a GGUF file.
-
-    Args:
-        path: The file.
-        context: For what.
-        n_threads: Threads, for prompts and single tokens alike.
-        on_gpu: Have a GPU hold and compute all layers, if llama.cpp was built for one and finds it.
+    """Open a GGUF file; with `on_gpu` a GPU computes all layers, if llama.cpp was built for one and finds it.
 
     Raises:
         InputError: Not there, or llama.cpp cannot load it (the message has its reason).
@@ -469,13 +378,9 @@ def _load(path: Path, **settings: Any) -> Any:
 
 
 def fitting(lengths: Sequence[int], shared: int, n_ctx: int, most: int = SEQUENCES) -> Iterator[slice]:
-    """Runs of sequences that can be computed at once.
+    """Runs of sequences, at most `most`, that a context of `n_ctx` tokens holds at once.
 
-    Args:
-        lengths: Tokens of each, none more than fits alone.
-        shared: Tokens that all of them have in common, beside these.
-        n_ctx: Tokens that the context holds.
-        most: Sequences at once.
+    `lengths` are the tokens of each, none more than fits alone, beside `shared` that all have in common.
     """
     start, used = 0, shared
     for index, length in enumerate(lengths):
@@ -489,11 +394,7 @@ def fitting(lengths: Sequence[int], shared: int, n_ctx: int, most: int = SEQUENC
 def continuation_rows(
     model: LlamaModel, context: Sequence[int], continuations: Sequence[Sequence[int]]
 ) -> Iterator[FloatArray]:
-    """Logits after a context, and after all tokens but the last of each continuation in turn.
-
-    Yields:
-        (k, vocab_size) float32 for the next k of these. A view: use or copy it at once.
-    """
+    """Logits after a context, and after all tokens but the last of each continuation in turn; as `iter_entries`."""
     everyone, start = tuple(range(len(continuations))), len(context)
     entries = [Entry(token, place, everyone) for place, token in enumerate(context[:-1])]
     entries.append(Entry(context[-1], start - 1, everyone, wanted=True))
@@ -514,11 +415,7 @@ def write_together(
 ) -> list[list[int]]:
     """Greedy continuations of prompts that fit the context together, without the token that ends them.
 
-    Args:
-        model: The file.
-        prompts: Token ids, at least one each.
-        max_new_tokens: Most tokens of a continuation.
-        is_over: Whether what was written ends there.
+    `is_over` says whether what was written ends there.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     going = list(range(len(prompts)))

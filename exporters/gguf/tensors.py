@@ -1,31 +1,40 @@
-"""The tensors of a GGUF file: their names and shapes, and what of the checkpoint each is made of."""
+"""The tensors of a GGUF file: names, shapes, types and sizes, and what of the checkpoint each is made of.
+
+llama.cpp chooses a tensor's type by its name, its block and the quantization, not by its width, unless a row does not
+divide into the type's blocks. So one written file, a `SizeTemplate`, says what others of its architecture will weigh.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from cfsp.errors import InputError
-from cfsp.models.gguf_file import DELTA_NET_NUMBERS, Tiling, tilings
-from cfsp.models.shape import BlockShape
+from cfsp.models.gguf_file import DELTA_NET_NUMBERS, UNQUANTIZED, GGUFTensor, Tiling, read_gguf, tilings
 from exporters.checkpoint_reader import ModelConfig
-from exporters.gguf.architecture import QKV, ChosenLayout
+from exporters.export_record import TensorFallback
+from exporters.gguf.architecture import QKV, ROPE_TENSORS, ChosenLayout
+from exporters.gguf.quants import Quant, block_of, find_quant
 
 FloatArray = npt.NDArray[np.float32]
 _UNREAD = ("k_proj", "v_proj", "k_norm")
 """Of the attention of a block that reads another block's keys and values; published files have them all the same."""
-
-
-class Tensors(Protocol):
-    """A checkpoint's tensors, stored or as they are to become."""
-
-    def read(self, name: str, shape: tuple[int, ...]) -> FloatArray:
-        """One of them."""
-        ...
+_ALIGNMENT = 32
+# Where a row does not divide into blocks of 256, llama.cpp stores the right-hand type instead; where it does not even
+# divide into blocks of 32, float16.
+_FALLBACKS = MappingProxyType(
+    {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0"}
+    | dict.fromkeys(("IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S"), "IQ4_NL")
+)
+_SMALL_BLOCK, _LARGE_BLOCK = 32, 256
 
 
 @dataclass(frozen=True)
@@ -33,8 +42,7 @@ class TensorSpec:
     """One tensor of the file and the checkpoint's tensors that it is made of."""
 
     name: str  # llama.cpp's name
-    # In the file, outermost dimension first; if the sources are smaller, zeros are added.
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # in the file, outermost dimension first
     # Checkpoint names and their shapes; more than one are stacked along the first dimension.
     sources: tuple[tuple[str, tuple[int, ...]], ...]
     interleave_heads: int = 0  # number of heads whose rotary halves are interleaved; 0 leaves the rows alone
@@ -49,28 +57,21 @@ class TensorSpec:
         """Whether it is stored in the bits that are asked for."""
         return len(self.shape) == 2 and not self.is_plain
 
-    def build(self, tensors: Tensors) -> FloatArray:
-        """Read the sources and make the tensor, float32.
-
-        Raises InputError: a source is missing, of another shape, or not finite.
-        """
-        values = self.stack([tensors.read(name, shape) for name, shape in self.sources])
+    def build(self, read: Callable[[str, tuple[int, ...]], FloatArray]) -> FloatArray:
+        """The tensor, float32, of what `read` gives for the name and shape of each source."""
+        values = self.stack([read(name, shape) for name, shape in self.sources])
         if self.offset:
             values = values + np.float32(self.offset)
         if self.compute:
             values = self.compute(values)
-        if values.shape == self.shape or self.is_plain:
-            return np.ascontiguousarray(values.reshape(self.shape))
-        padded = np.zeros(self.shape, dtype=np.float32)
-        padded[tuple(slice(n) for n in values.shape)] = values
-        return padded
+        return np.ascontiguousarray(values.reshape(self.shape))
 
     def stack(self, parts: Sequence[FloatArray]) -> FloatArray:
-        """Rows of the sources in the order of the file's; what it pads is missing."""
+        """Rows of the sources in the order of the file's."""
         values = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if self.tiling and values.ndim > self.tiling.axis:
             values = self.tiling.tiled(values)
-        return interleave_halves(values, self.interleave_heads) if self.interleave_heads else values
+        return swap_halves(values, (self.interleave_heads, 2, -1)) if self.interleave_heads else values
 
     def of_inputs(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Values of a module's inputs, (..., in_features), in the order of the file's columns."""
@@ -83,48 +84,52 @@ class TensorSpec:
         if self.tiling:
             values = self.tiling.grouped(values)
         if self.interleave_heads:
-            values = join_halves(values, self.interleave_heads)
+            values = swap_halves(values, (self.interleave_heads, -1, 2))
         ends = np.cumsum([shape[0] for _, shape in self.sources])
-        return {
-            name: values[end - rows : end, :columns]
-            for end, (name, (rows, columns)) in zip(ends, self.sources, strict=True)
-        }
+        parts = np.split(values, ends[:-1])
+        return {name: part for (name, _), part in zip(self.sources, parts, strict=True)}
 
 
-def interleave_halves(values: FloatArray, heads: int) -> FloatArray:
-    """Rows of q or k, (heads * head_dim, ...): row i of a head's first half comes before row i of its second half."""
-    halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
-    return halves.swapaxes(1, 2).reshape(values.shape)
+def swap_halves(values: FloatArray, parts: tuple[int, int, int]) -> FloatArray:
+    """Rows of q or k, (heads * head_dim, ...): of parts (heads, 2, n) row i of a head's halves become neighbours.
 
-
-def join_halves(values: FloatArray, heads: int) -> FloatArray:
-    """What `interleave_halves` was given."""
-    pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(values.shape)
+    Parts (heads, n, 2) turn that back.
+    """
+    split = values.reshape(*parts, *values.shape[1:])
+    return split.swapaxes(1, 2).reshape(values.shape)
 
 
 def tensor_specs(chosen: ChosenLayout) -> list[TensorSpec]:
-    """All tensors of the file, in file order.
-
-    Raises InputError: the checkpoint has tensors that have no place in the file.
-    """
-    config = chosen.config
+    """All tensors of the file, in file order; raises InputError: the checkpoint has some without a place in it."""
+    config, spec = chosen.config, chosen.config.spec
     embedding = (config.vocab_size, config.hidden_size)
-    specs = [_plain("model.embed_tokens", embedding, chosen), *_input_specs(chosen)]
+
+    def plain(module: str, shape: tuple[int, ...], offset: float = 0.0, is_plain: bool = False) -> TensorSpec:
+        sources = ((f"{module}.weight", shape),)
+        return TensorSpec(chosen.name(module), shape, sources, offset=offset, is_plain=is_plain)
+
+    specs = [plain("model.embed_tokens", embedding)]
+    if (inputs := spec.block_inputs) and config.block_inputs:
+        # What blocks get of a token beside its hidden state; llama.cpp quantizes of it the table alone.
+        numbers = config.num_hidden_layers * config.block_inputs
+        specs += [
+            plain(f"model.{inputs.table}", (config.vocab_size, numbers)),
+            plain(f"model.{inputs.projection}", (numbers, config.hidden_size), is_plain=True),
+            plain(f"model.{inputs.norm}", (config.block_inputs,), spec.norm_offset),
+        ]
     for block in range(config.num_hidden_layers):
         specs += _block_specs(chosen, block)
-    last_norm = f"model.{config.spec.last_norm}"
-    specs.append(_plain(last_norm, (config.hidden_size,), chosen, config.spec.norm_offset))
+    specs.append(plain(f"model.{spec.last_norm}", (config.hidden_size,), spec.norm_offset))
     ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
     ignored |= {
-        f"model.layers.{block}.{config.spec.attention}.{name}.weight"
+        f"model.layers.{block}.{spec.attention}.{name}.weight"
         for block in range(config.num_hidden_layers - config.sharing_blocks, config.num_hidden_layers)
         for name in _UNREAD
     }
     if not config.tie_word_embeddings:
-        specs.append(_plain("lm_head", embedding, chosen))
-    used = {name for spec in specs for name, _ in spec.sources}
-    rest = (name for name in chosen.stored - used - ignored if not name.startswith(config.spec.left_out))
+        specs.append(plain("lm_head", embedding))
+    used = {name for each in specs for name, _ in each.sources}
+    rest = (name for name in chosen.stored - used - ignored if not name.startswith(spec.left_out))
     unknown = sorted(name for name in rest if not name.endswith("rotary_emb.inv_freq"))
     if unknown:
         raise InputError(
@@ -133,29 +138,9 @@ def tensor_specs(chosen: ChosenLayout) -> list[TensorSpec]:
     return specs
 
 
-def _input_specs(chosen: ChosenLayout) -> Iterator[TensorSpec]:
-    """What blocks get of a token beside its hidden state; llama.cpp quantizes of it the table alone."""
-    config, inputs = chosen.config, chosen.config.spec.block_inputs
-    if not inputs or not config.block_inputs:
-        return
-    numbers = config.num_hidden_layers * config.block_inputs
-    yield _plain(f"model.{inputs.table}", (config.vocab_size, numbers), chosen)
-    projection = _plain(f"model.{inputs.projection}", (numbers, config.hidden_size), chosen)
-    yield replace(projection, is_plain=True)
-    yield _plain(f"model.{inputs.norm}", (config.block_inputs,), chosen, config.spec.norm_offset)
-
-
-def _plain(module: str, shape: tuple[int, ...], chosen: ChosenLayout, offset: float = 0.0) -> TensorSpec:
-    return TensorSpec(chosen.name(module), shape, ((f"{module}.weight", shape),), offset=offset)
-
-
 def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
     config, prefix = chosen.config, f"model.layers.{block}"
-    shapes = _block_shapes(config, config.shape.blocks[block], config.head_dims[block])
-    in_file = _block_shapes(
-        config, replace(config.shape.blocks[block], ffn_width=chosen.widths[block]), config.head_dims[block]
-    )
-    kv_heads = config.kv_heads[block]
+    shapes, kv_heads = _block_shapes(config, block), config.kv_heads[block]
     heads = {"self_attn.q_proj": kv_heads * config.heads_per_group, "self_attn.k_proj": kv_heads}
     if chosen.layout.fused_qkv:
         sources = tuple((f"{prefix}.{module}.weight", shapes.pop(module)) for module in QKV)
@@ -166,14 +151,14 @@ def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
             del shapes[module]
         yield from _mixer_specs(chosen, prefix)
     for module, shape in shapes.items():
-        source, stored = f"{prefix}.{module}", in_file[module]
+        source = f"{prefix}.{module}"
         interleave = heads.get(module, 0) if chosen.layout.interleaved_rope else 0
         target = chosen.name(source)
         offset = config.spec.norm_offset if module.endswith("norm") else 0.0
-        yield TensorSpec(target, stored, ((f"{source}.weight", shape),), interleave, offset)
+        yield TensorSpec(target, shape, ((f"{source}.weight", shape),), interleave, offset)
         if f"{source}.bias" in chosen.stored:
             bias = target.removesuffix("weight") + "bias"
-            yield TensorSpec(bias, stored[:1], ((f"{source}.bias", shape[:1]),), interleave)
+            yield TensorSpec(bias, shape[:1], ((f"{source}.bias", shape[:1]),), interleave)
     if config.spec.scalar:
         scalar = f"{prefix}.{config.spec.scalar}"
         yield TensorSpec(chosen.name(scalar), (1,), ((scalar, (1,)),))
@@ -198,22 +183,17 @@ def _mixer_specs(chosen: ChosenLayout, block: str) -> Iterator[TensorSpec]:
     """What takes attention's place in a block."""
     config, mixer, net = chosen.config, chosen.config.spec.mixer, chosen.config.delta_net
     assert mixer is not None  # of a model type with such blocks
-    linears, order = _mixer_linears(config), {}
+    shapes: dict[str, tuple[int, ...]] = {
+        name.rpartition(".")[2]: shape for name, shape in _mixer_linears(config).items()
+    }
+    order: dict[str, Tiling] = {}
     parts: tuple[str, ...] = ("conv", "in_proj", "out_proj")
     kernels = (config.hidden_size, config.convolution_length)
     if net:
         order = dict(tilings(net.key_heads, net.value_heads, net.key_width))
-        parts = (
-            "in_proj_qkv",
-            "in_proj_z",
-            "conv1d",
-            "dt_bias",
-            "A_log",
-            "in_proj_b",
-            "in_proj_a",
-            "norm",
-            "out_proj",
-        )
+        parts = ("in_proj_qkv", "in_proj_z", "conv1d", "dt_bias", "A_log")
+        parts = (*parts, "in_proj_b", "in_proj_a", "norm", "out_proj")
+        shapes |= {"norm": (net.value_head_dim,), "dt_bias": (net.value_heads,), "A_log": (net.value_heads,)}
         kernels = (net.channels, net.length)
     for part in parts:
         called, suffix = DELTA_NET_NUMBERS.get(part, (part, ".weight"))
@@ -221,19 +201,17 @@ def _mixer_specs(chosen: ChosenLayout, block: str) -> Iterator[TensorSpec]:
         source = f"{block}.{mixer.module}.{part}{'' if part in DELTA_NET_NUMBERS else '.weight'}"
         tiling = order.get(part)
         if part.startswith("conv"):  # as torch has them, (channels, 1, length)
-            sources = ((source, (kernels[0], 1, kernels[1])),)
-            yield TensorSpec(target, kernels, sources, is_plain=True, tiling=tiling)
-            continue
-        shape = linears.get(f"{mixer.module}.{part}")
-        if shape is None:
-            assert net is not None
-            shape = (net.value_head_dim,) if part == "norm" else (net.value_heads,)
-        compute = (lambda a_log: -np.exp(a_log)) if part == "A_log" else None  # rates of decay
-        yield TensorSpec(target, shape, ((source, shape),), compute=compute, tiling=tiling)
+            stored = (kernels[0], 1, kernels[1])
+            yield TensorSpec(target, kernels, ((source, stored),), is_plain=True, tiling=tiling)
+        else:
+            shape = shapes[part]
+            compute = (lambda a_log: -np.exp(a_log)) if part == "A_log" else None  # rates of decay
+            yield TensorSpec(target, shape, ((source, shape),), compute=compute, tiling=tiling)
 
 
-def _block_shapes(config: ModelConfig, block: BlockShape, head_dim: int) -> dict[str, tuple[int, ...]]:
+def _block_shapes(config: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
     """Module inside a block -> shape of its weight."""
+    block, head_dim = config.shape.blocks[index], config.head_dims[index]
     hidden, width, spec = config.hidden_size, block.ffn_width, config.spec
     is_mixed, shares = block.is_keyless and spec.mixer, block.is_keyless and not spec.mixer
     kv = (config.shape.most_kv_groups if shares else block.kv_groups or 0) * head_dim
@@ -274,7 +252,92 @@ def linear_inputs(config: ModelConfig) -> dict[str, int]:
     """Every Linear of the blocks, by Hugging Face's module name -> its in_features."""
     return {
         f"model.layers.{block}.{module}": shape[1]
-        for block, of_block in enumerate(config.shape.blocks)
-        for module, shape in _block_shapes(config, of_block, config.head_dims[block]).items()
+        for block in range(config.num_hidden_layers)
+        for module, shape in _block_shapes(config, block).items()
         if len(shape) == 2
     }
+
+
+class PredictedTensor(NamedTuple):
+    """A tensor of a file that is not written; its size is without padding."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    n_bytes: int
+
+
+class SizeTemplate(NamedTuple):
+    """What a written file says of others of its model, quantization and architecture."""
+
+    architecture: str
+    # All that is not a tensor. A name of another length moves it by at most one step of the alignment.
+    overhead_bytes: int
+    types: dict[str, str]  # tensor -> the type that the quantization asks for, before any fallback
+
+    def tensors(self, chosen: ChosenLayout) -> list[PredictedTensor]:
+        """A model's tensors in file order; raises InputError: it needs another architecture than the template's."""
+        if chosen.layout.architecture != self.architecture:
+            raise InputError(
+                "the size template is of another architecture",
+                field="architecture",
+                value=self.architecture,
+                allowed=chosen.layout.architecture,
+            )
+        found = []
+        for spec in tensor_specs(chosen):
+            kind = self.types[spec.name]
+            while spec.shape[-1] % block_of(kind)[0]:
+                kind = _FALLBACKS.get(kind, "F16")
+            found.append(PredictedTensor(spec.name, spec.shape, kind, stored_bytes(spec.shape, kind)))
+        return found
+
+    def file_bytes(self, chosen: ChosenLayout) -> int:
+        return self.overhead_bytes + sum(padded(tensor.n_bytes) for tensor in self.tensors(chosen))
+
+
+def size_template(path: Path, quant: str) -> SizeTemplate:
+    """Read a written file; raises InputError: no GGUF file, or an unknown quantization."""
+    row, file = find_quant(quant), read_gguf(path)
+    # Tensors that are made of the config count as overhead: no width changes them.
+    tensors = [tensor for tensor in file.tensors if tensor.name not in ROPE_TENSORS]
+    data = sum(padded(int(tensor.data.nbytes)) for tensor in tensors)
+    types = {tensor.name: _asked_type(tensor, row) for tensor in tensors}
+    return SizeTemplate(file.architecture, path.stat().st_size - data, types)
+
+
+def stored_bytes(shape: tuple[int, ...], kind: str) -> int:
+    """Bytes of a tensor whose rows divide into a type's blocks."""
+    elements, size = block_of(kind)
+    return math.prod(shape) // elements * size
+
+
+def padded(count: int) -> int:
+    """Bytes of a tensor with what fills up to the next."""
+    return -(-count // _ALIGNMENT) * _ALIGNMENT
+
+
+def find_fallbacks(tensors: Iterable[GGUFTensor], quant: Quant) -> tuple[TensorFallback, ...]:
+    """Where a file's stored types are not the ones asked for."""
+    groups: dict[tuple[str, str, int], list[str]] = defaultdict(list)
+    for tensor in tensors:
+        asked = _asked_type(tensor, quant)
+        if asked != tensor.kind.name:
+            groups[asked, tensor.kind.name, tensor.shape[-1]].append(tensor.name)
+    return tuple(TensorFallback(*key, tuple(names)) for key, names in sorted(groups.items()))
+
+
+def _asked_type(tensor: GGUFTensor, quant: Quant) -> str:
+    """The type that a tensor would have been given, had its rows divided into blocks.
+
+    Of several that are stored alike it is the quantization's own, of which most tensors are.
+    """
+    actual, shape = str(tensor.kind.name), tensor.shape
+    if len(shape) < 2 or tensor.name.endswith(UNQUANTIZED) or quant.is_plain or actual == quant.base_type:
+        return actual
+    if shape[-1] % _SMALL_BLOCK and actual in ("F16", "F32"):
+        return quant.base_type
+    if shape[-1] % _LARGE_BLOCK:
+        asked = [kind for kind, stored in _FALLBACKS.items() if stored == actual]
+        return quant.base_type if quant.base_type in asked else next(iter(asked), actual)
+    return actual

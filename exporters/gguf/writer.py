@@ -1,71 +1,51 @@
-"""Unquantized GGUF files, written tensor by tensor."""
+"""Unquantized GGUF files, written tensor by tensor; the same input gives the same bytes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import gguf
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from cfsp.errors import InputError
 from cfsp.models.checkpoint import read_generation_config
+from cfsp.models.gguf_model import SAMPLING
 from cfsp.progress import Progress, no_progress
+from cfsp.records import tool_version
 from exporters.checkpoint_reader import open_tensors
-from exporters.gguf.architecture import ChosenLayout, read_layout
-from exporters.gguf.metadata import add_general, add_hyperparameters, add_sampling, check_name
+from exporters.gguf.architecture import ChosenLayout, add_hyperparameters, read_layout, rope_tensors
 from exporters.gguf.quants import find_quant
-from exporters.gguf.rope import rope_tensors
 from exporters.gguf.tensors import FloatArray, tensor_specs
 from exporters.gguf.tokenizer_metadata import add_tokenizer
-from exporters.provenance import Provenance
+from exporters.job import Provenance
 
+# numpy has no bfloat16, whose bits are those of whole numbers.
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+_TOKENS_OF_PHI3 = ("</s>", "<unk>", "<s>", "<|endoftext|>")
 
 
-@dataclass(frozen=True)
-class PlainTensor:
-    """A tensor that is stored unquantized.
+class PlainTensor(NamedTuple):
+    """A tensor that is stored unquantized."""
 
-    Attributes:
-        name: llama.cpp's.
-        shape: Outermost dimension first.
-        kind: F32, F16 or BF16.
-        values: Gives it, float32; called when it is written, so that one is in memory.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    kind: str
-    values: Callable[[], FloatArray]
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """numpy's, of its elements; it has none for bfloat16, whose bits are those of whole numbers."""
-        return np.dtype(_DTYPES[self.kind])
-
-    @property
-    def n_bytes(self) -> int:
-        """In the file, padding aside."""
-        return math.prod(self.shape) * self.dtype.itemsize
+    name: str  # llama.cpp's
+    shape: tuple[int, ...]  # outermost dimension first
+    kind: str  # F32, F16 or BF16
+    values: Callable[[], FloatArray]  # float32; called when it is written, so that one is in memory
 
     def stored(self) -> npt.NDArray[Any]:
-        """What the file gets.
-
-        Raises:
-            InputError: A number is too large for float16.
-        """
+        """What the file gets; raises InputError: a number is too large for float16."""
         values = self.values()
         if self.kind == "BF16":
             return torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy()
         if self.kind == "F16" and values.size and float(np.abs(values).max()) > float(np.finfo("f2").max):
             raise InputError("values too large for float16; export f32 or a quantized type", field=self.name)
-        return values.astype(self.dtype)
+        return values.astype(_DTYPES[self.kind])
 
 
 def write_gguf(
@@ -77,28 +57,40 @@ def write_gguf(
     quant: str = "f32",
     progress: Progress = no_progress,
 ) -> ChosenLayout:
-    """Write an unquantized file; the same input gives the same bytes.
-
-    Args:
-        checkpoint: Hugging Face folder.
-        path: File to write.
-        tokenizer: The checkpoint's PreTrainedTokenizerFast.
-        provenance: Goes into the metadata.
-        quant: "f32", or "f16" or "bf16": matrices in that, vectors in float32.
-        progress: Told after every tensor.
-
-    Returns:
-        How the model went into the file.
+    """Write a checkpoint folder as "f32", or with matrices as "f16" or "bf16" and vectors in float32.
 
     Raises:
         InputError: The checkpoint is unusable, or llama.cpp has no architecture for it.
     """
     row, chosen = find_quant(quant), read_layout(checkpoint)
-    check_name(provenance.name, tokenizer.get_vocab())
+    lacked = [token for token in _TOKENS_OF_PHI3 if token not in tokenizer.get_vocab()]
+    if lacked and any(part in provenance.name.lower() for part in ("phi3", "phi-3")):
+        raise InputError(
+            f"llama.cpp takes a model of this name for Phi-3, whose tokens {', '.join(lacked)} it lacks",
+            field="name",
+            value=provenance.name,
+            allowed="another one (--name)",
+        )
 
     def add_metadata(writer: Any) -> None:
-        add_general(writer, provenance, row.ftype)
-        add_sampling(writer, read_generation_config(checkpoint))
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(provenance.name)
+        if provenance.license:
+            writer.add_license(provenance.license)
+        if provenance.base_model:
+            writer.add_base_model_count(1)
+            organization, _, name = provenance.base_model.rpartition("/")
+            writer.add_base_model_name(0, name)
+            if organization:
+                writer.add_base_model_organization(0, organization)
+                writer.add_base_model_repo_url(0, f"https://huggingface.co/{provenance.base_model}")
+        writer.add_file_type(row.ftype)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for key, value in (provenance.metadata() | {"phoneready.tool_version": tool_version()}).items():
+            writer.add_string(key, value)
+        if provenance.seed is not None:
+            writer.add_int64("phoneready.seed", provenance.seed)
+        _add_sampling(writer, read_generation_config(checkpoint))
         add_hyperparameters(writer, chosen)
         add_tokenizer(writer, tokenizer, chosen.config.vocab_size)
 
@@ -108,7 +100,7 @@ def write_gguf(
                 spec.name,
                 spec.shape,
                 row.base_type if spec.is_matrix else "F32",
-                partial(spec.build, opened),
+                partial(spec.build, opened.read),
             )
             for spec in tensor_specs(chosen)
         ]
@@ -134,24 +126,14 @@ def write_tensors(
     *,
     progress: Progress = no_progress,
 ) -> None:
-    """Write a file.
-
-    Args:
-        path: File to write.
-        architecture: llama.cpp's name of it.
-        add_metadata: Is given a gguf.GGUFWriter.
-        tensors: In the order of the file.
-        what: Is written, in words.
-        progress: Told after every tensor.
-    """
-    import gguf
-
+    """Write a file with what `add_metadata` gives a gguf.GGUFWriter, and tensors in their order."""
     writer = gguf.GGUFWriter(path, architecture)
     try:
         add_metadata(writer)
         for tensor in tensors:
-            kind = gguf.GGMLQuantizationType[tensor.kind]
-            writer.add_tensor_info(tensor.name, tensor.shape, tensor.dtype, tensor.n_bytes, raw_dtype=kind)
+            kind, dtype = gguf.GGMLQuantizationType[tensor.kind], np.dtype(_DTYPES[tensor.kind])
+            n_bytes = math.prod(tensor.shape) * dtype.itemsize
+            writer.add_tensor_info(tensor.name, tensor.shape, dtype, n_bytes, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -160,3 +142,23 @@ def write_tensors(
             progress(what, done, len(tensors))
     finally:
         writer.close()
+
+
+_MOST = {"temperature": 1000, "top_k": 2**31 - 1, "top_p": 1, "min_p": 1, "repetition_penalty": 1000}
+
+
+def _add_sampling(writer: Any, generation_config: Any) -> None:
+    """Write how a generation config (or None) says to sample, which llama.cpp's programs do unless told otherwise.
+
+    What is out of range is left out. A config that asks for sampling and says no more has transformers' temperature, 1.
+    """
+    stated = generation_config.to_diff_dict() if generation_config is not None else {}
+    values = {name: stated[name] for name in SAMPLING.values() if stated.get(name) is not None}
+    if not values and stated.get("do_sample"):
+        values = {"temperature": 1.0}
+    for key, name in SAMPLING.items():
+        value: Any = values.get(name)
+        kinds = (int,) if name == "top_k" else (int, float)
+        may_be_zero = name in ("top_k", "min_p")
+        if type(value) in kinds and (0 < value <= _MOST[name] or (value == 0 and may_be_zero)):
+            getattr(writer, f"add_sampling_{key}")(value)

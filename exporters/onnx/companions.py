@@ -25,10 +25,10 @@ from cfsp.models.checkpoint import copy_notices, save_tokenizer
 from cfsp.models.config_file import PER_BLOCK_LISTS
 from cfsp.reading import one_line, read_json
 from cfsp.text.conversations import CONVERSATIONS, Conversation
-from exporters.chats import ReadChats, read_chats
 from exporters.job import Job
 from exporters.onnx.folder import GENAI_CONFIG, GRAPHS
 from exporters.onnx.variants import Variant
+from exporters.proof import ReadChats, read_chats
 
 _SECONDS = 300.0
 """For GenAI to answer."""

@@ -23,11 +23,10 @@ from cfsp.models.architectures import decoder_layers, spec_for
 from cfsp.models.checkpoint import load_pruned, read_rounded
 from cfsp.models.offload import is_paged
 from cfsp.text.tokens import tokens_sha256
-from exporters.chats import ReadChats
 from exporters.checkpoint_reader import read_config
 from exporters.export_record import BlockProof, ExportRecord, ParityReport
 from exporters.family import DEFAULT_OPTIONS, ExportOptions
-from exporters.job import UNTRAINED, Job, check_input, settled
+from exporters.job import SOME_HASH, UNTRAINED, Job, check_input, settled
 from exporters.onnx.checks import Sums, check_numbers, slope_sums
 from exporters.onnx.companions import write_companions
 from exporters.onnx.decoder_graph import (
@@ -57,8 +56,7 @@ from exporters.onnx.quantize import (
 from exporters.onnx.runtime import PREFILL_TOKENS, FloatArray, OnnxModel, open_model, runtime_version
 from exporters.onnx.variants import INT8, VARIANTS, BlockFormat, Variant, find_variant
 from exporters.onnx.weights import Int8Weights, Weights, check_blocks, read_weight
-from exporters.proof import Choice, Slice, check_limits, prove_slices
-from exporters.provenance import SOME_HASH
+from exporters.proof import Choice, ReadChats, Slice, check_limits, prove_slices
 
 _BYTES_OF_A_WEIGHT = 1.5
 """That are in memory for all layers at once, where few bits are written: one each, and how it is stored."""

@@ -11,7 +11,7 @@ import typer
 from cfsp.errors import InputError
 from cfsp.settings import setting
 from cfsp.units import format_bytes
-from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES
+from exporters.gguf.quants import DEFAULT_CACHE, MEASURED_CACHES
 from phoneready.commands.options import JsonOption
 from phoneready.console import show_progress, write_result
 from runtime_bench.devices.model_facts import gguf_facts

@@ -15,7 +15,7 @@ from cfsp.records import read_record, record_to_json, write_record
 from cfsp.settings import DEVICE, DTYPE, THREADS, Settings, as_read, declared, setting
 from cfsp.text.settings import BUILTIN_TEXT
 from exporters.families import FAMILIES
-from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES, PARITY_CACHE
+from exporters.gguf.quants import DEFAULT_CACHE, MEASURED_CACHES, PARITY_CACHE
 from phoneready.commands.options import JsonOption, ModelArgument
 from phoneready.console import prepare_torch, show_progress, warn, write_result
 from phoneready.evaluation.models import (

@@ -14,7 +14,7 @@ from cfsp.files import claim_output
 from cfsp.records import record_to_json
 from cfsp.settings import as_read
 from exporters.export_record import ExportManifest, ExportRecord
-from exporters.settings import ExportSettings
+from exporters.families import ExportSettings
 from phoneready.commands.options import DtypeOption, was_given
 from phoneready.console import MakeOptions, prepare_torch, show_progress, warn, write_result
 

@@ -24,8 +24,7 @@ from cfsp.records import read_record, tool_version
 from cfsp.recovery.settings import reads_teacher
 from cfsp.settings import declared, pick
 from cfsp.validation import WhereSet
-from exporters.families import find_format, makes_gguf
-from exporters.settings import ExportSettings
+from exporters.families import ExportSettings, find_format, makes_gguf
 from phoneready.release.results import ReleaseFigures
 from phoneready.release.stages import StageRecord
 from phoneready.settings.schema import ReleaseConfig

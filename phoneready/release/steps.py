@@ -39,7 +39,7 @@ from cfsp.text.tokens import tokens_sha256
 from exporters.checkpoint_reader import read_config
 from exporters.families import FAMILIES, ROUNDING, family_of, find_format, makes_gguf
 from exporters.gguf.architecture import choose_layout
-from exporters.provenance import file_stem
+from exporters.job import file_stem
 from phoneready.evaluation.evaluation_record import Evaluation, ModelIdentity
 from phoneready.evaluation.measured_file import MeasuredFile
 from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for

@@ -48,7 +48,7 @@ from cfsp.units import megabytes
 from exporters.checkpoint_reader import read_config
 from exporters.gguf.family import GGUF
 from exporters.gguf.files import draft_gguf
-from exporters.provenance import file_stem
+from exporters.job import file_stem
 from phoneready.evaluation.run import measure_file, text_windows
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.figures import INCONCLUSIVE, MISSED

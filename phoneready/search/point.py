@@ -69,7 +69,7 @@ class Point:
     @property
     def checkpoint(self) -> str:
         """Name of the checkpoint; quantizations that need the same alignment share it."""
-        from exporters.provenance import file_stem  # loads torch
+        from exporters.job import file_stem  # loads torch
 
         parts = [f"{self.vocabulary}tokens"] if self.vocabulary else []
         parts += [f"groups{100 * self.groups:g}"] if self.groups else []

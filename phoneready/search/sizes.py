@@ -26,10 +26,8 @@ from cfsp.pruning.vocabulary import VocabularyPlan, cut_vocabulary
 from exporters.family import ExportOptions
 from exporters.gguf.architecture import ChosenLayout, read_layout
 from exporters.gguf.files import TYPES, draft_gguf
-from exporters.gguf.matrix import block_of
-from exporters.gguf.quants import find_quant
-from exporters.gguf.size import SizeTemplate, padded, size_template
-from exporters.gguf.tensors import tensor_specs
+from exporters.gguf.quants import block_of, find_quant
+from exporters.gguf.tensors import SizeTemplate, padded, size_template, tensor_specs
 from runtime_bench.devices.model_facts import ModelFacts
 
 _TEMPLATE_WIDTH = 256

@@ -20,9 +20,9 @@ from cfsp.recovery.settings import training_as_read
 from cfsp.settings import Reads, as_read
 from cfsp.validation import Location, describe_problems, place_of
 from exporters.families import BASE, FAMILIES, family_of, find_format
-from exporters.gguf import find_quant
+from exporters.families import READS as FILES
+from exporters.gguf.quants import find_quant
 from exporters.onnx import find_variant
-from exporters.settings import READS as FILES
 from phoneready.evaluation.evaluation_record import repeated_text, text_name
 from phoneready.figures.figures import (
     ANY_MEMBER,

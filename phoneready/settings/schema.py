@@ -21,8 +21,7 @@ from cfsp.recovery.settings import (
 from cfsp.settings import DEVICE, DTYPE, SEED, Reads, Settings, pick, setting
 from cfsp.text.settings import BUILTIN_TEXT, SELF, CalibrationSettings
 from cfsp.validation import Section
-from exporters.families import DEFAULT_FORMAT, ROUNDING, find_format, required_multiple
-from exporters.settings import FileSettings
+from exporters.families import DEFAULT_FORMAT, ROUNDING, FileSettings, find_format, required_multiple
 from phoneready.evaluation.settings import EvaluationSettings, JudgementSettings
 from phoneready.figures.figures import ENERGY_OF, BudgetConfig, measured_place, metric_of
 from runtime_bench.devices.model_facts import FACTS

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from cfsp.settings import Setting
-from exporters.gguf.cache_types import CACHE_TYPES, DEFAULT_CACHE
+from exporters.gguf.quants import CACHE_TYPES, DEFAULT_CACHE
 from runtime_bench.devices.model_facts import ModelFacts
 from runtime_bench.devices.profile import DeviceProfile
 from runtime_bench.records.bench_record import DOES_NOT_FIT, FITS, THRASHES

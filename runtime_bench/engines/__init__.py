@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from cfsp import plugins
 from cfsp.errors import InputError, LimitError, require_extra
-from exporters.gguf.cache_types import MEASURED_CACHES
+from exporters.gguf.quants import MEASURED_CACHES
 from runtime_bench.records.reported import EngineSettings
 
 if TYPE_CHECKING:

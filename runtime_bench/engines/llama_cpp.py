@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cfsp.errors import InputError
-from exporters.gguf.cache_types import DEFAULT_CACHE
+from exporters.gguf.quants import DEFAULT_CACHE
 from exporters.gguf.runtime import (
     Context,
     LlamaModel,

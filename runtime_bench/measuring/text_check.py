@@ -63,15 +63,15 @@ def check_text(path: Path, timeout_s: float, cache_type: str | None = None) -> T
 def _answer(payload: dict[str, Any]) -> TextCheck:
     path, most = Path(payload["path"]), _CONTEXT - NEW_TOKENS
     if path.suffix.lower() == ".gguf":
-        from exporters.gguf.cache_types import DEFAULT_CACHE
-        from exporters.gguf.runtime import Context
+        from exporters.gguf.quants import DEFAULT_CACHE
+        from exporters.gguf.runtime import Context, write_together
         from exporters.gguf.runtime import open_model as open_gguf
 
         context = Context(_CONTEXT, cache_type=payload["cache_type"] or DEFAULT_CACHE)
         with open_gguf(path, context, n_threads=_THREADS) as model:
             prompts = [model.tokenize(text, add_special=True)[:most] for text in BEGINNINGS]
-            ids = [model.generate(prompt, NEW_TOKENS) for prompt in prompts]
-            texts = [model.detokenize(one, special=False) for one in ids]
+            written = [write_together(model, [each], NEW_TOKENS, lambda _: False) for each in prompts]
+            texts = [model.detokenize(answer, special=False) for (answer,) in written]
     else:
         from tokenizers import Tokenizer
 

@@ -25,7 +25,7 @@ namespace runner {
 
 using Tokens = std::vector<llama_token>;
 
-// A type of keys and values alike, as exporters/gguf/cache_types.py has it: quantized values are read in the flash kernel
+// A type of keys and values alike, as exporters/gguf/quants.py has it: quantized values are read in the flash kernel
 // alone, which rounds what float32 is there to keep.
 struct CacheType {
     ggml_type type;

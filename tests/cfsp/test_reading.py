@@ -59,7 +59,7 @@ def changed(folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def gguf_file(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder's model as GGUF."""
-    from exporters.gguf import export_gguf
+    from exporters.gguf.export import export_gguf
 
     out = tmp_path_factory.mktemp("gguf") / "out"
     (record,) = export_gguf(folder, out, ["f32"])

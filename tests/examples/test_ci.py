@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -181,8 +180,3 @@ def test_cmake(project: Path, environment: dict[str, str]) -> None:
     assert sha256_file(project / "build" / "assets" / "model.gguf") == sha256_file(released(project))
     miss(project)
     assert run(["cmake", "--build", "build"], project, environment).returncode != 0
-
-
-def test_the_projects_release_is_what_it_says(made: Path) -> None:
-    verdicts = json.loads((made / "release" / "verdicts.json").read_text(encoding="utf-8"))
-    assert verdicts["outcome"] == "pass"

@@ -25,13 +25,10 @@ from cfsp.pruning.vocabulary import cut_rows
 from cfsp.text.tokens import TokenWindows
 from exporters.checkpoint_reader import read_config
 from exporters.gguf import runtime
-from exporters.gguf.architecture import read_layout
 from exporters.gguf.files import draft_gguf
 from exporters.gguf.writer import write_gguf
-from exporters.onnx import export_onnx
+from exporters.job import read_provenance
 from exporters.proof import compare, reference_of
-from exporters.provenance import read_provenance
-from exporters.quantize.mixture import LOOKUP, collect_weight_moments
 from phoneready.main import main
 from runtime_bench.devices.model_facts import gguf_facts
 
@@ -57,18 +54,12 @@ def files(tiny_folder: TinyPath, tmp_path_factory: pytest.TempPathFactory) -> tu
 
 @pytest.mark.everything
 def test_from_files_the_same_bytes_are_made_and_proven_as_a_whole(
-    files: tuple[Path, Path], tiny_folder: TinyPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(VARIABLE, "always")
-    dense = str(tiny_folder(NAME, intermediate_size=192, num_hidden_layers=6))
-    assert main(["prune", dense, "-o", str(tmp_path / "pruned"), *REMOVED, *TEXT]) == 0
-    weights = "model.safetensors"
-    assert (tmp_path / "pruned" / weights).read_bytes() == (files[0] / weights).read_bytes()
     made = {}
     for stream in ("always", "never"):
         monkeypatch.setenv(VARIABLE, stream)
-        out = ["-o", str(tmp_path / stream), "--gguf", "Q8_0"]
-        assert main(["export", str(tmp_path / "pruned"), *out]) == 0
+        assert main(["export", str(files[0]), "-o", str(tmp_path / stream), "--gguf", "Q8_0"]) == 0
         (made[stream],) = json.loads((tmp_path / stream / "export.json").read_text())["exports"]
     assert made["always"]["blocks"] is None  # a block alone would lack what it is given of a token
     assert made["always"]["sha256"] == made["never"]["sha256"]
@@ -165,35 +156,13 @@ def test_windows_that_run_block_by_block_do_not_see_each_other(tiny_model: Calla
         assert all(torch.equal(one, other) for one, other in zip(end, hidden, strict=True))
 
 
-def test_a_lookups_gradient_is_that_of_the_rows(tiny_model: Callable[..., Any]) -> None:
-    """Of every table, and of what its rows are multiplied by when they are looked up."""
-    model, _ = tiny_model(NAME, tied=False)
-    further = "model.embed_tokens_per_layer"
-    moments = collect_weight_moments(model, [LOOKUP, further], IDS[:1, :7])
-    assert set(moments) == {LOOKUP, further}
-    generator = torch.Generator().manual_seed(0)
-    for table in token_tables(model):
-        table.weight.requires_grad_()
-    logits = model(IDS[:1, :7]).logits[0]
-    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-    torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-    for name, table in zip((LOOKUP, further), token_tables(model), strict=True):
-        assert table.weight.grad is not None
-        # Seven tokens, all unlike: a row's gradient is that of its one place.
-        rows = table.weight.grad.square().sum(1, dtype=torch.float64) / 7
-        torch.testing.assert_close(moments[name].rows, rows, rtol=1e-3, atol=1e-9)
-
-
 def test_a_file_is_judged_as_its_checkpoint_is(
     files: tuple[Path, Path], judged_alike: Callable[..., None]
 ) -> None:
     """Logits are capped in both, and windows end where they do."""
     judged_alike(files, 2e-2, n_ids=60, context=40, last=50, n_tokens=32)
-
-
-def test_what_is_read_for_a_token_leaves_the_further_table_out(files: tuple[Path, Path]) -> None:
-    """And keys and values are kept of blocks that have their own, in heads of their sizes."""
     (path,) = files[1].glob("*f32.gguf")
+    # What is read for a token leaves the further table out, and keys are kept of blocks that have their own.
     facts, model = gguf_facts(path), load_pruned(files[0])
     table = token_tables(model)[1].weight
     assert facts.weight_bytes - facts.read_bytes == table.numel() * table.itemsize
@@ -224,28 +193,6 @@ def test_keys_that_are_stored_and_never_read_are_left_out(tiny_folder: TinyPath,
     assert torch.equal(load_model(folder).model(IDS).logits, expected)
     path = draft_gguf(folder, tmp_path, ["f32"])["f32"]
     assert not any("blk.3.attn_k" in tensor.name for tensor in read_gguf(path).tensors)
-
-
-def test_onnx_is_refused_in_a_line(
-    tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tiny_folder(NAME)
-    with pytest.raises(InputError, match="no graph is written yet of blocks that read another block's keys"):
-        export_onnx(folder, tmp_path / "out", ["fp32"])
-    capsys.readouterr()  # what transformers says of a folder that is written
-    assert main(["export", str(folder), "-o", str(tmp_path / "out"), "--onnx", "int4"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_llama_cpp_would_compute_otherwise_is_refused(tiny_folder: TinyPath) -> None:
-    for overrides, said in (
-        ({"layer_types": [FULL] * 4, "num_kv_shared_layers": 0}, "a window in some block"),
-        ({"layer_types": [FULL, WINDOWED, WINDOWED, FULL]}, "from the last two before them alone"),
-        ({"attention_bias": True}, "no bias on"),
-    ):
-        with pytest.raises(InputError, match=f"gemma4: .*{said}"):
-            read_layout(tiny_folder(NAME, **overrides))
 
 
 def test_folders_of_no_such_model(tiny_folder: TinyPath) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ from cfsp.text.tokens import TokenWindows
 from exporters.export_record import ParityLimits
 from exporters.families import family_of, find_format
 from exporters.family import ExportOptions
-from exporters.gguf import QUANTS, export_gguf, files, find_quant
+from exporters.gguf.export import export_gguf
 from exporters.gguf.files import Files, draft_files, draft_gguf
 from exporters.gguf.matrix import StoredMatrix
-from exporters.gguf.quants import limits_of_bits
+from exporters.gguf.quants import QUANTS, find_quant, limits_of_bits
 from exporters.quantize.mixture import (
     LOOKUP,
     Option,
@@ -174,21 +173,6 @@ def test_drawn_rows_know_a_sum_of_which_few_rows_are_most() -> None:
     assert torch.isfinite(drawn_rows(torch.zeros(9, dtype=torch.float64), 3)[1]).all()
 
 
-def test_some_rows_say_how_much_more_a_slow_type_costs(
-    checkpoint: Path, costs: Files, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(files, "_SLOW", {})
-    exact = measured(checkpoint, tmp_path)
-
-    def slow(of: Files) -> dict[str, float]:
-        return {name: o.loss for name, each in (of.options or {}).items() for o in each if o.kind == "IQ2_S"}
-
-    assert slow(costs)
-    assert slow(costs) != slow(exact)
-    for name, loss in slow(exact).items():
-        assert slow(costs)[name] == pytest.approx(loss, rel=0.15), name
-
-
 def test_no_other_choice_within_the_bytes_loses_less() -> None:
     generator = np.random.default_rng(0)
     for _ in range(20):
@@ -211,27 +195,23 @@ def test_no_other_choice_within_the_bytes_loses_less() -> None:
         assert sum(o.loss for o in found.values()) == pytest.approx(best)
 
 
-@pytest.mark.parametrize(
-    ("said", "name", "size"),
-    [
+def test_a_size_is_part_of_the_name() -> None:
+    for said, name, size in (
         ("mixed:80MB", "mixed-80MB", 80_000_000),
         ("MIXED:70 MiB", "mixed-70MiB", 70 * 2**20),
         ("mixed-0.5GB", "mixed-500MB", 500_000_000),
         ("mixed:78632864", "mixed-78632864B", 78_632_864),
-    ],
-)
-def test_a_size_is_part_of_the_name(said: str, name: str, size: int) -> None:
-    row = find_quant(said)
-    assert (row.name, row.budget_bytes, row.is_sized) == (name, size, False)
-    assert find_quant(row.name) == row == find_format(said)
-    assert family_of(said).name == "gguf"
-    assert not re.search(r"[:\s/]", row.name)
-
-
-def test_no_size_is_refused_and_a_mixture_is_held_to_what_as_many_bits_must_reach() -> None:
+    ):
+        row = find_quant(said)
+        assert (row.name, row.budget_bytes, row.is_sized) == (name, size, False)
+        assert find_quant(row.name) == row == find_format(said)
+        assert family_of(said).name == "gguf"
     for said in ("mixed:", "mixed", "mixed:big", "mixed:0MB", "mixed:-3MB"):
         with pytest.raises(InputError):
             find_format(said)
+
+
+def test_a_mixture_is_held_to_what_as_many_bits_must_reach() -> None:
     assert limits_of_bits(4.6) == QUANTS["Q4_0"].limits
     assert limits_of_bits(3.5) == QUANTS["IQ3_S"].limits
     assert limits_of_bits(9.0) == QUANTS["Q6_K"].limits

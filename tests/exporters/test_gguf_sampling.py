@@ -13,12 +13,11 @@ import torch
 from far_device import far_device, send
 
 from cfsp.errors import InputError
-from cfsp.models.offload import VARIABLE, is_paged
 from cfsp.models.source import LoadedModel
 from cfsp.text import self_sampling
 from cfsp.text.self_sampling import TRANSFORMERS, sample_windows
-from exporters.gguf import sampling
-from exporters.gguf.sampling import LLAMA_CPP, drawn_tokens
+from exporters.gguf import language_model
+from exporters.gguf.language_model import LLAMA_CPP, drawn_tokens
 
 pytest.importorskip("llama_cpp")
 
@@ -39,13 +38,13 @@ def share_equal(these: list[list[int]], those: list[list[int]]) -> float:
     return sum(a == b for a, b in pairs) / len(pairs)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_each_token_is_the_one_that_its_number_draws_from_the_models_probabilities(
     tiny_loaded: Loaded, monkeypatch: pytest.MonkeyPatch, model_type: str
 ) -> None:
     """The copy has eight bits, so that a number may draw a token beside the one of 384 that float32 gives."""
     loaded = tiny_loaded(model_type, hidden_size=96) if "gemma" in model_type else tiny_loaded(model_type)
-    monkeypatch.setattr(sampling, "stop_ids", lambda _: set())
+    monkeypatch.setattr(language_model, "stop_ids", lambda _: set())
     seeds = np.random.SeedSequence(3).spawn(len(TEXTS))
     found, beside = written(loaded), []
     for start, text, seed in zip(TEXTS, found, seeds, strict=True):
@@ -66,14 +65,14 @@ def test_a_text_does_not_depend_on_those_beside_it(
     loaded = tiny_loaded("llama")
     together = written(loaded)
     assert written(loaded) == together
-    monkeypatch.setattr(sampling, "_TEXTS", 2)
+    monkeypatch.setattr(language_model, "_TEXTS", 2)
     assert share_equal(written(loaded), together) > 0.9  # sums over a batch differ in their last bits
     assert share_equal(written(loaded, seed=4), together) < 0.5
 
 
 def test_a_text_ends_after_a_token_that_ends_it(tiny_loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     stops = set(range(0, 512, 5))
-    monkeypatch.setattr(sampling, "stop_ids", lambda _: stops)
+    monkeypatch.setattr(language_model, "stop_ids", lambda _: stops)
     found = written(tiny_loaded("llama"), texts=TEXTS * 4)
     new = [text[len(start) :] for start, text in zip(TEXTS * 4, found, strict=True)]
     assert all(not stops & set(text[:-1]) for text in new)
@@ -105,20 +104,6 @@ def test_a_model_with_unlike_blocks_writes_and_what_it_wrote_is_kept(
     assert torch.equal(sample_windows(loaded, writers=(LLAMA_CPP, TRANSFORMERS), **asked), first)
 
 
-def test_a_model_that_stays_in_its_files_writes_the_same(
-    tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from cfsp.models.reference import load_model
-
-    reference, found = str(tiny_folder("llama")), []
-    for how in ("always", "never"):
-        monkeypatch.setenv(VARIABLE, how)
-        loaded = load_model(reference, may_stream=True)
-        assert is_paged(loaded.model) == (how == "always")
-        found.append(written(loaded))
-    assert found[0] == found[1]
-
-
 def test_a_model_on_another_device_writes_where_it_is(
     tiny_model: Callable[..., Any], tiny_loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,7 +129,7 @@ def test_transformers_writes_where_no_disk_holds_a_copy(
     loaded = tiny_loaded()
     expected = sample_windows(loaded, **asked)
     monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path / "other"))
-    monkeypatch.setattr(sampling, "draft_gguf", full)
+    monkeypatch.setattr(language_model, "draft_gguf", full)
     assert torch.equal(sample_windows(loaded, writers=(LLAMA_CPP, TRANSFORMERS), **asked), expected)
     with pytest.raises(InputError, match="no space left"):
         sample_windows(loaded, writers=(LLAMA_CPP,), **{**asked, "seed": 2})

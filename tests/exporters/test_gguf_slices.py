@@ -17,9 +17,8 @@ from cfsp.models.offload import VARIABLE, WHOLE, Keeping, keeping_of_files
 from cfsp.models.source import LoadedModel, ModelSource
 from exporters.export_record import BlockProof, ExportRecord
 from exporters.family import ExportOptions
-from exporters.gguf import export_gguf
 from exporters.gguf.architecture import ChosenLayout, read_layout
-from exporters.gguf.export import prove_blocks
+from exporters.gguf.export import export_gguf, prove_blocks
 from exporters.job import Job
 
 pytest.importorskip("llama_cpp")
@@ -39,19 +38,12 @@ def proof(checkpoint: Path, scratch: Path, chosen: ChosenLayout | None = None) -
 @pytest.mark.parametrize(
     "asked",
     [
-        {"model_type": "llama"},
         {"model_type": "llama", "widths": WIDTHS, "silent": (2,), "tied": False},
         {"model_type": "llama", "silent": (1, 2, 3)},
-        {"model_type": "mistral", "widths": WIDTHS},
-        {"model_type": "qwen2", "tied": False},
-        {"model_type": "qwen3"},
         {"model_type": "qwen3", "widths": WIDTHS},
         {"model_type": "smollm3", "num_hidden_layers": 6},
         {"model_type": "gemma3_text", "num_hidden_layers": 8, "hidden_size": 96},
-        {"model_type": "olmo2", "tied": False},
         {"model_type": "olmo3", "tied": False, "num_hidden_layers": 6},
-        {"model_type": "exaone4"},
-        {"model_type": "hunyuan_v1_dense"},
         {"model_type": "lfm2", "num_hidden_layers": 6},
         {"model_type": "qwen3_5_text", "num_hidden_layers": 6},
     ],
@@ -123,14 +115,6 @@ def test_scales_are_not_trained_where_that_takes_the_whole_model(
     assert record.gptq_tensors
     assert not record.tuned_tensors
     assert any("scales were not trained" in warning for warning in record.warnings)
-
-
-def test_a_wrong_block_leaves_nothing(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, "always")
-    monkeypatch.setattr("exporters.proof.LARGEST_LOGIT", 1e9)
-    with pytest.raises(LimitError, match=r"block 0 is too far .* above 1e-12"):
-        export_gguf(half, tmp_path / "out", ("Q8_0",), ExportOptions(parity_windows=IDS))
-    assert not (tmp_path / "out").exists()
 
 
 def test_how_a_model_is_read_is_decided_once(

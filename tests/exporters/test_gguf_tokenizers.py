@@ -92,8 +92,7 @@ def sentencepiece(*, prefix: bool) -> Any:
     )
 
 
-@pytest.mark.parametrize("add_bos", [True, False])
-@pytest.mark.parametrize("nfc", [True, False])
+@pytest.mark.parametrize(("add_bos", "nfc"), [(True, False), (False, True)])
 def test_byte_level(vocabulary_file: VocabularyFile, tmp_path: Path, add_bos: bool, nfc: bool) -> None:
     tokenizer = byte_level(add_bos=add_bos, nfc=nfc)
     path = vocabulary_file(tmp_path / "v.gguf", tokenizer)

@@ -1,10 +1,10 @@
-"""Proof of a file's numbers: what a broken writer would do to one matrix is found, in every quantization."""
+"""Proof of a file: what a broken writer would do to one matrix is found, and what logits may differ by is held."""
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,16 @@ pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 from cfsp.errors import LimitError
 from cfsp.models.checkpoint import load_pruned
 from cfsp.models.gguf_file import read_gguf
+from cfsp.text.tokens import TokenWindows
 from exporters.export_record import ParityLimits
 from exporters.family import ExportOptions
-from exporters.gguf import QUANTS, export_gguf
-from exporters.gguf.export import check_numbers
+from exporters.gguf.export import check_numbers, export_gguf
 from exporters.gguf.files import WrittenFile, draft_files, draft_gguf
 from exporters.gguf.matrix import SCALES, StoredMatrix
+from exporters.gguf.quants import QUANTS
 from exporters.onnx import VARIANTS, export_onnx
 from exporters.onnx.checks import check_numbers as check_graph_numbers
+from exporters.proof import Reference, check_limits, compare
 
 MakeCheckpoint = Callable[..., Path]
 IDS = torch.randint(0, 24, (8, 96), generator=torch.Generator().manual_seed(3))
@@ -35,7 +37,7 @@ OPTIONS = ExportOptions(
     calibration=IDS, parity_windows=IDS[:2], n_threads=1, name="m", mixed_bytes=10**6, limits=LOOSE
 )
 HEAD = 64
-QUANTIZED = [name for name, quant in QUANTS.items() if not quant.is_plain]
+QUANTIZED = {quant.base_type: name for name, quant in QUANTS.items() if not quant.is_plain}.values()
 Rows = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -197,3 +199,27 @@ def test_numbers_chosen_for_a_text_give_way_to_plain_ones_that_lose_less(
     assert {path.name for path in (tmp_path / "kept").rglob("*")} == {
         path.name for path in (tmp_path / "chosen").rglob("*")
     }
+
+
+@pytest.mark.parametrize(
+    ("largest", "difference", "fits"),
+    [(5, 0.9e-3, True), (5, 1.1e-3, False), (40, 3.8e-3, True), (40, 4.2e-3, False)],
+)
+def test_larger_logits_may_differ_by_as_large_a_share(largest: float, difference: float, fits: bool) -> None:
+    ids, draws = torch.arange(16).reshape(2, 8), torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(2, 8, 32, generator=draws), torch.randn(64, 32, generator=draws)
+    head *= largest / (hidden @ head.T).abs().max()
+
+    def run(window: Any) -> Iterator[Any]:
+        logits = (hidden[int(window[0]) // 8] @ head.T).numpy()
+        logits[3, 5] += difference
+        yield from np.split(logits, 2)
+
+    reference = Reference(TokenWindows(ids, "text", ""), hidden, head)
+    report = compare(reference, run, {"max_logit_diff": 1e-3, "kl_mean": 0.1})
+    assert report.limits == {"max_logit_diff": pytest.approx(max(1e-3, largest * 1e-4)), "kl_mean": 0.1}
+    if fits:
+        check_limits(report, "file")
+    else:
+        with pytest.raises(LimitError, match="max_logit_diff"):
+            check_limits(report, "file")

@@ -1,4 +1,4 @@
-"""The llama.cpp runtime: decoding in steps equals decoding at once, and errors carry llama.cpp's reason."""
+"""The llama.cpp runtime: steps equal a whole, cache types cost what they should, errors carry llama.cpp's reason."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
 from cfsp.errors import InputError
 from exporters.gguf import matrix, runtime
-from exporters.gguf.quants import QUANTS
+from exporters.gguf.quants import CACHE_TYPES, QUANTS
+
+pytest.importorskip("llama_cpp")
 
 IDS = list(range(20, 84))
 
@@ -87,3 +90,26 @@ def test_nothing_reaches_the_terminal_and_torch_stays_out(model_file: Path) -> N
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+
+
+def test_a_cache_type_is_ggmls_own_and_fewer_bits_cost_more_of_the_logits(
+    tiny_gguf: Callable[..., Path],
+) -> None:
+    # Heads of 32 numbers, as many as a block of a quantized type has.
+    model, found = tiny_gguf("llama", num_attention_heads=2, num_key_value_heads=1, head_dim=32), {}
+    for name, row in CACHE_TYPES.items():
+        kind = gguf.GGMLQuantizationType[name.upper()]
+        assert row.ggml_type == int(kind)
+        assert (row.block_numbers, row.block_bytes) == gguf.GGML_QUANT_SIZES[kind]
+        assert row.size(64 * row.block_numbers) == 64 * row.block_bytes
+        with runtime.open_model(model, runtime.Context(n_ctx=128, cache_type=name)) as opened:
+            assert opened.cache_type == name
+            assert opened.flash_attention is (name != "f32")
+            assert opened.weight_buffers["CPU_Mapped"] == pytest.approx(opened.size_bytes, rel=0.05)
+            tokens = np.random.default_rng(0).integers(3, 380, 96)
+            found[name] = np.concatenate([piece.copy() for piece in opened.iter_logits(tokens)])
+    errors = {name: float(np.abs(logits - found["f32"]).mean()) for name, logits in found.items()}
+    assert 0 < errors["f16"] < errors["q8_0"] < errors["q4_0"] < 0.5 * np.abs(found["f32"]).mean()
+    with pytest.raises(InputError, match=r"block size 32 does not divide n_embd_head_k=16") as error:
+        runtime.open_model(tiny_gguf(), runtime.Context(n_ctx=64, cache_type="q8_0"))
+    assert "\n" not in str(error.value)

@@ -32,7 +32,6 @@ EVERY = dict.fromkeys(range(4), (1,))
     [
         ("llama", True, {"groups": GROUPS, "silent": (3,), "widths": (96, 64, 128, 32)}, "deci"),
         ("qwen3", True, {"groups": GROUPS}, "openelm"),
-        ("llama", True, {"groups": EVERY}, "llama"),
         ("qwen3", False, {"groups": EVERY}, "qwen3"),
     ],
 )

@@ -320,7 +320,6 @@ def _export(file: str, quant: str, factor: float) -> ExportRecord:
         fallbacks=(),
         imatrix_tensors=0,
         shape=ModelShape.of_ffn_widths((DENSE_WIDTH,) * BLOCKS),
-        padded_width=None,
         context_length=2048,
         tokenizer_strings=126,
         source_model=file,

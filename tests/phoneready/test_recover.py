@@ -33,7 +33,7 @@ from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord
 from cfsp.recovery.settings import RecoverySettings
 from cfsp.recovery.trainer import RunInputs, WorkFolder
 from exporters.export_record import ExportManifest
-from exporters.gguf import draft_gguf
+from exporters.gguf.files import draft_gguf
 from phoneready.main import main
 
 TinyPath = Callable[..., Path]

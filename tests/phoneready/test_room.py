@@ -15,8 +15,7 @@ import torch
 from cfsp.errors import InputError
 from cfsp.pruning.settings import PruneSettings
 from cfsp.recovery.settings import Training
-from exporters.families import FAMILIES, find_format
-from exporters.settings import FileSettings
+from exporters.families import FAMILIES, FileSettings, find_format
 from phoneready import room
 from phoneready.main import main
 from phoneready.recipe import check_stage_room, release_stages

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from greedily import continued
 
 from cfsp.errors import InputError
 from cfsp.models.builtin import cache_directory
@@ -115,7 +116,7 @@ def test_its_cache_is_the_one_that_is_asked_for(
     path = tiny_gguf("llama", num_attention_heads=2, num_key_value_heads=1, head_dim=32)
     with open_model(path, Context(n_ctx=64, cache_type=cache_type or "f16")) as opened:
         prompt = opened.tokenize("Once upon a time there was")
-        expected = opened.generate(prompt, 24, stop_at_end=False)
+        expected = continued(opened, prompt, 24)
     settings = asdict(replace(SETTINGS, cache_type=cache_type))
     wanted = {"prompt": prompt, "max_new_tokens": 24, "stop_at_end": False}
     answer = ask(runner, {"path": str(path), "session": settings, "generate": wanted})
@@ -143,7 +144,7 @@ def test_random_tokens_are_those_of_the_python_worker(runner: Path, model: Path,
 def test_it_generates_what_llama_cpp_python_generates(runner: Path, model: Path) -> None:
     with open_model(model, Context(n_ctx=64)) as opened:
         prompt = opened.tokenize("Once upon a time there was")
-        expected = opened.generate(prompt, 24, stop_at_end=False)
+        expected = continued(opened, prompt, 24)
     wanted = {"prompt": prompt, "max_new_tokens": 24, "stop_at_end": False}
     assert len(set(expected)) > 3
     payload = {"path": str(model), "session": asdict(SETTINGS), "generate": wanted}

@@ -43,7 +43,7 @@ def test_a_random_model_is_found_out(model: Path) -> None:
 
 def test_both_runtimes_write_the_same(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
-    from exporters.gguf import export_gguf
+    from exporters.gguf.export import export_gguf
 
     folder = tiny_folder()
     export_onnx(folder, tmp_path / "onnx", ["fp32"], ExportOptions(n_threads=1))

@@ -109,8 +109,7 @@ class Family:
     """A model type of transformers. Modules with Llama's names need no more than `Family("name", layouts=...)`."""
 
     model_type: str
-    # llama.cpp's architectures that can hold such a model, the preferred one first; without `per_layer_sizes` blocks
-    # are padded with zeros to the widest one's width, which is exact and saves nothing.
+    # llama.cpp's architectures that can hold such a model, the preferred one first.
     layouts: tuple[Layout, ...]
     release: int = 4  # first major version of transformers that has it as it is read here
     folders: tuple[str, ...] = ()  # model types of multimodal folders whose text part it is

@@ -1,7 +1,8 @@
-"""Models of which most blocks have a gated delta net in the place of attention, and gated attention in the others."""
+"""Models of which most blocks have a gated delta net, or a short convolution, in the place of attention."""
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,9 +18,11 @@ import torch
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
 from cfsp.errors import InputError
+from cfsp.models.architectures import attention_of, decoder_layers
 from cfsp.models.gguf_file import CONVOLUTIONS, read_gguf
 from cfsp.models.gguf_model import model_from_gguf
 from cfsp.models.reference import load_model
+from cfsp.pruning.parts import removable_blocks
 from exporters.checkpoint_reader import open_tensors
 from exporters.export_record import ParityLimits
 from exporters.family import ExportOptions
@@ -27,18 +30,18 @@ from exporters.gguf.architecture import read_layout
 from exporters.gguf.export import export_gguf
 from exporters.gguf.files import draft_files
 from exporters.gguf.tensors import tensor_specs
+from exporters.onnx import export_onnx
 from exporters.quantize.walk import round_blocks
 from phoneready.main import main
 from runtime_bench.devices.model_facts import gguf_facts
 
 TinyPath = Callable[..., Path]
 TEXT = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32", "--threads", "1"]
-LARGER = {"intermediate_size": 192, "num_hidden_layers": 6}
 WINDOWS = torch.randint(0, 330, (2, 96), generator=torch.Generator().manual_seed(0))
-QUANTS_MADE = ("f32", "f16", "Q8_0", "Q4_0")
+QUANTS_MADE = ("f32", "f16", "Q8_0", "Q4_0", "Q4_K_M")
 # Next-token distributions of random weights are nearly flat, so quantization moves them far; in torch, too.
 OPTIONS = ExportOptions(
-    limits=dict.fromkeys(("Q8_0", "Q4_0", "mixed-200kB"), ParityLimits(kl_mean=5.0)),
+    limits=dict.fromkeys(("Q8_0", "Q4_0", "Q4_K_M", "mixed-200kB"), ParityLimits(kl_mean=5.0)),
     parity_windows=WINDOWS,
     n_threads=1,
 )
@@ -46,25 +49,51 @@ KEY = "attention.recurrent_layers"
 
 
 @pytest.fixture(scope="module")
-def files(tiny_folder: TinyPath, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A pruned checkpoint that lost channels, tokens and blocks, and its GGUF files."""
-    folder = tmp_path_factory.mktemp("files")
-    dense = str(tiny_folder("qwen3_5_text", **LARGER))
-    removed = ["--prune-ratio", "0.25", "--vocabulary", "330", "--blocks", "1", "--for", "Q8_0"]
-    assert main(["prune", dense, "-o", str(folder / "pruned"), *removed, *TEXT]) == 0
-    export_gguf(folder / "pruned", folder / "gguf", QUANTS_MADE, OPTIONS)
-    return folder / "pruned", folder / "gguf"
+def made(
+    tiny_folder: TinyPath, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, Path]]:
+    """Model type -> a pruned checkpoint that lost channels, tokens and blocks, and its GGUF files."""
+
+    @functools.cache
+    def make(model_type: str) -> tuple[Path, Path]:
+        folder = tmp_path_factory.mktemp("files")
+        dense = str(tiny_folder(model_type, intermediate_size=192, num_hidden_layers=6))
+        removed = ["--prune-ratio", "0.25", "--vocabulary", "330", "--blocks", "1", "--for", "Q8_0"]
+        assert main(["prune", dense, "-o", str(folder / "pruned"), *removed, *TEXT]) == 0
+        export_gguf(folder / "pruned", folder / "gguf", QUANTS_MADE, OPTIONS)
+        return folder / "pruned", folder / "gguf"
+
+    return make
 
 
-def test_what_pruning_leaves_is_proven_in_every_type(files: tuple[Path, Path]) -> None:
+@pytest.fixture
+def files(made: Callable[[str], tuple[Path, Path]]) -> tuple[Path, Path]:
+    return made("qwen3_5_text")
+
+
+@pytest.mark.parametrize(("model_type", "architecture"), [("qwen3_5_text", "qwen35"), ("lfm2", "lfm2")])
+def test_what_pruning_leaves_is_proven_and_judged_as_its_checkpoint(
+    made: Callable[[str], tuple[Path, Path]],
+    judged_alike: Callable[..., None],
+    model_type: str,
+    architecture: str,
+) -> None:
+    """Every continuation and every prompt by itself: tokens of a row see what stands before them."""
+    files = made(model_type)
     records = {one["quant"]: one for one in json.loads((files[1] / "export.json").read_text())["exports"]}
     assert list(records) == list(QUANTS_MADE)
     assert records["f32"]["parity"]["max_logit_diff"] < 1e-3
     assert records["f32"]["parity"]["same_top1"] == 1
     for record in records.values():
-        assert record["architecture"] == "qwen35"
+        assert record["architecture"] == architecture
+        assert not any(name.endswith(CONVOLUTIONS) for one in record["fallbacks"] for name in one["tensors"])
         kernels = [t for t in read_gguf(files[1] / record["file"]).tensors if t.name.endswith(CONVOLUTIONS)]
         assert {tensor.kind.name for tensor in kernels} == {"F32"}
+    judged_alike(files, 1e-3, n_ids=40, context=9, last=21, n_tokens=12)
+    (path,) = files[1].glob("*f32.gguf")
+    ids = torch.arange(60).view(2, 30)
+    ours, theirs = (load_model(one).model(ids).logits for one in (path, files[0]))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
 def test_a_file_says_which_blocks_attend_where_no_step_does(files: tuple[Path, Path]) -> None:
@@ -80,12 +109,6 @@ def test_a_file_says_which_blocks_attend_where_no_step_does(files: tuple[Path, P
     assert gguf_facts(path).key_value_width == kinds.count("full_attention") * 2 * 2 * 16
 
 
-def test_a_file_is_judged_as_its_checkpoint_is(
-    files: tuple[Path, Path], judged_alike: Callable[..., None]
-) -> None:
-    judged_alike(files, 1e-3, n_ids=40, context=9, last=21, n_tokens=32)
-
-
 def test_value_heads_are_ordered_as_ggml_repeats_key_heads(files: tuple[Path, Path], tmp_path: Path) -> None:
     """Rows and columns of a file go back to what they came from, and importances go with their columns."""
     specs = {spec.name: spec for spec in tensor_specs(read_layout(files[0]))}
@@ -94,8 +117,8 @@ def test_value_heads_are_ordered_as_ggml_repeats_key_heads(files: tuple[Path, Pa
             spec = specs[name]
             ((source, shape),) = spec.sources
             exact = tensors.read(source, shape)
-            assert not np.array_equal(spec.build(tensors), exact)
-            assert np.array_equal(spec.split(spec.build(tensors))[source], exact)
+            assert not np.array_equal(spec.build(tensors.read), exact)
+            assert np.array_equal(spec.split(spec.build(tensors.read))[source], exact)
         (source, _), *_ = specs["blk.0.ssm_out.weight"].sources
         moments = safetensors.torch.load_file(files[0] / "input_moments.safetensors")
         heads = moments[source.removesuffix(".weight")].view(2, 2, 16)
@@ -111,7 +134,7 @@ def test_numbers_are_chosen_for_what_columns_read(
 
     Nothing is taken back of what is lost before it, so that the checkpoint's is the weight to be near to.
     """
-    monkeypatch.setattr("exporters.gguf.numbers.round_blocks", partial(round_blocks, correction=0.0))
+    monkeypatch.setattr("exporters.gguf.matrix.round_blocks", partial(round_blocks, correction=0.0))
     options = replace(OPTIONS, calibration=WINDOWS)
     export_gguf(files[0], tmp_path / "out", ("Q4_0", "mixed:200kB"), options)
     model = load_model(files[0]).model
@@ -133,13 +156,13 @@ def test_numbers_are_chosen_for_what_columns_read(
 def test_of_a_folder_that_can_see_the_text_part_is_taken(tiny_folder: TinyPath, tmp_path: Path) -> None:
     """Heads that draft further tokens are left where they are, as what encodes images is."""
     text = tiny_folder("qwen3_5_text")
+    expected = load_model(text).model
     weights = safetensors.torch.load_file(text / "model.safetensors")
     parts = {f"model.language_{name}": tensor for name, tensor in weights.items() if name != "lm_head.weight"}
     parts |= {"mtp.norm.weight": torch.ones(64), "model.visual.merger.norm.weight": torch.ones(8)}
     safetensors.torch.save_file(parts, text / "model.safetensors", {"format": "pt"})
     own = json.loads((text / "config.json").read_text())
     settings = {"model_type": "qwen3_5", "text_config": own, "vision_config": {}}
-    expected = load_model_of(weights, own)
     (text / "config.json").write_text(json.dumps(settings))
     loaded = load_model(text).model
     assert loaded.config.model_type == "qwen3_5_text"
@@ -157,36 +180,17 @@ def test_heads_that_draft_tokens_are_left_out(tiny_folder: TinyPath, tmp_path: P
     assert not any("nextn" in tensor.name for tensor in read_gguf(tmp_path / "out" / record.file).tensors)
 
 
-def load_model_of(weights: dict[str, torch.Tensor], settings: dict[str, Any]) -> Any:
-    import transformers
-
-    model = transformers.Qwen3_5ForCausalLM(transformers.AutoConfig.for_model(**settings))
-    model.load_state_dict(weights, strict=False)
-    model.tie_weights()
-    return model.eval()
-
-
-def test_llama_cpp_is_given_no_file_that_it_computes_otherwise(tiny_folder: TinyPath) -> None:
-    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-    for settings, said in (
-        ({"layer_types": ["full_attention"] * 4}, "a gated delta net in some block"),
-        ({"linear_value_head_dim": 32}, "key heads and value heads of a delta net of one size"),
-        ({"rope_parameters": rope | {"mrope_section": [11, 11, 10]}}, "sections of the rope"),
-        ({"rope_parameters": rope | {"mrope_section": [4, 0, 0]}}, "sections of the rope"),
-    ):
-        with pytest.raises(InputError, match=said):
-            read_layout(tiny_folder("qwen3_5_text", **settings))
-
-
 def test_folders_of_no_such_model(tiny_folder: TinyPath) -> None:
-    file = tiny_folder("qwen3_5_text") / "config.json"
-    own = json.loads(file.read_text())
-    for settings, said in (
-        ({"layer_types": ["linear_attention"] * 4}, "no block attends"),
-        ({"linear_num_value_heads": 3}, "linear_num_value_heads 3 is no multiple"),
-        ({"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim"),
+    for model_type, settings, said in (
+        ("qwen3_5_text", {"layer_types": ["linear_attention"] * 4}, "no block attends"),
+        ("qwen3_5_text", {"linear_num_value_heads": 3}, "linear_num_value_heads 3 is no multiple"),
+        ("qwen3_5_text", {"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim"),
+        ("lfm2", {"layer_types": ["conv"] * 4}, "no block attends"),
+        ("lfm2", {"conv_L_cache": 1}, "conv_L_cache"),
+        ("lfm2", {"norm_eps": 0}, "norm_eps"),
     ):
-        file.write_text(json.dumps(own | settings))
+        file = tiny_folder(model_type) / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
         with pytest.raises(InputError, match=said) as caught:
             load_model(file.parent)
         assert "\n" not in str(caught.value)
@@ -245,3 +249,35 @@ def test_of_a_file_blocks_that_draft_tokens_are_left_out(
     said = file.metadata | {"qwen35.nextn_predict_layers": 5}
     with pytest.raises(InputError, match="no block is left"):
         model_from_gguf(replace(file, metadata=said), dtype=torch.float32)
+
+
+def test_a_folder_may_name_the_blocks_that_attend(tiny_folder: TinyPath, tmp_path: Path) -> None:
+    """As the first published ones do; GenAI and transformers.js read what every block is."""
+    folder = tiny_folder("lfm2")
+    file = folder / "config.json"
+    settings = json.loads(file.read_text())
+    kinds = settings.pop("layer_types")
+    file.write_text(json.dumps(settings | {"full_attn_idxs": [1, 3]}))
+    export_onnx(folder, tmp_path / "out", ["fp32"], ExportOptions(n_threads=1))
+    written = tmp_path / "out" / "fp32"
+    assert json.loads((written / "config.json").read_text())["layer_types"] == kinds
+    genai = json.loads((written / "genai_config.json").read_text())["model"]
+    assert (genai["type"], genai["decoder"]["layer_types"]) == ("lfm2", kinds)
+
+
+def test_optimum_is_refused_in_a_line(
+    tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    assert main(["export", str(tiny_folder("lfm2")), "-o", out, "--onnx", "int8,portable"]) == 2
+    said = capsys.readouterr().err
+    assert "optimum exports no blocks with something else in the place of attention" in said
+    assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_block_that_attends_stays(tiny_loaded: Callable[..., Any]) -> None:
+    model = tiny_loaded("lfm2").model
+    attending = [bool(attention_of(model, layer)) for layer in decoder_layers(model)]
+    assert attending == [False, True, False, True]
+    assert removable_blocks(model) == [2, 3]
