@@ -147,10 +147,10 @@ class Sample:
     columns: torch.Tensor  # what changes in each column cost beside each other, (columns,) float64
     weights: torch.Tensor  # the same of each row and of those that it stands for, (n,) float64
 
-    def cost(self, change: torch.Tensor, step: int = 1) -> torch.Tensor:
-        """Nats a token that a change (n, columns) of the rows, or of one in `step` of them, costs, row by row."""
+    def cost(self, change: torch.Tensor) -> torch.Tensor:
+        """Nats a token that a change (n, columns) of the rows costs, row by row."""
         squares = exact(change[:, : len(self.columns)]).square()
-        return squares @ self.columns * self.weights[::step] / 2
+        return squares @ self.columns * self.weights / 2
 
 
 def draw(weight: torch.Tensor, moments: WeightMoments, count: int) -> Sample:
