@@ -163,15 +163,16 @@ def test_own_metrics_and_their_gate(
         assert reason in refused("eval", dense, *TEXT, "--metric", reference)
 
 
-def test_a_metric_is_hashed_with_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("alone.py", "a_module_of_a_test.py"):
-        (tmp_path / name).write_text("def f(model, tokenizer, windows):\n    return 1\n", encoding="utf-8")
-    expected = sha256_file(tmp_path / "alone.py")
+def test_a_metric_is_hashed_without_being_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "a_package_of_a_test"
+    package.mkdir()
+    for file in (package / "__init__.py", package / "metrics.py", tmp_path / "alone.py"):
+        file.write_text("raise RuntimeError('imported')\n", encoding="utf-8")
+    expected = sha256_file(package / "metrics.py")
     assert metric_sha256(f"{tmp_path / 'alone.py'}:f") == expected
-    with pytest.raises(InputError, match="a_module_of_a_test"):
-        metric_sha256("a_module_of_a_test:f")
+    assert metric_sha256("a_package_of_a_test.metrics:f") == ""
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert metric_sha256("a_module_of_a_test:f") == expected
+    assert metric_sha256("a_package_of_a_test.metrics:f") == expected
     with pytest.raises(InputError, match=r"gone\.py"):
         metric_sha256(f"{tmp_path / 'gone.py'}:f")
 
