@@ -389,6 +389,8 @@ class LargeScratch:
                 # another process takes it for a dead one's, and removes it.
                 lock = filelock.FileLock(place / _LOCK.format(name), timeout=10, thread_local=False)
                 lock.acquire()
+            except filelock.Timeout as error:
+                raise InputError(f"{place}: another process holds the lock of a new folder") from error
             except (NotImplementedError, OSError) as error:
                 if getattr(error, "errno", errno.ENOSYS) not in _NO_LOCKS:
                     raise

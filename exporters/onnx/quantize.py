@@ -338,4 +338,8 @@ def trained_layers(model: Any, variant: Variant, numbers: RoundedNumbers) -> dic
         if not fits or not stands_for(layer.dequantize(), weight):
             raise InputError(f"the checkpoint's rounded numbers are not what its weights stand for: {name}")
         layers[name] = layer
+    if TABLE not in layers and not is_tied(model):
+        raise InputError(
+            f"the checkpoint's rounded numbers are not whole: {TABLE}; train it anew with this version"
+        )
     return layers
