@@ -35,6 +35,7 @@ from cfsp.files import writable_place
 from cfsp.memory import usable_memory
 from cfsp.models.checkpoint import read_checkpoint_info
 from cfsp.progress import Progress
+from cfsp.recovery.data import check_readable
 from exporters.families import FAMILIES, makes_gguf
 from phoneready.console import prepare_torch
 from phoneready.evaluation.own_metrics import check_directions, metric_sha256
@@ -52,7 +53,7 @@ from phoneready.history import append_entry, entry_of
 from phoneready.publish.manifest import ReleaseManifest
 from phoneready.publish.publish import publish
 from phoneready.release.decide import measure_on
-from phoneready.release.inputs import check_inputs, identities, identity, made_with
+from phoneready.release.inputs import check_training, identities, identity, made_with
 from phoneready.release.results import collect_figures, read_figures, stage_figures
 from phoneready.release.stages import (
     RUNNING,
@@ -218,7 +219,11 @@ def check_before_work(config: ReleaseConfig, folder: Path) -> None:
     if any(map(needs_harness, config.evaluate.tasks)):
         require_extra("lm_eval", "eval")
     check_directions(config.budgets)
-    check_inputs(config)
+    prune, training, evaluate = config.prune, config.recover, config.evaluate
+    if training is not None:
+        check_training(training)
+    learnt = () if training is None else training.texts
+    check_readable((*learnt, *prune.calibration, *prune.vocabulary_text, *evaluate.text, *evaluate.chats))
 
 
 def check_place(config: ReleaseConfig, folder: Path) -> None:
@@ -230,11 +235,7 @@ def check_place(config: ReleaseConfig, folder: Path) -> None:
 
 
 def explain_release(config: ReleaseConfig, folder: Path, threads: int | None = None) -> dict[str, str]:
-    """For each stage why it would run; nothing for one that is done. Nothing is run or written.
-
-    Raises:
-        InputError: As `run_release`, for the folder.
-    """
+    """For each stage why it would run; nothing for one that is done. Nothing is run or written."""
     check_place(config, folder)
     return explain_stages(release_stages(config, folder, threads), folder)
 
@@ -296,8 +297,22 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
         windows = {"windows": [evaluate.seqlen, evaluate.max_windows]}
         return windows | {name: identities(references) for name, references in texts.items()}
 
-    def files_judged() -> dict[str, Any]:
-        return judged() | {"files": list(evaluate.files)}
+    def measured(place: str) -> dict[str, Any]:
+        # Other places and devices change nothing here.
+        shared = _without(bench, "targets", "devices", "n_ctx", "anchor", "decide_s")
+        if bench.anchor:
+            shared["anchor"] = identity(bench.anchor)
+        return shared | {"target": place, "details": target_details(place), "cpu": cpu_model()}
+
+    def decided(place: str) -> dict[str, Any]:
+        budgets = config.speed_budgets(place)
+        limits: dict[str, Any] = {"budgets": [one.model_dump(mode="json") for one in budgets]}
+        if config.baseline and any(one.relative_to == "baseline" for one in budgets):
+            limits["baseline"] = identity(str(config.baseline.file))
+        return limits | {"decide_s": bench.decide_s}
+
+    def decide(place: str, output: Path, progress: Progress) -> None:
+        measure_on(steps, place, load_baseline(config), output, progress)
 
     stages = [Stage("dense", dense, (), steps.dense), Stage("prune", pruned, ("dense",), steps.prune)]
     if config.recover is not None:
@@ -312,38 +327,24 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
         stages.append(Stage("side-by-side", side_by_side, ("dense", final, *exports), steps.side_by_side))
     if evaluate.files:
         before = ("dense", "export-pruned")
-        stages.append(Stage("evaluate-files", files_judged, before, steps.evaluate_files))
+        stages.append(
+            Stage(
+                "evaluate-files",
+                lambda: judged() | {"files": list(evaluate.files)},
+                before,
+                steps.evaluate_files,
+            )
+        )
     if bench.anchor and not Path(bench.anchor).is_file():
         raise InputError("no such file", field="bench.anchor", value=bench.anchor)
     for place in bench.targets:
-        name, measured = bench_stage(place), functools.partial(_measured, config, place)
-        run = functools.partial(steps.bench, place)
-        stages.append(Stage(name, measured, exports, run, bench_settled, resumes=True))
+        name, at = bench_stage(place), functools.partial
+        run = at(steps.bench, place)
+        stages.append(Stage(name, at(measured, place), exports, run, bench_settled, resumes=True))
         if config.speed_budgets(place):
-            decided = functools.partial(_decided, config, place)
-            run = functools.partial(_decide, steps, place)
-            stages.append(Stage(decide_stage(place), decided, (name, *exports), run, bench_settled))
+            after, run = (name, *exports), at(decide, place)
+            stages.append(Stage(decide_stage(place), at(decided, place), after, run, bench_settled))
     return stages
-
-
-def _measured(config: ReleaseConfig, place: str) -> dict[str, Any]:
-    # Other places and devices change nothing here.
-    shared = _without(config.bench, "targets", "devices", "n_ctx", "anchor", "decide_s")
-    if config.bench.anchor:
-        shared["anchor"] = identity(config.bench.anchor)
-    return shared | {"target": place, "details": target_details(place), "cpu": cpu_model()}
-
-
-def _decided(config: ReleaseConfig, place: str) -> dict[str, Any]:
-    budgets = config.speed_budgets(place)
-    limits = {"budgets": [one.model_dump(mode="json") for one in budgets], "decide_s": config.bench.decide_s}
-    if config.baseline and any(one.relative_to == "baseline" for one in budgets):
-        limits["baseline"] = identity(str(config.baseline.file))
-    return limits
-
-
-def _decide(steps: Steps, place: str, output: Path, progress: Progress) -> None:
-    measure_on(steps, place, load_baseline(steps.config), output, progress)
 
 
 def _without(section: Any, *names: str) -> dict[str, Any]:

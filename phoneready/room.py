@@ -66,9 +66,6 @@ def check_room(
     """Refuse what cannot fit; `needs` is asked of the models, whose weights are kept in the dtype of that name.
 
     Nothing is checked if the heads of a model's files do not tell how large it is: what reads it says why.
-
-    Raises:
-        InputError: Memory, or a disk, has too little room.
     """
     try:
         paths = [Path(find_model(model, progress=progress).path or "") for model in models]
@@ -215,7 +212,6 @@ class Extent:
 
     @property
     def by_blocks(self) -> bool:
-        """Whether the weights stay in files."""
         return self.keeping.in_files
 
     @property

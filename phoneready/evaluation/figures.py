@@ -121,12 +121,7 @@ def read_tolerances(stated: Sequence[str]) -> dict[str, float]:
 def compare_with_baseline(
     now: Evaluation, baseline: Evaluation, limits: Mapping[str, float], *, where: str | Path
 ) -> tuple[BudgetVerdict, ...]:
-    """Every figure held against the baseline's, with its tolerance; without a direction there is no verdict.
-
-    Raises:
-        InputError: The baseline was measured otherwise (reference model, text, tasks, prompts), or has a figure that
-            is missing now; what differs is named.
-    """
+    """Every figure held against the baseline's, with its tolerance; without a direction there is no verdict."""
     ours, theirs = _comparable(now, baseline), _comparable(baseline, now)
     for key, before in theirs.items():
         if key in ours and (differing := differences(ours[key], before)):

@@ -42,7 +42,6 @@ class MeasuredText:
 
     @property
     def name(self) -> str:
-        """Kind and source without folders."""
         return text_name(self.kind, self.source)
 
     @property
@@ -66,7 +65,6 @@ class MeasuredFile:
 
     @property
     def label(self) -> str:
-        """The file, for people."""
         raise NotImplementedError
 
     @property

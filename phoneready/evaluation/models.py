@@ -94,12 +94,7 @@ def open_language_model(
     backend: str | None = None,
     progress: Progress = no_progress,
 ) -> Iterator[LanguageModel]:
-    """Open a model for the time of a `with` block, here or, an exported file, on a target.
-
-    Raises:
-        InputError: The runtime or the target cannot run it, or its context is shorter than a window.
-        PhonereadyError: The target's program cannot be built.
-    """
+    """Open a model for the time of a `with` block, here or, an exported file, on a target."""
     from cfsp.evaluation.tasks import MAX_CONTEXT
 
     family, cache_type = BY_RUNTIME.get(runtime), settings.cache_type

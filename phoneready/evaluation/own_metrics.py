@@ -55,11 +55,7 @@ def find_metric(reference: str) -> Metric:
 
 
 def metric_sha256(reference: str) -> str:
-    """Hash of the file that a metric is in, which is not imported; empty if there is none.
-
-    Raises:
-        InputError: It cannot be read.
-    """
+    """Hash of the file that a metric is in, which is not imported; empty if there is none."""
     module, colon, _ = reference.rpartition(":")
     if not colon:
         known = plugins.load_plugins(plugins.METRICS, METRICS)

@@ -121,11 +121,7 @@ def write_reports(
 
 
 def rewrite_reports(folder: Path) -> ReleaseManifest:
-    """Write the reports of a finished release again; no model is loaded.
-
-    Raises:
-        InputError: The folder has no finished release, or its records are not there any more.
-    """
+    """Write the reports of a finished release again; no model is loaded."""
     manifest = read_record(ReleaseManifest, folder / MANIFEST_FILE)
     if not (folder / "stages").is_dir():
         raise InputError(f"{folder} has no folder stages; reports are made from the records in it")
@@ -162,7 +158,6 @@ def place(source: Path, destination: Path) -> None:
     there = {path.relative_to(destination) for path in destination.rglob("*") if path.is_file()}
 
     def same(one: os.stat_result, other: os.stat_result) -> bool:
-        """As a copy is, by size and time."""
         return (one.st_size, one.st_mtime_ns) == (other.st_size, other.st_mtime_ns)
 
     if there == set(files) and all(same(files[name].stat(), (destination / name).stat()) for name in files):

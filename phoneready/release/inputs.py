@@ -18,28 +18,18 @@ from cfsp.files import sha256_file
 from cfsp.models.builtin import BUILTIN_MODELS
 from cfsp.plugins import ENGINES, FAMILIES, METRICS, TARGETS, find_plugins
 from cfsp.records import tool_version
-from cfsp.recovery.data import check_readable
 from cfsp.recovery.settings import usable
 from cfsp.text.settings import SELF
 from exporters.families import ROUNDING
-from phoneready.settings.schema import RecoverConfig, ReleaseConfig
+from phoneready.settings.schema import RecoverConfig
 
 ROOT = Path(cfsp.__file__).parents[1]
 _SHOWING = re.compile(r"(rich|typer)\b|.*extra == .(all|dev|report|track|search)\b")
 """Requirements that change no result: they show it, log it, search for settings, or test the tool."""
 
 
-def check_inputs(config: ReleaseConfig) -> None:
-    """Raise InputError or MissingExtraError for training that cannot be done, and text that cannot be read."""
-    prune, training, evaluate = config.prune, config.recover, config.evaluate
-    if training is not None:
-        check_training(training)
-    learnt = () if training is None else training.texts
-    check_readable((*learnt, *prune.calibration, *prune.vocabulary_text, *evaluate.text, *evaluate.chats))
-
-
 def check_training(training: RecoverConfig) -> None:
-    """As `check_inputs`, of training only, and not of its text."""
+    """Raise InputError or MissingExtraError for training that cannot be done; its text is not read."""
     usable(training.settings(0), training.texts, ROUNDING)
 
 

@@ -20,6 +20,7 @@ from phoneready.evaluation.evaluation_record import Evaluation
 from phoneready.evaluation.figures import evaluation_figures
 from phoneready.evaluation.measured_file import Standing, standing
 from phoneready.figures.figures import (
+    CHECKPOINT,
     DENSE,
     ENERGY_OF,
     METRICS,
@@ -85,7 +86,6 @@ class ReleaseFigures:
         }
 
     def losses_of(self, file: str | None) -> FileLosses | None:
-        """What a file loses, by its name."""
         return next((one for one in self.losses if one.file == file), None)
 
     @property
@@ -96,11 +96,7 @@ class ReleaseFigures:
 
 
 def read_figures(config: ReleaseConfig, folder: Path) -> ReleaseFigures:
-    """Everything that the stages of a finished release measured.
-
-    Raises:
-        InputError: A record is missing or malformed, or says nothing of a file that another one has.
-    """
+    """Everything that the stages of a finished release measured."""
     steps = Steps(config, folder, None)
     exports: dict[str, tuple[ExportRecord, ...]] = {}
     for role in (DENSE, PRUNED):
@@ -191,8 +187,10 @@ def collect_figures(config: ReleaseConfig, folder: Path, release: ReleaseFigures
                     middle = math.sqrt(band.low * band.high)
                     figure = replace(figure, value=middle, low=band.low, high=band.high, failure=None)
                 figures.append(figure)
-    for item, subject, evaluation in steps.evaluations():
-        figures += evaluation_figures(item, subject, evaluation)
+    figures += evaluation_figures(CHECKPOINT, CHECKPOINT, release.evaluation)
+    for item in config.evaluate.files:
+        judged = read_record(Evaluation, stage_folder(folder, "evaluate-files") / f"{item}.json")
+        figures += evaluation_figures(item, steps.artifact(PRUNED, item).name, judged)
     return FigureSet(release.source.reference, release.source.sha256, config.seed, tuple(figures))
 
 

@@ -77,7 +77,6 @@ class Stage:
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """What `describe` gives, as a record's file has it."""
         plain: dict[str, Any] = json.loads(json.dumps(dict(self.describe())))
         return plain
 
@@ -113,9 +112,6 @@ def claim_folder(folder: Path, mark: str = LOCK_FILE, what: str = "release") -> 
 
     If an error ends the block before anything is in the folder, it is as it was before: not there, or empty.
     `mark` is the name of its lock, which tells a folder of ours from others.
-
-    Raises:
-        InputError: It holds something else, another run is using it, or it cannot be written.
     """
     status, lock = writable_place(folder), folder / mark
 
@@ -281,10 +277,6 @@ def run_beside(
     """Run `work` of all stages at once, in processes that end with this one; an error of one ends the others.
 
     `done` is told each stage's name when it has ended.
-
-    Raises:
-        PhonereadyError: As a stage raised it, with its text and exit status; or its process was killed.
-        Exception: Whatever else a stage raised.
     """
     context = multiprocessing.get_context("spawn")
     running: dict[Connection, SpawnProcess] = {}

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,8 +31,7 @@ from cfsp.progress import Progress
 from cfsp.pruning.prune import prune_model
 from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import collect_input_moments, moment_windows, spread_windows
-from cfsp.records import read_record, write_record
-from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord
+from cfsp.records import write_record
 from cfsp.text.calibration import Calibration, check_seqlen
 from cfsp.text.respelling import respelling
 from cfsp.text.tokens import tokens_sha256
@@ -40,7 +39,7 @@ from exporters.checkpoint_reader import read_config
 from exporters.families import FAMILIES, ROUNDING, family_of, find_format, makes_gguf
 from exporters.gguf.architecture import choose_layout
 from exporters.job import file_stem
-from phoneready.evaluation.evaluation_record import Evaluation, ModelIdentity
+from phoneready.evaluation.evaluation_record import ModelIdentity
 from phoneready.evaluation.measured_file import MeasuredFile
 from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
 from phoneready.evaluation.run import (
@@ -49,7 +48,7 @@ from phoneready.evaluation.run import (
     text_windows,
 )
 from phoneready.evaluation.settings import EvaluationSettings
-from phoneready.figures.figures import CHECKPOINT, DENSE, PRUNED
+from phoneready.figures.figures import DENSE, PRUNED
 from phoneready.release.stages import stage_folder
 from phoneready.settings.schema import BenchConfig, ModelConfig, RecoverConfig, ReleaseConfig
 from phoneready.text import WRITERS, load_calibration
@@ -98,12 +97,10 @@ class FileLosses(MeasuredFile):
 
     @property
     def is_dense(self) -> bool:
-        """Whether nothing was removed."""
         return self.role == DENSE
 
     @property
     def label(self) -> str:
-        """The file, for people."""
         return f"{self.role} {self.item}"
 
     @property
@@ -114,8 +111,6 @@ class FileLosses(MeasuredFile):
 
 @dataclass(frozen=True)
 class SideBySide:
-    """All exports on the same windows of text."""
-
     KIND: ClassVar[str] = "side-by-side"
     SCHEMA_VERSION: ClassVar[int] = 1
 
@@ -142,12 +137,10 @@ class Answers:
 
 
 def bench_stage(place: str) -> str:
-    """The stage that measures at a place."""
     return f"bench-{target_slug(place)}"
 
 
 def decide_stage(place: str) -> str:
-    """The stage that measures on there until budgets are decided."""
     return f"decide-{target_slug(place)}"
 
 
@@ -188,7 +181,6 @@ class Steps:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """Questions for the models."""
         return self.config.evaluate.prompts or PROMPTS
 
     @property
@@ -208,7 +200,6 @@ class Steps:
         return self.folder / "stages" / "recover.work"
 
     def checkpoint(self, stage: str) -> Path:
-        """The checkpoint that a stage left."""
         return stage_folder(self.folder, stage) / "model"
 
     def artifacts(self) -> list[Artifact]:
@@ -216,7 +207,6 @@ class Steps:
         return [self.artifact(role, item) for item in self.config.export.names for role in (DENSE, PRUNED)]
 
     def artifact(self, role: str, item: str) -> Artifact:
-        """The dense or the pruned model in a quantization or variant."""
         family, folder = family_of(item), stage_folder(self.folder, f"export-{role}")
         model = family.locate(folder / family.name, self._stem(role), item)
         return Artifact(role, item, model.name, model.root, model.path)
@@ -323,14 +313,6 @@ class Steps:
             root = str(artifact.root)
             with open_language_model(root, runtime_for(root), opening, progress=progress) as model:
                 self._judge(model, dense, artifact.name, output / f"{item}.json", progress)
-
-    def evaluations(self) -> Iterator[tuple[str, str, Evaluation]]:
-        """(item, name, judgement) of the checkpoint and of every export that was judged."""
-        path = stage_folder(self.folder, "evaluate") / EVALUATION_FILE
-        yield CHECKPOINT, CHECKPOINT, read_record(Evaluation, path)
-        for item in self.config.evaluate.files:
-            path = stage_folder(self.folder, "evaluate-files") / f"{item}.json"
-            yield item, self.artifact(PRUNED, item).name, read_record(Evaluation, path)
 
     @property
     def _judged_on(self) -> EvaluationSettings:
@@ -462,11 +444,7 @@ def run_recovery(
     device: str,
     progress: Progress,
 ) -> None:
-    """Train a stage's checkpoint; a killed one goes on.
-
-    Raises:
-        InputError: As `cfsp.recovery.recover.recover`.
-    """
+    """Train a stage's checkpoint; a killed one goes on."""
     from cfsp.recovery.recover import RecoveryJob, recover
 
     if not (work / "inputs.json").is_file():
@@ -488,12 +466,6 @@ def run_recovery(
         rounding=ROUNDING,
         progress=progress,
     )
-
-
-def shortcoming_of(checkpoint: Path) -> str | None:
-    """What is wrong with how a checkpoint was trained, in words; None if that gained something, or it was not."""
-    file = checkpoint / RECOVERY_FILE
-    return read_record(RecoveryRecord, file).shortcoming if file.is_file() else None
 
 
 def _save_windows(input_ids: torch.Tensor, output: Path) -> None:
@@ -524,11 +496,7 @@ _warn_once = functools.cache(_log.warning)
 
 
 def shape_check(settings: PruneSettings, model: Any, files: Collection[str]) -> Callable[[ModelShape], None]:
-    """What refuses a shape that llama.cpp has no architecture for, if a GGUF file is to be made of it.
-
-    Raises:
-        InputError: At once, if any plan of these settings would be refused.
-    """
+    """What refuses a shape that llama.cpp has no architecture for, if a GGUF file is to be made of it."""
     if not (files and makes_gguf(files)):
         return lambda shape: None
     with LargeScratch("config") as scratch:

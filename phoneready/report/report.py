@@ -125,7 +125,6 @@ def render_page(report: ReportInput) -> str:
 
 
 def render_report(report: ReportInput) -> str:
-    """The report as Markdown."""
     figures = report.figures
     context = _contents(report) | {
         "commands": [Markdown(visible(command)) for command in report.commands],

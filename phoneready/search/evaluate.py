@@ -41,6 +41,7 @@ from cfsp.pruning.statistics import (
 from cfsp.pruning.vocabulary import Counts, VocabularyPlan, plan_vocabulary
 from cfsp.reading import as_input_error
 from cfsp.records import read_record, write_record
+from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord
 from cfsp.text.calibration import Calibration, check_seqlen
 from cfsp.text.settings import SELF
 from cfsp.text.tokens import TokenWindows, tokens_sha256
@@ -53,7 +54,7 @@ from phoneready.evaluation.run import measure_file, text_windows
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.figures import INCONCLUSIVE, MISSED
 from phoneready.release.inputs import identities, identity, made_with
-from phoneready.release.steps import fitting_settings, load_stage, run_recovery, shortcoming_of
+from phoneready.release.steps import fitting_settings, load_stage, run_recovery
 from phoneready.report.plots import speed_span
 from phoneready.search.point import Held, Point, SearchSettings
 from phoneready.search.record import EvaluatedPoint, Speed
@@ -138,7 +139,6 @@ class Evaluator:
 
     @functools.cached_property
     def loaded(self) -> LoadedModel:
-        """The dense model."""
         model = self.subject.model
         return load_model(
             model.reference,
@@ -287,11 +287,7 @@ class Evaluator:
         return self._trimmed[vocabulary]
 
     def plan(self, point: Point) -> PruningPlan:
-        """A point's plan: that of its vocabulary and groups at another ratio; the first one calibrates.
-
-        Raises:
-            InputError: Widths in multiples of the alignment cannot meet the ratio.
-        """
+        """A point's plan: that of its vocabulary and groups at another ratio; the first one calibrates."""
         key, settings = (point.vocabulary, point.groups), self.subject.prune.settings(1)
         name = replace(point, ratio=0.0, recovered=False, steps=()).checkpoint
         path = self.state / "plans" / f"{name}.json"
@@ -373,12 +369,7 @@ class Evaluator:
         return self.state / "points" / f"{point.key}{how}.json"
 
     def evaluate(self, point: Point, expected: int | None) -> EvaluatedPoint:
-        """Make a file, measure it, and leave it in the folder of the search.
-
-        Raises:
-            InputError: It cannot be made or measured.
-            LimitError: It gives no finite logits.
-        """
+        """Make a file, measure it, and leave it in the folder of the search."""
         began, settings = time.monotonic(), self.settings
         made = self.export(point)
         checkpoint, path = self._checkpoint(point), self._record(point)
@@ -391,6 +382,7 @@ class Evaluator:
             texts = measure_file(
                 made, self._dense, tokenizer, self.texts, threads=self.threads, progress=self.progress
             )
+            trained = checkpoint / RECOVERY_FILE
             known = EvaluatedPoint(
                 file=made.name,
                 file_bytes=made.stat().st_size,
@@ -401,7 +393,7 @@ class Evaluator:
                 expected_bytes=expected,
                 speed=None,
                 seconds=0.0,
-                shortcoming=shortcoming_of(checkpoint),
+                shortcoming=read_record(RecoveryRecord, trained).shortcoming if trained.is_file() else None,
             )
         if settings.device is not None:
             known = replace(known, speed=self._projected(gguf_facts(made)))
@@ -428,11 +420,7 @@ class Evaluator:
         return Speed(profile.id, low, high, found.memory.needed, found.fits)
 
     def export(self, point: Point) -> Path:
-        """A point's file, in the folder of the search.
-
-        Raises:
-            InputError: It cannot be made.
-        """
+        """A point's file, in the folder of the search."""
         checkpoint, drafts = self._checkpoint(point), self.work / "files"
         shutil.rmtree(drafts, ignore_errors=True)
         drafts.mkdir(parents=True)

@@ -44,7 +44,6 @@ class Point:
 
     @property
     def is_dense(self) -> bool:
-        """Whether nothing is pruned."""
         return not (self.vocabulary or self.ratio or self.groups)
 
     @property
@@ -63,7 +62,6 @@ class Point:
 
     @property
     def label(self) -> str:
-        """The file, for people."""
         return f"{self.model} {self.quant}"
 
     @property
@@ -80,7 +78,6 @@ class Point:
 
     @property
     def key(self) -> str:
-        """Name of its record."""
         return f"{self.checkpoint}-{self.quant}"
 
 
@@ -181,12 +178,10 @@ class SearchSettings(WindowSettings):
 
     @property
     def limits_cost(self) -> bool:
-        """Whether there is a limit on what a file takes."""
         return any(one is not None for one in (self.max_size, self.min_speed, self.max_memory, self.device))
 
     @property
     def limits_quality(self) -> bool:
-        """Whether there is a limit on what a file loses."""
         return self.max_kl is not None or self.max_bits is not None
 
     @property
@@ -297,6 +292,5 @@ class SearchSettings(WindowSettings):
 
     @property
     def limits(self) -> tuple[str, ...]:
-        """All limits in words."""
         every = self.held(size=0, memory=0, fits=True, speed=(0, 0), kl=0, bits=0)
         return tuple(one.limit for one in every)

@@ -70,12 +70,10 @@ class EvaluatedPoint(MeasuredFile):
 
     @property
     def is_dense(self) -> bool:
-        """Whether nothing was pruned."""
         return self.point.is_dense
 
     @property
     def label(self) -> str:
-        """The file, for people."""
         return self.point.label
 
     @property
@@ -123,7 +121,6 @@ class SearchRecord:
     recovery: RecoverConfig | None = None
 
     def find(self, file: str | None) -> EvaluatedPoint | None:
-        """The file of a name."""
         return next((point for point in self.points if point.file == file), None)
 
     @property
@@ -140,7 +137,6 @@ def outcome_of(held: tuple[Held, ...]) -> str:
 
 
 def format_search(found: SearchRecord) -> str:
-    """search.md."""
     parts = [f"{line}\n" for line in sentences(found)]
     parts += [search_table(found).markdown(), escape_markdown(conditions(found))]
     for title, rows in (("Not made, as they miss the limits", found.left_out), ("Failed", found.failed)):
@@ -272,11 +268,7 @@ _PLOTS = (
 
 
 def render_search(found: SearchRecord) -> str:
-    """search.html: opens without a network.
-
-    Raises:
-        MissingExtraError: plotly is not installed.
-    """
+    """search.html: opens without a network."""
     rows = [
         row for row in _PLOTS if any(None not in (row[2].of(one), row[3].of(one)) for one in found.points)
     ]

@@ -157,8 +157,8 @@ class _Run:
             raise _EnoughError
         try:
             size, held = self.evaluator.expected(point)
-            if missed := self.missed(held):
-                self.left_out[point] = missed
+            if missed := [one for one in held if one.outcome == MISSED]:
+                self.left_out[point] = "; ".join(f"{one.limit} ({one.figure})" for one in missed)
                 return None
             self.show(f"{point.label}{f', {megabytes(size)} expected' if size else ''}")
             one = self.evaluator.evaluate(point, size)
@@ -176,10 +176,6 @@ class _Run:
             f"  {megabytes(one.file_bytes)}, {one.bits_per_byte:.4f} bits a byte, {one.seconds:.0f} s{left}"
         )
         return one
-
-    def missed(self, held: Sequence[Any]) -> str:
-        """What is missed, in words; empty if nothing is."""
-        return "; ".join(f"{one.limit} ({one.figure})" for one in held if one.outcome == MISSED)
 
     def write(self, last: bool = False) -> SearchRecord:
         """search.json and search.md of what is known; of the files only those to keep stay.
@@ -286,11 +282,7 @@ def _steps(run: _Run, grid: Sequence[Point]) -> None:
 
 
 def _share(run: _Run, grid: Sequence[Point], most: int) -> None:
-    """Ask and tell an Optuna study until `most` points are measured; with a storage, other processes do so, too.
-
-    Raises:
-        InputError: The storage cannot be opened, or a machine at work on it measures on other windows.
-    """
+    """Ask and tell an Optuna study until `most` points are measured; with a storage, other processes do so, too."""
     import optuna
     from optuna.storages.journal import JournalFileBackend
 
@@ -385,12 +377,7 @@ def _share(run: _Run, grid: Sequence[Point], most: int) -> None:
 
 
 def check_search(found: SearchRecord) -> None:
-    """Raise what the gate would if no file is within all limits.
-
-    Raises:
-        LimitError: All files miss one.
-        InconclusiveError: Whether one is within them cannot be told from its samples.
-    """
+    """Raise what the gate would if no file is within all limits."""
     if found.outcome == MISSED:
         raise LimitError(f"no file is within {', '.join(found.limits)}")
     if found.outcome == INCONCLUSIVE:
