@@ -20,7 +20,7 @@ from runtime_bench.browser.chromium import (
 )
 from runtime_bench.browser.worker import OpenModel, served_files
 from runtime_bench.engines import SessionSettings
-from runtime_bench.targets.browser import Browser
+from runtime_bench.targets.local import Browser
 from runtime_bench.worker import WorkerRequest, random_tokens
 from runtime_bench.workload import Workload
 

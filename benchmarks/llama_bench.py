@@ -41,7 +41,7 @@ from runtime_bench.measuring.measure import run_bench
 from runtime_bench.native.build import build_runner, fetch_source
 from runtime_bench.records import summary
 from runtime_bench.targets import LOCAL, Target
-from runtime_bench.targets.native import Native
+from runtime_bench.targets.local import Native
 from runtime_bench.workload import BenchSettings, Workload, default_threads
 
 DISTRIBUTION = "llama-cpp-python"

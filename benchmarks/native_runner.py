@@ -21,7 +21,7 @@ from runtime_bench.native.build import build_runner
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.targets import LOCAL, Target
-from runtime_bench.targets.native import Native
+from runtime_bench.targets.local import Native
 from runtime_bench.workload import BenchSettings
 
 Samples = dict[tuple[str, str], list[BenchRecord]]

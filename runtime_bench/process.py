@@ -15,8 +15,7 @@ from typing import IO, Any, TypeVar
 from cfsp.child_process import measured_environment, python_module
 from cfsp.errors import InputError
 from cfsp.reading import parse_json
-from runtime_bench.conditions.energy import energy_of
-from runtime_bench.conditions.looks import conditions_of
+from runtime_bench.conditions.looks import conditions_of, energy_of
 from runtime_bench.conditions.script import Watcher
 from runtime_bench.counters import core_times, cores_since
 from runtime_bench.records.reported import Contention

@@ -20,7 +20,7 @@ from pathlib import Path
 from runtime_bench.native.build import extract_llama, fetch_source
 
 API_LEVEL = 28
-"""As ANDROID_PLATFORM of runtime_bench.native.targets."""
+"""As ANDROID_PLATFORM of runtime_bench.native.build."""
 _HERE = Path(__file__).resolve().parents[1] / "runtime_bench" / "native"
 _STANDARD = {".c": ("c", "c11"), ".cpp": ("c++", "c++17")}
 _BIONIC = ("libc/include", "libc/kernel/uapi", "libc/kernel/uapi/asm-arm64", "libc/kernel/android/uapi")

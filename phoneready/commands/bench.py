@@ -23,7 +23,7 @@ from runtime_bench.presentation.table import short_names
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import against_the_first
 from runtime_bench.records.jsonl import append_jsonl, check_appendable, record_to_line
-from runtime_bench.targets.browser import BROWSER_ENGINES
+from runtime_bench.targets.local import BROWSER_ENGINES
 from runtime_bench.targets.table import ALL_DEVICES, TARGETS, every_target, open_target, parse_target
 from runtime_bench.workload import BenchSettings
 

@@ -17,9 +17,8 @@ from phoneready.console import show_progress, write_result
 from runtime_bench.devices.model_facts import gguf_facts
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.devices.projection import CONTEXT, DEFAULT_CONTEXT, project
+from runtime_bench.native.build import RUNNER_BACKENDS, read_build
 from runtime_bench.native.build import build_runner as build
-from runtime_bench.native.build import read_build
-from runtime_bench.native.targets import RUNNER_BACKENDS
 from runtime_bench.presentation.device_table import (
     format_profile,
     format_projections,
@@ -83,7 +82,7 @@ def build_runner(
     backend: str | None = setting(
         None,
         f"{', '.join(RUNNER_BACKENDS)}: what may compute beside the processor; it wants libraries to compile it with.",
-        choices="runtime_bench.native.targets:RUNNER_BACKENDS",
+        choices="runtime_bench.native.build:RUNNER_BACKENDS",
         shown="nothing",
     ),
     ndk: Path | None = setting(

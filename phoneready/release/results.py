@@ -48,8 +48,7 @@ from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.devices.projection import Band, project
 from runtime_bench.records.bench_record import DOES_NOT_FIT, BenchRecord
-from runtime_bench.records.energy import energy
-from runtime_bench.records.fairness import CAP_LIMIT, capped_at, noise
+from runtime_bench.records.fairness import CAP_LIMIT, capped_at, energy, noise
 from runtime_bench.records.jsonl import read_jsonl
 from runtime_bench.records.judgement import Samples, samples_of
 

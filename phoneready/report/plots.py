@@ -27,8 +27,8 @@ from runtime_bench.presentation.markup import Markdown, escape_cell, finalize_ma
 from runtime_bench.presentation.record_table import speed_text
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import BenchRecord
+from runtime_bench.records.compare import BenchGroup
 from runtime_bench.records.fairness import has_speed
-from runtime_bench.records.groups import BenchGroup
 
 INK, SOFT, GRID, BAND = "#1d2733", "#5b6673", "#e3e0d8", "#eceae3"
 DENSE, PRUNED = "#8a8377", "#1f5f8b"

@@ -42,11 +42,8 @@ from runtime_bench.presentation.comparison_table import NOT_COMPARABLE, speeds_t
 from runtime_bench.presentation.markup import Markdown, escape_markdown, visible
 from runtime_bench.presentation.record_table import energy_text, speed_text
 from runtime_bench.presentation.table import Column, Table, table_of_cells
-from runtime_bench.records.compare import Comparison, Incomparable, compare_records
-from runtime_bench.records.energy import energy
-from runtime_bench.records.fairness import DISTURBED, THROTTLED, fairness, unfair
-from runtime_bench.records.groups import BenchGroup, bench_groups
-from runtime_bench.records.notes import note_of
+from runtime_bench.records.compare import BenchGroup, Comparison, Incomparable, bench_groups, compare_records
+from runtime_bench.records.fairness import DISTURBED, THROTTLED, energy, fairness, note_of, unfair
 from runtime_bench.records.summary import CONFIDENCE
 
 NOTHING = "-"

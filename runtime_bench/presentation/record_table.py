@@ -11,10 +11,8 @@ from runtime_bench.presentation.markup import escape_markdown
 from runtime_bench.presentation.table import NOTHING, Column, Table, indented_json, short_names, table_of
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import EMULATED, BenchRecord
-from runtime_bench.records.energy import EnergyAccount, energy
-from runtime_bench.records.fairness import fairness
+from runtime_bench.records.fairness import EnergyAccount, energy, fairness, note_of
 from runtime_bench.records.jsonl import record_to_json, record_to_line
-from runtime_bench.records.notes import note_of
 from runtime_bench.records.reported import EngineSettings
 
 _REASON_WIDTH = 40

@@ -17,9 +17,7 @@ from cfsp.reading import Bounds, NotJSONError, check_bounded, parse_json, read_b
 from cfsp.records import fields_from_json, fields_to_json, tool_version
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import BenchRecord
-from runtime_bench.records.energy import energy
-from runtime_bench.records.fairness import fairness
-from runtime_bench.records.notes import note_of
+from runtime_bench.records.fairness import energy, fairness, note_of
 
 logger = logging.getLogger(__name__)
 RECORD_TYPE = "bench"

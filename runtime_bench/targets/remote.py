@@ -29,8 +29,7 @@ from runtime_bench.conditions.looks import conditions_of
 from runtime_bench.conditions.script import WATCH
 from runtime_bench.engines import engine_for, engine_spec, files_of
 from runtime_bench.environment import environment_of
-from runtime_bench.native.build import build_runner
-from runtime_bench.native.targets import cpu_features, runner_target_for
+from runtime_bench.native.build import build_runner, cpu_features, runner_target_for
 from runtime_bench.process import ProcessFailed, exit_reason, read_answer, result_of
 from runtime_bench.records.bench_record import EMULATED, Environment
 from runtime_bench.records.reported import Conditions, Contention, unknown_conditions
@@ -42,7 +41,7 @@ from runtime_bench.targets.far_shell import (
     Transport,
     UnreachableError,
 )
-from runtime_bench.targets.native import RUNNER_ENGINE
+from runtime_bench.targets.local import RUNNER_ENGINE
 from runtime_bench.worker import AnswerRequest, AnswerResult, WorkerRequest, WorkerResult
 
 logger = logging.getLogger(__name__)

@@ -29,11 +29,12 @@ from cfsp.units import parse_bytes
 from runtime_bench.devices.profile import DeviceProfile, find_profile, load_profiles
 from runtime_bench.devices.projection import memory_limit
 from runtime_bench.environment import environment_of
+from runtime_bench.native.build import build_runner
 from runtime_bench.records.bench_record import Environment
 from runtime_bench.records.reported import Conditions, unknown_conditions
 from runtime_bench.targets import LOCAL, Target, ThisMachine
-from runtime_bench.targets.constrained import Constrained, check_memory
 from runtime_bench.targets.far_shell import Adb, Ssh, Transport
+from runtime_bench.targets.local import Browser, Constrained, Native, check_memory, qemu_aarch64
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
 if TYPE_CHECKING:
@@ -270,8 +271,6 @@ def _constrained(_: str, options: TargetOptions, progress: Progress) -> Target:
 
 
 def _browser(_: str, options: TargetOptions, progress: Progress) -> Target:
-    from runtime_bench.targets.browser import Browser
-
     if options.device is None:
         return Browser(target_score=options.score)
     profile = _profile(options.device)
@@ -286,21 +285,12 @@ def _browser(_: str, options: TargetOptions, progress: Progress) -> Target:
 
 
 def _native(_: str, options: TargetOptions, progress: Progress) -> Target:
-    from runtime_bench.native.build import build_runner
-    from runtime_bench.targets.native import Native
-
     if options.runner is None:
         return Native(build_runner("native", progress=progress))
     program = options.runner.resolve()
     if not program.is_file():
         raise InputError("no such program", field="runner", value=str(options.runner))
     return Native(program)
-
-
-def _qemu(_: str, options: TargetOptions, progress: Progress) -> Target:
-    from runtime_bench.targets.native import qemu_aarch64
-
-    return qemu_aarch64(progress)
 
 
 def _remote(transport: Transport, options: TargetOptions) -> Target:
@@ -333,6 +323,12 @@ TARGETS: Mapping[str, TargetRow] = MappingProxyType(
             answers=True,
             has_runner=True,
         ),
-        "qemu-aarch64": TargetRow("qemu-aarch64", _qemu, gguf_only=True, answers=True, has_runner=True),
+        "qemu-aarch64": TargetRow(
+            "qemu-aarch64",
+            lambda address, options, progress: qemu_aarch64(progress),
+            gguf_only=True,
+            answers=True,
+            has_runner=True,
+        ),
     }
 )

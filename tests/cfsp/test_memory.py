@@ -19,7 +19,7 @@ from cfsp.models.offload import enter_blocks
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
 from phoneready.main import main
-from runtime_bench.targets.constrained import find_parent, limited_group
+from runtime_bench.targets.local import find_parent, limited_group
 
 TinyPath = Callable[..., Path]
 ROOT = Path(__file__).resolve().parents[2]

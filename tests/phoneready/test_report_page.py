@@ -32,7 +32,7 @@ from phoneready.report.report import (
     width_table,
 )
 from runtime_bench.records.bench_record import BenchRecord
-from runtime_bench.records.groups import bench_groups
+from runtime_bench.records.compare import bench_groups
 from runtime_bench.records.reported import Conditions, Contention
 
 MakeReportInput = Callable[..., ReportInput]

@@ -37,10 +37,10 @@ from runtime_bench.browser.chromium import (
 from runtime_bench.browser.worker import OpenModel, served_files
 from runtime_bench.engines import SessionSettings
 from runtime_bench.measuring.measure import run_bench
+from runtime_bench.records.fairness import note_of
 from runtime_bench.records.jsonl import record_from_json, record_to_json
-from runtime_bench.records.notes import note_of
 from runtime_bench.records.reported import Throttling
-from runtime_bench.targets.browser import Browser
+from runtime_bench.targets.local import Browser
 from runtime_bench.targets.table import open_target
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings, Workload

@@ -11,8 +11,7 @@ import pytest
 
 from runtime_bench.measuring.text_check import check_text
 from runtime_bench.presentation.comparison_table import format_comparison
-from runtime_bench.records.compare import Incomparable, compare, compare_records
-from runtime_bench.records.groups import bench_groups
+from runtime_bench.records.compare import Incomparable, bench_groups, compare, compare_records
 from runtime_bench.records.jsonl import record_from_json, record_to_json
 from runtime_bench.records.reported import EngineSettings
 

@@ -12,9 +12,9 @@ from cfsp.errors import InputError
 from runtime_bench.engines import SessionSettings
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.records.bench_record import BenchRecord
-from runtime_bench.records.notes import note_of
+from runtime_bench.records.fairness import note_of
 from runtime_bench.targets import LOCAL
-from runtime_bench.targets.constrained import MIB, Constrained, find_parent, limited_group
+from runtime_bench.targets.local import MIB, Constrained, find_parent, limited_group
 from runtime_bench.worker import WorkerRequest
 from runtime_bench.workload import BenchSettings, Workload
 

@@ -17,17 +17,15 @@ from hypothesis import strategies as st
 
 from phoneready.report.report import record_table as report_table
 from runtime_bench.conditions import script
-from runtime_bench.conditions.energy import energy_of
+from runtime_bench.conditions.looks import energy_of
 from runtime_bench.conditions.script import FACT, METERS, READING, UNREADABLE, WATCH
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.presentation.comparison_table import format_comparison
 from runtime_bench.presentation.record_table import format_table, record_table
 from runtime_bench.records.bench_record import BenchRecord
-from runtime_bench.records.compare import Comparison, compare_records
-from runtime_bench.records.energy import energy
-from runtime_bench.records.groups import bench_groups
+from runtime_bench.records.compare import Comparison, bench_groups, compare_records
+from runtime_bench.records.fairness import energy, note_of
 from runtime_bench.records.jsonl import record_from_json, record_to_json
-from runtime_bench.records.notes import note_of
 from runtime_bench.records.reported import Conditions, Joules, Metered, ProcessEnergy
 from runtime_bench.workload import BenchSettings
 

@@ -18,9 +18,9 @@ from runtime_bench.engines import SessionSettings, llama_cpp, onnxruntime
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.presentation.record_table import format_table, record_table
 from runtime_bench.records.compare import Incomparable, compare_records
-from runtime_bench.records.notes import note_of
+from runtime_bench.records.fairness import note_of
 from runtime_bench.records.reported import EngineSettings
-from runtime_bench.targets.constrained import Constrained
+from runtime_bench.targets.local import Constrained
 from runtime_bench.workload import BenchSettings
 
 pytest.importorskip("llama_cpp")

@@ -21,9 +21,17 @@ from runtime_bench.measuring.measure import run_bench
 from runtime_bench.presentation.record_table import format_table
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import compare_records
-from runtime_bench.records.fairness import DISTURBED, FAIR, NOT_KNOWN, THROTTLED, fairness, has_speed, noise
+from runtime_bench.records.fairness import (
+    DISTURBED,
+    FAIR,
+    NOT_KNOWN,
+    THROTTLED,
+    fairness,
+    has_speed,
+    noise,
+    note_of,
+)
 from runtime_bench.records.jsonl import record_from_json, record_to_json
-from runtime_bench.records.notes import note_of
 from runtime_bench.records.reported import Conditions, Contention, unknown_conditions
 from runtime_bench.worker import WorkerRequest
 from runtime_bench.workload import BenchSettings, Workload

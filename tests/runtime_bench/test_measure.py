@@ -27,12 +27,12 @@ from runtime_bench.measuring.measure import not_nominal, run_bench, run_matrix, 
 from runtime_bench.presentation.record_table import format_table, record_table
 from runtime_bench.process import run_worker
 from runtime_bench.records.bench_record import BenchRecord
+from runtime_bench.records.fairness import note_of
 from runtime_bench.records.jsonl import BOUNDS, record_from_json, record_to_json
-from runtime_bench.records.notes import note_of
 from runtime_bench.records.reported import Conditions, unknown_conditions
 from runtime_bench.targets import LOCAL
-from runtime_bench.targets.browser import Browser
 from runtime_bench.targets.far_shell import StoppedError
+from runtime_bench.targets.local import Browser
 from runtime_bench.targets.table import Unreachable
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings, Workload, workloads_of

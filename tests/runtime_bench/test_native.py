@@ -23,16 +23,18 @@ from exporters.gguf.runtime import Context, open_model, open_vocabulary
 from runtime_bench.engines import SessionSettings
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.native import build, targets
-from runtime_bench.native.build import build_runner, find_toolchain, read_build
-from runtime_bench.native.targets import (
+from runtime_bench.native.build import (
     RUNNER_BACKENDS,
     RUNNER_TARGETS,
+    build_runner,
     cpu_features,
+    find_toolchain,
+    read_build,
     runner_target_for,
 )
 from runtime_bench.process import exchange, measure_in, run_worker
 from runtime_bench.records.jsonl import record_to_json
-from runtime_bench.targets.native import Native
+from runtime_bench.targets.local import Native
 from runtime_bench.targets.table import open_target
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings, Workload

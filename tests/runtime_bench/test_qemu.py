@@ -20,7 +20,7 @@ from exporters.gguf.runtime import Context, open_model
 from runtime_bench.engines import SessionSettings
 from runtime_bench.process import exchange
 from runtime_bench.records.jsonl import read_jsonl
-from runtime_bench.targets.native import EMULATED_RUNNER, EMULATORS, QemuAarch64, qemu_aarch64
+from runtime_bench.targets.local import EMULATED_RUNNER, EMULATORS, QemuAarch64, qemu_aarch64
 
 pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.everything

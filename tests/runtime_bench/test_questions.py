@@ -19,7 +19,7 @@ from exporters.onnx import export_onnx
 from runtime_bench.engines import SessionSettings
 from runtime_bench.native.build import build_runner
 from runtime_bench.process import exchange
-from runtime_bench.targets.native import EMULATED_RUNNER, EMULATORS, Native, qemu_aarch64
+from runtime_bench.targets.local import EMULATED_RUNNER, EMULATORS, Native, qemu_aarch64
 from runtime_bench.worker import (
     AnswerRequest,
     AnswerResult,

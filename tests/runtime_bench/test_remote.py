@@ -27,8 +27,7 @@ from exporters.onnx.folder import find_graph
 from phoneready.main import main
 from runtime_bench.measuring.measure import run_bench, run_matrix
 from runtime_bench.records.bench_record import EMULATED, BenchRecord
-from runtime_bench.records.energy import energy
-from runtime_bench.records.fairness import fairness
+from runtime_bench.records.fairness import energy, fairness
 from runtime_bench.targets import LOCAL, far_scripts
 from runtime_bench.targets.far_shell import Adb, Ssh
 from runtime_bench.targets.remote import Remote
