@@ -11,35 +11,22 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
 from types import MappingProxyType
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from cfsp.errors import PhonereadyError, without_credentials
 from cfsp.records import tool_version
-from phoneready.commands import (
-    bench,
-    compare,
-    devices,
-    doctor,
-    evaluate,
-    export,
-    history,
-    init,
-    prune,
-    recover,
-    release,
-    report,
-    search,
-    verify,
-)
 from phoneready.commands.options import with_settings
 from runtime_bench.presentation.markup import visible
 
@@ -124,8 +111,75 @@ GONE: MappingProxyType[str, str] = MappingProxyType(
 )
 """A command or option of earlier versions -> what to use instead."""
 
+COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
+    {
+        "init": ("init.init", "Write a release.toml with every setting, its default and a word on it."),
+        "release": (
+            "release.release",
+            "Prune, export, prove and measure a model, and hold it against budgets.",
+        ),
+        "report": ("report.report", "Write report.html and report.md of a release again, from its records."),
+        "verify": ("verify.verify", "Check every byte of a release against its manifest."),
+        "search": ("search.search", "Find the best file within limits."),
+        "prune": ("prune.prune", "Remove FFN channels with CFSP, tokens, blocks, attentions or groups."),
+        "recover": ("recover.recover", "Train a pruned checkpoint; widths and speed stay the same."),
+        "eval": ("evaluate.evaluate", "Measure perplexity, divergence (--against), tasks and answers."),
+        "export": ("export.export", "Write a model as proven GGUF files or ONNX folders."),
+        "bench": ("bench.bench", "Measure loading, prompts, generation and memory of exported files."),
+        "compare": ("compare.compare", "Compare benchmark records: ratio, interval and verdict a row."),
+        "history": ("history.history", "Find the release that changed a figure."),
+        "devices list": ("devices.list_devices", "List the devices that have a profile."),
+        "devices show": ("devices.show_device", "Show every figure of a device, and who says so."),
+        "devices fit": ("devices.fit", "Project whether a file fits on devices, and how fast it may be."),
+        "devices build-runner": ("devices.build_runner", "Build the program that measures without Python."),
+        "devices clean": ("devices.clean", "Remove what `bench` pushed to another machine."),
+        "doctor": ("doctor.doctor", "Examine Python, packages, processor, memory and disk."),
+    }
+)
+"""Command -> its function in phoneready.commands, imported when it is called, and what it does."""
+GROUPS: MappingProxyType[str, str] = MappingProxyType(
+    {"devices": "Phones and boards: what is known of them, whether a model will fit, what was put there."}
+)
+
+
+class _Commands(TyperGroup):
+    """The rows of COMMANDS at one place; a command is made when it is called."""
+
+    place = ""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        inside = (n.removeprefix(self.place) for n in (*COMMANDS, *GROUPS) if n.startswith(self.place))
+        self.commands: dict[str, Any] = dict.fromkeys(name for name in inside if " " not in name)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command or group of a name, or None."""
+        if cmd_name not in self.commands:
+            return None
+        if self.commands[cmd_name] is None:
+            common: dict[str, Any] = {"rich_markup_mode": None, "add_completion": False}
+            if help := GROUPS.get(self.place + cmd_name):
+                inside = type("_Inside", (_Commands,), {"place": f"{cmd_name} "})
+                made = typer.Typer(cls=inside, help=help, no_args_is_help=True, **common)
+                made.callback()(lambda: None)
+            else:
+                module, _, function = COMMANDS[self.place + cmd_name][0].partition(".")
+                command = getattr(importlib.import_module(f"phoneready.commands.{module}"), function)
+                made = typer.Typer(**common)
+                made.command(cmd_name)(with_settings(command))
+            self.commands[cmd_name] = typer.main.get_command(made)
+            self.commands[cmd_name].name = cmd_name
+        return self.commands[cmd_name]
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """The list of commands, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(n, GROUPS.get(n) or COMMANDS[self.place + n][1]) for n in self.commands])
+
+
 app = typer.Typer(
     name="phoneready",
+    cls=_Commands,
     help="Make a language model fit for a phone: prune it, export it to GGUF or ONNX, prove the export, measure it.",
     epilog="Results go to stdout (--json: as one JSON document), progress to stderr. "
     "`phoneready COMMAND --help` says more about each.",
@@ -134,42 +188,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-COMMANDS: MappingProxyType[str, Callable[..., None]] = MappingProxyType(
-    {
-        "init": init.init,
-        "release": release.release,
-        "report": report.report,
-        "verify": verify.verify,
-        "search": search.search,
-        "prune": prune.prune,
-        "recover": recover.recover,
-        "eval": evaluate.evaluate,
-        "export": export.export,
-        "bench": bench.bench,
-        "compare": compare.compare,
-        "history": history.history,
-        "devices list": devices.list_devices,
-        "devices show": devices.show_device,
-        "devices fit": devices.fit,
-        "devices build-runner": devices.build_runner,
-        "devices clean": devices.clean,
-        "doctor": doctor.doctor,
-    }
-)
-GROUPS: MappingProxyType[str, str] = MappingProxyType(
-    {"devices": "Phones and boards: what is known of them, whether a model will fit, what was put there."}
-)
-_groups = {
-    name: typer.Typer(help=help, no_args_is_help=True, rich_markup_mode=None) for name, help in GROUPS.items()
-}
-for _name, _group in _groups.items():
-    app.add_typer(_group, name=_name)
-for _name, _command in COMMANDS.items():
-    # The whole first line: left to itself the list of commands cuts it short.
-    _place, _, _last = _name.rpartition(" ")
-    register = _groups[_place] if _place else app
-    register.command(_last, short_help=(_command.__doc__ or "").partition("\n")[0])(with_settings(_command))
 
 
 def _print_version(wanted: bool) -> None:

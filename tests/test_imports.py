@@ -170,10 +170,13 @@ def test_the_rules_catch_what_they_are_for() -> None:
     assert found == {"pyarrow"}
 
 
-def test_command_line_starts_without_torch() -> None:
-    code = "import sys, phoneready.main; "
+def test_help_is_shown_without_a_command_and_a_commands_without_torch() -> None:
+    code = "import sys; from phoneready.main import main; main(['--help']); "
+    code += "commands = [m for m in sys.modules if m.startswith('phoneready.commands.')]; "
+    code += "print(commands); main(['prune', '--help']); "
     code += "print(sorted({'torch', 'transformers', 'llama_cpp'} & set(sys.modules)))"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert result.stdout.strip() == "[]"
+    assert "['phoneready.commands.options']" in result.stdout
+    assert result.stdout.endswith("[]\n")

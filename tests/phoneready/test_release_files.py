@@ -285,7 +285,7 @@ def test_every_single_command_is_one_that_the_command_line_takes(make_report_inp
     for line in found:
         program, name, *arguments = shlex.split(line)
         assert program == "phoneready"
-        group.commands[name].make_context(name, arguments)
+        group.get_command(None, name).make_context(name, arguments)
     assert "my model" in shlex.split(found[0])
     ends = ["--threads 2", None, None, "--threads 1"]
     assert [line[-11:] if "--threads" in line else None for line in found] == ends
