@@ -63,6 +63,7 @@ from cfsp.models.weights import (
     cast_weights,
     check_factors,
     check_finite,
+    check_floats,
     check_memory,
     model_from_weights,
     quiet_transformers,
@@ -247,7 +248,10 @@ def load_folder(folder: Path, *, dtype: torch.dtype, by_blocks: bool = False) ->
         for file in files:
             with as_input_error(f"{file} is damaged or cut short"), safetensors.safe_open(file, "pt") as one:
                 names = text_names(folder, one.keys())
-                weights |= {ours: one.get_tensor(name).to(dtype) for name, ours in names.items()}
+                read = {ours: one.get_tensor(name) for name, ours in names.items()}
+            check_floats(read, str(file))
+            weights |= {name: tensor.to(dtype) for name, tensor in read.items()}
+            del read
         if is_part and settings.get("tie_word_embeddings") is None and OUTPUT_MATRIX not in weights:
             config.tie_word_embeddings = True
         if is_part and config.tie_word_embeddings:

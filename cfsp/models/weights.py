@@ -65,8 +65,9 @@ def quiet_transformers() -> Iterator[None]:
 def model_from_weights(
     config: Any, weights: Mapping[str, torch.Tensor], *, dtype: torch.dtype, where: str, cls: Any = None
 ) -> Any:
-    """A causal LM in eval mode with these weights; raises InputError if some are missing, unknown or misshapen."""
+    """A causal LM in eval mode; raises InputError for missing, unknown, misshapen or quantized weights."""
     builder = cls or model_class(config)
+    check_floats(weights, where)
     with quiet_transformers(), torch.device("meta"), as_input_error(f"{where} cannot be used"):
         stated = sum(parameter.numel() for parameter in builder(config).parameters())
     # transformers would make all that is missing, and takes sizes that are not stated from its default model.
@@ -196,6 +197,15 @@ def shard_names(file: Path) -> list[str]:
     index = {"weight_map": None} | read_json_object(file)
     check_kinds(index, _INDEX, str(file))
     return sorted(set(index["weight_map"].values()))
+
+
+def check_floats(weights: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raise InputError for weights that are codes of a quantizer and not numbers."""
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            allowed = "float32, float16 or bfloat16: the model before it was quantized"
+            raise InputError(f"{where}: {name} is quantized", field="dtype", value=kind, allowed=allowed)
 
 
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:

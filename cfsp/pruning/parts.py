@@ -186,12 +186,12 @@ def choose_removals(
     Args:
         model: The dense model, in eval mode.
         input_ids: Calibration windows (nsamples, seqlen) int64.
-        settings: As `counted_removals` gives them.
+        settings: Shares of blocks and attentions are counted.
 
     Raises:
         InputError: More than can go.
     """
-    depth = attention = groups = None
+    settings, depth, attention, groups = counted_removals(model, settings), None, None, None
     ids, layers = input_ids[:, :PROBE_TOKENS], decoder_layers(model)
     left_out: list[Callable[[], AbstractContextManager[None]]] = []
 

@@ -164,6 +164,7 @@ class _Made:
         self.eight_bits: tuple[str, ...] = ()
         self.slopes: Mapping[str, Sums] = {}
         self.choice: Choice | None = None
+        self.is_trained = False
 
     def write(self, measured: dict[BlockFormat, Losses]) -> None:
         """Write both graphs; if numbers are chosen for a text, those or the plain quantizer's, which lose less.
@@ -183,7 +184,7 @@ class _Made:
             self._save(plain, self.folder)
             return
         if (trained := read_rounded(job.checkpoint, variant.name)) is not None:
-            types = trained.format.types
+            types, self.is_trained = trained.format.types, True
             self.eight_bits = tuple(n for n, bits in types.items() if bits == str(INT8.bits) and n != TABLE)
             self._save(QuantizedModel(trained_layers(job.model, variant, trained)), self.folder)
             return
@@ -306,7 +307,7 @@ class _Made:
 
     def _warnings(self) -> Iterator[str]:
         job, config = self.job, self.job.config
-        if self.variant.needs_text and self.text is None:
+        if self.variant.needs_text and self.text is None and not self.is_trained:
             yield f"{self.variant.name} is rounded to the nearest numbers, without text"
         if self.text is not None and is_paged(job.model):
             yield UNTRAINED

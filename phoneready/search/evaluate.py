@@ -480,7 +480,9 @@ class Evaluator:
         if start is not None:
             loaded = load_stage(start, self.subject.model, self.progress)
             left = 1 - (1 - point.ratio) / (1 - before.ratio)  # of what the step before left
-            settings = replace(self.subject.prune.settings(point.align), prune_ratio=left)
+            settings = replace(
+                self.subject.prune.settings(point.align), prune_ratio=left, blocks=0, attentions=0
+            )
             settings = fitting_settings(settings, loaded.model, (point.quant,))
             made = prune_model(loaded, side.calibration, settings, progress=self.progress)
             loaded, plan, moments = made.loaded, made.plan, made.input_moments

@@ -130,8 +130,9 @@ def test_the_block_that_does_nothing_goes_first(tiny_model: Any) -> None:
     idle = decoder_layers(model)[2]
     for linear in (idle.self_attn.o_proj, idle.mlp.down_proj):
         linear.weight.zero_()
-    plan, _, _ = choose_removals(model, IDS, replace(PLAIN, blocks=1))
+    plan, share = (choose_removals(model, IDS, replace(PLAIN, blocks=n))[0] for n in (1, 0.25))
     assert plan is not None
+    assert share == plan
     assert plan.removed == (2,)
     assert plan.losses[2] == plan.loss == pytest.approx(0, abs=1e-6)
     expected = model(IDS[:, :29]).logits

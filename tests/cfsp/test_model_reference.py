@@ -284,6 +284,10 @@ WRONG: dict[str, list[Callable[[Path], Any]]] = {
         lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}'),
         lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
     ],
+    f"{UP} is quantized": [
+        lambda folder: with_tensors(folder, lambda w: w.update({UP: w[UP].to(torch.int8)})),
+        lambda folder: with_tensors(folder, lambda w: w.update({UP: w[UP].to(torch.float8_e4m3fn)})),
+    ],
     "awq": [lambda folder: with_settings(folder, quantization_config={"quant_method": "awq"})],
     "mlp": [lambda folder: with_settings(folder, intermediate_size=96)],
     "not valid JSON": [damaged("config.json", lambda _: b"{")],
