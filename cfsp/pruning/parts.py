@@ -43,20 +43,14 @@ _TRIED = 12
 
 @dataclass(frozen=True)
 class Removal:
-    """Which blocks go, or lose their attention.
+    """Which blocks go, or lose their attention."""
 
-    Attributes:
-        removed: Their indices in the dense model, ascending.
-        losses: Per block the divergence without its part, nats per token; 0 if it was not tried. Of attentions it
-            includes the blocks that go.
-        loss: The divergence without all of `removed`, before any repair.
-        tokens: Tokens of the windows that this was measured on.
-    """
-
-    removed: tuple[int, ...]
+    removed: tuple[int, ...]  # their indices in the dense model, ascending
+    # per block the divergence without its part, nats per token; 0 if it was not tried. Of attentions it
+    # includes the blocks that go.
     losses: tuple[float, ...]
-    loss: float
-    tokens: int
+    loss: float  # the divergence without all of `removed`, before any repair
+    tokens: int  # tokens of the windows that this was measured on
 
 
 @dataclass(frozen=True)

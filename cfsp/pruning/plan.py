@@ -136,17 +136,11 @@ def allocate_widths(
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """One block's part of a plan.
+    """One block's part of a plan."""
 
-    Attributes:
-        width: Number of channels kept; 0 in a block that goes.
-        importance: Coarse importance of the block.
-        ranking: All channel indices, best first; the first `width` are kept.
-    """
-
-    width: int
-    importance: float
-    ranking: tuple[int, ...]
+    width: int  # number of channels kept; 0 in a block that goes
+    importance: float  # coarse importance of the block
+    ranking: tuple[int, ...]  # all channel indices, best first; the first `width` are kept
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -156,44 +150,29 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """What of which model is kept, and why.
-
-    Attributes:
-        model_type: Row of the architecture table.
-        source: Model reference the plan was made for, and if known its hash.
-        calibration: References of the calibration text; then the hash and number of its token ids, and the seed.
-        settings: How the plan was made.
-        dense_widths: intermediate_size of each block before pruning.
-        blocks: One entry a block.
-        vocabulary: Which tokens are kept; None if all are.
-        depth: Which whole blocks go.
-        attention: Which blocks lose their attention.
-        kv_groups: Which key-value groups are kept.
-        silent_before: Blocks that had no attention before.
-        device: Kind of device that computed it; None for the CPU.
-        warnings: Settings that had no effect.
-    """
+    """What of which model is kept, and why."""
 
     KIND: ClassVar[str] = "pruning_plan"
     SCHEMA_VERSION: ClassVar[int] = 4
 
-    model_type: str
-    source: str
+    model_type: str  # row of the architecture table
+    source: str  # model reference the plan was made for, and if known its hash
     source_sha256: str | None
+    # references of the calibration text; then the hash and number of its token ids, and the seed.
     calibration: tuple[str, ...]
     calibration_sha256: str
     calibration_tokens: int
     seed: Seed
-    settings: PruneSettings
-    dense_widths: tuple[int, ...]
-    blocks: tuple[BlockPlan, ...]
-    vocabulary: Annotated[VocabularyPlan | None, WhereSet] = None
-    depth: Annotated[Removal | None, WhereSet] = None
-    attention: Annotated[Removal | None, WhereSet] = None
-    kv_groups: Annotated[GroupRemoval | None, WhereSet] = None
-    silent_before: Annotated[tuple[int, ...], WhereSet] = ()
-    device: Annotated[str | None, WhereSet] = None
-    warnings: Annotated[tuple[str, ...], WhereSet] = ()
+    settings: PruneSettings  # how the plan was made
+    dense_widths: tuple[int, ...]  # intermediate_size of each block before pruning
+    blocks: tuple[BlockPlan, ...]  # one entry a block
+    vocabulary: Annotated[VocabularyPlan | None, WhereSet] = None  # which tokens are kept; None if all are
+    depth: Annotated[Removal | None, WhereSet] = None  # which whole blocks go
+    attention: Annotated[Removal | None, WhereSet] = None  # which blocks lose their attention
+    kv_groups: Annotated[GroupRemoval | None, WhereSet] = None  # which key-value groups are kept
+    silent_before: Annotated[tuple[int, ...], WhereSet] = ()  # blocks that had no attention before
+    device: Annotated[str | None, WhereSet] = None  # kind of device that computed it; None for the CPU
+    warnings: Annotated[tuple[str, ...], WhereSet] = ()  # settings that had no effect
 
     def __post_init__(self) -> None:
         if not self.blocks or len(self.blocks) != len(self.dense_widths):

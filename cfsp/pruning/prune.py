@@ -38,18 +38,12 @@ TOLD_WINDOWS = 8
 
 
 class PruneResult(NamedTuple):
-    """What pruning leaves.
+    """What pruning leaves."""
 
-    Attributes:
-        loaded: The changed model, with the tokenizer of the tokens that it keeps.
-        plan: What was kept, and why.
-        calibration: The windows, in the ids of the tokens that are kept.
-        input_moments: Module name -> (in_features,) mean squared input in the PRUNED model.
-    """
-
-    loaded: LoadedModel
-    plan: PruningPlan
-    calibration: Calibration
+    loaded: LoadedModel  # the changed model, with the tokenizer of the tokens that it keeps
+    plan: PruningPlan  # what was kept, and why
+    calibration: Calibration  # the windows, in the ids of the tokens that are kept
+    # module name -> (in_features,) mean squared input in the PRUNED model.
     input_moments: dict[str, torch.Tensor]
 
 

@@ -144,19 +144,12 @@ def _least_squares(
 
 
 class _States(NamedTuple):
-    """Where the dense model decides what comes next, float64.
+    """Where the dense model decides what comes next, float64."""
 
-    Attributes:
-        mean: m, (hidden_size,).
-        square: E[h h^T], (hidden_size, hidden_size).
-        after: States after each beginning and prefix, (beginnings, prefixes, hidden_size).
-        normalizers: Log of the kept rows' softmax denominator there, (beginnings, prefixes).
-    """
-
-    mean: torch.Tensor
-    square: torch.Tensor
-    after: torch.Tensor
-    normalizers: torch.Tensor
+    mean: torch.Tensor  # m, (hidden_size,)
+    square: torch.Tensor  # E[h h^T], (hidden_size, hidden_size)
+    after: torch.Tensor  # states after each beginning and prefix, (beginnings, prefixes, hidden_size)
+    normalizers: torch.Tensor  # log of the kept rows' softmax denominator there, (beginnings, prefixes)
 
 
 def _read_states(

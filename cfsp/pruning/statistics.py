@@ -28,19 +28,12 @@ MOMENT_WINDOWS = 16
 
 
 class BlockStatistics(NamedTuple):
-    """What one pass knows about every block.
+    """What one pass knows about every block."""
 
-    Attributes:
-        importance: I_l, (num_hidden_layers,) float64.
-        norms: ||X_i|| / sqrt(T) of every block, (intermediate_size,) float64 each.
-        n_tokens: T.
-        states: What every block gives, if that was asked for and could be kept.
-    """
-
-    importance: torch.Tensor
-    norms: tuple[torch.Tensor, ...]
-    n_tokens: int
-    states: StoredStates | None = None
+    importance: torch.Tensor  # I_l, (num_hidden_layers,) float64
+    norms: tuple[torch.Tensor, ...]  # ||X_i|| / sqrt(T) of every block, (intermediate_size,) float64 each
+    n_tokens: int  # T
+    states: StoredStates | None = None  # what every block gives, if that was asked for and could be kept
 
 
 def collect_statistics(

@@ -72,25 +72,17 @@ class TokenKind:
 
 @dataclass(frozen=True)
 class VocabularyPlan:
-    """Which tokens are kept, and what that costs on the text that was counted.
+    """Which tokens are kept, and what that costs on the text that was counted."""
 
-    Attributes:
-        dense_size: Rows of the dense model's embedding.
-        kept: Ids of the kept tokens, ascending; their places are the new ids. If more rows are kept than there are
-            tokens, then also rows that no token has.
-        sources: References of the text that was counted.
-        counted_tokens: Tokens of that text, as the dense model reads it.
-        growth: Tokens after trimming to tokens before, on that text, each spelled by itself.
-        by_script: What stays of every script.
-        counts: How often the counted text has every token; what is left learns to spell the others by it.
-    """
-
-    dense_size: int
+    dense_size: int  # rows of the dense model's embedding
+    # ids of the kept tokens, ascending; their places are the new ids. If more rows are kept than there
+    # are tokens, then also rows that no token has.
     kept: tuple[int, ...]
-    sources: tuple[str, ...]
-    counted_tokens: int
-    growth: float
-    by_script: tuple[TokenKind, ...] = ()
+    sources: tuple[str, ...]  # references of the text that was counted
+    counted_tokens: int  # tokens of that text, as the dense model reads it
+    growth: float  # tokens after trimming to tokens before, on that text, each spelled by itself
+    by_script: tuple[TokenKind, ...] = ()  # what stays of every script
+    # how often the counted text has every token; what is left learns to spell the others by it.
     counts: tuple[NonNegativeInt, ...] = ()
 
 

@@ -49,25 +49,17 @@ Labelled = tuple[Sequence[int], Sequence[bool]]
 
 @dataclass(frozen=True)
 class Sequences:
-    """Sequences of one source.
+    """Sequences of one source."""
 
-    Attributes:
-        input_ids: (n, seqlen) int64.
-        targets: (n, seqlen) int64; IGNORED if nothing is learnt, the last position always.
-        source: Reference of the data.
-        sha256: Hash of ids and targets.
-        teacher_ids: (n, seqlen) int64, the same text in the teacher's tokens if these are others.
-        teacher_places: (n, seqlen) int64, which of these each position is the last part of, or INSIDE.
-        n_loops: Texts of the source that a model wrote in loops, and that are left out.
-    """
-
-    input_ids: torch.Tensor
-    targets: torch.Tensor
-    source: str
-    sha256: str
+    input_ids: torch.Tensor  # (n, seqlen) int64
+    targets: torch.Tensor  # (n, seqlen) int64; IGNORED if nothing is learnt, the last position always
+    source: str  # reference of the data
+    sha256: str  # hash of ids and targets
+    # (n, seqlen) int64, the same text in the teacher's tokens if these are others.
     teacher_ids: torch.Tensor | None = None
+    # (n, seqlen) int64, which of these each position is the last part of, or INSIDE.
     teacher_places: torch.Tensor | None = None
-    n_loops: int = 0
+    n_loops: int = 0  # texts of the source that a model wrote in loops, and that are left out
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         """One sequence, as `Student.forward` takes it."""

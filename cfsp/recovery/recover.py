@@ -59,27 +59,23 @@ ROUNDING_TOKENS = 16_384
 
 @dataclass(frozen=True)
 class RecoveryJob:
-    """What is trained, on what, and where it is written.
+    """What is trained, on what, and where it is written."""
 
-    Attributes:
-        checkpoint: A pruned checkpoint, or any model reference (to train a dense model alike).
-        data: `self` (sampled from the teacher), or text references; mixed in equal shares.
-        validation: The same; without any a share of `data` is held out.
-        teacher: Model reference; the checkpoint's dense model by default, if the loss or the data needs one.
-        work: Folder for training's own checkpoints; `output` with `.work` appended by default. Removed at the end.
-        device: A name as `find_device` takes; of several processes each takes its own GPU, whatever number it says.
-        force: Replace an existing output, and a work folder of other inputs.
-    """
-
-    checkpoint: str
+    checkpoint: str  # A pruned checkpoint, or any model reference (to train a dense model alike)
     output: Path
     settings: RecoverySettings
+    # `self` (sampled from the teacher), or text references; mixed in equal shares.
     data: tuple[str, ...] = (SELF,)
-    validation: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()  # the same; without any a share of `data` is held out
+    # model reference; the checkpoint's dense model by default, if the loss or the data needs one.
     teacher: str | None = None
+    # folder for training's own checkpoints; `output` with `.work` appended by default. Removed at the
+    # end.
     work: Path | None = None
+    # A name as `find_device` takes; of several processes each takes its own GPU, whatever number it
+    # says.
     device: str = "auto"
-    force: bool = False
+    force: bool = False  # replace an existing output, and a work folder of other inputs
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -88,25 +84,15 @@ class RecoveryJob:
 
 
 class _Inputs(NamedTuple):
-    """What a run is made from.
+    """What a run is made from."""
 
-    Attributes:
-        loaded: The model that is trained; its source is the dense model if a checkpoint names one.
-        sha256: Hash of its weights.
-        plan: The checkpoint's pruning plan.
-        ranks: Adapter rank of every block; empty if all weights are trained.
-        hashes: What the result depends on -> its hash.
-        teacher: The dense model, if the loss or the data needs it.
-        respelling: How the model spells the teacher's tokens, if it has fewer.
-    """
-
-    loaded: LoadedModel
-    sha256: str
-    plan: PruningPlan | None
-    ranks: tuple[int, ...]
-    hashes: dict[str, str]
-    teacher: LoadedModel | None = None
-    respelling: Respelling | None = None
+    loaded: LoadedModel  # the model that is trained; its source is the dense model if a checkpoint names one
+    sha256: str  # hash of its weights
+    plan: PruningPlan | None  # the checkpoint's pruning plan
+    ranks: tuple[int, ...]  # adapter rank of every block; empty if all weights are trained
+    hashes: dict[str, str]  # what the result depends on -> its hash
+    teacher: LoadedModel | None = None  # the dense model, if the loss or the data needs it
+    respelling: Respelling | None = None  # how the model spells the teacher's tokens, if it has fewer
 
 
 def recover(

@@ -14,23 +14,14 @@ RECOVERY_FILE = "recovery.json"
 
 @dataclass(frozen=True)
 class DataRecord:
-    """One source of sequences.
+    """One source of sequences."""
 
-    Attributes:
-        reference: As given.
-        sha256: Hash of ids and targets.
-        n_sequences: Number of sequences.
-        n_tokens: Positions in them.
-        n_learnt: Positions with a target.
-        n_loops: Texts that the dense model wrote in loops, and that were left out.
-    """
-
-    reference: str
-    sha256: str
-    n_sequences: int
-    n_tokens: int
-    n_learnt: int
-    n_loops: int = 0
+    reference: str  # as given
+    sha256: str  # hash of ids and targets
+    n_sequences: int  # number of sequences
+    n_tokens: int  # positions in them
+    n_learnt: int  # positions with a target
+    n_loops: int = 0  # texts that the dense model wrote in loops, and that were left out
 
 
 @dataclass(frozen=True)
@@ -51,52 +42,32 @@ class ValidationPoint(LossPoint):
 
 @dataclass(frozen=True)
 class RecoveryRecord:
-    """A recovery run.
-
-    Attributes:
-        checkpoint: What was recovered, then the hash of its weights.
-        teacher: The dense model, if the loss or the data needed one, then the hash of its weights.
-        settings: How it was trained.
-        learning_rate: The peak that was used.
-        dtype: Of matrix products.
-        device: Kind of device, such as "cpu".
-        processes: Number of processes.
-        ranks: Adapter rank of every block; empty if all weights were trained.
-        n_trainable: Number of weights trained.
-        held_out: Whether the validation data is a held-out share of the training data.
-        losses: Training curve.
-        validations: Validation curve; the first is the untrained state.
-        kept_step: Step whose weights were kept, the best validation's; 0 is the untrained state.
-        tokens_seen: Input tokens trained on.
-        seconds: Spent in training and validation.
-        stopped_by: "budget", "patience" or "diverged".
-        warnings: Settings that had no effect.
-    """
+    """A recovery run."""
 
     KIND: ClassVar[str] = "recovery"
     SCHEMA_VERSION: ClassVar[int] = 4
 
-    checkpoint: str
+    checkpoint: str  # what was recovered, then the hash of its weights
     checkpoint_sha256: str
-    teacher: str | None
+    teacher: str | None  # the dense model, if the loss or the data needed one, then the hash of its weights
     teacher_sha256: str | None
-    settings: RecoverySettings
-    learning_rate: float
-    dtype: str
-    device: str
-    processes: int
-    ranks: tuple[int, ...]
-    n_trainable: int
+    settings: RecoverySettings  # how it was trained
+    learning_rate: float  # the peak that was used
+    dtype: str  # of matrix products
+    device: str  # kind of device, such as "cpu"
+    processes: int  # number of processes
+    ranks: tuple[int, ...]  # adapter rank of every block; empty if all weights were trained
+    n_trainable: int  # number of weights trained
     training: tuple[DataRecord, ...]
     validation: tuple[DataRecord, ...]
-    held_out: bool
-    losses: tuple[LossPoint, ...]
-    validations: tuple[ValidationPoint, ...]
-    kept_step: int
-    tokens_seen: int
-    seconds: float
-    stopped_by: str
-    warnings: Annotated[tuple[str, ...], WhereSet] = ()
+    held_out: bool  # whether the validation data is a held-out share of the training data
+    losses: tuple[LossPoint, ...]  # training curve
+    validations: tuple[ValidationPoint, ...]  # validation curve; the first is the untrained state
+    kept_step: int  # step whose weights were kept, the best validation's; 0 is the untrained state
+    tokens_seen: int  # input tokens trained on
+    seconds: float  # spent in training and validation
+    stopped_by: str  # "budget", "patience" or "diverged"
+    warnings: Annotated[tuple[str, ...], WhereSet] = ()  # settings that had no effect
 
     def __post_init__(self) -> None:
         if not self.validations or self.kept_step not in [point.step for point in self.validations]:

@@ -18,21 +18,13 @@ if TYPE_CHECKING:
 
 
 class Method(NamedTuple):
-    """What is trained.
+    """What is trained."""
 
-    Attributes:
-        learning_rate: Default peak learning rate.
-        distill_rate: That of distillation alone, if it is another.
-        adapter: Low-rank adapters that are merged afterwards, not all weights.
-        by_importance: Ranks follow the plan's coarse importances.
-        through_rounding: What a file of few bits leaves open: scales of its blocks, and norms.
-    """
-
-    learning_rate: float
-    distill_rate: float | None = None
-    adapter: bool = False
-    by_importance: bool = False
-    through_rounding: bool = False
+    learning_rate: float  # default peak learning rate
+    distill_rate: float | None = None  # that of distillation alone, if it is another
+    adapter: bool = False  # low-rank adapters that are merged afterwards, not all weights
+    by_importance: bool = False  # ranks follow the plan's coarse importances
+    through_rounding: bool = False  # what a file of few bits leaves open: scales of its blocks, and norms
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(

@@ -56,26 +56,18 @@ _DIVERGENCE_FACTOR = 2.0
 
 @dataclass
 class RunState:
-    """What a run's checkpoints keep beside the weights.
-
-    Attributes:
-        losses: Training curve.
-        validations: Validation curve, the untrained state first.
-        best_step: Step of the best validation; 0 is the untrained state.
-        without_improvement: Validations since then.
-        seconds: Spent in training, over all resumed parts.
-        stopped_by: Why training ended; None while it goes on.
-    """
+    """What a run's checkpoints keep beside the weights."""
 
     KIND: ClassVar[str] = "recovery_state"
     SCHEMA_VERSION: ClassVar[int] = 1
 
-    losses: list[LossPoint] = field(default_factory=list)
+    losses: list[LossPoint] = field(default_factory=list)  # training curve
+    # validation curve, the untrained state first.
     validations: list[ValidationPoint] = field(default_factory=list)
-    best_step: int = 0
-    without_improvement: int = 0
-    seconds: float = 0.0
-    stopped_by: str | None = None
+    best_step: int = 0  # step of the best validation; 0 is the untrained state
+    without_improvement: int = 0  # validations since then
+    seconds: float = 0.0  # spent in training, over all resumed parts
+    stopped_by: str | None = None  # why training ended; None while it goes on
 
     def add_validation(self, point: ValidationPoint, patience: int) -> bool:
         """Note a validation and decide whether the run goes on; returns whether it is the best so far."""
