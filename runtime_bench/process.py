@@ -166,11 +166,8 @@ def exit_reason(code: int, tail: list[str]) -> str:
 
 
 def read_answer(kind: type[T], output: bytes) -> T:
-    """What another process wrote as JSON; fields that it leaves out have their defaults.
-
-    Raises:
-        ProcessFailed: It is no such thing.
-    """
+    """What another process wrote as JSON; fields that it leaves out have their defaults. Raises
+    ProcessFailed: it is no such thing."""
     import pydantic
 
     from cfsp.validation import describe_problems

@@ -155,11 +155,8 @@ def request_from_json(payload: dict[str, Any]) -> WorkerRequest:
 
 
 def measure(request: WorkerRequest) -> WorkerResult:
-    """Take the samples of a request in this process.
-
-    Raises:
-        PhonereadyError: Unknown engine, a file that does not open, or tokens that the engine refuses.
-    """
+    """Take the samples of a request in this process. Raises PhonereadyError: unknown engine, a file that does
+    not open, or tokens that the engine refuses."""
     engine = engine_spec(request.engine)
     engine.require()
     adapter = engine.adapter
@@ -325,11 +322,8 @@ def write_questions(path: Path, questions: Iterable[Question]) -> None:
 
 
 def answer_all(payload: Mapping[str, Any]) -> AnswerResult:
-    """Answer an AnswerRequest, as `asdict` made it, in this process.
-
-    Raises:
-        PhonereadyError: Unknown engine, a file that does not open, or tokens that the engine refuses.
-    """
+    """Answer an AnswerRequest, as `asdict` made it, in this process. Raises PhonereadyError: unknown engine,
+    a file that does not open, or tokens that the engine refuses."""
     request = AnswerRequest(**{**payload, "session": SessionSettings(**payload["session"])})
     spec = engine_spec(request.engine)
     spec.require()

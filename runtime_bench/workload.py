@@ -245,11 +245,8 @@ class BenchSettings(SamplingSettings):
 
 
 def workloads_of(settings: BenchSettings) -> tuple[Workload, ...]:
-    """The workloads of a session, each once, regime by regime in the order of the table: load, pp, tg, ttft, start.
-
-    Raises:
-        InputError: The settings leave nothing to measure, or contradict each other.
-    """
+    """The workloads of a session, each once, regime by regime in the order of the table: load, pp, tg, ttft,
+    start. Raises InputError: the settings leave nothing to measure, or contradict each other."""
     warm = [name for name in settings.regimes if REGIMES[name].least_samples > 1]
     opening = any(not REGIMES[name].opened_before for name in settings.regimes)
     refused = (

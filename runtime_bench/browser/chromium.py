@@ -57,11 +57,8 @@ class BrowserError(PhonereadyError):
 
 
 def find_chromium() -> str:
-    """Path of Chromium: PHONEREADY_CHROMIUM, or the first of the usual names in PATH.
-
-    Raises:
-        InputError: There is none.
-    """
+    """Path of Chromium: PHONEREADY_CHROMIUM, or the first of the usual names in PATH. Raises InputError:
+    there is none."""
     named = os.environ.get(EXECUTABLE_VARIABLE)
     if named:
         if not os.access(named, os.X_OK):
@@ -76,11 +73,9 @@ def find_chromium() -> str:
 
 
 def fetch_packages() -> Path:
-    """The folder `node_modules`, from the cache or from npm, in the versions and with the hashes of the lock file.
-
-    Raises:
-        InputError: npm is not installed, cannot fetch them, or fetched something else than the lock has.
-    """
+    """The folder `node_modules`, from the cache or from npm, in the versions and with the hashes of the lock
+    file. Raises InputError: npm is not installed, cannot fetch them, or fetched something else than the lock
+    has."""
 
     def install(folder: Path) -> None:
         npm = shutil.which("npm")
@@ -212,12 +207,8 @@ def translated_errors() -> Iterator[None]:
 
 @contextmanager
 def open_page(executable: str, packages: Path, files: Mapping[str, Path]) -> Iterator[Page]:
-    """Start a server and Chromium with an empty tab; all are gone afterwards.
-
-    Raises:
-        BrowserError: Chromium does not start.
-        MissingExtraError: Playwright is not installed.
-    """
+    """Start a server and Chromium with an empty tab; all are gone afterwards. Raises BrowserError: Chromium
+    does not start; MissingExtraError: playwright is not installed."""
     require_extra("playwright", "browser")
     from playwright.sync_api import sync_playwright
 
@@ -248,13 +239,11 @@ def renderer_bytes() -> tuple[int | None, int | None]:
 def calibrate(page: Page, target_score: float) -> Throttling:
     """Throttle the page until it has a device's score.
 
-    The score is a speed of one thread in WebAssembly (`page/score.html`, which any phone can open). Chromium's
-    throttling keeps a rate only roughly, so what it reaches is measured, and the rate corrected. It stops the page's
-    main thread only, so whatever is throttled has to run there, in one thread.
-
-    Raises:
-        InputError: This machine's score is below the device's.
-        BrowserError: Its speed changes too much to be held to the score.
+    The score is a speed of one thread in WebAssembly (`page/score.html`, which any phone can open).
+    Chromium's throttling keeps a rate only roughly, so what it reaches is measured, and the rate corrected.
+    It stops the page's main thread only, so whatever is throttled has to run there, in one thread. Raises
+    InputError: this machine's score is below the device's; BrowserError: its speed changes too much to be
+    held to the score.
     """
     page.visit("score.html?quiet")
     page.throttle(1)

@@ -40,11 +40,7 @@ class ModelFacts:
 
 
 def gguf_facts(path: Path) -> ModelFacts:
-    """Facts of a GGUF file.
-
-    Raises:
-        InputError: No GGUF file, or one without the keys of a decoder.
-    """
+    """Facts of a GGUF file. Raises InputError: no GGUF file, or one without the keys of a decoder."""
     file = read_gguf(path)
     drafting = is_drafting(file)
     tensors = {tensor.name: tensor for tensor in file.tensors if not drafting(tensor.name)}

@@ -91,11 +91,7 @@ class KnownProfile:
 
 
 def read_profile(file: Path) -> DeviceProfile:
-    """One file.
-
-    Raises:
-        InputError: Unreadable, no TOML, or no profile: every problem is named.
-    """
+    """One file. Raises InputError: unreadable, no TOML, or no profile: every problem is named."""
     try:
         profile = DeviceProfile.model_validate(parse_toml(read_text(file), str(file)))
     except pydantic.ValidationError as error:
@@ -137,11 +133,8 @@ def load_profiles(own: Path | None = None) -> dict[str, KnownProfile]:
 
 
 def find_profile(name: str, profiles: Mapping[str, KnownProfile]) -> KnownProfile:
-    """The profile of an id, from what `load_profiles` gave.
-
-    Raises:
-        InputError: There is none; the message has the ids that there are.
-    """
+    """The profile of an id, from what `load_profiles` gave. Raises InputError: there is none; the message has
+    the ids that there are."""
     if name in profiles:
         return profiles[name]
     raise InputError("no profile of this name", field="device", value=name, allowed=", ".join(profiles))

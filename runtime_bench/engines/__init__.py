@@ -200,11 +200,8 @@ class EngineSpec:
     answers: bool = False  # Whether its sessions are of `AnsweringSession`
 
     def require(self) -> None:
-        """Check that the engine can be used, without importing it.
-
-        Raises:
-            PhonereadyError: Its package is not installed.
-        """
+        """Check that the engine can be used, without importing it. Raises PhonereadyError: its package is not
+        installed."""
         if self.extra:
             require_extra(self.package, self.extra, self.distribution)
         elif importlib.util.find_spec(self.package) is None:
@@ -237,11 +234,7 @@ ENGINES = MappingProxyType(
 
 
 def engine_for(path: Path) -> str:
-    """The default engine of a file.
-
-    Raises:
-        InputError: No engine runs files of this kind.
-    """
+    """The default engine of a file. Raises InputError: no engine runs files of this kind."""
     known: list[str] = []
     # A plugin is only imported if no engine before it runs the file.
     for name in (*ENGINES, *plugins.load_plugins(plugins.ENGINES, ENGINES)):
@@ -253,11 +246,8 @@ def engine_for(path: Path) -> str:
 
 
 def check_cache(engine: str, cache_type: str | None) -> None:
-    """Check that an engine can hold keys and values in a type; None is its own choice.
-
-    Raises:
-        InputError: It cannot.
-    """
+    """Check that an engine can hold keys and values in a type; None is its own choice. Raises InputError: it
+    cannot."""
     known = engine in ENGINES or engine in plugins.load_plugins(plugins.ENGINES, ENGINES)
     types = engine_spec(engine).cache_types if known else ()  # a browser's engines have no row
     if cache_type is not None and cache_type not in types:
@@ -271,10 +261,7 @@ def check_cache(engine: str, cache_type: str | None) -> None:
 
 def engine_spec(engine: str) -> EngineSpec:
     """The row of an engine; of a built-in one without a look at plugins, as a measuring process wants it.
-
-    Raises:
-        InputError: Unknown engine, or plugins of one name.
-    """
+    Raises InputError: unknown engine, or plugins of one name."""
     if engine in ENGINES:
         return ENGINES[engine]
     others = plugins.load_plugins(plugins.ENGINES, ENGINES)

@@ -92,11 +92,9 @@ def prepare() -> None:
 
 
 def open_session(path: Path, settings: SessionSettings) -> Session:
-    """Map a GGUF file and make a context, with a float16 cache as llama-bench does unless another is asked for.
-
-    Raises:
-        InputError: llama.cpp cannot load it, or something else than its processor or GPU is to compute.
-    """
+    """Map a GGUF file and make a context, with a float16 cache as llama-bench does unless another is asked
+    for. Raises InputError: llama.cpp cannot load it, or something else than its processor or GPU is to
+    compute."""
     backend = settings.backend or "cpu"
     if backend not in ("cpu", "gpu"):
         raise InputError(

@@ -86,11 +86,7 @@ def prepare() -> None:
 
 
 def open_session(path: Path, settings: SessionSettings) -> Session:
-    """Open a graph whose weights lie beside it.
-
-    Raises:
-        InputError: ONNX Runtime cannot load it.
-    """
+    """Open a graph whose weights lie beside it. Raises InputError: ONNX Runtime cannot load it."""
     piece = min(settings.n_batch, settings.n_ubatch, PREFILL_TOKENS)
     model = open_model(
         path,

@@ -62,11 +62,8 @@ def prepare() -> None:
 
 
 def open_session(path: Path, settings: SessionSettings) -> Session:
-    """Open the folder that a graph belongs to.
-
-    Raises:
-        InputError: No genai_config.json above it, or GenAI cannot load it.
-    """
+    """Open the folder that a graph belongs to. Raises InputError: no genai_config.json above it, or GenAI
+    cannot load it."""
     folder = folder_of(path)
     if not (folder / GENAI_CONFIG).is_file():
         raise InputError(f"no {GENAI_CONFIG} in {folder}")

@@ -238,12 +238,9 @@ def run_matrix(
 def _check(
     files: Sequence[Path], settings: BenchSettings, target: Target, engine: str | None, anchor: Path | None
 ) -> list[str]:
-    """The engine of each file and of the anchor, if all can be measured there.
-
-    Raises:
-        InputError: Something that is asked for cannot be there, or a file is not there.
-        PhonereadyError: An engine is not installed, or never runs there.
-    """
+    """The engine of each file and of the anchor, if all can be measured there. Raises InputError: something
+    that is asked for cannot be there, or a file is not there; PhonereadyError: an engine is not installed, or
+    never runs there."""
     if not files:
         raise InputError("no file to measure", allowed="one or more exported model files")
     if anchor in files:
@@ -275,10 +272,7 @@ def _check(
 
 def look_at(path: Path, settings: BenchSettings) -> tuple[str, TextCheck]:
     """SHA-256 of a file and, if it is asked for, what it writes; once as long as the file does not change.
-
-    Raises:
-        InputError: It cannot be read.
-    """
+    Raises InputError: it cannot be read."""
     try:
         status = path.stat()
         asked = (settings.timeout_s, settings.cache_type) if settings.check_text else None

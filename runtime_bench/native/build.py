@@ -130,10 +130,8 @@ compiling it wants, for people. Its OpenCL is for Adreno's and Intel's."""
 def require_target(name: str, backend: str | None = None) -> RunnerTarget:
     """A row of RUNNER_TARGETS, with one of RUNNER_BACKENDS compiled in.
 
-    What drives a GPU is loaded when the program runs, so that the C library cannot be linked in.
-
-    Raises:
-        InputError: Unknown name.
+    What drives a GPU is loaded when the program runs, so that the C library cannot be linked in. Raises
+    InputError: unknown name.
     """
     row = look_up(RUNNER_TARGETS, name, "unknown target", field="target")
     if backend is None:
@@ -143,11 +141,7 @@ def require_target(name: str, backend: str | None = None) -> RunnerTarget:
 
 
 def runner_target_for(system: str, machine: str, features: Collection[str]) -> str:
-    """The build that makes most of a machine.
-
-    Raises:
-        InputError: No build runs there.
-    """
+    """The build that makes most of a machine. Raises InputError: no build runs there."""
     alike = _NAMES.get(machine, machine)
     fitting = {
         name: len(row.needs)
@@ -302,11 +296,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def read_build(program: Path) -> RunnerBuild:
-    """What a program that `build_runner` gave was made from.
-
-    Raises:
-        InputError: No record lies beside it.
-    """
+    """What a program that `build_runner` gave was made from. Raises InputError: no record lies beside it."""
     return read_record(RunnerBuild, program.parent / _RECORD)
 
 
@@ -345,10 +335,8 @@ def _run(command: Sequence[str], step: str, progress: Progress, wants: str) -> N
 def fetch_source(progress: Progress = no_progress) -> LlamaSource:
     """The archive of the llama-cpp-python that is installed, or else of the version that is known here.
 
-    It is kept in the cache, where the environment's own build (tools/llama_wheel.py) leaves it too.
-
-    Raises:
-        InputError: It cannot be fetched, or is not known by its hash.
+    It is kept in the cache, where the environment's own build (tools/llama_wheel.py) leaves it too. Raises
+    InputError: it cannot be fetched, or is not known by its hash.
     """
     try:
         version = importlib.metadata.version(_DISTRIBUTION)
@@ -383,11 +371,8 @@ def fetch_source(progress: Progress = no_progress) -> LlamaSource:
 
 
 def extract_llama(source: LlamaSource, folder: Path) -> Path:
-    """Unpack what the libraries are compiled from into `folder`; returns llama.cpp's own folder there.
-
-    Raises:
-        InputError: The archive is damaged, or carries no llama.cpp.
-    """
+    """Unpack what the libraries are compiled from into `folder`; returns llama.cpp's own folder there. Raises
+    InputError: the archive is damaged, or carries no llama.cpp."""
     place = PurePosixPath(source.path.name.removesuffix(".tar.gz")) / "vendor" / "llama.cpp"
     wanted = [place / name for name in _WANTED]
     try:
@@ -404,10 +389,7 @@ def extract_llama(source: LlamaSource, folder: Path) -> Path:
 
 def find_toolchain(target: str, ndk: Path | None = None) -> tuple[str, tuple[str, ...], str]:
     """CMake, its options that choose the compiler for a target, and the compiler's own line about itself.
-
-    Raises:
-        InputError: Unknown target, or something is missing or is not what it should be.
-    """
+    Raises InputError: unknown target, or something is missing or is not what it should be."""
     row = require_target(target)
     if ndk is not None and row.system != "android":
         android = ", ".join(name for name, one in RUNNER_TARGETS.items() if one.system == "android")

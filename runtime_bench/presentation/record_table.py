@@ -20,11 +20,7 @@ _REASON_WIDTH = 40
 
 
 def format_table(records: Sequence[BenchRecord], output: str = "md") -> str:
-    """Records in one of FORMATS, with a final newline.
-
-    Raises:
-        InputError: Unknown format.
-    """
+    """Records in one of FORMATS, with a final newline. Raises InputError: unknown format."""
     if output not in FORMATS:
         raise InputError("unknown format", field="output", value=output, allowed=", ".join(FORMATS))
     return FORMATS[output](records)

@@ -185,10 +185,8 @@ def compare(
 ) -> list[Compared]:
     """Compare row by row, in the order of `base`; rows that only `new` has come last.
 
-    Sessions that had an anchor are compared by their ratios to it only; `anchors` are the anchors' own records.
-
-    Raises:
-        InputError: No records of a side, or several of one row.
+    Sessions that had an anchor are compared by their ratios to it only; `anchors` are the anchors' own
+    records. Raises InputError: no records of a side, or several of one row.
     """
     apart = {r.session for r in base}.isdisjoint(r.session for r in new)
     anchored = apart and any(r.anchor_sha256 for r in (*base, *new))
@@ -233,12 +231,10 @@ def compare_records(
 ) -> Compared:
     """Compare two records.
 
-    `faster` or `slower`: the whole interval lies beyond the threshold. `no difference`: within it on both sides. `too
-    noisy to tell`: other programs or the differences between rounds hide what the files do. Else `inconclusive`, as it
-    is if a side failed or has fewer than MIN_SAMPLES.
-
-    Raises:
-        InputError: A setting is out of range.
+    `faster` or `slower`: the whole interval lies beyond the threshold. `no difference`: within it on both
+    sides. `too noisy to tell`: other programs or the differences between rounds hide what the files do. Else
+    `inconclusive`, as it is if a side failed or has fewer than MIN_SAMPLES. Raises InputError: a setting is
+    out of range.
     """
     check_settings(settings)
 

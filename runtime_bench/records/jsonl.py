@@ -59,12 +59,8 @@ def record_to_json(record: BenchRecord) -> dict[str, Any]:
 
 
 def record_from_json(payload: Any, *, where: str) -> BenchRecord:
-    """Rebuild a record.
-
-    Raises:
-        InputError: Not a benchmark record, an unknown schema version, unknown keys, fields that do not validate, or
-            more than a record can hold.
-    """
+    """Rebuild a record. Raises InputError: not a benchmark record, an unknown schema version, unknown keys,
+    fields that do not validate, or more than a record can hold."""
     if not isinstance(payload, dict) or payload.get("record_type") != RECORD_TYPE:
         raise InputError(f"{where} is not a benchmark record")
     if payload.get("schema_version") != SCHEMA_VERSION:
@@ -98,11 +94,8 @@ def check_appendable(path: Path) -> None:
 
 
 def append_jsonl(path: Path, records: Iterable[BenchRecord]) -> None:
-    """Append records and sync; a last line that a killed process left unfinished is closed first.
-
-    Raises:
-        InputError: The file cannot be written.
-    """
+    """Append records and sync; a last line that a killed process left unfinished is closed first. Raises
+    InputError: the file cannot be written."""
     content = "".join(map(record_to_line, records)).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,10 +114,8 @@ def append_jsonl(path: Path, records: Iterable[BenchRecord]) -> None:
 def read_jsonl(path: Path) -> list[BenchRecord]:
     """Read records in file order: JSON Lines, or the array that `bench --json` prints.
 
-    A line that is no JSON is what a kill left: it is skipped with a warning.
-
-    Raises:
-        InputError: The file cannot be read or has no JSON at all, or a line is JSON but no valid record.
+    A line that is no JSON is what a kill left: it is skipped with a warning. Raises InputError: the file
+    cannot be read or has no JSON at all, or a line is JSON but no valid record.
     """
     content = read_bytes(path)
     if content.lstrip()[:1] == b"[":

@@ -47,11 +47,8 @@ class Target(Protocol):
         ...
 
     def require(self, engine: str) -> None:
-        """Check before anything is measured that it can be measured in this engine there.
-
-        Raises:
-            PhonereadyError: Unknown engine, one that is not installed, or one that never runs there.
-        """
+        """Check before anything is measured that it can be measured in this engine there. Raises
+        PhonereadyError: unknown engine, one that is not installed, or one that never runs there."""
         ...
 
     def environment(self) -> Environment:
@@ -63,11 +60,8 @@ class Target(Protocol):
         ...
 
     def forget(self, path: Path) -> None:
-        """Remove a file that was pushed there, so that the next run pushes it anew.
-
-        Raises:
-            PhonereadyError: It cannot be removed.
-        """
+        """Remove a file that was pushed there, so that the next run pushes it anew. Raises PhonereadyError:
+        it cannot be removed."""
         ...
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:

@@ -72,11 +72,8 @@ class ControlGroup(NamedTuple):
 
 
 def find_parent() -> tuple[Path, int]:
-    """The group below which this process may make groups with a memory limit, and the version.
-
-    Raises:
-        InputError: There is none; the message says why.
-    """
+    """The group below which this process may make groups with a memory limit, and the version. Raises
+    InputError: there is none; the message says why."""
     reasons = []
     for version, folder in control_groups():
         control = folder / "cgroup.subtree_control"
@@ -96,11 +93,8 @@ def find_parent() -> tuple[Path, int]:
 
 @contextmanager
 def limited_group(limit_bytes: int) -> Iterator[ControlGroup]:
-    """A group in which processes get no more than `limit_bytes`, swap included; removed afterwards.
-
-    Raises:
-        InputError: No such group can be made here.
-    """
+    """A group in which processes get no more than `limit_bytes`, swap included; removed afterwards. Raises
+    InputError: no such group can be made here."""
     parent, version = find_parent()
     group = ControlGroup(parent / f"phoneready-{os.getpid()}-{uuid.uuid4().hex[:8]}", version)
     group.folder.mkdir()
@@ -132,12 +126,8 @@ def check_memory(limit_bytes: int) -> None:
 
 @dataclass(frozen=True)
 class Constrained(ThisMachine):
-    """This machine with less memory or fewer cores.
-
-    Raises:
-        InputError: Nothing to limit, too little memory to start Python in, cores that are not there, or no way to
-            set a memory limit here.
-    """
+    """This machine with less memory or fewer cores. Raises InputError: nothing to limit, too little memory to
+    start Python in, cores that are not there, or no way to set a memory limit here."""
 
     memory_limit_bytes: int | None = (
         None  # What a run may use, its file's pages included; None limits nothing
@@ -349,11 +339,8 @@ class QemuAarch64(Native):
 
 
 def qemu_aarch64(progress: Progress = no_progress) -> QemuAarch64:
-    """The target, with a runner that is built unless the cache has it.
-
-    Raises:
-        InputError: No qemu-user, or the runner cannot be built.
-    """
+    """The target, with a runner that is built unless the cache has it. Raises InputError: no qemu-user, or
+    the runner cannot be built."""
     emulator = next(filter(None, map(shutil.which, EMULATORS)), None)
     if emulator is None:
         raise InputError("qemu-aarch64 is not installed", field="on", allowed="Debian's package qemu-user")

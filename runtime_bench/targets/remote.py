@@ -104,10 +104,7 @@ def model_files(path: Path) -> Files:
 
 def pushed_files(files: Files) -> list[PushedFile]:
     """Their folder is named by the file's SHA-256, or of several files by the SHA-256 of names and sums.
-
-    Raises:
-        InputError: A file cannot be read.
-    """
+    Raises InputError: a file cannot be read."""
     try:
         sums = [sha256_file(path) for path, _ in files]
         sizes = [path.stat().st_size for path, _ in files]
@@ -122,11 +119,8 @@ def pushed_files(files: Files) -> list[PushedFile]:
 
 
 def describe(shell: FarShell, folder: str) -> Machine:
-    """Connect and ask; files shall go to `folder`, if that is empty to one under the home there.
-
-    Raises:
-        FarError: No connection, or no sensible answer.
-    """
+    """Connect and ask; files shall go to `folder`, if that is empty to one under the home there. Raises
+    FarError: no connection, or no sensible answer."""
     reply = shell.run(far_scripts.DESCRIBE, folder, timeout_s=ANSWER_S)
     facts: dict[str, str] = {}
     texts: dict[str, list[str]] = {}
@@ -164,11 +158,8 @@ def describe(shell: FarShell, folder: str) -> Machine:
 
 @dataclass
 class Remote:
-    """A machine behind a transport; see `runtime_bench.targets.Target`.
-
-    Raises:
-        InputError: A folder that is not absolute, or has control characters in its name.
-    """
+    """A machine behind a transport; see `runtime_bench.targets.Target`. Raises InputError: a folder that is
+    not absolute, or has control characters in its name."""
 
     transport: Transport
     _: KW_ONLY
@@ -242,11 +233,7 @@ class Remote:
         self._forget(model_files(path), self._connected().folder)
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
-        """See `Target`; what is missing there is pushed first.
-
-        Raises:
-            StoppedError: After `stop`.
-        """
+        """See `Target`; what is missing there is pushed first. Raises StoppedError: after `stop`."""
         try:
             answer, looks = self._ask(request, timeout_s, metered=request.energy)
         except StoppedError:
@@ -261,10 +248,7 @@ class Remote:
 
     def answer(self, request: AnswerRequest, timeout_s: float) -> AnswerResult:
         """See `runtime_bench.targets.Answering`; the questions are pushed for it, and removed after it.
-
-        Raises:
-            StoppedError: After `stop`.
-        """
+        Raises StoppedError: after `stop`."""
         try:
             return read_answer(AnswerResult, self._ask(request, timeout_s)[0])
         except StoppedError:
@@ -279,11 +263,8 @@ class Remote:
                     self._forget([(questions, questions.name)], self._machine.folder)
 
     def clean(self) -> int:
-        """Remove all that was ever pushed there, and return how many files and programs that was.
-
-        Raises:
-            FarError: It cannot be reached, or something cannot be removed.
-        """
+        """Remove all that was ever pushed there, and return how many files and programs that was. Raises
+        FarError: it cannot be reached, or something cannot be removed."""
         shell = FarShell(self.transport)  # one that `stop` did not stop
         try:
             folder = describe(shell, self.folder or self.transport.folder).folder
@@ -359,12 +340,9 @@ class Remote:
         return output.strip().rpartition(b"\n")[2], looks
 
     def _have(self, files: Files) -> str:
-        """Have files there, each whole or not at all and checked by its sum; returns the path of the first there.
-
-        Raises:
-            FarError: No space, no such folder, no connection, or a file that does not arrive as it was sent.
-            InputError: A file here cannot be read.
-        """
+        """Have files there, each whole or not at all and checked by its sum; returns the path of the first
+        there. Raises FarError: no space, no such folder, no connection, or a file that does not arrive as it
+        was sent; InputError: a file here cannot be read."""
         path, folder = files[0][0], self._connected().folder
         if path not in self._there:
             pushed = pushed_files(files)

@@ -78,21 +78,14 @@ class TargetRow:
 
 
 def open_target(name: str, progress: Progress = no_progress) -> Target:
-    """The target of a name. Another machine is not connected to yet.
-
-    Raises:
-        InputError: Unknown, an option that it does not take, or a target that cannot be used.
-    """
+    """The target of a name. Another machine is not connected to yet. Raises InputError: unknown, an option
+    that it does not take, or a target that cannot be used."""
     row, address, options = parse_target(name)
     return row.open(address, options, progress)
 
 
 def open_remote(name: str) -> Remote:
-    """Another machine.
-
-    Raises:
-        InputError: The name is not one of such a target.
-    """
+    """Another machine. Raises InputError: the name is not one of such a target."""
     from runtime_bench.targets.remote import Remote
 
     target = open_target(name)
@@ -102,11 +95,7 @@ def open_remote(name: str) -> Remote:
 
 
 def check_target(name: str) -> str:
-    """The name, if there can be such a target; nothing is opened.
-
-    Raises:
-        InputError: There cannot.
-    """
+    """The name, if there can be such a target; nothing is opened. Raises InputError: there cannot."""
     row, address, options = parse_target(name)
     if address:
         row.open(address, options, no_progress)  # which checks the address, and connects to nothing
@@ -129,11 +118,8 @@ def target_slug(name: str) -> str:
 
 
 def parse_target(name: str) -> tuple[TargetRow, str, TargetOptions]:
-    """A name's row, address and options.
-
-    Raises:
-        InputError: There is no such target, the address is missing or too much, or an option is not for it.
-    """
+    """A name's row, address and options. Raises InputError: there is no such target, the address is missing
+    or too much, or an option is not for it."""
     kind, colon, rest = name.partition(":")
     others = plugins.load_plugins(plugins.TARGETS, TARGETS)
     row = others[kind].load(TargetRow) if kind in others else TARGETS.get(kind)
@@ -168,11 +154,9 @@ def parse_target(name: str) -> tuple[TargetRow, str, TargetOptions]:
 def every_target(names: Sequence[str]) -> tuple[str, ...]:
     """The names of single targets that names stand for, each once, in order; nothing is opened.
 
-    `adb:*` is every device that `adb devices` lists, whatever its state: one that cannot be used is to be told of.
-    `@FILE` are the lines of a file, without empty ones and what follows a #.
-
-    Raises:
-        InputError: No adb, no device, or a file that cannot be read or lists nothing.
+    `adb:*` is every device that `adb devices` lists, whatever its state: one that cannot be used is to be
+    told of. `@FILE` are the lines of a file, without empty ones and what follows a #. Raises InputError: no
+    adb, no device, or a file that cannot be read or lists nothing.
     """
     found: list[str] = []
     for name in names:
