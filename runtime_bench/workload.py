@@ -73,7 +73,6 @@ class Regime(NamedTuple):
     """In what state the file and the process are when a sample begins."""
 
     help: str
-    pushed: bool = False  # Whether the file is pushed to the machine anew before each process
     page_cache: str | None = None  # What is done to it before opening; None leaves it to the workload
     warmup: bool = True  # Whether an uncounted run comes first, if the settings have one
     least_samples: int = 1  # Of a process
@@ -88,7 +87,6 @@ class Regime(NamedTuple):
 REGIMES = MappingProxyType(
     {
         FRESH: Regime("a fresh process for each sample, warmed up"),
-        "first": Regime("the first run after the file was pushed", True, "as_found", warmup=False),
         "cold": Regime(
             "a fresh process, the file dropped from the page cache, nothing warmed up",
             page_cache="cold",
@@ -257,7 +255,7 @@ def workloads_of(settings: BenchSettings) -> tuple[Workload, ...]:
         (bool(warm) and not settings.warmup, "nothing is warmed up", "--regime", ", ".join(warm),
          "without --no-warmup"),
         (any(settings.start) and not opening, "the file is open already", "--start", settings.start,
-         "with --regime fresh, first or cold"),
+         "with --regime fresh or cold"),
     )  # fmt: skip
     for found, problem, option, value, allowed in refused:
         if found:

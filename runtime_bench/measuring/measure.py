@@ -21,7 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from cfsp.errors import InputError, PhonereadyError
+from cfsp.errors import InputError
 from cfsp.files import sha256_file
 from cfsp.progress import Progress, no_progress
 from runtime_bench.engines import EngineFacts, SessionSettings, check_cache, size_of
@@ -31,7 +31,6 @@ from runtime_bench.records.bench_record import MEMORY_VERDICTS, BenchRecord, Env
 from runtime_bench.records.fairness import CAP_LIMIT
 from runtime_bench.records.reported import Conditions
 from runtime_bench.targets import LOCAL, Target
-from runtime_bench.targets.far_shell import StoppedError
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import REGIMES, BenchSettings, Workload, workloads_of
 
@@ -259,14 +258,6 @@ def _check(
             value=settings.sustained_s,
             allowed="another place",
         )
-    pushed = [name for name in settings.regimes if REGIMES[name].pushed]
-    if pushed and not target.pushes:
-        raise InputError(
-            f"no file is pushed to {target.name}",
-            field="--regime",
-            value=pushed[0],
-            allowed="--on ssh:HOST, --on adb:SERIAL",
-        )
     return engines
 
 
@@ -317,16 +308,7 @@ def _run_once(target: Target, settings: BenchSettings, row: Row, samples: int, n
     time.sleep(settings.delay_s)
     request, path = replace(row.request, samples=samples), Path(row.request.path)
     row.started = row.started or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    why = None
-    try:
-        if REGIMES[request.workload.regime].pushed:
-            target.forget(path)
-    except StoppedError:
-        raise
-    except PhonereadyError as error:
-        why = f"no first run: {error}"
-    if settings.wait_nominal_s and why is None:
-        why = wait_nominal(target, settings.wait_nominal_s)
+    why = wait_nominal(target, settings.wait_nominal_s) if settings.wait_nominal_s else None
     result = WorkerResult(error=why) if why else target.run(request, settings.timeout_s + request.seconds)
     asked = request.session.cache_type
     if asked and result.facts and (found := result.facts.settings.cache_type) != asked:

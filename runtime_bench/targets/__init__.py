@@ -23,7 +23,6 @@ class Target(Protocol):
         name: As records have it.
         kind: What its numbers are, of runtime_bench.records.bench_record.KINDS.
         memory_limit_bytes: What a run may use; None if nothing limits it.
-        pushes: Whether files have to be pushed there.
         lasts: Whether samples can be taken for a given time there.
     """
 
@@ -35,9 +34,6 @@ class Target(Protocol):
 
     @property
     def memory_limit_bytes(self) -> int | None: ...
-
-    @property
-    def pushes(self) -> bool: ...
 
     @property
     def lasts(self) -> bool: ...
@@ -59,11 +55,6 @@ class Target(Protocol):
         """One look at the machine, as it is now; what it does not tell says why."""
         ...
 
-    def forget(self, path: Path) -> None:
-        """Remove a file that was pushed there, so that the next run pushes it anew. Raises PhonereadyError:
-        it cannot be removed."""
-        ...
-
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """Measure in a fresh process; a failure is a result whose `error` says what happened."""
         ...
@@ -82,7 +73,6 @@ class ThisMachine:
     """What targets on this machine have in common; members are those of `Target`."""
 
     memory_limit_bytes: int | None = None
-    pushes = False
     lasts = True
 
     def default_engine(self, path: Path) -> str:
@@ -96,9 +86,6 @@ class ThisMachine:
 
     def conditions(self) -> Conditions:
         return look_here()
-
-    def forget(self, path: Path) -> None:
-        """Nothing is pushed here."""
 
 
 class Local(ThisMachine):

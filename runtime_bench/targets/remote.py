@@ -178,7 +178,6 @@ class Remote:
     _waited_s: float = field(default=0.0, init=False, repr=False)
 
     memory_limit_bytes = None
-    pushes = True
     lasts = True
 
     def __post_init__(self) -> None:
@@ -229,9 +228,6 @@ class Remote:
             return unknown_conditions(f"{self.name}: {error}")
         return conditions_of(reply.text, why=_NO_PROC)
 
-    def forget(self, path: Path) -> None:
-        self._forget(model_files(path), self._connected().folder)
-
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """See `Target`; what is missing there is pushed first. Raises StoppedError: after `stop`."""
         try:
@@ -260,7 +256,10 @@ class Remote:
             with contextlib.suppress(FarError, StoppedError):
                 if self._machine is not None:
                     questions = Path(request.questions)
-                    self._forget([(questions, questions.name)], self._machine.folder)
+                    name = pushed_files([(questions, questions.name)])[0].place.partition("/")[0]
+                    place = f"{self._machine.folder}/{name}"
+                    self._shell.run(far_scripts.FORGET, place, timeout_s=ANSWER_S)
+                    self._there.pop(questions, None)
 
     def clean(self) -> int:
         """Remove all that was ever pushed there, and return how many files and programs that was. Raises
@@ -387,13 +386,6 @@ class Remote:
         if any(mark in line for mark in _NO_SPACE for line in reply.errors):
             raise FarError(f"no space left there for {name} ({size / 2**20:.1f} MiB) in {folder}")
         reply.check(f"pushing {name}")
-
-    def _forget(self, files: Files, folder: str) -> None:
-        """Remove files that were pushed together."""
-        name = pushed_files(files)[0].place.partition("/")[0]
-        reply = self._shell.run(far_scripts.FORGET, f"{folder}/{name}", timeout_s=ANSWER_S)
-        self._there.pop(files[0][0], None)
-        reply.check(f"removing {files[0][0].name}")
 
     def _program(self, engine: str) -> list[str]:
         """The program that measures, with its arguments. A failure is remembered: finding out takes minutes."""

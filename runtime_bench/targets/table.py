@@ -188,8 +188,6 @@ def every_target(names: Sequence[str]) -> tuple[str, ...]:
 class Unreachable(ThisMachine):
     """A target that could not be opened: every run there fails with the reason."""
 
-    pushes = True  # whatever is asked of it, its row says why it could not be opened
-
     def __init__(self, name: str, reason: str) -> None:
         self.name, self.reason = name, reason
         self.kind = "constrained-host" if name.startswith(CONSTRAINED) else "measured"

@@ -22,7 +22,7 @@ from cfsp.models.builtin import cache_directory
 from exporters.gguf.runtime import Context, open_model, open_vocabulary
 from runtime_bench.engines import SessionSettings
 from runtime_bench.measuring.measure import run_bench
-from runtime_bench.native import build, targets
+from runtime_bench.native import build
 from runtime_bench.native.build import (
     RUNNER_BACKENDS,
     RUNNER_TARGETS,
@@ -350,7 +350,7 @@ def test_a_backend_whose_libraries_are_not_there_says_what_it_wants(
     (tmp_path / "wheels").symlink_to(cache_directory() / "wheels")
     monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path))
     absent = (("-DGGML_OPENVINO=ON",), "a toolkit of its own")
-    monkeypatch.setattr(targets, "RUNNER_BACKENDS", {"openvino": absent})
+    monkeypatch.setattr(build, "RUNNER_BACKENDS", {"openvino": absent})
     with pytest.raises(
         InputError, match=r"runner for native-openvino failed .*; allowed: a toolkit of its own"
     ):
@@ -362,7 +362,7 @@ def test_a_backend_whose_libraries_are_not_there_says_what_it_wants(
 
 def test_what_drives_a_gpu_is_loaded_when_the_program_runs() -> None:
     for name in RUNNER_BACKENDS:
-        row = targets.require_target("aarch64-linux", name)
+        row = build.require_target("aarch64-linux", name)
         assert not row.static
         assert row.needs == RUNNER_TARGETS["aarch64-linux"].needs
         assert set(RUNNER_BACKENDS[name][0]) <= set(row.cmake)

@@ -32,7 +32,6 @@ from runtime_bench.targets import LOCAL, far_scripts
 from runtime_bench.targets.far_shell import Adb, Ssh
 from runtime_bench.targets.remote import Remote
 from runtime_bench.targets.table import open_remote, open_target
-from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings
 
 SETTINGS = BenchSettings(
@@ -155,28 +154,6 @@ def test_energy_is_metered_there(
     assert found is not None
     assert found.meter == "battery current x voltage, whole device, at battery"
     assert found.reason == "there was external power, so the battery does not show what is used"
-
-
-def test_first_runs_are_of_files_that_were_just_pushed(
-    device: Device, tiny_gguf: Callable[..., Path], far: Path
-) -> None:
-    written = []
-
-    class Noting(Remote):
-        def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
-            result = super().run(request, timeout_s)
-            written.append(files_in(far)["model.gguf"].stat().st_ctime_ns)
-            return result
-
-    made = device.target()
-    target = Noting(made.transport, runner=made.runner, folder=made.folder)
-    settings = replace(SETTINGS, repetitions=2, regimes=("fresh", "first"), spread_limit=1e9)
-    fresh, first = run_bench([tiny_gguf()], settings, target=target)
-    assert (fresh.failure, first.failure) == (None, None)
-    assert (fresh.test, first.test) == ("tg4", "tg4 @ first")
-    assert (fresh.warmup, first.warmup) == (True, False)
-    assert written[0] == written[1] < written[2] < written[3]
-    assert set(files_in(far)) == {"model.gguf", "runner"}
 
 
 def test_files_are_pushed_once_and_again_when_they_are_spoiled(
