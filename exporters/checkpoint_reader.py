@@ -153,8 +153,7 @@ class ModelConfig:
 def read_config(folder: Path) -> ModelConfig:
     """Read config.json.
 
-    Raises:
-        InputError: Missing or malformed, an unknown architecture, or values that do not fit together.
+    Raises InputError: missing or malformed, an unknown architecture, or values that do not fit together.
     """
     import transformers
 

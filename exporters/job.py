@@ -203,8 +203,7 @@ class Job:
 def check_input(checkpoint: Path, output: Path, *, force: bool) -> None:
     """Refuse what cannot be exported before anything is loaded.
 
-    Raises:
-        InputError: The output exists or would replace the input, or the input is no checkpoint folder.
+    Raises InputError: the output exists or would replace the input, or the input is no checkpoint folder.
     """
     refuse_existing(output, force=force, inputs=[checkpoint])
     if not (checkpoint / "config.json").is_file():

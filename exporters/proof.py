@@ -103,11 +103,8 @@ def choose_windows(
 ) -> TokenWindows:
     """The text to compare on: ids that are given (n_windows, seqlen), or windows of built-in English prose.
 
-    With sliding windows, of which `narrowest` sees fewest tokens, the text is twice as long as that, as far as that is
-    no more text in all.
-
-    Raises:
-        InputError: Given windows are longer than the context of the exported file.
+    With sliding windows, of which `narrowest` sees fewest tokens, the text is twice as long as that, as far as that
+    is no more text in all. Raises InputError: given windows are longer than the context of the exported file.
     """
     if given is None:
         tokens = PARITY_WINDOWS * PARITY_SEQLEN
@@ -128,8 +125,7 @@ def choose_windows(
 def reference_of(model: Any, windows: TokenWindows, *, progress: Progress = no_progress) -> Reference:
     """Run a causal LM in eval mode on text.
 
-    Raises:
-        InputError: No windows, windows of fewer than 2 tokens, or ids outside the vocabulary.
+    Raises InputError: no windows, windows of fewer than 2 tokens, or ids outside the vocabulary.
     """
     ids = windows.ids
     if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:

@@ -262,9 +262,8 @@ class TaskSet(NamedTuple):
 def load_tasks(settings: TaskSettings) -> Iterator[TaskSet]:
     """Find and load tasks with their data.
 
-    Raises:
-        InputError: An unknown name, a file that is no task, missing data, data without the fields the task names.
-        MissingExtraError: lm_eval is not installed.
+    Raises InputError: an unknown name, a file that is no task, missing data, data without the fields the task names;
+    MissingExtraError: lm_eval is not installed.
     """
     check_settings(settings)
     chats = load_chat_tasks(settings)

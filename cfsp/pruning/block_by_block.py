@@ -69,12 +69,10 @@ def apply_plan(
     """Cut the model to the plan and repair what is left as the plan's settings say, in place.
 
     Blocks that keep all of their channels and their whole attention, and have no block after them that goes, are left
-    untouched: a plan that removes nothing changes nothing. The repair needs the calibration windows, (nsamples, seqlen)
-    int64; `states` are what the dense blocks give for them, if statistics kept it. Memory beyond the model: up to five
-    times their hidden states, and one block's Gram matrix.
-
-    Raises:
-        InputError: The plan belongs to another model, the repair has no windows, or a block cannot be solved.
+    untouched: a plan that removes nothing changes nothing. The repair needs the calibration windows, (nsamples,
+    seqlen) int64; `states` are what the dense blocks give for them, if statistics kept it. Memory beyond the model:
+    up to five times their hidden states, and one block's Gram matrix. Raises InputError: the plan belongs to another
+    model, the repair has no windows, or a block cannot be solved.
     """
     check_plan_fits(model, plan)
     check_settings(plan.settings)
@@ -293,8 +291,7 @@ class GramSum:
 def damped_cholesky(gram: torch.Tensor, ridge: float) -> torch.Tensor:
     """Lower Cholesky factor of H + ridge mean(diag H) I, for H (n, n) float64, in its place.
 
-    Raises:
-        InputError: `ridge` is not positive, or the matrix is not finite or still singular.
+    Raises InputError: `ridge` is not positive, or the matrix is not finite or still singular.
     """
     if not ridge > 0:
         raise InputError("out of range", field="ridge", value=ridge, allowed="above 0")

@@ -112,8 +112,7 @@ def removable_attentions(model: Any, gone: Set[int] = frozenset()) -> list[int]:
 def removable_groups(model: Any, ratio: float, without: Set[int] = frozenset()) -> int:
     """How many groups a share is, of the attentions of all blocks but some.
 
-    Raises:
-        InputError: It is none, or more than can go; or no group of such a model can go.
+    Raises InputError: it is none, or more than can go; or no group of such a model can go.
     """
     if reason := spec_for(model.config).groups_stay:
         raise InputError(f"{model.config.model_type}: {reason}", field="kv_groups", value=ratio)
@@ -137,9 +136,8 @@ def _group_counts(model: Any) -> list[int]:
 def counted_removals(model: Any, settings: PruneSettings) -> PruneSettings:
     """Settings with numbers of blocks and attentions in place of shares; attentions are of the blocks that stay.
 
-    Raises:
-        InputError: The model has fewer, or cannot lose any. Of groups beside other cuts only `choose_removals` can
-            tell.
+    Raises InputError: the model has fewer, or cannot lose any. Of groups beside other cuts only `choose_removals` can
+    tell.
     """
     spec, shape = spec_for(model.config), model_shape(model)
 

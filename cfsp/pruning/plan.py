@@ -91,10 +91,8 @@ def allocate_widths(
 
     Largest remainder: every block gets the whole units of `align` that it asks for, and the units left go one each to
     the blocks that were cut most. A block keeps at least one unit and at most its dense width. The ratio is of the
-    blocks that stay; a ratio of 0 gives the dense widths.
-
-    Raises:
-        InputError: The alignment cannot meet the ratio, or `uniform_width` with blocks that differ.
+    blocks that stay; a ratio of 0 gives the dense widths. Raises InputError: the alignment cannot meet the ratio, or
+    `uniform_width` with blocks that differ.
     """
     if gone:
         stay = [index for index in range(len(dense_widths)) if index not in gone]
@@ -263,8 +261,7 @@ def make_plan(
 ) -> PruningPlan:
     """Decide which channels every block keeps, beside what `choose_removals` found; the model is not changed.
 
-    Raises:
-        InputError: Settings that cannot be used, or an alignment that cannot meet the ratio.
+    Raises InputError: settings that cannot be used, or an alignment that cannot meet the ratio.
     """
     check_settings(settings)
     model, importance, (depth, attention, kv_groups) = loaded.model, statistics.importance, removals

@@ -124,8 +124,7 @@ def plan_model(
 def counts_of(loaded: LoadedModel, calibration: Calibration, counted: Sequence[str]) -> Counts:
     """How often the texts that decide the vocabulary, the references or else the windows, have every token.
 
-    Raises:
-        InputError: Text that cannot be read.
+    Raises InputError: text that cannot be read.
     """
     rows = loaded.model.get_input_embeddings().weight.shape[0]
     tokens = partial(document_ids, tokenizer=loaded.tokenizer)

@@ -61,10 +61,8 @@ def teach_spellings(
 ) -> None:
     """Change rows of the dense model's output matrix (and of a tied embedding) in place.
 
-    A plan without counts changes nothing. Windows (n_windows, seqlen) are in the dense model's ids.
-
-    Raises:
-        InputError: The plan's counts are not one a row.
+    A plan without counts changes nothing. Windows (n_windows, seqlen) are in the dense model's ids. Raises
+    InputError: the plan's counts are not one a row.
     """
     if not plan.counts or len(plan.kept) == plan.dense_size:
         return

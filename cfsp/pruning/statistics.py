@@ -43,9 +43,7 @@ def collect_statistics(
 
     I_l is the mean over tokens of arccos(cos(h_in, h_out)) / pi (method 1). The model is in eval mode, and unchanged.
     `keep_states` spares the repair a pass: what every block gives is kept in files, if these leave room for others.
-
-    Raises:
-        InputError: An activation is not finite, or the disk is full.
+    Raises InputError: an activation is not finite, or the disk is full.
     """
     importance, norms = [], []
     n_tokens = input_ids.numel()

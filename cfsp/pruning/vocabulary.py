@@ -92,10 +92,8 @@ def plan_vocabulary(
     """Choose the tokens that a vocabulary of `size` keeps.
 
     Bytes, characters that bytes cannot stand for, added and special tokens, and all that the chat template writes are
-    kept, and what these are built of. A `size` above the number of tokens keeps rows that no token has.
-
-    Raises:
-        InputError: More tokens than there are, or fewer than must be kept; a tokenizer that cannot be trimmed.
+    kept, and what these are built of. A `size` above the number of tokens keeps rows that no token has. Raises
+    InputError: more tokens than there are, or fewer than must be kept; a tokenizer that cannot be trimmed.
     """
     trees, tokenizer = token_trees(loaded.tokenizer), loaded.tokenizer
     rows, tokens = int(loaded.model.get_input_embeddings().weight.shape[0]), len(tokenizer)
@@ -152,8 +150,7 @@ def count_alike(texts: Sequence[Iterable[Sequence[int]]], size: int) -> Counts:
 def cut_vocabulary(loaded: LoadedModel, plan: VocabularyPlan) -> LoadedModel:
     """Give the model only the rows of the kept tokens, in place, and a tokenizer to match.
 
-    Raises:
-        InputError: The plan was made for another vocabulary.
+    Raises InputError: the plan was made for another vocabulary.
     """
     model, rows = loaded.model, loaded.model.get_input_embeddings().weight.shape[0]
     if plan.dense_size != rows:

@@ -243,9 +243,8 @@ def _own_text(
 def check_readable(references: Iterable[str]) -> None:
     """Read the files of text references, each once; not what models write or what is to be downloaded.
 
-    Raises:
-        InputError: One cannot be read, or has nothing usable in it.
-        MissingExtraError: parquet without the `data` extra.
+    Raises InputError: one cannot be read, or has nothing usable in it; MissingExtraError: parquet without the `data`
+    extra.
     """
     for reference in dict.fromkeys(references):
         if reference != SELF and not reference.startswith("hub:"):
@@ -256,10 +255,8 @@ def labelled_chat(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> Labe
     """Tokens of a chat in the model's template; learnt are those of the answers, the end of the turn included.
 
     An answer begins where the messages before it end when they are rendered with the generation prompt, which is what
-    the model sees when it has to answer.
-
-    Raises:
-        InputError: No chat template, or one that refuses the chat or cannot be split at an answer.
+    the model sees when it has to answer. Raises InputError: no chat template, or one that refuses the chat or cannot
+    be split at an answer.
     """
     text = render_chat(tokenizer, messages)
     probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SENTINEL}]
@@ -329,8 +326,7 @@ def _sequences(ids: torch.Tensor, targets: torch.Tensor, source: str, *, n_loops
 def respelled(sequences: Sequences, respelling: Respelling) -> Sequences:
     """The same text in the model's tokens, the teacher's beside it; what is too long for a sequence loses its end.
 
-    Raises:
-        InputError: Nothing that is to be learnt is left.
+    Raises InputError: nothing that is to be learnt is left.
     """
     size = sequences.input_ids.shape[1]
     ids, learnt, places = [], [], []

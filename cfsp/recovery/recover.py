@@ -256,10 +256,9 @@ def check_outcome(record: RecoveryRecord, output: Path) -> None:
 def _load_inputs(job: RecoveryJob, settings: RecoverySettings, progress: Progress) -> _Inputs:
     """Load what a run needs, and check that it fits together.
 
-    Raises:
-        InputError: A sequence longer than the model's context, ranks by importance without a plan, or a teacher that
-            is missing, lacks tokens of the checkpoint, is not the model of the checkpoint any more, or has nothing to
-            teach as it has the same weights.
+    Raises InputError: a sequence longer than the model's context, ranks by importance without a plan, or a teacher
+    that is missing, lacks tokens of the checkpoint, is not the model of the checkpoint any more, or has nothing to
+    teach as it has the same weights.
     """
     read = partial(load_model, dtype="float32", progress=progress)
     loaded = read(job.checkpoint)

@@ -146,9 +146,8 @@ def usable(
 ) -> RecoverySettings:
     """Settings with everything said, and defaults for what nothing reads.
 
-    Raises:
-        InputError: Settings that cannot be used, with this data or these packages.
-        MissingExtraError: Without the `recover` extra.
+    Raises InputError: settings that cannot be used, with this data or these packages; MissingExtraError: without the
+    `recover` extra.
     """
     check_settings(settings)
     settings = settled(training_as_read(settings, references)[0])

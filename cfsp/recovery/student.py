@@ -38,10 +38,8 @@ def add_adapter(model: Any, ranks: Sequence[int], alpha: float) -> Any:
 
         W_l x  becomes  W_l x + alpha * B_l A_l x,    A_l (r_l, in_features), B_l (out_features, r_l) zero
 
-    `ranks` are r_l of every block; alpha is alpha_l / r_l in PEFT's terms.
-
-    Raises:
-        MissingExtraError: PEFT is not installed.
+    `ranks` are r_l of every block; alpha is alpha_l / r_l in PEFT's terms. Raises MissingExtraError: PEFT is not
+    installed.
     """
     require_extra("peft", "recover")
     import peft
@@ -75,11 +73,9 @@ def merge_adapter(adapted: Any) -> Any:
 def importance_ranks(importance: Sequence[float], mean_rank: int) -> tuple[int, ...]:
     """CFSP's ranks of adapters, r_l ~ L * mean_rank * I_l / sum(I), with exactly that mean and none below 1.
 
-    Blocks whose quota is below one get one, the others share the rest in proportion; fractions are rounded by
-    largest remainder, ties to the earlier block.
-
-    Raises:
-        InputError: No blocks, a negative or non-finite importance, or a mean rank below one.
+    Blocks whose quota is below one get one, the others share the rest in proportion; fractions are rounded by largest
+    remainder, ties to the earlier block. Raises InputError: no blocks, a negative or non-finite importance, or a mean
+    rank below one.
     """
     if mean_rank < 1:
         raise InputError("out of range", field="rank", value=mean_rank, allowed="1 or more")

@@ -111,8 +111,7 @@ class WorkFolder:
     def open(self, inputs: RunInputs, *, force: bool) -> None:
         """Make the folder this run's: anew, or as a killed run of the same inputs left it.
 
-        Raises:
-            InputError: It is another run's and `force` is not set, or no work folder at all.
+        Raises InputError: it is another run's and `force` is not set, or no work folder at all.
         """
         if self.refuse_other(inputs, force=force):
             self.remove()
@@ -309,11 +308,9 @@ def train(
 ) -> RunState:
     """Train until the budget is used, patience ends or the loss diverges; resumes from the work folder.
 
-    Afterwards the main process's student has the weights of the best validation. Of every step's sequences each process
-    takes its own batches; the loss is the mean over the labels of all of them.
-
-    Raises:
-        InputError: The disk is full (the last complete checkpoint is kept), or a checkpoint is damaged.
+    Afterwards the main process's student has the weights of the best validation. Of every step's sequences each
+    process takes its own batches; the loss is the mean over the labels of all of them. Raises InputError: the disk is
+    full (the last complete checkpoint is kept), or a checkpoint is damaged.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
     batch, passes = settings.batch_size, settings.gradient_accumulation_steps

@@ -85,8 +85,7 @@ class Respelling:
 def respelling(tokenizer: Any, smaller: Any) -> Respelling:
     """How a tokenizer that lost tokens spells them.
 
-    Raises:
-        InputError: It knows tokens that the other does not, or leaves ids out.
+    Raises InputError: it knows tokens that the other does not, or leaves ids out.
     """
     olds, news = tokenizer.get_vocab(), smaller.get_vocab()
     strange = next((token for token in news if token not in olds), None)

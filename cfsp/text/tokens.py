@@ -183,9 +183,8 @@ class TokenWindows(NamedTuple):
 def load_documents(reference: str) -> list[Document]:
     """Read every document behind a reference; empty rows are left out.
 
-    Raises:
-        InputError: Unknown or unreadable reference, or nothing usable in it.
-        MissingExtraError: parquet or hub without the `data` extra.
+    Raises InputError: unknown or unreadable reference, or nothing usable in it; MissingExtraError: parquet or hub
+    without the `data` extra.
     """
     path = Path(reference)
     if reference == BUILTIN_TEXT:

@@ -80,8 +80,7 @@ def read_layout(checkpoint: Path) -> ChosenLayout:
 def choose_layout(config: ModelConfig, stored: frozenset[str]) -> ChosenLayout:
     """The first of the model type's layouts that can represent a model, of whose tensors `stored` are the names.
 
-    Raises:
-        InputError: None can; the message says why.
+    Raises InputError: none can; the message says why.
     """
     obstacles = []
     for layout in config.spec.layouts:
@@ -192,8 +191,7 @@ def _obstacle(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> st
 def add_hyperparameters(writer: Any, chosen: ChosenLayout) -> None:
     """Give a gguf.GGUFWriter the keys under the architecture's name, and the model's own shape under phoneready.*.
 
-    Raises:
-        InputError: A rope scaling that llama.cpp does not compute.
+    Raises InputError: a rope scaling that llama.cpp does not compute.
     """
     config, layout, widths = chosen.config, chosen.layout, chosen.config.shape.ffn_widths
     writer.add_vocab_size(config.vocab_size)
@@ -257,8 +255,7 @@ def add_hyperparameters(writer: Any, chosen: ChosenLayout) -> None:
 def rope_metadata(config: ModelConfig) -> dict[str, float | int | str]:
     """What a file says of the rotary embedding, without the architecture's prefix.
 
-    Raises:
-        InputError: A scaling that llama.cpp does not compute.
+    Raises InputError: a scaling that llama.cpp does not compute.
     """
     keys: dict[str, float | int | str] = {
         "rope.dimension_count": config.rotary_dim or config.full_head_dim or config.head_dim,

@@ -93,8 +93,7 @@ def export_gguf(
 def check_numbers(base: Path, file: WrittenFile) -> None:
     """Hold every tensor of a file against the one that it was quantized from (`exporters.proof`).
 
-    Raises:
-        LimitError: One is missing, or is not the other's.
+    Raises LimitError: one is missing, or is not the other's.
     """
     exact = {tensor.name: tensor for tensor in read_gguf(base).tensors}
     stored = {tensor.name: tensor for tensor in read_gguf(file.path).tensors}

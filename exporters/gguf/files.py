@@ -89,8 +89,7 @@ class WrittenFile:
 def find_rows(checkpoint: Path, quants: Sequence[str], settings: ExportOptions) -> list[Quant]:
     """Rows of what is asked for, each once.
 
-    Raises:
-        InputError: An unknown one; or types are to be chosen and there is no text to choose them by.
+    Raises InputError: an unknown one; or types are to be chosen and there is no text to choose them by.
     """
     rows = list(dict.fromkeys(find_quant(quant) for quant in quants))
     trained = read_rounded_format(checkpoint)
@@ -104,8 +103,7 @@ def find_rows(checkpoint: Path, quants: Sequence[str], settings: ExportOptions) 
 class Files:
     """The files of a job, written to its folder as <name>-<quant>.gguf: one that others are quantized from, and these.
 
-    Raises:
-        InputError: A quantization wants an importance matrix and there is none.
+    Raises InputError: a quantization wants an importance matrix and there is none.
     """
 
     def __init__(self, job: Job, chosen: ChosenLayout, quants: Sequence[Quant]) -> None:
@@ -127,9 +125,8 @@ class Files:
     def write(self, quant: Quant) -> WrittenFile:
         """Write one of the files; `first` before all that are quantized.
 
-        Raises:
-            InputError: The checkpoint is unusable, or llama.cpp cannot represent or quantize it; a size is too small;
-                or what layers read of the text is not finite.
+        Raises InputError: the checkpoint is unusable, or llama.cpp cannot represent or quantize it; a size is too
+        small; or what layers read of the text is not finite.
         """
         job, path, imatrix, mixture = self.job, self._path(quant), self.imatrix, None
         settings, text, progress = job.settings, job.settings.calibration, job.progress
@@ -300,10 +297,8 @@ def draft_gguf(
 ) -> dict[str, Path]:
     """Write to a folder of the caller's the bytes that `export_gguf` writes, but not proven, by name of their row.
 
-    Raises:
-        InputError: Unknown quant, one that wants text and gets none, unusable checkpoint, or llama.cpp cannot
-            represent or quantize it.
-        MissingExtraError: llama-cpp-python is not installed.
+    Raises InputError: unknown quant, one that wants text and gets none, unusable checkpoint, or llama.cpp cannot
+    represent or quantize it; MissingExtraError: llama-cpp-python is not installed.
     """
     _, written = draft_files(checkpoint, folder, quants, settings)
     return {file.quant.name: file.path for file in written}

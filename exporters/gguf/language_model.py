@@ -228,8 +228,7 @@ def _write(
 def drawn_tokens(logits: npt.NDArray[np.float32], uniform: Sequence[float]) -> list[int]:
     """A token of each row, drawn from softmax(logits), (rows, vocab_size), by a number in [0, 1) of each.
 
-    Raises:
-        InputError: Logits that are not finite.
+    Raises InputError: logits that are not finite.
     """
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
     sums = weights.cumsum(axis=-1, dtype=np.float64)

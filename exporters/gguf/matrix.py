@@ -305,8 +305,7 @@ class FileNumbers:
     def fit_to_text(self, model: Any, input_ids: torch.Tensor, progress: Progress = no_progress) -> None:
         """Choose the numbers of all matrices of few bits for a text (nsamples, seqlen); the model stays as it is.
 
-        Raises:
-            InputError: What the layers read is not finite.
+        Raises InputError: what the layers read is not finite.
         """
         specs = {spec.sources[0][0].removesuffix(".weight"): spec for spec in self.specs if spec.is_matrix}
         what = f"rounding {self.path.stem}"
@@ -413,8 +412,7 @@ class FileNumbers:
     def put(self, numbers: RoundedNumbers) -> None:
         """Write what a training through the rounding has left; the file's types are those of the numbers.
 
-        Raises:
-            InputError: They are not what the checkpoint's weights stand for, or not of its shape.
+        Raises InputError: they are not what the checkpoint's weights stand for, or not of its shape.
         """
         for name, tensor in numbers.tensors.items():
             data, place = tensor.numpy(), self.stored.get(name)

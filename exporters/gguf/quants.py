@@ -102,8 +102,7 @@ _UNITS = MappingProxyType(
 def find_quant(name: str) -> Quant:
     """Row of a name in any case; `mixed:80MB` gets a row of its own, called mixed-80MB.
 
-    Raises:
-        InputError: Unknown; the message names the known ones. Or the size is none.
+    Raises InputError: unknown; the message names the known ones. Or the size is none.
     """
     for row in QUANTS.values():
         if row.name.lower() == name.lower():

@@ -121,9 +121,7 @@ def library() -> Any:
 def runtime_version() -> str:
     """Names and versions of the binding and of llama.cpp.
 
-    Raises:
-        MissingExtraError: llama-cpp-python is not installed.
-        InputError: This version of it is not supported.
+    Raises MissingExtraError: llama-cpp-python is not installed; InputError: this version of it is not supported.
     """
     version = library().llama_version().decode()
     return f"{_DISTRIBUTION} {importlib.metadata.version(_DISTRIBUTION)}, llama.cpp {version}"
@@ -242,8 +240,7 @@ class LlamaModel:
     def decode(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> None:
         """Run tokens after those decoded so far, with logits of the last one, and wait: what llama-bench times.
 
-        Raises:
-            InputError: The context is full, or a token is not in the vocabulary.
+        Raises InputError: the context is full, or a token is not in the vocabulary.
         """
         ids = np.ascontiguousarray(tokens, dtype=np.int32)
         for start in range(0, len(ids), self._n_batch):
@@ -334,9 +331,8 @@ class Context(NamedTuple):
 def open_model(path: Path, context: Context, *, n_threads: int = 1, on_gpu: bool = False) -> LlamaModel:
     """Open a GGUF file; with `on_gpu` a GPU computes all layers, if llama.cpp was built for one and finds it.
 
-    Raises:
-        InputError: Not there, or llama.cpp cannot load it (the message has its reason).
-        MissingExtraError: llama-cpp-python is not installed.
+    Raises InputError: not there, or llama.cpp cannot load it (the message has its reason); MissingExtraError:
+    llama-cpp-python is not installed.
     """
     lib = library()
     model = _load(path, n_gpu_layers=_ALL_LAYERS if on_gpu else 0)

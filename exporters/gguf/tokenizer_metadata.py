@@ -65,10 +65,8 @@ CHECK_STRINGS = (
 def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
     """Give a gguf.GGUFWriter tokenizer.*: vocabulary, merges or scores, special tokens, chat template.
 
-    Of the embedding's rows those that the tokenizer does not use become [PADn], unused.
-
-    Raises:
-        InputError: More tokens than embeddings, or a tokenizer that GGUF files of these families do not have.
+    Of the embedding's rows those that the tokenizer does not use become [PADn], unused. Raises InputError: more
+    tokens than embeddings, or a tokenizer that GGUF files of these families do not have.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     tokens, types = _vocabulary(tokenizer, state, vocab_size)

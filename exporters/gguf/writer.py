@@ -59,8 +59,7 @@ def write_gguf(
 ) -> ChosenLayout:
     """Write a checkpoint folder as "f32", or with matrices as "f16" or "bf16" and vectors in float32.
 
-    Raises:
-        InputError: The checkpoint is unusable, or llama.cpp has no architecture for it.
+    Raises InputError: the checkpoint is unusable, or llama.cpp has no architecture for it.
     """
     row, chosen = find_quant(quant), read_layout(checkpoint)
     lacked = [token for token in _TOKENS_OF_PHI3 if token not in tokenizer.get_vocab()]

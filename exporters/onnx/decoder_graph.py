@@ -62,8 +62,7 @@ _LENGTH_EPSILON = 1e-6
 def decoder_graph(model: Any, weights: Weights, *, name: str, opset: int = OPSET) -> ir.Model:
     """The graph of a causal LM of the architecture table, with the logits of every position.
 
-    Raises:
-        InputError: A rope, or blocks, that the graph cannot compute; or the opset lacks an operator.
+    Raises InputError: a rope, or blocks, that the graph cannot compute; or the opset lacks an operator.
     """
     spec, tied = spec_for(model.config), is_tied(model)
     with at_hand(*([] if tied else [model.get_input_embeddings()])):

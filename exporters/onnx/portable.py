@@ -46,10 +46,8 @@ def check_portable(shape: ModelShape) -> None:
 def portable_graph(model: Any, name: str, opset: int | None) -> ir.Model:
     """Trace a causal LM that `check_portable` takes, float32, and store a tied embedding once.
 
-    The model's class becomes transformers' own. Without an opset it is optimum's choice.
-
-    Raises:
-        InputError: optimum cannot export it.
+    The model's class becomes transformers' own. Without an opset it is optimum's choice. Raises InputError: optimum
+    cannot export it.
     """
     from optimum.exporters.onnx import onnx_export_from_model
 

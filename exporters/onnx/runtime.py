@@ -119,8 +119,7 @@ class OnnxModel:
     def decode(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> FloatArray:
         """Append tokens; returns their logits (n, vocab_size), or the last one's, (1, vocab_size), as float32.
 
-        Raises:
-            InputError: More than fits the cache.
+        Raises InputError: more than fits the cache.
         """
         count = len(tokens)
         if self.n_past + count > self.n_ctx:
@@ -182,11 +181,8 @@ def open_model(
     """Open a file, for n_ctx tokens, of which at most n_batch are run at once.
 
     `provider` is an execution provider in any case and without the word, such as cuda; what it cannot take, or all if
-    it is not there, runs on the CPU.
-
-    Raises:
-        InputError: ONNX Runtime cannot load it, or an unknown provider.
-        MissingExtraError: ONNX Runtime is not installed.
+    it is not there, runs on the CPU. Raises InputError: ONNX Runtime cannot load it, or an unknown provider;
+    MissingExtraError: ONNX Runtime is not installed.
     """
     require_extra("onnxruntime", "onnx")
     import onnxruntime

@@ -563,6 +563,7 @@ def test_a_4_bit_variant_holds_the_numbers_that_were_trained_through_its_roundin
     assert "writing calibration text" not in capsys.readouterr().err
     (record,) = read_record(ExportManifest, files / "export.json").exports
     assert record.calibration_sha256 is None
+    assert not any("without text" in warning for warning in record.warnings)
     # Its weights are what the file's numbers stand for, so that only the runtime's arithmetic is between them.
     assert record.parity.kl_mean < 1e-3
     stored = load_file(trained / "rounded.safetensors")
