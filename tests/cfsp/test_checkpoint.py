@@ -136,17 +136,6 @@ def test_a_checkpoint_made_uniform_loses_its_code(tiny_model: Any, tmp_path: Pat
     assert torch.equal(auto_load(tmp_path / "second", trust=False)(IDS).logits, loaded.model(IDS).logits)
 
 
-def test_dtype_is_kept(tiny_model: Any, tmp_path: Path) -> None:
-    dtype = torch.bfloat16
-    loaded = pruned(tiny_model, DIFFERENT)
-    loaded.model.to(dtype)
-    info = save_checkpoint(loaded, tmp_path / "checkpoint")
-    assert info.dtype == "bfloat16"
-    model = load_pruned(tmp_path / "checkpoint")
-    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    assert load_pruned(tmp_path / "checkpoint", torch.float32).dtype == torch.float32
-
-
 def test_what_else_is_in_the_folder(tiny_model: Any, tmp_path: Path) -> None:
     loaded = pruned(tiny_model, DIFFERENT)
     plan = TinyPlan(ModelShape.of_ffn_widths(DIFFERENT))

@@ -25,7 +25,7 @@ from cfsp.models.source import LoadedModel
 from cfsp.pruning.prune import PruneResult, prune_model
 from cfsp.pruning.settings import PruneSettings
 from cfsp.text.calibration import Calibration
-from cfsp.text.self_sampling import generate, sample_windows
+from cfsp.text.self_sampling import generate
 from cfsp.text.tokens import TokenWindows
 from phoneready.main import main
 
@@ -106,15 +106,6 @@ def test_a_model_is_judged_where_it_is(
         there = judged(loaded, other)
     for one, same in zip(there, here, strict=True):
         assert one == (same if "ids" in same else pytest.approx(same, rel=1e-5))
-
-
-def test_a_model_writes_where_it_is(eager: Callable[[], LoadedModel], far: Far) -> None:
-    how: dict[str, Any] = {"nsamples": 2, "seqlen": 64, "seed": 5, "use_written": False}
-    here = sample_windows(eager(), **how)
-    with far():
-        loaded = eager()
-        send(loaded.model)
-        assert torch.equal(sample_windows(loaded, **how), here)
 
 
 def test_devices_that_are_none() -> None:

@@ -15,9 +15,8 @@ from cfsp.models.architectures import added_norms, decoder_layers, feed_forward,
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.block_by_block import _Columns, _Norm, apply_plan
 from cfsp.pruning.plan import PruningPlan
-from cfsp.pruning.prune import TOLD_WINDOWS, plan_model, prune_model
+from cfsp.pruning.prune import plan_model, prune_model
 from cfsp.pruning.settings import RECONSTRUCTIONS, PruneSettings
-from cfsp.pruning.statistics import collect_statistics, spread_windows
 from cfsp.records import read_record, write_record
 from cfsp.text import self_sampling
 from cfsp.text.calibration import Calibration, load_calibration
@@ -45,16 +44,6 @@ def test_ratio_zero_is_the_dense_model_bit_for_bit(tiny_model: Any, model_type: 
     assert result.plan.keep_ratio == 1
     for name, value in dense.model.state_dict().items():
         assert torch.equal(value, before[name]), name
-
-
-def test_what_decides_nothing_is_told_of_few_windows(tiny_model: Any) -> None:
-    dense = loaded(tiny_model)
-    windows = calibration(dense.model, count=4 * TOLD_WINDOWS)
-    few = collect_statistics(dense.model, spread_windows(windows.input_ids, TOLD_WINDOWS)).importance
-    plan = prune_model(dense, windows, PruneSettings(prune_ratio=0.0, dtype="float32")).plan
-    told = torch.tensor([block.importance for block in plan.blocks], dtype=torch.float64)
-    assert torch.allclose(told, few)
-    assert not torch.allclose(told, collect_statistics(dense.model, windows.input_ids).importance, rtol=1e-9)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma4_text"])
@@ -201,13 +190,6 @@ def test_plan_survives_json_and_reapplies_at_other_ratios(tiny_model: Any, tmp_p
     apply_plan(moved.model, again.at_ratio(0.5))
     for name, value in moved.model.state_dict().items():
         assert torch.equal(value, fresh.model.state_dict()[name]), name
-
-
-def test_plan_of_another_model_is_refused(tiny_model: Any) -> None:
-    small, large = loaded(tiny_model), loaded(tiny_model, intermediate_size=256)
-    plan = prune_model(small, calibration(small.model), PruneSettings(align=1)).plan
-    with pytest.raises(InputError, match="another model"):
-        prune_model(large, calibration(large.model), PruneSettings(), plan=plan)
 
 
 @pytest.mark.parametrize(

@@ -63,18 +63,6 @@ def saved(tiny_model: TinyModel, folder: Path, model_type: str) -> tuple[Path, t
         return folder, whole(input_ids=IDS).logits
 
 
-@torch.inference_mode()
-@each_type
-def test_the_text_part_says_what_the_whole_says_of_a_text(
-    tiny_model: TinyModel, tmp_path: Path, model_type: str
-) -> None:
-    folder, expected = saved(tiny_model, tmp_path / "whole", model_type)
-    loaded = load_model(folder).model
-    assert loaded.config.model_type == LOADED[model_type]
-    assert not any("vision" in name for name, _ in loaded.named_parameters())
-    torch.testing.assert_close(loaded(IDS).logits, expected, rtol=1e-4, atol=1e-4)
-
-
 @torch.no_grad()
 def test_it_stays_in_no_files_and_computes_with_float32(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from cfsp.errors import InputError
 from cfsp.evaluation.loss import respelled_divergence
 from cfsp.evaluation.torch_model import TorchLanguageModel
-from cfsp.models.builtin import fetch_builtin
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
 from cfsp.models.source import LoadedModel, ModelSource
@@ -187,20 +186,6 @@ def test_a_model_of_fewer_tokens_is_held_against_the_one_that_has_them_all(
     assert found.same_top1 == pytest.approx(sum(same) / n)
 
 
-def test_against_itself_a_model_loses_nothing(
-    trimmed: Trimmed,
-) -> None:
-    dense = trimmed[0]
-    model = TorchLanguageModel(dense)
-    window = torch.tensor(ids(dense.tokenizer, TEXTS[0]))
-    windows = TokenWindows(window[None], "text", "")
-    same = respelling(dense.tokenizer, dense.tokenizer)
-    assert same.shortened(windows) == windows
-    found = respelled_divergence(model, model, windows, same)
-    assert found.kl_mean == pytest.approx(0, abs=1e-6)
-    assert found.same_top1 == found.perplexity_ratio == 1
-
-
 @pytest.mark.parametrize("name", ["llama-spm", "gpt-2"])
 def test_real_vocabularies(llama_cpp_vocabularies: Path, name: str) -> None:
     dense = of_tokenizer(tokenizer_from_gguf(read_gguf(llama_cpp_vocabularies / f"ggml-vocab-{name}.gguf")))
@@ -240,25 +225,6 @@ def test_llama_cpp_reads_a_trimmed_vocabulary_alike(
     plan = plan_vocabulary(dense, counted(dense.tokenizer, TEXTS), 9000, sources=())
     small = cut_vocabulary(dense, plan).tokenizer
     assert check_tokenizer(vocabulary_file(tmp_path / "small.gguf", small), small) > 250
-
-
-@pytest.mark.everything
-def test_llama_cpp_reads_ten_thousand_lines_alike(
-    vocabulary_file: Callable[[Path, Any], Path], tmp_path: Path
-) -> None:
-    """With what is left of the real model's vocabulary; the lines are code and prose of Python's own library."""
-    pytest.importorskip("llama_cpp")
-    from exporters.gguf.tokenizer_metadata import check_tokenizer
-
-    dense = of_tokenizer(tokenizer_from_gguf(read_gguf(fetch_builtin("smollm2-135m"))))
-    plan = plan_vocabulary(dense, counted(dense.tokenizer, TEXTS), 9000, sources=())
-    small = cut_vocabulary(dense, plan).tokenizer
-    library = sorted(Path(json.__file__).parents[1].glob("*.py"))
-    lines = dict.fromkeys(line for file in library for line in file.read_text(encoding="utf-8").splitlines())
-    assert (
-        check_tokenizer(vocabulary_file(tmp_path / "small.gguf", small), small, list(lines)[:10_000])
-        >= 10_000
-    )
 
 
 def test_channels_are_judged_by_the_tokens_that_stay(tiny_model: Any) -> None:

@@ -21,7 +21,6 @@ from cfsp.models.families.row import FULL, WINDOWED
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.offload import VARIABLE, enter_blocks, last_hidden_states, run_layer
 from cfsp.models.reference import load_model
-from cfsp.pruning.vocabulary import cut_rows
 from cfsp.text.tokens import TokenWindows
 from exporters.checkpoint_reader import read_config
 from exporters.gguf import runtime
@@ -83,23 +82,6 @@ def test_what_pruning_leaves_is_proven_in_every_type(files: tuple[Path, Path]) -
         }
 
 
-def test_a_checkpoint_loads_with_and_without_us(files: tuple[Path, Path], tmp_path: Path) -> None:
-    ours = load_pruned(files[0])
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(files[0], trust_remote_code=True)
-    assert type(theirs).__name__ == "PrunedGemma4ForCausalLM"
-    theirs.save_pretrained(tmp_path / "again")
-    expected = ours(IDS).logits
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
-    for model in (theirs, again, load_pruned(tmp_path / "again")):
-        assert torch.equal(model(IDS).logits, expected)
-    written = [
-        model.generate(IDS[:1], max_new_tokens=32, do_sample=False, use_cache=cache)
-        for model in (ours, theirs)
-        for cache in (True, False)
-    ]
-    assert all(torch.equal(one, written[0]) for one in written)
-
-
 def test_logits_are_the_models_where_gelu_is_not_looked_up(
     tiny_model: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -118,17 +100,6 @@ def test_logits_are_the_models_where_gelu_is_not_looked_up(
         report = compare(reference_of(model, TokenWindows(ids, "random", "")), opened.iter_logits, {})
     assert report.max_logit_diff < 1e-3
     assert report.same_top1 == 1.0
-
-
-def test_tokens_go_from_every_table(tiny_model: Callable[..., Any]) -> None:
-    model, _ = tiny_model(NAME, tied=False)
-    kept = torch.arange(0, 384, 3)
-    ids = kept[IDS % len(kept)]
-    expected = model(ids).logits[..., kept]
-    cut_rows(model, kept)
-    assert [len(table.weight) for table in token_tables(model)] == [128, 128]
-    assert model.config.vocab_size_per_layer_input == model.config.vocab_size == 128
-    torch.testing.assert_close(model(IDS % len(kept)).logits, expected)
 
 
 @torch.inference_mode()

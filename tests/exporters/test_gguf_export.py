@@ -199,13 +199,6 @@ def test_importance_matrix_is_used_and_lowers_the_weighted_error(
     assert errors[0] < 0.95 * errors[1]
 
 
-def test_sliding_window_cuts_the_context(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    (record,) = export(make_checkpoint("mistral", sliding_window=128), tmp_path / "window", "f16")
-    assert record.context_length == 128
-    assert any("sliding window" in warning for warning in record.warnings)
-    assert metadata(tmp_path / "window" / record.file)["llama.context_length"] == 128
-
-
 def _forget_permutation(spec: Any) -> Any:
     return dataclasses.replace(spec, interleave_heads=0)
 

@@ -10,7 +10,6 @@ import pytest
 
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
-from cfsp.errors import InputError
 from cfsp.models.families import FAMILIES
 from cfsp.models.shape import ModelShape
 from exporters.family import ExportOptions
@@ -51,18 +50,3 @@ def test_sizes_of_other_widths_are_exact(
         for quant, path in written.items():
             of_widths = layout.of_shape(ModelShape.of_ffn_widths(widths))
             assert templates[quant].file_bytes(of_widths) == path.stat().st_size, (quant, widths)
-
-
-def test_a_template_of_another_architecture_is_refused(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path
-) -> None:
-    checkpoint = make_checkpoint("llama", widths=(96, 64, 128, 64))
-    template = size_template(draft_gguf(checkpoint, tmp_path, ["Q8_0"])["Q8_0"], "Q8_0")
-    uneven, even = (
-        read_layout(checkpoint).of_shape(ModelShape.of_ffn_widths(widths))
-        for widths in ((64, 64, 96, 96), (64, 64, 64, 64))
-    )
-    assert template.architecture == uneven.layout.architecture == "deci"
-    assert even.layout.architecture == "llama"
-    with pytest.raises(InputError, match="another architecture"):
-        template.file_bytes(even)

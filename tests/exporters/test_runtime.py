@@ -39,11 +39,6 @@ def test_prompts_and_single_tokens_give_the_same_logits(model_file: Path) -> Non
     assert at_once.shape == (384,)
 
 
-def test_logits_come_in_pieces_of_n_batch(model_file: Path) -> None:
-    with runtime.open_model(model_file, runtime.Context(n_ctx=64, n_batch=32, n_ubatch=32)) as model:
-        assert [len(piece) for piece in model.iter_logits(IDS[:50])] == [32, 18]
-
-
 def test_facts(model_file: Path) -> None:
     with runtime.open_model(model_file, runtime.Context(n_ctx=256)) as model:
         assert model.vocab_size == 384
