@@ -12,8 +12,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from runtime_bench.devices.profile import load_profiles
-from runtime_bench.devices.projection import Band, decode_band, prefill_band
+from runtime_bench.devices import Band, decode_band, load_profiles, prefill_band
 from runtime_bench.presentation.table import table_of
 
 PUBLISHED = Path(__file__).with_name("published_speeds.toml")

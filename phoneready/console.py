@@ -16,7 +16,7 @@ from cfsp.errors import PhonereadyError
 from cfsp.memory import keep_freed_memory
 from cfsp.progress import Progress
 from cfsp.settings import DEVICE, THREADS, Settings, setting
-from runtime_bench.presentation.markup import printable
+from runtime_bench.presentation.table import printable
 
 PLAIN_INTERVAL_S = 15.0
 """Without a terminal, a step that goes on is mentioned this often."""

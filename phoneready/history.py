@@ -24,9 +24,8 @@ from cfsp.files import write_text
 from cfsp.reading import read_json_lines
 from cfsp.records import record_from_json, record_to_json
 from phoneready.figures.figures import DENSE, FigureKey, FigureSet, format_figure, recorded_metric
-from runtime_bench.presentation.markup import escape_markdown
-from runtime_bench.presentation.table import table_of_cells
-from runtime_bench.records.judgement import Samples, judge
+from runtime_bench.presentation.table import escape_markdown, table_of_cells
+from runtime_bench.records.compare import Samples, judge
 from runtime_bench.records.summary import NORMAL_95
 
 HISTORY_FILE = "history.jsonl"

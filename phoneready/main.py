@@ -28,7 +28,7 @@ from typer.core import TyperGroup
 from cfsp.errors import PhonereadyError, without_credentials
 from cfsp.records import tool_version
 from phoneready.commands.options import with_settings
-from runtime_bench.presentation.markup import visible
+from runtime_bench.presentation.table import visible
 
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130

@@ -17,9 +17,8 @@ from phoneready.console import note, quiet_libraries, show_progress, write_resul
 from runtime_bench.engines import ENGINES
 from runtime_bench.measuring.measure import run_matrix
 from runtime_bench.presentation.comparison_table import format_comparison
-from runtime_bench.presentation.markup import printable
 from runtime_bench.presentation.record_table import format_table, speed_text
-from runtime_bench.presentation.table import short_names
+from runtime_bench.presentation.table import printable, short_names
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import against_the_first
 from runtime_bench.records.jsonl import append_jsonl, check_appendable, record_to_line

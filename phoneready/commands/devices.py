@@ -14,9 +14,7 @@ from cfsp.units import format_bytes
 from exporters.gguf.quants import DEFAULT_CACHE, MEASURED_CACHES
 from phoneready.commands.options import JsonOption
 from phoneready.console import show_progress, write_result
-from runtime_bench.devices.model_facts import gguf_facts
-from runtime_bench.devices.profile import find_profile, load_profiles
-from runtime_bench.devices.projection import CONTEXT, DEFAULT_CONTEXT, project
+from runtime_bench.devices import CONTEXT, DEFAULT_CONTEXT, find_profile, gguf_facts, load_profiles, project
 from runtime_bench.native.build import RUNNER_BACKENDS, read_build
 from runtime_bench.native.build import build_runner as build
 from runtime_bench.presentation.device_table import (

@@ -10,7 +10,7 @@ import typer
 from cfsp.errors import LimitError
 from phoneready.commands.options import JsonOption
 from phoneready.console import quiet_libraries, write_result
-from runtime_bench.presentation.markup import visible
+from runtime_bench.presentation.table import visible
 
 
 def verify(

@@ -18,7 +18,7 @@ from cfsp.records import read_record
 from cfsp.units import format_bytes, parse_bytes, parse_ms
 from cfsp.validation import Section, Seed, as_value_error
 from runtime_bench.records.bench_record import MeasuredOn
-from runtime_bench.records.judgement import Samples
+from runtime_bench.records.compare import Samples
 from runtime_bench.records.summary import RatioInterval
 
 CHECKPOINT = "checkpoint"  # the item that is the pruned (and recovered) model before export

@@ -51,12 +51,10 @@ from phoneready.figures.figures import (
     recorded_metric,
     select,
 )
-from runtime_bench.presentation.markup import lay_out_table
-from runtime_bench.presentation.table import table_of_cells
+from runtime_bench.presentation.table import lay_out_table, table_of_cells
 from runtime_bench.records.bench_record import DOES_NOT_FIT
-from runtime_bench.records.compare import TOO_NOISY
-from runtime_bench.records.judgement import MIN_SAMPLES, WIDEST, surer
-from runtime_bench.records.judgement import judge as judge_samples
+from runtime_bench.records.compare import MIN_SAMPLES, TOO_NOISY, WIDEST, surer
+from runtime_bench.records.compare import judge as judge_samples
 from runtime_bench.records.summary import CONFIDENCE, NORMAL_95, ratio_interval
 
 logger = logging.getLogger(__name__)

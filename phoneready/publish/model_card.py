@@ -23,8 +23,7 @@ from phoneready.publish.manifest import ReleaseManifest
 from phoneready.release.results import ReleaseFigures
 from phoneready.report.plots import render_markdown
 from phoneready.report.report import quality_text
-from runtime_bench.presentation.markup import Markdown, escape_markdown, visible
-from runtime_bench.presentation.table import Column, Table
+from runtime_bench.presentation.table import Column, Markdown, Table, escape_markdown, visible
 
 _SPDX = ("Apache-2.0", "MIT", "BSD-2-Clause", "BSD-3-Clause", "MPL-2.0", "Unlicense", "CC0-1.0", "CC-BY-4.0")
 _LICENSES: dict[str, str | None] = {

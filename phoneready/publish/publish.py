@@ -34,7 +34,7 @@ from phoneready.release.stages import StageRecord, claim_folder
 from phoneready.release.steps import Steps
 from phoneready.report.report import ReportInput, read_verdicts, render_page, render_report
 from phoneready.settings.schema import ReleaseConfig
-from runtime_bench.devices.profile import find_profile, load_profiles
+from runtime_bench.devices import find_profile, load_profiles
 
 REPORT_FILE = "report.md"
 PAGE_FILE = "report.html"

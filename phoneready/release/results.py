@@ -45,12 +45,11 @@ from phoneready.release.steps import (
     row_text,
 )
 from phoneready.settings.schema import ReleaseConfig
-from runtime_bench.devices.profile import find_profile, load_profiles
-from runtime_bench.devices.projection import Band, project
+from runtime_bench.devices import Band, find_profile, load_profiles, project
 from runtime_bench.records.bench_record import DOES_NOT_FIT, BenchRecord
+from runtime_bench.records.compare import Samples, samples_of
 from runtime_bench.records.fairness import CAP_LIMIT, capped_at, energy, noise
 from runtime_bench.records.jsonl import read_jsonl
-from runtime_bench.records.judgement import Samples, samples_of
 
 
 @dataclass(frozen=True)

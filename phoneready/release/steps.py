@@ -52,7 +52,7 @@ from phoneready.figures.figures import DENSE, PRUNED
 from phoneready.release.stages import stage_folder
 from phoneready.settings.schema import BenchConfig, ModelConfig, RecoverConfig, ReleaseConfig
 from phoneready.text import WRITERS, load_calibration
-from runtime_bench.devices.model_facts import FACTS, ModelFacts
+from runtime_bench.devices import FACTS, ModelFacts
 from runtime_bench.engines import size_of
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.presentation.record_table import speed_text

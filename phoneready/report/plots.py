@@ -23,8 +23,8 @@ from cfsp.errors import MissingExtraError
 from cfsp.units import format_bytes
 from phoneready.evaluation.measured_file import DOMINATED
 from phoneready.release.results import ReleaseFigures
-from runtime_bench.presentation.markup import Markdown, escape_cell, finalize_markdown
 from runtime_bench.presentation.record_table import speed_text
+from runtime_bench.presentation.table import Markdown, escape_cell, finalize_markdown
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import BenchGroup

@@ -35,13 +35,10 @@ from phoneready.release.results import ReleaseFigures
 from phoneready.release.steps import FileLosses
 from phoneready.report import plots
 from phoneready.settings.schema import ReleaseConfig
-from runtime_bench.devices.model_facts import ModelFacts
-from runtime_bench.devices.profile import DeviceProfile
-from runtime_bench.devices.projection import Band, project
+from runtime_bench.devices import Band, DeviceProfile, ModelFacts, project
 from runtime_bench.presentation.comparison_table import NOT_COMPARABLE, speeds_text
-from runtime_bench.presentation.markup import Markdown, escape_markdown, visible
 from runtime_bench.presentation.record_table import energy_text, speed_text
-from runtime_bench.presentation.table import Column, Table, table_of_cells
+from runtime_bench.presentation.table import Column, Markdown, Table, escape_markdown, table_of_cells, visible
 from runtime_bench.records.compare import BenchGroup, Comparison, Incomparable, bench_groups, compare_records
 from runtime_bench.records.fairness import DISTURBED, THROTTLED, energy, fairness, note_of, unfair
 from runtime_bench.records.summary import CONFIDENCE

@@ -61,9 +61,14 @@ from phoneready.search.record import EvaluatedPoint, Speed
 from phoneready.search.sizes import Sizes
 from phoneready.settings.schema import ExportConfig, ModelConfig, PruneConfig, RecoverConfig
 from phoneready.text import WRITERS, load_calibration
-from runtime_bench.devices.model_facts import ModelFacts, gguf_facts
-from runtime_bench.devices.profile import find_profile, load_profiles
-from runtime_bench.devices.projection import DEFAULT_CONTEXT, project
+from runtime_bench.devices import (
+    DEFAULT_CONTEXT,
+    ModelFacts,
+    find_profile,
+    gguf_facts,
+    load_profiles,
+    project,
+)
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.records.bench_record import DOES_NOT_FIT
 from runtime_bench.records.fairness import has_speed

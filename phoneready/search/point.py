@@ -18,7 +18,7 @@ from exporters.families import required_multiple
 from exporters.gguf.family import GGUF
 from phoneready.evaluation.settings import WindowSettings
 from phoneready.figures.figures import INCONCLUSIVE, MISSED, PASS
-from runtime_bench.devices.profile import load_profiles
+from runtime_bench.devices import load_profiles
 from runtime_bench.targets.table import check_target
 
 STRATEGIES = GRID, BISECT, STEPS, OPTUNA = "grid", "bisect", "steps", "optuna"

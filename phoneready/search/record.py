@@ -17,8 +17,7 @@ from phoneready.figures.figures import INCONCLUSIVE, MISSED, PASS
 from phoneready.report.plots import BITS, DARK, Axis, loss_figure, plotly_script, render_page
 from phoneready.search.point import Held, Point
 from phoneready.settings.schema import RecoverConfig
-from runtime_bench.presentation.markup import escape_markdown
-from runtime_bench.presentation.table import Column, Table
+from runtime_bench.presentation.table import Column, Table, escape_markdown
 
 
 @dataclass(frozen=True)

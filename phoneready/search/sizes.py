@@ -28,7 +28,7 @@ from exporters.gguf.architecture import ChosenLayout, read_layout
 from exporters.gguf.files import TYPES, draft_gguf
 from exporters.gguf.quants import block_of, find_quant
 from exporters.gguf.tensors import SizeTemplate, padded, size_template, tensor_specs
-from runtime_bench.devices.model_facts import ModelFacts
+from runtime_bench.devices import ModelFacts
 
 _TEMPLATE_WIDTH = 256
 """No type falls back at this width."""

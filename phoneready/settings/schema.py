@@ -24,9 +24,7 @@ from cfsp.validation import Section
 from exporters.families import DEFAULT_FORMAT, ROUNDING, FileSettings, find_format, required_multiple
 from phoneready.evaluation.settings import EvaluationSettings, JudgementSettings
 from phoneready.figures.figures import ENERGY_OF, BudgetConfig, measured_place, metric_of
-from runtime_bench.devices.model_facts import FACTS
-from runtime_bench.devices.profile import find_profile, load_profiles
-from runtime_bench.devices.projection import CONTEXT, DEFAULT_CONTEXT
+from runtime_bench.devices import CONTEXT, DEFAULT_CONTEXT, FACTS, find_profile, load_profiles
 from runtime_bench.targets.table import check_target
 from runtime_bench.workload import BenchSettings, SamplingSettings, workloads_of
 

@@ -8,9 +8,16 @@ from types import MappingProxyType
 from typing import Any
 
 from cfsp.records import tool_version
-from runtime_bench.presentation.markup import escape_markdown
 from runtime_bench.presentation.record_table import format_speed
-from runtime_bench.presentation.table import NOTHING, Column, Table, indented_json, short_names, table_of
+from runtime_bench.presentation.table import (
+    NOTHING,
+    Column,
+    Table,
+    escape_markdown,
+    indented_json,
+    short_names,
+    table_of,
+)
 from runtime_bench.records.bench_record import EMULATED
 from runtime_bench.records.compare import Compared, Comparison, Incomparable
 from runtime_bench.records.fairness import CROWDED_SHARE

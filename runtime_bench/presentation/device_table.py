@@ -6,10 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from runtime_bench.devices.profile import FIGURES, Cluster, Figure, KnownProfile
-from runtime_bench.devices.projection import MIB, Band, Projection
-from runtime_bench.presentation.markup import escape_markdown
-from runtime_bench.presentation.table import Column, Table
+from runtime_bench.devices import FIGURES, MIB, Band, Cluster, Figure, KnownProfile, Projection
+from runtime_bench.presentation.table import Column, Table, escape_markdown
 from runtime_bench.records.bench_record import DOES_NOT_FIT, FITS, THRASHES
 
 UNKNOWN = "unknown"

@@ -7,8 +7,15 @@ from collections.abc import Callable, Sequence
 from types import MappingProxyType
 
 from cfsp.errors import InputError
-from runtime_bench.presentation.markup import escape_markdown
-from runtime_bench.presentation.table import NOTHING, Column, Table, indented_json, short_names, table_of
+from runtime_bench.presentation.table import (
+    NOTHING,
+    Column,
+    Table,
+    escape_markdown,
+    indented_json,
+    short_names,
+    table_of,
+)
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import EMULATED, BenchRecord
 from runtime_bench.records.fairness import EnergyAccount, energy, fairness, note_of

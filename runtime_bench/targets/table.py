@@ -26,8 +26,7 @@ from cfsp.files import sha256_file
 from cfsp.progress import Progress, no_progress
 from cfsp.reading import read_text
 from cfsp.units import parse_bytes
-from runtime_bench.devices.profile import DeviceProfile, find_profile, load_profiles
-from runtime_bench.devices.projection import memory_limit
+from runtime_bench.devices import DeviceProfile, find_profile, load_profiles, memory_limit
 from runtime_bench.environment import environment_of
 from runtime_bench.native.build import build_runner
 from runtime_bench.records.bench_record import Environment

@@ -29,7 +29,7 @@ from exporters.gguf.writer import write_gguf
 from exporters.job import read_provenance
 from exporters.proof import compare, reference_of
 from phoneready.main import main
-from runtime_bench.devices.model_facts import gguf_facts
+from runtime_bench.devices import gguf_facts
 
 NAME = "gemma4_text"
 pytestmark = pytest.mark.skipif(NAME not in transformers.CONFIG_MAPPING, reason="transformers 4")

@@ -33,7 +33,7 @@ from exporters.gguf.tensors import tensor_specs
 from exporters.onnx import export_onnx
 from exporters.quantize.walk import round_blocks
 from phoneready.main import main
-from runtime_bench.devices.model_facts import gguf_facts
+from runtime_bench.devices import gguf_facts
 
 TinyPath = Callable[..., Path]
 TEXT = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32", "--threads", "1"]

@@ -17,7 +17,7 @@ from exporters.family import ExportOptions
 from exporters.gguf.export import export_gguf
 from exporters.onnx import export_onnx
 from exporters.onnx.runtime import open_model
-from runtime_bench.devices.model_facts import gguf_facts
+from runtime_bench.devices import gguf_facts
 
 WINDOWS = torch.randint(0, 384, (2, 96), generator=torch.Generator().manual_seed(0))
 # Next-token distributions of random weights are nearly flat, so quantization moves them far.

@@ -28,8 +28,7 @@ from phoneready.release.results import ReleaseFigures
 from phoneready.release.steps import Answers, FileLosses
 from phoneready.report.report import ReportInput
 from phoneready.settings.schema import ReleaseConfig
-from runtime_bench.devices.model_facts import ModelFacts
-from runtime_bench.devices.profile import load_profiles
+from runtime_bench.devices import ModelFacts, load_profiles
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.workload import Workload
 

@@ -27,7 +27,7 @@ from phoneready.figures.figures import (
 from phoneready.figures.gate import badge, check_verdicts, judge_all, paired_interval, write_verdicts
 from phoneready.settings.release import parse_config
 from runtime_bench.records.bench_record import MeasuredOn
-from runtime_bench.records.judgement import Samples
+from runtime_bench.records.compare import Samples
 
 MODEL = '[model]\nreference = "some/model"\n'
 SIZE = FigureKey("file_bytes", "Q4_0")

@@ -216,19 +216,12 @@ def test_a_page_is_held_to_a_score(graph: Path, packages: Path) -> None:
         host = float(page.call("score"))
         with pytest.raises(InputError, match="too weak to stand for the device"):
             calibrate(page, 1e6)
+        with pytest.raises(InputError, match="main thread only"):
+            OpenModel(page, request_for(graph, threads=2), packages, Throttling(1, 1, 2, 1))
     assert host > 1
     target = Browser(target_score=host / 20)
     assert target.environment().cpus_usable == 1
-    row = replace(
-        QUICK,
-        n_prompt=(),
-        n_gen=(8,),
-        ttft=(),
-        load=False,
-        repetitions=2,
-        samples_per_process=1,
-        n_threads=(),
-    )
+    row = replace(QUICK, n_prompt=(), ttft=(), load=False, samples_per_process=1, n_threads=())
     (record,) = run_bench([graph], row, target=target)
     assert record.n_threads == 1
     if record.failure:
@@ -265,15 +258,6 @@ def test_a_host_that_is_a_little_too_slow_will_do_and_a_weak_one_will_not() -> N
     assert calibrate(Host(400), 100) == Throttling(100, 400, 4.0, 100)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="allowed: up to 80"):
         calibrate(Host(80), 100)  # type: ignore[arg-type]
-
-
-@pytest.mark.everything
-def test_more_than_one_thread_is_refused_where_the_page_is_throttled(graph: Path, packages: Path) -> None:
-    with (
-        open_page(find_chromium(), packages, {}) as page,
-        pytest.raises(InputError, match="main thread only"),
-    ):
-        OpenModel(page, request_for(graph, threads=2), packages, Throttling(1, 1, 2, 1))
 
 
 def test_a_profile_says_whose_browser_it_stands_for() -> None:
@@ -325,7 +309,7 @@ def wait_for_renderer(known: set[int]) -> None:
 
 
 @pytest.mark.usefixtures("packages", "nothing_left")
-def test_a_page_that_crashes_is_a_result_with_a_reason(graph: Path) -> None:
+def test_a_page_that_crashes_or_takes_too_long_is_a_result_with_a_reason(graph: Path) -> None:
     known = browsers()
     results: list[WorkerResult] = []
     long = request_for(graph, workload=Workload("tg", n_gen=60), samples=10**6)
@@ -337,11 +321,6 @@ def test_a_page_that_crashes_is_a_result_with_a_reason(graph: Path) -> None:
             process.kill()
         time.sleep(0.2)
     assert "crash" in (results[0].error or "")
-
-
-@pytest.mark.usefixtures("packages", "nothing_left")
-def test_a_run_that_takes_too_long_is_ended(graph: Path) -> None:
-    long = request_for(graph, workload=Workload("tg", n_gen=60), samples=10**6)
     assert Browser().run(long, 5).error == "timeout: no result after 5 s"
 
 
@@ -386,19 +365,16 @@ def test_packages_are_pinned_by_version_and_hash(tmp_path: Path, monkeypatch: py
     assert all(re.fullmatch(r"\d+\.\d+\.\d+", version) for version in manifest["dependencies"].values())
     entries = [entry for name, entry in lock["packages"].items() if name]
     assert all(entry["integrity"].startswith("sha512-") for entry in entries)
+    monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path / "cache"))
+    with monkeypatch.context() as lacking:
+        lacking.setenv("PATH", "")
+        with pytest.raises(InputError, match="npm is not installed"):
+            fetch_packages()
+    assert [file.suffix for file in (tmp_path / "cache" / "browser").iterdir()] == [".lock"]
     fake = tmp_path / "npm"
     fake.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/said\nls > {tmp_path}/had\nmkdir node_modules\n')
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path / "cache"))
     fetch_packages()
     assert (tmp_path / "said").read_text().startswith("ci --ignore-scripts ")
     assert (tmp_path / "had").read_text().split() == ["package-lock.json", "package.json"]
-
-
-def test_npm_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path))
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(InputError, match="npm is not installed"):
-        fetch_packages()
-    assert [file.suffix for file in (tmp_path / "browser").iterdir()] == [".lock"]

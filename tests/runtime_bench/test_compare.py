@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,16 +13,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cfsp.errors import InputError
+from runtime_bench.measuring.text_check import check_text
 from runtime_bench.presentation.comparison_table import comparison_table, format_comparison
 from runtime_bench.records.compare import (
     Comparison,
     ComparisonSettings,
     Incomparable,
+    bench_groups,
     compare,
     compare_records,
 )
 from runtime_bench.records.fairness import crowding
-from runtime_bench.records.reported import Contention
+from runtime_bench.records.reported import Contention, EngineSettings
 from runtime_bench.workload import Workload
 
 NS = st.lists(st.integers(10**6, 10**9), min_size=5, max_size=8)
@@ -254,3 +259,73 @@ def test_the_ratio_is_the_quotient_of_the_speeds_beside_it(
     (left, unit), (right, _) = (row[name].split(" ") for name in ("base speed", "new speed"))
     quotient = float(right) / float(left) if unit == "t/s" else float(left) / float(right)
     assert float(row["speed ratio"]) == pytest.approx(quotient, rel=0.012, abs=0.0006)
+
+
+def test_regimes_are_held_apart(make_record: Any) -> None:
+    cold = make_record(Workload("tg", n_gen=128, regime="cold"), regime="cold")
+    found = compare_records(make_record(), cold)
+    assert isinstance(found, Incomparable)
+    assert "regime 'fresh' and 'cold'" in found.reason
+    _, alone = compare([make_record(), cold], [make_record()])
+    assert isinstance(alone, Incomparable)
+    assert "row without partner: tg128 @ cold with 2 threads" in alone.reason
+    assert compare([cold], [cold])[0].test == "tg128 @ cold"
+
+
+def test_cold_runs_that_were_warm_are_not_judged(make_record: Any) -> None:
+    cold = {"regime": "cold", "page_cache": "cold", "page_cache_shares": (0.0,) * 5}
+    workload = Workload("tg", n_gen=128, regime="cold")
+    record = make_record(workload, **cold)
+    assert compare_records(record, record).verdict == "no difference"
+    found = compare_records(record, make_record(workload, **(cold | {"page_cache_shares": (1.0,) * 5})))
+    assert (found.verdict, found.reason) == ("inconclusive", "new was to be loaded cold, and was warm")
+
+
+def test_waiting_for_the_disk_is_no_crowd(make_record: Any) -> None:
+    slow = {"n_threads": 1, "cpu_samples_ns": (5 * 10**8,) * 5}
+    assert crowding(make_record(**slow)) is not None
+    assert crowding(make_record(**slow, held_samples_ns=(None,) * 5)) is None
+
+
+Q8 = EngineSettings("q8_0", flash_attention=True)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_gguf: Callable[..., Path]) -> Path:
+    return tiny_gguf("llama", num_attention_heads=2, num_key_value_heads=1, head_dim=32)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="the gguf extra is not installed")
+def test_the_text_that_is_checked_is_written_with_the_same_cache(
+    model: Path, tiny_gguf: Callable[..., Path]
+) -> None:
+    assert check_text(model, 120, "q4_0").texts
+    assert "block size 32" in str(check_text(tiny_gguf(), 120, "q4_0").problem)
+
+
+def test_unlike_caches_are_held_apart(make_record: Any) -> None:
+    floats, older = make_record(engine_settings=EngineSettings("f16")), make_record()
+    few = make_record(engine_settings=Q8)
+    for other in (floats, older):
+        for found in (compare_records(other, few), *compare([other], [few])):
+            assert isinstance(found, Incomparable)
+            assert "quantized_cache None and 'q8_0'" in found.reason
+    assert compare_records(older, floats).verdict == "no difference"
+    assert compare_records(few, few).verdict == "no difference"
+
+
+def test_rows_of_several_caches_find_their_own_partners(make_record: Any) -> None:
+    base = [make_record(), make_record(engine_settings=Q8, samples_ns=(2 * 10**9,) * 5)]
+    new = [replace(record, model_filename="new.gguf") for record in reversed(base)]
+    rows = compare(base, new)
+    assert [(row.quantized_cache, row.verdict) for row in rows] == [
+        (None, "no difference"),
+        ("q8_0", "no difference"),
+    ]
+    header, _, *lines = format_comparison(rows).splitlines()
+    assert "cache" in header
+    assert ["floats" in lines[0], "q8_0" in lines[1]] == [True, True]
+    assert [group.title for group in bench_groups(base)] == [
+        "Measured on local",
+        "Measured on local with a cache of q8_0",
+    ]

@@ -101,17 +101,13 @@ def test_power_supplies(status: str, online: str, charging: bool | None) -> None
     assert found.charging == (() if charging is None else (charging,))
 
 
-def test_a_supply_may_have_a_colon_in_its_name() -> None:
-    port = "/sys/class/power_supply/ucsi-source-psy-USBC000:001"
-    own = "/sys/class/power_supply/bat/status:Discharging"
+def test_supplies_with_a_colon_in_their_name_and_the_battery_of_a_mouse() -> None:
+    folder = "/sys/class/power_supply"
+    port, own = f"{folder}/ucsi-source-psy-USBC000:001", f"{folder}/bat/status:Discharging"
     # Power from outside that does not charge: not known.
     for online, charging in (("0", (False,)), ("1", ())):
         found = conditions_of(f"{ONCE}{port}/type:USB\n" + look(1.0, own, f"{port}/online:{online}"))
         assert found.charging == charging
-
-
-def test_the_battery_of_a_mouse_is_not_the_machines() -> None:
-    folder = "/sys/class/power_supply"
     mouse = f"{folder}/mouse/type:Battery\n{folder}/mouse/scope:Device\n"
     lines = [f"{folder}/mouse/status:Discharging", f"{folder}/usb/online:0"]
     assert conditions_of(ONCE + mouse + look(1.0, *lines, f"{folder}/bat/status:Full")).charging == (False,)
@@ -246,20 +242,15 @@ def test_any_shell_looks_until_it_is_told_to_stop(shell: str, tmp_path: Path) ->
 
 
 @linux
-def test_a_watcher_ends_with_what_it_watches(tmp_path: Path) -> None:
+def test_a_watcher_ends_with_what_it_watches_and_looks_once_at_no_process(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "pass"]) as process:
         process.wait()
     with (tmp_path / "out").open("wb") as out:
         subprocess.run(
             ["sh", "-c", WATCH, "phoneready", str(process.pid)], stdout=out, check=True, timeout=60
         )
-    assert len(conditions_of((tmp_path / "out").read_text()).at_s) == 1
-
-
-@linux
-def test_a_look_at_no_process() -> None:
-    found = look_here()
-    assert len(found.at_s) == 1
+    for found in (conditions_of((tmp_path / "out").read_text()), look_here()):
+        assert len(found.at_s) == 1
     assert found.hidden["others_cores"] == "there was one look alone"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cfsp.errors import InputError
-from runtime_bench.devices.profile import FIGURES, find_profile, load_profiles, read_profile
+from runtime_bench.devices import FIGURES, find_profile, load_profiles, read_profile
 from runtime_bench.presentation.device_table import format_profile, profile_table
 
 GOOD = """

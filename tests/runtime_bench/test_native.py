@@ -111,7 +111,7 @@ def test_its_answer_has_every_field_of_a_result(runner: Path, model: Path) -> No
 
 
 @pytest.mark.everything
-@pytest.mark.parametrize("cache_type", [None, "f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("cache_type", [None, "q8_0", "q4_0"])
 def test_its_cache_is_the_one_that_is_asked_for(
     runner: Path, tiny_gguf: Callable[..., Path], cache_type: str | None
 ) -> None:
@@ -128,8 +128,8 @@ def test_its_cache_is_the_one_that_is_asked_for(
 
 
 @pytest.mark.everything
-@pytest.mark.parametrize("seed", [0, 7, 2**40 + 3])
-def test_random_tokens_are_those_of_the_python_worker(runner: Path, model: Path, seed: int) -> None:
+def test_random_tokens_are_those_of_the_python_worker(runner: Path, model: Path) -> None:
+    seed = 2**40 + 3
     wanted = {"n_random": 700, "max_new_tokens": 0}
     payload = {
         "path": str(model),
@@ -140,17 +140,6 @@ def test_random_tokens_are_those_of_the_python_worker(runner: Path, model: Path,
     with open_vocabulary(model) as opened:
         generator, size = random.Random(seed), opened.vocab_size
     assert ask(runner, payload)["prompt"] == [generator.randrange(size) for _ in range(700)]
-
-
-@pytest.mark.everything
-def test_it_generates_what_llama_cpp_python_generates(runner: Path, model: Path) -> None:
-    with open_model(model, Context(n_ctx=64)) as opened:
-        prompt = opened.tokenize("Once upon a time there was")
-        expected = continued(opened, prompt, 24)
-    wanted = {"prompt": prompt, "max_new_tokens": 24, "stop_at_end": False}
-    assert len(set(expected)) > 3
-    payload = {"path": str(model), "session": asdict(SETTINGS), "generate": wanted}
-    assert ask(runner, payload)["tokens"] == expected
 
 
 @pytest.mark.everything
@@ -196,20 +185,16 @@ def test_a_damaged_file_is_named_with_llama_cpps_reason(runner: Path, model: Pat
 
 
 @pytest.mark.everything
-def test_something_that_is_no_request_is_refused(runner: Path) -> None:
-    done = subprocess.run([runner], input=b"{", capture_output=True, check=True)
-    assert "unreadable request" in json.loads(done.stdout)["error"]
-    assert subprocess.run([runner, "--help"], capture_output=True, check=False).returncode == 2
-
-
-@pytest.mark.everything
-def test_it_says_what_it_is_and_what_the_build_was_made_from(runner: Path) -> None:
+def test_it_says_what_it_is_and_refuses_what_is_no_request(runner: Path) -> None:
     about = json.loads(subprocess.run([runner, "--about"], capture_output=True, check=True).stdout)
     made = read_build(runner)
     assert (about["target"], about["key"], about["missing"]) == ("native", made.key, [])
     assert made.source_sha256
     linked = subprocess.run(["ldd", runner], capture_output=True, text=True, check=False)
     assert "not a dynamic executable" in linked.stdout + linked.stderr
+    done = subprocess.run([runner], input=b"{", capture_output=True, check=True)
+    assert "unreadable request" in json.loads(done.stdout)["error"]
+    assert subprocess.run([runner, "--help"], capture_output=True, check=False).returncode == 2
 
 
 @pytest.mark.everything
@@ -232,15 +217,6 @@ def test_all_of_its_sources_are_in_a_builds_name() -> None:
     }
 
 
-def test_the_command_needs_an_ndk_for_android(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "phoneready", "devices", "build-runner", "--target", "android-arm64"]
-    for more, reason in (([], "want the Android NDK"), (["--ndk", str(tmp_path)], "not an Android NDK")):
-        done = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
-        assert done.returncode == 2
-        assert reason in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
-
-
 def test_an_ndk_is_known_by_its_revision(tmp_path: Path) -> None:
     toolchain = tmp_path / "build" / "cmake" / "android.toolchain.cmake"
     toolchain.parent.mkdir(parents=True)
@@ -253,7 +229,12 @@ def test_an_ndk_is_known_by_its_revision(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("target", "ndk", "reason"),
-    [("riscv", None, "unknown target"), ("native", "ndk", "for Android's targets")],
+    [
+        ("riscv", None, "unknown target"),
+        ("native", "ndk", "for Android's targets"),
+        ("android-arm64", None, "want the Android NDK"),
+        ("android-arm64", "ndk", "not an Android NDK"),
+    ],
 )
 def test_what_cannot_be_built_is_refused(target: str, ndk: str | None, reason: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=reason):
@@ -275,12 +256,9 @@ def test_a_machine_gets_the_build_that_makes_most_of_it(
     assert runner_target_for(system, machine, features.split()) == target
 
 
-def test_this_machine_gets_its_own_build() -> None:
+def test_this_machine_gets_its_own_build_and_one_that_none_is_for_is_named() -> None:
     row = RUNNER_TARGETS["native"]
     assert runner_target_for("linux", row.machine, cpu_features()) == "native"
-
-
-def test_a_machine_that_no_build_is_for_is_named() -> None:
     with pytest.raises(InputError, match="riscv64 linux"):
         runner_target_for("linux", "riscv64", ["rv64gc"])
 
@@ -309,7 +287,7 @@ def test_its_records_are_those_of_the_python_worker(runner: Path, model: Path) -
         assert native.peak_rss_bytes < python.peak_rss_bytes
 
 
-def test_a_given_program_must_be_there(tmp_path: Path) -> None:
+def test_a_given_program_must_be_there_and_runs_gguf_files_only(tmp_path: Path) -> None:
     program = tmp_path / "runner"
     with pytest.raises(InputError, match="runner: no such program"):
         open_target(f"native:runner={program}")
@@ -317,47 +295,35 @@ def test_a_given_program_must_be_there(tmp_path: Path) -> None:
     target = open_target(f"native:runner={os.path.relpath(program)}")
     assert isinstance(target, Native)
     assert target.command == [str(program)]
-
-
-def test_the_native_target_runs_gguf_files_only(tmp_path: Path) -> None:
-    target = Native(tmp_path / "runner")
     assert target.default_engine(Path("a.GGUF")) == "llama.cpp"
     with pytest.raises(InputError, match="runs GGUF files"):
         target.default_engine(Path("a.onnx"))
     with pytest.raises(InputError, match="runs GGUF files"):
         target.require("onnxruntime")
     result = target.run(request(tmp_path / "a.gguf", WORKLOADS[0]), 10)
-    assert result.error is not None
-    assert "cannot be started" in result.error
+    assert "cannot be started" in (result.error or "")
 
 
 @pytest.mark.everything
 @pytest.mark.usefixtures("runner")
-def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "wheels").symlink_to(cache_directory() / "wheels")
-    monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path))
-    monkeypatch.setenv("CXX", "c++ --no-such-option")
-    with pytest.raises(InputError, match=r"building the runner for native failed .*no-such-option"):
-        build_runner("native")
-    assert not [path for path in (tmp_path / "runners").iterdir() if path.suffix != ".lock"]
-
-
-@pytest.mark.everything
-@pytest.mark.usefixtures("runner")
-def test_a_backend_whose_libraries_are_not_there_says_what_it_wants(
+def test_a_build_that_fails_quotes_the_compiler_or_says_what_it_wants(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "wheels").symlink_to(cache_directory() / "wheels")
     monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path))
-    absent = (("-DGGML_OPENVINO=ON",), "a toolkit of its own")
-    monkeypatch.setattr(build, "RUNNER_BACKENDS", {"openvino": absent})
+    monkeypatch.setattr(
+        build, "RUNNER_BACKENDS", {"openvino": (("-DGGML_OPENVINO=ON",), "a toolkit of its own")}
+    )
     with pytest.raises(
         InputError, match=r"runner for native-openvino failed .*; allowed: a toolkit of its own"
     ):
         build_runner("native", backend="openvino")
-    assert not [path for path in (tmp_path / "runners").iterdir() if path.suffix != ".lock"]
     with pytest.raises(InputError, match="unknown backend"):
         build_runner("native", backend="vulkan")
+    monkeypatch.setenv("CXX", "c++ --no-such-option")
+    with pytest.raises(InputError, match=r"building the runner for native failed .*no-such-option"):
+        build_runner("native")
+    assert not [path for path in (tmp_path / "runners").iterdir() if path.suffix != ".lock"]
 
 
 def test_what_drives_a_gpu_is_loaded_when_the_program_runs() -> None:

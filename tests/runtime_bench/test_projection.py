@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from cfsp.errors import InputError
-from runtime_bench.devices.model_facts import gguf_facts
-from runtime_bench.devices.profile import DeviceProfile
-from runtime_bench.devices.projection import (
+from runtime_bench.devices import (
     MIB,
+    DeviceProfile,
     Memory,
+    gguf_facts,
     project,
     project_memory,
 )

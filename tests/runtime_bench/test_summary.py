@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cfsp.errors import InputError
 from runtime_bench.records import summary
-from runtime_bench.records.judgement import Samples, judge
+from runtime_bench.records.compare import Samples, judge
 
 NO_CLOCK = settings(deadline=None)
 SAMPLES = st.lists(st.integers(10**5, 10**10), min_size=1, max_size=12)
