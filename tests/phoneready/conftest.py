@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -163,6 +165,20 @@ def small_release(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def script() -> Iterator[Callable[[str], ModuleType]]:
+    """`script("benchmarks/kill_release")`: a script of the repository, imported."""
+    before = list(sys.path)
+
+    def load(place: str) -> ModuleType:
+        file = ROOT / f"{place}.py"
+        sys.path.insert(0, str(file.parent))
+        return importlib.import_module(file.stem)
+
+    yield load
+    sys.path[:] = before
 
 
 @pytest.fixture(scope="session")

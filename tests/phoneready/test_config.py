@@ -32,6 +32,7 @@ def test_the_demo_and_the_example_are_valid_and_the_same() -> None:
     example = parse_config((ROOT / "examples" / "release.toml").read_text(encoding="utf-8"), where="x")
     assert example.model_copy(update={"budgets": ()}) == demo
     assert example.budgets
+    assert (ROOT / "examples" / "release.toml").read_text(encoding="utf-8") == template_text()
     assert "reference" in demo_config_text()
 
 
@@ -59,22 +60,6 @@ def test_all_errors_are_reported_at_once() -> None:
     for part in ("line 1: sead", "line 2: model", "line 4: prune.p", "line 5: prune.c", "line 7: evaluate"):
         assert part in message
     assert "\n" not in message
-
-
-def test_a_budget_without_its_figure_is_named_beside_faulty_keys() -> None:
-    text = (
-        MODEL + "[prune]\nprune_ratio = 1.5\n"
-        '[[budgets]]\nmetric = "kl_mean"\nat_lest = 1\nat_most = 1\n'
-        '[[budgets]]\nmetric = "tg65"\nat_least = 1\n'
-    )
-    with pytest.raises(InputError) as caught:
-        parse_config(text, where="release.toml")
-    for part in (
-        "line 4: prune.prune_ratio: out of range (got 1.5); allowed: 0 or more and below 1",
-        "line 7: budgets[0].at_lest: unknown key",
-        "line 10: budgets[1].metric: tg65 is not measured here",
-    ):
-        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -184,10 +169,6 @@ def test_settings_can_be_overridden_with_toml_values() -> None:
 def _settings() -> list[Declared]:
     kinds = (PruneConfig, RecoverConfig, EvaluateConfig, ExportConfig, BenchConfig)
     return [row for kind in kinds for row in declared(kind)]
-
-
-def test_the_example_is_what_init_writes() -> None:
-    assert (ROOT / "examples" / "release.toml").read_text(encoding="utf-8") == template_text()
 
 
 def test_init_writes_a_configuration_whose_comments_are_the_defaults(
@@ -304,13 +285,10 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         load_config(tmp_path / "bad.toml")
 
 
-@pytest.mark.parametrize("model", ["a\x7fb", 'a"b', "a\nb", "a\\b"])
-def test_any_models_name_makes_a_template_that_is_toml(model: str) -> None:
-    assert tomllib.loads(template_text(model))["model"]["reference"] == model
-
-
-def test_a_template_for_another_model_has_no_number_of_the_demos(tmp_path: Path) -> None:
+def test_a_template_for_another_model_has_no_number_of_the_demos() -> None:
     other = parse_config(template_text("org/model"), where="x")
     assert other.prune.removes_nothing
     assert not any(name.startswith("mixed") for name in other.export.quants)
     assert template_text("smollm2-135m") == template_text()
+    for model in ("a\x7fb", 'a"b', "a\nb", "a\\b"):
+        assert tomllib.loads(template_text(model))["model"]["reference"] == model

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import pytest
+import typer
 
-from cfsp.units import format_bytes
+from cfsp.errors import InputError
+from cfsp.settings import Setting, Settings, setting
+from cfsp.units import format_bytes, parse_bytes
 from phoneready import console
-from phoneready.commands.options import split_names
+from phoneready.commands.options import was_given, with_settings
 from runtime_bench.presentation.table import table_of_cells
 
 
@@ -17,35 +22,23 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_plain_progress_is_silent_for_short_steps() -> None:
-    stream = io.StringIO()
-    with console.show_progress(stream) as progress:
-        for done in range(11):
-            progress("reading", done, 10)
-    assert stream.getvalue() == ""
-
-
 def test_plain_progress_mentions_long_steps_and_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 5.0, 20.0, 25.0, 50.0])
-    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
-    stream = io.StringIO()
-    with console.show_progress(stream) as progress:
-        for done in (0, 1, 2, 3, 4):
-            progress("reading", done, 4)
-    assert stream.getvalue().splitlines() == [
+    def shown(times: list[float], steps: list[tuple[str, int, int]]) -> list[str]:
+        clock, stream = iter(times), io.StringIO()
+        monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+        with console.show_progress(stream) as progress:
+            for step in steps:
+                progress(*step)
+        return stream.getvalue().splitlines()
+
+    assert shown([0.0] * 11, [("reading", done, 10) for done in range(11)]) == []
+    assert shown([0.0, 5.0, 20.0, 25.0, 50.0], [("reading", done, 4) for done in range(5)]) == [
         "reading: 2 of 4, about 20 s left",
         "reading: done in 50 s",
     ]
-
-
-def test_what_follows_a_colon_may_change_within_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 20.0, 30.0])
-    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
-    stream = io.StringIO()
-    with console.show_progress(stream) as progress:
-        for done, loss in ((1, 3.0), (2, 2.5), (3, 2.25)):
-            progress(f"training: loss {loss}", done, 3)
-    assert stream.getvalue().splitlines() == [
+    # What follows a colon may change within a step.
+    losses = ((1, 3.0), (2, 2.5), (3, 2.25))
+    assert shown([0.0, 20.0, 30.0], [(f"training: loss {loss}", done, 3) for done, loss in losses]) == [
         "training: loss 2.5: 2 of 3, about 20 s left",
         "training: loss 2.25: done in 30 s",
     ]
@@ -70,10 +63,6 @@ def test_rows_are_aligned_and_pipes_escaped() -> None:
     assert "x\\|y" in lines[2]
 
 
-def test_lists_of_options() -> None:
-    assert split_names(["Q4_0,Q8_0", "Q4_0"]) == ("Q4_0", "Q8_0")
-
-
 def test_results_and_notes_carry_no_escape_codes(capsys: pytest.CaptureFixture[str]) -> None:
     console.write_result("a\x1b[31mb\nc", None, as_json=False)
     console.write_result("", {"a": "\x9b1m"}, as_json=True)
@@ -82,3 +71,65 @@ def test_results_and_notes_carry_no_escape_codes(capsys: pytest.CaptureFixture[s
     assert captured.out == 'a\\u001b[31mb\nc\n{\n  "a": "\\u009b1m"\n}\n'
     assert captured.err == "x\\u0007\n"
     assert "\\<img\\>" in table_of_cells(["a"], [["<img>"]]).markdown()
+
+
+@dataclass(frozen=True)
+class Given(Settings):
+    size: tuple[int, ...] = setting((512,), "Sizes.", ge=0, option="-s --size", metavar="N,...")
+    ratios: tuple[float, ...] = setting((), "Ratios.", lt=1, metavar="R,...")
+    text: tuple[str, ...] = setting(("self",), "Texts.", metavar="REF")
+    limit: int | None = setting(None, "Bytes.", parse=parse_bytes, metavar="SIZE")
+    warmup: bool = setting(True, "Warm up.", option="--no-warmup", off="Do not warm up.")
+    hidden: int = setting(1, "For Python alone.", option=None)
+
+
+def run(*arguments: str) -> dict[str, Any]:
+    """What a command with such settings is called with."""
+    found: dict[str, Any] = {}
+    app = typer.Typer()
+
+    def command(
+        context: typer.Context,
+        given: Given,
+        threads: Annotated[int | None, Setting("Threads.", ge=1, le=9)] = None,
+    ) -> None:
+        found.update(given=given, threads=threads, was=was_given(context, "size"))
+
+    app.command()(with_settings(command))
+    app(list(arguments), standalone_mode=False)
+    return found
+
+
+def test_settings_are_built_from_options() -> None:
+    assert run() == {"given": Given(), "threads": None, "was": False}
+    found = run(
+        *("-s", "1,2", "--size", "4", "--ratios", "0.5", "--text", "a,b", "--text", "c", "--no-warmup"),
+        *("--threads", "3"),
+    )
+    assert found["given"] == Given(size=(1, 2, 4), ratios=(0.5,), text=("a,b", "c"), warmup=False)
+    assert (found["threads"], found["was"]) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        (["--size", "1,-2"], "--size: out of range (got -2); allowed: 0 or more"),
+        (["--size", "1,x"], "--size: not understood (got '1,x'); allowed: whole numbers"),
+        (["--ratios", "0.1,nan"], "--ratios: out of range"),
+        (["--size", "9" * 30], "--size: out of range"),
+        (["--text", " "], "--text: empty"),
+        (["--threads", "10"], "--threads: out of range (got 10); allowed: 1 to 9"),
+    ],
+)
+def test_what_cannot_be_used_is_named_by_its_option(arguments: list[str], wrong: str) -> None:
+    with pytest.raises(InputError) as caught:
+        run(*arguments)
+    assert wrong in str(caught.value)
+
+
+def test_an_option_that_two_settings_would_have_is_an_error_of_the_command() -> None:
+    def command(given: Given, again: Given) -> None:
+        raise AssertionError
+
+    with pytest.raises(TypeError, match=r"command has .*--ratios"):
+        with_settings(command)

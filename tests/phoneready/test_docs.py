@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -11,24 +11,14 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*.md"))]
 
 
-def tool(name: str) -> ModuleType:
-    """A script of tools/."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_table_of_metrics_is_what_the_program_reads() -> None:
+def test_the_table_of_metrics_is_what_the_program_reads(script: Callable[[str], ModuleType]) -> None:
     written = (ROOT / "docs" / "release.md").read_text(encoding="utf-8")
-    assert tool("metric_docs").document(written) == written
+    assert script("tools/metric_docs").document(written) == written
     assert "| `kl_mean` |" in written
 
 
-def test_the_command_line_page_is_what_the_help_pages_say() -> None:
-    module = tool("command_line_docs")
+def test_the_command_line_page_is_what_the_help_pages_say(script: Callable[[str], ModuleType]) -> None:
+    module = script("tools/command_line_docs")
     written = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
     # Typer's versions lay the page out differently; what must agree is what it says.
     assert _words(written) >= _options(module.document())

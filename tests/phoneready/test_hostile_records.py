@@ -13,7 +13,6 @@ import pytest
 
 from cfsp.errors import InputError
 from cfsp.files import write_json
-from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record, record_to_json
 from phoneready.evaluation.evaluation_record import Degeneration, Evaluation, ModelIdentity, TextResult
 from phoneready.figures.figures import Figure, FigureKey, FigureSet, read_baseline
@@ -76,11 +75,6 @@ def test_what_nobody_can_have_measured_is_no_baseline_and_no_history(tmp_path: P
         figures.write_text(json.dumps(record_to_json(_figures()) | {"seed": seed}), encoding="utf-8")
         with pytest.raises(InputError, match="seed"):
             read_record(FigureSet, figures)
-
-
-def test_a_plan_has_an_entry_for_each_block() -> None:
-    with pytest.raises(InputError, match="blocks"):
-        PruningPlan("llama", "m", None, ("self",), "0", 1, 0, None, (64, 64), ())  # type: ignore[arg-type]
 
 
 def test_answers_without_their_reasons_are_refused(tmp_path: Path) -> None:

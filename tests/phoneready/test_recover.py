@@ -43,21 +43,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def dense(tiny_folder: TinyPath) -> Path:
-    return tiny_folder()
-
-
-@pytest.fixture(scope="module")
-def pruned(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with blocks of different widths."""
-    folder = tmp_path_factory.mktemp("pruned") / "checkpoint"
-    sizes = ["--calibration", "builtin:python-docs", "--nsamples", "4", "--seqlen", "64", "--align", "8"]
-    assert main(["prune", str(dense), "-o", str(folder), "--prune-ratio", "0.3", *sizes]) == 0
-    assert not read_checkpoint_info(folder).shape.is_uniform
-    return folder
-
-
-@pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("data") / "chats.jsonl"
     rows = [
@@ -73,19 +58,11 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-SMALL = (
-    "--seqlen",
-    "64",
-    "--batch-size",
-    "2",
-    "--validation-windows",
-    "4",
-    "--dtype",
-    "float32",
-)
+SMALL = ("--seqlen", "64", "--batch-size", "2", "--validation-windows", "4", "--dtype", "float32")
+PRUNED = ("--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32", "--align", "8")
 
 
-def command(checkpoint: Path, output: Path, data: Path, *options: str) -> list[str]:
+def command(checkpoint: Path | str, output: Path, data: Path, *options: str) -> list[str]:
     return ["recover", str(checkpoint), "-o", str(output), "--data", str(data), *SMALL, *options]
 
 
@@ -108,18 +85,8 @@ def test_a_few_steps_help_and_the_result_is_a_checkpoint(
 ) -> None:
     output = tmp_path / "out"
     capsys.readouterr()
-    options = [
-        "--max-tokens",
-        "2560",
-        "--learning-rate",
-        "5e-3",
-        "--method",
-        method,
-        "--loss",
-        loss,
-        "--json",
-        *([] if method == "full" else ["--rank", "4"]),
-    ]
+    options = ["--max-tokens", "2560", "--learning-rate", "5e-3", "--method", method, "--loss", loss]
+    options += ["--json", *([] if method == "full" else ["--rank", "4"])]
     assert main(command(pruned, output, chats, *options)) == 0
     captured = capsys.readouterr()
     printed = json.loads(captured.out)
@@ -148,56 +115,29 @@ def test_a_few_steps_help_and_the_result_is_a_checkpoint(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
-def test_the_kept_weights_have_the_recorded_perplexity(pruned: Path, chats: Path, tmp_path: Path) -> None:
-    """Recovering the result again starts where the first run ended: same data, same held-out share."""
-    for name, source in (("first", pruned), ("second", tmp_path / "first")):
-        options = ["--max-tokens", "1280", "--patience", "0", "--learning-rate", "3e-3"]
-        options += ["--loss", "next-token"]
-        assert main(command(source, tmp_path / name, chats, *options)) in (0, 1)
-    first, second = record_of(tmp_path / "first"), record_of(tmp_path / "second")
-    assert second.validation == first.validation
-    assert second.before.perplexity == pytest.approx(first.after.perplexity, rel=1e-4)
-    assert first.after.perplexity == min(point.perplexity for point in first.validations)
-
-
-def test_a_single_step_learns(
+def test_a_single_step_learns_and_the_kept_weights_have_the_recorded_perplexity(
     pruned: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    idle = ["--self-tokens", "64"]
-    assert main(command(pruned, tmp_path / "out", chats, "--max-tokens", "1", *idle)) == 0
-    record = record_of(tmp_path / "out")
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(command(pruned, first, chats, "--max-tokens", "1", "--self-tokens", "64")) == 0
+    record = record_of(first)
     assert record.warnings == ("--self-tokens has no effect without the reference self",)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert said == [f"warning: {one}" for one in record.warnings]
     assert [point.step for point in record.losses] == [record.kept_step] == [1]
+    # It goes on from there: same data, same held-out share.
+    assert main(command(first, second, chats, "--max-tokens", "1")) in (0, 1)
+    again = record_of(second)
+    assert again.validation == record.validation
+    assert again.before.perplexity == pytest.approx(record.after.perplexity, rel=1e-4)
+    assert again.after.perplexity == min(point.perplexity for point in again.validations)
 
 
-def test_without_data_the_teacher_writes_it(
+def test_without_data_the_teacher_writes_it_and_is_not_kept(
     pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    options = ["--max-tokens", "512", "--seqlen", "32", "--self-tokens", "512", "--loss", "distill"]
-    line = [
-        "recover",
-        str(pruned),
-        "-o",
-        str(tmp_path / "out"),
-        *SMALL,
-        *options,
-        "--validation-windows",
-        "2",
-    ]
-    assert main(line) in (0, 1)
-    record = record_of(tmp_path / "out")
-    assert [part.reference for part in record.training] == ["self"]
-    assert record.teacher is not None
-
-
-def test_a_teacher_that_has_written_its_text_is_not_kept(
-    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What learns the next token alone has no use for its weights, which are as large as its own."""
+    """What learns only the next token has no use for its weights, which are as large as its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     before, training = models_held(), []
 
@@ -210,6 +150,7 @@ def test_a_teacher_that_has_written_its_text_is_not_kept(
     )
     record, _ = recover(RecoveryJob(str(pruned), tmp_path / "out", settings, device="cpu"), progress=progress)
     assert record.teacher is not None
+    assert [part.reference for part in record.training] == ["self"]
     assert set(training) == {1}
 
 
@@ -236,11 +177,8 @@ def test_what_can_be_known_at_once_is_said_before_a_model_is_read(
     assert not asked
 
 
-def test_the_dense_model_teaches_one_that_lost_tokens(dense: Path, chats: Path, tmp_path: Path) -> None:
-    trimmed, output = tmp_path / "trimmed", tmp_path / "out"
-    sizes = ["--calibration", "builtin:python-docs", "--nsamples", "4", "--seqlen", "64"]
-    few = ["--prune-ratio", "0", "--vocabulary", "300", "--vocabulary-text", str(chats)]
-    assert main(["prune", str(dense), "-o", str(trimmed), *few, *sizes]) == 0
+def test_the_dense_model_teaches_one_that_lost_tokens(trimmed: Path, chats: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
     options = ["--method", "full", "--loss", "distill", "--learning-rate", "5e-3", "--max-tokens", "2560"]
     data = ["--data", "self", "--self-tokens", "1024", "--data", "builtin:python-docs"]
     assert main(command(trimmed, output, chats, *data, *options)) == 0
@@ -343,112 +281,77 @@ def test_two_processes_are_one_with_twice_the_accumulation(
     assert (record_of(tmp_path / "one").processes, record_of(tmp_path / "two").processes) == (1, 2)
 
 
-@pytest.fixture
-def bad(tmp_path: Path, tiny_folder: TinyPath) -> dict[str, str]:
-    """Inputs that cannot be used, by name."""
+REFUSED = """
+--rank 0 | rank: out of range
+--method magic | allowed: auto, ig-lora, lora, full, scales
+--method scales | allowed: ig-lora, lora, full; scales with for_quant
+--for-quant Q4_0 --method lora | allowed: scales, if for_quant is set
+--for-quant Q8_0 | loses nothing that training could win back
+--for-quant int4-mixed | cannot be trained through
+--loss mse | allowed: next-token, distill, both
+--seqlen 4096 | allowed: 2 to 512
+--device tpu | allowed: auto, cpu
+--device cuda:99 | is not there, or torch cannot use it
+--data {empty} | no usable text
+--data {question} | no chat in
+--data missing.jsonl | does not exist
+--validation {question} | no chat in
+--loss distill --teacher {other} | another vocabulary
+--report-to abacus | report_to
+--work {out} | may not hold each other
+--work {out}/work | may not hold each other
+--work {above} | may not hold each other
+"""
+
+
+def test_what_cannot_be_used_is_one_line_and_leaves_nothing(
+    pruned: Path, chats: Path, tmp_path: Path, tiny_folder: TinyPath, refused: Callable[..., str]
+) -> None:
     empty, question = tmp_path / "empty.jsonl", tmp_path / "question.jsonl"
     empty.write_text('{"text": " "}\n', encoding="utf-8")
     question.write_text(json.dumps({"messages": [{"role": "user", "content": "?"}]}) + "\n", encoding="utf-8")
-    return {
-        "empty": str(empty),
-        "question": str(question),
-        "other": str(tiny_folder("qwen2")),
-        "plain": str(tiny_folder()),
-        "out": str(tmp_path / "out"),
-        "above": str(tmp_path),
-    }
+    out = tmp_path / "out"
+    bad = {"empty": empty, "question": question, "other": tiny_folder("qwen2"), "out": out, "above": tmp_path}
+    for row in REFUSED.strip().splitlines():
+        options, _, message = row.partition(" | ")
+        data = [] if "--data" in options else ["--data", chats]
+        words = (word.format(**bad) for word in options.split())
+        assert message in refused("recover", pruned, "-o", out, *data, *SMALL, *words), row
+        assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--rank", "0"], "rank: out of range"),
-        (["--method", "magic"], "allowed: auto, ig-lora, lora, full, scales"),
-        (["--method", "scales"], "allowed: ig-lora, lora, full; scales with for_quant"),
-        (["--for-quant", "Q4_0", "--method", "lora"], "allowed: scales, if for_quant is set"),
-        (["--for-quant", "Q8_0"], "loses nothing that training could win back"),
-        (["--for-quant", "int4-mixed"], "cannot be trained through"),
-        (["--loss", "mse"], "allowed: next-token, distill, both"),
-        (["--seqlen", "4096"], "allowed: 2 to 512"),
-        (["--device", "tpu"], "allowed: auto, cpu"),
-        (["--device", "cuda:99"], "is not there, or torch cannot use it"),
-        (["--data", "{empty}"], "no usable text"),
-        (["--data", "{question}"], "no chat in"),
-        (["--data", "missing.jsonl"], "does not exist"),
-        (["--validation", "{question}"], "no chat in"),
-        (["--loss", "distill", "--teacher", "{other}"], "another vocabulary"),
-        (["--report-to", "abacus"], "report_to"),
-        (["--work", "{out}"], "may not hold each other"),
-        (["--work", "{out}/work"], "may not hold each other"),
-        (["--work", "{above}"], "may not hold each other"),
-    ],
-)
-def test_what_cannot_be_used_is_one_line_and_leaves_nothing(
-    pruned: Path,
+def test_the_teacher_is_found_from_another_folder_and_refused_once_it_has_changed(
+    dense: str,
     chats: Path,
+    tiny_folder: TinyPath,
     tmp_path: Path,
-    bad: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    options: list[str],
-    message: str,
 ) -> None:
-    data = [] if "--data" in options else ["--data", str(chats)]
-    line = ["recover", str(pruned), "-o", str(tmp_path / "out"), *data, *SMALL]
-    capsys.readouterr()
-    assert main([*line, *(option.format(**bad) for option in options)]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    (error,) = captured.err.splitlines()
-    assert message in error
-    assert not list(tmp_path.glob("out*"))
-
-
-def test_a_teacher_that_has_changed_is_refused(
-    tiny_folder: TinyPath, pruned: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    dense, other = tiny_folder(), tiny_folder(seed=1)
-    sizes = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32", "--align", "8"]
-    assert main(["prune", str(dense), "-o", str(tmp_path / "checkpoint"), *sizes]) == 0
-    shutil.copy(other / "model.safetensors", dense)
-    asked = command(
-        tmp_path / "checkpoint", tmp_path / "out", chats, "--max-tokens", "128", "--loss", "distill"
-    )
-    capsys.readouterr()
-    assert main(asked) == 2
-    assert "no longer the model that the checkpoint was pruned from" in capsys.readouterr().err
-    assert main([*asked, "--teacher", str(dense)]) in (0, 1)
-
-
-def test_the_teacher_is_found_from_another_folder(
-    dense: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And from where an older version of phoneready pruned, as the path that it stored begins there."""
-    shutil.copytree(dense, tmp_path / "home" / "dense")
+    home, moved = Path(shutil.copytree(dense, tmp_path / "home" / "dense")), Path("moved")
     (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "home")
-    sizes = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32", "--align", "8"]
-    assert main(["prune", "dense", "-o", "checkpoint", *sizes]) == 0
+    monkeypatch.chdir(home.parent)
+    assert main(["prune", "dense", "-o", "checkpoint", *PRUNED]) == 0
     shutil.move("checkpoint", tmp_path / "elsewhere" / "moved")
     monkeypatch.chdir(tmp_path / "elsewhere")
     few = ["--loss", "distill", "--max-tokens", "128"]
-    assert main(command(Path("moved"), tmp_path / "one", chats, *few)) in (0, 1)
-    assert read_checkpoint_info(tmp_path / "one").source == read_checkpoint_info(Path("moved")).source
-    info = json.loads(Path("moved/phoneready.json").read_text())
-    info["source"]["path"] = "dense"
-    Path("moved/phoneready.json").write_text(json.dumps(info))
-    monkeypatch.chdir(tmp_path / "home")
-    assert main(command(tmp_path / "elsewhere" / "moved", tmp_path / "two", chats, *few)) in (0, 1)
-    same_weights(tmp_path / "one", tmp_path / "two")
+    assert main(command(moved, tmp_path / "one", chats, *few)) in (0, 1)
+    assert read_checkpoint_info(tmp_path / "one").source == read_checkpoint_info(moved).source
+    shutil.copy(tiny_folder(seed=1) / "model.safetensors", home)
+    asked = command(moved, tmp_path / "two", chats, *few)
+    capsys.readouterr()
+    assert main(asked) == 2
+    assert "no longer the model that the checkpoint was pruned from" in capsys.readouterr().err
+    assert main([*asked, "--teacher", str(home)]) in (0, 1)
 
 
 def test_the_dense_model_is_not_replaced(
-    dense: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dense: str, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is read without an option that names it."""
-    sizes = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32", "--align", "8"]
     first, second = tmp_path / "first", tmp_path / "second"
-    assert main(["prune", str(dense), "-o", str(first), *sizes]) == 0
-    assert main(["prune", str(first), "-o", str(second), *sizes]) == 0
+    assert main(["prune", str(dense), "-o", str(first), *PRUNED]) == 0
+    assert main(["prune", str(first), "-o", str(second), *PRUNED]) == 0
     before = {file: file.read_bytes() for file in first.iterdir()}
     capsys.readouterr()
     assert main(command(second, first, chats, "--force", "--max-tokens", "128")) == 2
@@ -456,18 +359,13 @@ def test_the_dense_model_is_not_replaced(
     assert {file: file.read_bytes() for file in first.iterdir()} == before
 
 
-def test_ranks_by_importance_need_a_plan(
-    bad: dict[str, str], chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    capsys.readouterr()
-    assert main(command(Path(bad["plain"]), tmp_path / "out", chats)) == 2
-    assert "pruning_plan.json" in capsys.readouterr().err
-
-
 def test_a_model_is_not_taught_by_itself(
-    dense: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dense: str, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = ["--method", "lora", "--max-tokens", "640"]
+    capsys.readouterr()
+    assert main(command(dense, tmp_path / "out", chats)) == 2
+    assert "pruning_plan.json" in capsys.readouterr().err, "ranks by importance need a plan"
     for teacher in ([], ["--teacher", str(dense)]):
         capsys.readouterr()
         assert main(command(dense, tmp_path / "out", chats, *few, *teacher)) == 2
@@ -505,11 +403,10 @@ def test_a_full_disk_leaves_the_last_complete_checkpoint(
     assert len(record_of(tmp_path / "out").losses) == 20
 
 
-@pytest.mark.parametrize("quant", ["Q4_K_M"])
 def test_a_file_holds_the_numbers_that_were_trained_through_its_rounding(
-    quant: str, dense: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dense: str, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trained = tmp_path / "trained"
+    trained, quant = tmp_path / "trained", "Q4_K_M"
     options = ("--for-quant", quant, "--max-tokens", "8192", "--learning-rate", "0.01")
     assert main(command(dense, trained, chats, *options)) == 0
     record = record_of(trained)
@@ -527,7 +424,7 @@ def test_a_file_holds_the_numbers_that_were_trained_through_its_rounding(
     assert (
         of_quant.sha256 == read_record(ExportManifest, tmp_path / "again" / "export.json").exports[0].sha256
     )
-    drafted = draft_gguf(dense, tmp_path, [quant])[quant]
+    drafted = draft_gguf(Path(dense), tmp_path, [quant])[quant]
     assert stored_types(tmp_path / "files" / of_quant.file) == stored_types(drafted)
     stored = load_file(trained / "rounded.safetensors")
     name = next(name for name in stored if "attn_q" in name)
@@ -538,8 +435,8 @@ def test_a_file_holds_the_numbers_that_were_trained_through_its_rounding(
     assert not (tmp_path / "damaged").exists()
 
 
-def test_a_trained_mixture_says_its_types(dense: Path, chats: Path, tmp_path: Path) -> None:
-    size = draft_gguf(dense, tmp_path, ["Q4_0"])["Q4_0"].stat().st_size
+def test_a_trained_mixture_says_its_types(dense: str, chats: Path, tmp_path: Path) -> None:
+    size = draft_gguf(Path(dense), tmp_path, ["Q4_0"])["Q4_0"].stat().st_size
     trained, files, quant = tmp_path / "trained", tmp_path / "files", f"mixed:{size}"
     options = ("--for-quant", quant, "--max-tokens", "8192", "--learning-rate", "0.01")
     assert main(command(dense, trained, chats, *options)) == 0
@@ -552,7 +449,7 @@ def test_a_trained_mixture_says_its_types(dense: Path, chats: Path, tmp_path: Pa
 
 
 def test_a_4_bit_variant_holds_the_numbers_that_were_trained_through_its_rounding(
-    dense: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dense: str, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained, files = tmp_path / "trained", tmp_path / "files"
     options = ("--for-quant", "int4", "--max-tokens", "8192", "--learning-rate", "0.01")

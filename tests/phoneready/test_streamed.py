@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,25 +19,12 @@ TEXT = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "
 COMMANDS = [["prune", *TEXT], ["export", "--gguf", "Q4_0", *TEXT], ["export", "--onnx", "int4", *TEXT]]
 
 
-@pytest.fixture(scope="module")
-def experiment() -> Iterator[ModuleType]:
-    """benchmarks/kill_streamed.py."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("kill_streamed", ROOT / "benchmarks" / "kill_streamed.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kill_streamed"] = module
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(ROOT / "benchmarks"))
-
-
 @pytest.mark.everything
 @pytest.mark.parametrize("name", ["prune", "gguf", "onnx"])
 def test_killed_while_a_model_is_read_it_makes_the_same_bytes(
-    name: str, experiment: ModuleType, sure_folder: TinyPath, tmp_path: Path
+    name: str, script: Callable[[str], ModuleType], sure_folder: TinyPath, tmp_path: Path
 ) -> None:
+    experiment = script("benchmarks/kill_streamed")
     outcome = experiment.kill_and_repeat(name, sure_folder(), tmp_path, kills=2, each=2)
     assert outcome.problems == []
     assert (outcome.kills, outcome.finished) == (2, 1)
