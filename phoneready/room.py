@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors
 import torch
@@ -76,7 +77,7 @@ def check_room(
         extents = [replace(extent, keeping=WHOLE) for extent in extents]
     least = needs(extents)
     if device != CPU:
-        least = replace(least, memory=0)
+        least = least._replace(memory=0)
     require_room(least, output, what, LESS[what])
 
 
@@ -265,8 +266,7 @@ def read_extent(path: Path, dtype: str = AUTO) -> Extent:
     )
 
 
-@dataclass(frozen=True)
-class Needs:
+class Needs(NamedTuple):
     """Least bytes in memory, at the output, and in the folder for temporary files."""
 
     memory: int = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar, NamedTuple
@@ -215,23 +215,19 @@ def find_problems(folder: Path, contents: Iterable[Content]) -> list[Problem]:
         path.relative_to(folder) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
     }
     further = {path.as_posix() for path in present if path.parts[0] not in _KEPT_APART} - set(expected)
-    problems = [
-        *(Problem(path, reason) for path, one in expected.items() for reason in _reasons(folder, one)),
-        *(Problem(path, "is not of this release") for path in further),
-    ]
+    problems = [Problem(path, "is not of this release") for path in further]
+    for name, content in expected.items():
+        path, reason = folder / name, ""
+        if not is_inside(name):
+            reason = "is no path inside a release"
+        elif path.is_symlink() or not path.is_file():
+            reason = "is not a regular file" if path.is_symlink() or path.exists() else "is missing"
+        elif content.bytes >= 0 and (size := path.stat().st_size) != content.bytes:
+            reason = f"has {size} bytes instead of {content.bytes}"
+        elif sha256_file(path) != content.sha256:
+            reason = "has changed: its SHA-256 is another"
+        problems += [Problem(name, reason)] if reason else []
     return sorted(problems, key=lambda problem: problem.path)
-
-
-def _reasons(folder: Path, content: Content) -> Iterator[str]:
-    path = folder / content.path
-    if not is_inside(content.path):
-        yield "is no path inside a release"
-    elif path.is_symlink() or not path.is_file():
-        yield "is not a regular file" if path.is_symlink() or path.exists() else "is missing"
-    elif content.bytes >= 0 and (size := path.stat().st_size) != content.bytes:
-        yield f"has {size} bytes instead of {content.bytes}"
-    elif sha256_file(path) != content.sha256:
-        yield "has changed: its SHA-256 is another"
 
 
 def is_inside(path: str) -> bool:

@@ -12,9 +12,8 @@ import importlib.resources
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup
@@ -44,8 +43,7 @@ DARK = MappingProxyType(
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "star", "cross")
 
 
-@dataclass(frozen=True)
-class Plot:
+class Plot(NamedTuple):
     """A figure for plotly, and the id of its element."""
 
     id: str
@@ -54,8 +52,7 @@ class Plot:
     figure: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Axis:
+class Axis(NamedTuple):
     """One side of a plot of files: title with unit, a file's place (None leaves it out), and its error bar."""
 
     title: str
@@ -68,16 +65,10 @@ BITS = Axis("bits per byte", lambda one: float(one.bits_per_byte))
 
 def make_plots(figures: ReleaseFigures, groups: Sequence[BenchGroup]) -> list[Plot]:
     """The plots that there are figures for; each group of benchmark records has its own."""
-    plots = [losses_plot(figures)]
-    for number, group in enumerate(groups):
-        plots.append(speed_plot(figures, group, number))
-    return [plot for plot in plots if plot is not None]
-
-
-def losses_plot(figures: ReleaseFigures) -> Plot | None:
-    """What every file of a release loses, against its size; None if that was not measured."""
+    speeds = (speed_plot(figures, group, number) for number, group in enumerate(groups))
+    speeds_shown = [plot for plot in speeds if plot is not None]
     if not figures.losses:
-        return None
+        return speeds_shown
     roles = ("dense", "pruned")
     figure = loss_figure(
         {role: [one for one in figures.losses if one.role == role] for role in roles},
@@ -93,7 +84,7 @@ def losses_plot(figures: ReleaseFigures) -> Plot | None:
         "Down and left is best. Open marks are files that another one dominates: it is no larger and surely loses no "
         "more on the same windows."
     )
-    return Plot("plot-losses", "Size against loss", caption, figure)
+    return [Plot("plot-losses", "Size against loss", caption, figure), *speeds_shown]
 
 
 def loss_figure(
@@ -269,7 +260,9 @@ def render_page(
         ),
     }
     # Controls of direction are spelled out before the text is escaped.
-    made = _environment("phoneready.report", _spell, autoescape=True)
+    made = _environment(
+        "phoneready.report", lambda it: spelled_out(it) if type(it) is str else it, autoescape=True
+    )
     return made.get_template(template).render(**context, **own)
 
 
@@ -308,10 +301,6 @@ def script_json(value: Any) -> str:
     """JSON that can stand inside a script element: no character of it can end the element."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _spell(value: Any) -> Any:
-    return spelled_out(value) if type(value) is str else value
 
 
 def _environment(package: str, finalize: Callable[[Any], Any], *, autoescape: bool) -> jinja2.Environment:

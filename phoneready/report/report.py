@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from cfsp.pruning.plan import PruningPlan
-from cfsp.records import read_record
 from cfsp.units import format_bytes, megabytes
 from exporters.export_record import ExportRecord
 from phoneready.evaluation.evaluation_record import Evaluation, TextResult
@@ -27,7 +26,6 @@ from phoneready.figures.figures import (
     METRICS,
     MISSED,
     OUTCOMES,
-    VERDICTS_FILE,
     BudgetVerdict,
     Verdicts,
 )
@@ -81,12 +79,6 @@ class ReportInput:
     projected: Mapping[str, ModelFacts]
     devices: tuple[DeviceProfile, ...]
     verdicts: Verdicts | None = None
-
-
-def read_verdicts(folder: Path) -> Verdicts | None:
-    """The verdicts that a release's gate left in its folder, if any; raises InputError for a file of another kind."""
-    file = folder / VERDICTS_FILE
-    return read_record(Verdicts, file) if file.is_file() else None
 
 
 def render_page(report: ReportInput) -> str:

@@ -32,8 +32,7 @@ from phoneready.publish.manifest import (
     single_commands,
     verify_release,
 )
-from phoneready.publish.model_card import make_bom, model_card_text, modelfile_text
-from phoneready.publish.publish import place, seal_release
+from phoneready.publish.publish import make_bom, model_card_text, modelfile_text, place, seal_release
 from phoneready.release.steps import model_stem
 from phoneready.report.report import ReportInput
 from phoneready.settings.schema import ReleaseConfig
