@@ -18,8 +18,6 @@ from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.statistics import collect_input_moments
 from cfsp.pruning.surgery import cut_channels, cut_groups, remove_attention, set_config_shape
-from exporters.export_record import ParityLimits
-from exporters.family import ExportOptions
 from exporters.gguf.language_model import GGUFLanguageModel
 
 MakeCheckpoint = Callable[..., Path]
@@ -82,37 +80,6 @@ def no_avx512_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let text be run as on a processor that torch rounds no products for: bit for bit what another one gives."""
     amx = torch.cpu._is_amx_tile_supported()
     monkeypatch.setattr("cfsp.precision._cpu_has", lambda name: name == "amx_tile" and amx)
-
-
-@pytest.fixture(
-    scope="session",
-    params=[
-        {"model_type": "llama", "silent": (2,), "groups": {1: (0,)}},
-        {"model_type": "lfm2"},
-        {"model_type": "qwen3_5_text"},
-    ],
-    ids=lambda asked: asked["model_type"],
-)
-def browser_export(
-    request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The ONNX variants that JavaScript's runtimes load; some blocks have fewer heads, or none and something else.
-
-    Not to be changed.
-    """
-    from exporters.onnx import export_onnx  # needs the onnx extra, which other tests here do without
-
-    output = tmp_path_factory.mktemp("onnx") / "out"
-    variants = ("fp32", "int8", "int8-dynamic", "int4")
-    # Next-token distributions of random weights are nearly flat, so quantization moves them far.
-    loose = {name: ParityLimits(kl_mean=3.0) for name in variants if name != "fp32"}
-    export_onnx(
-        make_checkpoint(widths=(96, 64, 128, 40), **request.param),
-        output,
-        variants,
-        ExportOptions(limits=loose, n_threads=1),
-    )
-    return output
 
 
 @pytest.fixture(scope="session")
