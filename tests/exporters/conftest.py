@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from cfsp.evaluation.language_model import Branches
+from cfsp.evaluation.language_model import Branches, LanguageModel
 from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.architectures import decoder_layers, feed_forward
 from cfsp.models.checkpoint import save_checkpoint
@@ -84,18 +84,24 @@ def no_avx512_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def judged_alike() -> JudgedAlike:
-    """Holds what (checkpoint, folder of its float32 file) say of a text, and write, against each other."""
+    """Holds what (checkpoint, folder of its exact file or graph) say of a text, and write, against each other."""
 
     def check(
         files: tuple[Path, Path], tolerance: float, *, n_ids: int, context: int, last: int, n_tokens: int
     ) -> None:
-        (path,) = files[1].glob("*f32.gguf")
         loaded = load_model(files[0])
-        # llama.cpp knows some tokens by their texts for such that end an answer, whatever the model's settings say.
-        known = loaded.tokenizer.get_vocab()
-        ends = [known[text] for text in ("<|endoftext|>", loaded.tokenizer.eos_token) if text in known]
-        loaded.model.generation_config.eos_token_id = ends
-        ours, theirs = TorchLanguageModel(loaded), GGUFLanguageModel(path, n_ctx=256)
+        ours: LanguageModel = TorchLanguageModel(loaded)
+        theirs: LanguageModel
+        if (files[1] / "fp32").is_dir():
+            from exporters.onnx.language_model import OnnxLanguageModel  # needs an extra
+
+            theirs = OnnxLanguageModel(str(files[1] / "fp32"), n_ctx=256, n_threads=1)
+        else:
+            # llama.cpp knows some tokens by their texts for such that end an answer, whatever the settings say.
+            known = loaded.tokenizer.get_vocab()
+            ends = [known[text] for text in ("<|endoftext|>", loaded.tokenizer.eos_token) if text in known]
+            loaded.model.generation_config.eos_token_id = ends
+            theirs = GGUFLanguageModel(next(files[1].glob("*f32.gguf")), n_ctx=256)
         ids = torch.randint(3, 320, (n_ids,), generator=torch.Generator().manual_seed(0)).tolist()
         several, one = ((5,), (5, 6, 7), (8, 9)), ((4, 3),)
         items = [Branches(tuple(ids[:context]), several), Branches(tuple(ids[9:20]), one)]

@@ -14,20 +14,14 @@ import transformers
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
 
-from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, model_shape, token_tables
 from cfsp.models.checkpoint import load_pruned
 from cfsp.models.families.row import FULL, WINDOWED
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.offload import VARIABLE, enter_blocks, last_hidden_states, run_layer
 from cfsp.models.reference import load_model
-from cfsp.text.tokens import TokenWindows
 from exporters.checkpoint_reader import read_config
-from exporters.gguf import runtime
 from exporters.gguf.files import draft_gguf
-from exporters.gguf.writer import write_gguf
-from exporters.job import read_provenance
-from exporters.proof import compare, reference_of
 from phoneready.main import main
 from runtime_bench.devices import gguf_facts
 
@@ -80,26 +74,6 @@ def test_what_pruning_leaves_is_proven_in_every_type(files: tuple[Path, Path]) -
         assert {name for name in shapes if name.endswith("attn_k.weight")} == {
             f"blk.{block}.attn_k.weight" for block in range(4)
         }
-
-
-def test_logits_are_the_models_where_gelu_is_not_looked_up(
-    tiny_model: Callable[..., Any], tmp_path: Path
-) -> None:
-    """Of numbers beyond 10 ggml's GELU is exact, and so are files of a model whose gates give no others."""
-    model, tokenizer = tiny_model(NAME, num_hidden_layers=6)
-    with torch.no_grad():
-        for layer in decoder_layers(model):
-            layer.mlp.gate_proj.weight *= 1e5
-            layer.per_layer_input_gate.weight *= 1e5
-    folder, path = tmp_path / "hf", tmp_path / "model.gguf"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    write_gguf(folder, path, tokenizer, read_provenance(folder))
-    ids = torch.randint(0, 384, (1, 200), generator=torch.Generator().manual_seed(1))
-    with runtime.open_model(path, runtime.Context(n_ctx=200, n_batch=64, cache_type="f32")) as opened:
-        report = compare(reference_of(model, TokenWindows(ids, "random", "")), opened.iter_logits, {})
-    assert report.max_logit_diff < 1e-3
-    assert report.same_top1 == 1.0
 
 
 @torch.inference_mode()
@@ -164,20 +138,3 @@ def test_keys_that_are_stored_and_never_read_are_left_out(tiny_folder: TinyPath,
     assert torch.equal(load_model(folder).model(IDS).logits, expected)
     path = draft_gguf(folder, tmp_path, ["f32"])["f32"]
     assert not any("blk.3.attn_k" in tensor.name for tensor in read_gguf(path).tensors)
-
-
-def test_folders_of_no_such_model(tiny_folder: TinyPath) -> None:
-    file = tiny_folder(NAME) / "config.json"
-    own = json.loads(file.read_text())
-    for settings, said in (
-        ({"enable_moe_block": True}, "unsupported, with experts beside the FFN"),
-        ({"attention_k_eq_v": True}, "unsupported, with values that are the keys"),
-        ({"vocab_size_per_layer_input": 300}, "vocab_size_per_layer_input 300 is not vocab_size 384"),
-        ({"num_kv_shared_layers": 4}, "leaves none of 4 blocks to read from"),
-        ({"model_type": "llama"}, "final_logit_softcapping"),
-        ({"model_type": "granite"}, "final_logit_softcapping"),
-    ):
-        file.write_text(json.dumps(own | settings))
-        with pytest.raises(InputError, match=said) as caught:
-            load_model(file.parent)
-        assert "\n" not in str(caught.value)

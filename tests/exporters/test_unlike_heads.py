@@ -67,11 +67,12 @@ def test_what_a_runtime_cannot_say_is_refused(make_checkpoint: Any, tmp_path: Pa
     ):
         with pytest.raises(InputError, match=said):
             export_gguf(make_checkpoint("qwen3", tied, **changes), tmp_path / "out", ("f32",), OPTIONS)
-    for said, changes in (
-        ("optimum gives every block a cache", {"silent": (2,)}),
-        (r"optimum gives every block a cache of the same heads.*2, 2, 1, 2", {"groups": {2: (1,)}}),
+    for said, model_type, changes in (
+        ("optimum gives every block a cache", "llama", {"silent": (2,)}),
+        (r"optimum gives every block a cache of the same heads.*2, 2, 1, 2", "llama", {"groups": {2: (1,)}}),
+        ("optimum exports no blocks with something else in the place of attention", "lfm2", {}),
     ):
-        checkpoint = make_checkpoint("llama", **changes)
+        checkpoint = make_checkpoint(model_type, **changes)
         with pytest.raises(InputError, match=said):
             export_onnx(checkpoint, tmp_path / "out", ("fp32", "portable"), OPTIONS)
     assert not list(tmp_path.iterdir())
