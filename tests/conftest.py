@@ -62,7 +62,7 @@ EVERYTHING = {
 }
 """Fixtures whose tests are marked `everything`."""
 FEW = {"llama", "gemma4_text", "qwen3_5_text"}
-PARTS = {"gguf_size", "keeping", "slices", "spelling", "statistics"}
+PARTS = {"keeping", "slices", "spelling", "statistics"}
 """Tests of one part that `make test` runs for few families; the journeys of a model it runs for all of them."""
 
 
