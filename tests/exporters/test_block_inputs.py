@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,11 +13,11 @@ import transformers
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
 
-from cfsp.models.architectures import decoder_layers, model_shape, token_tables
+from cfsp.models.architectures import model_shape, token_tables
 from cfsp.models.checkpoint import load_pruned
 from cfsp.models.families.row import FULL, WINDOWED
 from cfsp.models.gguf_file import read_gguf
-from cfsp.models.offload import VARIABLE, enter_blocks, last_hidden_states, run_layer
+from cfsp.models.offload import VARIABLE
 from cfsp.models.reference import load_model
 from exporters.checkpoint_reader import read_config
 from exporters.gguf.files import draft_gguf
@@ -74,31 +73,6 @@ def test_what_pruning_leaves_is_proven_in_every_type(files: tuple[Path, Path]) -
         assert {name for name in shapes if name.endswith("attn_k.weight")} == {
             f"blk.{block}.attn_k.weight" for block in range(4)
         }
-
-
-@torch.inference_mode()
-def test_windows_that_run_block_by_block_do_not_see_each_other(tiny_model: Callable[..., Any]) -> None:
-    """Nor do two runs of the same windows, of which one goes on from another state."""
-    model, _ = tiny_model(NAME)
-    layers = decoder_layers(model)
-    expected = model.get_decoder()(input_ids=IDS, use_cache=False).last_hidden_state
-    found = torch.cat(last_hidden_states(model, IDS, "running"))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    states, calls = enter_blocks(model, layers, IDS)
-    ends = []
-    for scale in (1.0, 0.5):
-        alone, others = [scale * state for state in states], calls.apart()
-        for index, layer in enumerate(layers):
-            alone = [run_layer(layer, state, others.of(index, n)) for n, state in enumerate(alone)]
-        ends.append(alone)
-    runs = [(states, calls), ([0.5 * state for state in states], calls.apart())]
-    for index, layer in enumerate(layers):
-        runs = [
-            ([run_layer(layer, state, of.of(index, n)) for n, state in enumerate(hidden)], of)
-            for hidden, of in runs
-        ]
-    for end, (hidden, _) in zip(ends, runs, strict=True):
-        assert all(torch.equal(one, other) for one, other in zip(end, hidden, strict=True))
 
 
 def test_a_file_is_judged_as_its_checkpoint_is(

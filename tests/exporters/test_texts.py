@@ -1,8 +1,9 @@
-"""Chats in every runtime: rendered and split as the checkpoint's tokenizer does it, and ended where it ends them."""
+"""Tokenizers and chats in every runtime: split and rendered as the checkpoint's, and ended where it ends them."""
 
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,14 +11,112 @@ from typing import Any
 
 import pytest
 import tokenizers
+import transformers
+from tokenizers import AddedToken, decoders, models, normalizers, processors, trainers
 
+from cfsp.errors import InputError, LimitError
 from cfsp.text.conversations import CONVERSATIONS, Conversation, rendered, turn_end
 from cfsp.text.tokens import encode
 from exporters.export_record import ExportRecord
+from exporters.gguf import runtime
 from exporters.gguf.export import export_gguf
+from exporters.gguf.tokenizer_metadata import check_tokenizer
 from exporters.onnx import companions
 from exporters.onnx.export import export_onnx
 from exporters.proof import read_chats
+
+VocabularyFile = Callable[[Path, Any], Path]
+TEXT = [
+    "The quick brown fox jumps over the lazy dog, then it sleeps for 12345 hours.",
+    "It's what they'll say: we've counted 1, 22 and 333 of them.",
+    "def add(a, b):\n    return a + b  # the sum\n",
+    "Der Fu\u00df, \u00fcber caf\u00e9 und na\u00efve \u4f60\u597d \u4e16\u754c.",
+] * 4
+
+
+def byte_level(given: Any, *, add_bos: bool = True, nfc: bool = False) -> Any:
+    """As Llama 3 has it."""
+    tokenizer = copy.deepcopy(given)
+    backend = tokenizer.backend_tokenizer
+    if nfc:
+        backend.normalizer = normalizers.NFC()
+    if add_bos:
+        bos = [(tokenizer.bos_token, tokenizer.bos_token_id)]
+        backend.post_processor = processors.TemplateProcessing(f"{bos[0][0]} $A", special_tokens=bos)
+    return tokenizer
+
+
+def sentencepiece(*, prefix: bool) -> Any:
+    """As Llama 2 has it: byte fallback, spaces as U+2581."""
+    trained = tokenizers.Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Replace(" ", "\u2581")
+    trained.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=160, show_progress=False))
+    pieces = sorted(trained.get_vocab(), key=trained.get_vocab().get)
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    merges = [
+        tuple(m.split(" ")) if isinstance(m, str) else tuple(m)
+        for m in json.loads(trained.to_str())["model"]["merges"]
+    ]
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            {name: index for index, name in enumerate(names)},
+            merges,
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    space = normalizers.Replace(" ", "\u2581")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), space]) if prefix else space
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>")]
+    )
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.mark.parametrize(("add_bos", "nfc"), [(True, False), (False, True)])
+def test_byte_level(
+    tiny_tokenizer: Any, vocabulary_file: VocabularyFile, tmp_path: Path, add_bos: bool, nfc: bool
+) -> None:
+    tokenizer = byte_level(tiny_tokenizer, add_bos=add_bos, nfc=nfc)
+    path = vocabulary_file(tmp_path / "v.gguf", tokenizer)
+    assert check_tokenizer(path, tokenizer) > 60
+    with runtime.open_vocabulary(path) as opened:
+        assert (opened.tokenize("x", add_special=True)[0] == opened.bos_token) is add_bos
+        assert opened.bos_token == tokenizer.bos_token_id
+        assert opened.is_end_of_generation(tokenizer.eos_token_id)
+        text = "It's 12345 caf\u00e9s \U0001f600\n"
+        assert opened.detokenize(opened.tokenize(text)) == text
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece(vocabulary_file: VocabularyFile, tmp_path: Path, prefix: bool) -> None:
+    tokenizer = sentencepiece(prefix=prefix)
+    path = vocabulary_file(tmp_path / "v.gguf", tokenizer)
+    assert check_tokenizer(path, tokenizer) > 60
+    assert check_tokenizer(path, tokenizer, TEXT) > 4
+
+
+def test_another_vocabulary_is_noticed(
+    tiny_tokenizer: Any, vocabulary_file: VocabularyFile, tmp_path: Path
+) -> None:
+    path = vocabulary_file(tmp_path / "v.gguf", byte_level(tiny_tokenizer))
+    with pytest.raises(LimitError, match="token ids"):
+        check_tokenizer(path, byte_level(tiny_tokenizer, add_bos=False))
+
+
+def test_other_kinds_are_refused(vocabulary_file: VocabularyFile, tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    with pytest.raises(InputError, match=r"WordLevel.*BPE"):
+        vocabulary_file(tmp_path / "v.gguf", tokenizer)
+
 
 TinyModel = Callable[..., tuple[Any, Any]]
 
