@@ -125,7 +125,9 @@ def test_graphs_are_the_same_but_for_scales_that_are_not_trained(
     assert [UNTRAINED in record.warnings for record in made["always"]] == [calibration is not None, False]
 
 
-def test_what_takes_the_whole_model(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_takes_the_whole_model(
+    half: Path, make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Scales are not trained, a graph of floats is made of it; how a model is read is decided once."""
     options = replace(OPTIONS, tune_scales=True)
     with monkeypatch.context() as patch:
@@ -136,6 +138,9 @@ def test_what_takes_the_whole_model(half: Path, tmp_path: Path, monkeypatch: pyt
         assert any("scales were not trained" in warning for warning in record.warnings)
         records = export_onnx(half, tmp_path / "onnx", ("int8", "fp16"), OPTIONS)
         assert [record.blocks for record in records] == [None, None]
+        # A block alone would lack what it is given of a token.
+        (record,) = export_gguf(make_checkpoint("gemma4_text"), tmp_path / "gemma", ("Q8_0",), OPTIONS)
+        assert record.blocks is None
     answers, in_files = iter([WHOLE]), Keeping(torch.bfloat16, in_files=True)
     monkeypatch.setattr("exporters.job.keeping_of_files", lambda *_: next(answers, in_files))
     (record,) = export_gguf(half, tmp_path / "out", ("Q4_0",), options)

@@ -1,4 +1,4 @@
-"""Models of which most blocks have a gated delta net, or a short convolution, in the place of attention."""
+"""Models whose blocks are not alike: no attention or something in its place, fewer heads, more inputs, shared keys."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ import safetensors.torch
 import torch
 import transformers
 
-pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
-
 from cfsp.errors import InputError
-from cfsp.models.architectures import attention_of, decoder_layers
+from cfsp.models.architectures import model_shape, token_tables
+from cfsp.models.checkpoint import load_pruned
+from cfsp.models.families.row import FULL, WINDOWED
 from cfsp.models.gguf_file import CONVOLUTIONS, read_gguf
 from cfsp.models.gguf_model import model_from_gguf
 from cfsp.models.reference import load_model
-from cfsp.pruning.parts import removable_blocks
-from exporters.checkpoint_reader import open_tensors
+from exporters.checkpoint_reader import open_tensors, read_config
 from exporters.export_record import ParityLimits
 from exporters.family import ExportOptions
 from exporters.gguf.architecture import read_layout
 from exporters.gguf.export import export_gguf
-from exporters.gguf.files import draft_files
+from exporters.gguf.files import draft_files, draft_gguf
 from exporters.gguf.tensors import tensor_specs
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
@@ -38,6 +37,8 @@ from exporters.onnx.runtime import open_model
 from exporters.quantize.walk import round_blocks
 from phoneready.main import main
 from runtime_bench.devices import gguf_facts
+
+pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
 TinyPath = Callable[..., Path]
 TEXT = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32", "--threads", "1"]
@@ -148,6 +149,18 @@ def test_genai_generates_what_the_graph_generates(graphs: tuple[Path, Path], var
         if generator.is_done():
             break
         logits = graph.decode([token])
+
+
+def test_a_folder_may_name_the_blocks_that_attend(tiny_folder: TinyPath, tmp_path: Path) -> None:
+    """As the first published ones do; GenAI and transformers.js read what every block is."""
+    file = tiny_folder("lfm2") / "config.json"
+    settings = json.loads(file.read_text())
+    kinds = settings.pop("layer_types")
+    file.write_text(json.dumps(settings | {"full_attn_idxs": [1, 3]}))
+    export_onnx(file.parent, tmp_path / "out", ["fp32"], OPTIONS)
+    genai = json.loads((tmp_path / "out" / "fp32" / "genai_config.json").read_text())["model"]
+    assert (genai["type"], genai["decoder"]["layer_types"]) == ("lfm2", kinds)
+    assert json.loads((tmp_path / "out" / "fp32" / "config.json").read_text())["layer_types"] == kinds
 
 
 def test_a_file_says_which_blocks_attend_where_no_step_does(files: tuple[Path, Path]) -> None:
@@ -307,22 +320,158 @@ def test_of_a_file_blocks_that_draft_tokens_are_left_out(
         model_from_gguf(replace(file, metadata=said), dtype=torch.float32)
 
 
-def test_a_folder_may_name_the_blocks_that_attend(tiny_folder: TinyPath, tmp_path: Path) -> None:
-    """As the first published ones do; GenAI and transformers.js read what every block is."""
-    folder = tiny_folder("lfm2")
-    file = folder / "config.json"
-    settings = json.loads(file.read_text())
-    kinds = settings.pop("layer_types")
-    file.write_text(json.dumps(settings | {"full_attn_idxs": [1, 3]}))
-    export_onnx(folder, tmp_path / "out", ["fp32"], ExportOptions(n_threads=1))
-    written = tmp_path / "out" / "fp32"
-    assert json.loads((written / "config.json").read_text())["layer_types"] == kinds
-    genai = json.loads((written / "genai_config.json").read_text())["model"]
-    assert (genai["type"], genai["decoder"]["layer_types"]) == ("lfm2", kinds)
+GEMMA = "gemma4_text"
+LOST = ["--prune-ratio", "0.25", "--vocabulary", "330", "--for", "Q8_0"]
+FEW_IDS = torch.randint(0, 330, (3, 40), generator=torch.Generator().manual_seed(4))
+NEEDS_GEMMA = pytest.mark.skipif(GEMMA not in transformers.CONFIG_MAPPING, reason="transformers 4")
 
 
-def test_a_block_that_attends_stays(tiny_loaded: Callable[..., Any]) -> None:
-    model = tiny_loaded("lfm2").model
-    attending = [bool(attention_of(model, layer)) for layer in decoder_layers(model)]
-    assert attending == [False, True, False, True]
-    assert removable_blocks(model) == [2, 3]
+@pytest.fixture(scope="module")
+def gemma(tiny_folder: TinyPath, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A pruned checkpoint that lost channels and tokens, and its GGUF files."""
+    if GEMMA not in transformers.CONFIG_MAPPING:
+        pytest.skip("transformers 4")
+    folder = tmp_path_factory.mktemp("files")
+    dense = str(tiny_folder(GEMMA, intermediate_size=192, num_hidden_layers=6))
+    assert main(["prune", dense, "-o", str(folder / "pruned"), *LOST, *TEXT]) == 0
+    made = ["--gguf", "f32,f16,Q8_0,Q4_0,Q4_K_M,mixed:500KiB", "--threads", "1"]
+    text = ["--calibration", "builtin:python-docs", "--nsamples", "4", "--seqlen", "64", "--tune-scales"]
+    assert main(["export", str(folder / "pruned"), "-o", str(folder / "gguf"), *made, *text]) == 0
+    return folder / "pruned", folder / "gguf"
+
+
+def test_what_pruning_leaves_is_proven_in_every_type(gemma: tuple[Path, Path]) -> None:
+    records = {one["quant"]: one for one in json.loads((gemma[1] / "export.json").read_text())["exports"]}
+    assert records["f32"]["parity"]["kl_mean"] < 1e-5
+    assert records["Q4_0"]["gptq_tensors"] > 40
+    widths = model_shape(load_pruned(gemma[0])).ffn_widths
+    assert len(set(widths)) > 1
+    for record in records.values():
+        assert record["architecture"] == "gemma4"
+        file = read_gguf(gemma[1] / record["file"])
+        assert tuple(file.hyperparameter("feed_forward_length")) == widths
+        shapes = {tensor.name: tensor.shape for tensor in file.tensors}
+        assert shapes["token_embd.weight"] == (330, 64)
+        assert shapes["per_layer_token_embd.weight"] == (330, 6 * 64)
+        assert {name for name in shapes if name.endswith("attn_k.weight")} == {
+            f"blk.{block}.attn_k.weight" for block in range(4)
+        }
+
+
+def test_a_file_is_judged_as_its_checkpoint_is(
+    gemma: tuple[Path, Path], judged_alike: Callable[..., None]
+) -> None:
+    """Logits are capped in both, and windows end where they do."""
+    judged_alike(gemma, 2e-2, n_ids=60, context=40, last=50, n_tokens=32)
+    (path,) = gemma[1].glob("*f32.gguf")
+    # What is read for a token leaves the further table out, and keys are kept of blocks that have their own.
+    facts, model = gguf_facts(path), load_pruned(gemma[0])
+    table = token_tables(model)[1].weight
+    assert facts.weight_bytes - facts.read_bytes == table.numel() * table.itemsize
+    assert facts.key_value_width == read_config(gemma[0]).key_value_width == 2 * 2 * (2 * 16 + 2 * 32)
+
+
+@NEEDS_GEMMA
+def test_a_gguf_file_of_a_dense_model_is_a_source(tiny_folder: TinyPath, tmp_path: Path) -> None:
+    """With windows in other blocks, heads of one size, and no cap."""
+    kinds = [WINDOWED, WINDOWED, WINDOWED, FULL, WINDOWED, FULL]
+    folder = tiny_folder(
+        GEMMA, num_hidden_layers=6, layer_types=kinds, global_head_dim=16, final_logit_softcapping=None
+    )
+    path = draft_gguf(folder, tmp_path, ["f32"])["f32"]
+    assert torch.equal(load_model(path).model(FEW_IDS).logits, load_model(folder).model(FEW_IDS).logits)
+
+
+@NEEDS_GEMMA
+def test_keys_that_are_stored_and_never_read_are_left_out(tiny_folder: TinyPath, tmp_path: Path) -> None:
+    """As published folders have them, of blocks that read another block's."""
+    import safetensors.torch
+
+    folder = tiny_folder(GEMMA)
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    expected = load_model(folder).model(FEW_IDS).logits
+    for part in ("k_proj", "v_proj", "k_norm"):
+        name = f"model.layers.1.self_attn.{part}.weight"
+        weights[name.replace("layers.1", "layers.3")] = weights[name].clone()
+    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(load_model(folder).model(FEW_IDS).logits, expected)
+    path = draft_gguf(folder, tmp_path, ["f32"])["f32"]
+    assert not any("blk.3.attn_k" in tensor.name for tensor in read_gguf(path).tensors)
+
+
+CALIBRATION = torch.randint(0, 384, (2, 96), generator=torch.Generator().manual_seed(0))
+# Next-token distributions of random weights are nearly flat, so quantization moves them far.
+LOOSE = {name: ParityLimits(kl_mean=3.0) for name in ("Q8_0", "Q4_K_M", "int8", "int4")}
+FOR_TEXT = ExportOptions(limits=LOOSE, parity_windows=CALIBRATION, calibration=CALIBRATION, n_threads=1)
+UNLIKE = {0: (1,), 2: (0, 2, 3)}
+EVERY = dict.fromkeys(range(4), (1,))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tied", "changes", "architecture"),
+    [
+        ("llama", True, {"groups": UNLIKE, "silent": (3,), "widths": (96, 64, 128, 32)}, "deci"),
+        ("qwen3", True, {"groups": UNLIKE}, "openelm"),
+        ("qwen3", False, {"groups": EVERY}, "qwen3"),
+    ],
+)
+def test_llama_cpp_computes_the_checkpoint(
+    make_checkpoint: Any,
+    tmp_path: Path,
+    model_type: str,
+    tied: bool,
+    changes: dict[str, Any],
+    architecture: str,
+) -> None:
+    overrides = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 128}
+    checkpoint = make_checkpoint(model_type, tied, **changes, **overrides)
+    quants = ("f32", "Q8_0", "Q4_K_M") if "widths" in changes else ("f32",)
+    record, *_ = export_gguf(checkpoint, tmp_path / "out", quants, FOR_TEXT)
+    assert record.parity.max_logit_diff <= 1e-3
+    path = tmp_path / "out" / record.file
+    file, groups, silent = read_gguf(path), changes.get("groups", {}), changes.get("silent", ())
+    assert file.architecture == architecture
+    kv_heads = [0 if block in silent else len(groups.get(block, range(4))) for block in range(4)]
+    stated = [file.require(f"{architecture}.attention.{key}") for key in ("head_count_kv", "head_count")]
+    heads = [2 * n for n in kv_heads]
+    assert stated == ([1, 2] if groups is EVERY else [kv_heads, heads])
+    gone = tuple(f"blk.{block}.attn" for block in silent)
+    assert not any(tensor.name.startswith(gone) for tensor in file.tensors if gone)
+    assert gguf_facts(path).key_value_width == sum(kv_heads) * 2 * 16
+
+
+def test_what_a_runtime_cannot_say_is_refused(make_checkpoint: Any, tmp_path: Path) -> None:
+    for said, tied, changes in (
+        ("qwen3: no blocks without attention, whole blocks can go", True, {"silent": (2, 3)}),
+        (r"as many heads in every block, whole.*; openelm: tied embeddings", False, {"groups": {1: (0,)}}),
+    ):
+        with pytest.raises(InputError, match=said):
+            export_gguf(make_checkpoint("qwen3", tied, **changes), tmp_path / "out", ("f32",), FOR_TEXT)
+    for said, model_type, changes in (
+        ("optimum gives every block a cache", "llama", {"silent": (2,)}),
+        (r"optimum gives every block a cache of the same heads.*2, 2, 1, 2", "llama", {"groups": {2: (1,)}}),
+        ("optimum exports no blocks with something else in the place of attention", "lfm2", {}),
+    ):
+        checkpoint = make_checkpoint(model_type, **changes)
+        with pytest.raises(InputError, match=said):
+            export_onnx(checkpoint, tmp_path / "out", ("fp32", "portable"), FOR_TEXT)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("groups", [{1: (1,)}, EVERY], ids=["one", "every"])
+def test_every_cache_has_its_block_s_heads(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, groups: dict[int, tuple[int, ...]]
+) -> None:
+    """Half of the heads in one block and no attention in another, or all alike."""
+    silent = () if groups is EVERY else (2,)
+    checkpoint = make_checkpoint("llama", groups=groups, silent=silent, widths=(64, 96, 128, 64))
+    (record,) = export_onnx(checkpoint, tmp_path / "out", ("fp32",), FOR_TEXT)
+    assert record.parity.max_logit_diff <= 2e-3
+    folder = tmp_path / "out" / "fp32"
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model = open_model(folder / "onnx" / "model.onnx", n_ctx=64, n_threads=1)
+    heads = [model._inputs[name].shape[1] for name in sorted(model._caches) if name.endswith("key")]
+    assert heads == ([1] * 4 if groups is EVERY else [2, 1, 2])
+    assert (config["num_hidden_layers"], config["num_attention_heads"]) == (len(heads), 4)
+    warned = any("optimum's ORTModelForCausalLM" in warning for warning in record.warnings)
+    assert warned is (groups is not EVERY)
