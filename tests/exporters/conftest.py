@@ -114,3 +114,32 @@ def judged_alike() -> JudgedAlike:
         theirs.close()
 
     return check
+
+
+@pytest.fixture(scope="session")
+def genai_agrees() -> Callable[..., None]:
+    """`genai_agrees(folder, ids)`: GenAI writes what the folder's graph does; it reads `text`, if given, as the ids."""
+    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+
+    def check(folder: Path, ids: list[int], text: str | None = None) -> None:
+        from exporters.onnx.folder import find_graph
+        from exporters.onnx.runtime import open_model
+
+        model = genai.Model(str(folder))
+        assert text is None or [int(i) for i in genai.Tokenizer(model).encode(text)] == ids
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=64)
+        generator = genai.Generator(model, parameters)
+        for piece in (ids[:9], ids[9:]):
+            generator.append_tokens(piece)
+        graph = open_model(find_graph(str(folder), last_logits=True), n_ctx=64, n_threads=1)
+        logits = graph.decode(ids)
+        for _ in range(64 - len(ids)):
+            generator.generate_next_token()
+            token = int(generator.get_next_tokens()[0])
+            assert token == int(logits[-1].argmax())
+            if generator.is_done():
+                break
+            logits = graph.decode([token])
+
+    return check

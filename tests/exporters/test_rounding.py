@@ -20,7 +20,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ternary import Ternary
-from torch.nn.utils import parametrize
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import attention_of, block_linears, decoder_layers, spec_for
@@ -60,7 +59,7 @@ from exporters.onnx.weights import (
 )
 from exporters.quantize import Placed
 from exporters.quantize.rounding import RIDGE, fit, gptq_codes, invert_lower_, refine_codes
-from exporters.quantize.training import RoundedModel, ScaledBlocks
+from exporters.quantize.training import RoundedModel
 from exporters.quantize.walk import Readings, round_blocks
 
 
@@ -726,20 +725,3 @@ def test_tuned_norms_are_what_the_graph_gets(tiny_model: Callable[..., Any]) -> 
     graph = decoder_graph(model, Weights(norms=norms), name="tuned").graph
     stored = [v.const_value.numpy() for n, v in graph.initializers.items() if "norm" in n and v.const_value]
     assert sorted({float(vector[0]) for vector in stored}) == list(range(2, len(names) + 2))
-
-
-def test_weight_decay_draws_to_the_stored_scales_and_not_to_zero() -> None:
-    linear = torch.nn.Linear(6, 3, bias=False)
-    stored, blocks = linear.weight.detach().clone(), ScaledBlocks(3, 6, 4)
-    parametrize.register_parametrization(linear, "weight", blocks)
-    assert torch.equal(linear.weight, stored)
-    with torch.no_grad():
-        blocks.changes[0, 1] = 0.5
-    optimizer = torch.optim.AdamW([blocks.changes], lr=0.1, weight_decay=0.5)
-    blocks.changes.grad = torch.zeros_like(blocks.changes)
-    optimizer.step()
-    drawn = float(blocks.changes.detach()[0, 1])
-    assert 0 < drawn < 0.5
-    assert int(blocks.changes.count_nonzero()) == 1
-    torch.testing.assert_close(linear.weight[0, 4:], stored[0, 4:] * (1 + drawn))
-    assert torch.equal(linear.weight[:, :4], stored[:, :4])
