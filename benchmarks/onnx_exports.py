@@ -38,6 +38,7 @@ from cfsp.units import format_bytes
 from exporters.export_record import ExportRecord, ParityReport
 from exporters.families import DEFAULT_FORMAT, FAMILIES, ExportSettings, family_of
 from exporters.onnx.folder import find_graph
+from exporters.onnx.layers import HEAD_PARTS, weight_of
 from exporters.onnx.matrix import Rounded, round_to_nearest
 from exporters.onnx.quantize import (
     QuantizedModel,
@@ -49,7 +50,6 @@ from exporters.onnx.quantize import (
     tune,
 )
 from exporters.onnx.variants import INT4, INT8, BlockFormat
-from exporters.onnx.weights import HEAD_PARTS, weight_of
 from exporters.proof import Reference, choose_windows, reference_of
 from exporters.proof import compare as compare_logits
 from phoneready.console import MakeOptions, prepare_torch

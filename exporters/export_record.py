@@ -97,25 +97,6 @@ class BlockProof:
 
 
 @dataclass(frozen=True)
-class TensorFallback:
-    """Tensors that were stored in another type than asked, because their rows do not divide into its blocks."""
-
-    asked: str  # such as "Q4_K"
-    actual: str  # such as "Q5_0"
-    row_length: int
-    tensors: tuple[str, ...]  # names in the file
-
-    @property
-    def said(self) -> str:
-        """A warning."""
-        more = f" and {len(self.tensors) - 1} more" if len(self.tensors) > 1 else ""
-        return (
-            f"stored as {self.actual} instead of {self.asked}, for rows of {self.row_length}: "
-            f"{self.tensors[0]}{more}"
-        )
-
-
-@dataclass(frozen=True)
 class ExportRecord:
     """One exported file, where it comes from, and the proof that it is the checkpoint's model."""
 
@@ -140,7 +121,6 @@ class ExportRecord:
     parity: ParityReport
     warnings: tuple[str, ...]  # fallbacks, a shortened context, chats that are read otherwise
     runtime: str  # name and version of what proved the file
-    fallbacks: tuple[TensorFallback, ...] = ()
     imatrix_tensors: int = 0  # quantized with the importance matrix
     # Strings on which the file's tokenization was found equal to the checkpoint's; ONNX folders have the tokenizer.
     tokenizer_strings: int = 0

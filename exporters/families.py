@@ -1,4 +1,7 @@
-"""The families of exports, and what users say of them. A new family is a folder with a row, and its name here."""
+"""The families of exports, and what users say of them. A new family is a folder, and a row here.
+
+What is heavy is imported when it is first wanted.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,109 @@ from cfsp.progress import Progress
 from cfsp.settings import SEED, Reads, Settings, setting
 from cfsp.text.settings import TEXT_FORMS
 from cfsp.units import parse_bytes
+from exporters import onnx
 from exporters.export_record import ExportFormat
-from exporters.family import ExportFamily, ExportOptions
-from exporters.gguf.family import GGUF
-from exporters.onnx.family import ONNX
+from exporters.family import ExportedModel, ExportFamily, ExportOptions, FileOutline
+from exporters.gguf.quants import DEFAULT_CACHE, MEASURED_CACHES, MIXED, QUANTS, find_quant
+from exporters.onnx.folder import find_graph, is_onnx
 
 if TYPE_CHECKING:
     import torch  # not in the memory of a process that only runs a file
 
     from cfsp.recovery.rounding import RoundedModel, Rounding
+
+
+def _export_gguf(*request: Any) -> Any:
+    from exporters.gguf.export import export_gguf
+
+    return export_gguf(*request)
+
+
+def _locate_gguf(folder: Path, stem: str, quant: str) -> ExportedModel:
+    file = folder / f"{stem}-{quant}.gguf"
+    if not file.is_file():
+        raise InputError(f"{file} does not exist")
+    return ExportedModel(file.name, file, file)
+
+
+def _open_gguf(reference: str, n_ctx: int, n_threads: int | None, cache_type: str | None) -> Any:
+    from exporters.gguf.language_model import GGUFLanguageModel
+
+    return GGUFLanguageModel(Path(reference), n_ctx=n_ctx, n_threads=n_threads, cache_type=cache_type)
+
+
+def _outline_gguf(reference: str, n_ctx: int) -> FileOutline:
+    from exporters.gguf.language_model import outline_of
+
+    return outline_of(Path(reference), n_ctx)
+
+
+def _gguf_rounding() -> Any:
+    from exporters.gguf.files import GGUFRounding
+
+    return GGUFRounding()
+
+
+GGUF = ExportFamily(
+    name="gguf",
+    setting="quants",
+    title=".gguf files",
+    formats=QUANTS,
+    find=find_quant,
+    export=_export_gguf,
+    locate=_locate_gguf,
+    runtime="llama.cpp",
+    open_model=_open_gguf,
+    outline=_outline_gguf,
+    claims=lambda reference: Path(reference).suffix == ".gguf",
+    needs={"llama_cpp": "llama-cpp-python"},
+    extra="gguf",
+    for_size=MIXED,
+    through=_gguf_rounding,
+    cache_types=MEASURED_CACHES,
+    own_cache=DEFAULT_CACHE,
+)
+
+
+def _locate_onnx(folder: Path, stem: str, variant: str) -> ExportedModel:
+    root = folder / variant
+    return ExportedModel(f"{stem}-{variant}", root, find_graph(str(root), last_logits=True))
+
+
+def _open_onnx(reference: str, n_ctx: int, n_threads: int | None, _: str | None) -> Any:
+    from exporters.onnx.language_model import OnnxLanguageModel
+
+    return OnnxLanguageModel(reference, n_ctx=n_ctx, n_threads=n_threads)
+
+
+def _outline_onnx(reference: str, n_ctx: int) -> FileOutline:
+    from exporters.onnx.language_model import outline_of
+
+    return outline_of(find_graph(reference), n_ctx)
+
+
+def _onnx_rounding() -> Any:
+    from exporters.onnx.quantize import OnnxRounding
+
+    return OnnxRounding()
+
+
+ONNX = ExportFamily(
+    name="onnx",
+    setting="onnx",
+    title=".onnx files and folders of ONNX variants",
+    formats=onnx.VARIANTS,
+    find=onnx.find_variant,
+    export=lambda *request: onnx.export_onnx(*request),
+    locate=_locate_onnx,
+    runtime="onnxruntime",
+    open_model=_open_onnx,
+    outline=_outline_onnx,
+    claims=is_onnx,
+    needs={"onnx": "onnx", "onnx_ir": "onnx-ir", "onnxruntime": "onnxruntime"},
+    extra="onnx",
+    through=_onnx_rounding,
+)
 
 FAMILIES: Mapping[str, ExportFamily] = MappingProxyType({family.name: family for family in (GGUF, ONNX)})
 BASE = GGUF

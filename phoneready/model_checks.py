@@ -24,8 +24,8 @@ from cfsp.models.weights import model_class
 from cfsp.text.conversations import CONVERSATIONS, rendered, turn_end
 from exporters.checkpoint_reader import ModelConfig, open_tensors, read_config
 from exporters.gguf.architecture import ChosenLayout, choose_layout, rope_metadata
+from exporters.onnx.layers import check_blocks, check_rope
 from exporters.onnx.portable import check_portable
-from exporters.onnx.weights import check_blocks, check_rope
 from phoneready.console import Check
 
 

@@ -465,7 +465,7 @@ def write_gguf() -> Callable[..., None]:
 
 def _write_vocabulary(path: Path, tokenizer: Any) -> Path:
     """A GGUF file with a vocabulary and no tensors."""
-    from exporters.gguf.tokenizer_metadata import add_tokenizer
+    from exporters.gguf.writer import add_tokenizer
 
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_vocab_size(len(tokenizer))

@@ -27,9 +27,14 @@ from exporters.gguf.files import Files, WrittenFile, find_rows, stored_moments
 from exporters.gguf.matrix import WHOLE_BLOCKS, StoredMatrix
 from exporters.gguf.quants import PARITY_CACHE, QUANT_NAMES, QUANTS, limits_of_bits
 from exporters.gguf.runtime import Context, FloatArray
-from exporters.gguf.tensors import find_fallbacks, tensor_specs
-from exporters.gguf.tokenizer_metadata import check_tokenizer, normalizes_to_nfc
-from exporters.gguf.writer import PlainTensor, plain_rope_tensors, write_tensors
+from exporters.gguf.tensors import fallbacks, tensor_specs
+from exporters.gguf.writer import (
+    PlainTensor,
+    check_tokenizer,
+    normalizes_to_nfc,
+    plain_rope_tensors,
+    write_tensors,
+)
 from exporters.job import UNTRAINED, Job, check_input, settled
 from exporters.proof import ReadChats, Slice, check_limits, check_matrix, prove_slices, read_chats
 
@@ -151,8 +156,8 @@ def _prove(files: Files, file: WrittenFile, strings: int, chats: ReadChats) -> E
             "gptq_tensors": file.gptq_tensors,
             "tuned_tensors": file.tuned_tensors,
         }
-    fallbacks = find_fallbacks(tensors, quant) if mixture is None else ()
-    warnings = (*_warnings(job, file, chosen), *(fallback.said for fallback in fallbacks), *chats.warnings)
+    kinds = fallbacks(tensors, quant) if mixture is None else ()
+    warnings = (*_warnings(job, file, chosen), *kinds, *chats.warnings)
     for warning in warnings:
         _log.warning("%s: %s", path.name, warning)
     return job.record(
@@ -165,7 +170,6 @@ def _prove(files: Files, file: WrittenFile, strings: int, chats: ReadChats) -> E
         architecture=chosen.layout.architecture,
         n_params=sum(math.prod(tensor.shape) for tensor in tensors),
         tensor_types=dict(Counter(sorted(tensor.kind.name for tensor in tensors)).most_common()),
-        fallbacks=fallbacks,
         imatrix_tensors=len(file.imatrix),
         trained_tensors=file.trained_tensors,
         tokenizer_strings=strings,

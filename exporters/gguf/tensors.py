@@ -20,7 +20,6 @@ import numpy.typing as npt
 from cfsp.errors import InputError
 from cfsp.models.gguf_file import DELTA_NET_NUMBERS, UNQUANTIZED, GGUFTensor, Tiling, read_gguf, tilings
 from exporters.checkpoint_reader import ModelConfig
-from exporters.export_record import TensorFallback
 from exporters.gguf.architecture import QKV, ROPE_TENSORS, ChosenLayout
 from exporters.gguf.quants import Quant, block_of, find_quant
 
@@ -317,14 +316,16 @@ def padded(count: int) -> int:
     return -(-count // _ALIGNMENT) * _ALIGNMENT
 
 
-def find_fallbacks(tensors: Iterable[GGUFTensor], quant: Quant) -> tuple[TensorFallback, ...]:
-    """Where a file's stored types are not the ones asked for."""
+def fallbacks(tensors: Iterable[GGUFTensor], quant: Quant) -> Iterator[str]:
+    """Warnings of tensors that are not of the type asked for, because their rows do not divide into its blocks."""
     groups: dict[tuple[str, str, int], list[str]] = defaultdict(list)
     for tensor in tensors:
         asked = _asked_type(tensor, quant)
         if asked != tensor.kind.name:
             groups[asked, tensor.kind.name, tensor.shape[-1]].append(tensor.name)
-    return tuple(TensorFallback(*key, tuple(names)) for key, names in sorted(groups.items()))
+    for (asked, actual, length), (name, *others) in sorted(groups.items()):
+        more = f" and {len(others)} more" if others else ""
+        yield f"stored as {actual} instead of {asked}, for rows of {length}: {name}{more}"
 
 
 def _asked_type(tensor: GGUFTensor, quant: Quant) -> str:

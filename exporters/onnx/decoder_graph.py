@@ -43,10 +43,24 @@ from cfsp.models.offload import at_hand
 from cfsp.models.rope import steady_context
 from exporters.checkpoint_reader import ACTIVATIONS as KNOWN_ACTIVATIONS
 from exporters.checkpoint_reader import rope_of
-from exporters.onnx.layers import ACTIVATIONS, CONTRIB, TABLE, TOKENS, Floats, GraphBuilder, Matrix, silu
+from exporters.onnx.layers import (
+    ACTIVATIONS,
+    CONTRIB,
+    PACKED,
+    QKV,
+    TABLE,
+    TOKENS,
+    Floats,
+    GraphBuilder,
+    Matrix,
+    Weights,
+    check_blocks,
+    check_rope,
+    is_tied,
+    silu,
+)
 from exporters.onnx.runtime import CACHE_KEY, FIXED_CACHE
 from exporters.onnx.variants import HEAD
-from exporters.onnx.weights import PACKED, QKV, Weights, check_blocks, check_rope, is_tied
 
 OPSET = 21
 OPSETS = range(13, 24)

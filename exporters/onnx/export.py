@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -19,7 +22,7 @@ from cfsp.devices import moved
 from cfsp.errors import InputError, LimitError
 from cfsp.files import atomic_directory, sha256_file
 from cfsp.memory import give_back_memory, require_memory
-from cfsp.models.architectures import decoder_layers, spec_for
+from cfsp.models.architectures import block_linears, decoder_layers, spec_for
 from cfsp.models.checkpoint import load_pruned, read_rounded
 from cfsp.models.offload import is_paged
 from cfsp.text.tokens import tokens_sha256
@@ -27,7 +30,6 @@ from exporters.checkpoint_reader import read_config
 from exporters.export_record import BlockProof, ExportRecord, ParityReport
 from exporters.family import DEFAULT_OPTIONS, ExportOptions
 from exporters.job import SOME_HASH, UNTRAINED, Job, check_input, settled
-from exporters.onnx.checks import Sums, check_numbers, slope_sums
 from exporters.onnx.companions import write_companions
 from exporters.onnx.decoder_graph import (
     OPSET,
@@ -37,7 +39,18 @@ from exporters.onnx.decoder_graph import (
     keep_last_logits,
 )
 from exporters.onnx.folder import GRAPHS
-from exporters.onnx.layers import TABLE, unwritten
+from exporters.onnx.layers import (
+    HEAD_PARTS,
+    TABLE,
+    Int8Weights,
+    Weights,
+    check_blocks,
+    is_tied,
+    packed_names,
+    read_weight,
+    unwritten,
+)
+from exporters.onnx.matrix import Int8Rows, Rounded, round_rows, round_to_nearest
 from exporters.onnx.portable import check_portable, portable_graph
 from exporters.onnx.quantize import (
     Losses,
@@ -54,9 +67,8 @@ from exporters.onnx.quantize import (
     tune,
 )
 from exporters.onnx.runtime import PREFILL_TOKENS, FloatArray, OnnxModel, open_model, runtime_version
-from exporters.onnx.variants import INT8, VARIANTS, BlockFormat, Variant, find_variant
-from exporters.onnx.weights import Int8Weights, Weights, check_blocks, read_weight
-from exporters.proof import Choice, ReadChats, Slice, check_limits, prove_slices
+from exporters.onnx.variants import HEAD, INT8, VARIANTS, BlockFormat, Variant, find_variant
+from exporters.proof import Choice, ReadChats, Slice, check_limits, check_matrix, prove_slices
 
 _BYTES_OF_A_WEIGHT = 1.5
 """That are in memory for all layers at once, where few bits are written: one each, and how it is stored."""
@@ -337,3 +349,98 @@ def _slice_logits(job: Job, part: Slice) -> Iterator[FloatArray]:
         save_graph(block_graph(job.model, part.blocks.start, part.entering, part.gain, name=path.stem), path)
         with closing(open_model(path, n_ctx=count, n_threads=job.n_threads)) as opened:
             yield from opened.iter_logits(np.arange(count))
+
+
+_STORED = re.compile(r"(.+?)(?:\.(\d))?\.weight(\.q[48])?")
+"""(module, which part of it if its rows are of unlike formats, bits)."""
+Sums = tuple[float, float]
+"""Of a matrix q w and w w, whose quotient is its slope (`exporters.proof`)."""
+
+
+def check_numbers(path: Path, model: Any, chosen: Mapping[str, Sums] = MappingProxyType({})) -> None:
+    """Hold every matrix of one of the product's own graphs against the model's.
+
+    Args:
+        path: The graph.
+        model: What it was made from, float32.
+        chosen: By `slope_sums`, of layers whose numbers were chosen for a text.
+
+    Raises:
+        LimitError: A matrix is not the model's (`exporters.proof`), is missing, or is stored twice.
+    """
+    values = ir.load(path).graph.initializers
+    tensors = {name: value.const_value for name, value in values.items() if value.const_value is not None}
+    found = Counter[str]()
+    tied = is_tied(model)
+    for name, tensor in tensors.items():
+        match = _STORED.fullmatch(name)
+        if match is None or len(tensor.shape) < 2:
+            continue
+        module, part, bits = match.groups()
+        is_table = f"{module}.weight" == TABLE
+        names: tuple[str, ...] = HEAD_PARTS if tied else (TABLE,)
+        if not is_table:
+            names = packed_names(_in_model(model, module))
+        names = names if part is None else names[int(part) : int(part) + 1]
+        found.update(names)
+        exact = torch.cat([read_weight(model, one) for one in names])
+        stored = torch.from_numpy(np.array(tensor.numpy()))
+        if stored.ndim == 2 and not is_table:
+            stored = stored.T
+        form: BlockFormat | None = None
+        if bits:
+            scales = torch.from_numpy(np.array(tensors[f"{name.removesuffix(bits)}.scale"].numpy()))
+            if stored.ndim == 2:
+                stored = Int8Rows(stored, scales).dequantize()
+            else:
+                packed = Rounded.from_packed(stored, scales, exact.shape[1], int(bits[-1]))
+                stored, form = packed.dequantize(), packed.form
+        if stored.shape != exact.shape:
+            raise LimitError(f"{name} in {path.name} is {tuple(stored.shape)}, not {tuple(exact.shape)}")
+        sums = [chosen[one] for one in names if one in chosen]
+        inner, squares = (sum(each) for each in zip(*sums, strict=True)) if sums else (0.0, 0.0)
+
+        def nearest(rows: FloatArray, form: BlockFormat | None = form, plain: bool = not bits) -> FloatArray:
+            if plain:
+                return rows
+            weight = torch.from_numpy(rows)
+            rounded = round_rows(weight) if form is None else round_to_nearest(weight, form)
+            return np.asarray(rounded.dequantize().numpy())
+
+        check_matrix(
+            f"{name} in {path.name}",
+            len(exact),
+            _rows_of(exact),
+            _rows_of(stored),
+            nearest,
+            inner / squares if squares else None,
+        )
+    linears = (name for block in block_linears(model) for name in block)
+    for name in (*linears, *HEAD_PARTS, *(() if tied else (TABLE,))):
+        if found[name] != 1:
+            raise LimitError(f"{path.name} has {found[name]} matrices for {name}, not 1")
+
+
+def slope_sums(model: Any, layers: Mapping[str, Rounded]) -> dict[str, Sums]:
+    """Layer -> the sums of its slope, of numbers that were chosen for a text."""
+    found = {}
+    for name, layer in layers.items():
+        exact = read_weight(model, name)
+        found[name] = float((layer.dequantize() * exact).sum()), float(exact.square().sum())
+    return found
+
+
+def _in_model(model: Any, module: str) -> str:
+    """The model's own name of a module of the graph, in which all architectures have the same."""
+    spec = spec_for(model.config)
+    if module in ("logits", HEAD):  # it may be named as what it gives
+        return HEAD
+    names = {f"mlp.{part}_proj": f"{spec.mlp}.{getattr(spec, part)}" for part in ("gate", "up", "down")}
+    names["self_attn.o_proj"] = f"{spec.attention}.{spec.output}"
+    *_, block, part = module.split(".", 3)
+    part = names.get(part, part.replace("self_attn.", f"{spec.attention}."))
+    return f"{spec.layers}.{block}.{part}"
+
+
+def _rows_of(matrix: torch.Tensor) -> Callable[[int, int], FloatArray]:
+    return lambda start, stop: matrix[start:stop].float().numpy()

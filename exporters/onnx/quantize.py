@@ -18,11 +18,12 @@ from cfsp.models.checkpoint import RoundedFormat, RoundedNumbers, load_pruned
 from cfsp.models.offload import at_hand
 from cfsp.progress import Progress, no_progress
 from exporters.checkpoint_reader import read_config
-from exporters.onnx.layers import TABLE, Matrix, NBits, Stacked
-from exporters.onnx.matrix import Rounded, joined, round_to_nearest
-from exporters.onnx.variants import HEAD, INT4, INT8, VARIANTS, BlockFormat, Variant, find_variant
-from exporters.onnx.weights import (
+from exporters.onnx.layers import (
     HEAD_PARTS,
+    TABLE,
+    Matrix,
+    NBits,
+    Stacked,
     Weights,
     check_blocks,
     group_of,
@@ -32,6 +33,8 @@ from exporters.onnx.weights import (
     read_weight,
     weight_of,
 )
+from exporters.onnx.matrix import Rounded, joined, round_to_nearest
+from exporters.onnx.variants import HEAD, INT4, INT8, VARIANTS, BlockFormat, Variant, find_variant
 from exporters.quantize import Placed, stands_for
 from exporters.quantize.mixture import GRADIENT_WINDOWS, Option, predict_divergence, solve
 from exporters.quantize.rounding import fit

@@ -53,9 +53,9 @@ from cfsp.text.settings import SELF
 from cfsp.text.tokens import TokenWindows, tokens_sha256
 from cfsp.units import megabytes
 from exporters.checkpoint_reader import read_config
+from exporters.families import GGUF
 from exporters.family import ExportOptions
 from exporters.gguf.architecture import ChosenLayout, read_layout
-from exporters.gguf.family import GGUF
 from exporters.gguf.files import TYPES, draft_gguf
 from exporters.gguf.quants import block_of, find_quant
 from exporters.gguf.tensors import SizeTemplate, padded, size_template, tensor_specs

@@ -14,8 +14,7 @@ from cfsp.errors import InputError
 from cfsp.settings import setting
 from cfsp.units import format_bytes, megabytes, parse_bytes
 from cfsp.validation import Share
-from exporters.families import required_multiple
-from exporters.gguf.family import GGUF
+from exporters.families import GGUF, required_multiple
 from phoneready.evaluation.settings import WindowSettings
 from phoneready.figures.figures import INCONCLUSIVE, MISSED, PASS
 from runtime_bench.devices import load_profiles

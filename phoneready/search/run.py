@@ -21,7 +21,7 @@ from cfsp.records import record_from_json, record_to_json, write_record
 from cfsp.recovery.data import check_readable
 from cfsp.text.settings import BUILTIN_TEXT
 from cfsp.units import megabytes
-from exporters.gguf.family import GGUF
+from exporters.families import GGUF
 from phoneready.evaluation.measured_file import FRONTIER, UNDECIDED, choose, excess, standing, telling_sizes
 from phoneready.evaluation.run import check_texts
 from phoneready.evaluation.settings import EvaluationSettings

@@ -218,7 +218,7 @@ def test_llama_cpp_reads_a_trimmed_vocabulary_alike(
     llama_cpp_vocabularies: Path, vocabulary_file: Callable[[Path, Any], Path], tmp_path: Path
 ) -> None:
     pytest.importorskip("llama_cpp")
-    from exporters.gguf.tokenizer_metadata import check_tokenizer
+    from exporters.gguf.writer import check_tokenizer
 
     file = read_gguf(llama_cpp_vocabularies / "ggml-vocab-llama-spm.gguf")
     dense = of_tokenizer(tokenizer_from_gguf(file))

@@ -27,7 +27,7 @@ from exporters.gguf.files import WrittenFile, draft_files, draft_gguf
 from exporters.gguf.matrix import SCALES, StoredMatrix
 from exporters.gguf.quants import QUANTS
 from exporters.onnx import VARIANTS, export_onnx
-from exporters.onnx.checks import check_numbers as check_graph_numbers
+from exporters.onnx.export import check_numbers as check_graph_numbers
 from exporters.proof import Reference, check_limits, compare
 
 MakeCheckpoint = Callable[..., Path]

@@ -24,7 +24,7 @@ from exporters.export_record import ExportManifest, ExportRecord, ParityLimits
 from exporters.family import ExportOptions
 from exporters.job import MANIFEST_FILE
 from exporters.onnx import VARIANTS, export_onnx
-from exporters.onnx.checks import check_numbers
+from exporters.onnx.export import check_numbers
 from exporters.onnx.folder import is_onnx
 from exporters.onnx.runtime import OnnxModel, open_model
 

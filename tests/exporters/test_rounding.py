@@ -32,7 +32,20 @@ from exporters.export_record import ExportRecord, ParityLimits
 from exporters.family import ExportOptions
 from exporters.onnx import BlockFormat, export_onnx
 from exporters.onnx.decoder_graph import OPSET, decoder_graph
-from exporters.onnx.layers import CONTRIB, GraphBuilder, NBits, Stacked
+from exporters.onnx.layers import (
+    CONTRIB,
+    HEAD_PARTS,
+    GraphBuilder,
+    Int8Weights,
+    NBits,
+    Stacked,
+    Weights,
+    group_of,
+    head_parts,
+    packed_names,
+    read_weight,
+    weight_of,
+)
 from exporters.onnx.matrix import Rounded, joined, round_to_nearest
 from exporters.onnx.quantize import (
     Losses,
@@ -47,16 +60,6 @@ from exporters.onnx.quantize import (
     tune,
 )
 from exporters.onnx.variants import HEAD, INT4, INT8
-from exporters.onnx.weights import (
-    HEAD_PARTS,
-    Int8Weights,
-    Weights,
-    group_of,
-    head_parts,
-    packed_names,
-    read_weight,
-    weight_of,
-)
 from exporters.quantize import Placed
 from exporters.quantize.rounding import RIDGE, fit, gptq_codes, invert_lower_, refine_codes
 from exporters.quantize.training import RoundedModel

@@ -20,7 +20,7 @@ from cfsp.text.tokens import encode
 from exporters.export_record import ExportRecord
 from exporters.gguf import runtime
 from exporters.gguf.export import export_gguf
-from exporters.gguf.tokenizer_metadata import check_tokenizer
+from exporters.gguf.writer import check_tokenizer
 from exporters.onnx import companions
 from exporters.onnx.export import export_onnx
 from exporters.proof import read_chats

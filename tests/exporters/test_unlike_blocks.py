@@ -105,7 +105,6 @@ def test_what_pruning_leaves_is_proven_and_judged_as_its_checkpoint(
     assert records["f32"]["parity"]["same_top1"] == 1
     for record in records.values():
         assert record["architecture"] == architecture
-        assert not any(name.endswith(CONVOLUTIONS) for one in record["fallbacks"] for name in one["tensors"])
         kernels = [t for t in read_gguf(files[1] / record["file"]).tensors if t.name.endswith(CONVOLUTIONS)]
         assert {tensor.kind.name for tensor in kernels} == {"F32"}
     judged_alike(files, 1e-3, n_ids=40, context=9, last=21, n_tokens=12)

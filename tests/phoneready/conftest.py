@@ -332,7 +332,6 @@ def _export(file: str, quant: str, factor: float) -> ExportRecord:
         sha256="12" * 32,
         n_params=134_515_008,
         tensor_types={quant: 10},
-        fallbacks=(),
         imatrix_tensors=0,
         shape=ModelShape.of_ffn_widths((DENSE_WIDTH,) * BLOCKS),
         context_length=2048,
