@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from cfsp.errors import InputError
@@ -53,10 +51,3 @@ def test_options_follow_the_address() -> None:
         TargetOptions(folder="/x y", retries=0),
     )
     assert target_slug("constrained:400M,cores=0+1") == "constrained-400M-cores-0-1"
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores are pinned only on Linux")
-def test_a_constrained_target_has_its_limits() -> None:
-    core = min(os.sched_getaffinity(0))
-    target = open_target(f"constrained:cores={core}")
-    assert (target.name, target.memory_limit_bytes) == (f"constrained(cores={core})", None)

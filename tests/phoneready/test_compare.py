@@ -14,7 +14,6 @@ import pytest
 from phoneready.main import main
 from runtime_bench.records.jsonl import append_jsonl, record_to_json
 from runtime_bench.records.reported import Contention
-from runtime_bench.workload import Workload
 
 BASE_NS = (1000, 1001, 1002, 1003, 1004)
 Capture = pytest.CaptureFixture[str]
@@ -93,14 +92,6 @@ def test_models_of_one_file_are_held_against_one_of_them(
     assert "/m/tiny.gguf" in capsys.readouterr().err
 
 
-def test_what_bench_prints_as_json_can_be_compared(make_record: Any, tmp_path: Path, capsys: Capture) -> None:
-    path = tmp_path / "bench.json"
-    rows = [record_to_json(make_record(model_filename=name)) for name in ("a.gguf", "b.gguf")]
-    path.write_text(json.dumps(rows, indent=2), encoding="utf-8")
-    assert main(["compare", str(path)]) == 0
-    assert "no difference" in capsys.readouterr().out
-
-
 def test_what_was_measured_otherwise_is_never_compared(write: Write, refused: Callable[..., str]) -> None:
     dense = write("dense")
     changes: tuple[tuple[dict[str, Any], str], ...] = (
@@ -113,19 +104,6 @@ def test_what_was_measured_otherwise_is_never_compared(write: Write, refused: Ca
     )
     for number, (change, message) in enumerate(changes):
         assert message in refused("compare", dense, write(f"other{number}", **change))
-
-
-def test_a_cold_load_is_not_held_against_a_warm_one(write: Write, make_record: Any, capsys: Capture) -> None:
-    load = {"workload": Workload("load")}
-    warm = write("warm", page_cache="warm", **load)
-    assert main(["compare", warm, write("cold", page_cache="cold", **load)]) == 2
-    assert "page_cache" in capsys.readouterr().err
-    refused = write("refused", page_cache="warm", page_cache_shares=(0.0,), **load)
-    assert main(["compare", warm, refused]) == 0
-    assert "new was to be loaded warm, and was cold" in capsys.readouterr().out
-    again = write("again", page_cache="warm", page_cache_shares=(0.0,), **load)
-    assert main(["compare", refused, again]) == 0
-    assert "base was to be loaded warm, and was cold" in capsys.readouterr().out
 
 
 def test_text_of_a_hostile_record_is_shown_and_not_acted_upon(write: Write, capsys: Capture) -> None:

@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 
-from cfsp.errors import InputError
-from cfsp.files import sha256_file
-from phoneready.evaluation.own_metrics import metric_sha256
 from phoneready.main import main
 
 TinyPath = Callable[..., Path]
@@ -62,23 +59,6 @@ def test_a_file_is_judged_in_its_own_runtime(dense: str, gguf: str, dense_onnx: 
     found = beside["divergence"]
     assert 0 <= found["kl_median"] <= found["kl_p99"] <= found["kl_p99_9"] < 1e-6
     assert (found["same_top1"], found["perplexity_ratio"]) == (1, pytest.approx(1, abs=1e-4))
-
-
-def test_a_pruned_model_against_the_dense_one(
-    pruned: Path, dense: str, shown: Shown, capsys: Capture
-) -> None:
-    alone, result = (shown("eval", pruned, *more, *SIZES) for more in ([], ["--against", dense]))
-    (text,) = result["texts"]
-    assert text["n_tokens"] == 2 * 31
-    assert text["divergence"]["kl_mean"] > 0
-    assert alone["texts"][0]["divergence"] is None
-    assert alone["texts"][0]["perplexity"] == pytest.approx(text["perplexity"], rel=1e-5)
-    assert alone["texts"][0]["windows_sha256"] == text["windows_sha256"]
-    assert len(result["answers"]) == len(result["against_answers"]) == len(result["prompts"]) > 0
-    assert main(["eval", dense, "--against", dense, *TEXT]) == 0
-    output = capsys.readouterr().out
-    assert "100.00%" in output
-    assert "62" in output
 
 
 def test_a_cache_of_few_bits_is_held_against_the_file_with_floats(
@@ -155,20 +135,6 @@ def test_own_metrics_and_their_gate(
         "own_metrics_of_a_test:two": "own_metrics_of_a_test.py:two",
     }.items():
         assert reason in refused("eval", dense, *TEXT, "--metric", reference)
-
-
-def test_a_metric_is_hashed_without_being_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "a_package_of_a_test"
-    package.mkdir()
-    for file in (package / "__init__.py", package / "metrics.py", tmp_path / "alone.py"):
-        file.write_text("raise RuntimeError('imported')\n", encoding="utf-8")
-    expected = sha256_file(package / "metrics.py")
-    assert metric_sha256(f"{tmp_path / 'alone.py'}:f") == expected
-    assert metric_sha256("a_package_of_a_test.metrics:f") == ""
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert metric_sha256("a_package_of_a_test.metrics:f") == expected
-    with pytest.raises(InputError, match=r"gone\.py"):
-        metric_sha256(f"{tmp_path / 'gone.py'}:f")
 
 
 def test_answers_are_checked(dense: str, tmp_path: Path, shown: Shown) -> None:

@@ -74,32 +74,6 @@ def test_tasks_on_a_device_give_what_they_give_here(
     assert f"Judged on {device.name} in llama.cpp: CPU, 1 thread, keys and values in f32." in said
 
 
-@pytest.mark.everything
-def test_the_native_runner_gives_what_is_given_here(
-    device: Device,
-    gguf: str,
-    tasks: str,
-    runner_for: Callable[[str], Path],
-    far: Path,
-    tmp_path: Path,
-    shown: Shown,
-    refused: Refused,
-) -> None:
-    where = device.on(runner=runner_for("native"), folder=far)
-    saved = tmp_path / "here.json"
-    text = ["--text", "builtin:python-docs", "--seqlen", "200", "--windows", "3"]
-    here = shown("eval", gguf, "--tasks", tasks, *QUICK, *text, "--save", str(saved))
-    there = shown("eval", gguf, "--tasks", tasks, *QUICK, *text, *where, "--baseline", saved)
-    assert there["tasks"] == here["tasks"]
-    likely = [one["texts"][0]["bits_per_byte"] for one in (there, here)]
-    assert likely[0] == pytest.approx(likely[1], rel=1e-6)
-    assert all(row["outcome"] == "pass" for row in there["gate"])
-    short = shown("eval", gguf, *QUICK, *where, "--cache-type", "f16")
-    assert short["place"]["cache_type"] == "f16"
-    said = refused("eval", gguf, *QUICK, *where, "--backend", "gpu")
-    assert said == f"error: {device.name}: the runner was built without the backend gpu; it has cpu\n"
-
-
 def test_onnx_is_judged_by_a_python_there(
     board: Any, dense_onnx: str, tasks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown: Shown
 ) -> None:

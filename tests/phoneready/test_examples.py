@@ -125,20 +125,6 @@ def test_the_logic_of_the_gradle_task_places_the_chosen_model(release: Path, tmp
     assert "is not the released file" in result.stderr
 
 
-@pytest.mark.everything
-@pytest.mark.skipif(shutil.which("gradle") is None, reason="no Gradle here")
-def test_gradle_runs_the_task(release: Path, tmp_path: Path) -> None:
-    project = tmp_path / "android"
-    shutil.copytree(EXAMPLES / "android", project)
-    command = ["gradle", "--quiet", "--configure-on-demand", ":model:placeModel"]
-    command += [f"-PmodelRelease={release}", "-PmodelQuant=int4"]
-    result = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
-    if "com.android." in result.stderr and "was not found" in result.stderr:
-        pytest.skip("Gradle cannot fetch the Android plugin")
-    assert result.returncode == 0, result.stderr
-    assert files_in(project / "model" / "src" / "main" / "assets") == expected(release, "tiny-int4")
-
-
 def ask(url: str, payload: object | None = None) -> Any:
     data = None if payload is None else json.dumps(payload).encode()
     with urllib.request.urlopen(urllib.request.Request(url, data), timeout=120) as response:

@@ -30,13 +30,9 @@ from phoneready.figures.figures import (
 from phoneready.figures.gate import badge, check_verdicts, judge_all, paired_interval, write_verdicts
 from phoneready.figures.gate import judge as judge_one
 from phoneready.release.results import benchmark_figures
-from phoneready.report.report import ReportInput, render_page, verdict_table
 from phoneready.settings.release import parse_config
-from runtime_bench.measuring.measure import with_more
-from runtime_bench.presentation.comparison_table import format_comparison
 from runtime_bench.records.bench_record import BenchRecord, MeasuredOn
-from runtime_bench.records.compare import Comparison, Samples, against_the_first, compare_records
-from runtime_bench.records.reported import Conditions
+from runtime_bench.records.compare import Comparison, Samples, compare_records
 from runtime_bench.workload import Workload
 
 MODEL = '[model]\nreference = "some/model"\n'
@@ -468,77 +464,3 @@ def test_a_budget_is_held_against_the_comparison_that_the_report_prints(
         absolute = judge_one(BudgetConfig(metric=TG.test, at_least=1.0), figures[PRUNED], None)
         assert figures[PRUNED].value == pruned.median_ts == pytest.approx(absolute.value, rel=1e-12)
     assert (found.verdict, verdict.outcome) == ("faster", "pass")
-
-
-def test_a_gpu_that_fell_back_ends_no_report(make_report_input: Callable[..., ReportInput]) -> None:
-    report = make_report_input("Tiny")
-    slow = {record.file for record in report.figures.pruned}
-    fell_back = tuple(
-        replace(r, backends="CPU (not gpu)" if r.model_filename in slow else "CUDA0")
-        for r in report.figures.bench
-    )
-    figures = replace(report.figures, bench=fell_back)
-    text = verdict_table(figures, *figures.pairs[0])
-    assert "backends 'CUDA0' and 'CPU (not gpu)'" in text
-    assert "times as fast" not in text
-    page = render_page(replace(report, figures=figures))
-    assert "not comparable" in page
-    assert "not comparable" in format_comparison(against_the_first(list(fell_back)))
-
-
-def test_rounds_that_are_added_follow_their_own_and_stay_pairs(pair: Any) -> None:
-    first = [replace(r, sequence=tuple(range(n, 12, 2))) for n, r in enumerate(pair(TG, WALL))]
-    more = [replace(r, session="another", sequence=(n, n + 2)) for n, r in enumerate(pair(TG, WALL[:2]))]
-    peaks = {"peak_rss_samples_bytes": (5, 6)}
-    dense, pruned = (with_more(a, replace(b, **peaks), 12) for a, b in zip(first, more, strict=True))
-    assert dense.sequence == (0, 2, 4, 6, 8, 10, 12, 14)
-    assert pruned.sequence == (1, 3, 5, 7, 9, 11, 13, 15)
-    assert dense.rounds == pruned.rounds == tuple(range(8))
-    assert len(dense.cpu_samples_ns) == len(dense.samples_ns) == 8
-    assert dense.peak_rss_samples_bytes == (), "of the first processes there are fewer peaks"
-    found = compare_records(dense, pruned)
-    assert isinstance(found, Comparison)
-    assert (found.paired, found.ratio) == (True, pytest.approx(1.1))
-    unknown = with_more(first[0], replace(more[0], cpu_samples_ns=()), 12)
-    assert (len(unknown.samples_ns), unknown.cpu_samples_ns) == (8, ())
-
-
-def test_a_row_that_is_measured_on_is_judged_surer_by_report_and_budget(pair: Any) -> None:
-    sides = [replace(r, measured_on=MeasuredOn(5, 31.0, True)) for r in pair(TG, WALL * 2, cpu_samples_ns=())]
-    found, figures = compare_records(*sides), figures_of(*sides)
-    once = compare_records(*(replace(r, measured_on=None) for r in sides))
-    assert isinstance(found, Comparison)
-    assert isinstance(once, Comparison)
-    assert (once.confidence, found.confidence) == (0.95, pytest.approx(0.99))
-    budget = BudgetConfig(metric=TG.test, relative_to="dense", at_least=found.ratio)
-    verdict = judge_one(budget, figures[PRUNED], figures[DENSE])
-    assert [verdict.low, verdict.high] == pytest.approx([found.low, found.high], rel=1e-12)
-    absolute = BudgetConfig(metric=TG.test, at_least=figures[PRUNED].value)
-    verdict = judge_one(absolute, figures[PRUNED], None)
-    assert verdict.outcome == "inconclusive"
-    assert (
-        "not decided in 12 rounds; those added took 31 s: the time of bench.decide_s is over"
-        in verdict.reason
-    )
-    steady = (300, 305, 298, 302, 301, 299, 303, 300)
-    sides = [replace(r, measured_on=MeasuredOn(5)) for r in pair(TG, steady, cpu_samples_ns=())]
-    figure = figures_of(*sides)[PRUNED]
-    absolute = BudgetConfig(metric=TG.test, at_least=0.9 * (figure.value or 0))
-    assert judge_one(absolute, figure, None).outcome == "pass", "eight rounds decide"
-
-
-@pytest.mark.parametrize(("cap", "is_apart"), [(0.6, True), (0.62, True), (0.98, False)])
-def test_report_and_budget_alike_hold_rows_at_other_clocks_apart(
-    pair: Any, cap: float, is_apart: bool
-) -> None:
-    dense, pruned = pair(TG, WALL * 2, cpu_samples_ns=())
-    sides = [
-        replace(dense, conditions=(Conditions((0.0,), caps=(1.0,)),)),
-        replace(pruned, conditions=(Conditions((0.0,), caps=(cap,)),)),
-    ]
-    found, figures = compare_records(*sides), figures_of(*sides)
-    assert isinstance(found, Comparison)
-    assert ("clocks capped" in str(found.reason)) == is_apart
-    budget = BudgetConfig(metric=TG.test, relative_to="dense", at_least=0.5)
-    verdict = judge_one(budget, figures[PRUNED], figures[DENSE])
-    assert (verdict.outcome == "inconclusive") == ("clocks capped" in verdict.reason) == is_apart

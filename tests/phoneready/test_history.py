@@ -134,16 +134,6 @@ def test_noise_alone_is_no_change(scatter: float) -> None:
     assert alarms <= 2
 
 
-def test_runs_with_too_few_processes_are_noise_and_not_exact(tmp_path: Path) -> None:
-    """Two processes say nothing of their error: what scatters by 4 % is no change."""
-    rng = np.random.default_rng(3)
-    entries = []
-    for number in range(1, 13):
-        made = run(number, 7e8 * float(np.exp(rng.normal(0, 0.04))), rng)
-        entries.append(replace(made, figures=tuple(replace(f, error=None) for f in made.figures)))
-    assert not keep(tmp_path, entries).anomalies
-
-
 FILES = {"pruned.gguf": (PRUNED, "Q4_0")}
 
 

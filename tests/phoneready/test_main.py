@@ -131,16 +131,6 @@ def test_streams_that_cannot_be_written(
     assert (reason or "") in result.stderr
 
 
-def test_a_working_directory_that_is_gone(tmp_path: Path) -> None:
-    (tmp_path / "gone").mkdir()
-    script = f"cd gone; rmdir ../gone; {SHELL} history"
-    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert result.returncode == 2
-    assert result.stderr.splitlines() == [
-        "error: the working directory is not there any more; change into another one"
-    ]
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_an_interrupt_ends_in_one_line_from_the_first_import_on(tmp_path: Path) -> None:
     # A module that phoneready.main imports says when the interrupt comes.
@@ -156,13 +146,6 @@ def test_an_interrupt_ends_in_one_line_from_the_first_import_on(tmp_path: Path) 
         _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert errors == "error: interrupted\n"
-
-
-def test_a_long_error_is_shortened(capsys: pytest.CaptureFixture[str]) -> None:
-    assert entry.main(["devices", "show", "x" * 20000]) == 2
-    error = capsys.readouterr().err
-    assert len(error) < 2100
-    assert error.startswith("error: ")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,14 @@ import pytest
 from cfsp.errors import InputError
 from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.reference import load_model
-from cfsp.records import write_record
 from phoneready.evaluation.evaluation_record import Evaluation
 from phoneready.evaluation.figures import evaluation_figures
 from phoneready.evaluation.own_metrics import check_directions, metric_sha256
 from phoneready.evaluation.run import evaluate
 from phoneready.evaluation.settings import EvaluationSettings
-from phoneready.figures.figures import FigureSet, read_baseline
+from phoneready.figures.figures import FigureSet
 from phoneready.figures.gate import judge_all
-from phoneready.settings.release import parse_config, planned_figures
+from phoneready.settings.release import parse_config
 from phoneready.settings.schema import ReleaseConfig
 
 TinyPath = Callable[..., Path]
@@ -105,21 +103,6 @@ def test_a_limit_to_the_good_side_is_found_before_anything_runs(module: str) -> 
         config(module, f"{module}:plain", 'at_least = 1\nrelative_to = "dense"')
     with pytest.raises(InputError, match="unknown metric"):
         config(module, "plain", "at_most = 7")
-
-
-def test_a_baseline_has_own_metrics(module: str, tiny_folder: TinyPath, tmp_path: Path) -> None:
-    before = figures(judged(module, tiny_folder))
-    write_record(tmp_path / "figures.json", before)
-    limit = 'at_least = 1.0\nrelative_to = "baseline"'
-    asked = config(module, f"{module}:tokens.read", limit, BASELINE)
-    wanted = [key for key in planned_figures(asked) if key.metric.startswith(f"{module}:tokens")]
-    assert read_baseline(tmp_path / "figures.json", wanted) == before
-    (verdict,) = judge_all(asked.budgets, before, before)
-    assert (verdict.outcome, verdict.value, verdict.unit) == ("pass", 1.0, "x")
-    assert len({key.item for key in wanted}) == 1
-    others = [dataclasses.replace(key, metric=f"{module}:absent.*") for key in wanted]
-    with pytest.raises(InputError, match="absent"):
-        read_baseline(tmp_path / "figures.json", others)
 
 
 def test_a_plugin_brings_a_metric(

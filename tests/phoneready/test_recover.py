@@ -115,25 +115,6 @@ def test_a_few_steps_help_and_the_result_is_a_checkpoint(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
-def test_a_single_step_learns_and_the_kept_weights_have_the_recorded_perplexity(
-    pruned: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    capsys.readouterr()
-    first, second = tmp_path / "first", tmp_path / "second"
-    assert main(command(pruned, first, chats, "--max-tokens", "1", "--self-tokens", "64")) == 0
-    record = record_of(first)
-    assert record.warnings == ("--self-tokens has no effect without the reference self",)
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert said == [f"warning: {one}" for one in record.warnings]
-    assert [point.step for point in record.losses] == [record.kept_step] == [1]
-    # It goes on from there: same data, same held-out share.
-    assert main(command(first, second, chats, "--max-tokens", "1")) in (0, 1)
-    again = record_of(second)
-    assert again.validation == record.validation
-    assert again.before.perplexity == pytest.approx(record.after.perplexity, rel=1e-4)
-    assert again.after.perplexity == min(point.perplexity for point in again.validations)
-
-
 def test_without_data_the_teacher_writes_it_and_is_not_kept(
     pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,21 +140,21 @@ def models_held() -> int:
     return sum(type(one).__name__.endswith("LlamaForCausalLM") for one in gc.get_objects())
 
 
-@pytest.mark.parametrize("why", ["no such file", "another run's work folder"])
 def test_what_can_be_known_at_once_is_said_before_a_model_is_read(
-    pruned: Path, chats: Path, tmp_path: Path, why: str
+    pruned: Path, chats: Path, tmp_path: Path
 ) -> None:
     settings, asked = RecoverySettings(rank=4), list[str]()
-    data = ("self", str(tmp_path / "none.jsonl") if why == "no such file" else str(chats))
-    if why != "no such file":
-        plain = json.loads(json.dumps(asdict(settings)))
-        WorkFolder(tmp_path / "out.work").open(RunInputs(plain, {}, 1), force=False)
-    message = "none.jsonl does not exist" if why == "no such file" else r"other inputs \(different: .*rank"
-    with pytest.raises(InputError, match=message):
-        recover(
-            RecoveryJob(str(pruned), tmp_path / "out", replace(settings, rank=8), data, device="cpu"),
-            progress=lambda description, done, total: asked.append(description),
+    plain = json.loads(json.dumps(asdict(settings)))
+    WorkFolder(tmp_path / "out.work").open(RunInputs(plain, {}, 1), force=False)
+    for text, message in (
+        (tmp_path / "none.jsonl", "none.jsonl does not exist"),
+        (chats, r"other inputs \(different: .*rank"),
+    ):
+        job = RecoveryJob(
+            str(pruned), tmp_path / "out", replace(settings, rank=8), ("self", str(text)), device="cpu"
         )
+        with pytest.raises(InputError, match=message):
+            recover(job, progress=lambda description, done, total: asked.append(description))
     assert not asked
 
 
@@ -345,20 +326,6 @@ def test_the_teacher_is_found_from_another_folder_and_refused_once_it_has_change
     assert main([*asked, "--teacher", str(home)]) in (0, 1)
 
 
-def test_the_dense_model_is_not_replaced(
-    dense: str, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """It is read without an option that names it."""
-    first, second = tmp_path / "first", tmp_path / "second"
-    assert main(["prune", str(dense), "-o", str(first), *PRUNED]) == 0
-    assert main(["prune", str(first), "-o", str(second), *PRUNED]) == 0
-    before = {file: file.read_bytes() for file in first.iterdir()}
-    capsys.readouterr()
-    assert main(command(second, first, chats, "--force", "--max-tokens", "128")) == 2
-    assert f"{first} would replace {first}, which is read" in capsys.readouterr().err
-    assert {file: file.read_bytes() for file in first.iterdir()} == before
-
-
 def test_a_model_is_not_taught_by_itself(
     dense: str, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -433,19 +400,6 @@ def test_a_file_holds_the_numbers_that_were_trained_through_its_rounding(
     assert main(["export", str(trained), "-o", str(tmp_path / "damaged"), "--gguf", quant]) == 2
     assert f"not what its weights stand for: {name}" in capsys.readouterr().err
     assert not (tmp_path / "damaged").exists()
-
-
-def test_a_trained_mixture_says_its_types(dense: str, chats: Path, tmp_path: Path) -> None:
-    size = draft_gguf(Path(dense), tmp_path, ["Q4_0"])["Q4_0"].stat().st_size
-    trained, files, quant = tmp_path / "trained", tmp_path / "files", f"mixed:{size}"
-    options = ("--for-quant", quant, "--max-tokens", "8192", "--learning-rate", "0.01")
-    assert main(command(dense, trained, chats, *options)) == 0
-    assert main(["export", str(trained), "-o", str(files), "--gguf", quant]) == 0
-    (record,) = read_record(ExportManifest, files / "export.json").exports
-    assert (record.budget_bytes, record.calibration_sha256) == (size, None)
-    stored = stored_types(files / record.file)
-    assert record.chosen_types == {name: stored[name][0] for name in record.chosen_types}
-    assert len(record.chosen_types) == record.trained_tensors > 0
 
 
 def test_a_4_bit_variant_holds_the_numbers_that_were_trained_through_its_rounding(

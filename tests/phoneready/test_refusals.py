@@ -282,15 +282,6 @@ def test_a_name_that_no_file_can_have_is_told_before_the_work(
     assert "name: " in refused(capfd, *COMMANDS["export"], "--name", name)
 
 
-def test_files_of_a_model_with_a_long_name_have_a_short_one(model: Path) -> None:
-    long = model.rename("m" * 254)
-    assert main(["export", str(long), "-o", "out", "--gguf", "Q8_0"]) == 0
-    assert main(["prune", str(long), "-o", "pruned", *SMALL]) == 0
-    assert main(["export", "pruned", "-o", "again", "--gguf", "Q8_0"]) == 0
-    names = [[file.name for file in Path(folder).glob("*.gguf")] for folder in ("out", "again")]
-    assert names == [[f"{'m' * 120}-Q8_0.gguf"]] * 2
-
-
 def test_a_profile_is_shown_without_its_markup(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -309,12 +300,6 @@ def test_a_profile_is_shown_without_its_markup(
     assert r"\<img src=x\>\[a\](javascript:b)" in shown
     assert r"\<b\>own" in shown
     assert "\x1b" not in shown
-
-
-def test_a_licence_is_written_without_control_characters(model: Path) -> None:
-    (model / "README.md").write_text("---\nlicense: \x1b[31mmine\x07\n---\n", encoding="utf-8")
-    assert main(COMMANDS["prune"]) == 0
-    assert Path("out/LICENSE").read_text(encoding="utf-8").endswith("licence is:  [31mmine \n")
 
 
 def test_a_licence_that_is_a_link_is_copied_from_the_model_and_the_hubs_cache_alone(tmp_path: Path) -> None:

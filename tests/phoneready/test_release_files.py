@@ -33,7 +33,6 @@ from phoneready.publish.manifest import (
     verify_release,
 )
 from phoneready.publish.publish import make_bom, model_card_text, modelfile_text, place, seal_release
-from phoneready.release.steps import model_stem
 from phoneready.report.report import ReportInput
 from phoneready.settings.schema import ReleaseConfig
 
@@ -293,15 +292,3 @@ def test_every_single_command_is_one_that_the_command_line_takes(make_report_inp
     assert "--weights-dtype auto" in rounded[0]
     assert [line.count("--dtype auto") for line in found] == [1, 1, 0, 0]
     assert "recover" not in " ".join(commands(recover=None))
-
-
-def test_names_of_files_say_what_went() -> None:
-    for prune, name in (
-        ({"prune_ratio": 0.125}, "m-pruned12_5"),
-        ({"prune_ratio": 0, "vocabulary": 300}, "m-pruned-300tokens"),
-        ({"prune_ratio": 0.1, "blocks": 2, "attentions": 1}, "m-pruned10-minus2blocks-minus1attentions"),
-        ({"prune_ratio": 0.1, "kv_groups": 0.05}, "m-pruned10-minus0_05ofkvgroups"),
-    ):
-        config = ReleaseConfig.model_validate({"model": {"reference": "m"}, "prune": prune})
-        assert model_stem(config, "m", "pruned") == name
-        assert model_stem(config, "m", "dense") == "m-dense"

@@ -113,26 +113,6 @@ def test_it_fits_a_phone(browser: Any, page_file: Path, scheme: str) -> None:
         assert opened.problems == []
 
 
-def test_paper_is_white_and_plots_follow_the_system(browser: Any, page_file: Path) -> None:
-    from playwright.sync_api import expect
-
-    colour = "getComputedStyle(document.querySelector('#plot-speed-0 .xtick text')).fill"
-    with Opened(browser, page_file, scheme="dark") as opened:
-        dark = opened.page.evaluate(colour)
-        opened.page.emulate_media(color_scheme="light")
-        # The page's policy forbids the eval that wait_for_function makes.
-        tick = opened.page.locator("#plot-speed-0 .xtick text").first
-        expect(tick).not_to_have_css("fill", dark, timeout=300_000)
-        light = opened.page.evaluate(colour)
-        opened.page.emulate_media(color_scheme="dark")
-        expect(tick).to_have_css("fill", dark, timeout=300_000)
-        opened.page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
-        assert opened.page.evaluate(colour) == light
-        opened.page.emulate_media(media="print")
-        assert opened.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-        assert opened.page.pdf()[:5] == b"%PDF-"
-
-
 @pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile_text_is_only_text(
     browser: Any, make_report_input: MakeReportInput, tmp_path: Path, name: str

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -12,19 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import state_size
 from cfsp.models.checkpoint import save_checkpoint
-from cfsp.models.offload import VARIABLE, WHOLE, is_paged
+from cfsp.models.offload import VARIABLE, is_paged
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.progress import Progress
 from cfsp.pruning.settings import PruneSettings
 from cfsp.recovery.settings import Training
-from exporters.families import FAMILIES, FileSettings, find_format
+from exporters.families import FAMILIES, FileSettings
 from exporters.family import ExportOptions
 from exporters.gguf.export import export_gguf
 from phoneready import room
@@ -66,30 +63,11 @@ def test_a_larger_model_needs_more() -> None:
         assert large.disk > small.disk or stage == "eval"
 
 
-def test_only_what_is_held_is_asked_for() -> None:
-    light, heavy = (pruning_needs([SMALL], PruneSettings(prune_ratio=r), 8, 64) for r in (0.2, 0.5))
-    assert heavy.disk < light.disk
-    assert not judging_needs([SMALL], 64, (True,)).memory, "a file in its own runtime is mapped"
-    assert not recovering_needs([SMALL], Training(method="lora")).memory
-    assert recovering_needs([SMALL], Training(method="full")).memory == 12 * SMALL.least_weights
-
-
 def test_every_format_is_no_larger_than_floats() -> None:
     for family in FAMILIES.values():
         for name in family.formats:
             made = replace(FileSettings(quants=(), onnx=()), **{family.setting: (name,)})
             assert 0 <= exporting_needs([SMALL], made, None, 0).disk <= 8.1 * SMALL.least_weights
-
-
-def test_a_disk_need_not_hold_what_is_not_there_at_once() -> None:
-    """Floats that ONNX variants are proven by go before these are written; those of GGUF files stay."""
-    floats = 4 * SMALL.least_weights
-    gguf, onnx, both = (
-        exporting_needs([SMALL], FileSettings(quants=quants, onnx=variants), 8, 64).disk
-        for quants, variants in ((("Q4_0",), ()), ((), ("int4",)), (("Q4_0",), ("int4",)))
-    )
-    assert onnx == floats < gguf
-    assert floats < both < 2 * floats
 
 
 def test_every_stage_of_a_release_that_reads_a_model_is_checked(
@@ -162,59 +140,6 @@ def test_a_pruned_checkpoint_takes_no_less_than_what_is_asked_for(
     assert bool(needs.disk) != options.startswith(others)
 
 
-_WATCHED: list[Callable[[], None]] = []
-"""Called before anything is deleted or renamed; hooks of the interpreter stay, so there is one for all tests."""
-_DELETES = ("os.remove", "os.rename", "os.rmdir", "shutil.rmtree")
-
-
-def _before_deletion(event: str, _: object) -> None:
-    if event in _DELETES:
-        for watch in tuple(_WATCHED):
-            watch()
-
-
-@contextmanager
-def most_bytes(folder: Path) -> Iterator[list[int]]:
-    """Sizes of a folder whenever something is about to go, the largest of which is the most that was there."""
-    sizes: list[int] = []
-    if not getattr(most_bytes, "hooked", False):
-        sys.addaudithook(_before_deletion)
-        most_bytes.hooked = True  # type: ignore[attr-defined]
-
-    def watch() -> None:
-        sizes.append(folder_bytes(folder))
-
-    _WATCHED.append(watch)
-    try:
-        yield sizes
-    finally:
-        _WATCHED.remove(watch)
-        watch()
-
-
-@pytest.mark.parametrize(
-    ("family", "names"),
-    [
-        ("gguf", ("Q4_K_M",)),
-        ("onnx", ("fp32",)),
-        ("gguf", ("f16", "Q8_0", "Q4_0")),
-        ("onnx", ("fp16", "int4")),
-    ],
-)
-def test_exports_take_no_less_than_what_is_asked_for(
-    family: str, names: tuple[str, ...], asked_for: list[Needs], sure_folder: TinyPath, tmp_path: Path
-) -> None:
-    """Of what is there at once: floats that files are made of, and files."""
-    model = sure_folder(hidden_size=128, intermediate_size=256)
-    command = ["export", str(model), "-o", str(tmp_path / "out"), f"--{family}", ",".join(names)]
-    if any("calibration" in find_format(name).reads for name in names):
-        command += ["--calibration", "none"]
-    with most_bytes(tmp_path) as sizes:
-        assert main([*command, "--threads", "1"]) == 0
-    (needs,) = asked_for
-    assert 0 < needs.disk <= max(sizes)
-
-
 def test_on_a_gpu_no_memory_of_the_host_is_asked_for(
     tiny_folder: TinyPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,21 +204,6 @@ def test_weights_count_as_in_files_where_the_loader_leaves_them_there(
     monkeypatch.setenv(VARIABLE, "always")
     for path in (tiny_folder(), tiny_gguf("gemma4_text")):
         assert read_extent(path).by_blocks == is_paged(load_model(path, may_stream=True).model)
-
-
-def test_a_text_part_counts_as_in_memory(tiny_folder: TinyPath, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, "always")
-    folder = tiny_folder("gemma3_text")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    whole = {"model_type": "gemma3", "text_config": config, "tie_word_embeddings": True}
-    (folder / "config.json").write_text(json.dumps(whole), encoding="utf-8")
-    weights = safetensors.torch.load_file(folder / "model.safetensors")
-    named = {f"language_model.{name}": weight for name, weight in weights.items()}
-    safetensors.torch.save_file(named, folder / "model.safetensors")
-    assert not is_paged(load_model(folder, may_stream=True).model)
-    assert not read_extent(folder).by_blocks
-    assert read_extent(folder, "bfloat16").keeping == WHOLE  # as which it is read
-    assert read_extent(tiny_folder(), "bfloat16").keeping.dtype == torch.bfloat16
 
 
 def test_what_does_not_fit_a_disk_is_refused_with_what_is_free(

@@ -283,14 +283,3 @@ def test_another_package_or_plugin_runs_every_stage(
     (info / "entry_points.txt").write_text("[phoneready.engines]\ntoy = toy:ENGINE\n", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert run_again(folder)["dense"] == 'plugins was [] and is ["toy 1.0"]'
-
-
-def test_settings_run_what_reads_them(folder: Path) -> None:
-    def asked(**changes: str) -> set[str]:
-        config = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update=changes)})
-        return set(run_again(folder, config))
-
-    assert asked(device="cpu") == set()
-    assert asked(dtype="bfloat16") == set(ALL)
-    bench = replace(CONFIG.bench, energy=True)
-    assert list(run_again(folder, CONFIG.model_copy(update={"bench": bench}))) == ["bench-local"]
