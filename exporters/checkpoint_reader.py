@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +31,7 @@ ACTIVATIONS: Mapping[str, str] = MappingProxyType(
 """transformers' name of an activation -> the function: x sigmoid(x), or GELU in its approximation by tanh."""
 
 
-@dataclass(frozen=True)
-class DeltaNet:
+class DeltaNet(NamedTuple):
     """Sizes of the gated delta nets that take attention's place in some blocks."""
 
     key_heads: int  # each is read by as many value heads
@@ -75,9 +74,7 @@ class ModelConfig:
     rope_scaling: (
         Mapping[str, Any] | None
     )  # a scaled rope's parameters, with `rope_type`; None for a plain one
-    window_rope_theta: float | None = (
-        None  # the base of blocks with a window, if they have a rope of their own
-    )
+    window_rope_theta: float | None = None  # the base of blocks with a window, if they have their own rope
     convolution_length: int = 0  # tokens that a convolution in attention's place sees in some blocks
     delta_net: DeltaNet | None = None  # what takes attention's place in some blocks
     rotary_dim: int | None = None  # numbers of a head that are rotated; None if that is all of them always
@@ -254,8 +251,7 @@ def open_tensors(folder: Path) -> Iterator[CheckpointTensors]:
         yield CheckpointTensors(folder, handles)
 
 
-@dataclass(frozen=True)
-class CheckpointTensors:
+class CheckpointTensors(NamedTuple):
     """Tensors of a folder's open files."""
 
     folder: Path  # Hugging Face folder

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
 
 from cfsp.models.shape import ModelShape
 
 
-@dataclass(frozen=True)
-class ParityLimits:
+class ParityLimits(NamedTuple):
     """Bounds on a ParityReport's metrics; None is not checked. That to the difference of logits is for ones up to 10.
 
-    What a graph computes is proven on its float32 file, in the logits, and a quantized file's numbers row by row
-    (`exporters.proof`). The bounds of quantized files catch a runtime that computes something else with them.
+    The bounds of quantized files catch a runtime that computes something else with the proven numbers.
     """
 
     max_logit_diff: float | None = None
@@ -23,7 +21,7 @@ class ParityLimits:
 
     def as_dict(self) -> dict[str, float]:
         """The bounds that are set."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -83,16 +81,12 @@ class ParityReport:
 
 @dataclass(frozen=True)
 class BlockProof:
-    """Blocks of a model that is too large to run whole as float32, each run in the file's runtime on what enters it.
-
-    What comes out of a block goes through a norm that every channel passes alike, and is multiplied with what entered
-    it: of these products the largest difference from the checkpoint's counts, relative to the position's largest.
-    """
+    """Blocks of a model too large to run whole as float32, each run in the file's runtime (`exporters.proof`)."""
 
     n_blocks: int
     n_tokens: int  # positions, of one window
     text: str  # where it came from
-    max_difference: float  # the largest of any block
+    max_difference: float  # the largest of any block, relative to the position's largest product
     limit: float
 
 
@@ -124,23 +118,17 @@ class ExportRecord:
     imatrix_tensors: int = 0  # quantized with the importance matrix
     # Strings on which the file's tokenization was found equal to the checkpoint's; ONNX folders have the tokenizer.
     tokenizer_strings: int = 0
-    chats: tuple[
-        str, ...
-    ] = ()  # conversations that the runtime reads as the checkpoint's tokenizer, token by token
+    chats: tuple[str, ...] = ()  # conversations that the runtime splits as the checkpoint's tokenizer does
     # Of the token ids that it was rounded for, its types chosen by, or its importance matrix measured on.
     calibration_sha256: str | None = None
     calibration_tokens: int = 0
     gptq_tensors: int = 0  # matrices of a GGUF file whose numbers were chosen for that text by GPTQ
     budget_bytes: int | None = None  # most that a mixture of bits was allowed to take
     eight_bit_layers: tuple[str, ...] = ()  # of a 4-bit variant, by module name, if text chose them
-    chosen_types: dict[str, str] = field(
-        default_factory=dict
-    )  # tensor -> type, if these were chosen for a size
+    chosen_types: dict[str, str] = field(default_factory=dict)  # tensor -> type, if chosen for a size
     predicted_loss: float | None = None  # divergence that those were expected to cost, nats a token
     tuned_tensors: int = 0  # scales and norms that training on the text changed
-    trained_tensors: int = (
-        0  # matrices that hold what training through the rounding has left in the checkpoint
-    )
+    trained_tensors: int = 0  # matrices that hold what training through the rounding has left
     blocks: BlockProof | None = None  # in place of the float32 file's proof, of a model too large for that
     plain_kl: float | None = (
         None  # mean divergence, nats, of the plain quantizer's numbers, if others were chosen

@@ -35,12 +35,8 @@ class ExportOptions:
     parity_windows: torch.Tensor | None = None  # ids (n_windows, seqlen); by default built-in English prose
     limits: Mapping[str, ParityLimits] | None = None  # by format's name, in place of the table's
     device: str = "cpu"  # where numbers of few bits are chosen; files are proven on the CPU
-    dtype: str = (
-        "auto"  # that weights are kept in while numbers are chosen, a name in `cfsp.precision.DTYPES`
-    )
-    by_blocks: bool = (
-        False  # the model's weights stay in their files; decided once by each export, as is the dtype
-    )
+    dtype: str = "auto"  # of weights while numbers are chosen, a name in `cfsp.precision.DTYPES`
+    by_blocks: bool = False  # weights stay in their files; decided once by each export, as is the dtype
     n_threads: int | None = None  # of quantizers and of the parity run; torch's number by default
     warnings: tuple[str, ...] = ()  # what was asked for and has no effect, for the record
     force: bool = False  # replace an existing output folder
@@ -61,8 +57,7 @@ class ExportOptions:
 DEFAULT_OPTIONS = ExportOptions()
 
 
-@dataclass(frozen=True)
-class FileOutline:
+class FileOutline(NamedTuple):
     """What a file says without being run: all that is needed to ask an engine elsewhere about texts."""
 
     path: Path  # what an engine opens, one that gives the logits of every position
@@ -93,9 +88,7 @@ class ExportFamily:
     setting: str  # key of [export] in release.toml that lists its formats
     title: str  # what its files are, for people
     formats: Mapping[str, ExportFormat]
-    find: Callable[
-        [str], ExportFormat
-    ]  # row of a name in any case; raises InputError that names the known ones
+    find: Callable[[str], ExportFormat]  # row of a name in any case; InputError names the known ones
     # (checkpoint, output, formats, settings) -> records; writes output/..., and output/export.json.
     export: Callable[[Path, Path, Sequence[str], ExportOptions], tuple[ExportRecord, ...]]
     # (folder of an export, stem of names, format) -> the model there; raises InputError if there is none.

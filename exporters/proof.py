@@ -1,16 +1,14 @@
 """Is an exported file the same model? Its logits, matrices, chats, and of a large model its blocks, held to ours.
 
-*Logits*: the checkpoint is run once and remembered as its last hidden states, (tokens, hidden_size), and its output
-matrix; logits are made from them in pieces, so that memory does not grow with vocabulary times tokens.
+*Logits* are made in pieces from the checkpoint's last hidden states, (tokens, hidden_size), and its output matrix.
 
-*Matrices*: of a stored row q and the exact row w, the slope q w / w w is near 1, whatever the rounding: 0.8 in two
-bits, 1 in eight. It is near 0 if q is another row, and 0 if q is gone. Over a whole matrix it is what the plain
-quantizer gives some rows, or what it was when numbers were chosen for a text: scales that are off by 5 % show.
+*Matrices*: of a stored row q and the exact row w, the slope q w / w w is 0.8 in two bits, 1 in eight, and near 0 if q
+is another row, or gone. Over a whole matrix it is what the plain quantizer gives some rows, or what it was when numbers
+were chosen for a text: scales that are off by 5 % show.
 
-*Blocks* of a model too large to run whole as float32: a slice is a file of a few blocks with the settings of the whole.
-Its vocabulary are the positions of a text, its embedding the hidden states that enter there: token t is position t. Its
-last norm is a plain one, that of the last blocks the model's; its output matrix is the embedding again, so that its
-logits are the products of what comes out of the blocks at one position with what entered at every other.
+*Blocks* of a model too large to run whole as float32: a slice is a file of a few blocks. Its vocabulary are the
+positions of a text, its embedding and its output matrix the hidden states that enter there. Its logits are products of
+what comes out of the blocks at one position, behind a norm, with what entered at every other.
 """
 
 from __future__ import annotations
@@ -103,8 +101,8 @@ def choose_windows(
 ) -> TokenWindows:
     """The text to compare on: ids that are given (n_windows, seqlen), or windows of built-in English prose.
 
-    With sliding windows, of which `narrowest` sees fewest tokens, the text is twice as long as that, as far as that
-    is no more text in all. Raises InputError: given windows are longer than the context of the exported file.
+    These go beyond the narrowest sliding window, if that is no more text in all. Raises InputError: given windows are
+    longer than the exported file's context.
     """
     if given is None:
         tokens = PARITY_WINDOWS * PARITY_SEQLEN
@@ -123,10 +121,7 @@ def choose_windows(
 
 
 def reference_of(model: Any, windows: TokenWindows, *, progress: Progress = no_progress) -> Reference:
-    """Run a causal LM in eval mode on text.
-
-    Raises InputError: no windows, windows of fewer than 2 tokens, or ids outside the vocabulary.
-    """
+    """Run a causal LM on text; raises InputError: windows of fewer than 2 tokens, or ids outside the vocabulary."""
     ids = windows.ids
     if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
         raise InputError("parity needs token ids (n_windows, seqlen >= 2)", value=tuple(ids.shape))
@@ -147,14 +142,8 @@ def compare(
 ) -> ParityReport:
     """Measure how far an export is from the checkpoint.
 
-    Args:
-        reference: The checkpoint's side.
-        run: Window of token ids (seqlen,) -> its logits, in pieces (k, vocab_size) of successive positions.
-        limits: Stored in the report, not checked; that to the difference of logits for the checkpoint's largest.
-        progress: Told after every window.
-
-    Raises:
-        LimitError: The export gives logits that are not finite.
+    `run` is a window of token ids (seqlen,) -> its logits, in pieces (k, vocab_size) of successive positions. Limits
+    are stored in the report, not checked. Raises LimitError: logits are not finite.
     """
     windows, largest, head = reference.windows, LARGEST_LOGIT, reference.head
 
@@ -219,18 +208,10 @@ def check_matrix(
     plain: Callable[[FloatArray], FloatArray],
     chosen: float | None = None,
 ) -> None:
-    """Hold a matrix of a file against the one that it was quantized from.
+    """Hold a matrix of a file, as its runtime reads it, against the exact one that it was quantized from.
 
-    Args:
-        name: For the message.
-        n_rows: Of the matrix.
-        exact: What it was quantized from.
-        stored: What the file's runtime reads.
-        plain: Exact rows -> what the plain quantizer makes of them.
-        chosen: The slope of numbers when they were chosen for a text; None for the plain quantizer's.
-
-    Raises:
-        LimitError: A row is not the exact one's, or all numbers are too large or too small.
+    `plain` is exact rows -> what the plain quantizer makes of them; `chosen` the slope of numbers when they were chosen
+    for a text. Raises LimitError: a row is not the exact one's, or all numbers are too large or too small.
     """
     inner, squares = np.empty(n_rows), np.empty(n_rows)
     for start in range(0, n_rows, _AT_ONCE):
@@ -289,17 +270,9 @@ def prove_slices(
 ) -> BlockProof:
     """Run every block of a checkpoint in torch and in a runtime, as float32, on the first window of a text.
 
-    Args:
-        model: The checkpoint's, whose weights may stay in files.
-        runs: Numbers of the blocks of each slice.
-        windows: The text, (n_windows, seqlen).
-        run: A slice -> its logits in the runtime for tokens 0, 1, ..., in pieces (k, tokens) of successive positions.
-        runtime: Its name.
-        max_logit_diff: Limit of the format to the difference of a language model's logits.
-        progress: Told after each slice.
-
-    Raises:
-        LimitError: A block gives something else in the runtime; the message says which.
+    `runs` are the blocks of each slice; `run` is a slice -> its logits in the runtime for tokens 0, 1, ..., in pieces
+    (k, tokens) of successive positions. `max_logit_diff` is the limit of a language model's logits. Raises LimitError:
+    a block, which the message names, gives something else in the runtime.
     """
     layers, ids, most = decoder_layers(model), windows.ids[:1], 0.0
     limit, epsilon = (max_logit_diff or 0.0) / LARGEST_LOGIT, norm_epsilon(model.config)
@@ -347,12 +320,7 @@ def read_chats(
 ) -> ReadChats:
     """Hold a runtime's token ids of conversations, and the tokens at which it stops, against the checkpoint's.
 
-    Args:
-        runtime: Its name.
-        tokenizer: The checkpoint's.
-        stops: Tokens at which the checkpoint's texts end.
-        read: The runtime's ids of a conversation, whose text transformers renders like this.
-        ends: Whether the runtime stops at a token.
+    `read` gives the runtime's ids of a conversation, whose text transformers renders like this.
     """
 
     def named(token: int) -> str:

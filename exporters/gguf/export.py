@@ -50,17 +50,10 @@ def export_gguf(
 ) -> tuple[ExportRecord, ...]:
     """Write output/<name>-<quant>.gguf for every quant (names from QUANTS), and output/export.json.
 
-    The float32 file is always written and proven first, as everything is quantized from it; it is kept only if it is
-    asked for. Of a model that is read block by block it is one in the model's own 16 bits, and the proof is one of
-    every block as float32. The model is in memory only until all files are written.
-
-    Returns:
-        One record a quant, in the order asked.
-
-    Raises:
-        InputError: Unknown quant, unusable checkpoint, a model that llama.cpp cannot represent, existing output.
-        LimitError: A file is too far from the checkpoint; the message has metric, value and limit. Nothing is left.
-        MissingExtraError: llama-cpp-python is not installed.
+    The float32 file is always written and proven first, as all are quantized from it, and kept if it is asked for.
+    Of a model that is read block by block it is one in its own 16 bits, and every block is proven as float32. Returns a
+    record a quant. Raises InputError; LimitError: a file is too far from the checkpoint, and nothing is left;
+    MissingExtraError: llama-cpp-python is not installed.
     """
     rows = find_rows(checkpoint, quants, settings)
     if not rows:
@@ -202,10 +195,10 @@ def _warnings(job: Job, file: WrittenFile, chosen: ChosenLayout) -> Iterator[str
 
 
 def prove_blocks(job: Job, chosen: ChosenLayout) -> BlockProof:
-    """Run every block in torch and in llama.cpp, as files of a few of them: see `prove_slices`.
+    """Run every block in torch and in llama.cpp: see `prove_slices`.
 
-    As few blocks at a time as the architecture counts them by, and of each run one that attends: llama.cpp makes no
-    context without, nor without what takes attention's place if the architecture has that.
+    As few at a time as the architecture counts them by, and in each run one that attends, and one with what takes
+    attention's place if the architecture has that: llama.cpp makes no context without.
     """
     layout, kv_heads = chosen.layout, chosen.config.kv_heads
     windowed = chosen.config.narrowest is not None

@@ -274,7 +274,7 @@ class Files:
                 sample = draw(weight, moments[name], TABLE_ROWS if is_table else ROWS)
                 values = spec.of_inputs(weight[sample.rows].float().numpy())
                 columns = torch.from_numpy(spec.of_inputs(sample.columns.numpy()))
-                sample = replace(sample, columns=columns)
+                sample = sample._replace(columns=columns)
                 for kind in losses:
                     change = StoredMatrix.nearest(values, kind, importance).values() - values
                     losses[kind] += float(sample.cost(torch.from_numpy(change)).sum())

@@ -44,11 +44,7 @@ _SMALL = 32
 
 
 class Plane(NamedTuple):
-    """Some bits of every code of a block.
-
-    Codes come in runs. The first codes of a run have the lowest bits of its bytes, one each; the next ones the bits
-    above these, from the first byte on.
-    """
+    """Some bits of every code of a block, in runs: the first codes of a run have the lowest bits of its bytes."""
 
     offset: int  # its first byte in the block
     bits: int  # of a code
@@ -131,10 +127,7 @@ class StoredMatrix:
 
     @classmethod
     def nearest(cls, values: FloatArray, kind: str, importance: FloatArray | None) -> StoredMatrix:
-        """As ggml rounds values (rows, in_features) whose rows divide into blocks.
-
-        `importance`: mean squared inputs, (in_features,); ggml ends the process for a type that wants some.
-        """
+        """As ggml rounds values (rows, in_features), by importance, mean squared inputs, which `WHOLE_BLOCKS` need."""
         elements, size = block_of(kind)
         rows, columns = values.shape
         values = np.ascontiguousarray(values, dtype=np.float32)
@@ -243,16 +236,9 @@ def quantize(
     imatrix: Mapping[str, FloatArray] | None = None,
     types: Mapping[str, str] | None = None,
 ) -> None:
-    """Quantize a float32 or float16 GGUF file with llama.cpp's quantizer.
+    """Quantize a float32 or 16-bit GGUF file with llama.cpp's quantizer; raises InputError with its reason.
 
-    Args:
-        ftype: llama.cpp's `llama_ftype`, see exporters.gguf.quants.
-        imatrix: Tensor -> mean squared input of each of its input channels, (in_features,) float32.
-        types: Tensor -> ggml type, of tensors that get another than the `ftype` says.
-
-    Raises:
-        InputError: llama.cpp refuses; the message has its reason.
-        MissingExtraError: llama-cpp-python is not installed.
+    `imatrix` has mean squared inputs (in_features,) of tensors, `types` ggml types other than the `ftype` says.
     """
     lib, imatrix, types = library(), imatrix or {}, types or {}
     params = lib.llama_model_quantize_default_params()
@@ -280,8 +266,7 @@ def quantize(
 class FileNumbers:
     """The numbers of a quantized file, and of the unquantized one, `base`, that it was made from.
 
-    Attributes:
-        slopes: Tensor that was changed -> its slope (`exporters.proof`).
+    `slopes`: tensor that was changed -> its slope (`exporters.proof`).
     """
 
     def __init__(self, base: Path, path: Path, chosen: ChosenLayout) -> None:
@@ -354,10 +339,7 @@ class FileNumbers:
     ) -> list[np.ndarray]:
         """Choose numbers of matrices of one type that read the same, some rows of all at a time; their values then.
 
-        Args:
-            specs: The matrices.
-            wanted: (first row, row behind the last) -> what these rows are to be, of each.
-            gram: Of what they read, in the order of their columns.
+        `wanted`, of each, is (first row, row behind the last) -> what these are to be; gram is in the columns' order.
         """
         matrices = [self.matrix(spec) for spec in specs]
         data, kind = np.concatenate([matrix.data for matrix in matrices]), matrices[0].kind
@@ -410,10 +392,7 @@ class FileNumbers:
         return None if norm is None else norm.numpy() + np.float32(spec.offset)
 
     def put(self, numbers: RoundedNumbers) -> None:
-        """Write what a training through the rounding has left; the file's types are those of the numbers.
-
-        Raises InputError: they are not what the checkpoint's weights stand for, or not of its shape.
-        """
+        """Write what a training through the rounding has left; InputError if the weights do not stand for it."""
         for name, tensor in numbers.tensors.items():
             data, place = tensor.numpy(), self.stored.get(name)
             kind = numbers.format.types.get(name)

@@ -31,9 +31,7 @@ class Quant(ExportFormat):
     base_type: str  # ggml type of most matrices
     uses_imatrix: bool = True
     needs_imatrix: bool = False  # llama.cpp refuses to write it without one
-    budget_bytes: int | None = (
-        None  # most that the file may take, if types are chosen tensor by tensor for it
-    )
+    budget_bytes: int | None = None  # most that the file may take, if types are chosen for it
 
     @property
     def ftype(self) -> int:

@@ -3,8 +3,8 @@
 Its log is kept from the terminal; what it last complained about goes into error messages. No torch is imported: a
 process that only runs a file holds none.
 
-What is computed together decides how sums are rounded, so all that runs several sequences in one context does it by
-`continuation_rows` and `write_together`, and the native runner (runtime_bench/native/runner.cpp) as these do.
+What is computed together decides how sums are rounded: `continuation_rows` and `write_together` run several sequences
+in one context, and the native runner (runtime_bench/native/runner.cpp) as these do.
 """
 
 from __future__ import annotations
@@ -78,10 +78,7 @@ class Log:
             return "; ".join(list(self._complaints)[-count:]) or "llama.cpp gave no reason"
 
     def opened(self) -> tuple[bool | None, dict[str, int]]:
-        """Whether llama.cpp chose its flash kernel, None if it did not say; bytes of the weights by their buffer.
-
-        `CPU_Mapped` are the file's pages, others are copies.
-        """
+        """Whether llama.cpp chose its flash kernel, None if it did not say; bytes of the weights by their buffer."""
         flash, sizes = None, dict[str, int]()
         with self._lock:
             for line in self._facts:
@@ -119,10 +116,7 @@ def library() -> Any:
 
 
 def runtime_version() -> str:
-    """Names and versions of the binding and of llama.cpp.
-
-    Raises MissingExtraError: llama-cpp-python is not installed; InputError: this version of it is not supported.
-    """
+    """Versions of the binding and of llama.cpp; MissingExtraError without it, InputError if it is not supported."""
     version = library().llama_version().decode()
     return f"{_DISTRIBUTION} {importlib.metadata.version(_DISTRIBUTION)}, llama.cpp {version}"
 
@@ -200,10 +194,7 @@ class LlamaModel:
         return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
 
     def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
-        """Token ids of a text, in which special tokens may be written out.
-
-        `add_special`: with the start and end tokens that the file asks for.
-        """
+        """Token ids of a text, special tokens in it included; `add_special`: and those that the file asks for."""
         raw = text.encode("utf-8")
         size = len(raw) + 8
         for _ in range(2):
@@ -238,10 +229,7 @@ class LlamaModel:
         self._lib.llama_memory_seq_cp(memory, source, target, -1, -1)
 
     def decode(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> None:
-        """Run tokens after those decoded so far, with logits of the last one, and wait: what llama-bench times.
-
-        Raises InputError: the context is full, or a token is not in the vocabulary.
-        """
+        """Run tokens after those decoded so far, with logits of the last one, and wait: what llama-bench times."""
         ids = np.ascontiguousarray(tokens, dtype=np.int32)
         for start in range(0, len(ids), self._n_batch):
             piece = ids[start : start + self._n_batch]
@@ -305,11 +293,7 @@ _THREAD = ThreadPoolExecutor(1, "llama.cpp")
 
 
 def _computed(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call llama.cpp on a thread that torch never computes on.
-
-    llama.cpp configures the processor's matrix tiles (AMX) once a thread. oneDNN, in torch, configures and releases
-    them as it goes, so that the next tile that llama.cpp loads on that thread would kill the process.
-    """
+    """Call llama.cpp on a thread that torch never computes on: both configure its AMX tiles, and would crash."""
     if "torch" not in sys.modules:
         return function(*arguments)
     return _THREAD.submit(function, *arguments).result()

@@ -215,8 +215,7 @@ CHECK_STRINGS = (
 def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
     """Give a gguf.GGUFWriter tokenizer.*: vocabulary, merges or scores, special tokens, chat template.
 
-    Of the embedding's rows those that the tokenizer does not use become [PADn], unused. Raises InputError: more
-    tokens than embeddings, or a tokenizer that GGUF files of these families do not have.
+    Rows of the embedding without a token become [PADn]. Raises InputError: the file cannot hold this tokenizer.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     tokens, types = _vocabulary(tokenizer, state, vocab_size)
@@ -268,13 +267,8 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
 def check_tokenizer(path: Path, tokenizer: Any, strings: Sequence[str] | None = None) -> int:
     """Hold llama.cpp's token ids of a file against the tokenizer's, with and without the start and end tokens.
 
-    llama.cpp does not normalize text. If the tokenizer does (Qwen's, to NFC), the strings are compared in NFC.
-
-    Returns:
-        Number of strings compared; CHECK_STRINGS and lines of English prose unless some are given.
-
-    Raises:
-        LimitError: They differ; the message has the first string and both lists of ids.
+    Strings are CHECK_STRINGS and lines of English prose unless some are given, in NFC if the tokenizer composes, as
+    llama.cpp does not. Returns their number. Raises LimitError: ids differ.
     """
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
     if strings is None:

@@ -86,18 +86,10 @@ def export_onnx(
 ) -> tuple[ExportRecord, ...]:
     """Write output/<variant>/ for every variant, and output/export.json (an ExportManifest).
 
-    The float32 variant is written and proven before all that are built like it, and kept only if it is asked for. If
-    all are of few bits, a model that would take much of the memory is read block by block, and the proof is one of
-    every block as float32.
-
-    Returns:
-        One record a variant, in the order asked.
-
-    Raises:
-        InputError: Unknown variant, unusable checkpoint, a model that the graph cannot compute, existing output,
-            a mixture without text or with too few bytes, an operator that the opset lacks.
-        LimitError: A variant is too far from the checkpoint; the message has metric, value and limit. Nothing is left.
-        MissingExtraError: ONNX Runtime is not installed, or optimum's exporter for a portable variant.
+    The float32 variant is written and proven before all that are built like it, and kept if it is asked for. If all are
+    of few bits, a model that would take much of the memory is read, and proven as float32, block by block. Returns a
+    record a variant. Raises InputError; LimitError: a variant is too far from the checkpoint, and nothing is left;
+    MissingExtraError: ONNX Runtime is not installed, or optimum's exporter for a portable variant.
     """
     rows = list(dict.fromkeys(find_variant(variant) for variant in variants))
     if not rows:
@@ -358,15 +350,10 @@ Sums = tuple[float, float]
 
 
 def check_numbers(path: Path, model: Any, chosen: Mapping[str, Sums] = MappingProxyType({})) -> None:
-    """Hold every matrix of one of the product's own graphs against the model's.
+    """Hold every matrix of one of the product's own graphs against the model's, float32.
 
-    Args:
-        path: The graph.
-        model: What it was made from, float32.
-        chosen: By `slope_sums`, of layers whose numbers were chosen for a text.
-
-    Raises:
-        LimitError: A matrix is not the model's (`exporters.proof`), is missing, or is stored twice.
+    `chosen`: by `slope_sums`, of layers whose numbers were chosen for a text. Raises LimitError: a matrix is not the
+    model's (`exporters.proof`), is missing, or is stored twice.
     """
     values = ir.load(path).graph.initializers
     tensors = {name: value.const_value for name, value in values.items() if value.const_value is not None}

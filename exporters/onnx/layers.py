@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -160,8 +160,7 @@ class Matrix(Protocol):
         """The rows of token ids (batch_size, sequence_length)."""
 
 
-@dataclass(frozen=True)
-class Floats:
+class Floats(NamedTuple):
     """Weights as they are; what is no table is stored as W^T."""
 
     weight: Numbers
@@ -255,8 +254,7 @@ class NBits:
         return data, builder.cast(scales, f"{scales.name}.cast", ir.DataType.FLOAT)
 
 
-@dataclass(frozen=True)
-class Stacked:
+class Stacked(NamedTuple):
     """Matrices of the same inputs and unlike formats as one: the rows of the first, then those of the next."""
 
     parts: tuple[Matrix, ...]
@@ -288,8 +286,7 @@ class Stacked:
         return builder.op("Where", [chosen, first, rest], name, dtype=first.dtype, shape=first.shape)
 
 
-@dataclass(frozen=True)
-class Int8:
+class Int8(NamedTuple):
     """Int8 with a scale for each output, multiplied as integers: W8A8 in standard operators.
 
         y = ((x_q - 128) (W_q - 128)^T) * s_x * s_w,   x_q = 128 + round(x / s_x),  s_x = max |x| / 127 of the token,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -130,8 +131,7 @@ def _best_scales(blocks: torch.Tensor, counts: torch.Tensor, form: BlockFormat) 
     return torch.where(best == 0, torch.ones_like(best), best)  # less than float16 holds: zeros
 
 
-@dataclass(frozen=True)
-class Int8Rows:
+class Int8Rows(NamedTuple):
     """A matrix in int8 with a scale for each row: w = (data - 128) * scale."""
 
     data: torch.Tensor  # (rows, columns) uint8

@@ -98,10 +98,9 @@ def quantize_linears(
     correction: float = CORRECTION,
     progress: Progress = no_progress,
 ) -> dict[str, Rounded]:
-    """Quantize every matrix of a model: see `QuantizedModel.layers`.
+    """Quantize every matrix of a model, without text (nsamples, seqlen) to the nearest: see `QuantizedModel.layers`.
 
-    A tied embedding is rounded for what it multiplies; one of its own costs no time: it gets the nearest of eight bits.
-    Without text, (nsamples, seqlen), numbers are the nearest; `correction` is `round_blocks`'s.
+    An embedding of its own costs no time, and gets eight bits; `correction` is `round_blocks`'s.
     """
     linears = block_linears(model)
     result: dict[str, Rounded] = {}
@@ -152,10 +151,9 @@ def rounded(weight: torch.Tensor, form: BlockFormat, gram: torch.Tensor | None =
 
 
 def formats_without_text(form: BlockFormat, down: str) -> FormatOf:
-    """`form` for all layers, but eight bits where rounding costs most in most models; `down`: an FFN's last matrix.
+    """`form` for all layers, but eight bits where rounding costs most; `down`: an FFN's last matrix.
 
-    Of SmolLM2-135M, v_proj alone, 3 % of the blocks' weights, makes half of the whole divergence; of the others
-    down_proj costs most, above all at both ends. To the nearest, the output matrix alone would cost more than all.
+    Of SmolLM2-135M v_proj, 3 % of the blocks' weights, makes half of the divergence, then down_proj at both ends.
     """
 
     def format_of(name: str, block: int, blocks: int) -> BlockFormat:
@@ -204,11 +202,10 @@ def measure(
 def choose_eight_bits(
     model: Any, form: BlockFormat, losses: Losses, left_bytes: int | None = None
 ) -> tuple[str, ...]:
-    """The layers to store in eight bits, of the least loss together.
+    """The layers to store in eight bits, of the least loss together; others are of `form`.
 
-    Others are of `form`. `left_bytes` is what eight bits may take more in a file that has apart all that can be one
-    layer. None is few, until a token takes 3 % longer. It takes the time to read the weights, so that price is in
-    bytes, too: what can be one layer is one as long as it has one format, and two products more cost `_APART_BYTES`.
+    `left_bytes` is what eight bits may take more; None is few, until a token takes 3 % longer, the time to read the
+    weights. Layers that read the same are one if they have one format; two products more cost `_APART_BYTES`.
     """
     shapes = {name: weight_of(model, name).shape for name in losses}
     few = left_bytes is None

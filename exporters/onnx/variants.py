@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 from cfsp.errors import look_up
 from exporters.export_record import ExportFormat, ParityLimits
 
 
-@dataclass(frozen=True)
-class BlockFormat:
+class BlockFormat(NamedTuple):
     """How a matrix of few bits is stored."""
 
     bits: int  # 4 or 8

@@ -6,8 +6,7 @@ A family's grid is one file that has a `QuantizedMatrix`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 
@@ -15,8 +14,7 @@ _TOLERANCE = 2.0**-7
 """Of a row's largest number: weights of 16 bits are not quite what their numbers stand for."""
 
 
-@dataclass(frozen=True)
-class Grid:
+class Grid(NamedTuple):
     """The numbers that a block of a format can hold, its offset aside: scale * code."""
 
     codes: tuple[float, ...]  # ascending
@@ -50,8 +48,7 @@ class QuantizedMatrix(Protocol):
 M = TypeVar("M", bound=QuantizedMatrix)
 
 
-@dataclass(frozen=True)
-class Placed:
+class Placed(NamedTuple):
     """A matrix of a file, and where its numbers are in a model."""
 
     matrix: QuantizedMatrix

@@ -3,10 +3,9 @@
 One backward pass over calibration text says what changes of weights cost. The loss of a token is the negative
 log-likelihood of a label drawn from the model's own prediction: the second moment of its gradient g is then the Fisher
 matrix F, and for a small change delta of an activation KL(dense || changed) = E[delta^T F delta] / 2 to second order.
-No labels are needed, and the text's own next tokens (the "empirical" Fisher) are not used. A change C of a Linear's
-weight moves its output for token t by C x_t, which costs E[(g_t^T C x_t)^2] / 2: `predict_divergence`. If there are too
-many changes to round all of a weight for each, `collect_weight_moments` keeps of that form what is on its diagonal, and
-some rows are rounded. Loss and bytes of all tensors are then a knapsack with one choice a tensor: `solve`.
+A change C of a Linear's weight moves its output for token t by C x_t, which costs E[(g_t^T C x_t)^2] / 2:
+`predict_divergence`. For many changes of each weight, `collect_weight_moments` keeps that form's diagonal, and some
+rows are rounded. Loss and bytes of all tensors are then a knapsack with one choice a tensor: `solve`.
 
 Notation: x_t is a Linear's input for token t, g_t the gradient at its output.
 """
@@ -17,7 +16,6 @@ import copy
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -64,8 +62,7 @@ def predict_divergence(
 ) -> dict[str, float]:
     """KL(model || model with one Linear's weight changed), nats a token to second order, of many changes at once.
 
-    What tokens do to each other through a change is left out. The model is in eval mode, and stays as it is. Raises
-    InputError if a gradient is not finite.
+    What tokens do to each other through a change is left out. Raises InputError: a gradient is not finite.
     """
     totals = dict.fromkeys(changes, 0.0)
 
@@ -85,11 +82,10 @@ def predict_divergence(
 
 
 class WeightMoments(NamedTuple):
-    """What a change C of a weight costs, to second order: sum over i, j of C_ij^2 rows_i columns_j / 2 nats a token.
+    """What a change C of a weight costs: sum over i, j of C_ij^2 rows_i columns_j / 2 nats a token.
 
-    E[(g_t^T C x_t)^2] / 2 without its off-diagonal terms, with E[g_ti^2 x_tj^2] as the product of E[g_ti^2] and x's
-    mean square if every token counts as much as its gradient: rounding errors of one weight and the next are not alike,
-    and the first token's huge activations move no prediction.
+    E[(g_t^T C x_t)^2] / 2 without off-diagonal terms, as rounding errors of two weights are not alike. In x's mean
+    square a token counts as much as its gradient: the first one's huge activations move no prediction.
     """
 
     rows: torch.Tensor  # (out_features,) float64, E[g_i^2]
@@ -100,10 +96,7 @@ class WeightMoments(NamedTuple):
 def collect_weight_moments(
     model: Any, names: Iterable[str], input_ids: torch.Tensor, *, progress: Progress = no_progress
 ) -> dict[str, WeightMoments]:
-    """What changes of weights cost: of Linears, and of all tables of tokens, the embedding as `LOOKUP`.
-
-    The model and errors as for `predict_divergence`.
-    """
+    """What changes of Linears and token tables cost, the embedding as `LOOKUP`; errors as `predict_divergence`."""
     sums: dict[str, WeightMoments] = {}
 
     def keep(name: str, *new: torch.Tensor) -> None:
@@ -139,8 +132,7 @@ def _finite(name: str, value: float) -> float:
     return value
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """Some rows of a weight, which know what a change of all of them costs."""
 
     rows: torch.Tensor  # which
@@ -154,10 +146,9 @@ class Sample:
 
 
 def draw(weight: torch.Tensor, moments: WeightMoments, count: int) -> Sample:
-    """Rows of a weight, drawn by about what rounding each costs.
+    """Rows of a weight, drawn by about what rounding each costs: rows_i (1 + u_i / mean(u) + v_i / mean(v)).
 
-    That is rows_i (1 + u_i / mean(u) + v_i / mean(v)), u_i = sum_j W_ij^2 and v_i = sum_j W_ij^2 columns_j: some types
-    lose what is as large as the numbers, some more where inputs are huge.
+    u_i = sum_j W_ij^2 and v_i = sum_j W_ij^2 columns_j: types lose most where numbers, or inputs, are large.
     """
     columns = moments.columns.float().to(weight.device)
     kinds = torch.stack([torch.ones_like(columns), columns], 1)
@@ -168,11 +159,9 @@ def draw(weight: torch.Tensor, moments: WeightMoments, count: int) -> Sample:
 
 
 def drawn_rows(sizes: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows that stand for all in a sum over rows which is known of few.
+    """Rows that stand for all in a sum: systematic sampling by size (Madow 1949), sizes (n,) float64, largest first.
 
-    Rows are drawn at even steps of the running sum of sizes (n,) float64, the largest first: systematic sampling with
-    probability proportional to size (Madow 1949). The more a row's part in the sum is as its size says, the less the
-    sum is off. Returns rows, each once, (m,) int64, and the factors with which theirs sum up to all rows' parts.
+    Returns rows, each once, (m,) int64, and the factors with which theirs sum up to all rows' parts.
     """
     if count >= len(sizes):
         return torch.arange(len(sizes)), torch.ones_like(sizes)
@@ -185,8 +174,7 @@ def drawn_rows(sizes: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
     return rows, times / count * total / sizes[rows].clamp_min(least)
 
 
-@dataclass(frozen=True)
-class Option(Generic[Kind]):
+class Option(NamedTuple, Generic[Kind]):
     """A way to store a tensor."""
 
     kind: Kind
@@ -195,10 +183,9 @@ class Option(Generic[Kind]):
 
 
 def solve(options: Mapping[str, Sequence[Option[Kind]]], left_bytes: int) -> dict[str, Option[Kind]]:
-    """One option for each name with the least loss in all that fits; of equal ones the first.
+    """One option for each name with the least loss in all that fits `left_bytes`; of equal ones the first.
 
-    Sizes are in steps of 1/65536 of what is to be shared out beyond the smallest, rounded up; `left_bytes` are for all,
-    and at least what the smallest take.
+    Sizes are in steps of 1/65536 of what is to be shared out beyond the smallest, rounded up.
     """
     least = {name: min(option.n_bytes for option in each) for name, each in options.items()}
     spare = left_bytes - sum(least.values())

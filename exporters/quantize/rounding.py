@@ -41,10 +41,9 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 def fit(weight: torch.Tensor, stored: M, gram: torch.Tensor) -> M:
-    """A matrix of the same kind as `stored`, which is rounded to the nearest, closer to a weight for its inputs.
+    """A matrix as `stored`, which is rounded to the nearest, closer to a weight (rows, columns) for its inputs.
 
-    The weight is (rows, columns) float32, and gram X^T X / T of its inputs, (columns, columns). Raises InputError if
-    that is not finite.
+    `gram` is X^T X / T of these, (columns, columns). Raises InputError: it is not finite.
     """
     grid = stored.grid
     scales, offsets = stored.scales_and_offsets()
@@ -62,16 +61,10 @@ def gptq_codes(weight: torch.Tensor, scales: torch.Tensor, grid: Grid, gram: tor
     """GPTQ (Frantar et al., arXiv 2210.17323): each column's error is made up for by the columns after it.
 
     Columns with the largest inputs go first. What column j loses, e_j = (w_j - q_j) / U_jj, is taken from the later
-    ones as e_j U_j, where U is the upper Cholesky factor of (H + RIDGE mean(diag H) I)^-1. Blocks keep their scales.
+    ones as e_j U_j, where U is the upper Cholesky factor of (H + RIDGE mean(diag H) I)^-1.
 
-    Args:
-        weight: W, (rows, columns) float32, without the offsets of its blocks.
-        scales: Of each block, (rows, blocks) float32, none of them 0; the last block may have columns beyond W.
-        grid: What a block can hold.
-        gram: H = X^T X / T of the layer's inputs; InputError if it is not finite or cannot be inverted.
-
-    Returns:
-        Codes, (columns, rows) float32.
+    `weight` is W (rows, columns) without offsets, `scales` (rows, blocks) are not 0 and stay, `gram` is H = X^T X / T.
+    Returns codes (columns, rows) float32. Raises InputError: H is not finite, or cannot be inverted.
     """
     columns = weight.shape[1]
     order = gram.diagonal().argsort(descending=True)
@@ -100,10 +93,9 @@ def gptq_blocks(
     block_size: int,
     rounded: Callable[[int, torch.Tensor], torch.Tensor],
 ) -> None:
-    """GPTQ block after block, for formats in which a block's numbers cannot be chosen one by one.
+    """GPTQ block after block: what B loses, E = (W_B - Q_B) U_BB^-1, is taken from the later columns as E U_B.
 
-    What block B loses, E = (W_B - Q_B) U_BB^-1, is taken from the later columns as E U_B. Arguments as for
-    `gptq_codes`; `rounded` is (index of a block, what it is to hold (rows, block_size)) -> what it holds.
+    `rounded` is (index of a block, what it is to hold (rows, block_size)) -> what it holds.
     """
     places = torch.arange(weight.shape[1], device=weight.device).view(-1, block_size)
     blocks = gram.diagonal()[places].sum(1).argsort(descending=True)
@@ -139,10 +131,7 @@ def _nearest_codes(codes: tuple[float, ...], device: torch.device) -> torch.Tens
 
 
 def _upper_factor_of_inverse(gram: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """U, upper triangular float32, with U^T U = (H + RIDGE mean(diag H) I)^-1 for H in an order of its columns.
-
-    H from its last row to its first is L L^T; U is L^-1 turned back. One matrix of H's size is held beside H.
-    """
+    """U, upper triangular float32, with U^T U = (H + RIDGE mean(diag H) I)^-1 for H in an order of its columns."""
     return invert_lower_(factored(gram, order.flip(0))).float().flip(0, 1)
 
 
@@ -159,10 +148,9 @@ def factored(gram: torch.Tensor, order: torch.Tensor | None = None) -> torch.Ten
 
 
 def invert_lower_(matrix: torch.Tensor) -> torch.Tensor:
-    """The inverse of a lower triangular matrix (n, n), in its place.
+    """The inverse of a lower triangular matrix (n, n), in its place, two to three times as fast as solving for I:
 
-    [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]: solving for the columns of I takes two to three times as
-    long, and a second matrix.
+    [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]].
     """
     size = len(matrix)
     if size <= _SMALL:
@@ -188,12 +176,9 @@ def refine_codes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Lower tr((W - Q) (H + RIDGE mean(diag H) I) (W - Q)^T), which GPTQ lowers in one pass, by coordinate descent.
 
-    All scales of a row become those of least squares first, if the grid lets them. Then one block after another,
-    several times: its scale becomes the best one, and after it each of its codes, in turn, the one that is best
-    beside all the others (QuantEase, Behdin et al., arXiv 2309.01885).
-
-    Arguments as for `gptq_codes`, with its codes to start from, and scales exact in float16 if the grid leaves them
-    free. Returns codes (columns, rows) and scales (rows, blocks), float32.
+    Free scales of a row become those of least squares. Then one block after another gets its best scale, and each of
+    its codes the one that is best beside all others (QuantEase, Behdin et al., arXiv 2309.01885); `_ROUNDS` times.
+    Arguments as for `gptq_codes`. Returns codes (columns, rows) and scales (rows, blocks), float32.
     """
     columns, size = weight.shape[1], grid.block_size
     padding = scales.shape[1] * size - columns
@@ -230,8 +215,7 @@ def _solve_scales_(
 ) -> None:
     """Move scales (blocks, rows) to those of least squares beside each other; weight and codes are (columns, rows).
 
-    They move by d of A d = r, with A_bc = q_b^T H_bc q_c and r_b = q_b^T (H E)_b. The scale of a block of zeros stays,
-    and so does one that would become 0, or that of a row whose system cannot be solved.
+    They move by d of A d = r, with A_bc = q_b^T H_bc q_c and r_b = q_b^T (H E)_b; those that cannot be solved stay.
     """
     lost = (weight - codes * scales.repeat_interleave(size, 0)).to(h.dtype)
     count, rows = scales.shape
@@ -267,8 +251,8 @@ def _descend_(
 ) -> None:
     """Choose the scale and the codes of one block after another anew, beside what the others lose by then.
 
-    With H damped (`inside`: of every block's own columns), W, codes and E = W - Q (columns with padding, rows), scales
-    (blocks, rows), H and E in the dtype of products, and the number of columns without padding.
+    `h` is damped, `inside` has every block's own columns of it; W, codes and E = W - Q are (columns with padding,
+    rows), scales (blocks, rows); `columns` are those without padding.
     """
     size = grid.block_size
     step = size * (1 if h.dtype == torch.float32 else _TOGETHER)

@@ -48,16 +48,10 @@ def tune_scales(
     *,
     progress: Progress = no_progress,
 ) -> TunedScales:
-    """Train a factor of each row and norm, one step a window, on the KL divergence from the model as it was.
+    """Train a factor of each row and norm, a step a window (nsamples, seqlen), on the KL divergence from the model.
 
-    Args:
-        model: A causal LM of the architecture table, float32; unchanged.
-        stored: Linear of the blocks -> its weight as it is stored (out_features, in_features); others stay.
-        head: The output matrix as it is stored, which stays, as a tied one is looked up, too.
-        table: The token embedding likewise; the same if they are tied.
-        input_ids: Text, (nsamples, seqlen).
-        learning_rate: Adam's, at its peak.
-        progress: Told after each window.
+    `stored` are weights of Linears (out_features, in_features) as a file has them; `head` and `table`, the output
+    matrix and the token embedding, stay. The model, float32, is unchanged; the learning rate is Adam's at its peak.
     """
     decoder, dense = model.get_decoder(), model.get_output_embeddings().weight.detach()
     prefix = next(f"{name}." for name, module in model.named_modules() if module is decoder)
@@ -168,7 +162,7 @@ class RoundedModel:
             modules: list[Any] = [model.get_submodule(module) for module in placed.modules]
             factors = [(1 + m.parametrizations.weight[0].changes).detach().float().cpu() for m in modules]
             matrix = placed.matrix.scaled(placed.stack(factors)) if factors else placed.matrix
-            trained[name] = replace(placed, matrix=matrix)
+            trained[name] = placed._replace(matrix=matrix)
             for module in modules:
                 parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
         left = replace(self, placed=trained)

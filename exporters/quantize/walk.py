@@ -63,16 +63,11 @@ def round_blocks(
 ) -> torch.Tensor:
     """Let a caller round layer after layer, each when it is about to read; a block is run once in each stream.
 
-    Args:
-        model: A causal LM of the architecture table, float32; unchanged.
-        input_ids: Text to round for, (nsamples, seqlen).
-        visit: (index of a block, those of its layers that read one tensor) -> module -> what its weight has become;
-            others stay. It is called several times a block, in the order in which layers read.
-        correction: c; without any there is one stream, and every layer is rounded to its own weight.
-        progress: Told after each block, of one more than there are; the output matrix is the caller's.
+    `visit` is (index of a block, those of its layers that read one tensor) -> module -> what its weight has become,
+    in the order in which layers read. The model, float32, stays as it is. Without a correction c there is one stream.
 
-    Returns:
-        X^T X / T of the output matrix's inputs. InputError if so much text does not fit the memory.
+    Returns X^T X / T of the output matrix's inputs. Raises InputError: so much text, (nsamples, seqlen), does not fit
+    the memory.
     """
     layers, linears = decoder_layers(model), block_linears(model)
     if model.device.type == "cpu":
@@ -120,11 +115,10 @@ def alike(forms: Mapping[str, Any], readings: Readings) -> list[list[str]]:
 
 
 def _with_attention_sink(x: torch.Tensor) -> torch.Tensor:
-    """Attention's inputs (seqlen, hidden_size), or what they lack, as much of the first token as comes out of it.
+    """Attention's inputs (seqlen, hidden_size), or what they lack, with the first token, the attention sink, larger.
 
-    Heads that have nothing to say attend to it (Xiao et al., arXiv 2309.17453), so an error in its key or value reaches
-    every other token. As one of hundreds, GPTQ moves the others' errors to it: of SmolLM2-135M in four bits, one v_proj
-    then made 30 % of the whole divergence.
+    An error in its key or value reaches every other token (Xiao et al., arXiv 2309.17453). Unweighted, one v_proj made
+    30 % of the whole divergence of SmolLM2-135M in four bits.
     """
     weighted = x.float().clone()
     weighted[0] *= max(1.0, _SINK_SHARE * len(x)) ** 0.5
@@ -196,12 +190,10 @@ class _Block:
                     self._linears[name].weight = weight
 
     def _readings(self, names: tuple[str, ...], x: torch.Tensor) -> dict[str, Reading]:
-        """Of layers that read x, X of (windows, seqlen, in_features), by a share of the drift taken back:
+        """Of layers that read x (windows, seqlen, in_features): W' = W + c L^T X (H + RIDGE mean(diag H) I)^-1 / T.
 
-            W' = W + c L^T X (H + RIDGE mean(diag H) I)^-1 / T
-
-        L, (T, rows), is what outputs lack, (X* - X) W^T + h* - h. Without sums, and if there are more rows than
-        columns, inputs are corrected in place of outputs: (X* - X)^T X is the smaller product.
+        L, (T, rows), is what outputs lack, (X* - X) W^T + h* - h. Without sums and with more rows than columns inputs
+        are corrected in place of outputs: (X* - X)^T X is the smaller product.
         """
         weigh = _with_attention_sink if names[0].endswith(_ATTENTION) else torch.Tensor.float
         count = x.shape[:-1].numel()
