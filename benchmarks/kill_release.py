@@ -10,8 +10,6 @@ there were as many kills as asked for. It fails where
     a temporary file, training's own checkpoints or a process are left.
 
     python benchmarks/kill_release.py [--kills 50] [--seed 0] [--threads 2] [--folder DIR] [--json FILE]
-
-With two threads, stages run beside each other in processes, which have to end by themselves when the run is killed.
 """
 
 from __future__ import annotations

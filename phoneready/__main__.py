@@ -14,14 +14,12 @@ def run() -> None:
     """
     import signal
 
-    from phoneready.interrupts import interrupt, raise_again
-
-    sys.unraisablehook = raise_again
+    sys.unraisablehook = _raise_again
     try:
         for name in ("SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
             if number and signal.getsignal(number) == signal.SIG_DFL:
-                signal.signal(number, interrupt)
+                signal.signal(number, _interrupt)
         problem = _problem()
         if problem is None:
             from cfsp.child_process import wait_passively
@@ -36,6 +34,29 @@ def run() -> None:
         print("error: interrupted", file=sys.stderr)
         status = 130
     sys.exit(status)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """Handle a signal as Ctrl-C."""
+    import signal
+
+    signal.signal(number, signal.SIG_IGN)  # the second one must not interrupt the cleaning up
+    raise KeyboardInterrupt
+
+
+def _raise_again(dropped: sys.UnraisableHookArgs) -> None:
+    """Raise an interrupt once more that was raised where Python drops what is raised, as in a callback from C."""
+    import signal
+
+    def interrupted(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if not issubclass(dropped.exc_type, KeyboardInterrupt) or not hasattr(signal, "SIGALRM"):
+        sys.__unraisablehook__(dropped)
+        return
+    # A timer's signal ends a wait, too; SIGINT might be ignored, as by what a shell starts in the background.
+    signal.signal(signal.SIGALRM, interrupted)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
 
 
 def _problem() -> str | None:

@@ -11,7 +11,6 @@
     decide-<target> more rounds where budgets on speeds are open there
 
 With [recover] a stage `recover` trains after `prune`, and with evaluate.files `evaluate-files` judges those exports.
-The two exports run beside each other in processes, each with half the threads.
 Report and manifest are written from what the stages left, in every run; GGUF files are linked into the folder,
 ONNX folders copied.
 """
@@ -21,23 +20,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from cfsp.devices import CPU, find_device
+from cfsp.devices import find_device
 from cfsp.errors import InputError, require_extra
 from cfsp.evaluation.tasks import needs_harness, tasks_sha256
 from cfsp.files import writable_place
-from cfsp.memory import usable_memory
 from cfsp.models.checkpoint import read_checkpoint_info
 from cfsp.progress import Progress
 from cfsp.recovery.data import check_readable
 from exporters.families import FAMILIES, makes_gguf
-from phoneready.console import prepare_torch
 from phoneready.evaluation.own_metrics import check_directions, metric_sha256
 from phoneready.figures.figures import (
     DENSE,
@@ -58,10 +53,8 @@ from phoneready.release.results import collect_figures, read_figures, stage_figu
 from phoneready.release.stages import (
     RUNNING,
     Stage,
-    Work,
     claim_folder,
     explain_stages,
-    run_stage,
     run_stages,
     stage_folder,
 )
@@ -80,9 +73,6 @@ from phoneready.settings.release import planned_figures
 from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.environment import cpu_model
 from runtime_bench.targets.table import target_details
-
-_TIMES_THE_WEIGHTS = 8
-"""What a stage holds at most, by the bytes of the dense model's weights; exports of SmolLM2-135M take 6.7."""
 
 
 def run_release(
@@ -105,7 +95,6 @@ def run_release(
             another model or schema.
         MissingExtraError: The configuration asks for something whose extra is not installed.
         LimitError: An exported file is too far from its checkpoint.
-        PhonereadyError: Any of these in a process of its own, with the same text and exit status; or it was killed.
     """
     check_before_work(config, folder)
     baseline = load_baseline(config)
@@ -127,20 +116,7 @@ def run_release(
             if state == RUNNING:
                 check_stage_room(config, folder, stage)
 
-        def beside() -> Work | None:
-            """Two stages at once if there are threads and memory for both, and no GPU that they would have to share."""
-            n_threads = threads or torch.get_num_threads()
-            if find_device(config.model.device) != CPU or n_threads < 2:
-                return None
-            model = stage_folder(folder, "dense") / "model"
-            weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-            if usable_memory() < 2 * _TIMES_THE_WEIGHTS * weights:
-                return None
-            return functools.partial(_run_one, config, folder, n_threads // 2)
-
-        records = run_stages(
-            stages, folder, show=shown, progress=progress, check=check, beside=beside, threads=threads
-        )
+        records = run_stages(stages, folder, show=shown, progress=progress, check=check, threads=threads)
         recorded = read_figures(config, folder)
         figures = collect_figures(config, folder, recorded)
         verdicts = write_verdicts(
@@ -193,20 +169,6 @@ def check_stage_room(config: ReleaseConfig, folder: Path, name: str) -> None:
     check_room(
         what, models, needs, stage_folder(folder, name), device=find_device(config.model.device), kept=kept
     )
-
-
-def _run_one(
-    config: ReleaseConfig,
-    folder: Path,
-    threads: int,
-    name: str,
-    inputs: Mapping[str, str],
-    progress: Progress,
-) -> None:
-    """One stage, in a process of its own."""
-    prepare_torch(threads)
-    stages = {stage.name: stage for stage in release_stages(config, folder, threads)}
-    run_stage(stages[name], inputs, folder, progress, threads=threads)
 
 
 def check_before_work(config: ReleaseConfig, folder: Path) -> None:
@@ -319,8 +281,8 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
         stages.append(Stage(RECOVERY_STAGE, recovered, ("dense", "prune"), steps.recover))
     stages += [
         Stage("evaluate", judged, ("dense", final), steps.evaluate),
-        Stage("export-dense", exported, ("dense",), functools.partial(steps.export, DENSE), beside=True),
-        Stage("export-pruned", exported, (final,), functools.partial(steps.export, PRUNED), beside=True),
+        Stage("export-dense", exported, ("dense",), functools.partial(steps.export, DENSE)),
+        Stage("export-pruned", exported, (final,), functools.partial(steps.export, PRUNED)),
         Stage("answers", asked, exports, steps.answers),
     ]
     if evaluate.text or evaluate.chats:

@@ -41,7 +41,7 @@ ROOMS = {
         {"measuring", "presentation"},
     ),
     "phoneready": (
-        {"console", "interrupts", "text"},
+        {"console", "text"},
         {"figures", "model_checks"},
         {"evaluation", "exporting"},
         {"settings", "room"},

@@ -10,33 +10,22 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import json
-import multiprocessing
-import os
 import shutil
-import signal
 import stat
-import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, ClassVar
 
 import filelock
 
-from cfsp.errors import InputError, PhonereadyError
+from cfsp.errors import InputError
 from cfsp.files import atomic_directory, remove_stale_temporaries, writable_place
 from cfsp.progress import Progress
 from cfsp.records import read_record, write_record
-from phoneready.interrupts import interrupt, raise_again
-from runtime_bench.process import exit_reason, kill_tree
 
 LOCK_FILE = ".phoneready.lock"
 RECORD_FILE = "stage.json"
@@ -45,12 +34,8 @@ RUNNING = "running"
 _TRIED_AGAIN = "some of it failed and is tried again"
 _TRIES = 10
 """At a lock whose folder comes and goes."""
-_STOP_S = 20.0
-"""For removing what is half-written; then a process is killed."""
 Inputs = Mapping[str, str]
 """Names of the stages before one -> their keys."""
-Work = Callable[[str, Inputs, Progress], None]
-"""Runs the stage of a name, in a process of its own: it is pickled."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +48,6 @@ class Stage:
         after: Names of the stages whose output it reads.
         run: Writes the output into the folder it is given.
         settled: Whether another run would give the same output; a stage whose would not is done again.
-        beside: Whether neighbours that say so, too, may run at the same time, each in a process of its own.
         resumes: Whether `run` is given what an output that is not settled has, to go on with it.
     """
 
@@ -72,7 +56,6 @@ class Stage:
     after: tuple[str, ...]
     run: Callable[[Path, Progress], None]
     settled: Callable[[Path], bool] = lambda output: True
-    beside: bool = False
     resumes: bool = False
 
     @functools.cached_property
@@ -168,59 +151,36 @@ def run_stages(
     show: Callable[[str, str], None],
     progress: Callable[[], AbstractContextManager[Progress]],
     check: Callable[[str], None] = lambda name: None,
-    beside: Callable[[], Work | None] = lambda: None,
     threads: int | None = None,
 ) -> dict[str, StageRecord]:
     """Run what is not done yet, in order, and return the record of every stage."""
     records: dict[str, StageRecord] = {}
     _ = [stage.settings for stage in stages]  # what cannot be described ends the run before any work
 
-    def done(name: str, state: str = "") -> None:
-        records[name] = read_record(StageRecord, stage_folder(folder, name) / RECORD_FILE)
-        show(name, state or f"finished in {records[name].seconds:.0f} s")
-        check(name)
-
-    neighbours = [
-        [list(group)] if is_beside else [[stage] for stage in group]
-        for is_beside, group in itertools.groupby(stages, lambda stage: stage.beside)
-    ]
-    for group in itertools.chain.from_iterable(neighbours):
-        inputs = {stage.name: {name: records[name].key for name in stage.after} for stage in group}
-        to_do = [stage for stage in group if _reason(stage, inputs[stage.name], folder)]
-        for stage in group:
-            if stage not in to_do:
-                done(stage.name, "done before")
-        work = beside() if to_do and group[0].beside else None
-        for stage in to_do if work else ():
+    for stage in stages:
+        inputs = {name: records[name].key for name in stage.after}
+        state, output = "done before", stage_folder(folder, stage.name)
+        if reason := _reason(stage, inputs, folder):
+            state = ""
             show(stage.name, RUNNING)
-        if work:
-            with progress() as report:
-                run_beside(work, {stage.name: inputs[stage.name] for stage in to_do}, report, done)
-            continue
-        for stage in to_do:
-            show(stage.name, RUNNING)
-            with progress() as report:
-                run_stage(stage, inputs[stage.name], folder, report, threads=threads)
-            done(stage.name)
-    return {stage.name: records[stage.name] for stage in stages}
-
-
-def run_stage(
-    stage: Stage, inputs: Inputs, folder: Path, progress: Progress, *, threads: int | None = None
-) -> None:
-    """Run a stage and leave its output and its record."""
-    began = time.monotonic()
-    key = _key(stage, inputs)  # before it runs: what is changed while it runs has changed the next time
-    output = stage_folder(folder, stage.name)
-    with atomic_directory(output, own=True) as temporary:
-        if stage.resumes and _reason(stage, inputs, folder) == _TRIED_AGAIN:
-            shutil.copytree(output, temporary, ignore=shutil.ignore_patterns(RECORD_FILE), dirs_exist_ok=True)
-        stage.run(temporary, progress)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}
-        seconds = round(time.monotonic() - began, 3)
-        record = StageRecord(stage.name, key, stage.settings, dict(inputs), sizes, seconds, threads)
-        write_record(temporary / RECORD_FILE, record)
+            began = time.monotonic()
+            key = _key(
+                stage, inputs
+            )  # before it runs: what is changed while it runs has changed the next time
+            with progress() as report, atomic_directory(output, own=True) as temporary:
+                if stage.resumes and reason == _TRIED_AGAIN:
+                    left = shutil.ignore_patterns(RECORD_FILE)
+                    shutil.copytree(output, temporary, ignore=left, dirs_exist_ok=True)
+                stage.run(temporary, report)
+                files = sorted(path for path in temporary.rglob("*") if path.is_file())
+                sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}
+                seconds = round(time.monotonic() - began, 3)
+                record = StageRecord(stage.name, key, stage.settings, inputs, sizes, seconds, threads)
+                write_record(temporary / RECORD_FILE, record)
+        records[stage.name] = read_record(StageRecord, output / RECORD_FILE)
+        show(stage.name, state or f"finished in {records[stage.name].seconds:.0f} s")
+        check(stage.name)
+    return records
 
 
 def explain_stages(stages: Sequence[Stage], folder: Path) -> dict[str, str]:
@@ -269,89 +229,3 @@ def _changes(before: Any, now: Any, place: tuple[str, ...] = ()) -> Iterator[str
 def _key(stage: Stage, inputs: Inputs) -> str:
     text = json.dumps([stage.name, stage.settings, dict(inputs)], sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def run_beside(
-    work: Work, stages: Mapping[str, Inputs], progress: Progress, done: Callable[[str], None]
-) -> None:
-    """Run `work` of all stages at once, in processes that end with this one; an error of one ends the others.
-
-    `done` is told each stage's name when it has ended.
-    """
-    context = multiprocessing.get_context("spawn")
-    running: dict[Connection, SpawnProcess] = {}
-    try:
-        for name, inputs in stages.items():
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_in_process, args=(theirs, work, name, inputs), name=name)
-            process.start()
-            theirs.close()
-            running[ours] = process
-        while running:
-            for pipe in wait(list(running)):
-                assert isinstance(pipe, Connection)
-                process = running[pipe]
-                try:
-                    told = pipe.recv()
-                except EOFError:
-                    process.join()
-                    del running[pipe]
-                    if code := process.exitcode:
-                        hint = "; --threads 1 runs one stage at a time" if code == -signal.SIGKILL else ""
-                        raise PhonereadyError(f"{process.name}: {exit_reason(code, [])}{hint}") from None
-                    done(process.name)
-                    continue
-                if isinstance(told, Exception):
-                    process.join(_STOP_S)
-                    raise told
-                description, so_far, total = told
-                progress(f"{process.name}, {description}", so_far, total)
-    finally:
-        for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.join(_STOP_S)
-            if process.exitcode is None and process.pid is not None:
-                kill_tree(process.pid)
-
-
-def _in_process(pipe: Connection, work: Work, stage: str, inputs: Inputs) -> None:
-    """What such a process does."""
-    caller = multiprocessing.parent_process()
-    assert caller is not None
-
-    def end_with_caller() -> None:
-        caller.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(_STOP_S)  # inside a library no signal is handled
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    os.setpgrp()  # Ctrl-C is for the caller, which then ends this process
-    signal.signal(signal.SIGTERM, interrupt)
-    sys.unraisablehook = raise_again
-    os.dup2(2, 1)  # what a library prints is no result
-    threading.Thread(target=end_with_caller, daemon=True).start()
-    try:
-        try:
-            work(stage, inputs, lambda *told: pipe.send(told))
-        finally:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends now
-    except KeyboardInterrupt:
-        sys.exit(1)
-    except Exception as error:
-        # What the caller can unpickle, with where it was raised as a note.
-        told: Exception = RuntimeError(f"{type(error).__name__}: {error}")
-        if isinstance(error, PhonereadyError):
-            told = PhonereadyError(str(error))
-            told.exit_code = error.exit_code
-        elif isinstance(error, MemoryError):
-            told = MemoryError(str(error))
-        # A pipe that broke is none that the caller reads.
-        elif (
-            isinstance(error, OSError) and error.errno is not None and not isinstance(error, BrokenPipeError)
-        ):
-            told = OSError(error.errno, error.strerror, error.filename)
-        told.add_note("".join(traceback.format_exception(error)))
-        with suppress(BrokenPipeError):
-            pipe.send(told)
-        sys.exit(1)
