@@ -23,8 +23,7 @@ from cfsp.models.shape import ModelShape, require_supported
 from cfsp.models.weights import safetensors_files
 from cfsp.reading import as_input_error
 
-_SECTIONS = (11, 11, 10)
-"""What transformers takes for `mrope_section` where nothing is said."""
+_SECTIONS = (11, 11, 10)  # what transformers takes for `mrope_section` where nothing is said
 ACTIVATIONS: Mapping[str, str] = MappingProxyType(
     {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 )
@@ -148,10 +147,7 @@ class ModelConfig:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Read config.json.
-
-    Raises InputError: missing or malformed, an unknown architecture, or values that do not fit together.
-    """
+    """Read config.json; raises InputError: missing, an unknown architecture, or values that do not fit together."""
     import transformers
 
     raw = read_model_config(folder)
@@ -212,10 +208,7 @@ def _full_head_dim(config: Any, shape: ModelShape, head_dim: int) -> int:
 
 
 def rope_of(config: Mapping[str, Any], kind_of_block: str) -> Mapping[str, Any]:
-    """What blocks of a kind (`full_attention`, `sliding_attention`) are rotated by, of a config with its defaults.
-
-    That is `rope_type`, `rope_theta`, and what the type asks for.
-    """
+    """What blocks of a kind rotate by, of a config with defaults: `rope_type`, `rope_theta`, what the type wants."""
     rope = stated_rope(config, kind_of_block)
     is_alpha = FAMILIES[config["model_type"]].alpha_rope
     return alpha_rope(rope, head_dim_of(config)) if is_alpha else rope

@@ -251,12 +251,7 @@ class FileSettings(Settings):
         return any(name in find_format(one).reads for one in self.names)
 
     def options(self, text: torch.Tensor | None, **others: Any) -> ExportOptions:
-        """What an export reads of them.
-
-        Args:
-            text: Token ids (nsamples, seqlen) that weights of few bits are rounded for; None for nearest numbers.
-            others: Further fields of ExportOptions, or other values of these.
-        """
+        """What an export reads of them; `text` are token ids (nsamples, seqlen), `others` further fields of it."""
         own = ExportOptions(
             use_imatrix=self.imatrix,
             calibration=text,

@@ -86,10 +86,7 @@ def file_stem(name: str) -> str:
 
 
 class Job:
-    """An export of a checkpoint to a folder, by `settled` settings; what it needs is read once, when first wanted.
-
-    `context_length` is the longest context for which the files hold the model.
-    """
+    """An export by `settled` settings; what it needs is read once. Files hold texts of up to `context_length`."""
 
     def __init__(
         self,
@@ -200,10 +197,7 @@ class Job:
 
 
 def check_input(checkpoint: Path, output: Path, *, force: bool) -> None:
-    """Refuse what cannot be exported before anything is loaded.
-
-    Raises InputError: the output exists or would replace the input, or the input is no checkpoint folder.
-    """
+    """Refuse an output that exists or would replace the input, and an input that is no checkpoint folder."""
     refuse_existing(output, force=force, inputs=[checkpoint])
     if not (checkpoint / "config.json").is_file():
         raise InputError(f"{checkpoint} is not a checkpoint folder (it has no config.json)")

@@ -54,10 +54,8 @@ _LOWER_BOUNDS = frozenset({"same_top1"})
 ROW_SLOPE, MATRIX_SLOPE = 0.5, 0.025
 """How far slopes may lie from what they should be: a row's, and a matrix's relative to it."""
 _PLAIN_ROWS, _AT_ONCE = 64, 8192
-_SHOWN = 6
-"""Tokens of a chat in a message."""
-_TINY = 1e-6
-"""Of the mean row's sum of squares: below it a type's own scales may not hold a row."""
+_SHOWN = 6  # tokens of a chat in a message
+_TINY = 1e-6  # of the mean row's sum of squares: below it a type's own scales may not hold a row
 
 
 class Reference(NamedTuple):
@@ -101,8 +99,7 @@ def choose_windows(
 ) -> TokenWindows:
     """The text to compare on: ids that are given (n_windows, seqlen), or windows of built-in English prose.
 
-    These go beyond the narrowest sliding window, if that is no more text in all. Raises InputError: given windows are
-    longer than the exported file's context.
+    These go beyond the narrowest sliding window, if that is no more text. InputError: longer than the file's context.
     """
     if given is None:
         tokens = PARITY_WINDOWS * PARITY_SEQLEN

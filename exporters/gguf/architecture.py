@@ -32,10 +32,8 @@ QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 """Modules of a block that an architecture may store as one."""
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Divisors for every text; for a context that is longer than the original one, and for one that is not."""
-_BY_FREQUENCY = ("llama3", "longrope", "proportional")
-"""Rope scalings that are written as such tensors."""
-_STILL = 1e30
-"""Divisor of a frequency at which nothing turns; llama.cpp's converter has the same."""
+_BY_FREQUENCY = ("llama3", "longrope", "proportional")  # rope scalings that are written as such tensors
+_STILL = 1e30  # divisor of a frequency at which nothing turns; llama.cpp's converter has the same
 
 
 @dataclass(frozen=True)
@@ -78,10 +76,7 @@ def read_layout(checkpoint: Path) -> ChosenLayout:
 
 
 def choose_layout(config: ModelConfig, stored: frozenset[str]) -> ChosenLayout:
-    """The first of the model type's layouts that can represent a model, of whose tensors `stored` are the names.
-
-    Raises InputError: none can; the message says why.
-    """
+    """The first of the model type's layouts that can hold a model with these tensors; InputError says why none can."""
     obstacles = []
     for layout in config.spec.layouts:
         obstacle = _obstacle(layout, config, stored)
@@ -189,10 +184,7 @@ def _obstacle(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> st
 
 
 def add_hyperparameters(writer: Any, chosen: ChosenLayout) -> None:
-    """Give a gguf.GGUFWriter the keys under the architecture's name, and the model's own shape under phoneready.*.
-
-    Raises InputError: a rope scaling that llama.cpp does not compute.
-    """
+    """Give a gguf.GGUFWriter the keys under the architecture's name, and the model's own shape under phoneready.*."""
     config, layout, widths = chosen.config, chosen.layout, chosen.config.shape.ffn_widths
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(chosen.context_length)
@@ -253,10 +245,7 @@ def add_hyperparameters(writer: Any, chosen: ChosenLayout) -> None:
 
 
 def rope_metadata(config: ModelConfig) -> dict[str, float | int | str]:
-    """What a file says of the rotary embedding, without the architecture's prefix.
-
-    Raises InputError: a scaling that llama.cpp does not compute.
-    """
+    """What a file says of the rotary embedding, without a prefix; InputError: llama.cpp cannot scale it so."""
     keys: dict[str, float | int | str] = {
         "rope.dimension_count": config.rotary_dim or config.full_head_dim or config.head_dim,
         "rope.freq_base": float(config.rope_theta),

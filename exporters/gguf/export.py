@@ -89,10 +89,7 @@ def export_gguf(
 
 
 def check_numbers(base: Path, file: WrittenFile) -> None:
-    """Hold every tensor of a file against the one that it was quantized from (`exporters.proof`).
-
-    Raises LimitError: one is missing, or is not the other's.
-    """
+    """Hold every tensor of a file against the one that it was quantized from; raises LimitError (`exporters.proof`)."""
     exact = {tensor.name: tensor for tensor in read_gguf(base).tensors}
     stored = {tensor.name: tensor for tensor in read_gguf(file.path).tensors}
     if exact.keys() != stored.keys():

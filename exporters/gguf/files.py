@@ -33,7 +33,7 @@ from exporters.gguf.architecture import ChosenLayout, read_layout
 from exporters.gguf.matrix import HEAD, TABLE, WHOLE_BLOCKS, FileNumbers, StoredMatrix, floored, quantize
 from exporters.gguf.quants import MIXED, PARITY_CACHE, QUANTS, Quant, block_of, find_quant
 from exporters.gguf.runtime import Context, FloatArray
-from exporters.gguf.tensors import TensorSpec, linear_inputs, padded, stored_bytes, tensor_specs
+from exporters.gguf.tensors import TensorSpec, padded, stored_bytes, tensor_specs
 from exporters.gguf.writer import write_gguf
 from exporters.job import Job, settled
 from exporters.proof import Choice
@@ -87,10 +87,7 @@ class WrittenFile:
 
 
 def find_rows(checkpoint: Path, quants: Sequence[str], settings: ExportOptions) -> list[Quant]:
-    """Rows of what is asked for, each once.
-
-    Raises InputError: an unknown one; or types are to be chosen and there is no text to choose them by.
-    """
+    """Rows of what is asked for, each once; InputError: an unknown one, or no text to choose types by."""
     rows = list(dict.fromkeys(find_quant(quant) for quant in quants))
     trained = read_rounded_format(checkpoint)
     for row in rows:
@@ -101,10 +98,7 @@ def find_rows(checkpoint: Path, quants: Sequence[str], settings: ExportOptions) 
 
 
 class Files:
-    """The files of a job, written to its folder as <name>-<quant>.gguf: one that others are quantized from, and these.
-
-    Raises InputError: a quantization wants an importance matrix and there is none.
-    """
+    """The files of a job, in its folder as <name>-<quant>.gguf: one that others are quantized from, and these."""
 
     def __init__(self, job: Job, chosen: ChosenLayout, quants: Sequence[Quant]) -> None:
         self.job, self.chosen, self.quants = job, chosen, quants
@@ -123,11 +117,7 @@ class Files:
         return self.job.folder / f"{self.job.provenance.name}-{quant.name}.gguf"
 
     def write(self, quant: Quant) -> WrittenFile:
-        """Write one of the files; `first` before all that are quantized.
-
-        Raises InputError: the checkpoint is unusable, or llama.cpp cannot represent or quantize it; a size is too
-        small; or what layers read of the text is not finite.
-        """
+        """Write one of the files, `first` before all others; InputError: llama.cpp cannot, or a size is too small."""
         job, path, imatrix, mixture = self.job, self._path(quant), self.imatrix, None
         settings, text, progress = job.settings, job.settings.calibration, job.progress
         if quant.is_plain:
@@ -204,17 +194,16 @@ class Files:
                 allowed="--calibration text, or a checkpoint with the input moments that prune leaves; "
                 "and no --no-imatrix",
             )
-        result, specs = {}, {spec.name: spec for spec in tensor_specs(chosen)}
-        for module, in_features in linear_inputs(chosen.config).items():
-            if module not in moments:
-                continue
-            values = moments[module].detach().to(torch.float32).numpy()
-            if values.shape != (in_features,) or not np.isfinite(values).all() or (values < 0).any():
-                raise InputError(
-                    "input moments do not belong to this checkpoint", field=module, value=tuple(values.shape)
-                )
-            name = chosen.name(module)
-            result[name] = floored(specs[name].of_inputs(values))
+        result = {}
+        for spec in (one for one in tensor_specs(chosen) if one.is_matrix):
+            for source, shape in spec.sources:
+                module = source.removesuffix(".weight")
+                if module in moments:
+                    values = moments[module].detach().to(torch.float32).numpy()
+                    if values.shape != shape[1:] or not np.isfinite(values).all() or (values < 0).any():
+                        what = "input moments do not belong to this checkpoint"
+                        raise InputError(what, field=module, value=tuple(values.shape))
+                    result[spec.name] = floored(spec.of_inputs(values))
         return result
 
     def mixture(self, budget_bytes: int, text: torch.Tensor) -> Mixture:
@@ -295,11 +284,7 @@ def stored_moments(checkpoint: Path) -> dict[str, torch.Tensor] | None:
 def draft_gguf(
     checkpoint: Path, folder: Path, quants: Sequence[str], settings: ExportOptions = DEFAULT_OPTIONS
 ) -> dict[str, Path]:
-    """Write to a folder of the caller's the bytes that `export_gguf` writes, but not proven, by name of their row.
-
-    Raises InputError: unknown quant, one that wants text and gets none, unusable checkpoint, or llama.cpp cannot
-    represent or quantize it; MissingExtraError: llama-cpp-python is not installed.
-    """
+    """Write the bytes that `export_gguf` writes to the caller's folder, not proven, by name of their row."""
     _, written = draft_files(checkpoint, folder, quants, settings)
     return {file.quant.name: file.path for file in written}
 

@@ -46,8 +46,7 @@ from exporters.gguf.runtime import (
 
 _QUANT = "Q8_0"
 """The smallest copy whose texts are the model's own: four bits would write what four bits write."""
-_TEXTS, _CACHE_BYTES = 64, 2**30
-"""Most texts at once, and what their keys and values may take in memory."""
+_TEXTS, _CACHE_BYTES = 64, 2**30  # most texts at once, and what their keys and values may take in memory
 
 
 def outline_of(path: Path, n_ctx: int) -> FileOutline:
@@ -67,16 +66,9 @@ def outline_of(path: Path, n_ctx: int) -> FileOutline:
 
 
 class GGUFLanguageModel:
-    """See `LanguageModel`.
+    """See `LanguageModel`; `n_ctx` is cut to what the model was trained for, threads are torch's by default.
 
-    Args:
-        n_ctx: Most tokens at once; cut to what the model was trained for.
-        n_threads: torch's number by default.
-        cache_type: Of keys and values, a key of `CACHE_TYPES`; float32 by default, as parity measures it.
-
-    Raises:
-        InputError: As `open_model` and `outline_of`.
-        MissingExtraError: llama-cpp-python is not installed.
+    `cache_type`: of keys and values, a key of `CACHE_TYPES`; float32 by default, as in proofs. Raises as `open_model`.
     """
 
     runtime = "llama.cpp"
@@ -137,10 +129,7 @@ class GGUFLanguageModel:
 
 @contextmanager
 def _writing(loaded: LoadedModel, seed: int) -> Iterator[Continue]:
-    """See `Writer`: many texts at once, from a copy in eight bits, each from a seed of its own.
-
-    Raises InputError: the model is on another device, no GGUF file holds it, or no disk its copies.
-    """
+    """See `Writer`: many texts at once, each from its own seed, by an 8-bit copy; InputError: none can be made."""
     if loaded.model.device.type != "cpu":
         raise InputError("llama.cpp writes on the CPU", value=loaded.model.device.type)
     settings = ExportOptions(name="model", n_threads=torch.get_num_threads())
@@ -181,11 +170,7 @@ def _write(
     max_new_tokens: int,
     report: Report,
 ) -> list[list[int]]:
-    """Texts that are continued beside each other, each until it has ended or is as long as it may be.
-
-    Each is in a sequence of the context. llama.cpp runs sequences together if their numbers follow each other:
-    `growing` has the text in each of them, and the last one takes the place of one that has ended.
-    """
+    """Texts that are continued beside each other, a sequence each; the last one takes the place of one that ends."""
     texts = [list(text) for text in beginnings]
     growing = list(range(len(texts)))
     # The tokens that all begin with are run once.
@@ -226,10 +211,7 @@ def _write(
 
 
 def drawn_tokens(logits: npt.NDArray[np.float32], uniform: Sequence[float]) -> list[int]:
-    """A token of each row, drawn from softmax(logits), (rows, vocab_size), by a number in [0, 1) of each.
-
-    Raises InputError: logits that are not finite.
-    """
+    """A token of each row by softmax(logits), (rows, vocab_size), and a number in [0, 1); InputError: not finite."""
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
     sums = weights.cumsum(axis=-1, dtype=np.float64)
     if not np.isfinite(sums[:, -1]).all():

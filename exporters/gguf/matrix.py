@@ -62,10 +62,7 @@ class Plane(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """A type: what its blocks can hold, and where codes are, counted from the grid's first, lowest bits first.
-
-    Free scales are a float16 at the beginning of each block.
-    """
+    """A type: what its blocks hold, scales first if they are free, and where codes are, lowest bits first."""
 
     grid: Grid
     planes: tuple[Plane, ...]
@@ -110,10 +107,8 @@ SCALES: Mapping[str, tuple[int, ...]] = MappingProxyType(
 
 
 TABLE, HEAD = "model.embed_tokens", "lm_head"
-_CHOSEN = (*PACKINGS, *WHOLE_BLOCKS)
-"""Types whose numbers are chosen for a text."""
-_ROWS = 8192
-"""Of a matrix that are chosen at once: they do not depend on each other."""
+_CHOSEN = (*PACKINGS, *WHOLE_BLOCKS)  # types whose numbers are chosen for a text
+_ROWS = 8192  # of a matrix that are chosen at once: they do not depend on each other
 _LEARNING_RATE = 2e-3
 """Measured on SmolLM2-135M: at 1e-3 files of 3 bits keep more bits per byte, at 3e-3 those of 4 more divergence."""
 
@@ -264,10 +259,7 @@ def quantize(
 
 
 class FileNumbers:
-    """The numbers of a quantized file, and of the unquantized one, `base`, that it was made from.
-
-    `slopes`: tensor that was changed -> its slope (`exporters.proof`).
-    """
+    """The numbers of a file, and of the unquantized `base` it was made from; `slopes` of what changed."""
 
     def __init__(self, base: Path, path: Path, chosen: ChosenLayout) -> None:
         self.path, self.tied = path, chosen.config.tie_word_embeddings
@@ -288,10 +280,7 @@ class FileNumbers:
             stream.write(data.tobytes())
 
     def fit_to_text(self, model: Any, input_ids: torch.Tensor, progress: Progress = no_progress) -> None:
-        """Choose the numbers of all matrices of few bits for a text (nsamples, seqlen); the model stays as it is.
-
-        Raises InputError: what the layers read is not finite.
-        """
+        """Choose the numbers of all matrices of few bits for a text (nsamples, seqlen); the model stays as it is."""
         specs = {spec.sources[0][0].removesuffix(".weight"): spec for spec in self.specs if spec.is_matrix}
         what = f"rounding {self.path.stem}"
 

@@ -98,10 +98,7 @@ _UNITS = MappingProxyType(
 
 
 def find_quant(name: str) -> Quant:
-    """Row of a name in any case; `mixed:80MB` gets a row of its own, called mixed-80MB.
-
-    Raises InputError: unknown; the message names the known ones. Or the size is none.
-    """
+    """Row of a name in any case; `mixed:80MB` gets a row called mixed-80MB. InputError names the known ones."""
     for row in QUANTS.values():
         if row.name.lower() == name.lower():
             return row
@@ -126,8 +123,7 @@ FLASH_AUTO, FLASH_OFF, FLASH_ON = -1, 0, 1
 class CacheType(NamedTuple):
     """A type of keys and values alike.
 
-    Flash attention is off for float32, as its kernel rounds to float16 inside (6e-3 in the logits of a tiny model), and
-    on for quantized values, which llama.cpp reads only there.
+    Flash attention is off for float32, which its kernel rounds to float16, and on for quantized values, which need it.
     """
 
     ggml_type: int

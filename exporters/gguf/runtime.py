@@ -34,8 +34,7 @@ _DISTRIBUTION = "llama-cpp-python"
 _VERSIONS = ((0, 3, 36), (0, 4))
 _LOAD_MMAP = 1
 _ALL_LAYERS = -1
-_OF_PROCESSOR = ("CPU", "AMX")
-"""How the names of buffers begin that are no GPU's."""
+_OF_PROCESSOR = ("CPU", "AMX")  # how the names of buffers begin that are no GPU's
 _INFORMATION, _WARNING, _ERROR, _CONTINUED = 2, 3, 4, 5
 _BUFFER = re.compile(r"(\S+) model buffer size = +(\d+\.\d+) MiB")
 _FLASH = re.compile(r"Flash Attention (enabled|not supported)")
@@ -136,17 +135,12 @@ class Entry(NamedTuple):
 
 
 class LlamaModel:
-    """An open GGUF file with, unless it was opened for its vocabulary only, a context to run it in.
-
-    Use it as a context manager, or call `close`. Not safe to share between threads.
+    """An open GGUF file with a context to run it in, unless it was opened for its vocabulary only. For one thread.
 
     Attributes:
-        description: llama.cpp's words for the model, such as "llama 256M Q4_0".
-        n_params: Elements of all tensors; `size_bytes` are their bytes.
-        bos_token: Id of the start token; -1 without one.
         is_recurrent: Whether blocks keep something of a text that belongs to only one sequence.
         flash_attention: Whether attention runs in the flash kernel; None if llama.cpp does not tell.
-        weight_buffers: Bytes of the weights by the buffer that holds them, as llama.cpp names it.
+        weight_buffers: Bytes of the weights by llama.cpp's name of the buffer that holds them.
     """
 
     def __init__(self, path: Path, model: Any, context: Any, cache_type: str) -> None:
@@ -243,21 +237,14 @@ class LlamaModel:
         return np.ctypeslib.as_array(pointer, shape=(self.vocab_size,)).copy()
 
     def iter_logits(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Iterator[FloatArray]:
-        """Logits of a window that starts an empty context, (k, vocab_size) float32 for the next k positions.
-
-        Each is a view that the next one overwrites: use or copy it at once.
-        """
+        """Logits of a window in an empty context, (k, vocab_size) for the next k positions; views: use them at once."""
         self.clear()
         yield from self.iter_entries(
             [Entry(int(token), place, (0,), wanted=True) for place, token in enumerate(tokens)]
         )
 
     def iter_entries(self, entries: Sequence[Entry]) -> Iterator[FloatArray]:
-        """Run tokens of several sequences after what their sequences hold already.
-
-        Yields:
-            (k, vocab_size) float32 for the next k wanted entries, in order. A view: use or copy it at once.
-        """
+        """Run tokens of several sequences; (k, vocab_size) for the next k wanted entries: views, use them at once."""
         lib = self._lib
         pointer = ctypes.POINTER(lib.llama_seq_id)
         for start in range(0, len(entries), self._n_batch):
@@ -313,11 +300,7 @@ class Context(NamedTuple):
 
 
 def open_model(path: Path, context: Context, *, n_threads: int = 1, on_gpu: bool = False) -> LlamaModel:
-    """Open a GGUF file; with `on_gpu` a GPU computes all layers, if llama.cpp was built for one and finds it.
-
-    Raises InputError: not there, or llama.cpp cannot load it (the message has its reason); MissingExtraError:
-    llama-cpp-python is not installed.
-    """
+    """Open a GGUF file; with `on_gpu` a GPU computes all layers, if there is one. InputError has llama.cpp's reason."""
     lib = library()
     model = _load(path, n_gpu_layers=_ALL_LAYERS if on_gpu else 0)
     settings, cache = lib.llama_context_default_params(), CACHE_TYPES[context.cache_type]
@@ -358,10 +341,7 @@ def _load(path: Path, **settings: Any) -> Any:
 
 
 def fitting(lengths: Sequence[int], shared: int, n_ctx: int, most: int = SEQUENCES) -> Iterator[slice]:
-    """Runs of sequences, at most `most`, that a context of `n_ctx` tokens holds at once.
-
-    `lengths` are the tokens of each, none more than fits alone, beside `shared` that all have in common.
-    """
+    """Runs of sequences, at most `most`, of these lengths beside `shared` tokens, that a context holds at once."""
     start, used = 0, shared
     for index, length in enumerate(lengths):
         if index - start == most or used + length > n_ctx:
@@ -393,10 +373,7 @@ def write_together(
     max_new_tokens: int,
     is_over: Callable[[list[int]], bool],
 ) -> list[list[int]]:
-    """Greedy continuations of prompts that fit the context together, without the token that ends them.
-
-    `is_over` says whether what was written ends there.
-    """
+    """Greedy continuations of prompts that fit the context together, without the token that ends them."""
     answers: list[list[int]] = [[] for _ in prompts]
     going = list(range(len(prompts)))
     entries = [

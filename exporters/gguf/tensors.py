@@ -90,10 +90,7 @@ class TensorSpec:
 
 
 def swap_halves(values: FloatArray, parts: tuple[int, int, int]) -> FloatArray:
-    """Rows of q or k, (heads * head_dim, ...): of parts (heads, 2, n) row i of a head's halves become neighbours.
-
-    Parts (heads, n, 2) turn that back.
-    """
+    """Rows of q or k, (heads * head_dim, ...), with halves (heads, 2, n) as neighbours; (heads, n, 2) turns it back."""
     split = values.reshape(*parts, *values.shape[1:])
     return split.swapaxes(1, 2).reshape(values.shape)
 
@@ -247,16 +244,6 @@ def _block_shapes(config: ModelConfig, index: int) -> dict[str, tuple[int, ...]]
     return shapes
 
 
-def linear_inputs(config: ModelConfig) -> dict[str, int]:
-    """Every Linear of the blocks, by Hugging Face's module name -> its in_features."""
-    return {
-        f"model.layers.{block}.{module}": shape[1]
-        for block in range(config.num_hidden_layers)
-        for module, shape in _block_shapes(config, block).items()
-        if len(shape) == 2
-    }
-
-
 class PredictedTensor(NamedTuple):
     """A tensor of a file that is not written; its size is without padding."""
 
@@ -329,10 +316,7 @@ def fallbacks(tensors: Iterable[GGUFTensor], quant: Quant) -> Iterator[str]:
 
 
 def _asked_type(tensor: GGUFTensor, quant: Quant) -> str:
-    """The type that a tensor would have been given, had its rows divided into blocks.
-
-    Of several that are stored alike it is the quantization's own, of which most tensors are.
-    """
+    """The type a tensor would have had if its rows divided into blocks; of several the quantization's own."""
     actual, shape = str(tensor.kind.name), tensor.shape
     if len(shape) < 2 or tensor.name.endswith(UNQUANTIZED) or quant.is_plain or actual == quant.base_type:
         return actual

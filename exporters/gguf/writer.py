@@ -66,10 +66,7 @@ def write_gguf(
     quant: str = "f32",
     progress: Progress = no_progress,
 ) -> ChosenLayout:
-    """Write a checkpoint folder as "f32", or with matrices as "f16" or "bf16" and vectors in float32.
-
-    Raises InputError: the checkpoint is unusable, or llama.cpp has no architecture for it.
-    """
+    """Write a checkpoint folder as "f32", or with matrices as "f16" or "bf16"; InputError: llama.cpp cannot hold it."""
     row, chosen = find_quant(quant), read_layout(checkpoint)
     lacked = [token for token in _TOKENS_OF_PHI3 if token not in tokenizer.get_vocab()]
     if lacked and any(part in provenance.name.lower() for part in ("phi3", "phi-3")):
@@ -156,14 +153,11 @@ _MOST = {"temperature": 1000, "top_k": 2**31 - 1, "top_p": 1, "min_p": 1, "repet
 
 
 def _add_sampling(writer: Any, generation_config: Any) -> None:
-    """Write how a generation config (or None) says to sample, which llama.cpp's programs do unless told otherwise.
-
-    What is out of range is left out. A config that asks for sampling and says no more has transformers' temperature, 1.
-    """
+    """Write how a generation config (or None) says to sample, as far as it is in range; llama.cpp's programs do so."""
     stated = generation_config.to_diff_dict() if generation_config is not None else {}
     values = {name: stated[name] for name in SAMPLING.values() if stated.get(name) is not None}
     if not values and stated.get("do_sample"):
-        values = {"temperature": 1.0}
+        values = {"temperature": 1.0}  # transformers'
     for key, name in SAMPLING.items():
         value: Any = values.get(name)
         kinds = (int,) if name == "top_k" else (int, float)

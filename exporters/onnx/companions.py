@@ -30,8 +30,7 @@ from exporters.onnx.folder import GENAI_CONFIG, GRAPHS
 from exporters.onnx.variants import Variant
 from exporters.proof import ReadChats, read_chats
 
-_SECONDS = 300.0
-"""For GenAI to answer."""
+_SECONDS = 300.0  # for GenAI to answer
 # Of the checkpoint's config.json: code that does not come along, and keys that name torch's weights.
 _DROPPED = ("auto_map", "torch_dtype", "dtype", "quantization_config")
 

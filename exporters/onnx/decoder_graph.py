@@ -74,10 +74,7 @@ _LENGTH_EPSILON = 1e-6
 
 
 def decoder_graph(model: Any, weights: Weights, *, name: str, opset: int = OPSET) -> ir.Model:
-    """The graph of a causal LM of the architecture table, with the logits of every position.
-
-    Raises InputError: a rope, or blocks, that the graph cannot compute; or the opset lacks an operator.
-    """
+    """The graph of a causal LM with the logits of every position; InputError: it, or the opset, cannot compute it."""
     spec, tied = spec_for(model.config), is_tied(model)
     with at_hand(*([] if tied else [model.get_input_embeddings()])):
         table = weights.table(model.get_input_embeddings().weight.detach(), tied=tied)
@@ -114,10 +111,9 @@ def keep_last_logits(graph: ir.Graph) -> None:
 
 
 def ropes_of(model: Any) -> tuple[dict[str, tuple[npt.NDArray[np.float32], float]], list[str | None]]:
-    """Kind of blocks -> frequencies (head_dim / 2,) and what cos and sin are multiplied by; every block's kind or None.
+    """Kind of blocks -> frequencies (head_dim / 2,), of short texts, and a factor of cos and sin; each block's kind.
 
-    Of a longrope they are those of short texts. If kinds of blocks have their own, transformers 5 has them in one
-    module, and transformers 4 in two, which are called in one of two ways.
+    If kinds of blocks have their own, transformers 5 has them in one module, and transformers 4 in two.
     """
     config, decoder = model.config, model.get_decoder()
     own, settings = spec_for(config).has_window_rope, config.to_dict()
@@ -383,9 +379,7 @@ class _Graph:
         before = b.op("Sub", [self.n_tokens, length], "tokens_before", shape=["batch_size"])
         # A row that ends with padding has fewer tokens than there are in the first call.
         start = b.op("Max", [before, b.constant("zero", [0])], "first_position", shape=["batch_size"])
-        column = b.op(
-            "Unsqueeze", [start, b.constant("last_axis", [-1])], "first_positions", shape=["batch_size", 1]
-        )
+        column = b.column(start, "first_positions")
         positions = b.op("Add", [column, self.steps(length)], "positions", shape=TOKENS)
         return b.op(
             "RotaryEmbedding",
@@ -397,11 +391,7 @@ class _Graph:
         )
 
     def tables(self, kind: str) -> list[ir.Value]:
-        """Cosines and sines of position * frequency, (positions, head_dim / 2) each.
-
-        A runtime computes them when it loads the file: of 32,768 positions and heads of 256 numbers they would take
-        32 MiB in it.
-        """
+        """Cosines and sines of position * frequency, (positions, head_dim / 2) each, which a runtime computes."""
         b, (numbers, scale) = self.builder, self.ropes[kind]
         name, rows = _ROPE_NAMES[kind], self.positions
         prefix, counted = f"{name}rope", {"start": 0, "limit": rows, "step": 1}
@@ -409,8 +399,7 @@ class _Graph:
         for function in ("Cos", "Sin"):
             ends = [b.constant(f"{prefix}.{end}", np.float32(number)) for end, number in counted.items()]
             steps = b.op("Range", ends, f"{prefix}.positions", shape=[rows])
-            last = b.constant("last_axis", [-1])
-            column = b.op("Unsqueeze", [steps, last], f"{prefix}.column", shape=[rows, 1])
+            column = b.column(steps, f"{prefix}.column")
             frequencies = b.constant(f"{prefix}.frequencies", numbers)
             angles = b.op("Mul", [column, frequencies], f"{prefix}.angles", shape=[rows, len(numbers)])
             cache = f"{name}{function.lower()}_cache"
@@ -434,8 +423,7 @@ class _Graph:
         """How many of this call's tokens are no padding, (batch_size, 1)."""
         b = self.builder
         count = b.op("Min", [self.n_tokens, self.input_length()], "new_tokens", shape=["batch_size"])
-        last = b.constant("last_axis", [-1])
-        return b.op("Unsqueeze", [count, last], "new_tokens.column", shape=["batch_size", 1])
+        return b.column(count, "new_tokens.column")
 
     def kept(self, kind: str, shape: Sequence[int | str]) -> tuple[ir.Value, ir.Value]:
         """What is kept of a text that does not grow with it, as it was and as it becomes."""
@@ -476,11 +464,10 @@ class _Graph:
         if convolution.bias is not None:
             bias = b.constant(f"{prefix}.bias", self.weights.stored(convolution.bias))
             total = b.op("Add", [total, bias], f"{prefix}.sum")
-        last, column = b.constant("last_axis", [-1]), self.new_tokens()
+        column = self.new_tokens()
         steps = b.constant(f"steps_{length}", list(range(length)))
         places = b.op("Add", [column, steps], f"kept_places_{length}", shape=["batch_size", length])
-        apart = f"kept_places_{length}.apart"
-        places = b.op("Unsqueeze", [places, last], apart, shape=["batch_size", length, 1])
+        places = b.column(places, f"kept_places_{length}.apart")
         rows = b.op("GatherND", [seen, places], f"{prefix}.kept", batch_dims=1, shape=shape)
         b.several("Transpose", [rows], [present], str(present.name), domain="", perm=[0, 2, 1])
         return total
@@ -541,8 +528,7 @@ class _Graph:
         places = [self.steps(self.input_length()), new_tokens]
         inside = b.op("Less", places, "new_tokens.inside", dtype=ir.DataType.BOOL, shape=TOKENS)
         mask = b.cast(inside, "new_tokens.mask", self.dtype)
-        last = b.constant("last_axis", [-1])
-        mask = b.op("Unsqueeze", [mask, last], "new_tokens.mask.apart", shape=(*TOKENS, 1))
+        mask = b.column(mask, "new_tokens.mask.apart")
         decay = b.op("Mul", [b.cast(fading, f"{prefix}.g_cast", self.dtype), mask], f"{prefix}.g")
         rate = b.op("Mul", [written, mask], f"{prefix}.b")
         past, present = self.kept("recurrent", ["batch_size", value_heads, size, len(gain)])

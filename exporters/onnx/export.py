@@ -72,8 +72,7 @@ from exporters.proof import Choice, ReadChats, Slice, check_limits, check_matrix
 
 _BYTES_OF_A_WEIGHT = 1.5
 """That are in memory for all layers at once, where few bits are written: one each, and how it is stored."""
-_EXTERNAL_BYTES = 1024
-"""Smaller weights stay inside the graph."""
+_EXTERNAL_BYTES = 1024  # smaller weights stay inside the graph
 _SAME_LOGITS = 1e-2
 """Most that the two graphs of a variant may differ; their output matrix multiplies batches of other sizes."""
 
@@ -171,10 +170,7 @@ class _Made:
         self.is_trained = False
 
     def write(self, measured: dict[BlockFormat, Losses]) -> None:
-        """Write both graphs; if numbers are chosen for a text, those or the plain quantizer's, which lose less.
-
-        `measured` is what formats of earlier variants of the job cost layers.
-        """
+        """Write both graphs, with what loses less of chosen and plain numbers; `measured`: what formats cost layers."""
         job, variant, form, text = self.job, self.variant, self.variant.form, self.text
         device, progress = job.settings.device, job.progress
         if variant.portable:
@@ -215,11 +211,13 @@ class _Made:
             with moved(job.model, device):
                 chosen = tune(job.model, chosen, text, progress=progress)
         self._save(chosen, self.folder)
-        self.slopes = slope_sums(job.model, chosen.layers)
-        layers = {
-            name: rounded(read_weight(job.model, name), one.form) for name, one in chosen.layers.items()
-        }
-        del chosen
+        slopes, layers = dict[str, Sums](), {}
+        for name, layer in chosen.layers.items():
+            exact = read_weight(job.model, name)
+            slopes[name] = float((layer.dequantize() * exact).sum()), float(exact.square().sum())
+            layers[name] = rounded(exact, layer.form)
+        self.slopes = slopes
+        del chosen, layer
         with tempfile.TemporaryDirectory(dir=self.folder) as beside:
             self._save(QuantizedModel(layers), Path(beside))
             self.choice = Choice(self._compared(Path(beside) / self.every.name), self._compared(self.every))
@@ -352,7 +350,7 @@ Sums = tuple[float, float]
 def check_numbers(path: Path, model: Any, chosen: Mapping[str, Sums] = MappingProxyType({})) -> None:
     """Hold every matrix of one of the product's own graphs against the model's, float32.
 
-    `chosen`: by `slope_sums`, of layers whose numbers were chosen for a text. Raises LimitError: a matrix is not the
+    `chosen`: the sums of slopes of layers whose numbers were chosen for a text. Raises LimitError: a matrix is not the
     model's (`exporters.proof`), is missing, or is stored twice.
     """
     values = ir.load(path).graph.initializers
@@ -406,15 +404,6 @@ def check_numbers(path: Path, model: Any, chosen: Mapping[str, Sums] = MappingPr
     for name in (*linears, *HEAD_PARTS, *(() if tied else (TABLE,))):
         if found[name] != 1:
             raise LimitError(f"{path.name} has {found[name]} matrices for {name}, not 1")
-
-
-def slope_sums(model: Any, layers: Mapping[str, Rounded]) -> dict[str, Sums]:
-    """Layer -> the sums of its slope, of numbers that were chosen for a text."""
-    found = {}
-    for name, layer in layers.items():
-        exact = read_weight(model, name)
-        found[name] = float((layer.dequantize() * exact).sum()), float(exact.square().sum())
-    return found
 
 
 def _in_model(model: Any, module: str) -> str:

@@ -30,11 +30,7 @@ def folder_of(graph: Path) -> Path:
 
 
 def find_graph(reference: str, *, last_logits: bool = False) -> Path:
-    """The graph of a reference: the file itself, or of a variant's folder the one with the logits that are wanted.
-
-    A folder may lack the graph with the last position's logits; the one with all of them will do. Raises InputError
-    for a folder without a graph, or with several.
-    """
+    """The graph of a reference: the file, or the folder's with the logits that are wanted, or with all; InputError."""
     path = Path(reference)
     if path.suffix == ".onnx":
         return path

@@ -52,10 +52,7 @@ def outline_of(path: Path, n_ctx: int) -> FileOutline:
 
 
 class OnnxLanguageModel:
-    """An exported graph, run by ONNX Runtime: the .onnx file with the logits of every position, or its folder.
-
-    Raises as `open_model`, and InputError without a tokenizer beside it.
-    """
+    """An exported graph in ONNX Runtime: the .onnx file with the logits of every position, or its folder."""
 
     runtime = "onnxruntime"
     gives_logits = True

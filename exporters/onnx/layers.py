@@ -28,8 +28,7 @@ TOKENS = ("batch_size", "sequence_length")
 """Leading dimensions of everything that is computed for each token."""
 TABLE = "model.embed_tokens.weight"
 """Name of a stored embedding."""
-_ACCURACY_LEVEL = 4
-"""MatMulNBits rounds activations to int8, which is the fastest on a CPU."""
+_ACCURACY_LEVEL = 4  # MatMulNBits rounds activations to int8, which is the fastest on a CPU
 _FAR = 10**12
 Dims = Iterable[int | str | ir.SymbolicDim | None]
 Numbers = npt.NDArray[Any] | torch.Tensor
@@ -41,11 +40,7 @@ def unwritten(name: str, dtype: ir.DataType, shape: Sequence[int]) -> ir.Externa
 
 
 class GraphBuilder:
-    """Collects nodes and initializers; what is asked for twice by one name is there once.
-
-    Every value is given its type and shape when it is made: onnx's shape inference does not know the contributed
-    operators, and runtimes without a full one (the web's) believe the file.
-    """
+    """Collects nodes and initializers by name; all values have type and shape, which no inference knows."""
 
     def __init__(self) -> None:
         self.tape = ir.tape.Tape()
@@ -86,6 +81,11 @@ class GraphBuilder:
     def cast(self, x: ir.Value, name: str, dtype: ir.DataType) -> ir.Value:
         """x in a type; x itself if it is of that type."""
         return x if x.dtype == dtype else self.op("Cast", [x], name, dtype=dtype, to=dtype)
+
+    def column(self, x: ir.Value, name: str) -> ir.Value:
+        """x with a last axis of one."""
+        assert x.shape is not None  # every value that is made here has a shape
+        return self.op("Unsqueeze", [x, self.constant("last_axis", [-1])], name, shape=(*x.shape, 1))
 
     def several(
         self,
@@ -145,10 +145,7 @@ ACTIVATIONS: Mapping[str, Callable[[GraphBuilder, ir.Value, str], ir.Value]] = M
 
 
 class Matrix(Protocol):
-    """W (out_features, in_features), or a table with a row for each token; a tied one is both, stored once.
-
-    `stored_name` is the beginning of its tensors' names; that of the Linear if it is None.
-    """
+    """W (out_features, in_features), or a table of tokens; a tied one is both, stored once, as `stored_name`."""
 
     @property
     def out_features(self) -> int: ...
@@ -218,12 +215,7 @@ class NBits:
         data, scales = self._stored(builder, stored_name)
         (_, count, size), columns = self.weight.q.shape, self.weight.columns
         # The numbers keep the shape that MatMulNBits wants: a reshaped table would be a second one in memory.
-        apart = builder.op(
-            "Unsqueeze",
-            [scales, builder.constant("last_axis", [-1])],
-            f"{stored_name}.scale_blocks",
-            shape=(*self.weight.scales.shape, 1),
-        )
+        apart = builder.column(scales, f"{stored_name}.scale_blocks")
         rows = builder.op(
             "GatherBlockQuantized",
             [data, ids, apart],
@@ -281,8 +273,7 @@ class Stacked(NamedTuple):
         rest_ids = with_number("Max", moved, 0, "rest_ids")
         first = one.look_up(builder, first_ids, f"{name}.first")
         rest = other.look_up(builder, rest_ids, f"{name}.rest")
-        last = builder.constant("last_axis", [-1])
-        chosen = builder.op("Unsqueeze", [in_first, last], f"{name}.choice", shape=(*TOKENS, 1))
+        chosen = builder.column(in_first, f"{name}.choice")
         return builder.op("Where", [chosen, first, rest], name, dtype=first.dtype, shape=first.shape)
 
 
@@ -346,9 +337,7 @@ class Int8(NamedTuple):
         values = builder.cast(rows, f"{name}.float", ir.DataType.FLOAT)
         values = builder.op("Sub", [values, _middle(builder)], f"{name}.whole")
         scale = builder.op("Gather", [scales, ids], f"{name}.row_scale", shape=TOKENS)
-        last = builder.constant("last_axis", [-1])
-        apart = builder.op("Unsqueeze", [scale, last], f"{name}.scale", shape=(*TOKENS, 1))
-        return builder.op("Mul", [values, apart], name)
+        return builder.op("Mul", [values, builder.column(scale, f"{name}.scale")], name)
 
 
 def _middle(builder: GraphBuilder) -> ir.Value:

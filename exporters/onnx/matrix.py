@@ -18,8 +18,7 @@ import torch
 from exporters.onnx.variants import BlockFormat
 from exporters.quantize import Grid
 
-_ROWS = 128
-"""Rows whose scales are looked for at once: they stay in the cache."""
+_ROWS = 128  # rows whose scales are looked for at once: they stay in the cache
 # 1 is among them: a block that lies on a grid already is kept.
 _FACTORS = tuple(round(0.7 + 0.025 * i, 3) for i in range(15))
 _LARGEST, ZERO_OF_ROWS = 127, 128
@@ -86,10 +85,7 @@ class Rounded:
 def round_to_nearest(
     weight: torch.Tensor, form: BlockFormat, importance: torch.Tensor | None = None
 ) -> Rounded:
-    """Every number of (rows, columns) float32 to its nearest, with the scale of each block that loses least.
-
-    An input's error counts by its importance, mean squared inputs (columns,), if that is given.
-    """
+    """Numbers (rows, columns) to their nearest, with scales that lose least; by importance (columns,), if given."""
 
     def in_blocks(matrix: torch.Tensor) -> torch.Tensor:
         """(rows, columns) -> (rows, blocks, block_size), padded with zeros."""
@@ -110,10 +106,7 @@ def joined(parts: Sequence[Rounded]) -> Rounded:
 
 
 def _best_scales(blocks: torch.Tensor, counts: torch.Tensor, form: BlockFormat) -> torch.Tensor:
-    """(rows, blocks) scales, exact in float16: a block's extreme over q's range, times the factor that loses least.
-
-    The number that is largest in size gets the side of the range that reaches one step further (q = 0).
-    """
+    """(rows, blocks) scales, exact in float16: a block's extreme, as q = 0, times the factor that loses least."""
     half = form.half
     largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))[..., 0]
     base = -largest / half

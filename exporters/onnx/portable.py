@@ -44,11 +44,7 @@ def check_portable(shape: ModelShape) -> None:
 
 
 def portable_graph(model: Any, name: str, opset: int | None) -> ir.Model:
-    """Trace a causal LM that `check_portable` takes, float32, and store a tied embedding once.
-
-    The model's class becomes transformers' own. Without an opset it is optimum's choice. Raises InputError: optimum
-    cannot export it.
-    """
+    """Trace a causal LM, whose class becomes transformers' own, and store a tied embedding once."""
     from optimum.exporters.onnx import onnx_export_from_model
 
     # optimum only knows transformers' classes. Ours differ in how they are built and saved, not in what they compute.

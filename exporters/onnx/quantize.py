@@ -45,12 +45,10 @@ FormatOf = Callable[[str, int, int], BlockFormat]
 """(name of a Linear, index of its block, number of blocks) -> its format; the output matrix follows the last block."""
 Losses = Mapping[str, float]
 """Layer -> nats a token that rounding it to the nearest of a format costs."""
-_EIGHT_BITS_LOSE = 1 / 256
-"""Of what four bits lose: their steps are 16 times as small."""
+_EIGHT_BITS_LOSE = 1 / 256  # of what four bits lose: their steps are 16 times as small
 _AT_ONCE = 2**24
 """Numbers that are rounded together: rows do not depend on each other, and each number takes 20 bytes meanwhile."""
-_LEARNING_RATE = 1e-3
-"""Of scales and norms."""
+_LEARNING_RATE = 1e-3  # of scales and norms
 _Q4_0_RATIO = 1.1
 _FEW = 0.03
 """Of the bytes that a token reads. On SmolLM2-135M, a fifth less is lost than without such layers."""
@@ -180,10 +178,7 @@ def measure(
     device: str = "cpu",
     progress: Progress = no_progress,
 ) -> Losses:
-    """What each Linear of the blocks, and each part of the output matrix, loses in a format.
-
-    The model is on the CPU, and measured on the device; of the text, (nsamples, seqlen), a few windows are read.
-    """
+    """What each Linear of the blocks, and each part of the output matrix, loses in a format on a few of the windows."""
     rows = head_parts(model.config.vocab_size)
     with moved(model, device):
         layers = quantize_linears(model, lambda *_: form, None)
@@ -260,10 +255,7 @@ def rounded_model(
     device: str = "cpu",
     progress: Progress = no_progress,
 ) -> QuantizedModel:
-    """Round all layers for a text, some to the nearest of eight bits; see `quantize_linears`.
-
-    The model is on the CPU, and rounded on the device.
-    """
+    """Round all layers on a device for a text, some to the nearest of eight bits; see `quantize_linears`."""
     with moved(model, device):
         layers = quantize_linears(
             model, lambda name, *_: INT8 if name in eight_bits else form, input_ids, progress=progress

@@ -47,11 +47,10 @@ def runtime_version() -> str:
 
 
 class OnnxModel:
-    """An open decoder graph and the text it has seen. Not safe to share between threads.
+    """An open decoder graph and the text it has seen. For one thread.
 
     Attributes:
-        n_batch: Tokens of a text that `iter_logits` runs at once.
-        n_past: Tokens in the cache, which holds `n_ctx`.
+        n_past: Tokens in the cache, which holds `n_ctx`; `n_batch` are run at once.
         can_rewind: Whether all but the first of them can be forgotten.
         last_logits: Whether the graph gives only the last position's logits.
         cache_type: Of keys and values: f32 or f16; None without any.
@@ -117,10 +116,7 @@ class OnnxModel:
             self._cache[name] = OrtValue.ortvalue_from_numpy(zeros)
 
     def decode(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> FloatArray:
-        """Append tokens; returns their logits (n, vocab_size), or the last one's, (1, vocab_size), as float32.
-
-        Raises InputError: more than fits the cache.
-        """
+        """Append tokens; returns float32 logits (n, vocab_size), or only the last one's. InputError: too many."""
         count = len(tokens)
         if self.n_past + count > self.n_ctx:
             raise InputError(
@@ -178,11 +174,9 @@ def open_model(
     n_batch: int = PREFILL_TOKENS,
     provider: str | None = None,
 ) -> OnnxModel:
-    """Open a file, for n_ctx tokens, of which at most n_batch are run at once.
+    """Open a file, for n_ctx tokens, of which at most n_batch are run at once; InputError if it cannot be loaded.
 
-    `provider` is an execution provider in any case and without the word, such as cuda; what it cannot take, or all if
-    it is not there, runs on the CPU. Raises InputError: ONNX Runtime cannot load it, or an unknown provider;
-    MissingExtraError: ONNX Runtime is not installed.
+    `provider` is an execution provider such as cuda; what it cannot take, or all if it is not there, runs on the CPU.
     """
     require_extra("onnxruntime", "onnx")
     import onnxruntime
@@ -215,10 +209,7 @@ def open_model(
 def continuation_rows(
     model: OnnxModel, context: Sequence[int], continuations: Sequence[Sequence[int]]
 ) -> FloatArray:
-    """Logits after a context, and after all tokens but the last of each continuation in turn, (n, vocab_size).
-
-    After each continuation the cache is rewound, or the context is read again.
-    """
+    """Logits after a context, and after all tokens but the last of each continuation in turn, (n, vocab_size)."""
     rows = [_read(model, context)[-1:]]
     for continuation in continuations:
         if len(continuation) > 1:

@@ -60,10 +60,7 @@ _Embedded = Iterator[tuple[torch.Tensor, list[torch.Tensor]]]
 def predict_divergence(
     model: Any, changes: Mapping[str, Change], input_ids: torch.Tensor, *, progress: Progress = no_progress
 ) -> dict[str, float]:
-    """KL(model || model with one Linear's weight changed), nats a token to second order, of many changes at once.
-
-    What tokens do to each other through a change is left out. Raises InputError: a gradient is not finite.
-    """
+    """KL(model || one Linear changed), nats a token to second order, of many changes; InputError: not finite."""
     totals = dict.fromkeys(changes, 0.0)
 
     def add(name: str, x: torch.Tensor, g: torch.Tensor) -> None:
@@ -161,7 +158,7 @@ def draw(weight: torch.Tensor, moments: WeightMoments, count: int) -> Sample:
 def drawn_rows(sizes: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows that stand for all in a sum: systematic sampling by size (Madow 1949), sizes (n,) float64, largest first.
 
-    Returns rows, each once, (m,) int64, and the factors with which theirs sum up to all rows' parts.
+    Returns rows, each once, (m,), and the factors with which theirs sum up to all rows' parts.
     """
     if count >= len(sizes):
         return torch.arange(len(sizes)), torch.ones_like(sizes)
@@ -183,10 +180,7 @@ class Option(NamedTuple, Generic[Kind]):
 
 
 def solve(options: Mapping[str, Sequence[Option[Kind]]], left_bytes: int) -> dict[str, Option[Kind]]:
-    """One option for each name with the least loss in all that fits `left_bytes`; of equal ones the first.
-
-    Sizes are in steps of 1/65536 of what is to be shared out beyond the smallest, rounded up.
-    """
+    """One option a name with the least loss that fits `left_bytes`, in steps of 1/65536 of what is to be shared out."""
     least = {name: min(option.n_bytes for option in each) for name, each in options.items()}
     spare = left_bytes - sum(least.values())
     step = max(1, spare // _STEPS)

@@ -20,8 +20,7 @@ RIDGE = 0.1
 _EXACT_COLUMNS = 4096
 """Up to so many columns H is factored in float64. Of more it would take most of the time, and float32 loses no more:
 of 4096 x 14336 numbers (benchmarks/rounding.py) both lose 0.000956 of the output's mean square."""
-_LAZY_COLUMNS = 64
-"""What so many columns lost is taken from all later ones in one product."""
+_LAZY_COLUMNS = 64  # what so many columns lost is taken from all later ones in one product
 _SMALL, _WIDTH = 128, 512
 """Inverting a triangular matrix: rows that are solved for at once, and the width of its products."""
 _NOTHING, _LEAST = 1e-30, 2.0**-24
@@ -30,8 +29,7 @@ _ROUNDS = 4
 """Of descent. On SmolLM2-135M, one takes a tenth of GPTQ's loss away, four an eighth, and more hardly anything."""
 _ROWS, _PRODUCTS = 4096, 2**24
 """How many rows, and products of their blocks, are held at once: rows do not depend on each other."""
-_SCALE_RIDGE = 1e-4
-"""Relative to the mean of the diagonal of a row's system of scales."""
+_SCALE_RIDGE = 1e-4  # relative to the mean of the diagonal of a row's system of scales
 _WIDE = 4096
 """Columns beyond which H and its products are in bfloat16, if a processor multiplies that faster. Errors stay exact: of
 4096 x 14336 numbers (benchmarks/rounding.py) both lose 0.000862 of the output's mean square."""
@@ -121,10 +119,7 @@ def round_to_codes_(values: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 @functools.cache
 def _nearest_codes(codes: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """The code nearest to (n - 1/2, n] / 2 for each whole n from twice the least to twice the largest code.
-
-    Codes are whole numbers, so that what lies in the middle of two is a multiple of a half.
-    """
+    """The whole code nearest to (n - 1/2, n] / 2 for each whole n from twice the least to twice the largest code."""
     values = torch.tensor(codes)
     halves = torch.arange(2 * int(codes[0]), 2 * int(codes[-1]) + 1) / 2
     return values[torch.bucketize(halves, (values[1:] + values[:-1]) / 2)].to(device)

@@ -27,8 +27,7 @@ from cfsp.progress import Progress, no_progress
 from cfsp.recovery.losses import LossAndGradient, distillation_loss, head_loss, of_capped
 from exporters.quantize import Placed
 
-_WARM_UP = 4
-"""Steps in which the learning rate rises; there is one a window."""
+_WARM_UP = 4  # steps in which the learning rate rises; there is one a window
 
 
 class TunedScales(NamedTuple):
