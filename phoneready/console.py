@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import IO, Annotated, Any
 
 from cfsp.errors import PhonereadyError
@@ -81,8 +81,30 @@ def errors_as_exit_status() -> Iterator[None]:
 def show_progress(stream: IO[str] | None = None) -> Iterator[Progress]:
     """Yield a `cfsp.progress.Progress` that draws bars on a terminal and writes spare lines elsewhere."""
     stream = stream or sys.stderr
+    started: dict[str, tuple[float, int]] = {}
+    said: dict[str, float] = {}
+    tasks: dict[str, Any] = {}
+    # A step is what a description names, without what changes while it goes on.
+
+    def plain(description: str, done: int, total: int) -> None:
+        """A line when a step has gone on for a while, and one at its end if there was such a line."""
+        now, step, line = time.monotonic(), description.partition(": ")[0], ""
+        began, first = started.setdefault(step, (now, done))
+        if done >= total:
+            started.pop(step)
+            if said.pop(step, None) is not None:
+                line = f"{description}: done in {now - began:.0f} s"
+        elif now - said.get(step, began) >= PLAIN_INTERVAL_S:
+            said[step] = now
+            # At the speed so far; a step that was resumed counts from where it began.
+            left_s = (now - began) * (total - done) / (done - first) if done > first else None
+            rest = "" if left_s is None else f", about {left_s:.0f} s left"
+            line = f"{description}: {done} of {total}{rest}"
+        if line:
+            print(printable(line), file=stream, flush=True)
+
     if not stream.isatty():
-        yield _PlainProgress(stream)
+        yield plain
         return
     from rich import progress
     from rich.console import Console
@@ -91,57 +113,17 @@ def show_progress(stream: IO[str] | None = None) -> Iterator[Progress]:
         *(progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn()),
         *(progress.TimeElapsedColumn(), progress.TimeRemainingColumn()),
     )
-    bars = progress.Progress(*columns, console=Console(file=stream), transient=True)
-    with bars:
-        yield _BarProgress(bars)
+    with progress.Progress(*columns, console=Console(file=stream), transient=True) as bars:
 
+        def bar(description: str, done: int, total: int) -> None:
+            step, shown = description.partition(": ")[0], printable(description)
+            if step not in tasks:
+                tasks[step] = bars.add_task(shown, total=total)
+            bars.update(tasks[step], description=shown, completed=done, total=total)
+            if done >= total:
+                bars.remove_task(tasks.pop(step))
 
-@dataclass
-class _PlainProgress:
-    """A line when a step has gone on for a while, and one at its end if there was such a line."""
-
-    stream: IO[str]
-    started: dict[str, tuple[float, int]] = field(default_factory=dict)
-    said: dict[str, float] = field(default_factory=dict)
-
-    def __call__(self, description: str, done: int, total: int) -> None:
-        now, step = time.monotonic(), _step(description)
-        began, first = self.started.setdefault(step, (now, done))
-        if done >= total:
-            self.started.pop(step)
-            if self.said.pop(step, None) is not None:
-                self._write(f"{description}: done in {now - began:.0f} s")
-        elif now - self.said.get(step, began) >= PLAIN_INTERVAL_S:
-            self.said[step] = now
-            # At the speed so far; a step that was resumed counts from where it began.
-            left_s = (now - began) * (total - done) / (done - first) if done > first else None
-            rest = "" if left_s is None else f", about {left_s:.0f} s left"
-            self._write(f"{description}: {done} of {total}{rest}")
-
-    def _write(self, line: str) -> None:
-        print(printable(line), file=self.stream, flush=True)
-
-
-@dataclass
-class _BarProgress:
-    """One rich bar a description; it goes when its step ends."""
-
-    bars: Any
-    tasks: dict[str, Any] = field(default_factory=dict)
-
-    def __call__(self, description: str, done: int, total: int) -> None:
-        step = _step(description)
-        description = printable(description)
-        if step not in self.tasks:
-            self.tasks[step] = self.bars.add_task(description, total=total)
-        self.bars.update(self.tasks[step], description=description, completed=done, total=total)
-        if done >= total:
-            self.bars.remove_task(self.tasks.pop(step))
-
-
-def _step(description: str) -> str:
-    """What a description names, without what changes while the step goes on."""
-    return description.partition(": ")[0]
+        yield bar
 
 
 def quiet_libraries() -> None:

@@ -9,8 +9,6 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,7 +72,7 @@ def check_room(
     except (InputError, OSError):
         return
     if device != CPU:  # nothing stays in files for a GPU, whose memory is asked for when a model is put there
-        extents = [replace(extent, keeping=WHOLE) for extent in extents]
+        extents = [extent._replace(keeping=WHOLE) for extent in extents]
     least = needs(extents)
     if device != CPU:
         least = least._replace(memory=0)
@@ -126,10 +124,10 @@ def exporting_needs(
     """
     (extent,) = extents
     if extent.by_blocks and not extent.is_alone:
-        extent = replace(extent, keeping=WHOLE)
+        extent = extent._replace(keeping=WHOLE)
     memory, tokens = _passed(extent, PARITY_SEQLEN), (windows or 0) * seqlen
     if is_saved:
-        extent = replace(extent, stored_bytes=4)
+        extent = extent._replace(stored_bytes=4)
     there = _saved(extent) if is_saved else 0
     families: dict[str, list[ExportFormat]] = {}
     for name in settings.names:
@@ -178,8 +176,7 @@ _BLOCK = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d+)\.")
 _EMBEDDINGS, _OUTPUTS = (EMBEDDING, "model.embed_tokens.weight"), (OUTPUT, OUTPUT_MATRIX)
 
 
-@dataclass(frozen=True)
-class Extent:
+class Extent(NamedTuple):
     """How large a model is."""
 
     blocks: tuple[tuple[tuple[int, int], ...], ...]  # of every block its matrices, (rows, columns)
@@ -191,7 +188,7 @@ class Extent:
     state_size: int = 0  # numbers held of a token between blocks; 0 for `hidden_size`
     is_alone: bool = True  # whether a block is given nothing but hidden states
 
-    @cached_property
+    @property
     def block_weights(self) -> int:
         """Weights of all blocks."""
         return sum(math.prod(shape) for block in self.blocks for shape in block)
@@ -206,7 +203,7 @@ class Extent:
         """All but norms and biases, if the output matrix is the embedding, which a file may hold twice."""
         return self.block_weights + self.beside + self.end_weights
 
-    @cached_property
+    @property
     def widths(self) -> tuple[int, ...]:
         """FFN channels of every block: the most inputs of a matrix."""
         return tuple(max((columns for _, columns in block), default=0) for block in self.blocks)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pydantic import NonNegativeFloat, PositiveInt
 
@@ -103,8 +104,7 @@ _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)
 """97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, two terms of its expansion do."""
 
 
-@dataclass(frozen=True)
-class Excess:
+class Excess(NamedTuple):
     """Bits per byte that one file loses more than another, with a 95 % interval over the windows of text."""
 
     bits: float
@@ -121,8 +121,7 @@ class Standing:
     by: str | None
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """The best file of `at_bytes` or less, the best dense one, and what that loses more; None if there is none."""
 
     best: str | None

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import safetensors.torch
 import torch
@@ -72,8 +72,7 @@ _ANSWER_CONTEXT = 1024
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Artifact:
+class Artifact(NamedTuple):
     """A GGUF file or the folder of an ONNX variant, `root`; benchmarks open `path`, the file or its main graph."""
 
     role: str

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -67,8 +66,7 @@ Cell: TypeAlias = str | Mark
 Row: TypeAlias = Sequence[Cell]
 
 
-@dataclass(frozen=True)
-class ReportInput:
+class ReportInput(NamedTuple):
     """Everything that the reports show; `projected` has the facts of pruned files for `devices`, by their names."""
 
     config: ReleaseConfig

@@ -10,9 +10,9 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -87,34 +87,13 @@ from runtime_bench.workload import BenchSettings
 _GENERATED = 64
 
 
-@dataclass(frozen=True)
-class Subject:
+class Subject(NamedTuple):
     """What a search is of: the dense model, its calibration, and how pruned ones are trained, if they are."""
 
     model: ModelConfig
     seed: int
     prune: PruneConfig
     recover: RecoverConfig | None
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What is known of a file before it is made: its size, of a mixture the least, and what a projection needs."""
-
-    KIND: ClassVar[str] = "search-size"
-    SCHEMA_VERSION: ClassVar[int] = 1
-
-    least_bytes: int
-    facts: ModelFacts | None
-
-
-@dataclass
-class _Side:
-    """The dense model, or what is left of it with fewer tokens, and what calibration finds out about it."""
-
-    loaded: LoadedModel
-    calibration: Calibration
-    statistics: BlockStatistics | None = None
 
 
 class Evaluator:
@@ -145,7 +124,8 @@ class Evaluator:
         learnt = [asdict(how), identities(how.data), identities(how.validation)] if how else None
         self.training = hashlib.sha256(json.dumps(learnt, sort_keys=True).encode()).hexdigest()[:8]
         self._n_threads = threads or torch.get_num_threads()
-        self._trimmed: dict[int, _Side] = {}
+        self._trimmed: dict[int, tuple[LoadedModel, Calibration]] = {}
+        self._statistics: dict[int, BlockStatistics] = {}
         self._vocabularies: dict[int, VocabularyPlan] = {}
         self._plans: dict[tuple[int, float], PruningPlan] = {}
 
@@ -288,16 +268,17 @@ class Evaluator:
             self._vocabularies[size] = plan_vocabulary(self.loaded, self._counts, size, sources=sources)
         return self._vocabularies.get(size)
 
-    def _side(self, vocabulary: int) -> _Side:
+    def _side(self, vocabulary: int) -> tuple[LoadedModel, Calibration]:
         """The model with all of its tokens, or with so many; of the latter the latest is kept."""
         if vocabulary not in self._trimmed:
             for other in [size for size in self._trimmed if size]:
                 del self._trimmed[other]
+                self._statistics.pop(other, None)
             loaded, calibration = self.loaded, self.calibration
             if kept := self.vocabulary(vocabulary):
                 twin, settings = replace(loaded, model=copied(loaded.model)), self.subject.prune.settings(1)
                 loaded, calibration = trim(twin, calibration, kept, settings, progress=self.progress)
-            self._trimmed[vocabulary] = _Side(loaded, calibration)
+            self._trimmed[vocabulary] = loaded, calibration
         return self._trimmed[vocabulary]
 
     def plan(self, point: Point) -> PruningPlan:
@@ -306,16 +287,17 @@ class Evaluator:
         name = replace(point, ratio=0.0, recovered=False, steps=()).checkpoint
         path = self.state / "plans" / f"{name}.json"
         if not path.is_file():
-            side = self._side(point.vocabulary)
-            model, ids = side.loaded.model, side.calibration.input_ids
-            if side.statistics is None:
+            loaded, calibration = self._side(point.vocabulary)
+            model, ids = loaded.model, calibration.input_ids
+            if point.vocabulary not in self._statistics:
                 with products_in(settings.dtype, model.device.type):
-                    side.statistics = collect_statistics(
+                    self._statistics[point.vocabulary] = collect_statistics(
                         model, ids, keep_states=settings.repairs, progress=self.progress
                     )
             wanted = replace(settings, prune_ratio=0.0, vocabulary=point.vocabulary, kv_groups=point.groups)
             removals = choose_removals(model, ids, wanted, progress=self.progress)
-            made = make_plan(side.loaded, side.statistics, side.calibration, wanted, removals)
+            statistics = self._statistics[point.vocabulary]
+            made = make_plan(loaded, statistics, calibration, wanted, removals)
             write_record(path, replace(made, vocabulary=self.vocabulary(point.vocabulary)))
         if key not in self._plans:
             self._plans[key] = read_record(PruningPlan, path)
@@ -327,20 +309,15 @@ class Evaluator:
         """A file's size before it is made, if the shape tells, and how it stands to the limits by that."""
         if point.steps or (self.settings.max_size is None and self.settings.device is None):
             return None, []
-        path = self.state / "sizes" / f"{replace(point, recovered=False).key}.json"
-        sized = GGUF.find(point.quant).is_sized
-        if not path.is_file():
-            kept = self.vocabulary(point.vocabulary)
-            whole = model_shape(self.loaded.model)
-            shape = self.plan(point).shape if point.ratio or point.groups else whole
-            size = self._sizes.least_bytes(point.quant, shape, kept, dense=point.is_dense)
-            facts = self._sizes.facts(point.quant, shape, kept) if sized else None
-            write_record(path, Expected(size, facts))
-        known = read_record(Expected, path)
-        held = list(self.settings.held(size=known.least_bytes))
-        if self.settings.device is not None and known.facts is not None:
-            held += self._held_by_speed(self._projected(known.facts))
-        return known.least_bytes if sized else None, held
+        kept, sized = self.vocabulary(point.vocabulary), GGUF.find(point.quant).is_sized
+        whole = model_shape(self.loaded.model)
+        shape = self.plan(point).shape if point.ratio or point.groups else whole
+        size = self._sizes.least_bytes(point.quant, shape, kept, dense=point.is_dense)
+        held = list(self.settings.held(size=size))
+        if self.settings.device is not None and sized:
+            facts = self._sizes.facts(point.quant, shape, kept)
+            held += self._held_by_speed(self._projected(facts))
+        return size if sized else None, held
 
     def held(self, one: EvaluatedPoint) -> tuple[Held, ...]:
         """How a file stands to the limits; one that nothing is known of is not met."""
@@ -392,7 +369,7 @@ class Evaluator:
         else:
             shapes = read_config(checkpoint).shape, model_shape(self.loaded.model)
             left, whole = (sum(shape.ffn_widths) for shape in shapes)
-            tokenizer = self._side(point.vocabulary).loaded.tokenizer
+            tokenizer = self._side(point.vocabulary)[0].tokenizer
             texts = measure_file(
                 made, self._dense, tokenizer, self.texts, threads=self.threads, progress=self.progress
             )
@@ -440,7 +417,7 @@ class Evaluator:
         drafts.mkdir(parents=True)
         export, text = ExportConfig(), None
         if "calibration" in GGUF.find(point.quant).reads:
-            ids = self._side(point.vocabulary).calibration.input_ids
+            ids = self._side(point.vocabulary)[1].input_ids
             text = spread_windows(ids, export.rounding_windows)
         options = export.options(
             text,
@@ -475,8 +452,8 @@ class Evaluator:
             if old.name != f"{name}.training":  # what was half trained goes on
                 shutil.rmtree(old, ignore_errors=True)
 
-        side, plan = self._side(point.vocabulary), None
-        loaded, moments = side.loaded, None
+        loaded, calibration = self._side(point.vocabulary)
+        plan = moments = None
         if point.recovered:
             assert start is not None
             assert recover is not None
@@ -498,23 +475,22 @@ class Evaluator:
                 self.subject.prune.settings(point.align), prune_ratio=left, blocks=0, attentions=0
             )
             settings = fitting_settings(settings, loaded.model, (point.quant,))
-            made = prune_model(loaded, side.calibration, settings, progress=self.progress)
+            made = prune_model(loaded, calibration, settings, progress=self.progress)
             loaded, plan, moments = made.loaded, made.plan, made.input_moments
         elif not point.is_dense:
             plan, loaded = self.plan(point), replace(loaded, model=copied(loaded.model))
-            ids, states = side.calibration.input_ids, side.statistics and side.statistics.states
+            known = self._statistics.get(point.vocabulary)
+            ids, states = calibration.input_ids, known and known.states
             apply_plan(loaded.model, plan, input_ids=ids, states=states, progress=self.progress)
         if moments is None:  # 4-bit types are rounded for these
             with products_in(self.subject.prune.dtype, loaded.model.device.type):
-                windows = moment_windows(side.calibration.input_ids)
+                windows = moment_windows(calibration.input_ids)
                 moments = collect_input_moments(loaded.model, windows, progress=self.progress)
         save_checkpoint(loaded, path, plan=plan, input_moments=moments, seed=seed)
         return path
 
 
 _TEMPLATE_WIDTH = 256
-
-
 """No type falls back at this width."""
 
 

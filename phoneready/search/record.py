@@ -11,7 +11,15 @@ from cfsp.errors import InputError
 from cfsp.recovery.settings import settled
 from cfsp.units import format_bytes, megabytes
 from cfsp.validation import Seed, Share
-from phoneready.evaluation.measured_file import DOMINATED, Choice, Excess, MeasuredFile, Standing
+from phoneready.evaluation.measured_file import (
+    DOMINATED,
+    Excess,
+    MeasuredFile,
+    Standing,
+    choose,
+    excess,
+    telling_sizes,
+)
 from phoneready.evaluation.tables import WHAT_STANDINGS_MEAN, loss_columns, measured_on, standing_column
 from phoneready.figures.figures import INCONCLUSIVE, MISSED, PASS
 from phoneready.report.plots import BITS, DARK, Axis, loss_figure, plotly_script, render_page
@@ -89,17 +97,15 @@ class SearchRecord:
         points: All files that were measured, by size.
         held: For each, how it stands to the limits.
         standings: For each, how it stands to those that are no larger.
-        choices: The best file at each size that tells something.
         best: The file to take; None if none is within all limits.
         best_dense: The dense model's best file within them.
-        excess: What `best_dense` loses more than `best`.
         left_out: Files that were not made, and why.
         failed: Files that could not be made, and why.
         kept: Files that lie in the folder.
     """
 
     KIND: ClassVar[str] = "search"
-    SCHEMA_VERSION: ClassVar[int] = 1
+    SCHEMA_VERSION: ClassVar[int] = 2
 
     source: str
     source_sha256: str | None
@@ -110,10 +116,8 @@ class SearchRecord:
     points: tuple[EvaluatedPoint, ...]
     held: tuple[tuple[Held, ...], ...]
     standings: tuple[Standing, ...]
-    choices: tuple[Choice, ...]
     best: str | None
     best_dense: str | None
-    excess: Excess | None
     left_out: tuple[str, ...]
     failed: tuple[str, ...]
     kept: tuple[str, ...]
@@ -206,17 +210,17 @@ def sentences(found: SearchRecord) -> Iterator[str]:
             yield "Pruning did not pay: no pruned file is better." if tried else "Nothing was pruned."
         elif dense is None:
             yield "Pruning paid: no quantization of the dense model is within the limits."
-        elif found.excess is not None and (found.excess.low or 0) > 0:
+        elif (more := excess(dense, best)).low is not None and more.low > 0:
             fewer = 1 - best.bits_per_byte / dense.bits_per_byte
             yield (
                 f"Pruning paid: it has {fewer:.1%} fewer bits per byte than the best dense file, "
-                f"{_named(dense)}, which loses {_lost(found.excess)} more."
+                f"{_named(dense)}, which loses {_lost(more)} more."
             )
         else:
             saved = dense.file_bytes - best.file_bytes
             size = f", and {megabytes(saved)} larger" if saved > 0 else ""
             yield f"The best dense file, {_named(dense)}, is as good within the noise{size}."
-    for choice in () if found.limits else found.choices:
+    for choice in () if found.limits else (choose(found.points, n) for n in telling_sizes(found.points)):
         one, other = found.find(choice.best), found.find(choice.dense)
         if one is not None:
             rest = (
@@ -246,10 +250,10 @@ def _named(one: EvaluatedPoint) -> str:
     )
 
 
-def _lost(excess: Excess) -> str:
-    if excess.low is None or excess.high is None:
-        return f"{excess.bits:.4f} bits a byte"
-    return f"{excess.bits:.4f} ({excess.low:.4f} to {excess.high:.4f}) bits a byte"
+def _lost(more: Excess) -> str:
+    if more.low is None or more.high is None:
+        return f"{more.bits:.4f} bits a byte"
+    return f"{more.bits:.4f} ({more.low:.4f} to {more.high:.4f}) bits a byte"
 
 
 _SIZE = Axis("file size, MB", lambda one: one.file_bytes / 1e6)

@@ -22,7 +22,7 @@ from cfsp.recovery.data import check_readable
 from cfsp.text.settings import BUILTIN_TEXT
 from cfsp.units import megabytes
 from exporters.families import GGUF
-from phoneready.evaluation.measured_file import FRONTIER, UNDECIDED, choose, excess, standing, telling_sizes
+from phoneready.evaluation.measured_file import FRONTIER, UNDECIDED, standing
 from phoneready.evaluation.run import check_texts
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.figures import INCONCLUSIVE, MISSED, PASS
@@ -217,10 +217,8 @@ class _Run:
             points=tuple(points),
             held=tuple(held),
             standings=tuple(standings),
-            choices=tuple(choose(points, size) for size in telling_sizes(points)),
             best=best.file if best else None,
             best_dense=dense.file if dense else None,
-            excess=excess(dense, best) if best and dense and best is not dense else None,
             left_out=tuple(f"{point.label}: {why}" for point, why in self.left_out.items()),
             failed=tuple(f"{point.label}: {why}" for point, why in self.failed.items()),
             kept=tuple(one.file for one in points if (self.folder / one.file).is_file()),

@@ -45,7 +45,7 @@ def make(report: ReportInput, **source: Any) -> tuple[ReportInput, ReleaseManife
     shape = ModelShape.of_ffn_widths((192,) * 6)
     info = CheckpointInfo(figures.source, shape, "34" * 32, "56" * 32, "float32", {"torch": "2.9"}, 0)
     manifest = make_manifest(report.config, figures, info, [])
-    return replace(report, figures=figures), manifest
+    return report._replace(figures=figures), manifest
 
 
 @pytest.fixture

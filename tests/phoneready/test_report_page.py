@@ -196,7 +196,7 @@ def test_a_file_that_dominates_a_pruned_one_is_named(make_report_input: MakeRepo
 @pytest.mark.parametrize("name", HOSTILE)
 def test_nothing_of_a_hostile_text_is_markdown(name: str, make_report_input: MakeReportInput) -> None:
     report = make_report_input(HOSTILE[name])
-    text = render_report(replace(report, commands=(HOSTILE[name],)))
+    text = render_report(report._replace(commands=(HOSTILE[name],)))
     code_or_escaped = re.compile(r"^    .*$|\\.", re.MULTILINE)
     plain = code_or_escaped.sub("", text)
     assert not re.search(r"<\w|!\[|\]\(", plain)
@@ -219,7 +219,7 @@ def test_what_is_left_of_every_block_is_shown(make_report_input: MakeReportInput
     assert plan.keep_ratio == 1, "no channel of a block that stays went"
     words = ["2 of 2 KV groups", "block removed", "1 of 2 KV groups", "no attention"]
     assert [row[-1] for row in width_table(plan).rows[:4]] == words
-    pruned = replace(report, figures=replace(report.figures, plan=plan))
+    pruned = report._replace(figures=replace(report.figures, plan=plan))
     assert all(word in render_report(pruned) for word in words)
     untouched = replace(plan, blocks=tuple(whole), depth=None, attention=None, kv_groups=None)
     assert width_table(untouched).rows[0][-1] == f"{untouched.blocks[0].importance:.4f}"
@@ -267,7 +267,7 @@ def test_each_place_has_its_own_table_and_plot(make_report_input: MakeReportInpu
     assert ("file size" in here, "file size" in limited + far) == (True, False)
     assert ["t/s" in table for table in (here, limited, far)] == [True, True, False]
     assert "emulated: that it ran counts, its times say nothing" in render_report(
-        replace(report, figures=figures)
+        report._replace(figures=figures)
     )
 
 
@@ -280,10 +280,10 @@ def test_a_crowded_or_void_speed_gives_no_ratio(make_report_input: MakeReportInp
     assert "base: other programs took" in text
     assert "times as fast" not in text
     assert "speed not decided" in headline(figures)
-    assert "too noisy" in render_page(replace(report, figures=figures))
+    assert "too noisy" in render_page(report._replace(figures=figures))
     void = tuple(replace(r, degenerate="loop <b>") if r.model_filename == file else r for r in records)
     figures = replace(report.figures, bench=void)
-    assert "writes degenerate text: loop &lt;b&gt;" in render_page(replace(report, figures=figures))
+    assert "writes degenerate text: loop &lt;b&gt;" in render_page(report._replace(figures=figures))
     plots = {plot.id: plot for plot in make_plots(figures, bench_groups(void))}
     assert "Q8_0 pruned" not in {trace["name"] for trace in plots["plot-speed-0"].figure["data"]}
 
@@ -336,7 +336,7 @@ def test_what_is_particular_to_a_release_is_said(
     )
     evaluation = replace(figures.evaluation, vocabularies=Vocabularies(300, 384, is_part=True))
     changed = replace(figures, bench=(hot, pinned), losses=longer, plan=plan, evaluation=evaluation)
-    page, text = (render(replace(report, figures=changed)) for render in (render_page, render_report))
+    page, text = (render(report._replace(figures=changed)) for render in (render_page, render_report))
     rows = comparison_table(changed, None, *changed.pairs[0]).rows
     assert rows[1:] == [
         ("bits per byte of the file", "0.9000", "1.0000", "1.111"),
@@ -352,7 +352,7 @@ def test_what_is_particular_to_a_release_is_said(
     ):
         assert part in page
         assert part in text.replace("\\", "")
-    bare = replace(report, verdicts=None, projected={}, figures=replace(figures, bench=()))
+    bare = report._replace(verdicts=None, projected={}, figures=replace(figures, bench=()))
     assert "No budgets were set" in render_page(bare)
     assert "Nothing was measured" in render_page(bare)
 

@@ -45,7 +45,7 @@ TinyPath = Callable[..., Path]
 SmallDisk = Callable[[str], Path]
 BLOCK = ((64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128))
 SMALL = Extent((BLOCK,) * 4, 384, 64)
-LARGE = replace(SMALL, blocks=(BLOCK,) * 8)
+LARGE = SMALL._replace(blocks=(BLOCK,) * 8)
 EXPORTING = FileSettings(quants=("Q4_0",), onnx=("int4",))
 NEEDS: dict[str, Callable[[list[Extent]], Needs]] = {
     "draw": lambda extents: drawing_needs(extents, 8, 64, moments=True),

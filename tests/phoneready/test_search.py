@@ -311,13 +311,13 @@ def point(
     )
 
 
-def result(*points: EvaluatedPoint, at: int = 100, **more: object) -> SearchRecord:
+def result(*points: EvaluatedPoint, **more: object) -> SearchRecord:
     ordered = tuple(sorted(points, key=lambda p: p.file_bytes))
     standings = tuple(standing(p, ordered) for p in ordered)
     plain: dict[str, object] = {
         "source": "m", "source_sha256": None, "seed": 0, "calibration": ("c",), "strategy": "grid", "limits": (),
-        "points": ordered, "held": ((),) * len(ordered), "standings": standings, "choices": (choose(ordered, at),),
-        "best": None, "best_dense": None, "excess": None, "left_out": (), "failed": (), "kept": (),
+        "points": ordered, "held": ((),) * len(ordered), "standings": standings,
+        "best": None, "best_dense": None, "left_out": (), "failed": (), "kept": (),
     }  # fmt: skip
     return SearchRecord(**{**plain, **more})  # type: ignore[arg-type]
 
@@ -381,7 +381,7 @@ def test_sentences_and_the_page() -> None:
     speed = Speed("local", 9.0, 11.0, 2e8, n_threads=1)
     dense = replace(point("Q4_0", 100, [1.0, 1.1, 0.9, 1.0, 1.05]), speed=speed)
     pruned = point("Q8_0<b>", 120, [1.2, 1.31, 1.1, 1.19, 1.26], ratio=0.25)
-    found = result(dense, pruned, at=110)
+    found = result(dense, pruned)
     text = format_search(found)
     assert "the best file is dense Q4_0" in text
     assert "Pruning does not pay here" in text
