@@ -47,8 +47,9 @@ class Setting:
     look_up: Callable[[str], str] | None = None
     least: int = 0  # fewest entries of a tuple
     parse: Callable[[str, str], Any] | None = None  # reads the option's text, given its name for errors
-    option: str | None = ""  # names such as `-n --n-gen`; `--field-name` if empty; None: no option
-    off: str = ""  # help of the option that turns off what is on by default
+    option: str = ""  # names such as `-n --n-gen`; `--field-name` if empty
+    rare: bool = False  # no option of its own: the command line has it as `--set NAME=VALUE`
+    hidden: bool = False  # an option that only --help-all shows
     metavar: str | None = None  # `NAME,...` splits at commas, otherwise an option of a tuple is repeated
     shown: str | None = None  # the default in help, if the value itself does not say it
     example: Any = None  # for the template of a configuration, if there is no default
@@ -129,7 +130,7 @@ def setting(default: T, help: str | Setting, **attributes: Any) -> T:
 
 
 _DECLARED = "setting"
-SEED = Setting("Seed of everything that is drawn at random.", ge=0, le=2**32 - 4, metavar="N")
+SEED = Setting("Seed of everything that is drawn at random.", ge=0, le=2**32 - 4, metavar="N", rare=True)
 """NumPy takes 32 bits, llama.cpp's last means any seed, and a release also uses the two seeds after its own."""
 
 
@@ -143,14 +144,16 @@ DEVICE = Setting(
     "Where torch computes: auto (cuda where there is one), cpu, cuda, cuda:N or mps (Apple's).",
     look_up=_device_name,
     metavar="DEVICE",
+    hidden=True,
 )
 DTYPE = Setting(
     "What weights are kept in: auto (their own 16 bits where float32 takes too much memory), float32, bfloat16 or "
     "float16; they are float32 while something is computed with them.",
     choices="cfsp.precision:DTYPES",
     metavar="DTYPE",
+    rare=True,
 )
-THREADS = Setting("Threads to compute with.", ge=1, le=4096, shown="as many as torch finds")
+THREADS = Setting("Threads to compute with.", ge=1, le=4096, shown="as many as torch finds", hidden=True)
 
 
 class Declared(NamedTuple):
@@ -163,8 +166,36 @@ class Declared(NamedTuple):
 
     @property
     def options(self) -> list[str]:
-        """Names of its option, the longest last."""
-        return (self.setting.option or f"--{self.name.replace('_', '-')}").split()
+        """Names of its option, the longest last; none if it is rare."""
+        return (
+            [] if self.setting.rare else (self.setting.option or f"--{self.name.replace('_', '-')}").split()
+        )
+
+    @property
+    def label(self) -> str:
+        """How the command line names it."""
+        return f"--set {self.name}" if self.setting.rare else self.options[-1]
+
+    def read(self, given: Any) -> Any:
+        """The value that an option's text, or the texts of one that is repeated, stand for; raises InputError."""
+        if self.setting.parse is not None:
+            return self.setting.parse(given, self.label)
+        if get_origin(self.kind) is not tuple:
+            return given
+        kind = get_args(self.kind)[0]
+        if not self.setting.splits:
+            if any(not text.strip() for text in given):
+                raise InputError("empty", field=self.label)
+            return tuple(map(kind, given))
+        names = dict.fromkeys(name.strip() for text in given for name in text.split(",") if name.strip())
+        try:
+            return tuple(map(kind, names))
+        except ValueError:
+            whole, real = "whole numbers, such as 128 or 128,512", "numbers, such as 0.1 or 0.1,0.2"
+            allowed = whole if kind is int else real
+            raise InputError(
+                "not understood", field=self.label, value=",".join(given), allowed=allowed
+            ) from None
 
 
 def setting_in(hint: Any) -> Setting | None:
@@ -223,7 +254,7 @@ def as_read(settings: S, reads: Reads, *beside: Any, section: str = "") -> tuple
         row = rows[name]
         if getattr(settings, name) != row.default and not is_read(settings, *beside):
             settings = dataclasses.replace(settings, **{name: row.default})  # type: ignore[type-var]
-            warnings.append(no_effect(f"{section}.{name}" if section else row.options[-1], where))
+            warnings.append(no_effect(f"{section}.{name}" if section else row.label, where))
     return settings, tuple(warnings)
 
 

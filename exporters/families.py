@@ -205,22 +205,14 @@ class FileSettings(Settings):
         ge=1,
         le=2**50,
         parse=parse_bytes,
-        option="--mixed-size",
         metavar="SIZE",
         shown="1.1 times what weights take in GGUF's Q4_0",
         example=90_000_000,
+        rare=True,
     )
-    imatrix: bool = setting(
-        True,
-        "Quantize with the importance matrix of the calibration.",
-        option="--no-imatrix",
-        off="Quantize without the importance matrix of the calibration.",
-    )
+    imatrix: bool = setting(True, "Quantize with the importance matrix of the calibration.", rare=True)
     gptq: bool = setting(
-        True,
-        "Round the matrices of GGUF files of up to 6 bits for the calibration text, by GPTQ.",
-        option="--no-gptq",
-        off="Leave the numbers of GGUF files as llama.cpp's quantizer rounds them.",
+        True, "Round the matrices of GGUF files of up to 6 bits for the calibration text, by GPTQ.", rare=True
     )
     tune_scales: bool = setting(
         False,
@@ -233,6 +225,7 @@ class FileSettings(Settings):
         "of them they lose a little less and take longer.",
         ge=1,
         le=2**20,
+        rare=True,
     )
 
     @property
@@ -266,23 +259,30 @@ class FileSettings(Settings):
 class ExportSettings(FileSettings):
     """One export of a checkpoint."""
 
-    name: str | None = setting(None, "Stem of GGUF files, name of graphs.", shown="the model's name")
+    name: str | None = setting(
+        None, "Stem of GGUF files, name of graphs.", shown="the model's name", rare=True
+    )
     calibration: tuple[str, ...] = setting(
         (),
         f"Text that files of few bits are rounded for, and mixtures chosen by: `self`, `none`, {TEXT_FORMS}.",
         metavar="REF",
         shown="self for 4-bit ONNX variants, mixtures and trained scales, else none",
     )
-    nsamples: int = setting(32, "Windows of that text.", ge=1, le=2**20)
-    seqlen: int = setting(512, "Tokens in such a window.", ge=2, le=2**20)
+    nsamples: int = setting(32, "Windows of that text.", ge=1, le=2**20, rare=True)
+    seqlen: int = setting(512, "Tokens in such a window.", ge=2, le=2**20, rare=True)
     rounding_windows: int | None = setting(
-        None, "Use so many of the text's windows, spread over them.", ge=1, le=2**20, shown="all"
+        None, "Use so many of the text's windows, spread over them.", ge=1, le=2**20, shown="all", rare=True
     )
     dense: str | None = setting(
-        None, "Model that writes the text `self`.", metavar="MODEL", shown="the checkpoint"
+        None, "Model that writes the text `self`.", metavar="MODEL", shown="the checkpoint", rare=True
     )
     opset: int | None = setting(
-        None, "ONNX opset of the graphs; older runtimes want an older one.", ge=1, metavar="N", shown="21"
+        None,
+        "ONNX opset of the graphs; older runtimes want an older one.",
+        ge=1,
+        metavar="N",
+        shown="21",
+        rare=True,
     )
     seed: int = setting(0, SEED)
 

@@ -27,7 +27,7 @@ class ReadOptions(Settings):
     """Options of commands that read a model."""
 
     threads: Annotated[int | None, THREADS] = None
-    json: bool = setting(False, "Print the result as one JSON document.")
+    json: bool = setting(False, "Print the result as one JSON document.", hidden=True)
 
 
 @dataclass(frozen=True)

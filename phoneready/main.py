@@ -27,7 +27,7 @@ from typer.core import TyperGroup
 
 from cfsp.errors import PhonereadyError, without_credentials
 from cfsp.records import tool_version
-from phoneready.commands.options import with_settings
+from phoneready.commands.options import EPILOG, key_instead, with_settings
 from runtime_bench.presentation.table import visible
 
 EXIT_BUG = 70
@@ -74,10 +74,9 @@ GONE: MappingProxyType[str, str] = MappingProxyType(
         },
         "bench --clean": "use `phoneready devices clean TARGET`",
         "bench --at-once": "all machines are measured at the same time",
-        "bench --cold": "use --regime cold",
+        "bench --cold": "use --set regimes=cold",
         "bench --seed": "the random tokens are always the same",
-        "bench --delay": "set delay_s in [bench] of a release",
-        **dict.fromkeys(("bench --nominal-c", "bench --unplugged"), "use --wait-nominal SECONDS"),
+        **dict.fromkeys(("bench --nominal-c", "bench --unplugged"), "use --set wait_nominal_s=SECONDS"),
         "compare --plot": "use --format csv",
         "compare --quality": "use --format csv, and `eval --json`",
         **dict.fromkeys(("eval --ratios", "eval --csv"), "use `phoneready search MODEL --ratios`"),
@@ -95,13 +94,17 @@ GONE: MappingProxyType[str, str] = MappingProxyType(
             f"{command} --trust-remote-code": "no code of a model folder runs: use one with tokenizer.json"
             for command in ("eval", "export", "prune", "quantize", "recover", "release", "search")
         },
-        "prune --no-imatrix": "use export --no-imatrix",
-        "prune --allocation": "equal shares are --coarse-strength 0",
+        "prune --plan-only": "use -o FILE.json",
+        "release --onnx": "use --set 'export.onnx=[\"int8\"]'",
+        "eval --no-text": "use --text none",
+        "eval --no-prompts": "use --prompts none",
+        "eval --prompt": "use --prompts",
+        "prune --allocation": "equal shares are --set strength=0",
         "prune --coarse": "the angular distance it is, as in the paper",
         "recover --chat-labels": "--loss distill learns all of a chat, other losses the answers",
         "recover --distill-weight": "--loss both weighs both losses alike",
         "recover --epochs": "use --max-tokens",
-        "recover --save-every": "each validation saves a checkpoint: use --eval-every",
+        "recover --save-every": "each validation saves a checkpoint: use --set eval_every=STEPS",
         "recover --temperature": "distillation is at temperature 1",
         "recover --end-weight": "answers ended no sooner with it (docs/results/recovery.md)",
         "recover --optimizer": "AdamW it is: Muon won nothing that lasted (docs/results/recovery.md)",
@@ -166,7 +169,7 @@ class _Commands(TyperGroup):
                 module, _, function = COMMANDS[self.place + cmd_name][0].partition(".")
                 command = getattr(importlib.import_module(f"phoneready.commands.{module}"), function)
                 made = typer.Typer(**common)
-                made.command(cmd_name)(with_settings(command))
+                made.command(cmd_name, epilog=EPILOG)(with_settings(command))
             self.commands[cmd_name] = typer.main.get_command(made)
             self.commands[cmd_name].name = cmd_name
         return self.commands[cmd_name]
@@ -295,4 +298,6 @@ def _fail_usage(error: Exception) -> int:
     asked = getattr(error, "option_name", None) or (command[1] if command else message)
     if instead := GONE.get(f"{path.removeprefix('phoneready').strip()} {asked}".strip()):
         return _fail(f"{asked} is gone: {instead}", 2, debug=False)
+    if asked.startswith("-") and context and (instead := key_instead(asked, context.command)):
+        return _fail(f"{asked}: use {instead}", 2, debug=False)
     return _fail(f"{message}; see {path} --help", int(getattr(error, "exit_code", 2)), debug=False)

@@ -120,7 +120,7 @@ class SamplingSettings(Settings):
         (128,), "Generated tokens of tg.", ge=0, le=2**20, option="-n --n-gen", metavar="N,..."
     )
     ttft: tuple[int, ...] = setting(
-        (128,), "Prompt sizes of time to first token.", ge=0, le=2**20, metavar="N,..."
+        (128,), "Prompt sizes of time to first token.", ge=0, le=2**20, metavar="N,...", rare=True
     )
     n_threads: tuple[int, ...] = setting(
         (),
@@ -140,21 +140,16 @@ class SamplingSettings(Settings):
         "raise it for files that load slowly.",
         ge=1,
         le=10_000,
+        rare=True,
     )
     warmup: bool = setting(
-        True,
-        "Run each workload once, unrecorded, before its first sample in a process.",
-        option="--no-warmup",
-        off="Also count the first run of a process.",
+        True, "Run each workload once, unrecorded, before its first sample in a process.", rare=True
     )
     check_text: bool = setting(
-        True,
-        "Let each file write first: degenerate text voids its speeds.",
-        option="--no-text-check",
-        off="Do not let each file write first; degenerate text voids speeds.",
+        True, "Let each file write first: degenerate text voids its speeds.", rare=True
     )
     delay_s: float = setting(
-        0.0, "Seconds to pause before each process, to cool off.", ge=0, le=86_400, option=None
+        0.0, "Seconds to pause before each process, to cool off.", ge=0, le=86_400, rare=True
     )
     wait_nominal_s: float = setting(
         0.0,
@@ -162,7 +157,7 @@ class SamplingSettings(Settings):
         "system reports no heat; a row for which that is not enough fails.",
         ge=0,
         le=86_400,
-        option="--wait-nominal",
+        rare=True,
     )
     energy: bool = setting(
         False,
@@ -175,6 +170,7 @@ class SamplingSettings(Settings):
         metavar="TYPE",
         shown=DEFAULT_CACHE,
         example="q8_0",
+        rare=True,
     )
     backend: str | None = setting(
         None,
@@ -184,9 +180,10 @@ class SamplingSettings(Settings):
         metavar="NAME",
         shown="the CPU",
         example="gpu",
+        rare=True,
     )
     timeout_s: float = setting(
-        600.0, "Seconds after which a process is ended and its row fails.", gt=0, le=10**6, option="--timeout"
+        600.0, "Seconds after which a process is ended and its row fails.", gt=0, le=10**6, rare=True
     )
 
 
@@ -200,19 +197,24 @@ class BenchSettings(SamplingSettings):
         ge=0,
         le=2**20,
         least=1,
-        option="-d --n-depth",
         metavar="N,...",
+        rare=True,
     )
     start: tuple[int, ...] = setting(
-        (), "Prompt sizes of opening the file and then time to first token.", ge=0, le=2**20, metavar="N,..."
+        (),
+        "Prompt sizes of opening the file and then time to first token.",
+        ge=0,
+        le=2**20,
+        metavar="N,...",
+        rare=True,
     )
     regimes: tuple[str, ...] = setting(
         (FRESH,),
         f"{'; '.join(f'{name}: {regime.help}' for name, regime in REGIMES.items())}.",
         choices="runtime_bench.workload:REGIMES",
         least=1,
-        option="--regime",
         metavar="NAME,...",
+        rare=True,
     )
     sustained_s: float = setting(
         0.0,
@@ -224,12 +226,10 @@ class BenchSettings(SamplingSettings):
         metavar="TIME",
     )
     load: bool = True  # Whether load is measured by itself (every process notes its load time anyway)
-    n_batch: int = setting(2048, "Most tokens given to the engine at once.", ge=1, option=None)
-    n_ubatch: int = setting(512, "Most tokens it computes at once.", ge=1, option=None)
-    spread_limit: float = setting(
-        1.25, "p90 / p50 above which a row is measured once more.", gt=1, option=None
-    )
-    seed: int = setting(0, "Seed of the random tokens.", option=None)
+    n_batch: int = setting(2048, "Most tokens given to the engine at once.", ge=1, rare=True)
+    n_ubatch: int = setting(512, "Most tokens it computes at once.", ge=1, rare=True)
+    spread_limit: float = setting(1.25, "p90 / p50 above which a row is measured once more.", gt=1, rare=True)
+    seed: int = setting(0, "Seed of the random tokens.", rare=True)
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -24,11 +24,11 @@ class TaskSettings(Settings):
         metavar="FILE.jsonl|NAME|FILE.yaml,...",
     )
     task_data: Path | None = setting(
-        None, "Folder of the task files' data.", shown="the task file's", example="task-data"
+        None, "Folder of the task files' data.", shown="the task file's", example="task-data", rare=True
     )
-    limit: int | None = setting(None, "Items of each task.", ge=1, shown="all", example=200)
+    limit: int | None = setting(None, "Items of each task.", ge=1, shown="all", example=200, rare=True)
     num_fewshot: int | None = setting(
-        None, "Examples before each item.", ge=0, le=10_000, shown="the task's", example=5
+        None, "Examples before each item.", ge=0, le=10_000, shown="the task's", example=5, rare=True
     )
 
 

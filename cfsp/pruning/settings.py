@@ -11,7 +11,7 @@ from cfsp.errors import InputError
 from cfsp.settings import Reads, Setting, Settings, setting
 from cfsp.validation import WhereSet
 
-ALIGN = Setting("Widths are multiples of this.", ge=1)
+ALIGN = Setting("Widths are multiples of this.", ge=1, rare=True)
 SCORES = ("activation_norm", "cfsp")
 RECONSTRUCTIONS = ("none", "block-by-block")
 
@@ -46,7 +46,7 @@ class PruneSettings(Settings):
         "CFSP's a, by which important blocks stay wider; 1 is the paper's, 0 gives every block the same share.",
         ge=0,
         le=1e6,
-        option="--coarse-strength",
+        rare=True,
     )
     score: str = setting(
         "cfsp",
@@ -55,25 +55,28 @@ class PruneSettings(Settings):
         removed=dict.fromkeys(
             ("taylor", "fisher", "obs", "obs_loss", "wanda_sp", "flap", "magnitude"), "cfsp"
         ),
+        rare=True,
     )
     align: int = setting(32, ALIGN)
-    uniform_width: bool = setting(False, "Give every block the same width.", option="--uniform")
+    uniform_width: bool = setting(False, "Give every block the same width.", rare=True)
     reconstruct: str = setting(
         "block-by-block",
         "How down_proj is solved anew: block-by-block or none.",
         choices=RECONSTRUCTIONS,
         removed=dict.fromkeys(("one-pass", "mean"), "block-by-block"),
+        rare=True,
     )
     ridge: float = setting(
-        1e-2, "Ridge of that solution, relative to the mean of the Gram matrix's diagonal.", gt=0
+        1e-2, "Ridge of that solution, relative to the mean of the Gram matrix's diagonal.", gt=0, rare=True
     )
     correction: float = setting(
-        0.4, "Share of earlier blocks' error that a block takes back, 0 to 1.", ge=0, le=1
+        0.4, "Share of earlier blocks' error that a block takes back, 0 to 1.", ge=0, le=1, rare=True
     )
     dtype: str = setting(
         "auto",
         "Of matrix products over the calibration text: auto, float32 or bfloat16.",
         choices="cfsp.precision:PRODUCTS",
+        rare=True,
     )
     vocabulary: Annotated[int, WhereSet] = setting(
         0, "Tokens of the vocabulary to keep; 0 keeps all.", ge=0, le=2**24

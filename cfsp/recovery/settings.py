@@ -59,8 +59,10 @@ class Training(Settings):
         metavar="FORMAT",
         example="Q4_0",
     )
-    rank: int = setting(16, "Mean rank of the adapters.", ge=1, le=65536)
-    alpha: float = setting(2.0, "LoRA's alpha, as a multiple of the rank; the same in every block.", gt=0)
+    rank: int = setting(16, "Mean rank of the adapters.", ge=1, le=65536, rare=True)
+    alpha: float = setting(
+        2.0, "LoRA's alpha, as a multiple of the rank; the same in every block.", gt=0, rare=True
+    )
     loss: str = setting(
         DISTILL, "next-token, distill (from the teacher), or both alike.", choices=tuple(LOSSES)
     )
@@ -74,16 +76,18 @@ class Training(Settings):
     max_tokens: int = setting(
         1_000_000, "Training budget in input tokens, over all processes.", ge=1, le=10**15
     )
-    seqlen: int = setting(512, "Tokens in a training sequence.", ge=2, le=2**20)
-    batch_size: int = setting(4, "Sequences in a forward pass, on each process.", ge=1, le=2**16)
+    seqlen: int = setting(512, "Tokens in a training sequence.", ge=2, le=2**20, rare=True)
+    batch_size: int = setting(4, "Sequences in a forward pass, on each process.", ge=1, le=2**16, rare=True)
     gradient_accumulation_steps: int = setting(
-        1, "Forward passes behind one step, on each process.", ge=1, le=2**20
+        1, "Forward passes behind one step, on each process.", ge=1, le=2**20, rare=True
     )
-    warmup_ratio: float = setting(0.05, "Share of the steps in which the learning rate rises.", ge=0, lt=1)
-    weight_decay: float = setting(0.0, "AdamW's.", ge=0)
-    max_grad_norm: float = setting(1.0, "Gradients are clipped to it.", gt=0)
+    warmup_ratio: float = setting(
+        0.05, "Share of the steps in which the learning rate rises.", ge=0, lt=1, rare=True
+    )
+    weight_decay: float = setting(0.0, "AdamW's.", ge=0, rare=True)
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to it.", gt=0, rare=True)
     dtype: str = setting(
-        "auto", "Of matrix products: auto, float32 or bfloat16.", choices="cfsp.precision:PRODUCTS"
+        "auto", "Of matrix products: auto, float32 or bfloat16.", choices="cfsp.precision:PRODUCTS", rare=True
     )
     eval_every: int | None = setting(
         None,
@@ -91,17 +95,21 @@ class Training(Settings):
         ge=1,
         shown="a tenth of all; more of short runs",
         example=100,
+        rare=True,
     )
-    patience: int = setting(0, "Stop after so many validations without a new best; 0: never.", ge=0)
+    patience: int = setting(
+        0, "Stop after so many validations without a new best; 0: never.", ge=0, rare=True
+    )
     validation_windows: int = setting(
-        16, "Most validation sequences; of several texts at least one of each.", ge=1, le=2**20
+        16, "Most validation sequences; of several texts at least one of each.", ge=1, le=2**20, rare=True
     )
-    self_tokens: int = setting(131_072, "Most tokens sampled for the reference `self`.", ge=1)
+    self_tokens: int = setting(131_072, "Most tokens sampled for the reference `self`.", ge=1, rare=True)
     report_to: tuple[str, ...] = setting(
         (),
         "Trackers, as accelerate names them: tensorboard, mlflow, wandb, ...",
         metavar="NAME,...",
         shown="none",
+        rare=True,
     )
 
 

@@ -59,6 +59,7 @@ def bench(
     anchor: Path | None = setting(
         None,
         "A file to measure in turns with the others: sessions of other days and machines are compared by it.",
+        rare=True,
     ),
     record: Path | None = setting(None, "Append the records to a JSON Lines file."),
     json: JsonOption = False,

@@ -37,26 +37,14 @@ if TYPE_CHECKING:
     from cfsp.progress import Progress
     from phoneready.evaluation.evaluation_record import Evaluation
 
+NONE = "none"
+"""In place of texts or prompts: measured on none."""
 _RECORD = record_head("evaluation")
 """How a file begins that --save may replace: one that it made."""
 _RUNTIMES = ", ".join(family.runtime for family in FAMILIES.values())
 _CLAIMS = ", ".join(f"{family.runtime} for {family.title}" for family in FAMILIES.values())
 _BENCH = {row.name: row.setting for row in declared(BenchSettings)}
 _DEFAULTS = ", ".join(f"{name}={value:g}" for name, value in TOLERANCES.items())
-
-
-@dataclass(frozen=True)
-class QuestionOptions(Settings):
-    """What to ask beside, or instead of, what the settings say."""
-
-    no_text: bool = setting(False, "Measure on no text: tasks or answers only.")
-    prompts_file: Path | None = setting(
-        None,
-        "File of such questions: .txt, or .jsonl with `prompt` or `turns`.",
-        option="--prompts",
-        metavar="FILE",
-    )
-    no_prompts: bool = setting(False, "Ask nothing.")
 
 
 @dataclass(frozen=True)
@@ -88,6 +76,7 @@ class RunOptions(Settings):
         choices=MEASURED_CACHES,
         metavar="TYPE",
         shown=PARITY_CACHE,
+        rare=True,
     )
     on: str = setting(
         HERE, f"Where MODEL reads texts, does its tasks and writes its answers: {PLACES}.", metavar="TARGET"
@@ -101,7 +90,6 @@ class RunOptions(Settings):
 def evaluate(
     model: ModelArgument,
     settings: EvaluationSettings,
-    questions: QuestionOptions,
     gate: GateOptions,
     run: RunOptions,
     json: JsonOption = False,
@@ -114,19 +102,16 @@ def evaluate(
     from phoneready.figures.gate import check_verdicts, verdict_rows
 
     limits = read_tolerances(gate.tolerance)
-    asked = {
-        "--prompts": questions.prompts_file is not None,
-        "--prompt": bool(settings.prompts),
-        "--no-prompts": questions.no_prompts,
-    }
-    together = [name for name, given in asked.items() if given]
-    texts = settings.text or settings.chats
+    no_text, texts = (
+        NONE in settings.text,
+        tuple(one for one in (*settings.text, *settings.chats) if one != NONE),
+    )
     replaced = gate.save and gate.baseline and gate.save.resolve() == gate.baseline.resolve()
     for contradiction, refusal in (
         (gate.tolerance and gate.baseline is None, "--tolerance is of the gate: give --baseline too"),
         (replaced, "--save would overwrite the --baseline that is compared with: name another file"),
-        (len(together) > 1, f"{' and '.join(together)}: give one of them"),
-        (questions.no_text and texts, "--no-text with --text or --chats: give one of the two"),
+        (no_text and texts, "--text none with another text, or with --chats: give one of the two"),
+        (NONE in settings.prompts[1:], "--prompts none with another: give one of the two"),
     ):
         if contradiction:
             raise InputError(refusal)
@@ -139,15 +124,14 @@ def evaluate(
     from cfsp.devices import find_device
     from cfsp.evaluation.language_model import CHECK_PROMPTS
     from phoneready.evaluation.evaluation_record import Evaluation
-    from phoneready.evaluation.run import check_texts, read_prompts
+    from phoneready.evaluation.run import check_texts
     from phoneready.evaluation.tables import evaluation_text
 
-    if questions.prompts_file is not None:
-        settings = replace(settings, prompts=read_prompts(questions.prompts_file))
-    elif not (settings.prompts or questions.no_prompts):
-        settings = replace(settings, prompts=CHECK_PROMPTS)
-    if not texts and not questions.no_text and run.on == HERE:
-        settings = replace(settings, text=(BUILTIN_TEXT,))
+    prompts = () if NONE in settings.prompts else _questions(settings.prompts) or CHECK_PROMPTS
+    text = () if no_text else settings.text
+    if not texts and not no_text and run.on == HERE:
+        text = (BUILTIN_TEXT,)
+    settings = replace(settings, prompts=prompts, text=text)
     check_texts(settings)
     check_place(run.on, run.backend, settings)
     earlier = read_record(Evaluation, gate.baseline) if gate.baseline else None
@@ -166,6 +150,18 @@ def evaluate(
     parts = (evaluation_text(result, settings.seqlen), verdict_rows(verdicts))
     write_result("\n".join(part for part in parts if part), payload, as_json=json)
     check_verdicts(verdicts, "limits of the baseline")
+
+
+def _questions(prompts: tuple[str, ...]) -> tuple[str, ...]:
+    """Questions as they stand; those of a file of them in its place."""
+    from phoneready.evaluation.run import read_prompts
+
+    files = (" " not in one and one.endswith((".txt", ".jsonl")) for one in prompts)
+    return tuple(
+        question
+        for one, is_file in zip(prompts, files, strict=True)
+        for question in (read_prompts(Path(one)) if is_file else (one,))
+    )
 
 
 def _judge(

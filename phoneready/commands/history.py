@@ -26,8 +26,8 @@ def history(
     threshold: float = setting(0.03, "Relative change that counts, however sure it is.", ge=0, lt=1),
     last: int = setting(100, "Most runs to look at, the newest.", ge=1),
     gate: bool = setting(False, "Exit with 1 if a figure changed for the worse."),
-    recent: int = setting(5, "With --gate: in how many of the newest runs.", ge=1),
-    dense: bool = setting(False, "Show the dense model's figures, too."),
+    recent: int = setting(5, "With --gate: in how many of the newest runs.", ge=1, rare=True),
+    dense: bool = setting(False, "Show the dense model's figures, too.", rare=True),
     json: JsonOption = False,
 ) -> None:
     """Follow the figures of past releases, and find the run that changed one.

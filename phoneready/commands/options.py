@@ -1,8 +1,12 @@
-"""Options of commands, made from declared settings, and those that several commands share."""
+"""Options of commands, made from declared settings, and those that several commands share.
+
+What people use is an option; every other setting is `--set KEY=VALUE`, and --help-all lists them.
+"""
 
 from __future__ import annotations
 
 import inspect
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,45 +31,33 @@ from cfsp.settings import (
 MODEL_HELP = "smollm2-135m or gemma3-270m (built in), a Hugging Face folder, a .gguf file, or a hub id."
 
 ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL", show_default=False)]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print the result as one JSON document.", hidden=True)
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 SeedOption = Annotated[int, SEED]
 DtypeOption = Annotated[str, DTYPE]
 ThreadsOption = Annotated[int | None, THREADS]
-DEBUG = inspect.Parameter(
-    "debug",
-    inspect.Parameter.KEYWORD_ONLY,
-    default=False,
-    annotation=Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")],
-)
-"""An option of every command, which phoneready.main reads."""
 SET: tuple[str, ...] = setting(
     (), "Override a setting. The value is TOML: prune.prune_ratio=0.3.", option="--set", metavar="KEY=VALUE"
 )
+EPILOG = "--help-all shows more: --json, --debug and what --set KEY=VALUE sets."
+_GIVEN = "phoneready.given"
+"""Of a command's context: key of `--set` -> whether it is on the command line."""
 
 
 @dataclass(frozen=True)
 class _Group:
-    """What stands for one parameter of a command.
-
-    Attributes:
-        parameter: Its name.
-        kind: The settings class that the command is given; None for a single value.
-        rows: Name of a field to its declaration.
-    """
+    """What stands for one parameter of a command."""
 
     parameter: str
-    kind: type | None
-    rows: dict[str, Declared]
+    kind: type | None  # the settings class that the command is given; None for a single value
+    rows: dict[str, Declared]  # by field
 
     def value(self, given: Mapping[str, Any]) -> Any:
-        """What the command is given.
-
-        Raises:
-            InputError: Values that cannot be used; each is named by its option.
-        """
-        values = {field: _read(row, given[row.name]) for field, row in self.rows.items()}
-        named = {field: row.options[-1] for field, row in self.rows.items()}
+        """What the command is given; InputError names each value that cannot be used by its option."""
+        values = {field: given[row.name] for field, row in self.rows.items()}
+        named = {field: row.label for field, row in self.rows.items()}
         if self.kind is not None:
             return self.kind(**checked_values(self.kind, values, named))
         ((name, row),) = self.rows.items()
@@ -73,7 +65,7 @@ class _Group:
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for every field of the settings classes, every Setting in its signature, and DEBUG.
+    """The command with options for the fields of its settings classes and the Settings in its signature.
 
     It is called with the settings made and checked. Other parameters are typer's as they are.
 
@@ -81,34 +73,59 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         TypeError: One name would stand for two options.
     """
     hints = get_type_hints(command, include_extras=True)
-    parameters: list[inspect.Parameter] = []
+    parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     groups: list[_Group] = []
     for parameter in inspect.signature(command).parameters.values():
         group = _group(parameter, hints[parameter.name])
-        if group is None:
+        if group is not None:
+            groups.append(group)
+            parameters += [_option(row) for row in group.rows.values() if not row.setting.rare]
+        elif parameter.name != "context":
             kept = parameter.replace(annotation=hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY)
             parameters.append(kept)
-        else:
-            groups.append(group)
-            parameters += map(_option, group.rows.values())
+    rows = {row.name: row for group in groups for row in group.rows.values()}
+    keys = {name: row for name, row in rows.items() if row.setting.rare}
+    if keys:
+        parameters.append(_flag("set_", list[str] | None, None, "--set", help=f"Set one of: {', '.join(keys)}.",
+                                metavar="KEY=VALUE"))  # fmt: skip
 
-    parameters.append(DEBUG)
+    def show_all(context: typer.Context, wanted: bool) -> None:
+        if wanted:
+            _show_all(context, keys)
+
+    parameters += [
+        _flag("debug", bool, False, "--debug", help="Show the traceback of an error.", hidden=True),
+        _flag("help_all", bool, False, "--help-all", help="Show every option and setting, and exit.",
+              is_eager=True, hidden=True, callback=show_all),
+    ]  # fmt: skip
     options = Counter(name for parameter in parameters for name in _names(parameter))
     if twice := [name for name, count in options.items() if count > 1]:
         raise TypeError(f"{command.__name__} has {', '.join(twice)} twice")
 
-    def run(debug: bool, **given: Any) -> None:
-        read = {row.name: given.pop(row.name) for group in groups for row in group.rows.values()}
-        command(**given, **{group.parameter: group.value(read) for group in groups})
+    def run(
+        context: typer.Context, debug: bool, help_all: bool, set_: Sequence[str] | None = None, **given: Any
+    ) -> None:
+        found = _read_keys(keys, set_ or ())
+        context.meta[_GIVEN] = {name: name in found for name in keys}
+        values = {name: row.default for name, row in keys.items()} | found
+        for name in rows.keys() - keys.keys():
+            value, row = given.pop(name), rows[name]
+            absent = value is None and get_origin(row.kind) is not tuple
+            values[name] = row.default if absent else row.read(value or () if value is None else value)
+        more = {"context": context} if "context" in hints else {}
+        command(**more, **given, **{group.parameter: group.value(values) for group in groups})
 
     run.__doc__, run.__name__ = command.__doc__, command.__name__
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.keys = keys  # type: ignore[attr-defined]
     return run
 
 
 def was_given(context: typer.Context, name: str) -> bool:
     """Whether a parameter's value comes from the command line; raises KeyError for one that there is not."""
+    if name in context.meta[_GIVEN]:
+        return bool(context.meta[_GIVEN][name])
     if (source := context.get_parameter_source(name)) is None:
         raise KeyError(name)
     return source.name == "COMMANDLINE"
@@ -117,7 +134,73 @@ def was_given(context: typer.Context, name: str) -> bool:
 def given_options(context: typer.Context, names: Collection[str]) -> tuple[str, ...]:
     """Options of these parameters that are on the command line."""
     given = (one for one in context.command.params if one.name in names and was_given(context, one.name))
-    return tuple(one.opts[-1] for one in given)
+    keys = (f"--set {name}" for name, is_given in context.meta[_GIVEN].items() if is_given and name in names)
+    return (*(one.opts[-1] for one in given), *keys)
+
+
+def key_instead(option: str, command: Any) -> str | None:
+    """What sets what an unknown option seems to mean; typer keeps the command's function as its callback."""
+    keys: Mapping[str, Declared] = getattr(getattr(command, "callback", None), "keys", {})
+    words = set(option.lstrip("-").removeprefix("no-").split("-"))
+    named = {name: set(name.split("_")) for name in keys}
+    alike = [name for name, own in named.items() if own == words] or [
+        name for name, own in named.items() if words <= own or (len(own) == 1 and own <= words)
+    ]
+    told = (
+        f"--set {name}={_shown(not d) if isinstance(d := keys[name].default, bool) else 'VALUE'}"
+        for name in alike
+    )
+    return " or ".join(told) or None
+
+
+def _read_keys(keys: Mapping[str, Declared], given: Sequence[str]) -> dict[str, Any]:
+    texts: dict[str, list[str]] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or key.strip() not in keys:
+            raise InputError(
+                "no KEY=VALUE of this command", field="--set", value=text, allowed=", ".join(keys)
+            )
+        texts.setdefault(key.strip(), []).append(value.strip())
+    return {name: _read_key(keys[name], values) for name, values in texts.items()}
+
+
+def _read_key(row: Declared, texts: list[str]) -> Any:
+    if get_origin(row.kind) is tuple:
+        return row.read(texts)
+    if row.setting.parse is not None:
+        return row.read(texts[-1])
+    import pydantic  # takes as long as the rest of a help page
+
+    try:
+        adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(row.kind)
+        return adapter.validate_python(texts[-1])
+    except pydantic.ValidationError as error:
+        allowed = error.errors()[0]["msg"].removeprefix("Input should be ").partition(",")[0]
+        raise InputError("not understood", field=row.label, value=texts[-1], allowed=allowed) from error
+
+
+def _show_all(context: typer.Context, keys: Mapping[str, Declared]) -> None:
+    for one in context.command.params:
+        one.hidden = one.name == "help_all"  # type: ignore[attr-defined]
+    context.command.epilog = None
+    lines = [context.get_help(), *(["\nSettings, each by --set KEY=VALUE:"] if keys else [])]
+    indented = {"initial_indent": " " * 6, "subsequent_indent": " " * 6}
+    for row in keys.values():
+        lines.append(f"  {row.name}  [default: {row.setting.shown or _shown(row.default)}]")
+        lines += textwrap.wrap(row.setting.help, context.terminal_width or 92, **indented)  # type: ignore[arg-type]
+    typer.echo("\n".join(lines))
+    raise typer.Exit
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return (
+        {None: "none", True: "true", False: "false"}[value]
+        if value is None or value is True or value is False
+        else str(value)
+    )
 
 
 def _group(parameter: inspect.Parameter, hint: Any) -> _Group | None:
@@ -128,29 +211,29 @@ def _group(parameter: inspect.Parameter, hint: Any) -> _Group | None:
         return _Group(name, None, {name: Declared(name, get_args(hint)[0], default, carried)})
     if not (isinstance(hint, type) and issubclass(hint, Settings)):
         return None
-    rows = {row.name: row for row in declared(hint) if row.setting.option is not None}
-    return _Group(name, hint, rows)
+    return _Group(name, hint, {row.name: row for row in declared(hint)})
 
 
 def _option(row: Declared) -> inspect.Parameter:
     wanted, kind, default = row.setting, row.kind, row.default
+    is_tuple = get_origin(kind) is tuple
     if wanted.parse is not None:
         kind, default = str | None, None
-    elif _is_tuple(row):
+    elif is_tuple:
         entries = [",".join(map(str, default))] if wanted.splits and default else list(map(str, default))
         kind, default = list[str] | None, entries or None
-    elif default is True:
-        kind, default = bool, False
-    repeatable = " Repeatable." if _is_tuple(row) and not wanted.splits else ""
-    made = typer.Option(
-        *row.options,
-        help=(wanted.off or wanted.help) + repeatable,
+    return _flag(
+        row.name, kind, default, *row.options,
+        help=wanted.help + (" Repeatable." if is_tuple and not wanted.splits else ""),
         metavar=wanted.metavar,
         show_default=wanted.shown or True,
-    )
-    return inspect.Parameter(
-        row.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, made]
-    )
+        hidden=wanted.hidden,
+    )  # fmt: skip
+
+
+def _flag(name: str, kind: Any, default: Any, *names: str, **attributes: Any) -> inspect.Parameter:
+    made = Annotated[kind, typer.Option(*names, **attributes)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=made)
 
 
 def _names(parameter: inspect.Parameter) -> Iterator[str]:
@@ -159,40 +242,3 @@ def _names(parameter: inspect.Parameter) -> Iterator[str]:
         if isinstance(made, OptionInfo):
             names = (made.default, *(made.param_decls or ()))
             yield from (name for name in names if isinstance(name, str) and name.startswith("-"))
-
-
-def _is_tuple(row: Declared) -> bool:
-    return get_origin(row.kind) is tuple
-
-
-def _read(row: Declared, given: Any) -> Any:
-    """The value of a setting from what typer read."""
-    wanted, option = row.setting, row.options[-1]
-    if wanted.parse is not None:
-        return row.default if given is None else wanted.parse(given, option)
-    if _is_tuple(row):
-        kind = get_args(row.kind)[0]
-        if not wanted.splits:
-            return tuple(map(kind, _each(given or [], option)))
-        return split_names(given or []) if kind is str else _numbers(given or [], kind, option)
-    return not given if row.default is True else given
-
-
-def _numbers(values: Sequence[str], kind: type, option: str) -> tuple[Any, ...]:
-    try:
-        return tuple(kind(name) for name in split_names(values))
-    except ValueError:
-        whole, real = "whole numbers, such as 128 or 128,512", "numbers, such as 0.1 or 0.1,0.2"
-        allowed = whole if kind is int else real
-        raise InputError("not understood", field=option, value=",".join(values), allowed=allowed) from None
-
-
-def _each(values: Sequence[str], option: str) -> tuple[str, ...]:
-    if any(not value.strip() for value in values):
-        raise InputError("empty", field=option)
-    return tuple(values)
-
-
-def split_names(values: Sequence[str]) -> tuple[str, ...]:
-    """Names given as `A,B` or by repeating an option, each once, in order."""
-    return tuple(dict.fromkeys(name.strip() for value in values for name in value.split(",") if name.strip()))

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -44,12 +44,14 @@ class PruneOptions(PruneConfig):
         "Of matrix products over the calibration text and of the weights in memory: auto, float32, bfloat16 or "
         "float16, which is of weights alone (products are float32 then).",
         choices="cfsp.precision:DTYPES",
+        rare=True,
     )
     weights_dtype: str | None = setting(
         None,
         "Of the weights alone, and --dtype of products.",
         choices="cfsp.precision:DTYPES",
         shown="--dtype",
+        rare=True,
     )
 
     @property
@@ -72,22 +74,28 @@ def prune(
     model: ModelArgument,
     settings: PruneOptions,
     how: MakeOptions,
-    output: Path | None = setting(None, "Checkpoint folder to create.", option="-o --output"),
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Checkpoint folder to create; FILE.json: the plan alone.",
+            show_default=False,
+        ),
+    ],
     seed: SeedOption = 0,
     plan: Path | None = setting(None, "Apply this plan; --prune-ratio re-allocates it."),
-    plan_only: Path | None = setting(None, "Write the plan to this file and change no model."),
 ) -> None:
     """Remove FFN channels with CFSP and solve down_proj anew for what is left; other options remove more.
 
     The result is a Hugging Face folder that transformers loads, with the plan and where it came from inside.
     """
-    if (wanted := output or plan_only) is None or (output and plan_only):
-        raise InputError("give one of -o DIR (a pruned checkpoint) and --plan-only FILE (the plan alone)")
-    if plan is not None and plan_only is not None:
-        raise InputError("--plan applies a plan and --plan-only makes one: give one of the two")
+    plan_only = output.suffix == ".json"
+    if plan is not None and plan_only:
+        raise InputError("--plan applies a plan and -o FILE.json writes one: name a folder")
     inputs = [Path(name) for name in (model, plan, *settings.calibration, *settings.vocabulary_text) if name]
     like = record_head("pruning_plan") if plan_only else None
-    refuse_existing(wanted, force=how.force, inputs=inputs, like=like)
+    refuse_existing(output, force=how.force, inputs=inputs, like=like)
     prepare_torch(how.threads)
     from cfsp.devices import find_device
     from cfsp.models.checkpoint import save_checkpoint
@@ -115,16 +123,24 @@ def prune(
         references = references if was_given(context, "calibration") else ready.calibration
     if "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError("prune runs in one process: start it without torchrun")
-    with claim_output(wanted), show_progress() as progress:
+    with claim_output(output), show_progress() as progress:
         device = find_device(how.device)
         needs = partial(
             pruning_needs,
             settings=ready.settings if ready else chosen,
             windows=settings.nsamples,
             seqlen=settings.seqlen,
-            only_plan=plan_only is not None,
+            only_plan=plan_only,
         )
-        check_room("prune", (model,), needs, output, device=device, kept=settings.kept, progress=progress)
+        check_room(
+            "prune",
+            (model,),
+            needs,
+            None if plan_only else output,
+            device=device,
+            kept=settings.kept,
+            progress=progress,
+        )
         loaded = load_model(
             model,
             device=device,
@@ -150,12 +166,12 @@ def prune(
             planned = made.plan
         planned = replace(planned, warnings=(*planned.warnings, *warnings))
         if plan_only:
-            write_record(plan_only, planned)
+            write_record(output, planned)
         else:
             moments = made.input_moments
             save_checkpoint(
                 made.loaded,
-                wanted,
+                output,
                 plan=planned,
                 input_moments=moments,
                 seed=seed,
@@ -169,7 +185,7 @@ def prune(
             record["vocabulary"] = {k: v for k, v in record["vocabulary"].items() if k not in hidden}
         record["blocks"] = [{k: v for k, v in block.items() if k != "ranking"} for block in record["blocks"]]
         write_result(
-            format_plan(planned, wanted), record | {"keep_ratio": planned.keep_ratio}, as_json=how.json
+            format_plan(planned, output), record | {"keep_ratio": planned.keep_ratio}, as_json=how.json
         )
 
 

@@ -42,7 +42,7 @@ def recover(
     teacher: str | None = setting(
         None, "Dense model.", metavar="MODEL", shown="what the checkpoint was pruned from"
     ),
-    work: Path | None = setting(None, "Folder for training's own checkpoints.", shown="DIR.work"),
+    work: Path | None = setting(None, "Folder for training's own checkpoints.", shown="DIR.work", rare=True),
 ) -> None:
     """Train a pruned checkpoint, and merge what was learnt: widths and speed stay the same.
 

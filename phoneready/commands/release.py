@@ -10,7 +10,6 @@ import typer
 from cfsp.errors import InputError
 from cfsp.records import record_to_json
 from cfsp.settings import setting
-from exporters.onnx import VARIANTS
 from phoneready.commands.options import SET
 from phoneready.console import ReadOptions, note, prepare_torch, show_progress, warn, write_result
 from phoneready.figures.gate import badge, check_verdicts, verdict_rows
@@ -23,12 +22,6 @@ def release(
     ] = None,
     output: Path = setting(
         Path("release"), "Release folder; continued when it holds a release.", option="-o --output"
-    ),
-    onnx: tuple[str, ...] = setting(
-        (),
-        f"ONNX variants beside the GGUF files: {', '.join(VARIANTS)}.",
-        metavar="VARIANT,...",
-        shown="the configuration's",
     ),
     settings: tuple[str, ...] = SET,
     explain: bool = setting(False, "Say why each stage would run, and run nothing."),
@@ -54,12 +47,10 @@ def release(
         quality_text,
         verdict_table,
     )
-    from phoneready.settings.release import load_config, with_variants
+    from phoneready.settings.release import load_config
     from phoneready.tracking import log_release
 
     chosen = load_config(config, settings)
-    if onnx:
-        chosen = with_variants(chosen, onnx)
     warn(chosen.warnings)
     if explain:
         reasons = explain_release(chosen, output, how.threads)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cfsp.errors import MissingExtraError
@@ -18,17 +17,10 @@ from phoneready.console import note, prepare_torch, show_progress, write_result
 from phoneready.search.point import SearchSettings
 
 
-@dataclass(frozen=True)
-class SearchCalibration(CalibrationSettings):
-    """Text to prune and round by, in windows of the search's own length."""
-
-    seqlen: int = setting(CalibrationSettings.seqlen, "Tokens in a calibration window.", option=None)
-
-
 def search(
     model: ModelArgument,
     settings: SearchSettings,
-    calibration: SearchCalibration,
+    calibration: CalibrationSettings,
     output: Path = setting(
         Path("search"), "Folder to make; continued when it holds a search.", option="-o --output"
     ),
@@ -53,7 +45,7 @@ def search(
     from phoneready.settings.schema import ModelConfig, PruneConfig
 
     asked = ModelConfig(reference=model)
-    prune = replace(pick(PruneConfig, calibration), seqlen=settings.seqlen)
+    prune = pick(PruneConfig, calibration)
     training = None if settings.recover is None else read_recovery(settings.recover)
     with show_progress() as progress:
         subject = Subject(asked, seed, prune, training)

@@ -14,15 +14,15 @@ class WindowSettings(Settings):
     """Texts to measure on; of the references, text of one name must not come twice."""
 
     text: tuple[str, ...] = setting(
-        (), f"Text to measure on: {TEXT_FORMS}.", metavar="REF", shown="builtin:python-docs"
+        (), f"Text to measure on: {TEXT_FORMS}; or none.", metavar="REF", shown="builtin:python-docs"
     )
     chats: tuple[str, ...] = setting(
         (),
         "Chats to measure on, as `text`, or `self`: sampled from the reference model.",
         metavar="REF",
     )
-    seqlen: int = setting(1024, "Tokens in a window.", ge=2, le=2**20)
-    max_windows: int = setting(16, "Most windows of each text.", ge=1, le=2**20, option="--windows")
+    seqlen: int = setting(1024, "Tokens in a window.", ge=2, le=2**20, rare=True)
+    max_windows: int = setting(16, "Most windows of each text.", ge=1, le=2**20, rare=True)
 
     @property
     def sources(self) -> tuple[tuple[str, str], ...]:
@@ -36,17 +36,13 @@ class JudgementSettings(TaskSettings, WindowSettings):
 
     prompts: tuple[str, ...] = setting(
         (),
-        "A question whose answer is shown and checked for degeneration.",
-        option="--prompt",
+        "A question whose answer is shown and checked for degeneration; a FILE.txt or FILE.jsonl of them; or none.",
         metavar="TEXT",
         shown="a built-in set",
     )
-    max_new_tokens: int = setting(64, "Longest answer.", ge=1, le=2**20)
+    max_new_tokens: int = setting(64, "Longest answer.", ge=1, le=2**20, rare=True)
     metrics: tuple[str, ...] = setting(
-        (),
-        "Own metrics, FILE.py:FUNCTION or MODULE:FUNCTION.",
-        option="--metric",
-        metavar="MODULE:FUNCTION,...",
+        (), "Own metrics, FILE.py:FUNCTION or MODULE:FUNCTION.", metavar="MODULE:FUNCTION,...", rare=True
     )
 
 
@@ -54,4 +50,4 @@ class JudgementSettings(TaskSettings, WindowSettings):
 class EvaluationSettings(JudgementSettings):
     """What to judge on. Only `prompts` are asked; the seed, of `self`, should be another than the calibration's."""
 
-    seed: int = setting(1, "Seed of `--chats self`.", ge=SEED.ge, le=2**32 - 2)
+    seed: int = setting(1, "Seed of `--chats self`.", ge=SEED.ge, le=2**32 - 2, rare=True)

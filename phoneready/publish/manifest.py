@@ -241,15 +241,15 @@ def single_commands(
 ) -> tuple[str, ...]:
     """A release as single commands; the last one writes its model files, byte for byte, with its stages' threads."""
     asked, model, made = config.prune, config.model, config.export.names
-    seed: tuple[object, ...] = ("--seed", config.seed)
+    seed: tuple[object, ...] = ("--set", f"seed={config.seed}")
     opened = [] if model.device == "auto" else ["--device", model.device]
-    kept = [] if model.dtype == AUTO else ["--dtype", model.dtype]
+    kept = [] if model.dtype == AUTO else ["--set", f"dtype={model.dtype}"]
 
     # Without a name one of GGUF is meant.
     named = asked.for_quant or (() if makes_gguf(made) else made)
     pruning = dataclasses.replace(asked, align=figures.plan.settings.align, for_quant=named)
     words = _words(pruning, set() if asked.vocabulary else {"vocabulary_text"})
-    weights = [] if model.dtype == pruning.dtype else ["--weights-dtype", model.dtype]
+    weights = [] if model.dtype == pruning.dtype else ["--set", f"weights_dtype={model.dtype}"]
     commands: dict[str, tuple[object, ...]] = {
         "prune": ("prune", model.reference, "-o", "checkpoint", *words, *weights, *seed, *opened)
     }
@@ -261,7 +261,7 @@ def single_commands(
         commands["recover"] = ("recover", final, "-o", "recovered", *words, *seed, *opened)
         final = "recovered"
     judging = config.evaluate.settings(config.seed + 1, figures.evaluation.prompts)
-    no_text = [] if judging.text or judging.chats else ["--no-text"]
+    no_text = [] if judging.text or judging.chats else ["--text", "none"]
     words = (*_words(judging), *opened, *kept, *no_text)
     commands["evaluate"] = ("eval", final, "--against", model.reference, *words)
     record = figures.pruned[0]
@@ -282,12 +282,13 @@ def single_commands(
 def _words(settings: object, without: Collection[str] = ()) -> Iterable[object]:
     """Settings as command-line options; what is None, empty or in `without` is left to the command's default."""
     for row in (row for row in declared(type(settings)) if row.name not in without):
-        value, option = getattr(settings, row.name), row.options[-1]
-        if isinstance(value, bool):
-            yield from [] if value == row.default else [option]
-        elif isinstance(value, tuple) and row.setting.splits:
-            yield from [option, ",".join(map(str, value))] if value else []
-        elif isinstance(value, tuple):
-            yield from (word for entry in value for word in (option, entry))
-        elif value is not None:
-            yield from (option, value)
+        value, rare = getattr(settings, row.name), row.setting.rare
+        if isinstance(value, bool) and not rare:
+            yield from [] if value == row.default else row.options[-1:]
+            continue
+        values = (
+            value if isinstance(value, tuple) else (str(value).lower() if isinstance(value, bool) else value,)
+        )
+        values = (",".join(map(str, values)),) if isinstance(value, tuple) and row.setting.splits else values
+        for one in (one for one in values if one not in (None, "")):
+            yield from ("--set", f"{row.name}={one}") if rare else (row.options[-1], one)

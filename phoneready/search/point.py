@@ -130,12 +130,13 @@ class SearchSettings(WindowSettings):
         shown="0; for bisect 0,0.5",
     )
     groups: tuple[float, ...] = setting(
-        (0.0,), "Shares of key-value groups to remove.", ge=0, lt=1, metavar="SHARE,..."
+        (0.0,), "Shares of key-value groups to remove.", ge=0, lt=1, metavar="SHARE,...", rare=True
     )
     recover: Path | None = setting(
         None,
         "Also train every pruned model as this file says, in the keys of [recover] in release.toml.",
         metavar="FILE.toml",
+        rare=True,
     )
     strategy: str = setting(
         AUTO,
@@ -144,13 +145,17 @@ class SearchSettings(WindowSettings):
         "ratio to ratio while the quality is within its limits.",
         choices=(AUTO, *STRATEGIES),
         shown="optuna where there are more combinations than --max-points, else grid",
+        rare=True,
     )
-    max_points: int | None = setting(None, "Most files to make, those of an earlier run included.", ge=1)
+    max_points: int | None = setting(
+        None, "Most files to make, those of an earlier run included.", ge=1, rare=True
+    )
     storage: str | None = setting(
         None,
         "Share the search with other processes or machines: an Optuna storage, a journal file or an SQL URL. Each "
         "process has a folder of its own.",
         metavar="FILE|URL",
+        rare=True,
     )
     max_size: int | None = setting(None, "Largest file.", ge=1, le=2**50, parse=parse_bytes, metavar="SIZE")
     min_speed: float | None = setting(None, "Least decode speed, tokens per second.", gt=0, le=1e6)
@@ -159,7 +164,7 @@ class SearchSettings(WindowSettings):
     )
     max_kl: float | None = setting(None, "Largest mean KL divergence from the dense model.", gt=0)
     max_bits: float | None = setting(
-        None, "Most bits per byte, times the dense model's in float32, such as 1.05.", gt=0
+        None, "Most bits per byte, times the dense model's in float32, such as 1.05.", gt=0, rare=True
     )
     on: str | None = setting(
         None,

@@ -22,7 +22,6 @@ from cfsp.validation import Location, describe_problems, place_of
 from exporters.families import BASE, FAMILIES, family_of, find_format
 from exporters.families import READS as FILES
 from exporters.gguf.quants import find_quant
-from exporters.onnx import find_variant
 from phoneready.evaluation.evaluation_record import repeated_text, text_name
 from phoneready.figures.figures import (
     ANY_MEMBER,
@@ -143,15 +142,6 @@ def read_recovery(path: Path) -> RecoverConfig:
     assert training is not None
     training.check()
     return training_as_read(training, training.texts)[0]
-
-
-def with_variants(config: ReleaseConfig, names: Sequence[str]) -> ReleaseConfig:
-    """The configuration with other ONNX variants; raises InputError if the rest of it does not go with them."""
-    variants = tuple(dict.fromkeys(find_variant(name).name for name in names))
-    changed = config.model_copy(update={"export": dataclasses.replace(config.export, onnx=variants)})
-    if problems := [f"{place_of(place)}: {message}" for place, message in _problems_between(changed)]:
-        raise InputError(f"with --onnx {','.join(names)}: {'; '.join(problems)}")
-    return _as_read(changed)
 
 
 def beside(config: ReleaseConfig, folder: Path) -> ReleaseConfig:

@@ -45,6 +45,7 @@ class CountedText(Settings):
         (),
         "Text whose tokens decide which of the vocabulary are kept; each counts alike.",
         shown="the calibration windows",
+        rare=True,
     )
 
 

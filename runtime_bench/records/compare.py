@@ -289,8 +289,8 @@ class ComparisonSettings(Settings):
     """What counts as a difference, and how sure its interval is."""
 
     threshold: float = setting(0.03, "Relative change that counts as a difference.", ge=0, lt=1)
-    confidence: float = setting(CONFIDENCE, "Confidence of the interval.", ge=0.5, lt=1)
-    seed: int = setting(0, SEED)
+    confidence: float = setting(CONFIDENCE, "Confidence of the interval.", ge=0.5, lt=1, rare=True)
+    seed: int = setting(0, SEED, rare=True)
 
 
 DEFAULTS = ComparisonSettings()
