@@ -78,7 +78,14 @@ def main() -> None:
 def run(name: str, stream: str, dtype: str, arguments: argparse.Namespace) -> Way:
     """Prune once."""
     pruned = arguments.output / name
-    sizes = ["--nsamples", arguments.nsamples, "--seqlen", arguments.seqlen, "--dtype", dtype]
+    sizes = [
+        "--set",
+        f"nsamples={arguments.nsamples}",
+        "--set",
+        f"seqlen={arguments.seqlen}",
+        "--set",
+        f"dtype={dtype}",
+    ]
     words = [
         "prune",
         arguments.model,

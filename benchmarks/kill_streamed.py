@@ -23,7 +23,7 @@ from pathlib import Path
 
 from kill_release import Run, begun, tiny_model, tree
 
-_TEXT = ("builtin:python-docs", "--nsamples", "4", "--seqlen", "64")
+_TEXT = ("builtin:python-docs", "--set", "nsamples=4", "--set", "seqlen=64")
 COMMANDS: Mapping[str, tuple[str, ...]] = {
     "prune": ("prune", "--calibration", *_TEXT),
     "gguf": ("export", "--gguf", "Q4_0", "--calibration", *_TEXT),

@@ -119,7 +119,7 @@ def main() -> None:
 def commands(arguments: argparse.Namespace, dense: Path) -> Iterator[tuple[str, list[str]]]:
     """Name and arguments of each stage."""
     pruned, text = arguments.output / "pruned", ["--calibration", arguments.calibration]
-    sizes = ["--nsamples", str(arguments.nsamples), "--seqlen", str(arguments.seqlen)]
+    sizes = ["--set", f"nsamples={arguments.nsamples}", "--set", f"seqlen={arguments.seqlen}"]
     ratio = ["--prune-ratio", str(arguments.ratio)]
     yield "prune", ["prune", str(dense), "-o", str(pruned), "--force", *ratio, *text, *sizes]
     for name in arguments.formats:

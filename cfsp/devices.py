@@ -19,7 +19,9 @@ from cfsp.settings import DEVICE
 from cfsp.units import format_bytes
 
 CPU = torch.device("cpu")
-OR_NARROW = "cpu, or 16 bits (--dtype)"  # what to use in place of a GPU that does not hold a model as float32
+OR_NARROW = (
+    "cpu, or 16 bits (--set dtype)"  # what to use in place of a GPU that does not hold a model as float32
+)
 WITHOUT_FLOAT64 = frozenset({"mps"})  # kinds of devices whose float64 sums are made on the CPU
 
 

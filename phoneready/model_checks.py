@@ -65,7 +65,7 @@ def examine_model(reference: str) -> list[Check]:
             choose_layout(config, stored)  # if only the widths stand in the way
             others = ", ONNX with any" if has_graph else ""
             raise InputError(
-                f"GGUF with one width for all blocks (--uniform, chosen where it is needed){others}"
+                f"GGUF with one width for all blocks (--set uniform_width=true, chosen where it is needed){others}"
             ) from error
         graph = ", ONNX" if has_graph else ""
         return f"GGUF as {chosen.layout.architecture}{graph} (--prune-ratio)"

@@ -40,10 +40,10 @@ from exporters.proof import PARITY_SEQLEN
 from exporters.quantize.walk import rounding_bytes
 
 LESS = {
-    "prune": "less text (--nsamples, --seqlen), or a smaller model",
-    "export": "less text (--nsamples, --rounding-windows, --seqlen), or a smaller model",
-    "eval": "shorter windows (--seqlen), or a smaller model",
-    "search": "less text (--nsamples), or a smaller model",
+    "prune": "less text (--set nsamples, --set seqlen), or a smaller model",
+    "export": "less text (--set nsamples, --set rounding_windows, --set seqlen), or a smaller model",
+    "eval": "shorter windows (--set seqlen), or a smaller model",
+    "search": "less text (--set nsamples), or a smaller model",
     "recover": "an adapter (--method lora), the loss next-token (no teacher), or a smaller model",
 }
 """What takes less memory."""

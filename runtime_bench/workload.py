@@ -248,14 +248,14 @@ def workloads_of(settings: BenchSettings) -> tuple[Workload, ...]:
     warm = [name for name in settings.regimes if REGIMES[name].least_samples > 1]
     opening = any(not REGIMES[name].opened_before for name in settings.regimes)
     refused = (
-        (SUSTAINED in settings.regimes and not settings.sustained_s, "no time is given", "--regime", SUSTAINED,
+        (SUSTAINED in settings.regimes and not settings.sustained_s, "no time is given", "--set regimes", SUSTAINED,
          "--sustained TIME"),
         (bool(settings.sustained_s) and not any(settings.n_gen), "nothing is generated", "--sustained",
          settings.sustained_s, "with it a size in --n-gen"),
-        (bool(warm) and not settings.warmup, "nothing is warmed up", "--regime", ", ".join(warm),
-         "without --no-warmup"),
-        (any(settings.start) and not opening, "the file is open already", "--start", settings.start,
-         "with --regime fresh or cold"),
+        (bool(warm) and not settings.warmup, "nothing is warmed up", "--set regimes", ", ".join(warm),
+         "without --set warmup=false"),
+        (any(settings.start) and not opening, "the file is open already", "--set start", settings.start,
+         "with --set regimes=fresh or cold"),
     )  # fmt: skip
     for found, problem, option, value, allowed in refused:
         if found:

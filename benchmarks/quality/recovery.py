@@ -8,7 +8,7 @@ model.
     python benchmarks/quality/recovery.py DIR --chats chats.jsonl --text text.jsonl --wikitext wiki.test.raw
         [--ratios 0.2 0.3] [--variants ig-lora lora lora-distill] [--seeds 0 1 2] [--max-tokens 500000]
         [--text-windows 74] [--chat-windows 16] [--prompts prompts.jsonl] [--task-data DIR] [--limit 300] [--json FILE]
-        [--training --eval-every 10 ...]
+        [--training --set eval_every=10 ...]
 
 Trained on the chats (every 20th is held out) and the text in equal shares; measured on the first windows of 1024
 tokens of --wikitext, on windows of the held-out chats in random order, on --prompts (degenerate answers) and on
@@ -36,11 +36,11 @@ TASKS = Path(__file__).resolve().parents[2] / "examples" / "tasks"
 _NEXT_TOKEN = ["--loss", "next-token"]
 _DISTILL = ["--loss", "distill", "--learning-rate", "2e-3"]
 VARIANTS = {
-    "ig-lora": ["--method", "ig-lora", "--rank", "32", *_NEXT_TOKEN],
-    "lora": ["--method", "lora", "--rank", "32", *_NEXT_TOKEN],
-    "ig-lora-distill": ["--method", "ig-lora", "--rank", "32", *_DISTILL],
-    "lora-distill": ["--method", "lora", "--rank", "32", *_DISTILL],
-    "ig-lora-both": ["--method", "ig-lora", "--rank", "32", "--loss", "both"],
+    "ig-lora": ["--method", "ig-lora", "--set", "rank=32", *_NEXT_TOKEN],
+    "lora": ["--method", "lora", "--set", "rank=32", *_NEXT_TOKEN],
+    "ig-lora-distill": ["--method", "ig-lora", "--set", "rank=32", *_DISTILL],
+    "lora-distill": ["--method", "lora", "--set", "rank=32", *_DISTILL],
+    "ig-lora-both": ["--method", "ig-lora", "--set", "rank=32", "--loss", "both"],
     "full": ["--method", "full", *_NEXT_TOKEN],
     "full-distill": ["--method", "full", "--loss", "distill"],
     "full-both": ["--method", "full", "--loss", "both"],
@@ -129,7 +129,15 @@ def prune(folder: Path, ratio: float, data: list[str], nsamples: int) -> None:
     output = folder / f"pruned-{ratio:g}"
     if ratio and not output.exists():
         phoneready(
-            "prune", DENSE, "-o", output, "--prune-ratio", ratio, "--nsamples", nsamples, *references(data)
+            "prune",
+            DENSE,
+            "-o",
+            output,
+            "--prune-ratio",
+            ratio,
+            "--set",
+            f"nsamples={nsamples}",
+            *references(data),
         )
 
 
@@ -137,7 +145,7 @@ def recover(folder: Path, run: Run, data: list[str], training: list[object]) -> 
     """Train; a killed training goes on."""
     if run.variant == "unrecovered" or (folder / run.name).exists():
         return
-    options = ["--seed", run.seed, *training]
+    options = ["--set", f"seed={run.seed}", *training]
     for reference in data:
         options += ["--data", reference]
     phoneready("recover", start(folder, run.ratio), "-o", folder / run.name, *VARIANTS[run.variant], *options)
@@ -149,17 +157,33 @@ def measure(folder: Path, run: Run, arguments: argparse.Namespace) -> dict[str, 
     texts, rest = folder / f"{run.name}.texts.json", folder / f"{run.name}.rest.json"
     against = [] if model == DENSE else ["--against", DENSE]
     if arguments.text_windows and not texts.exists():
-        options = [*against, "--no-prompts", "--save", texts]
-        phoneready("eval", model, *options, "--text", arguments.wikitext, "--windows", arguments.text_windows)
+        options = [*against, "--prompts", "none", "--save", texts]
+        phoneready(
+            "eval",
+            model,
+            *options,
+            "--text",
+            arguments.wikitext,
+            "--set",
+            f"max_windows={arguments.text_windows}",
+        )
     if not (chats := folder / f"{run.name}.chats.json").exists():
-        options = [*against, "--no-prompts", "--save", chats, "--windows", arguments.chat_windows]
+        options = [
+            *against,
+            "--prompts",
+            "none",
+            "--save",
+            chats,
+            "--set",
+            f"max_windows={arguments.chat_windows}",
+        ]
         phoneready("eval", model, *options, "--chats", folder / "held_out.jsonl")
-    asked = ["--prompts", arguments.prompts, "--max-new-tokens", 128]
-    wanted: list[object] = asked if arguments.prompts else ["--no-prompts"]
-    wanted += ["--tasks", TASKS, "--task-data", arguments.task_data] if arguments.task_data else []
-    wanted += ["--limit", arguments.limit] if arguments.task_data and arguments.limit else []
+    asked = ["--prompts", arguments.prompts, "--set", f"max_new_tokens={128}"]
+    wanted: list[object] = asked if arguments.prompts else ["--prompts", "none"]
+    wanted += ["--tasks", TASKS, "--set", f"task_data={arguments.task_data}"] if arguments.task_data else []
+    wanted += ["--set", f"limit={arguments.limit}"] if arguments.task_data and arguments.limit else []
     if (arguments.prompts or arguments.task_data) and not rest.exists():
-        phoneready("eval", model, "--no-text", "--save", rest, *wanted)
+        phoneready("eval", model, "--text", "none", "--save", rest, *wanted)
     row: dict[str, Any] = {"ratio": run.ratio, "variant": run.variant, "seed": run.seed}
     for prefix, file in (("", texts), ("chat_", chats)):
         if not file.exists():

@@ -388,7 +388,7 @@ def _read_task_file(
         path = base / str(value)
         if not path.exists():
             raise InputError(
-                f"{file}: its data {path} does not exist; --task-data names the folder to look in"
+                f"{file}: its data {path} does not exist; --set task_data names the folder to look in"
             )
         for part in [path] if path.is_file() else sorted(path.rglob("*")):
             if part.is_file():

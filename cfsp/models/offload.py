@@ -498,7 +498,7 @@ def enter_blocks(
     if model.device.type == "cpu" and len(input_ids) > 1:
         n_bytes = input_ids.numel() * state_size(model.config) * computing_dtype(model).itemsize
         what = f"hidden states of {len(input_ids)} windows of {input_ids.shape[1]} tokens"
-        require_memory(n_bytes, what, "fewer windows (--nsamples), or shorter ones (--seqlen)")
+        require_memory(n_bytes, what, "fewer windows (--set nsamples), or shorter ones (--set seqlen)")
     with computing(layers, passes_on), at_hand(model.get_input_embeddings()):
         for window in torch.split(input_ids.to(model.device), 1):
             record.clear()

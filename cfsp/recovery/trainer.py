@@ -129,7 +129,7 @@ class WorkFolder:
         file = self.path / "inputs.json"
         if not file.is_file():
             raise InputError(
-                f"{self.path} is no work folder of recovery; name another one with --work, or remove it"
+                f"{self.path} is no work folder of recovery; name another one with --set work, or remove it"
             )
         there = read_record(RunInputs, file)
         ours = {**inputs.settings, **(inputs.hashes or there.hashes), "processes": inputs.processes}
@@ -139,7 +139,7 @@ class WorkFolder:
         if different and not force:
             raise InputError(
                 f"{self.path} belongs to a run with other inputs (different: {', '.join(different)}); "
-                "--force starts over, --work names another folder"
+                "--force starts over, --set work names another folder"
             )
         return bool(different)
 

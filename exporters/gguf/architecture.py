@@ -135,7 +135,7 @@ def _obstacle(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> st
         ),
         (
             not (config.shape.is_uniform or layout.per_layer_sizes),
-            "one FFN width for all blocks (prune --uniform; ONNX takes any widths)",
+            "one FFN width for all blocks (prune --set uniform_width=true; ONNX takes any widths)",
         ),
         # Windows and ropes.
         (

@@ -192,7 +192,7 @@ class Files:
                 field="quant",
                 value=needing[0],
                 allowed="--calibration text, or a checkpoint with the input moments that prune leaves; "
-                "and no --no-imatrix",
+                "and no --set imatrix=false",
             )
         result = {}
         for spec in (one for one in tensor_specs(chosen) if one.is_matrix):

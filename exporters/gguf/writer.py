@@ -74,7 +74,7 @@ def write_gguf(
             f"llama.cpp takes a model of this name for Phi-3, whose tokens {', '.join(lacked)} it lacks",
             field="name",
             value=provenance.name,
-            allowed="another one (--name)",
+            allowed="another one (--set name)",
         )
 
     def add_metadata(writer: Any) -> None:

@@ -75,7 +75,9 @@ def round_blocks(
         n_bytes = rounding_bytes(input_ids.numel(), widest)
         what = f"rounding for {len(input_ids)} windows of {input_ids.shape[1]} tokens"
         require_memory(
-            n_bytes, what, "fewer windows (--nsamples, --rounding-windows), or shorter ones (--seqlen)"
+            n_bytes,
+            what,
+            "fewer windows (--set nsamples, --set rounding_windows), or shorter ones (--set seqlen)",
         )
     with torch.no_grad():
         windows, each = enter_blocks(model, layers, input_ids)

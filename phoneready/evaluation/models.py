@@ -39,7 +39,7 @@ _SPELLED = (
     "Ce n'est pas là-bas, sagte er; 東京 и Москва 🙂",
 )
 """Texts on which the tokenizer of a target is compared with the one here."""
-_JUDGED = "--text, --chats, --tasks, --prompt, --prompts"
+_JUDGED = "--text, --chats, --tasks, --prompts"
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ def check_place(on: str, backend: str | None, settings: EvaluationSettings) -> N
     """Raise InputError for what a place has no use for, or cannot do, before anything is opened."""
     if on == HERE:
         if backend is not None:
-            raise InputError("--backend is for another place: give --on TARGET, too")
+            raise InputError("--set backend is for another place: give --on TARGET, too")
         return
     if not parse_target(on)[0].answers:
         raise InputError("cannot be asked about texts", field="--on", value=on, allowed=PLACES)
     if settings.metrics:
-        why = "--metric needs the probability of every token, which do not travel"
+        why = "--set metrics needs the probability of every token, which do not travel"
         raise InputError(why, field="--on", value=on, allowed=_JUDGED)
     if not (settings.tasks or settings.prompts or settings.sources):
         raise InputError("nothing to judge", field="--on", value=on, allowed=_JUDGED)

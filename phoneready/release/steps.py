@@ -486,7 +486,7 @@ def fitting_settings(settings: PruneSettings, model: Any, files: Collection[str]
     if settings.prune_ratio and not settings.uniform_width:
         _warn_once(
             f"llama.cpp has no architecture for a {config.model_type} model with a width for each block: all get the "
-            "same (--uniform)"
+            "same (--set uniform_width=true)"
         )
     return dataclasses.replace(settings, uniform_width=True)
 

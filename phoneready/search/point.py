@@ -144,7 +144,7 @@ class SearchSettings(WindowSettings):
         "limits on size, speed and memory, else the largest within those on quality; steps: prune and train from "
         "ratio to ratio while the quality is within its limits.",
         choices=(AUTO, *STRATEGIES),
-        shown="optuna where there are more combinations than --max-points, else grid",
+        shown="optuna where there are more combinations than --set max_points, else grid",
         rare=True,
     )
     max_points: int | None = setting(
@@ -198,15 +198,19 @@ class SearchSettings(WindowSettings):
         """Raise InputError for what contradicts itself."""
         given = [ratio for ratio in self.ratios if ratio]
         if self.strategy == BISECT and not (self.limits_cost or self.limits_quality):
-            raise InputError("--strategy bisect looks for a limit: give one, such as --max-size or --max-kl")
+            raise InputError(
+                "--set strategy=bisect looks for a limit: give one, such as --max-size or --max-kl"
+            )
         if self.strategy == STEPS and not (self.recover and given):
             raise InputError(
-                "--strategy steps prunes and trains from ratio to ratio: give --recover and --ratios"
+                "--set strategy=steps prunes and trains from ratio to ratio: give --set recover=FILE and --ratios"
             )
         if self.storage and self.strategy in (BISECT, STEPS):
-            raise InputError(f"--storage shares grid and optuna: leave out --strategy {self.strategy}")
+            raise InputError(
+                f"--set storage shares grid and optuna: leave out --set strategy={self.strategy}"
+            )
         if self.strategy == OPTUNA and self.max_points is None:
-            raise InputError("--strategy optuna: give --max-points")
+            raise InputError("--set strategy=optuna: give --set max_points=N")
 
     def settled(self, vocabulary: int) -> SearchSettings:
         """With the defaults that depend on other settings and on the size of the dense model's vocabulary."""

@@ -75,7 +75,7 @@ def search(
         if settings.strategy == STEPS and training.for_quant is not None:
             raise InputError(
                 "a step's file is not what the next step prunes", field="for_quant", value=training.for_quant,
-                allowed="none with --strategy steps",
+                allowed="none with --set strategy=steps",
             )  # fmt: skip
         check_training(training)
     learnt = () if training is None else training.texts
@@ -322,11 +322,13 @@ def _share(run: _Run, grid: Sequence[Point], most: int) -> None:
         )
     except Exception as error:  # of a driver, a server or a file: there is no one class
         raise InputError(
-            f"cannot be opened as an Optuna storage: {error}", field="--storage", value=name
+            f"cannot be opened as an Optuna storage: {error}", field="--set storage", value=name
         ) from error
     windows = [text.sha256 for _, text in evaluator.texts]
     if study.user_attrs.get("windows", windows) != windows:
-        raise InputError("another machine at work on it measures on other windows of text", field="--storage")
+        raise InputError(
+            "another machine at work on it measures on other windows of text", field="--set storage"
+        )
     study.set_user_attr("windows", windows)
 
     def figures(one: EvaluatedPoint) -> tuple[list[float], dict[str, Any]]:

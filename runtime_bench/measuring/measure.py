@@ -243,7 +243,9 @@ def _check(
     if not files:
         raise InputError("no file to measure", allowed="one or more exported model files")
     if anchor in files:
-        raise InputError("is measured already", field="--anchor", value=str(anchor), allowed="another file")
+        raise InputError(
+            "is measured already", field="--set anchor", value=str(anchor), allowed="another file"
+        )
     paths = [*files, *([anchor] if anchor else [])]
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise InputError(f"no such file: {', '.join(missing)}")

@@ -110,14 +110,14 @@ def test_numbers_beyond_float16_are_refused_in_a_line(
     with torch.no_grad():
         decoder_layers(loaded.model)[0].mlp.up_proj.weight[0, 0] = 1e5
     save_checkpoint(loaded, tmp_path / "large")
-    text = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "24"]
+    text = ["--calibration", "builtin:python-docs", "--set", "nsamples=2", "--set", "seqlen=24"]
     command = ["prune", str(tmp_path / "large"), "-o", str(tmp_path / "out"), *text]
-    assert main([*command, "--dtype", "float16"]) == 2
+    assert main([*command, "--set", "dtype=float16"]) == 2
     error = capsys.readouterr().err
     assert "float16 holds none above 65504" in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
-    assert main([*command, "--dtype", "bfloat16"]) == 0
+    assert main([*command, "--set", "dtype=bfloat16"]) == 0
 
 
 def test_a_model_of_16_bits_is_pruned_where_it_is(tiny_loaded: TinyLoaded) -> None:
@@ -148,14 +148,14 @@ def test_a_model_of_16_bits_is_pruned_where_it_is(tiny_loaded: TinyLoaded) -> No
 @pytest.mark.parametrize(
     ("options", "products", "stored"),
     [
-        (("--dtype", "float16"), "float32", F16),
-        (("--dtype", "float32", "--weights-dtype", "bfloat16"), "float32", BF16),
+        (("--set", "dtype=float16"), "float32", F16),
+        (("--set", "dtype=float32", "--set", "weights_dtype=bfloat16"), "float32", BF16),
     ],
 )
 def test_prune_is_told_products_and_weights_together_or_apart(
     options: tuple[str, ...], products: str, stored: torch.dtype, tiny_folder: TinyPath, tmp_path: Path
 ) -> None:
-    text = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "24"]
+    text = ["--calibration", "builtin:python-docs", "--set", "nsamples=2", "--set", "seqlen=24"]
     assert main(["prune", str(tiny_folder()), "-o", str(tmp_path / "out"), *text, *options]) == 0
     found = read_record(PruningPlan, tmp_path / "out" / PLAN_FILE).settings.dtype
     assert found == str(rounding_dtype(products)).removeprefix("torch.")
@@ -178,7 +178,7 @@ def test_an_export_of_16_bits_is_by_blocks_where_float32_takes_too_much(
         monkeypatch.setattr("cfsp.models.offload.free_memory", lambda free=free: free)
         command = ["export", str(tmp_path / "saved"), "-o", str(tmp_path / str(free)), "--gguf", "Q8_0"]
         capsys.readouterr()
-        assert main([*command, "--dtype", "bfloat16", "--json"]) == 0
+        assert main([*command, "--set", "dtype=bfloat16", "--json"]) == 0
         (found,) = json.loads(capsys.readouterr().out)["exports"]
         by_blocks.append(bool(found["blocks"]))
         hashes.add(found["sha256"])

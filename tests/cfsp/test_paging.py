@@ -213,7 +213,10 @@ def test_bad_input_is_told_in_a_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    dense, text = folder(), ["--calibration", "builtin:python-docs", "--nsamples", "3", "--seqlen", "24"]
+    dense, text = (
+        folder(),
+        ["--calibration", "builtin:python-docs", "--set", "nsamples=3", "--set", "seqlen=24"],
+    )
     file, asked = dense / "model.safetensors", ["prune", str(dense), "-o", str(tmp_path / "out"), *text]
     whole = file.read_bytes()
     for content, wish, told in (

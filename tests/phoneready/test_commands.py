@@ -16,8 +16,8 @@ TinyPath = Callable[..., Path]
 Shown = Callable[..., Any]
 Refused = Callable[..., str]
 Capture = pytest.CaptureFixture[str]
-TEXT = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32"]
-SMALL = [*TEXT, "--align", "1"]
+TEXT = ["--calibration", "builtin:python-docs", "--set", "nsamples=2", "--set", "seqlen=32"]
+SMALL = [*TEXT, "--set", "align=1"]
 
 
 def warned(capsys: Capture) -> list[str]:
@@ -30,7 +30,7 @@ def test_a_plan_is_made_shown_and_applied_at_another_ratio(
     dense: str, tmp_path: Path, shown: Shown, refused: Refused, capsys: Capture
 ) -> None:
     plan, out = tmp_path / "plan.json", tmp_path / "out"
-    made = shown("prune", dense, "--plan-only", plan, "--prune-ratio", "0.25", *SMALL)
+    made = shown("prune", dense, "-o", plan, "--prune-ratio", "0.25", *SMALL)
     assert (made["keep_ratio"], made["settings"]["align"]) == (pytest.approx(0.75), 1)
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
     apply = ["prune", dense, "-o", str(out), "--plan", str(plan), "--prune-ratio", "0.5", *TEXT[2:]]
@@ -66,39 +66,50 @@ def test_options_that_nothing_reads_are_named_and_change_nothing(
     dense: str, pruned: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     plain, more, saved = tmp_path / "plain.json", tmp_path / "more.json", tmp_path / "saved.json"
-    asked = ["prune", dense, "--prune-ratio", "0.25", "--uniform", *SMALL]
-    assert main([*asked, "--plan-only", str(plain)]) == 0
+    asked = ["prune", dense, "--prune-ratio", "0.25", "--set", "uniform_width=true", *SMALL]
+    assert main([*asked, "-o", str(plain)]) == 0
     assert not warned(capsys)
-    idle = ["--coarse-strength", "2", "--vocabulary-text", "missing.txt"]
-    assert main([*asked, "--plan-only", str(more), *idle]) == 0
+    idle = ["--set", "strength=2", "--set", "vocabulary_text=missing.txt"]
+    assert main([*asked, "-o", str(more), *idle]) == 0
     said = warned(capsys)
     assert said == [
-        "--vocabulary-text has no effect without a number of tokens to keep",
-        "--coarse-strength has no effect with one width for all blocks",
+        "--set vocabulary_text has no effect without a number of tokens to keep",
+        "--set strength has no effect with one width for all blocks",
     ]
     plans = [json.loads(path.read_text("utf-8")) for path in (plain, more)]
     assert plans[1].pop("warnings") == said
     assert plans[0] == plans[1]
 
-    asked = ["eval", dense, "--seqlen", "32", "--windows", "1", "--no-prompts", "--save", str(saved)]
-    assert main([*asked, "--limit", "8"]) == 0
+    asked = [
+        "eval",
+        dense,
+        "--set",
+        "seqlen=32",
+        "--set",
+        "max_windows=1",
+        "--prompts",
+        "none",
+        "--save",
+        str(saved),
+    ]
+    assert main([*asked, "--set", "limit=8"]) == 0
     said = warned(capsys)
-    assert said == ["--limit has no effect without tasks"]
+    assert said == ["--set limit has no effect without tasks"]
     assert json.loads(saved.read_text("utf-8"))["warnings"] == said
 
     pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
-    asked = ["export", str(pruned), "--gguf", "Q8_0", "--threads", "1", "--name", "m"]
+    asked = ["export", str(pruned), "--gguf", "Q8_0", "--threads", "1", "--set", "name=m"]
     assert main([*asked, "-o", str(tmp_path / "plain")]) == 0
     assert not warned(capsys)
-    idle = ["--calibration", "missing.txt", "--opset", "18", "--mixed-size", "80M", "--tune-scales"]
-    assert main([*asked, "-o", str(tmp_path / "out"), *idle, "--nsamples", "8"]) == 0
+    idle = ["--calibration", "missing.txt", "--set", "opset=18", "--set", "mixed_bytes=80M", "--tune-scales"]
+    assert main([*asked, "-o", str(tmp_path / "out"), *idle, "--set", "nsamples=8"]) == 0
     said = warned(capsys)
     assert said == [
         "--calibration has no effect without files of few bits",
-        "--opset has no effect without --onnx VARIANT,...",
+        "--set opset has no effect without --onnx VARIANT,...",
         "--tune-scales has no effect without GGUF files of up to 6 bits",
-        "--mixed-size has no effect without the ONNX variant int4-mixed",
-        "--nsamples has no effect without --calibration REF, or what needs text",
+        "--set mixed_bytes has no effect without the ONNX variant int4-mixed",
+        "--set nsamples has no effect without --calibration REF, or what needs text",
     ]
     assert json.loads((tmp_path / "out" / "export.json").read_text("utf-8"))["warnings"] == said
     files = [(tmp_path / name / "m-Q8_0.gguf").read_bytes() for name in ("plain", "out")]
@@ -125,14 +136,14 @@ def test_export_and_bench(
         assert main(["bench", *map(str, arguments), "--output", "jsonl"]) == 0
         return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
-    sizes = ["-p", "8", "-n", "0", "--ttft", "0", "-r", "1", "-t", "1"]
+    sizes = ["-p", "8", "-n", "0", "--set", "ttft=0", "-r", "1", "-t", "1"]
     measured = rows(file, *sizes, "--record", records)
     assert {row["test"] for row in measured} == {"load", "pp8"}
     folders = {"onnxruntime": output / "onnx" / "fp32", "onnxruntime-genai": output / "onnx" / "int8"}
     for (engine, folder), graph in zip(
         folders.items(), ("model_last.onnx", "model_quantized_last.onnx"), strict=True
     ):
-        found = rows(folder, *sizes[:2], "-n", "4", "--ttft", "4", *sizes[6:], "--engine", engine)
+        found = rows(folder, *sizes[:2], "-n", "4", "--set", "ttft=4", *sizes[6:], "--engine", engine)
         assert [row["test"] for row in found] == ["load", "pp8", "tg4", "ttft4"]
         for row in found:
             used = Path(row["model_filename"])
@@ -159,8 +170,10 @@ def test_export_refuses_text_of_another_vocabulary(
     dense: str, trimmed: Path, tmp_path: Path, refused: Refused
 ) -> None:
     pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
-    assert main(["export", str(trimmed), "-o", str(tmp_path / "file"), "--gguf", "f32", "--name", "m"]) == 0
-    asked = ["-o", tmp_path / "out", "--gguf", "Q4_0", "--dense", dense, *TEXT]
+    assert (
+        main(["export", str(trimmed), "-o", str(tmp_path / "file"), "--gguf", "f32", "--set", "name=m"]) == 0
+    )
+    asked = ["-o", tmp_path / "out", "--gguf", "Q4_0", "--set", f"dense={dense}", *TEXT]
     assert "another vocabulary" in refused("export", tmp_path / "file" / "m-f32.gguf", *asked)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -171,9 +184,14 @@ def test_export_takes_a_model_that_is_no_folder_and_rounds_it_for_a_text(
     pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
     loaded = load_model(str(sure_folder(intermediate_size=256)))
     write_gguf(tmp_path / "m.gguf", loaded.model, loaded.tokenizer)
-    sized = ["--calibration", "builtin:python-docs", "--nsamples", "16", "--seqlen", "64"]
+    sized = ["--calibration", "builtin:python-docs", "--set", "nsamples=16", "--set", "seqlen=64"]
     records = {}
-    ways = {"text": sized, "off": [*sized, "--no-gptq"], "tuned": [*sized, "--tune-scales"], "none": []}
+    ways = {
+        "text": sized,
+        "off": [*sized, "--set", "gptq=false"],
+        "tuned": [*sized, "--tune-scales"],
+        "none": [],
+    }
     for name, more in ways.items():
         output = tmp_path / name
         (records[name],) = shown("export", tmp_path / "m.gguf", "--gguf", "Q4_0", "-o", output, *more)[

@@ -79,8 +79,9 @@ class Given(Settings):
     ratios: tuple[float, ...] = setting((), "Ratios.", lt=1, metavar="R,...")
     text: tuple[str, ...] = setting(("self",), "Texts.", metavar="REF")
     limit: int | None = setting(None, "Bytes.", parse=parse_bytes, metavar="SIZE")
-    warmup: bool = setting(True, "Warm up.", option="--no-warmup", off="Do not warm up.")
-    hidden: int = setting(1, "For Python alone.", option=None)
+    warmup: bool = setting(True, "Warm up.", rare=True)
+    rates: tuple[float, ...] = setting((0.5,), "Rates.", gt=0, metavar="R,...", rare=True)
+    small: int | None = setting(None, "Bytes.", parse=parse_bytes, rare=True)
 
 
 def run(*arguments: str) -> dict[str, Any]:
@@ -103,10 +104,11 @@ def run(*arguments: str) -> dict[str, Any]:
 def test_settings_are_built_from_options() -> None:
     assert run() == {"given": Given(), "threads": None, "was": False}
     found = run(
-        *("-s", "1,2", "--size", "4", "--ratios", "0.5", "--text", "a,b", "--text", "c", "--no-warmup"),
-        *("--threads", "3"),
+        *("-s", "1,2", "--size", "4", "--ratios", "0.5", "--text", "a,b", "--text", "c", "--threads", "3"),
+        *("--set", "warmup=false", "--set", "rates=1,2", "--set", "small=2 MB", "--set", "rates=3"),
     )
-    assert found["given"] == Given(size=(1, 2, 4), ratios=(0.5,), text=("a,b", "c"), warmup=False)
+    rest = {"warmup": False, "rates": (1.0, 2.0, 3.0), "small": 2_000_000}
+    assert found["given"] == Given(size=(1, 2, 4), ratios=(0.5,), text=("a,b", "c"), **rest)
     assert (found["threads"], found["was"]) == (3, True)
 
 
@@ -118,6 +120,16 @@ def test_settings_are_built_from_options() -> None:
         (["--ratios", "0.1,nan"], "--ratios: out of range"),
         (["--size", "9" * 30], "--size: out of range"),
         (["--text", " "], "--text: empty"),
+        (["--set", "rates=0"], "--set rates: out of range (got 0.0); allowed: above 0"),
+        (
+            ["--set", "warmup=perhaps"],
+            "--set warmup: not understood (got 'perhaps'); allowed: a valid boolean",
+        ),
+        (
+            ["--set", "rate=1"],
+            "--set: no KEY=VALUE of this command (got 'rate=1'); allowed: warmup, rates, small",
+        ),
+        (["--set", "rates"], "--set: no KEY=VALUE of this command"),
         (["--threads", "10"], "--threads: out of range (got 10); allowed: 1 to 9"),
     ],
 )

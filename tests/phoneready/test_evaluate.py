@@ -16,8 +16,8 @@ TinyPath = Callable[..., Path]
 Shown = Callable[..., Any]
 Refused = Callable[..., str]
 Capture = pytest.CaptureFixture[str]
-SIZES = ["--seqlen", "32", "--windows", "2", "--max-new-tokens", "4"]
-TEXT = [*SIZES, "--no-prompts"]
+SIZES = ["--set", "seqlen=32", "--set", "max_windows=2", "--set", "max_new_tokens=4"]
+TEXT = [*SIZES, "--prompts", "none"]
 METRICS = """
 import torch
 
@@ -68,7 +68,7 @@ def test_a_cache_of_few_bits_is_held_against_the_file_with_floats(
     file = str(tiny_gguf("llama", num_attention_heads=2, num_key_value_heads=1, head_dim=32))
     kl, saved = {}, tmp_path / "q8_0.json"
     for cache in ("f16", "q8_0", "q4_0"):
-        result = shown("eval", file, "--cache-type", cache, *TEXT, "--save", saved)
+        result = shown("eval", file, "--set", f"cache_type={cache}", *TEXT, "--save", saved)
         assert result["model"]["cache_type"] == cache
         if cache == "f16":
             assert result["against"] is None
@@ -79,11 +79,13 @@ def test_a_cache_of_few_bits_is_held_against_the_file_with_floats(
         kl[cache] = text["divergence"]["kl_mean"]
     assert 0 < kl["q8_0"] < kl["q4_0"]
     assert "cache_type" not in shown("eval", file, *TEXT)["model"]
-    assert main(["eval", file, "--cache-type", "q4_0", *TEXT]) == 0
+    assert main(["eval", file, "--set", "cache_type=q4_0", *TEXT]) == 0
     assert f"Keys and values of {file} are in q4_0, and those of {file} in f16." in capsys.readouterr().out
     against = ["--against", file, "--baseline", saved]
-    assert "cache of the reference model" in refused("eval", file, "--cache-type", "q4_0", *against, *TEXT)
-    said = refused("eval", dense_onnx, "--cache-type", "q8_0")
+    assert "cache of the reference model" in refused(
+        "eval", file, "--set", "cache_type=q4_0", *against, *TEXT
+    )
+    said = refused("eval", dense_onnx, "--set", "cache_type=q8_0")
     assert "onnxruntime has no such cache (got 'q8_0')" in said
 
 
@@ -92,7 +94,7 @@ def test_tasks_agree_between_runtimes(
     dense: str, gguf: str, dense_onnx: str, task: Path, shown: Shown, capsys: Capture
 ) -> None:
     pytest.importorskip("lm_eval", reason="the eval extra is not installed")
-    asked = ["--tasks", str(task), "--num-fewshot", "1", "--no-text", "--no-prompts"]
+    asked = ["--tasks", str(task), "--set", "num_fewshot=1", "--text", "none", "--prompts", "none"]
     for exported in (gguf, dense_onnx):
         result = shown("eval", exported, "--against", dense, *asked)
         assert result["tasks"] == result["against_tasks"]
@@ -110,12 +112,12 @@ def test_own_metrics_and_their_gate(
     name = "own_metrics_of_a_test.py"
     (tmp_path / name).write_text(METRICS, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    asked = ["eval", dense, *TEXT, "--metric", f"{name}:logit_mean", "--metric", f"{name}:two"]
+    asked = ["eval", dense, *TEXT, "--set", f"metrics={name}:logit_mean", "--set", f"metrics={name}:two"]
     found = shown(*asked, "--save", "saved.json")["metrics"]
     assert [metric["name"] for metric in found] == [f"{name}:logit_mean", f"{name}:two.a", f"{name}:two.b"]
     assert [metric["value"] for metric in found][1:] == [1, 2.5]
     assert [metric["higher_is_better"] for metric in found] == [None, True, True]
-    asked = ["eval", dense, *TEXT, "--metric", f"{name}:two"]
+    asked = ["eval", dense, *TEXT, "--set", f"metrics={name}:two"]
     shown(*asked, "--save", "saved.json")
     assert all(row["outcome"] == "pass" for row in shown(*asked, "--baseline", "saved.json")["gate"])
     record = json.loads(Path("saved.json").read_text(encoding="utf-8"))
@@ -134,14 +136,14 @@ def test_own_metrics_and_their_gate(
         "os": "module:function",
         "own_metrics_of_a_test:two": "own_metrics_of_a_test.py:two",
     }.items():
-        assert reason in refused("eval", dense, *TEXT, "--metric", reference)
+        assert reason in refused("eval", dense, *TEXT, "--set", f"metrics={reference}")
 
 
 def test_answers_are_checked(dense: str, tmp_path: Path, shown: Shown) -> None:
     lines, plain = tmp_path / "prompts.jsonl", tmp_path / "prompts.txt"
     lines.write_text('{"prompt": "Once"}\n{"turns": ["List three fruits.", "More."]}\n', encoding="utf-8")
     plain.write_text("Once\n\nTwice\n", encoding="utf-8")
-    asked = ["eval", dense, "--against", dense, "--no-text", "--max-new-tokens", "8", "--prompts"]
+    asked = ["eval", dense, "--against", dense, "--text", "none", "--set", "max_new_tokens=8", "--prompts"]
     result = shown(*asked, lines)
     assert result["prompts"] == ["Once", "List three fruits."]
     found = result["degeneration"]
@@ -207,7 +209,7 @@ def test_task_figures_are_gated(
 ) -> None:
     pytest.importorskip("lm_eval", reason="the eval extra is not installed")
     saved = tmp_path / "tasks.json"
-    asked = ["eval", dense, "--no-text", "--no-prompts", "--tasks", str(task)]
+    asked = ["eval", dense, "--text", "none", "--prompts", "none", "--tasks", str(task)]
     shown(*asked, "--save", saved)
     asked += ["--baseline", str(saved)]
     assert all(row["outcome"] == "pass" for row in shown(*asked)["gate"])
@@ -232,7 +234,7 @@ def test_task_figures_are_gated(
     del metric["right"]  # as an earlier version wrote it
     rewrite(stderr=0.01)
     assert "taken as independent" in refused(*asked, status=1)
-    assert "limit of fruits was None and is 4" in refused(*asked, "--limit", "4")
+    assert "limit of fruits was None and is 4" in refused(*asked, "--set", "limit=4")
 
 
 def test_models_of_two_vocabularies_are_judged_on_the_same_text(
@@ -260,5 +262,5 @@ def test_models_of_two_vocabularies_are_judged_on_the_same_text(
     assert "KL and same top-1 are not compared" in capsys.readouterr().out
     own = tmp_path / "own.py"
     own.write_text("def count(model, tokenizer, windows):\n    return 1.0\n", encoding="utf-8")
-    asked = ["eval", trimmed, "--against", dense, *TEXT, "--metric", f"{own}:count"]
+    asked = ["eval", trimmed, "--against", dense, *TEXT, "--set", f"metrics={own}:count"]
     assert "different vocabularies" in refused(*asked)

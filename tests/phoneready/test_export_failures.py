@@ -72,7 +72,7 @@ def test_what_cannot_be_exported_leaves_what_was_there(
     message = refused("export", pruned, "-o", out, *options, status=1)
     assert "int4 (model_q4.onnx) is too far from the checkpoint" in message
     assert "its limit" in message
-    said = refused("export", pruned, "-o", out, "--onnx", "int8-dynamic", "--opset", "13", *ONE)
+    said = refused("export", pruned, "-o", out, "--onnx", "int8-dynamic", "--set", "opset=13", *ONE)
     assert "opset" in said
     assert "ReduceMax with 2 inputs" in said
     assert not list(tmp_path.iterdir())
@@ -83,7 +83,7 @@ def test_what_cannot_be_exported_leaves_what_was_there(
 
 
 def test_an_older_opset_gives_a_file_that_older_runtimes_read(pruned: Path, tmp_path: Path) -> None:
-    options = ["-o", str(tmp_path / "out"), "--onnx", "fp32", "--opset", "13", *ONE]
+    options = ["-o", str(tmp_path / "out"), "--onnx", "fp32", "--set", "opset=13", *ONE]
     assert main(["export", str(pruned), *options]) == 0
     graph = onnx.load(tmp_path / "out" / "fp32" / "onnx" / "model.onnx", load_external_data=False)
     assert {entry.domain: entry.version for entry in graph.opset_import}[""] == 13

@@ -248,10 +248,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["kind"] == "history"
     assert [a["run"] for a in found["anomalies"]] == [9]
     assert "1 changes for the worse" in output.err
-    assert main(["history", str(tmp_path), "--gate", "--recent", "1"]) == 0
+    assert main(["history", str(tmp_path), "--gate", "--set", "recent=1"]) == 0
     assert "12 runs" in capsys.readouterr().out
-    assert main(["history", str(tmp_path), "--recent", "1"]) == 0
-    assert "warning: --recent has no effect without --gate" in capsys.readouterr().err
+    assert main(["history", str(tmp_path), "--set", "recent=1"]) == 0
+    assert "warning: --set recent has no effect without --gate" in capsys.readouterr().err
 
 
 ANCHOR = "c" * 64

@@ -40,7 +40,7 @@ def test_a_family_by_entry_point(model: Path, tmp_path: Path) -> None:
     if "seed_oss" not in transformers.CONFIG_MAPPING:
         pytest.skip("this transformers has no such model type")
     site, info = tmp_path / "site", tmp_path / "site" / "seed-1.0.dist-info"
-    sizes = ("--nsamples", "4", "--seqlen", "32", "--prune-ratio", "0.25", "-o", tmp_path / "pruned")
+    sizes = ("--set", "nsamples=4", "--set", "seqlen=32", "--prune-ratio", "0.25", "-o", tmp_path / "pruned")
     assert "unsupported architecture (got 'seed_oss')" in phoneready(site, "prune", model, *sizes)
     info.mkdir(parents=True)
     shutil.copy(ROOT / "tests/plugins/seed_oss.py", site)

@@ -119,11 +119,11 @@ def test_a_plugin_brings_a_metric(
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some-metrics\nVersion: 1.0\n")
     points = "[phoneready.metrics]\nseven = metrics_of_a_plugin:plain\ntorn = no_such_module_of_a_plugin:f\n"
     (info / "entry_points.txt").write_text(points)
-    asked = ["eval", dense, "--seqlen", "32", "--windows", "1", "--no-prompts"]
-    result = shown(*asked, "--metric", "seven")["metrics"]
+    asked = ["eval", dense, "--set", "seqlen=32", "--set", "max_windows=1", "--prompts", "none"]
+    result = shown(*asked, "--set", "metrics=seven")["metrics"]
     assert result == [{"name": "seven", "value": 7.0, "higher_is_better": True, "unit": ""}]
     assert len(metric_sha256("seven")) == 64
     text = '[model]\nreference = "m"\n[evaluate]\nmetrics = ["seven"]\n[[budgets]]\nmetric = "seven"\n'
     check_directions(parse_config(text + "at_least = 6\n", where="x").budgets)
-    said = refused(*asked, "--metric", "torn")
+    said = refused(*asked, "--set", "metrics=torn")
     assert "plugin torn of some-metrics 1.0 cannot be imported" in said

@@ -73,35 +73,35 @@ def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
 TABLE = """
 nonsense | nonsense
 prune MODEL | -o DIR
-prune MODEL -o x --plan-only y | -o DIR
+prune MODEL -o x -o y | -o DIR
 prune MODEL -o x --prune-ratio 1 | --prune-ratio: out of range (got 1.0); allowed: 0 or more and below 1
-prune MODEL -o x --score best | score
+prune MODEL -o x --set score=best | score
 prune MODEL -o x --for-quant Q9 | Q9
-prune MODEL -o x --calibration missing.txt --seqlen 32 | missing.txt
+prune MODEL -o x --calibration missing.txt --set seqlen=32 | missing.txt
 prune MODEL -o x --plan missing.json | missing.json
-prune MODEL -o x --plan y --score cfsp | --score: decided by the plan; allowed: without --plan
+prune MODEL -o x --plan y --set score=cfsp | --set score: decided by the plan; allowed: without --plan
 prune MODEL -o x --plan y --vocabulary 9 | --vocabulary: decided by the plan
 prune MODEL -o x --blocks 4 TEXT | at most 3
 prune MODEL -o x --blocks 1 --attentions 3 TEXT | at most 2
 prune MODEL -o x --kv-groups 1 | --kv-groups: out of range (got 1.0); allowed: 0 or more and below 1
 prune MODEL -o x --kv-groups 0.9 TEXT | kv_groups: each of the 4 blocks that attend keeps one
-prune MODEL -o out --seed 9223372036854775808 | --seed
+prune MODEL -o out --set seed=9223372036854775808 | --set seed
 prune MODEL -o out --threads 3000000000 | --threads
-prune MODEL -o out --ridge inf | --ridge
-prune MODEL -o out --ridge 1e400 | --ridge
+prune MODEL -o out --set ridge=inf | --set ridge
+prune MODEL -o out --set ridge=1e400 | --set ridge
 export missing -o out | no such model
 export MODEL -o out --onnx int3 | int4-b128
 export MODEL -o out --onnx int4 --calibration missing.txt | missing.txt
 export MODEL -o out --onnx int4 --calibration none --calibration self | stands alone
 export MODEL -o out --gguf Q4_0 --onnx int2 | int2
 export MODEL -o out --onnx int4-mixed --calibration none | wants text
-export MODEL -o out --onnx int4-mixed --mixed-size large | --mixed-size
-export MODEL -o out --mixed-size 999999999999999999999G | --mixed-size
+export MODEL -o out --onnx int4-mixed --set mixed_bytes=large | --set mixed_bytes
+export MODEL -o out --set mixed_bytes=999999999999999999999G | --set mixed_bytes
 export MODEL -o out --gguf Q4_0 --tune-scales --calibration none | scales are trained on text
-export MODEL -o out --onnx fp32 --opset 12 | 13 to
-export MODEL -o out --onnx fp32 --opset 99 | 13 to
-recover MODEL -o out --rank 100000000 | --rank
-recover MODEL -o out --alpha nan | --alpha
+export MODEL -o out --onnx fp32 --set opset=12 | 13 to
+export MODEL -o out --onnx fp32 --set opset=99 | 13 to
+recover MODEL -o out --set rank=100000000 | --set rank
+recover MODEL -o out --set alpha=nan | --set alpha
 recover MODEL -o out --max-tokens 10 --epochs 1 | use --max-tokens
 bench | bench
 bench --nonsense | --nonsense
@@ -120,40 +120,40 @@ bench missing.gguf --retries 1 | behind the target, as in ssh:HOST,retries=N
 bench FILE -r 1e30 | -r
 bench FILE -r 1000000000000 | -r
 bench FILE -t 3000000000 | -t
-bench FILE --wait-nominal inf | --wait-nominal
+bench FILE --set wait_nominal_s=inf | --set wait_nominal_s
 compare missing missing | missing
 devices show nokia-3310 | nokia-3310
 devices fit missing.gguf | missing.gguf
-eval MODEL --no-prompts --seed 99999999999999999999 | --seed
-eval MODEL --no-prompts --runtime onnx | torch
-eval MODEL --no-prompts --runtime llama.cpp | .gguf
-eval MODEL --no-prompts --seqlen 4096 | 512
-eval MODEL --no-prompts --tasks missing.yaml --no-text | missing.yaml
-eval MODEL --no-text --prompts missing.jsonl | missing.jsonl
-eval MODEL --no-text --prompts prompts.md | prompts.md
-eval MODEL --no-prompts --baseline missing.json | missing.json
-eval MODEL --no-prompts --tolerance kl_mean=0.1 | --baseline
-eval MODEL --no-prompts --max-kl-increase 0.1 | --max-kl-increase is gone: use --tolerance kl_mean=VALUE
-eval MODEL --no-prompts --ratios 0.1 | --ratios is gone: use `phoneready search MODEL --ratios`
-eval MODEL --no-prompts --baseline good.json --tolerance speed=1 | a key of perplexity
-eval MODEL --no-prompts --baseline . | cannot read
-eval MODEL --no-prompts --baseline good.json --tolerance kl_mean=-1 | 0 or more
-eval MODEL --no-prompts --baseline good.json --save ./good.json | overwrite
-eval MODEL --no-prompts --save . | is a directory
-eval MODEL --no-prompts --save prompts.md/x.json | is not a directory
-eval MODEL --no-prompts --text a/t.txt --text b/t.txt | text t.txt
-eval MODEL --no-prompts --no-text --text builtin:python-docs | --no-text
-eval MODEL --cache-type q8_0 | torch keeps keys and values as it computes them
-eval MODEL --cache-type q2_K | allowed: f16, q8_0, q4_0
-eval MODEL --no-text --sampled | --sampled is gone: answers are greedy
+eval MODEL --prompts none --set seed=99999999999999999999 | --set seed
+eval MODEL --prompts none --runtime onnx | torch
+eval MODEL --prompts none --runtime llama.cpp | .gguf
+eval MODEL --prompts none --set seqlen=4096 | 512
+eval MODEL --prompts none --tasks missing.yaml --text none | missing.yaml
+eval MODEL --text none --prompts missing.jsonl | missing.jsonl
+eval MODEL --text none --prompts prompts.md | prompts.md
+eval MODEL --prompts none --baseline missing.json | missing.json
+eval MODEL --prompts none --tolerance kl_mean=0.1 | --baseline
+eval MODEL --prompts none --max-kl-increase 0.1 | --max-kl-increase is gone: use --tolerance kl_mean=VALUE
+eval MODEL --prompts none --ratios 0.1 | --ratios is gone: use `phoneready search MODEL --ratios`
+eval MODEL --prompts none --baseline good.json --tolerance speed=1 | a key of perplexity
+eval MODEL --prompts none --baseline . | cannot read
+eval MODEL --prompts none --baseline good.json --tolerance kl_mean=-1 | 0 or more
+eval MODEL --prompts none --baseline good.json --save ./good.json | overwrite
+eval MODEL --prompts none --save . | is a directory
+eval MODEL --prompts none --save prompts.md/x.json | is not a directory
+eval MODEL --prompts none --text a/t.txt --text b/t.txt | text t.txt
+eval MODEL --prompts none --text none --text builtin:python-docs | --text none
+eval MODEL --set cache_type=q8_0 | torch keeps keys and values as it computes them
+eval MODEL --set cache_type=q2_K | allowed: f16, q8_0, q4_0
+eval MODEL --text none --sampled | --sampled is gone: answers are greedy
 eval FILE --on ssh:board --chats self | only a reference model in torch
-eval FILE --on ssh:board --metric a:b | --metric needs the probability of every token
-eval FILE --on ssh:board --no-prompts | nothing to judge
+eval FILE --on ssh:board --set metrics=a:b | --set metrics=needs the probability of every token
+eval FILE --on ssh:board --prompts none | nothing to judge
 eval FILE --on browser | cannot be asked about texts
 eval FILE --on constrained:400M | cannot be asked about texts
 eval FILE --on telnet:x | unknown target
 eval FILE --on ssh:board --runtime torch | no exported file
-eval FILE --backend gpu | --backend is for another place
+eval FILE --set backend=gpu | --set backend is for another place
 eval FILE --runner program | behind the target, as in ssh:HOST,runner=FILE
 """
 
@@ -162,7 +162,7 @@ eval FILE --runner program | behind the target, as in ssh:HOST,runner=FILE
 def good_result(dense: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A result that a baseline can be."""
     path = tmp_path_factory.mktemp("result") / "good.json"
-    sizes = ["--seqlen", "32", "--windows", "2", "--no-prompts"]
+    sizes = ["--set", "seqlen=32", "--set", "max_windows=2", "--prompts", "none"]
     assert main(["eval", dense, *sizes, "--save", str(path)]) == 0
     return path
 
@@ -182,7 +182,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(
     shutil.copy(good_result, tmp_path / "good.json")
     line, _, reason = row.partition(" | ")
     words = line.replace(
-        "TEXT", "--calibration builtin:python-docs --nsamples 2 --seqlen 32 --align 1"
+        "TEXT", "--calibration builtin:python-docs --set nsamples=2 --set seqlen=32 --set align=1"
     ).split()
     places = {"MODEL": lambda: dense, "FILE": lambda: str(tiny_gguf())}
     capfd.readouterr()
@@ -209,11 +209,22 @@ def test_no_output_replaces_its_input_or_the_working_folder(
             )
 
 
-SMALL = ["--calibration", "text.txt", "--nsamples", "2", "--seqlen", "32"]
+SMALL = ["--calibration", "text.txt", "--set", "nsamples=2", "--set", "seqlen=32"]
 COMMANDS = {
     "prune": ["prune", "m", "-o", "out", *SMALL],
     "export": ["export", "m", "-o", "out", "--gguf", "f32"],
-    "eval": ["eval", "m", "--text", "text.txt", "--seqlen", "32", "--windows", "1", "--no-prompts"],
+    "eval": [
+        "eval",
+        "m",
+        "--text",
+        "text.txt",
+        "--set",
+        "seqlen=32",
+        "--set",
+        "max_windows=1",
+        "--prompts",
+        "none",
+    ],
 }
 
 
@@ -279,7 +290,7 @@ def test_a_name_that_no_file_can_have_is_told_before_the_work(
     name: str, model: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (model / "model.safetensors").unlink()  # with which the work would begin
-    assert "name: " in refused(capfd, *COMMANDS["export"], "--name", name)
+    assert "name: " in refused(capfd, *COMMANDS["export"], "--set", f"name={name}")
 
 
 def test_a_profile_is_shown_without_its_markup(

@@ -130,7 +130,7 @@ def asked_for(monkeypatch: pytest.MonkeyPatch) -> list[Needs]:
 def test_a_pruned_checkpoint_takes_no_less_than_what_is_asked_for(
     options: str, asked_for: list[Needs], tiny_folder: TinyPath, tmp_path: Path
 ) -> None:
-    text = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32"]
+    text = ["--calibration", "builtin:python-docs", "--set", "nsamples=2", "--set", "seqlen=32"]
     model = str(tiny_folder(intermediate_size=512))
     assert main(["prune", model, "-o", str(tmp_path / "out"), *text, *options.split()]) == 0
     (needs,) = asked_for
@@ -248,7 +248,7 @@ def test_a_disk_that_others_fill_while_a_command_runs(
     disk, model = small_disk("4M"), str(tiny_folder())
     monkeypatch.setenv("PHONEREADY_STREAM", "always")
     monkeypatch.setenv("TMPDIR", str(disk))
-    text = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32"]
+    text = ["--calibration", "builtin:python-docs", "--set", "nsamples=2", "--set", "seqlen=32"]
 
     @contextmanager
     def filling() -> Iterator[Progress]:

@@ -49,8 +49,8 @@ from phoneready.settings.schema import ModelConfig, PruneConfig
 
 TinyPath = Callable[..., Path]
 SMALL = (
-    *("--text", "builtin:python-docs", "--seqlen", "64", "--windows", "4", "--threads", "1"),
-    *("--calibration", "builtin:python-docs", "--nsamples", "4"),
+    *("--text", "builtin:python-docs", "--set", "seqlen=64", "--set", "max_windows=4", "--threads", "1"),
+    *("--calibration", "builtin:python-docs", "--set", "nsamples=4"),
 )
 
 
@@ -138,7 +138,7 @@ def test_other_limits_take_what_is_known(
     assert result["best"] == min(within, key=lambda one: one.bits_per_byte).file
     assert (measured / result["best"]).is_file(), "made again"
     # Nothing fits: what is known before it is made tells, and the gate's status says so.
-    assert main(command(model, measured, *GRID, "--max-kl", "1e-9", "--max-bits", "1e-9")) == 1
+    assert main(command(model, measured, *GRID, "--max-kl", "1e-9", "--set", "max_bits=1e-9")) == 1
     assert "no file is within KL up to" in capsys.readouterr().err
 
 
@@ -167,7 +167,7 @@ def test_a_bisection_finds_the_least_ratio_that_fits(model: Path, measured: Path
     dense = next(
         one for one in found_in(measured).points if one.is_dense and one.point.quant == "Q8_0"
     ).file_bytes
-    asked = ("--quants", "Q8_0", "--strategy", "bisect", "--ratios", "0,0.5")
+    asked = ("--quants", "Q8_0", "--set", "strategy=bisect", "--ratios", "0,0.5")
     folder = tmp_path / "out"
     assert main(command(model, folder, *asked, "--max-size", str(dense - 20_000))) == 0
     found = found_in(folder)
@@ -209,7 +209,16 @@ def test_steps_prune_and_train(model: Path, tmp_path: Path, capsys: pytest.Captu
         "learning_rate = 5e-3\n"
     )
     folder = tmp_path / "out"
-    asked = ("--quants", "Q8_0", "--strategy", "steps", "--ratios", "0.2,0.4", "--recover", str(training))
+    asked = (
+        "--quants",
+        "Q8_0",
+        "--set",
+        "strategy=steps",
+        "--ratios",
+        "0.2,0.4",
+        "--set",
+        f"recover={training}",
+    )
     assert main(command(model, folder, *asked, "--max-kl", "100")) == 0, capsys.readouterr().err
     found = found_in(folder)
     assert not found.failed
@@ -224,7 +233,7 @@ def test_steps_prune_and_train(model: Path, tmp_path: Path, capsys: pytest.Captu
 
 def test_processes_share_a_search(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("optuna", reason="the search extra is not installed")
-    shared = ("--quants", "Q8_0,Q4_0", "--ratios", "0,0.25", "--storage", str(tmp_path / "study.jsonl"))
+    shared = ("--quants", "Q8_0,Q4_0", "--ratios", "0,0.25", "--set", f"storage={tmp_path / 'study.jsonl'}")
     runs = [
         subprocess.Popen(
             [sys.executable, "-m", "phoneready", *command(model, tmp_path / name, *shared)],
@@ -248,7 +257,7 @@ def test_a_sampler_proposes_if_there_are_more_points_than_may_be_made(
 ) -> None:
     pytest.importorskip("optuna", reason="the search extra is not installed")
     folder = tmp_path / "out"
-    asked = command(model, folder, "--quants", "Q8_0", "--ratios", "0.1,0.2,0.3,0.4", "--max-points", "2")
+    asked = command(model, folder, "--quants", "Q8_0", "--ratios", "0.1,0.2,0.3,0.4", "--set", "max_points=2")
     assert main(asked) == 0
     found = found_in(folder)
     assert found.strategy == "optuna"
@@ -268,10 +277,10 @@ def test_refusals(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         ("--vocabularies 3", "vocabulary"),
         ("--on nokia", "or a device profile: "),
         ("--strategy bisect", "--strategy bisect looks for a limit"),
-        ("--strategy steps", "give --recover and --ratios"),
+        ("--strategy steps", "give --set recover and --ratios"),
         ("--strategy optuna", "give --max-points"),
-        ("--storage x.jsonl --strategy bisect --max-kl 1", "leave out --strategy bisect"),
-        ("--storage sqlite:////missing/folder/x.db", "--storage: cannot be opened"),
+        ("--storage x.jsonl --set strategy=bisect --max-kl 1", "leave out --set strategy=bisect"),
+        ("--storage sqlite:////missing/folder/x.db", "--set storage: cannot be opened"),
         ("--recover missing.toml", "missing.toml"),
         ("--max-size apples", "--max-size: not understood"),
         ("--text missing.txt", "missing.txt"),

@@ -15,7 +15,7 @@ from cfsp.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 TinyPath = Callable[..., Path]
-TEXT = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32"]
+TEXT = ["--calibration", "builtin:python-docs", "--set", "nsamples=2", "--set", "seqlen=32"]
 COMMANDS = [["prune", *TEXT], ["export", "--gguf", "Q4_0", *TEXT], ["export", "--onnx", "int4", *TEXT]]
 
 

@@ -328,7 +328,7 @@ def test_a_page_that_crashes_or_takes_too_long_is_a_result_with_a_reason(graph: 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_command_leaves_nothing_running(graph: Path, how: signal.Signals) -> None:
     known = browsers()
-    options = ["--on", "browser", "--no-text-check", "-t", "1", "-p", "8", "-n", "8", "-r", "1000"]
+    options = ["--on", "browser", "--set", "check_text=false", "-t", "1", "-p", "8", "-n", "8", "-r", "1000"]
     command = [sys.executable, "-m", "phoneready", "bench", str(graph), *options]
     # A shell without job control starts its background jobs with SIGINT ignored, which would be inherited.
     restore = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)

@@ -19,7 +19,7 @@ from runtime_bench.targets.table import every_target
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="daemons from Debian")
 
-SIZES = ["-p", "0", "-n", "0", "--ttft", "0", "-r", "1", "-t", "1", "--no-text-check"]
+SIZES = ["-p", "0", "-n", "0", "--set", "ttft=0", "-r", "1", "-t", "1", "--set", "check_text=false"]
 FIRST_PORT = 5701
 DYING, REFUSING, LEAVING = FIRST_PORT + 2, FIRST_PORT + 4, FIRST_PORT + 6
 

@@ -72,7 +72,7 @@ def phoneready(environment: dict[str, str], *arguments: str) -> subprocess.Compl
 
 def bench(environment: dict[str, str], file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     file.write_bytes(b"toy")
-    sizes = ("-p", "0", "-n", "4", "--ttft", "0", "-t", "1", "-r", "1", "--no-text-check")
+    sizes = ("-p", "0", "-n", "4", "--set", "ttft=0", "-t", "1", "-r", "1", "--set", "check_text=false")
     return phoneready(environment, "bench", str(file), *sizes, "--json", *arguments)
 
 

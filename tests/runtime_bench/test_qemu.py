@@ -67,7 +67,20 @@ def test_bench_gives_emulated_records_that_show_no_speed(
     target: QemuAarch64, model: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "phoneready", "bench", str(model), "--on", "qemu-aarch64"]
-    command += ["-p", "8", "-n", "2", "--ttft", "4", "-r", "1", "-t", "1", "--record", str(tmp_path / "rows")]
+    command += [
+        "-p",
+        "8",
+        "-n",
+        "2",
+        "--set",
+        "ttft=4",
+        "-r",
+        "1",
+        "-t",
+        "1",
+        "--record",
+        str(tmp_path / "rows"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert " ms " not in done.stdout

@@ -251,7 +251,7 @@ def test_nothing_runs_on_when_we_are_ended(
     far: Path,
     ending: signal.Signals,
 ) -> None:
-    options = ["-n", "4", "-t", "1", "--no-text-check", *device.on(runner=sleeper, folder=far)]
+    options = ["-n", "4", "-t", "1", "--set", "check_text=false", *device.on(runner=sleeper, folder=far)]
     command = [sys.executable, "-m", "phoneready", "bench", str(tiny_gguf()), *options]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         until(lambda: running(tmp_path / "awake"), "the run does not begin")
