@@ -156,7 +156,7 @@ def _questions(prompts: tuple[str, ...]) -> tuple[str, ...]:
     """Questions as they stand; those of a file of them in its place."""
     from phoneready.evaluation.run import read_prompts
 
-    files = (" " not in one and one.endswith((".txt", ".jsonl")) for one in prompts)
+    files = (" " not in one and (one.endswith((".txt", ".jsonl")) or Path(one).is_file()) for one in prompts)
     return tuple(
         question
         for one, is_file in zip(prompts, files, strict=True)

@@ -73,14 +73,14 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         TypeError: One name would stand for two options.
     """
     hints = get_type_hints(command, include_extras=True)
-    parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    parameters = [inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     groups: list[_Group] = []
     for parameter in inspect.signature(command).parameters.values():
         group = _group(parameter, hints[parameter.name])
         if group is not None:
             groups.append(group)
             parameters += [_option(row) for row in group.rows.values() if not row.setting.rare]
-        elif parameter.name != "context":
+        elif hints[parameter.name] is not typer.Context:
             kept = parameter.replace(annotation=hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY)
             parameters.append(kept)
     rows = {row.name: row for group in groups for row in group.rows.values()}
@@ -103,16 +103,16 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         raise TypeError(f"{command.__name__} has {', '.join(twice)} twice")
 
     def run(
-        context: typer.Context, debug: bool, help_all: bool, set_: Sequence[str] | None = None, **given: Any
+        ctx: typer.Context, debug: bool, help_all: bool, set_: Sequence[str] | None = None, **given: Any
     ) -> None:
         found = _read_keys(keys, set_ or ())
-        context.meta[_GIVEN] = {name: name in found for name in keys}
+        ctx.meta[_GIVEN] = {name: name in found for name in keys}
         values = {name: row.default for name, row in keys.items()} | found
         for name in rows.keys() - keys.keys():
             value, row = given.pop(name), rows[name]
             absent = value is None and get_origin(row.kind) is not tuple
             values[name] = row.default if absent else row.read(value or () if value is None else value)
-        more = {"context": context} if "context" in hints else {}
+        more = {name: ctx for name, hint in hints.items() if hint is typer.Context}
         command(**more, **given, **{group.parameter: group.value(values) for group in groups})
 
     run.__doc__, run.__name__ = command.__doc__, command.__name__

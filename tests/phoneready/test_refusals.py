@@ -72,8 +72,10 @@ def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 TABLE = """
 nonsense | nonsense
-prune MODEL | -o DIR
-prune MODEL -o x -o y | -o DIR
+prune MODEL | --output
+prune MODEL -o x.json --plan y | name a folder
+prune MODEL -o x --nsamples 8 | --nsamples: use --set nsamples=VALUE
+export MODEL -o x --no-gptq | --no-gptq: use --set gptq=false
 prune MODEL -o x --prune-ratio 1 | --prune-ratio: out of range (got 1.0); allowed: 0 or more and below 1
 prune MODEL -o x --set score=best | score
 prune MODEL -o x --for-quant Q9 | Q9
@@ -147,7 +149,7 @@ eval MODEL --set cache_type=q8_0 | torch keeps keys and values as it computes th
 eval MODEL --set cache_type=q2_K | allowed: f16, q8_0, q4_0
 eval MODEL --text none --sampled | --sampled is gone: answers are greedy
 eval FILE --on ssh:board --chats self | only a reference model in torch
-eval FILE --on ssh:board --set metrics=a:b | --set metrics=needs the probability of every token
+eval FILE --on ssh:board --set metrics=a:b | --set metrics needs the probability of every token
 eval FILE --on ssh:board --prompts none | nothing to judge
 eval FILE --on browser | cannot be asked about texts
 eval FILE --on constrained:400M | cannot be asked about texts
