@@ -433,9 +433,9 @@ def test_a_work_folder_belongs_to_one_run(tmp_path: Path) -> None:
     folder = work.path / "checkpoint-1"
     folder.mkdir()
     work.complete(folder, RunState())
-    with pytest.raises(InputError, match=r"different: rank.*--force.*--work"):
+    with pytest.raises(InputError, match=r"different: rank.*--force.*--set work"):
         work.open(inputs(rank=8), force=False)
-    with pytest.raises(InputError, match=r"different: rank.*--force.*--work"):
+    with pytest.raises(InputError, match=r"different: rank.*--force.*--set work"):
         work.refuse_other(replace(inputs(rank=8), hashes={}), force=False)
     assert not work.refuse_other(replace(inputs(), hashes={}), force=False)
     assert work.refuse_other(inputs(rank=8), force=True)

@@ -577,7 +577,11 @@ def test_a_file_comes_back_as_it_was(
 @pytest.mark.parametrize(
     ("model_type", "overrides", "said"),
     [
-        ("qwen3", {"tied": False, "widths": UNEQUAL}, "qwen3: one FFN width.*--uniform.*openelm: tied"),
+        (
+            "qwen3",
+            {"tied": False, "widths": UNEQUAL},
+            "qwen3: one FFN width.*--set uniform_width=true.*openelm: tied",
+        ),
         ("gemma3_text", {"widths": UNEQUAL}, "gemma3: one FFN width"),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, "smollm3: a rope in all blocks but each 4th"),
         # It has windows in EXAONE 4 of 64 blocks, whatever the file says.

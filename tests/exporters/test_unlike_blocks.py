@@ -40,7 +40,7 @@ from runtime_bench.devices import gguf_facts
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
 TinyPath = Callable[..., Path]
-TEXT = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32", "--threads", "1"]
+TEXT = ["--calibration", "builtin:python-docs", "--set", "nsamples=2", "--set", "seqlen=32", "--threads", "1"]
 WINDOWS = torch.randint(0, 330, (2, 96), generator=torch.Generator().manual_seed(0))
 VARIANTS = ("fp32", "fp16", "int8", "int8-dynamic", "int4")
 QUANTS_MADE = ("f32", "f16", "Q8_0", "Q4_0", "Q4_K_M")
@@ -255,7 +255,7 @@ def test_a_gguf_file_is_a_source(files: tuple[Path, Path], tmp_path: Path) -> No
     assert loaded.config.rope_parameters == checkpoint.config.rope_parameters
     ids = torch.arange(60).view(2, 30)
     torch.testing.assert_close(loaded(ids).logits, checkpoint(ids).logits, atol=1e-4, rtol=0)
-    asked = ["--prune-ratio", "0.25", "--uniform", *TEXT]
+    asked = ["--prune-ratio", "0.25", "--set", "uniform_width=true", *TEXT]
     assert main(["prune", str(path), "-o", str(tmp_path / "pruned"), *asked]) == 0
     (record,) = export_gguf(tmp_path / "pruned", tmp_path / "out", ("f32",), OPTIONS)
     assert record.parity.max_logit_diff < 1e-3
@@ -317,7 +317,7 @@ def gemma(tiny_folder: TinyPath, tmp_path_factory: pytest.TempPathFactory) -> tu
     dense = str(tiny_folder(GEMMA, intermediate_size=192, num_hidden_layers=6))
     assert main(["prune", dense, "-o", str(folder / "pruned"), *LOST, *TEXT]) == 0
     made = ["--gguf", "f32,f16,Q8_0,Q4_0,Q4_K_M,mixed:500KiB", "--threads", "1"]
-    text = ["--calibration", "builtin:python-docs", "--nsamples", "4", "--seqlen", "64", "--tune-scales"]
+    text = ["--calibration", "builtin:python-docs", "--set", "nsamples=4", "--set", "seqlen=64", "--tune-scales"]
     assert main(["export", str(folder / "pruned"), "-o", str(folder / "gguf"), *made, *text]) == 0
     return folder / "pruned", folder / "gguf"
 

@@ -11,7 +11,7 @@ import pytest
 from cfsp.errors import InputError
 from cfsp.settings import Declared, declared
 from phoneready.main import main
-from phoneready.settings.release import load_config, parse_config, with_variants
+from phoneready.settings.release import load_config, parse_config
 from phoneready.settings.schema import (
     BenchConfig,
     EvaluateConfig,
@@ -146,12 +146,6 @@ def test_every_error_stands_at_its_line() -> None:
 def test_a_budget_on_what_is_not_produced_is_an_error(more: str, wrong: str) -> None:
     with pytest.raises(InputError, match=wrong):
         parse_config(f"{MODEL}[[budgets]]\n{more}", where="release.toml")
-
-
-def test_other_variants_must_fit_the_rest() -> None:
-    config = parse_config(MODEL + '[export]\nonnx = ["int8"]\n[evaluate]\nfiles = ["int8"]', where="x")
-    with pytest.raises(InputError, match=r"with --onnx fp32: evaluate\.files: not exported \(got 'int8'\)"):
-        with_variants(config, ["fp32"])
 
 
 def test_settings_can_be_overridden_with_toml_values() -> None:

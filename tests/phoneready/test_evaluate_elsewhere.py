@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="daemons from De
 
 Shown = Callable[..., Any]
 Refused = Callable[..., str]
-QUICK = ["--prompt", "List three fruits.", "--max-new-tokens", "6", "--threads", "1"]
+QUICK = ["--prompts", "List three fruits.", "--set", "max_new_tokens=6", "--threads", "1"]
 WRITING = """
 task: echoes
 dataset_path: json
@@ -57,7 +57,7 @@ def test_tasks_on_a_device_give_what_they_give_here(
 ) -> None:
     asked = [gguf, "--tasks", tasks, *QUICK]
     where = device.on(runner=runner, folder=far)
-    here = shown("eval", *asked, "--no-text")
+    here = shown("eval", *asked, "--text", "none")
     there = shown("eval", *asked, *where)
     assert there["tasks"] == here["tasks"]
     assert [task["n_items"] for task in there["tasks"]] == [10, 10]
@@ -69,7 +69,7 @@ def test_tasks_on_a_device_give_what_they_give_here(
     assert "place" not in here
     # The questions are gone, what is needed again stays.
     assert set(files_in(far)) == {"model.gguf", "runner"}
-    assert main(["eval", *asked, *where, "--limit", "2"]) == 0
+    assert main(["eval", *asked, *where, "--set", "limit=2"]) == 0
     said = capsys.readouterr().out
     assert f"Judged on {device.name} in llama.cpp: CPU, 1 thread, keys and values in f32." in said
 
@@ -80,7 +80,7 @@ def test_onnx_is_judged_by_a_python_there(
     monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path / "cache"))
     asked = [dense_onnx, "--tasks", tasks, *QUICK]
     where = ["--on", f"ssh:board,config={board.config},folder={tmp_path / 'far'}"]
-    here = shown("eval", *asked, "--no-text")
+    here = shown("eval", *asked, "--text", "none")
     there = shown("eval", *asked, *where)
     assert (there["tasks"], there["answers"]) == (here["tasks"], here["answers"])
     assert there["model"]["runtime"] == "onnxruntime"
@@ -91,7 +91,17 @@ def test_texts_are_as_likely_there_as_here(
     device: Device, gguf: str, runner: Path, far: Path, tmp_path: Path, shown: Shown
 ) -> None:
     """Alone, and beside another model, of which then bits per byte are compared and no distributions."""
-    asked = [gguf, "--text", "builtin:python-docs", "--seqlen", "48", "--windows", "10", "--no-prompts"]
+    asked = [
+        gguf,
+        "--text",
+        "builtin:python-docs",
+        "--set",
+        "seqlen=48",
+        "--set",
+        "max_windows=10",
+        "--prompts",
+        "none",
+    ]
     where = [*device.on(runner=runner, folder=far), "--threads", "1"]
     saved = tmp_path / "here.json"
     here = shown("eval", *asked, "--save", str(saved))["texts"][0]

@@ -58,8 +58,8 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-SMALL = ("--seqlen", "64", "--batch-size", "2", "--validation-windows", "4", "--dtype", "float32")
-PRUNED = ("--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32", "--align", "8")
+SMALL = ["--set", "seqlen=64", "--set", "batch_size=2", "--set", "validation_windows=4", "--set", "dtype=float32"]
+PRUNED = ["--calibration", "builtin:python-docs", "--set", "nsamples=2", "--set", "seqlen=32", "--set", "align=8"]
 
 
 def command(checkpoint: Path | str, output: Path, data: Path, *options: str) -> list[str]:
@@ -86,7 +86,7 @@ def test_a_few_steps_help_and_the_result_is_a_checkpoint(
     output = tmp_path / "out"
     capsys.readouterr()
     options = ["--max-tokens", "2560", "--learning-rate", "5e-3", "--method", method, "--loss", loss]
-    options += ["--json", *([] if method == "full" else ["--rank", "4"])]
+    options += ["--json", *([] if method == "full" else ["--set", "rank=4"])]
     assert main(command(pruned, output, chats, *options)) == 0
     captured = capsys.readouterr()
     printed = json.loads(captured.out)
@@ -161,7 +161,7 @@ def test_what_can_be_known_at_once_is_said_before_a_model_is_read(
 def test_the_dense_model_teaches_one_that_lost_tokens(trimmed: Path, chats: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     options = ["--method", "full", "--loss", "distill", "--learning-rate", "5e-3", "--max-tokens", "2560"]
-    data = ["--data", "self", "--self-tokens", "1024", "--data", "builtin:python-docs"]
+    data = ["--data", "self", "--set", "self_tokens=1024", "--data", "builtin:python-docs"]
     assert main(command(trimmed, output, chats, *data, *options)) == 0
     record = record_of(output)
     assert record.validations[-1].loss < record.validations[0].loss
@@ -175,8 +175,8 @@ def test_training_that_diverges_keeps_the_best_and_says_so(
     pruned: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    options = ["--max-tokens", "5120", "--learning-rate", "3", "--method", "full", "--eval-every", "1"]
-    options += ["--warmup-ratio", "0.9", "--max-grad-norm", "1e6", "--loss", "next-token"]
+    options = ["--max-tokens", "5120", "--learning-rate", "3", "--method", "full", "--set", "eval_every=1"]
+    options += ["--set", "warmup_ratio=0.9", "--set", "max_grad_norm=1e6", "--loss", "next-token"]
     assert main(command(pruned, tmp_path / "out", chats, *options)) == 1
     captured = capsys.readouterr()
     record = record_of(tmp_path / "out")
@@ -198,8 +198,8 @@ def environment() -> dict[str, str]:
 def test_a_killed_run_goes_on_to_the_same_result(
     pruned: Path, chats: Path, tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--method", how, "--max-tokens", "12800", "--eval-every", "5"]
-    options += ["--patience", "0", "--threads", "1", "--device", "cpu"]
+    options = ["--method", how, "--max-tokens", "12800", "--set", "eval_every=5"]
+    options += ["--set", "patience=0", "--threads", "1", "--device", "cpu"]
     whole = command(pruned, tmp_path / "whole", chats, *options)
     killed = command(pruned, tmp_path / "killed", chats, *options)
     process = subprocess.Popen(
@@ -252,8 +252,8 @@ def test_two_processes_are_one_with_twice_the_accumulation(
     pruned: Path, chats: Path, tmp_path: Path, in_processes: InProcesses, options: tuple[str, ...]
 ) -> None:
     how = ["--max-tokens", "2560", "--learning-rate", "3e-3", "--threads", "1", "--device", "cpu", *options]
-    one = command(pruned, tmp_path / "one", chats, *how, "--gradient-accumulation-steps", "4")
-    two = command(pruned, tmp_path / "two", chats, *how, "--gradient-accumulation-steps", "2")
+    one = command(pruned, tmp_path / "one", chats, *how, "--set", "gradient_accumulation_steps=4")
+    two = command(pruned, tmp_path / "two", chats, *how, "--set", "gradient_accumulation_steps=2")
     assert main(one) == 0
     result = in_processes(2, "-m", "phoneready", *two)
     assert result.returncode == 0, result.stderr
@@ -263,14 +263,14 @@ def test_two_processes_are_one_with_twice_the_accumulation(
 
 
 REFUSED = """
---rank 0 | rank: out of range
+--set rank=0 | rank: out of range
 --method magic | allowed: auto, ig-lora, lora, full, scales
 --method scales | allowed: ig-lora, lora, full; scales with for_quant
 --for-quant Q4_0 --method lora | allowed: scales, if for_quant is set
 --for-quant Q8_0 | loses nothing that training could win back
 --for-quant int4-mixed | cannot be trained through
 --loss mse | allowed: next-token, distill, both
---seqlen 4096 | allowed: 2 to 512
+--set seqlen=4096 | allowed: 2 to 512
 --device tpu | allowed: auto, cpu
 --device cuda:99 | is not there, or torch cannot use it
 --data {empty} | no usable text
@@ -278,10 +278,10 @@ REFUSED = """
 --data missing.jsonl | does not exist
 --validation {question} | no chat in
 --loss distill --teacher {other} | another vocabulary
---report-to abacus | report_to
---work {out} | may not hold each other
---work {out}/work | may not hold each other
---work {above} | may not hold each other
+--set report_to=abacus | report_to
+--set work={out} | may not hold each other
+--set work={out}/work | may not hold each other
+--set work={above} | may not hold each other
 """
 
 
@@ -354,8 +354,8 @@ def test_a_full_disk_leaves_the_last_complete_checkpoint(
     # Room for one checkpoint of the tiny model and half of another.
     disk = small_disk("3200k")
     work = disk / "work"
-    options = ["--method", "full", "--max-tokens", "2560", "--eval-every", "4"]
-    line = command(pruned, tmp_path / "out", chats, *options, "--work", str(work))
+    options = ["--method", "full", "--max-tokens", "2560", "--set", "eval_every=4"]
+    line = command(pruned, tmp_path / "out", chats, *options, "--set", f"work={work}")
     capsys.readouterr()
     assert main(line) == 2
     error = capsys.readouterr().err

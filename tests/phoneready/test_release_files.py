@@ -283,8 +283,8 @@ def test_every_single_command_is_one_that_the_command_line_takes(make_report_inp
     assert [line[-11:] if "--threads" in line else None for line in found] == ends
     assert shlex.split(found[2])[2] == "recovered"
     narrow = commands(model=settings["model"] | {"dtype": "float16"})
-    assert [line.count("-dtype float16") for line in narrow] == [1, 0, 1, 1]
-    assert "--dtype auto --" in narrow[0]  # products, as in the release
+    assert [line.count("dtype=float16") for line in narrow] == [1, 0, 1, 1]
+    assert "--set dtype=auto --" in narrow[0]  # products, as in the release
     assert "--weights-dtype float16" in narrow[0]
     assert "--weights-dtype" not in found[0]
     rounded = commands(prune={"dtype": "bfloat16"})

@@ -125,7 +125,7 @@ def asked_for(monkeypatch: pytest.MonkeyPatch) -> list[Needs]:
 
 @pytest.mark.parametrize(
     "options",
-    ["--prune-ratio 0.6", "--align 8 --prune-ratio 0.35", "--blocks 2", "--vocabulary 300"],
+    ["--prune-ratio 0.6", "--set align=8 --prune-ratio 0.35", "--blocks 2", "--vocabulary 300"],
 )
 def test_a_pruned_checkpoint_takes_no_less_than_what_is_asked_for(
     options: str, asked_for: list[Needs], tiny_folder: TinyPath, tmp_path: Path

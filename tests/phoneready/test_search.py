@@ -276,15 +276,15 @@ def test_refusals(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         ("--ratios 1", "--ratios: out of range"),
         ("--vocabularies 3", "vocabulary"),
         ("--on nokia", "or a device profile: "),
-        ("--strategy bisect", "--strategy bisect looks for a limit"),
-        ("--strategy steps", "give --set recover and --ratios"),
-        ("--strategy optuna", "give --max-points"),
-        ("--storage x.jsonl --set strategy=bisect --max-kl 1", "leave out --set strategy=bisect"),
-        ("--storage sqlite:////missing/folder/x.db", "--set storage: cannot be opened"),
-        ("--recover missing.toml", "missing.toml"),
+        ("--set strategy=bisect", "--set strategy=bisect looks for a limit"),
+        ("--set strategy=steps", "give --set recover and --ratios"),
+        ("--set strategy=optuna", "give --set max_points"),
+        ("--set storage=x.jsonl --set strategy=bisect --max-kl 1", "leave out --set strategy=bisect"),
+        ("--set storage=sqlite:////missing/folder/x.db", "--set storage: cannot be opened"),
+        ("--set recover=missing.toml", "missing.toml"),
         ("--max-size apples", "--max-size: not understood"),
         ("--text missing.txt", "missing.txt"),
-        ("--seqlen 100000", "longer than the model's context"),
+        ("--set seqlen=100000", "longer than the model's context"),
     ):
         assert main(command(model, folder, *options.split())) == 2
         error = capsys.readouterr().err
