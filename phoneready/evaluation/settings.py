@@ -14,7 +14,7 @@ class WindowSettings(Settings):
     """Texts to measure on; of the references, text of one name must not come twice."""
 
     text: tuple[str, ...] = setting(
-        (), f"Text to measure on: {TEXT_FORMS}; or none.", metavar="REF", shown="builtin:python-docs"
+        (), f"Text to measure on: {TEXT_FORMS}.", metavar="REF", shown="builtin:python-docs"
     )
     chats: tuple[str, ...] = setting(
         (),
@@ -36,7 +36,7 @@ class JudgementSettings(TaskSettings, WindowSettings):
 
     prompts: tuple[str, ...] = setting(
         (),
-        "A question whose answer is shown and checked for degeneration; a FILE.txt or FILE.jsonl of them; or none.",
+        "A question whose answer is shown and checked for degeneration.",
         metavar="TEXT",
         shown="a built-in set",
     )
@@ -50,4 +50,13 @@ class JudgementSettings(TaskSettings, WindowSettings):
 class EvaluationSettings(JudgementSettings):
     """What to judge on. Only `prompts` are asked; the seed, of `self`, should be another than the calibration's."""
 
+    text: tuple[str, ...] = setting(
+        (), f"Text to measure on: {TEXT_FORMS}; or none.", metavar="REF", shown="builtin:python-docs"
+    )
+    prompts: tuple[str, ...] = setting(
+        (),
+        "A question whose answer is shown and checked for degeneration; FILE.txt or FILE.jsonl of them; or none.",
+        metavar="TEXT|FILE",
+        shown="a built-in set",
+    )
     seed: int = setting(1, "Seed of `--chats self`.", ge=SEED.ge, le=2**32 - 2, rare=True)

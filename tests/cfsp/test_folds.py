@@ -118,7 +118,16 @@ def test_a_pruned_phi_becomes_files(
     pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
     folder, _ = saved(tiny_model, tmp_path / "folder", "phi3", **LONGROPE)
     pruned, out = tmp_path / "pruned", tmp_path / "out"
-    text = ["--calibration", "builtin:python-docs", "--set", "nsamples=2", "--set", "seqlen=32", "--threads", "1"]
+    text = [
+        "--calibration",
+        "builtin:python-docs",
+        "--set",
+        "nsamples=2",
+        "--set",
+        "seqlen=32",
+        "--threads",
+        "1",
+    ]
     assert main(["prune", str(folder), "-o", str(pruned), "--prune-ratio", "0.25", *text]) == 0
     assert len(set(model_shape(load_pruned(pruned)).ffn_widths)) > 1
     line = ["export", str(pruned), "-o", str(out), "--gguf", "f32", "--onnx", "fp32", "--threads", "1"]

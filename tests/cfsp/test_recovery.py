@@ -364,7 +364,7 @@ def test_what_training_does_not_read_has_no_effect(
     settings = RecoverySettings(**made)
     read, (warning,) = training_as_read(replace(settings, **idle), references)
     assert read == settings
-    assert warning == f"--{next(iter(idle)).replace('_', '-')} has no effect without {where}"
+    assert warning == f"--set {next(iter(idle))} has no effect without {where}"
     assert training_as_read(settings, references) == (settings, ())
 
 

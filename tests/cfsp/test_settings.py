@@ -70,7 +70,7 @@ READS: Reads = {
 def test_what_nothing_reads_has_its_default_and_a_warning() -> None:
     read, warnings = as_read(Small(rank=8, name="b", ratio=0.1), READS, False)
     assert read == Small(ratio=0.1)
-    assert warnings == ("--name has no effect without few", "--set rank has no effect without --name b")
+    assert warnings == ("--name has no effect without few", "--rank has no effect without --name b")
     assert as_read(Small(rank=8), READS, False, section="small")[1] == (
         "small.rank has no effect without --name b",
     )

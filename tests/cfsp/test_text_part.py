@@ -85,7 +85,16 @@ def test_it_is_pruned_and_exported(
     pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
     folder, expected = saved(tiny_model, tmp_path / "whole", model_type)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    text = ["--calibration", "builtin:python-docs", "--set", "nsamples=2", "--set", "seqlen=32", "--threads", "1"]
+    text = [
+        "--calibration",
+        "builtin:python-docs",
+        "--set",
+        "nsamples=2",
+        "--set",
+        "seqlen=32",
+        "--threads",
+        "1",
+    ]
     for share, out in (("0", "dense"), ("0.25", "pruned")):
         line = ["prune", str(folder), "-o", str(tmp_path / out), "--prune-ratio", share, *text]
         assert main(line) == 0, capsys.readouterr().err

@@ -64,7 +64,16 @@ check_text = false
 """A configuration of a release that takes seconds of a tiny model."""
 BLOCKS, DENSE_WIDTH = 6, 256
 BuildOnce = Callable[[str, Callable[[Path], int]], Path]
-SMALL = ["--calibration", "builtin:python-docs", "--set", "nsamples=2", "--set", "seqlen=32", "--set", "align=1"]
+SMALL = [
+    "--calibration",
+    "builtin:python-docs",
+    "--set",
+    "nsamples=2",
+    "--set",
+    "seqlen=32",
+    "--set",
+    "align=1",
+]
 
 _TASK = """task: fruits
 dataset_path: json

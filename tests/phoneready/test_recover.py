@@ -58,8 +58,26 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-SMALL = ["--set", "seqlen=64", "--set", "batch_size=2", "--set", "validation_windows=4", "--set", "dtype=float32"]
-PRUNED = ["--calibration", "builtin:python-docs", "--set", "nsamples=2", "--set", "seqlen=32", "--set", "align=8"]
+SMALL = [
+    "--set",
+    "seqlen=64",
+    "--set",
+    "batch_size=2",
+    "--set",
+    "validation_windows=4",
+    "--set",
+    "dtype=float32",
+]
+PRUNED = [
+    "--calibration",
+    "builtin:python-docs",
+    "--set",
+    "nsamples=2",
+    "--set",
+    "seqlen=32",
+    "--set",
+    "align=8",
+]
 
 
 def command(checkpoint: Path | str, output: Path, data: Path, *options: str) -> list[str]:

@@ -215,7 +215,18 @@ SMALL = ["--calibration", "text.txt", "--set", "nsamples=2", "--set", "seqlen=32
 COMMANDS = {
     "prune": ["prune", "m", "-o", "out", *SMALL],
     "export": ["export", "m", "-o", "out", "--gguf", "f32"],
-    "eval": ["eval", "m", "--text", "text.txt", "--set", "seqlen=32", "--set", "max_windows=1", "--prompts", "none"],
+    "eval": [
+        "eval",
+        "m",
+        "--text",
+        "text.txt",
+        "--set",
+        "seqlen=32",
+        "--set",
+        "max_windows=1",
+        "--prompts",
+        "none",
+    ],
 }
 
 

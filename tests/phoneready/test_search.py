@@ -277,7 +277,7 @@ def test_refusals(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         ("--vocabularies 3", "vocabulary"),
         ("--on nokia", "or a device profile: "),
         ("--set strategy=bisect", "--set strategy=bisect looks for a limit"),
-        ("--set strategy=steps", "give --set recover and --ratios"),
+        ("--set strategy=steps", "give --set recover=FILE and --ratios"),
         ("--set strategy=optuna", "give --set max_points"),
         ("--set storage=x.jsonl --set strategy=bisect --max-kl 1", "leave out --set strategy=bisect"),
         ("--set storage=sqlite:////missing/folder/x.db", "--set storage: cannot be opened"),
