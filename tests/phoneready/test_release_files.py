@@ -286,9 +286,9 @@ def test_every_single_command_is_one_that_the_command_line_takes(make_report_inp
     assert [line.count("dtype=float16") for line in narrow] == [1, 0, 1, 1]
     assert "--set dtype=auto --" in narrow[0]  # products, as in the release
     assert "--set weights_dtype=float16" in narrow[0]
-    assert "--weights-dtype" not in found[0]
+    assert "weights_dtype" not in found[0]
     rounded = commands(prune={"dtype": "bfloat16"})
     assert "--set dtype=bfloat16 --" in rounded[0]
     assert "--set weights_dtype=auto" in rounded[0]
-    assert [line.count("--dtype auto") for line in found] == [1, 1, 0, 0]
+    assert [line.count("--set dtype=auto") for line in found] == [1, 1, 0, 0]
     assert "recover" not in " ".join(commands(recover=None))
