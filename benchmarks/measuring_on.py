@@ -21,7 +21,7 @@ import numpy as np
 
 from cfsp.errors import LimitError
 from phoneready.console import errors_as_exit_status
-from phoneready.release.decide import LOOKS
+from phoneready.release.results import LOOKS
 from runtime_bench.presentation.table import table_of
 from runtime_bench.records.compare import fewest
 from runtime_bench.records.summary import CONFIDENCE, ratio_interval

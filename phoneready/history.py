@@ -83,14 +83,10 @@ class HistoryEntry:
 
 @dataclass(frozen=True)
 class Anomaly:
-    """A figure that left what was usual before, and the run that began it, by number and name.
+    """A figure that left what was usual (the median `before`), and the run that began it, by number and name.
 
-    Attributes:
-        before: Median of the runs before.
-        noise: Relative spread that it was compared with; 0 for exact figures.
-        worse: Whether the change is for the worse; None if nobody says which way is.
-        changed: What that run did otherwise than the one before.
-        dense_too: Whether the dense model's figure changed with it: then it was the machine or the runtime.
+    `noise` is the relative spread that it was compared with, `changed` what that run did otherwise than the one before;
+    if the dense model's figure changed with it, it was the machine or the runtime.
     """
 
     series: str
@@ -168,11 +164,7 @@ def entry_of(
     label: str | None = None,
     time: datetime | None = None,
 ) -> HistoryEntry:
-    """The line of a run; the time is now unless given.
-
-    Figures of a machine that was too busy are left out: they would look like a change of the model. Of a figure with an
-    anchor, its multiple of the anchor's is followed.
-    """
+    """The line of a run, without figures of a machine that was too busy: they would look like a change of the model."""
     kept = []
     for figure in figures.figures:
         if figure.value is None or any(one and one.noise for one in (figure.samples, figure.anchor)):
@@ -206,11 +198,7 @@ def entry_of(
 
 
 def append_entry(folder: Path, entry: HistoryEntry) -> bool:
-    """Add a run to the folder's history, atomically; False if the last run was the same.
-
-    Raises:
-        InputError: The history that is there cannot be read.
-    """
+    """Add a run to the folder's history, atomically; False if the last run was the same. Raises as `read_entries`."""
     path = folder / HISTORY_FILE
     before = read_entries(path) if path.is_file() else []
     if before and before[-1].id == entry.id:
@@ -226,10 +214,9 @@ def read_entries(path: Path) -> list[HistoryEntry]:
 
 
 def find_entries(paths: Sequence[Path]) -> list[HistoryEntry]:
-    """The runs of history files, of folders that have one, and of the folders inside those; each once, by time.
+    """The runs, each once, by time, of history files, of folders that have one, and of the folders inside those.
 
-    Raises:
-        InputError: Nothing there, a file that cannot be read, or runs of different models.
+    Raises InputError if there is nothing, a file cannot be read, or runs are of different models.
     """
     files: list[Path] = []
     for path in paths:

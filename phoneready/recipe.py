@@ -47,9 +47,8 @@ from phoneready.figures.gate import write_verdicts
 from phoneready.history import append_entry, entry_of
 from phoneready.publish.manifest import ReleaseManifest
 from phoneready.publish.publish import publish
-from phoneready.release.decide import measure_on
 from phoneready.release.inputs import check_training, identities, identity, made_with
-from phoneready.release.results import collect_figures, read_figures, stage_figures
+from phoneready.release.results import collect_figures, measure_on, read_figures, stage_figures
 from phoneready.release.stages import (
     RUNNING,
     Stage,
@@ -87,14 +86,8 @@ def run_release(
 ) -> tuple[ReleaseManifest, Verdicts]:
     """Do what is not done yet; write the verdicts, the reports, manifest.json and the files.
 
-    Returns:
-        What was made, and what the budgets say of it.
-
-    Raises:
-        InputError: A setting or an input that cannot be used, a folder that is not a release's, or a baseline of
-            another model or schema.
-        MissingExtraError: The configuration asks for something whose extra is not installed.
-        LimitError: An exported file is too far from its checkpoint.
+    Raises InputError for what cannot be used, a folder that is not a release's, or a baseline of another model,
+    MissingExtraError, and LimitError if an exported file is too far from its checkpoint.
     """
     check_before_work(config, folder)
     baseline = load_baseline(config)

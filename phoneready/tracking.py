@@ -32,14 +32,9 @@ _ENVIRONMENT = {
 
 
 def log_release(tracking: TrackingConfig, folder: Path, *, label: str | None = None) -> str:
-    """Log a finished release; one that was logged before, unchanged, is not logged again.
+    """Log a finished release, unless it was logged before, unchanged; returns the id of the run.
 
-    Returns:
-        Id of the run.
-
-    Raises:
-        InputError: The tracker cannot be reached or refuses; the release is not touched.
-        MissingExtraError: MLflow is not installed.
+    Raises InputError if the tracker cannot be reached or refuses, which leaves the release as it is; MissingExtraError.
     """
     require_extra("mlflow", "track")
     for name, value in _ENVIRONMENT.items():

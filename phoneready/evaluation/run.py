@@ -57,12 +57,8 @@ def evaluate(
 ) -> Evaluation:
     """Judge a model, against a reference model if one is given; token ids come from the reference's tokenizer.
 
-    `writers` are what may have the reference model write, if that is a text; the first that can does.
-
-    Raises:
-        InputError: A text that cannot be read or is too short, two of one name, tasks or metrics that cannot be used,
-            own metrics and a reference model with another vocabulary.
-        MissingExtraError: Tasks without the `eval` extra.
+    The first of `writers` that can has the reference model write, if that is a text. Raises InputError for texts, tasks
+    or metrics that cannot be used, and MissingExtraError for tasks without the `eval` extra.
     """
     check_settings(settings)
     check_texts(settings)

@@ -302,13 +302,8 @@ def write_verdicts(
     baseline: FigureSet | None = None,
     baseline_file: Path | None = None,
 ) -> Verdicts:
-    """Hold the figures against the budgets; write figures.json, verdicts.json, junit.xml and summary.md.
-
-    The summary is appended to the file that GITHUB_STEP_SUMMARY names, too.
-
-    Raises:
-        InputError: As `judge_all`; figures.json is written even then.
-    """
+    """Hold the figures against the budgets; write figures.json (even if that raises), verdicts.json, junit.xml and
+    summary.md, which is appended to the file that GITHUB_STEP_SUMMARY names, too."""
     write_record(folder / FIGURES_FILE, figures)
     verdicts = judge_all(budgets, figures, baseline)
     worst = min((verdict.outcome for verdict in verdicts), key=OUTCOMES.index, default=PASS)
@@ -336,12 +331,7 @@ def write_verdicts(
 
 
 def check_verdicts(verdicts: Sequence[BudgetVerdict], what: str = "budgets") -> None:
-    """Turn verdicts into an exit status: a budget that nobody knows to be met is not met.
-
-    Raises:
-        LimitError: A budget is missed.
-        InconclusiveError: None is missed, and one is inconclusive.
-    """
+    """Raise LimitError if a budget is missed, else InconclusiveError if nobody knows whether one is met."""
     for outcome, kind, said in (
         (MISSED, LimitError, MISSED),
         (INCONCLUSIVE, InconclusiveError, "not decided"),

@@ -68,16 +68,9 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class ReleaseManifest:
-    """manifest.json.
+    """manifest.json: the dense model, whose licence the files inherit, the pruned one's shape, and all that made it.
 
-    Attributes:
-        source: The dense model, whose licence the files inherit.
-        shape: Of the pruned model.
-        contents: Every file of the release but this one and SHA256SUMS, with its hash.
-        config: Without the credentials of URLs in it.
-        commands: Single commands that make the pruned files.
-        stages: Stage -> its key.
-        warnings: What the configuration says and has had no effect.
+    `contents` are all files but this one and SHA256SUMS, `commands` make the pruned files, `stages` have their keys.
     """
 
     KIND: ClassVar[str] = "release-manifest"
@@ -136,13 +129,9 @@ def make_manifest(
 
 
 def verify_release(folder: Path) -> tuple[int, list[Problem]]:
-    """Check a release folder, with or without `stages`; every byte of it is read.
+    """The number of files that were checked, and what is wrong with them; every byte is read, `stages` may be missing.
 
-    Returns:
-        The number of files that were checked, and what is wrong with them.
-
-    Raises:
-        InputError: There is no release, or nothing in it can be trusted enough to check the rest.
+    Raises InputError if there is no release, or nothing in it can be trusted enough to check the rest.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder")

@@ -42,13 +42,8 @@ Inputs = Mapping[str, str]
 class Stage:
     """A step of a pipeline; its name is its folder's.
 
-    Attributes:
-        describe: Gives what its result depends on, beside the stages before it. It may read whole files for their
-            hashes, and is asked once.
-        after: Names of the stages whose output it reads.
-        run: Writes the output into the folder it is given.
-        settled: Whether another run would give the same output; a stage whose would not is done again.
-        resumes: Whether `run` is given what an output that is not settled has, to go on with it.
+    `describe` gives, once, what its result depends on beside the stages in `after`, whose output `run` reads. A stage
+    whose output is not `settled` is done again; if it `resumes`, it is given that output to go on with.
     """
 
     name: str

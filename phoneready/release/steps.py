@@ -373,16 +373,7 @@ class Steps:
             target = open_target(place)
         except PhonereadyError as error:
             target = Unreachable(place, str(error))
-        latest = ""
-
-        def tell(record: BenchRecord) -> None:
-            nonlocal latest
-            latest = f": {Path(record.model_filename).name} {row_text(record)}"
-
-        def report(what: str, done: int, total: int) -> None:
-            progress(what + latest, done, total)
-
-        records = bench_named(names, self.config.bench, settings, target, report, tell, done)
+        records = bench_named(names, self.config.bench, settings, target, progress, done)
         file.unlink(missing_ok=True)
         append_jsonl(file, records)
 
@@ -406,7 +397,6 @@ def bench_named(
     settings: BenchSettings,
     target: Target,
     progress: Progress,
-    on_record: Callable[[BenchRecord], None] = lambda record: None,
     done: Sequence[BenchRecord] = (),
 ) -> list[BenchRecord]:
     """Measure files in turns with each other and the anchor, if there is one."""
@@ -419,7 +409,6 @@ def bench_named(
         progress,
         target=target,
         anchor=anchor,
-        on_record=on_record,
         done=[dataclasses.replace(one, model_filename=paths[one.model_filename]) for one in done],
     )
     return [dataclasses.replace(r, model_filename=known[r.model_filename]) for r in records]

@@ -510,11 +510,7 @@ class Sizes:
     ) -> int:
         """Size of a file, exact to 32 bytes and what a long name takes; of a mixture with its smallest types.
 
-        Args:
-            item: Quantization.
-            shape: Of the model.
-            vocabulary: Tokens that are kept; None: all.
-            dense: Whether nothing is pruned: the file carries no plan's hash then.
+        A file of a dense model carries no plan's hash.
         """
         shape = shape if vocabulary is None else replace(shape, vocab_size=len(vocabulary.kept))
         if find_quant(item).is_sized:

@@ -228,10 +228,7 @@ class SearchSettings(WindowSettings):
         )
 
     def points(self, ratios: Iterable[float] | None = None) -> Iterator[Point]:
-        """All combinations, the dense model's first, checkpoint after checkpoint, few bits first.
-
-        One vocabulary's statistics are held at a time, so those of each come together.
-        """
+        """All combinations: the dense model's first, one vocabulary and checkpoint after the other, few bits first."""
         dense = [Point(quant) for quant in self.quants]
         tokens = sorted(set(self.vocabularies), key=lambda size: (size > 0, -size))
         axes = (tokens, sorted(set(self.groups)), sorted(set(self.ratios if ratios is None else ratios)))
@@ -269,13 +266,7 @@ class SearchSettings(WindowSettings):
     ) -> Iterator[Held]:
         """How a file stands to the limits on what is known of it.
 
-        Args:
-            size: Bytes of the file.
-            memory: Bytes at the peak, measured or projected.
-            fits: Whether the device can hold it.
-            speed: Slowest and fastest tenth of samples, or the band of a projection; tokens per second.
-            kl: Mean divergence from the dense model.
-            bits: Bits per byte, times the dense model's.
+        Size and memory are bytes, `speed` the slowest and fastest tokens per second, `bits` times the dense model's.
         """
         rows: tuple[tuple[float | None, float | None, str, Callable[[float], str]], ...] = (
             (size, self.max_size, "size", lambda count: megabytes(int(count))),

@@ -30,14 +30,9 @@ from runtime_bench.presentation.table import Column, Table, escape_markdown
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a file decodes, and in what memory: measured at a place, or projected to a device.
+    """How fast a file decodes, tokens per second between the slowest and the fastest tenth, and in what memory.
 
-    Attributes:
-        low: Slowest tenth of the samples, or the lower end of the projection; tokens per second.
-        high: Fastest tenth, or the upper end.
-        fits: Whether a device holds it; None if it was measured, or the device's memory is unknown.
-        n_threads: Of a measurement.
-        failure: Why there is no figure.
+    Measured at a place, or projected to a device: then `fits` says whether it holds the file, if that is known.
     """
 
     place: str
@@ -51,14 +46,8 @@ class Speed:
 
 @dataclass(frozen=True)
 class EvaluatedPoint(MeasuredFile):
-    """A file and its figures; the file itself may have been deleted.
-
-    Attributes:
-        removed: Share of FFN channels that went, after alignment.
-        expected_bytes: Size as computed before it was made; None if that cannot be.
-        seconds: Time it took to make and measure.
-        shortcoming: What is wrong with its training, in words.
-    """
+    """A file, which may have been deleted, and its figures; `removed` is the share of FFN channels, after alignment,
+    `shortcoming` what is wrong with its training."""
 
     KIND: ClassVar[str] = "search-point"
     SCHEMA_VERSION: ClassVar[int] = 1
@@ -91,18 +80,8 @@ class EvaluatedPoint(MeasuredFile):
 
 @dataclass(frozen=True)
 class SearchRecord:
-    """search.json; files are named by their names.
-
-    Attributes:
-        points: All files that were measured, by size.
-        held: For each, how it stands to the limits.
-        standings: For each, how it stands to those that are no larger.
-        best: The file to take; None if none is within all limits.
-        best_dense: The dense model's best file within them.
-        left_out: Files that were not made, and why.
-        failed: Files that could not be made, and why.
-        kept: Files that lie in the folder.
-    """
+    """search.json: all files that were measured, by size; for each how it stands to the limits (`held`) and to files
+    that are no larger; the best within all limits, and the dense model's best; what was not made or failed, and why."""
 
     KIND: ClassVar[str] = "search"
     SCHEMA_VERSION: ClassVar[int] = 2

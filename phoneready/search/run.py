@@ -58,13 +58,8 @@ def search(
 ) -> SearchRecord:
     """Evaluate the points that the strategy chooses; search.json and search.md are written after every file.
 
-    The folder is made when missing, and a search in it is continued. `show` is told what there is to do, and every file
-    in a line; `threads` are those outside torch, torch's number by default.
-
-    Raises:
-        InputError: Settings, a text or a folder that cannot be used; nothing was written then.
-        LimitError: No file could be measured.
-        MissingExtraError: llama-cpp-python is not installed, or Optuna if it is needed.
+    A search that is in the folder already goes on. `threads` are those outside torch. Raises InputError for what cannot
+    be used, before anything is written, MissingExtraError, and LimitError if no file could be measured.
     """
     settings.check()
     GGUF.require()
@@ -142,11 +137,7 @@ class _Run:
     made: int = 0
 
     def evaluate(self, point: Point) -> EvaluatedPoint | None:
-        """A point's figures, taken now unless they are known; None if it fails or surely misses a limit.
-
-        Raises:
-            _EnoughError: It would be one more than there may be.
-        """
+        """A point's figures, taken now unless they are known; None if it fails or surely misses a limit."""
         if point in self.failed or point in self.left_out:
             return None
         if point not in self.known and (found := self.evaluator.find(point)) is not None:
@@ -178,11 +169,7 @@ class _Run:
         return one
 
     def write(self, last: bool = False) -> SearchRecord:
-        """search.json and search.md of what is known; of the files only those to keep stay.
-
-        Args:
-            last: Whether the search is over: the best file is made again if an earlier or other run had it.
-        """
+        """Write search.json and search.md; only files to keep stay, of which the best is made again at the `last`."""
         evaluator, subject = self.evaluator, self.evaluator.subject
         points = sorted(self.known.values(), key=lambda one: (one.file_bytes, one.file))
         held = [evaluator.held(one) for one in points]
