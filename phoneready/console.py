@@ -57,7 +57,6 @@ def write_result(text: str, payload: Any, *, as_json: bool) -> None:
 
 
 def note(message: str) -> None:
-    """Tell the user something on stderr."""
     print(printable(message), file=sys.stderr, flush=True)
 
 

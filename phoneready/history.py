@@ -77,7 +77,6 @@ class HistoryEntry:
 
     @property
     def name(self) -> str:
-        """For people."""
         return self.label or self.id[:8]
 
 
@@ -103,12 +102,10 @@ class Anomaly:
 
     @property
     def change(self) -> str:
-        """Before and after, for people."""
         share = f", {100 * (self.after / self.before - 1):+.1f} %" if self.before else ""
         return f"{format_figure(self.before, self.unit)} to {format_figure(self.after, self.unit)}{share}"
 
     def describe(self) -> str:
-        """A sentence for people."""
         word = {True: "worse", False: "better", None: "changed"}[self.worse]
         whose = " of the dense model" if self.role == DENSE else ""
         noise = f" (noise {self.noise:.1%})" if self.noise else ""

@@ -30,7 +30,6 @@ from phoneready.console import Check
 
 
 def examine_model(reference: str) -> list[Check]:
-    """All checks of a model, in the order shown."""
     config, stored = _config(Path(find_model(reference).path or ""))
     tokenizer, spec, blocks = load_tokenizer(reference), config.spec, config.shape.blocks
     has_graph = spec.not_in_graphs is None

@@ -177,8 +177,6 @@ _EMBEDDINGS, _OUTPUTS = (EMBEDDING, "model.embed_tokens.weight"), (OUTPUT, OUTPU
 
 
 class Extent(NamedTuple):
-    """How large a model is."""
-
     blocks: tuple[tuple[tuple[int, int], ...], ...]  # of every block its matrices, (rows, columns)
     vocab_size: int  # rows of the embedding
     hidden_size: int  # its columns
@@ -190,7 +188,6 @@ class Extent(NamedTuple):
 
     @property
     def block_weights(self) -> int:
-        """Weights of all blocks."""
         return sum(math.prod(shape) for block in self.blocks for shape in block)
 
     @property

@@ -47,7 +47,6 @@ class MeasuredText:
 
     @property
     def bits_per_byte(self) -> float:
-        """Of this text only."""
         return sum(self.nats) / (math.log(2) * sum(self.n_bytes))
 
 
@@ -61,7 +60,6 @@ class MeasuredFile:
 
     @property
     def is_dense(self) -> bool:
-        """Whether nothing was removed."""
         raise NotImplementedError
 
     @property
@@ -75,12 +73,10 @@ class MeasuredFile:
 
     @property
     def bits_per_byte(self) -> float:
-        """What the file loses."""
         return sum(sum(text.nats) for text in self.texts) / (math.log(2) * self.n_bytes)
 
     @property
     def tokens_per_byte(self) -> float:
-        """Tokens that the file needs for a byte."""
         return sum(text.n_tokens for text in self.texts) / self.n_bytes
 
     @property
@@ -172,8 +168,6 @@ def standing(point: MeasuredFile, points: Iterable[MeasuredFile]) -> Standing:
 
 
 def choose(points: Iterable[MeasuredFile], at_bytes: int) -> Choice:
-    """The best file of a size or less, and the best dense one."""
-
     def best_of(some: Sequence[MeasuredFile]) -> MeasuredFile | None:
         return min(some, key=lambda one: (one.bits_per_byte, one.file_bytes, one.file), default=None)
 

@@ -122,7 +122,6 @@ def _identity(model: LanguageModel) -> ModelIdentity:
 
 
 def check_texts(settings: EvaluationSettings) -> None:
-    """Raise InputError if two texts have one name."""
     name = repeated_text(settings.text, settings.chats)
     if name is not None:
         raise InputError("two texts have this name; rename one of the files", field="text", value=name)

@@ -155,7 +155,6 @@ def figure_tables(evaluation: Evaluation, names: tuple[str, str] = NAMES) -> lis
 
 
 def evaluation_text(evaluation: Evaluation, seqlen: int) -> str:
-    """All of it, for people."""
     parts = []
     if evaluation.texts:
         parts += [text_table(evaluation).markdown()]

@@ -32,8 +32,6 @@ OUTCOMES = MISSED, INCONCLUSIVE, PASS = "missed", "inconclusive", "pass"  # the 
 
 
 class Metric(NamedTuple):
-    """A kind of figure."""
-
     name: str  # as budgets and records write it
     title: str  # as tables for people call it
     help: str
@@ -49,7 +47,6 @@ class Metric(NamedTuple):
 
     @property
     def is_speed(self) -> bool:
-        """Whether it is measured in time."""
         return self.source == BENCH and self.unit in ("ms", "t/s")
 
 
@@ -139,7 +136,6 @@ def recorded_metric(name: str) -> Metric:
 
 
 def metrics_from(source: str) -> tuple[str, ...]:
-    """Names of the metrics that come from somewhere."""
     return tuple(row.name for row in METRICS.values() if row.source == source)
 
 
@@ -167,11 +163,9 @@ class FigureKey:
 
     @property
     def threads(self) -> str | None:
-        """Their number for people."""
         return f"{self.n_threads} thread{'s' if self.n_threads != 1 else ''}" if self.n_threads else None
 
     def describe(self) -> str:
-        """For people."""
         on = f"of {self.on}" if self.on else None
         return ", ".join(filter(None, (self.metric, self.item, self.place, self.threads, on)))
 
@@ -228,7 +222,6 @@ class FigureSet:
     figures: tuple[Figure, ...]
 
     def by_key(self, role: str) -> dict[FigureKey, Figure]:
-        """The figures of a role."""
         return {figure.key: figure for figure in self.figures if figure.role == role}
 
 
@@ -259,7 +252,6 @@ def read_baseline(path: Path, wanted: Iterable[FigureKey]) -> FigureSet:
 
 
 def check_same_model(baseline: FigureSet, source: str, sha256: str | None, where: Path) -> None:
-    """Raise InputError if a baseline is of another dense model."""
     known = baseline.source_sha256 and sha256
     before, now = (baseline.source_sha256, sha256) if known else (baseline.source, source)
     if before != now:
@@ -329,7 +321,6 @@ class BudgetConfig(Section):
 
     @property
     def is_upper(self) -> bool:
-        """Whether the limit is an upper one."""
         return self.at_most is not None
 
     @property
@@ -347,7 +338,6 @@ class BudgetConfig(Section):
 
     @property
     def is_ratio(self) -> bool:
-        """Whether the limit is a multiple of a reference."""
         return self.relative_to is not None and not self.difference
 
     def describe(self) -> str:
@@ -365,7 +355,6 @@ class BudgetConfig(Section):
 
 
 def select(budget: BudgetConfig, keys: Iterable[FigureKey]) -> list[FigureKey]:
-    """The figures that a budget limits, in the order given."""
     return [
         key
         for key in keys

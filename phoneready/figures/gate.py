@@ -351,7 +351,6 @@ def badge(found: Verdicts) -> str:
 
 
 def verdict_rows(verdicts: Sequence[BudgetVerdict]) -> str:
-    """The verdicts for a terminal."""
     return table_of_cells(_HEADER, [_cells(verdict, verdict.outcome) for verdict in verdicts]).markdown()
 
 

@@ -175,7 +175,6 @@ def describe_files(folder: Path, names: Iterable[str], known: Mapping[str, str])
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """SHA256SUMS as path -> hash."""
     file = folder / SUMS_FILE
     try:
         # Bytes first: reading as text would take several characters for ends of lines.

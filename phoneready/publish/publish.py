@@ -119,7 +119,6 @@ def write_reports(
     figures: ReleaseFigures,
     manifest: ReleaseManifest,
 ) -> None:
-    """Write report.md and report.html from records."""
     steps, profiles = Steps(config, folder, None), load_profiles()
     verdicts = folder / VERDICTS_FILE
     projected = [steps.artifact(PRUNED, name) for name in config.export.projected]
@@ -200,7 +199,6 @@ _LICENSES: dict[str, str | None] = {
 
 
 def model_card_text(figures: ReleaseFigures, manifest: ReleaseManifest) -> str:
-    """The model card."""
     source, files = figures.source, figures.pruned
     base = source.base_model or (source.reference if source.kind == "hub" else source.name)
     stated = manifest.license

@@ -108,7 +108,6 @@ class ReleaseFigures:
 
 
 def read_figures(config: ReleaseConfig, folder: Path) -> ReleaseFigures:
-    """Everything that the stages of a finished release measured."""
     steps = Steps(config, folder, None)
     exports: dict[str, tuple[ExportRecord, ...]] = {}
     for role in (DENSE, PRUNED):

@@ -80,7 +80,6 @@ class StageRecord:
 
 
 def stage_folder(folder: Path, name: str) -> Path:
-    """Where a stage's output lies."""
     return folder / "stages" / name
 
 
@@ -211,7 +210,6 @@ def _reason(stage: Stage, inputs: Inputs, folder: Path) -> str:
 
 
 def _changes(before: Any, now: Any, place: tuple[str, ...] = ()) -> Iterator[str]:
-    """Everything that differs, in words."""
     if isinstance(before, dict) and isinstance(now, dict):
         for name in dict.fromkeys((*before, *now)):
             yield from _changes(before.get(name), now.get(name), (*place, name))

@@ -218,7 +218,6 @@ class Steps:
         return self.checkpoint(DENSE if role == DENSE else self.final)
 
     def dense(self, output: Path, progress: Progress) -> None:
-        """Load the model, draw its calibration windows, keep both."""
         model, prune = self.config.model, self.config.prune
         loaded = load_model(
             model.reference,
@@ -248,7 +247,6 @@ class Steps:
         save_checkpoint(loaded, output / "model", input_moments=moments, seed=self.config.seed)
 
     def prune(self, output: Path, progress: Progress) -> None:
-        """Make a plan, apply it, save the pruned checkpoint."""
         loaded = self._load("dense", progress)
         ids = self._calibration_ids("dense")
         wanted, seed = self.config.prune, self.config.seed
@@ -279,7 +277,6 @@ class Steps:
         )
 
     def evaluate(self, output: Path, progress: Progress) -> None:
-        """Pruned against dense, as checkpoints."""
         dense, pruned = self._load("dense", progress), self._load(self.final, progress)
         self._judge(TorchLanguageModel(pruned), dense, "pruned", output / EVALUATION_FILE, progress)
 
@@ -346,7 +343,6 @@ class Steps:
             FAMILIES[family].export(self._exported(role), output / family, names, settings)
 
     def answers(self, output: Path, progress: Progress) -> None:
-        """What the files answer in their own runtime."""
         answers: dict[str, tuple[str, ...]] = {}
         longest, artifacts = self.config.evaluate.max_new_tokens, self.artifacts()
         for artifact in artifacts:
@@ -432,7 +428,6 @@ def run_recovery(
     device: str,
     progress: Progress,
 ) -> None:
-    """Train a stage's checkpoint; a killed one goes on."""
     from cfsp.recovery.recover import RecoveryJob, recover
 
     if not (work / "inputs.json").is_file():

@@ -176,7 +176,6 @@ def speed_plot(figures: ReleaseFigures, group: BenchGroup, number: int) -> Plot 
 
 
 def usable(record: BenchRecord) -> bool:
-    """Whether a record's speed may be compared."""
     return record.ok and not record.void
 
 
@@ -204,8 +203,6 @@ def speed_span(record: BenchRecord) -> tuple[float, float, float]:
 
 
 def plot_layout(*, xaxis: str, yaxis: str) -> dict[str, Any]:
-    """A plain layout with the titles of both axes."""
-
     def axis(title: str) -> dict[str, Any]:
         return {
             "title": {"text": title, "font": {"size": 13, "color": SOFT}, "standoff": 8},
@@ -245,7 +242,6 @@ KINDS = {
 def render_page(
     template: str, context: Mapping[str, Any], plots: Mapping[str, Any], plotly: str, dark: Mapping[str, str]
 ) -> str:
-    """A page that is complete in itself."""
     scripts = [Markup(text) for text in (plotly, _resource("report.js")) if plotly]
     # Our own scripts by their hash and nothing else, no network at all.
     digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts)

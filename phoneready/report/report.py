@@ -121,7 +121,6 @@ def render_report(report: ReportInput) -> str:
 
 
 def _contents(report: ReportInput) -> dict[str, Any]:
-    """What both reports show."""
     figures, notes = report.figures, dict[str, list[str]]()
     exports = (*figures.dense, *figures.pruned)
     for record in figures.bench:  # each remark once, with its rows
@@ -226,7 +225,6 @@ def quality_text(figures: ReleaseFigures) -> str:
 
 
 def text_name(reference: str, seed: int) -> str:
-    """What a text reference is called in reports."""
     if reference == "self":
         return f"sampled from the dense model, seed {seed}"
     return Path(reference).name if Path(reference).exists() else reference
@@ -309,7 +307,6 @@ def comparison_table(
 
 
 def _bench_rows(group: BenchGroup, dense: str, pruned: str) -> list[Row]:
-    """Speeds and memory of two files at one place."""
     rows = list[Row]()
     for a, b in group.pairs(dense, pruned):
         title = METRICS[a.workload].title + (f", {a.test}" if METRICS[a.workload].sized else "")

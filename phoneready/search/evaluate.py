@@ -352,7 +352,6 @@ class Evaluator:
         return known if settings.device or self.threads in (None, speed.n_threads) else None
 
     def keep(self, one: EvaluatedPoint) -> None:
-        """Keep the record of a point."""
         write_record(self._record(one.point), one)
 
     def _record(self, point: Point) -> Path:
@@ -411,7 +410,6 @@ class Evaluator:
         return Speed(profile.id, low, high, found.memory.needed, found.fits)
 
     def export(self, point: Point) -> Path:
-        """A point's file, in the folder of the search."""
         checkpoint, drafts = self._checkpoint(point), self.work / "files"
         shutil.rmtree(drafts, ignore_errors=True)
         drafts.mkdir(parents=True)

@@ -52,7 +52,6 @@ class Point:
 
     @property
     def model(self) -> str:
-        """What was done to the dense model, for people."""
         parts = [f"{self.vocabulary} tokens"] if self.vocabulary else []
         parts += [f"KV groups -{100 * self.groups:g} %"] if self.groups else []
         parts += [f"FFN -{100 * self.ratio:g} %"] if self.ratio else []
@@ -195,7 +194,6 @@ class SearchSettings(WindowSettings):
         return (self.on or ("local" if limited else None)) if self.device is None else None
 
     def check(self) -> None:
-        """Raise InputError for what contradicts itself."""
         given = [ratio for ratio in self.ratios if ratio]
         if self.strategy == BISECT and not (self.limits_cost or self.limits_quality):
             raise InputError(

@@ -113,7 +113,6 @@ class SearchRecord:
 
 
 def outcome_of(held: tuple[Held, ...]) -> str:
-    """The worst of a file."""
     each = [one.outcome for one in held]
     return next((one for one in (MISSED, INCONCLUSIVE) if one in each), PASS)
 
@@ -158,7 +157,6 @@ def search_table(found: SearchRecord) -> Table[EvaluatedPoint]:
 
 
 def conditions(found: SearchRecord) -> str:
-    """What was measured on, and what the words mean."""
     if not found.points:
         return "Nothing was measured."
     places = dict.fromkeys(

@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -188,23 +186,6 @@ def script() -> Iterator[Callable[[str], ModuleType]]:
 
     yield load
     sys.path[:] = before
-
-
-@pytest.fixture(scope="session")
-def start_release() -> Callable[..., subprocess.Popen[str]]:
-    """`start_release(config, output, *options, threads=1)` starts `phoneready release`, its cache beside `config`."""
-
-    def start(config: Path, output: Path, *options: str, threads: int = 1) -> subprocess.Popen[str]:
-        line = [sys.executable, "-m", "phoneready", "release", str(config), "-o", str(output), *options]
-        return subprocess.Popen(
-            [*line, "--threads", str(threads)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "PHONEREADY_CACHE": str(config.parent / "cache")},
-        )
-
-    return start
 
 
 @pytest.fixture

@@ -92,20 +92,6 @@ def test_models_of_one_file_are_held_against_one_of_them(
     assert "/m/tiny.gguf" in capsys.readouterr().err
 
 
-def test_what_was_measured_otherwise_is_never_compared(write: Write, refused: Callable[..., str]) -> None:
-    dense = write("dense")
-    changes: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"kind": "constrained-host"}, "'measured' and 'constrained-host'"),
-        ({"target": "ssh:board"}, "ssh:board"),
-        ({"engine": "onnxruntime"}, "onnxruntime"),
-        ({"cpu_info": "Another Processor"}, "Another Processor"),
-        ({"warmup": False}, "warmup"),
-        ({"n_threads": 8}, "without partner"),
-    )
-    for number, (change, message) in enumerate(changes):
-        assert message in refused("compare", dense, write(f"other{number}", **change))
-
-
 def test_text_of_a_hostile_record_is_shown_and_not_acted_upon(write: Write, capsys: Capture) -> None:
     name = "\x1b[2J\x9b31m<script>alert(1)<script>[x](javascript:1)|\u202e`.gguf"
     base, evil = write("dense"), write("evil", 2.0, model_filename=name)

@@ -11,7 +11,7 @@ import typer
 
 from cfsp.errors import InputError
 from cfsp.settings import Setting, Settings, setting
-from cfsp.units import format_bytes, parse_bytes
+from cfsp.units import parse_bytes
 from phoneready import console
 from phoneready.commands.options import was_given, with_settings
 from runtime_bench.presentation.table import table_of_cells
@@ -50,11 +50,6 @@ def test_bars_are_drawn_on_a_terminal() -> None:
         progress("reading", 1, 2)
         progress("reading", 2, 2)
     assert "reading" in stream.getvalue()
-
-
-def test_format_bytes() -> None:
-    counts = (None, 0, 1023, 1024, 92_871_040)
-    assert [format_bytes(count) for count in counts] == ["-", "0 B", "1023 B", "1.0 KiB", "88.6 MiB"]
 
 
 def test_rows_are_aligned_and_pipes_escaped() -> None:

@@ -224,16 +224,6 @@ def test_the_interval_of_paired_answers_covers_the_truth() -> None:
     assert 88 <= covered <= 100
 
 
-def test_a_mean_over_fewer_tasks_is_no_gain() -> None:
-    mean = FigureKey("mean_accuracy", "checkpoint")
-    tasks = {f"version of {name}": "1" for name in ("piqa", "arc")}
-    before = figures(figure(mean, 0.60, conditions=tasks))
-    now = figure(mean, 0.75, conditions={"version of piqa": "1"})
-    one = budget(metric="mean_accuracy", at_least=-0.01, relative_to="baseline", difference=True)
-    with pytest.raises(InputError, match="version of arc was 1 and is not stated"):
-        judge(one, now, baseline=before)
-
-
 def test_a_band_is_an_interval() -> None:
     key = FigureKey("projected_tg", "Q4_0", "pixel-8a")
     found = Figure(key, "pruned", "f", "t/s", 20, kind="projected", low=10, high=40)

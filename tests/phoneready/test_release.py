@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +29,6 @@ from runtime_bench.records.jsonl import read_jsonl
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
 TinyPath = Callable[..., Path]
-Start = Callable[..., subprocess.Popen[str]]
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
 seed = 3
@@ -105,14 +106,16 @@ def states(errors: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def released(
-    tiny_folder: TinyPath, start_release: Start, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Path]:
+def released(tiny_folder: TinyPath, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(configuration, release folder) of a finished release."""
     folder = tmp_path_factory.mktemp("release")
     config = write_config(folder, tiny_folder(intermediate_size=256, head_dim=32))
-    process = start_release(config, folder / "out", "--json")
-    output, errors = process.communicate(timeout=800)
+    line = [sys.executable, "-m", "phoneready", "release", str(config), "-o", str(folder / "out"), "--json"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PHONEREADY_CACHE": str(folder / "cache")}
+    process = subprocess.run(
+        [*line, "--threads", "1"], env=environment, capture_output=True, text=True, check=False
+    )
+    output, errors = process.stdout, process.stderr
     assert process.returncode == 0, errors
     assert states(errors) == dict.fromkeys(STAGES, "finished")
     told = [line.strip() for line in errors.splitlines() if line.startswith("  ")]

@@ -17,7 +17,6 @@ from cfsp.pruning.vocabulary import TokenKind, VocabularyPlan
 from phoneready.evaluation.evaluation_record import Vocabularies
 from phoneready.report.plots import make_plots, plot_text, script_json, spelled_out
 from phoneready.report.report import (
-    Mark,
     ReportInput,
     beaten,
     comparison_table,
@@ -28,7 +27,6 @@ from phoneready.report.report import (
     verdict_table,
     width_table,
 )
-from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import bench_groups
 from runtime_bench.records.reported import Conditions, Contention
 
@@ -98,21 +96,6 @@ def test_it_is_complete_without_a_network(browser: Any, page_file: Path) -> None
     assert page_file.stat().st_size < 6e6, "plotly.js is there more than once"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_a_phone(browser: Any, page_file: Path, scheme: str) -> None:
-    with Opened(browser, page_file, width=390, scheme=scheme) as opened:
-        assert opened.page.evaluate("document.documentElement.scrollWidth") == 390
-        opened.page.eval_on_selector_all("details", "all => all.forEach(one => { one.open = true })")
-        assert opened.page.evaluate("document.documentElement.scrollWidth") == 390
-        too_small = opened.page.evaluate(
-            "[...document.querySelectorAll('main *')].filter(one => one.childElementCount === 0 && "
-            "one.textContent.trim() && !one.closest('svg') && parseFloat(getComputedStyle(one).fontSize) < 12)"
-            ".map(one => one.textContent)"
-        )
-        assert too_small == []
-        assert opened.problems == []
-
-
 @pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile_text_is_only_text(
     browser: Any, make_report_input: MakeReportInput, tmp_path: Path, name: str
@@ -146,28 +129,6 @@ def test_the_policy_stops_a_script_that_is_not_the_pages(browser: Any, page_file
         assert opened.page.evaluate("window.hacked") is None
         assert any("Content Security Policy" in problem for problem in opened.problems)
         assert opened.page.evaluate("document.documentElement.dataset.plots") == "drawn"
-
-
-def test_a_ratio_is_the_quotient_of_the_speeds_beside_it(make_report_input: MakeReportInput) -> None:
-    figures = make_report_input("Tiny").figures
-    skewed = (1.0, 1.02, 1.05, 3.0, 9.0, 1.01)
-
-    def samples(record: BenchRecord) -> tuple[int, ...]:
-        scale = 1.37 if record.model_filename == figures.pruned[0].file else 1.0
-        return tuple(int(1e9 * scale * share) for share in skewed)
-
-    figures = replace(figures, bench=tuple(replace(r, samples_ns=samples(r)) for r in figures.bench))
-    (group, _), pair = bench_groups(figures.bench), figures.pairs[0]
-    markdown = verdict_table(figures, *pair).splitlines()
-    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in markdown]
-    marked = [row for row in comparison_table(figures, group, *pair).rows if isinstance(row[3], Mark)]
-    rows += [[*map(str, row[:3]), row[3].text] for row in marked if isinstance(row[3], Mark)]
-    speeds = [row for row in rows if len(row) == 4 and "times as fast" in str(row[3])]
-    assert len(speeds) >= 4
-    for _, dense, pruned, change in speeds:
-        (before, unit), (after, _) = str(dense).split(), str(pruned).split()
-        quotient = float(after) / float(before) if unit == "t/s" else float(before) / float(after)
-        assert float(str(change).split()[0]) == pytest.approx(quotient, rel=0.01)
 
 
 def test_a_file_that_dominates_a_pruned_one_is_named(make_report_input: MakeReportInput) -> None:

@@ -15,8 +15,7 @@ import torch
 from cfsp.errors import InputError
 from cfsp.models.architectures import state_size
 from cfsp.models.checkpoint import save_checkpoint
-from cfsp.models.offload import VARIABLE, is_paged
-from cfsp.models.reference import load_model
+from cfsp.models.offload import VARIABLE
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.progress import Progress
 from cfsp.pruning.settings import PruneSettings
@@ -196,14 +195,6 @@ def test_a_checkpoint_is_made_in_the_bits_of_its_model(
     in_files = read_extent(tmp_path / "model")
     assert in_files.by_blocks
     assert in_files.least_resident_bytes == 0
-
-
-def test_weights_count_as_in_files_where_the_loader_leaves_them_there(
-    tiny_folder: TinyPath, tiny_gguf: TinyPath, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(VARIABLE, "always")
-    for path in (tiny_folder(), tiny_gguf("gemma4_text")):
-        assert read_extent(path).by_blocks == is_paged(load_model(path, may_stream=True).model)
 
 
 def test_what_does_not_fit_a_disk_is_refused_with_what_is_free(
