@@ -5,8 +5,9 @@ What is heavy is imported when it is first wanted.
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from operator import methodcaller
 from pathlib import Path
@@ -18,11 +19,11 @@ from cfsp.progress import Progress
 from cfsp.settings import SEED, Reads, Settings, setting
 from cfsp.text.settings import TEXT_FORMS
 from cfsp.units import parse_bytes
-from exporters import onnx
 from exporters.export_record import ExportFormat
-from exporters.family import ExportedModel, ExportFamily, ExportOptions, FileOutline
+from exporters.family import ExportedModel, ExportFamily, ExportOptions
 from exporters.gguf.quants import DEFAULT_CACHE, MEASURED_CACHES, MIXED, QUANTS, find_quant
 from exporters.onnx.folder import find_graph, is_onnx
+from exporters.onnx.variants import VARIANTS, find_variant
 
 if TYPE_CHECKING:
     import torch  # not in the memory of a process that only runs a file
@@ -30,10 +31,9 @@ if TYPE_CHECKING:
     from cfsp.recovery.rounding import RoundedModel, Rounding
 
 
-def _export_gguf(*request: Any) -> Any:
-    from exporters.gguf.export import export_gguf
-
-    return export_gguf(*request)
+def _imported(module: str, name: str) -> Callable[..., Any]:
+    """A function or class of a module that is imported when it is first called."""
+    return lambda *given: getattr(importlib.import_module(module), name)(*given)
 
 
 def _locate_gguf(folder: Path, stem: str, quant: str) -> ExportedModel:
@@ -43,22 +43,9 @@ def _locate_gguf(folder: Path, stem: str, quant: str) -> ExportedModel:
     return ExportedModel(file.name, file, file)
 
 
-def _open_gguf(reference: str, n_ctx: int, n_threads: int | None, cache_type: str | None) -> Any:
-    from exporters.gguf.language_model import GGUFLanguageModel
-
-    return GGUFLanguageModel(Path(reference), n_ctx=n_ctx, n_threads=n_threads, cache_type=cache_type)
-
-
-def _outline_gguf(reference: str, n_ctx: int) -> FileOutline:
-    from exporters.gguf.language_model import outline_of
-
-    return outline_of(Path(reference), n_ctx)
-
-
-def _gguf_rounding() -> Any:
-    from exporters.gguf.files import GGUFRounding
-
-    return GGUFRounding()
+def _locate_onnx(folder: Path, stem: str, variant: str) -> ExportedModel:
+    root = folder / variant
+    return ExportedModel(f"{stem}-{variant}", root, find_graph(str(root), last_logits=True))
 
 
 GGUF = ExportFamily(
@@ -67,59 +54,34 @@ GGUF = ExportFamily(
     title=".gguf files",
     formats=QUANTS,
     find=find_quant,
-    export=_export_gguf,
+    export=_imported("exporters.gguf.export", "export_gguf"),
     locate=_locate_gguf,
     runtime="llama.cpp",
-    open_model=_open_gguf,
-    outline=_outline_gguf,
+    open_model=_imported("exporters.gguf.language_model", "GGUFLanguageModel"),
+    outline=_imported("exporters.gguf.language_model", "outline_of"),
     claims=lambda reference: Path(reference).suffix == ".gguf",
     needs={"llama_cpp": "llama-cpp-python"},
     extra="gguf",
     for_size=MIXED,
-    through=_gguf_rounding,
+    through=_imported("exporters.gguf.files", "GGUFRounding"),
     cache_types=MEASURED_CACHES,
     own_cache=DEFAULT_CACHE,
 )
-
-
-def _locate_onnx(folder: Path, stem: str, variant: str) -> ExportedModel:
-    root = folder / variant
-    return ExportedModel(f"{stem}-{variant}", root, find_graph(str(root), last_logits=True))
-
-
-def _open_onnx(reference: str, n_ctx: int, n_threads: int | None, _: str | None) -> Any:
-    from exporters.onnx.language_model import OnnxLanguageModel
-
-    return OnnxLanguageModel(reference, n_ctx=n_ctx, n_threads=n_threads)
-
-
-def _outline_onnx(reference: str, n_ctx: int) -> FileOutline:
-    from exporters.onnx.language_model import outline_of
-
-    return outline_of(find_graph(reference), n_ctx)
-
-
-def _onnx_rounding() -> Any:
-    from exporters.onnx.quantize import OnnxRounding
-
-    return OnnxRounding()
-
-
 ONNX = ExportFamily(
     name="onnx",
     setting="onnx",
     title=".onnx files and folders of ONNX variants",
-    formats=onnx.VARIANTS,
-    find=onnx.find_variant,
-    export=lambda *request: onnx.export_onnx(*request),
+    formats=VARIANTS,
+    find=find_variant,
+    export=_imported("exporters.onnx.export", "export_onnx"),
     locate=_locate_onnx,
     runtime="onnxruntime",
-    open_model=_open_onnx,
-    outline=_outline_onnx,
+    open_model=_imported("exporters.onnx.language_model", "OnnxLanguageModel"),
+    outline=_imported("exporters.onnx.language_model", "outline_of"),
     claims=is_onnx,
     needs={"onnx": "onnx", "onnx_ir": "onnx-ir", "onnxruntime": "onnxruntime"},
     extra="onnx",
-    through=_onnx_rounding,
+    through=_imported("exporters.onnx.quantize", "OnnxRounding"),
 )
 
 FAMILIES: Mapping[str, ExportFamily] = MappingProxyType({family.name: family for family in (GGUF, ONNX)})

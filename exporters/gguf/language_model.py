@@ -49,8 +49,9 @@ _QUANT = "Q8_0"
 _TEXTS, _CACHE_BYTES = 64, 2**30  # most texts at once, and what their keys and values may take in memory
 
 
-def outline_of(path: Path, n_ctx: int) -> FileOutline:
+def outline_of(reference: Path | str, n_ctx: int) -> FileOutline:
     """What a file says without being run; raises InputError: it cannot be read, or its tokenizer is not known."""
+    path = Path(reference)
     file = read_gguf(path)
     return FileOutline(
         path=path,
@@ -75,7 +76,7 @@ class GGUFLanguageModel:
     gives_logits = True
 
     def __init__(
-        self, path: Path, *, n_ctx: int = 2048, n_threads: int | None = None, cache_type: str | None = None
+        self, path: Path | str, n_ctx: int = 2048, n_threads: int | None = None, cache_type: str | None = None
     ) -> None:
         self.name, self.cache_type = str(path), cache_type
         outline = outline_of(path, n_ctx)
@@ -84,7 +85,7 @@ class GGUFLanguageModel:
         self.source_sha256 = outline.source_sha256
         cache = cache_type or PARITY_CACHE
         context = Context(self.context_length, outline.n_batch, cache_type=cache, n_seq=outline.n_seq)
-        self._model = open_model(path, context, n_threads=n_threads or torch.get_num_threads())
+        self._model = open_model(outline.path, context, n_threads=n_threads or torch.get_num_threads())
         self.vocab_size = self._model.vocab_size
 
     def close(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -30,8 +29,9 @@ from exporters.onnx.runtime import continuation_rows, open_model, write
 _BATCH = 256
 
 
-def outline_of(path: Path, n_ctx: int) -> FileOutline:
+def outline_of(reference: str, n_ctx: int) -> FileOutline:
     """What the folder of a graph says without its being run; raises InputError without tokenizer or configuration."""
+    path = find_graph(reference)
     folder = folder_of(path)
     config, tokenizer = read_config(folder), load_tokenizer(folder)
     generation, genai = read_generation_config(folder), folder / GENAI_CONFIG
@@ -58,9 +58,11 @@ class OnnxLanguageModel:
     gives_logits = True
     cache_type: str | None = None
 
-    def __init__(self, reference: str, *, n_ctx: int = 2048, n_threads: int | None = None) -> None:
-        path = find_graph(reference)
-        outline = outline_of(path, n_ctx)
+    def __init__(
+        self, reference: str, n_ctx: int = 2048, n_threads: int | None = None, _: str | None = None
+    ) -> None:
+        outline = outline_of(reference, n_ctx)
+        path = outline.path
         self.name = reference
         self.tokenizer, self.context_length = outline.tokenizer, outline.context_length
         self.sha256: str | None = outline.sha256

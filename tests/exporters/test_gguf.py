@@ -122,21 +122,13 @@ def test_metadata(pruned: Path, made: tuple[Path, dict[str, ExportRecord]]) -> N
         "general.license": "apache-2.0",
         "general.base_model.0.name": "Base-1B",
         "general.base_model.0.organization": "owner",
-        "general.quantization_version": 2,
         "phoneready.source_model": "Dense-1B",
         "phoneready.source_sha256": "a" * 64,
         "phoneready.checkpoint_sha256": records["Q8_0"].checkpoint_sha256,
-        "phoneready.model_type": "llama",
         "phoneready.intermediate_sizes": list(WIDTHS),
-        "phoneready.seed": 7,
         "deci.feed_forward_length": list(WIDTHS),
         "deci.attention.head_count": 4,
         "deci.attention.head_count_kv": 2,
-        "deci.attention.key_length": 16,
-        "deci.rope.dimension_count": 16,
-        "deci.context_length": 512,
-        "deci.vocab_size": 384,
-        "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.add_bos_token": False,
     }
@@ -267,18 +259,12 @@ def test_the_model_is_not_in_memory_while_quantized_files_are_proven(
 
 
 def test_existing_output(pruned: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    output.mkdir()
-    (output / "precious.txt").write_text("x")
-    with pytest.raises(InputError, match="exists already"):
-        export(pruned, output, "f16")
-    assert names_in(output) == {"precious.txt"}
-    with pytest.raises(InputError, match="nothing that phoneready wrote"):
-        export(pruned, output, "f16", force=True)
-    (output / "precious.txt").unlink()
     for force in (False, True):
-        export(pruned, output, "f16", force=force)
-    assert names_in(output) == {"Dense-1B-f16.gguf", MANIFEST_FILE}
+        export(pruned, tmp_path / "out", "f16", force=force)
+    with pytest.raises(InputError, match="exists already"):
+        export(pruned, tmp_path / "out", "Q8_0")
+    assert names_in(tmp_path / "out") == {"Dense-1B-f16.gguf", MANIFEST_FILE}
+    assert names_in(tmp_path) == {"out"}
 
 
 def _change(name: str, **settings: Any) -> Callable[[Path], None]:
@@ -470,11 +456,8 @@ LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
         ("llama", {}, None, "llama"),
         ("llama", {"num_key_value_heads": 1, "tied": False, "rope_parameters": LINEAR}, UNEQUAL, "deci"),
         ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 32}, UNEQUAL, "deci"),
-        ("llama", {"rope_parameters": LLAMA3}, UNEQUAL, "deci"),
-        ("mistral", {"tied": False}, None, "llama"),
         ("mistral", {}, UNEQUAL, "deci"),
         ("qwen2", {}, None, "qwen2"),
-        ("qwen2", {"tied": False}, UNEQUAL, "deci"),
         ("qwen2", {"head_dim": 32, "rope_parameters": LLAMA3}, None, "deci"),
         ("qwen2", {"rope_parameters": YARN | {"attention_factor": 1.3}}, None, "qwen2"),
         ("qwen3", {"tied": False}, None, "qwen3"),
@@ -482,7 +465,6 @@ LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
         ("smollm3", {"head_dim": 32, "num_hidden_layers": 9}, None, "smollm3"),
         ("gemma3_text", {"num_key_value_heads": 1, "head_dim": 32, "tied": False}, None, "gemma3"),
         ("gemma3_text", {"sliding_window_pattern": 6, "num_hidden_layers": 7}, None, "gemma3"),
-        ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, None, "gemma3"),
         ("gemma4_text", {"num_key_value_heads": 1, "use_double_wide_mlp": False}, None, "gemma4"),
         ("gemma4_text", {"num_kv_shared_layers": 0, "head_dim": 32}, UNEQUAL, "gemma4"),
         ("gemma4_text", {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}, None, "gemma4"),

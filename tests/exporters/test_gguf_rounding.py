@@ -24,7 +24,7 @@ from exporters.family import ExportOptions
 from exporters.gguf.architecture import read_layout
 from exporters.gguf.export import export_gguf
 from exporters.gguf.files import Files, draft_files, draft_gguf
-from exporters.gguf.matrix import PACKINGS, SCALES, WHOLE_BLOCKS, FileNumbers, StoredMatrix, choose_numbers
+from exporters.gguf.matrix import PACKINGS, SCALES, WHOLE_BLOCKS, StoredMatrix, choose_numbers
 from exporters.gguf.quants import QUANTS, block_of, find_quant, limits_of_bits
 from exporters.gguf.tensors import tensor_specs
 from exporters.quantize.mixture import (
@@ -37,7 +37,6 @@ from exporters.quantize.mixture import (
     solve,
 )
 from exporters.quantize.rounding import round_to_codes_
-from exporters.quantize.training import TunedScales
 
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
@@ -189,21 +188,6 @@ def test_a_tuned_file_loses_less_on_text_it_has_not_seen(checkpoint: Path, tmp_p
     stays = {"token_embd.weight", "output.weight", *(name for name in after if name.endswith(".bias"))}
     assert changed == after.keys() - stays
     assert tuned.tuned_tensors == len(changed)
-
-
-def test_factors_are_those_of_the_modules_rows(checkpoint: Path, tmp_path: Path) -> None:
-    path = draft_gguf(checkpoint, tmp_path, ["Q8_0"], options())["Q8_0"]
-    numbers = FileNumbers(path, path, read_layout(checkpoint))
-    specs = [spec for spec in numbers.specs if spec.is_matrix]
-    shapes = {name.removesuffix(".weight"): shape for spec in specs for name, shape in spec.sources}
-    rows = {name: 2.0 ** (torch.arange(shape[0]) % 5) for name, shape in shapes.items()}
-    for spec in specs:
-        tuned = numbers.tuned(spec, TunedScales(rows, {}))
-        assert isinstance(tuned, StoredMatrix)
-        before, after = (spec.split(each.values()) for each in (numbers.matrix(spec), tuned))
-        for name, values in before.items():
-            factors = rows[name.removesuffix(".weight")].numpy()[:, None]
-            np.testing.assert_array_equal(after[name], values * factors)
 
 
 def test_some_rows_at_a_time_are_all_rows(

@@ -18,10 +18,11 @@ import pytest
 from cfsp.models.reference import load_tokenizer
 from exporters.export_record import ParityLimits
 from exporters.family import ExportOptions
-from exporters.onnx import VARIANTS, export_onnx
+from exporters.onnx.export import export_onnx
 from exporters.onnx.folder import find_graph
 from exporters.onnx.language_model import OnnxLanguageModel
 from exporters.onnx.runtime import open_model
+from exporters.onnx.variants import VARIANTS
 
 JAVASCRIPT = Path(__file__).resolve().parents[1] / "javascript"
 LIMITS = {"fp32": 1e-3, "int8-dynamic": 1e-3, "int8": 0.25, "int4": 0.25}

@@ -26,8 +26,9 @@ from exporters.gguf.export import check_numbers, export_gguf
 from exporters.gguf.files import WrittenFile, draft_files, draft_gguf
 from exporters.gguf.matrix import SCALES, StoredMatrix
 from exporters.gguf.quants import QUANTS
-from exporters.onnx import VARIANTS, export_onnx
 from exporters.onnx.export import check_numbers as check_graph_numbers
+from exporters.onnx.export import export_onnx
+from exporters.onnx.variants import VARIANTS
 from exporters.proof import Reference, check_limits, compare
 
 MakeCheckpoint = Callable[..., Path]

@@ -21,7 +21,7 @@ import torch
 
 from cfsp.models.checkpoint import load_pruned
 from exporters.family import ExportOptions
-from exporters.onnx import export_onnx
+from exporters.onnx.export import export_onnx
 from exporters.onnx.folder import find_graph
 from exporters.onnx.runtime import open_model
 

@@ -30,8 +30,8 @@ from cfsp.pruning.statistics import input_hook
 from cfsp.text.tokens import tokens_sha256
 from exporters.export_record import ExportRecord, ParityLimits
 from exporters.family import ExportOptions
-from exporters.onnx import BlockFormat, export_onnx
 from exporters.onnx.decoder_graph import OPSET, decoder_graph
+from exporters.onnx.export import export_onnx
 from exporters.onnx.layers import (
     CONTRIB,
     HEAD_PARTS,
@@ -59,7 +59,7 @@ from exporters.onnx.quantize import (
     rounded_model,
     tune,
 )
-from exporters.onnx.variants import HEAD, INT4, INT8
+from exporters.onnx.variants import HEAD, INT4, INT8, BlockFormat
 from exporters.quantize import Placed
 from exporters.quantize.rounding import RIDGE, fit, gptq_codes, invert_lower_, refine_codes
 from exporters.quantize.training import RoundedModel
@@ -408,28 +408,6 @@ def test_layers_that_read_the_same_are_rounded_as_each_alone(tiny_model: Callabl
         (rounded,) = (one for name, one in found.items() if name.endswith(f"layers.0.self_attn.{part}"))
         assert (rounded.q != alone.q).float().mean() < 0.01
         assert rounded.q.shape == alone.q.shape
-
-
-def test_a_large_matrix_is_rounded_a_few_rows_at_a_time(
-    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, _ = tiny_model()
-    ids = torch.randint(0, 300, (2, 64), generator=torch.Generator().manual_seed(3))
-    whole = quantize_linears(model, lambda *_: INT4, ids)
-    monkeypatch.setattr("exporters.onnx.quantize._AT_ONCE", 50 * 64)
-    parts = quantize_linears(model, lambda *_: INT4, ids)
-    for name, rounded in whole.items():
-        assert parts[name].q.shape == rounded.q.shape
-        assert (parts[name].q == rounded.q).float().mean() > 0.999  # sums differ in their last bits
-
-
-def test_packed_bytes_hold_the_low_number_first() -> None:
-    rounded = round_to_nearest(weights(2, 32), INT4)
-    data = rounded.packed()
-    assert torch.equal(data & 15, rounded.q[..., 0::2])
-    assert torch.equal(data >> 4, rounded.q[..., 1::2])
-    both = joined([rounded, rounded])
-    assert torch.equal(both.dequantize(), torch.cat([rounded.dequantize()] * 2))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -20,7 +20,7 @@ from exporters.family import ExportOptions
 from exporters.gguf import architecture
 from exporters.gguf.export import export_gguf
 from exporters.job import UNTRAINED
-from exporters.onnx import export_onnx
+from exporters.onnx.export import export_onnx
 
 pytest.importorskip("llama_cpp")
 pytest.importorskip("onnxruntime")

@@ -23,7 +23,7 @@ import pytest
 from cfsp.errors import InputError, PhonereadyError, require_extra
 from exporters.family import ExportOptions
 from exporters.gguf.runtime import open_model as open_gguf
-from exporters.onnx import export_onnx
+from exporters.onnx.export import export_onnx
 from exporters.onnx.folder import find_graph
 from exporters.onnx.runtime import open_model as open_onnx
 from runtime_bench.browser import chromium

@@ -12,7 +12,7 @@ import pytest
 
 from exporters.family import ExportOptions
 from exporters.gguf.runtime import LlamaModel, open_model
-from exporters.onnx import export_onnx
+from exporters.onnx.export import export_onnx
 from exporters.onnx.folder import find_graph
 from runtime_bench.engines import SessionSettings, llama_cpp, onnxruntime
 from runtime_bench.measuring.measure import run_bench

@@ -18,7 +18,7 @@ from fake_target import FakeTarget
 
 from cfsp.errors import InputError
 from exporters.family import ExportOptions
-from exporters.onnx import export_onnx
+from exporters.onnx.export import export_onnx
 from exporters.onnx.folder import find_graph
 from runtime_bench import worker
 from runtime_bench.engines import ENGINES, EngineFacts, SessionSettings

@@ -15,7 +15,7 @@ import pytest
 from cfsp.evaluation.language_model import Branches, LanguageModel
 from exporters.families import FAMILIES
 from exporters.family import ExportOptions
-from exporters.onnx import export_onnx
+from exporters.onnx.export import export_onnx
 from runtime_bench.engines import SessionSettings
 from runtime_bench.native.build import build_runner
 from runtime_bench.process import exchange

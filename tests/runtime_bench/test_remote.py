@@ -22,7 +22,7 @@ from loopback import HOSTILE, ROOT, Device, files_in, running, script, until
 
 from cfsp.errors import InputError
 from exporters.family import ExportOptions
-from exporters.onnx import export_onnx
+from exporters.onnx.export import export_onnx
 from exporters.onnx.folder import find_graph
 from phoneready.main import main
 from runtime_bench.measuring.measure import run_bench, run_matrix

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from exporters.family import ExportOptions
-from exporters.onnx import export_onnx
+from exporters.onnx.export import export_onnx
 from exporters.onnx.folder import find_graph
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.measuring.text_check import BEGINNINGS, check_text, judge
