@@ -440,9 +440,8 @@ class _Graph:
 
             y_t = sum over k of weights[k] z_{t - length + 1 + k} + bias
 
-        What is kept of a text are its last `length` z that are no padding, zeros before its start: one more than the
-        next token reads, as ONNX Runtime GenAI and transformers.js want it. There is one product for each place: of
-        ONNX Runtime's Conv each channel is one, which for one token is slower by far.
+        Kept are the last `length` z that are no padding, one more than the next token reads, as its consumers want it.
+        ONNX Runtime's Conv has a product for each channel, which for one token is slower by far.
         """
         b, weights = self.builder, self.weights.stored(convolution.weight.squeeze(1).T)
         length, channels = weights.shape

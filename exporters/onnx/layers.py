@@ -283,10 +283,9 @@ class Int8(NamedTuple):
         y = ((x_q - 128) (W_q - 128)^T) * s_x * s_w,   x_q = 128 + round(x / s_x),  s_x = max |x| / 127 of the token,
                                                        W_q likewise with s_w of the row
 
-    Both are unsigned: only for such x_q WebAssembly has a fast kernel, and on processors with AVX2 and no VNNI, ONNX
-    Runtime adds products of an unsigned and a signed number in 16 bits, which two do not fit. In a browser
-    MatMulInteger is fast, and MatMulNBits unpacks its weights for every token. A scale for each token keeps apart the
-    few whose activations are a hundred times as large, which DynamicQuantizeLinear's one scale does not.
+    Both are unsigned: WebAssembly's fast kernel wants that, and with AVX2 and no VNNI ONNX Runtime adds products of an
+    unsigned and a signed number in 16 bits, which two do not fit. A scale for each token keeps apart the few whose
+    activations are a hundred times as large.
     """
 
     weight: Int8Rows

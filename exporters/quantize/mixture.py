@@ -209,27 +209,24 @@ def _backwards(
     generator = torch.Generator(device=model.device).manual_seed(0)
     # By name: a page that comes back has other parameters, and what was there is let go.
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    run = _backwards_by_blocks if is_paged(model) else _backwards_by_windows
+    input_ids = input_ids.to(model.device)
     with torch.enable_grad(), ExitStack() as stack:
         model.requires_grad_(False)
         for linear, receive in receivers:
             stack.enter_context(gradient_hook(linear, receive))
         try:
-            yield from run(model, input_ids.to(model.device), generator, progress)
+            if is_paged(model):
+                yield from _backwards_by_blocks(model, input_ids, generator, progress)
+                return
+            for done, window in enumerate(input_ids, 1):
+                with _embeddings_as_leaves(model) as embedded:
+                    hidden = model.get_decoder()(input_ids=window[None], use_cache=False).last_hidden_state
+                torch.autograd.backward(hidden, _head_gradient(model, hidden, generator))
+                yield window, [_gradient(embedded[table])[0] for table in token_tables(model)]
+                progress(_WHAT, done, len(input_ids))
         finally:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(trained[name])
-
-
-def _backwards_by_windows(
-    model: Any, input_ids: torch.Tensor, generator: torch.Generator, progress: Progress
-) -> _Embedded:
-    for done, window in enumerate(input_ids, 1):
-        with _embeddings_as_leaves(model) as embedded:
-            hidden = model.get_decoder()(input_ids=window[None], use_cache=False).last_hidden_state
-        torch.autograd.backward(hidden, _head_gradient(model, hidden, generator))
-        yield window, [_gradient(embedded[table])[0] for table in token_tables(model)]
-        progress(_WHAT, done, len(input_ids))
 
 
 @contextmanager
@@ -250,10 +247,7 @@ def _embeddings_as_leaves(model: Any) -> Iterator[dict[nn.Module, torch.Tensor]]
 def _backwards_by_blocks(
     model: Any, input_ids: torch.Tensor, generator: torch.Generator, progress: Progress
 ) -> _Embedded:
-    """The same with one block in memory, which is run again when its gradients are due.
-
-    They go back through hidden states, what a block gets of each token, and keys and values of an earlier block.
-    """
+    """As `_backwards` with one block in memory, run again when gradients of states, inputs and shared keys are due."""
     layers = decoder_layers(model)
     require_scratch(input_ids.numel() * state_size(model.config) * torch.float32.itemsize * len(layers))
     before = StoredStates()
