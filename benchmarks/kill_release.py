@@ -62,8 +62,8 @@ max_windows = 2
 prompts = ["List three fruits."]
 max_new_tokens = 4
 files = ["Q8_0"]
-[export]
-quants = ["Q8_0"]
+[quantize]
+to = ["Q8_0"]
 onnx = ["int8"]
 [bench]
 n_prompt = [8]

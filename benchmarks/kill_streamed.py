@@ -26,8 +26,8 @@ from kill_release import Run, begun, tiny_model, tree
 _TEXT = ("builtin:python-docs", "--set", "nsamples=4", "--set", "seqlen=64")
 COMMANDS: Mapping[str, tuple[str, ...]] = {
     "prune": ("prune", "--calibration", *_TEXT),
-    "gguf": ("export", "--gguf", "Q4_0", "--calibration", *_TEXT),
-    "onnx": ("export", "--onnx", "int4", "--calibration", *_TEXT),
+    "gguf": ("quantize", "--to", "Q4_0", "--calibration", *_TEXT),
+    "onnx": ("quantize", "--to", "int4", "--calibration", *_TEXT),
 }
 """Name -> a command without its model and its output."""
 

@@ -7,7 +7,7 @@
 
 `files` exports every variant by itself, so that each has its own time, beside the GGUF file Q4_0. `speed` lets ONNX
 Runtime GenAI's own builder export the same checkpoint and measures its graph and ours in turns, each sample in a
-fresh process; --portable is a folder that `phoneready export --onnx portable` made in an environment with optimum.
+fresh process; --portable is a folder that `phoneready quantize --to portable` made in an environment with optimum.
 `mixed` holds int4's choice of eight-bit layers against others, and int4-mixed's in as many bytes, in torch. `memory`
 measures folders' peak RSS after a prompt of 512 tokens. Tables go to stdout, progress to stderr.
 """
@@ -36,7 +36,7 @@ from cfsp.text.calibration import load_calibration
 from cfsp.text.settings import SELF
 from cfsp.units import format_bytes
 from exporters.export_record import ExportRecord, ParityReport
-from exporters.families import DEFAULT_FORMAT, FAMILIES, ExportSettings, family_of
+from exporters.families import DEFAULT_FORMAT, ExportSettings, family_of
 from exporters.onnx.folder import find_graph
 from exporters.onnx.layers import HEAD_PARTS, weight_of
 from exporters.onnx.matrix import Rounded, round_to_nearest
@@ -86,9 +86,8 @@ def export_one(
 ) -> tuple[ExportRecord, ...]:
     """Export in one format alone."""
     family = family_of(name)
-    formats: dict[str, Any] = {one.setting: (name,) if one is family else () for one in FAMILIES.values()}
-    text = calibration if "calibration" in family.find(name).reads else ()
-    request = ExportSettings(**formats, calibration=text)
+    text = calibration if calibration and "calibration" in family.find(name).reads else ("none",)
+    request = ExportSettings(to=(name,), calibration=text)
     return export_model(str(checkpoint), output, request, MakeOptions())
 
 

@@ -125,7 +125,7 @@ def commands(arguments: argparse.Namespace, dense: Path) -> Iterator[tuple[str, 
     for name in arguments.formats:
         where, given = str(arguments.output / name), ["--calibration", arguments.export_calibration, *sizes]
         kind = f"--{family_of(name).name}"
-        yield f"export {name}", ["export", str(pruned), "-o", where, "--force", kind, name, *given]
+        yield f"export {name}", ["quantize", str(pruned), "-o", where, "--force", kind, name, *given]
 
 
 def run(name: str, command: list[str], stream: str) -> Stage:

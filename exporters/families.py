@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from operator import methodcaller
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cfsp.errors import InputError
 from cfsp.progress import Progress
 from cfsp.settings import SEED, Reads, Settings, setting
-from cfsp.text.settings import TEXT_FORMS
+from cfsp.text.settings import SELF, TEXT_FORMS
 from cfsp.units import parse_bytes
 from exporters.export_record import ExportFormat
 from exporters.family import ExportedModel, ExportFamily, ExportOptions
@@ -50,7 +51,6 @@ def _locate_onnx(folder: Path, stem: str, variant: str) -> ExportedModel:
 
 GGUF = ExportFamily(
     name="gguf",
-    setting="quants",
     title=".gguf files",
     formats=QUANTS,
     find=find_quant,
@@ -69,7 +69,6 @@ GGUF = ExportFamily(
 )
 ONNX = ExportFamily(
     name="onnx",
-    setting="onnx",
     title=".onnx files and folders of ONNX variants",
     formats=VARIANTS,
     find=find_variant,
@@ -92,17 +91,22 @@ DEFAULT_FORMAT = "Q4_0"
 
 
 def family_of(name: str) -> ExportFamily:
-    """The family that has a format, in any case; raises InputError that names the known formats."""
+    """The family that has a format, in any case, or with its own name before it, as in `onnx:int4`.
+
+    Raises InputError that names the known formats.
+    """
+    said, _, rest = name.partition(":")
     for family in FAMILIES.values():
-        if family.has(name):
+        if family.has(rest if said.lower() == family.name else name):
             return family
     known = ", ".join(name for family in FAMILIES.values() for name in family.names)
-    raise InputError("unknown quantization or variant", field="files", value=name, allowed=known)
+    raise InputError("unknown format", field="to", value=name, allowed=known)
 
 
 def find_format(name: str) -> ExportFormat:
     """The row of a format; raises InputError as `family_of`."""
-    return family_of(name).find(name)
+    family = family_of(name)
+    return family.find(re.sub(f"^{family.name}:", "", name, flags=re.IGNORECASE))
 
 
 def makes_gguf(names: Iterable[str]) -> bool:
@@ -145,21 +149,14 @@ ROUNDING = _Rounding()
 class FileSettings(Settings):
     """Formats, and how they are rounded."""
 
-    quants: tuple[str, ...] = setting(
+    to: tuple[str, ...] = setting(
         (DEFAULT_FORMAT,),
-        f"GGUF: {', '.join(GGUF.names)}.",
-        look_up=lambda name: GGUF.find(name).name,
+        "Files to make. "
+        + "; ".join(f"{one.name.upper()}: {', '.join(one.names)}" for one in FAMILIES.values())
+        + ".",
+        look_up=lambda name: find_format(name).name,
         least=1,
-        option="--gguf",
-        metavar="QUANT,...",
-        shown=f"{DEFAULT_FORMAT} without --onnx",
-    )
-    onnx: tuple[str, ...] = setting(
-        (),
-        f"{', '.join(ONNX.formats)}.",
-        look_up=lambda name: ONNX.find(name).name,
-        metavar="VARIANT,...",
-        shown="none",
+        metavar="FORMAT,...",
     )
     mixed_bytes: int | None = setting(
         None,
@@ -193,12 +190,12 @@ class FileSettings(Settings):
     @property
     def formats(self) -> dict[str, tuple[str, ...]]:
         """Family -> what is made of it; families of which nothing is are left out."""
-        asked = {name: getattr(self, family.setting) for name, family in FAMILIES.items()}
-        return {name: formats for name, formats in asked.items() if formats}
+        made = {name: tuple(filter(family.has, self.to)) for name, family in FAMILIES.items()}
+        return {name: formats for name, formats in made.items() if formats}
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All formats."""
+        """All formats, family after family."""
         return tuple(name for formats in self.formats.values() for name in formats)
 
     def reads(self, name: str) -> bool:
@@ -225,10 +222,11 @@ class ExportSettings(FileSettings):
         None, "Stem of GGUF files, name of graphs.", shown="the model's name", rare=True
     )
     calibration: tuple[str, ...] = setting(
-        (),
+        (SELF,),
         f"Text that files of few bits are rounded for, and mixtures chosen by: `self`, `none`, {TEXT_FORMS}.",
+        least=1,
+        option="--calibration --text",
         metavar="REF",
-        shown="self for 4-bit ONNX variants, mixtures and trained scales, else none",
     )
     nsamples: int = setting(32, "Windows of that text.", ge=1, le=2**20, rare=True)
     seqlen: int = setting(512, "Tokens in such a window.", ge=2, le=2**20, rare=True)

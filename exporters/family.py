@@ -85,7 +85,6 @@ class ExportFamily:
     """A family. What is heavy or optional is imported inside its functions."""
 
     name: str  # of its folder, and `format` in records
-    setting: str  # key of [export] in release.toml that lists its formats
     title: str  # what its files are, for people
     formats: Mapping[str, ExportFormat]
     find: Callable[[str], ExportFormat]  # row of a name in any case; InputError names the known ones

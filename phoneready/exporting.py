@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from cfsp.devices import find_device
-from cfsp.errors import InputError
+from cfsp.errors import InputError, LimitError
 from cfsp.files import atomic_directory, no_space_as_input_error, refuse_existing, scratch_directory
 from cfsp.models.checkpoint import PLAN_FILE, RoundedFormat, read_rounded_format, save_checkpoint
 from cfsp.models.offload import NARROW
@@ -24,9 +24,9 @@ from cfsp.pruning.statistics import spread_windows
 from cfsp.records import read_record
 from cfsp.settings import Reads
 from cfsp.text.respelling import respelling
-from cfsp.text.settings import SELF
 from exporters.export_record import ExportRecord
-from exporters.families import FAMILIES, READS, ExportSettings, find_format, read_by_formats
+from exporters.families import FAMILIES, GGUF, READS, ExportSettings, find_format, read_by_formats
+from exporters.gguf.quants import find_quant
 from exporters.job import file_stem, has_dtype
 from phoneready.console import MakeOptions
 from phoneready.text import load_calibration
@@ -34,11 +34,11 @@ from phoneready.text import load_calibration
 NO_TEXT = "none"
 _Load = Callable[[str | Path], LoadedModel]
 _OF_TEXT = (
-    lambda asked: NO_TEXT not in asked.calibration and (bool(asked.calibration) or reads_text(asked)),
-    "without --calibration REF, or what needs text",
+    lambda asked: reads_text(asked),
+    "without text to round for",
 )
 EXPORT_READS: Reads = {
-    **read_by_formats({"calibration": "without files of few bits", "opset": "without --onnx VARIANT,..."}),
+    **read_by_formats({"calibration": "without files of few bits", "opset": "without ONNX variants"}),
     **READS,
     **dict.fromkeys(("nsamples", "seqlen", "rounding_windows", "dense"), _OF_TEXT),
 }
@@ -53,12 +53,14 @@ def export_model(
     dtype: str = "auto",
     warnings: tuple[str, ...] = (),
     before: Callable[[ExportSettings], None] = lambda request: None,
+    plain: Callable[[ExportRecord], None] | None = None,
     progress: Progress = no_progress,
 ) -> tuple[ExportRecord, ...]:
     """Export a checkpoint folder, or whatever else `load_model` takes, into a folder that the caller has claimed.
 
     Of several families each has a folder of its own in `output`, and a single one is `output` itself. `before` is
-    called with what is made, before a model is read; `warnings` are for the record.
+    called with what is made, before a model is read; `plain` with what llama.cpp's quantizer alone makes of each GGUF
+    file that was rounded for the text; `warnings` are for the record.
 
     Raises:
         InputError: As the families' exports, or a model or calibration text that cannot be read.
@@ -66,14 +68,12 @@ def export_model(
     """
     refuse_existing(output, force=how.force, inputs=[Path(reference), *map(Path, request.calibration)])
     formats, no_text = request.formats, NO_TEXT in request.calibration
-    if not formats:
-        raise InputError("no format asked for", field="formats", allowed=", ".join(FAMILIES))
-    rows = [find_format(name) for name in request.names]
+    known = [find_format(name) for name in request.names]
     if request.name:
         file_stem(request.name)
     for family in formats:
         FAMILIES[family].require()
-    mixed = [row.name for row in rows if row.needs_text and not row.is_sized]
+    mixed = [row.name for row in known if row.needs_text and not row.is_sized]
     if mixed and no_text:
         raise InputError(f"{mixed[0]} wants text to choose layers by", field="calibration", value=NO_TEXT)
     if request.tune_scales and no_text:
@@ -117,15 +117,25 @@ def export_model(
         )
         if len(formats) == 1:
             ((family, names),) = formats.items()
-            return FAMILIES[family].export(checkpoint, output, names, options)
-        with atomic_directory(output, force=how.force) as folder:
-            return tuple(
-                replace(record, file=f"{family}/{record.file}")
-                for family, names in formats.items()
-                for record in FAMILIES[family].export(
-                    checkpoint, folder / family, names, replace(options, force=False)
+            records = FAMILIES[family].export(checkpoint, output, names, options)
+        else:
+            inside = replace(options, force=False)
+            with atomic_directory(output, force=how.force) as folder:
+                records = tuple(
+                    replace(record, file=f"{family}/{record.file}")
+                    for family, names in formats.items()
+                    for record in FAMILIES[family].export(checkpoint, folder / family, names, inside)
                 )
-            )
+        rows = [find_quant(name) for name in formats.get(GGUF.name, ()) if options.calibration is not None]
+        others = [row.name for row in rows if "gptq" in row.reads and row.is_sized and not row.needs_imatrix]
+        if plain is not None and others:
+            nearest = replace(options, calibration=None, use_imatrix=False, gptq=False, tune_scales=False)
+            with suppress(LimitError), scratch_directory(output) as folder:
+                for record in GGUF.export(
+                    checkpoint, folder / "plain", others, replace(nearest, force=False)
+                ):
+                    plain(record)
+        return records
 
 
 def is_checkpoint(reference: str) -> bool:
@@ -134,7 +144,7 @@ def is_checkpoint(reference: str) -> bool:
 
 
 def reads_text(request: ExportSettings, trained: RoundedFormat | None = None) -> bool:
-    """Whether text makes a difference to a format, and there is some or it is worth sampling.
+    """Whether text makes a difference to a format, and there is some.
 
     The format whose numbers a checkpoint has is left out.
     """
@@ -146,7 +156,7 @@ def reads_text(request: ExportSettings, trained: RoundedFormat | None = None) ->
         rounds = "gptq" not in row.reads or request.gptq or request.imatrix
         if row.needs_text or (request.tune_scales and "tune_scales" in row.reads):
             return True
-        if "calibration" in row.reads and request.calibration and rounds:
+        if "calibration" in row.reads and rounds:
             return True
     return False
 
@@ -156,7 +166,7 @@ def _calibration(checkpoint: Path, request: ExportSettings, load: _Load, progres
     # A bare name could be a built-in alias.
     loaded = load(request.dense or checkpoint.resolve())
     ids = load_calibration(
-        request.calibration or (SELF,),
+        request.calibration,
         loaded,
         nsamples=request.nsamples,
         seqlen=request.seqlen,

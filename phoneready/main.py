@@ -59,6 +59,8 @@ _SEARCH = "`phoneready search MODEL`"
 GONE: MappingProxyType[str, str] = MappingProxyType(
     {
         **dict.fromkeys(("tune", "frontier", "shrink"), f"use {_SEARCH}"),
+        "export": "use `phoneready quantize MODEL --to FORMAT,...`",
+        **dict.fromkeys(("quantize --gguf", "quantize --onnx"), "use --to"),
         **dict.fromkeys(
             (f"prune --target-{name}" for name in ("size", "parameters", "speed", "axes")), f"use {_SEARCH}"
         ),
@@ -92,10 +94,10 @@ GONE: MappingProxyType[str, str] = MappingProxyType(
         "devices calibrate": "projections go by a profile's stated figures",
         **{
             f"{command} --trust-remote-code": "no code of a model folder runs: use one with tokenizer.json"
-            for command in ("eval", "export", "prune", "quantize", "recover", "release", "search")
+            for command in ("eval", "prune", "quantize", "recover", "release", "search")
         },
         "prune --plan-only": "use -o FILE.json",
-        "release --onnx": "use --set 'export.onnx=[\"int8\"]'",
+        "release --onnx": "use --set 'quantize.to=[\"int8\"]'",
         "eval --no-text": "use --text none",
         "eval --no-prompts": "use --prompts none",
         "eval --prompt": "use --prompts",
@@ -127,7 +129,10 @@ COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
         "prune": ("prune.prune", "Remove FFN channels with CFSP, tokens, blocks, attentions or groups."),
         "recover": ("recover.recover", "Train a pruned checkpoint; widths and speed stay the same."),
         "eval": ("evaluate.evaluate", "Measure perplexity, divergence (--against), tasks and answers."),
-        "export": ("export.export", "Write a model as proven GGUF files or ONNX folders."),
+        "quantize": (
+            "quantize.quantize",
+            "Write a model as a good 4-bit file, or in other formats of GGUF and ONNX.",
+        ),
         "bench": ("bench.bench", "Measure loading, prompts, generation and memory of exported files."),
         "compare": ("compare.compare", "Compare benchmark records: ratio, interval and verdict a row."),
         "history": ("history.history", "Find the release that changed a figure."),

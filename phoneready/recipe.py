@@ -116,8 +116,7 @@ def run_release(
             config.budgets, folder, figures, baseline, config.baseline.file if config.baseline else None
         )
         manifest = publish(config, folder, recorded, list(records.values()))
-        export = manifest.config["export"]
-        made = ", ".join(name for family in FAMILIES.values() for name in export[family.setting])
+        made = ", ".join(manifest.config["quantize"]["to"])
         entry = entry_of(
             figures,
             outcome=verdicts.outcome,
@@ -133,7 +132,7 @@ def run_release(
 
 def check_stage_room(config: ReleaseConfig, folder: Path, name: str) -> None:
     """Raise InputError if memory, or a disk, has too little room for what a stage needs at least."""
-    prune, export, final = config.prune, config.export, Steps(config, folder, None).final
+    prune, export, final = config.prune, config.quantize, Steps(config, folder, None).final
     seqlen, kept = prune.seqlen, config.model.dtype
     needs: Callable[[Sequence[Extent]], Needs]
     what, read = "eval", tuple[str, ...]((final, "dense"))
@@ -150,7 +149,7 @@ def check_stage_room(config: ReleaseConfig, folder: Path, name: str) -> None:
         what, read, kept = "recover", ("prune",), "float32"
         needs = functools.partial(recovering_needs, settings=config.recover)
     elif name in ("export-dense", "export-pruned"):
-        what, read, kept = "export", ("dense" if name == "export-dense" else final,), "float32"
+        what, read, kept = "quantize", ("dense" if name == "export-dense" else final,), "float32"
         windows = min(prune.nsamples, export.rounding_windows or prune.nsamples)
         needs = functools.partial(exporting_needs, settings=export, windows=windows, seqlen=seqlen)
     elif name in ("evaluate", "side-by-side", "evaluate-files"):
@@ -167,7 +166,7 @@ def check_stage_room(config: ReleaseConfig, folder: Path, name: str) -> None:
 def check_before_work(config: ReleaseConfig, folder: Path) -> None:
     """Find what would end a release after hours of work before anything is done; raises as `run_release`."""
     check_place(config, folder)
-    for family in config.export.formats:
+    for family in config.quantize.formats:
         FAMILIES[family].require()
     if config.tracking is not None:
         require_extra("mlflow", "track")
@@ -223,7 +222,7 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
         }
 
     def pruned() -> dict[str, Any]:
-        in_gguf = makes_gguf((*prune.for_quant, *config.export.names))
+        in_gguf = makes_gguf((*prune.for_quant, *config.quantize.names))
         counted = {"vocabulary_text": identities(prune.vocabulary_text), "in_gguf": in_gguf}
         return dataclasses.asdict(config.prune_settings()) | counted
 
@@ -243,7 +242,7 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
         return settings | {"prompts": list(steps.prompts)}
 
     def exported() -> dict[str, Any]:
-        return dataclasses.asdict(config.export)
+        return dataclasses.asdict(config.quantize)
 
     def asked() -> dict[str, Any]:
         return {"prompts": list(steps.prompts), "max_new_tokens": evaluate.max_new_tokens}

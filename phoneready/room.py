@@ -41,7 +41,7 @@ from exporters.quantize.walk import rounding_bytes
 
 LESS = {
     "prune": "less text (--set nsamples, --set seqlen), or a smaller model",
-    "export": "less text (--set nsamples, --set rounding_windows, --set seqlen), or a smaller model",
+    "quantize": "less text (--set nsamples, --set rounding_windows, --set seqlen), or a smaller model",
     "eval": "shorter windows (--set seqlen), or a smaller model",
     "search": "less text (--set nsamples), or a smaller model",
     "recover": "an adapter (--method lora), the loss next-token (no teacher), or a smaller model",

@@ -228,7 +228,7 @@ def single_commands(
     config: ReleaseConfig, figures: ReleaseFigures, threads: Mapping[str, int | None]
 ) -> tuple[str, ...]:
     """A release as single commands; the last one writes its model files, byte for byte, with its stages' threads."""
-    asked, model, made = config.prune, config.model, config.export.names
+    asked, model, made = config.prune, config.model, config.quantize.names
     seed: tuple[object, ...] = ("--set", f"seed={config.seed}")
     opened = [] if model.device == "auto" else ["--device", model.device]
     kept = [] if model.dtype == AUTO else ["--set", f"dtype={model.dtype}"]
@@ -254,13 +254,13 @@ def single_commands(
     commands["evaluate"] = ("eval", final, "--against", model.reference, *words)
     record = figures.pruned[0]
     name = record.file.removesuffix(".gguf").removesuffix(f"-{record.quant}")
-    exporting = pick(ExportSettings, config.export, name=name, seed=config.seed, rounding_windows=None)
+    exporting = pick(ExportSettings, config.quantize, name=name, seed=config.seed, rounding_windows=None)
     if any("calibration" in find_format(one).reads for one in made):
         exporting = dataclasses.replace(
             exporting, calibration=asked.calibration, nsamples=asked.nsamples, seqlen=asked.seqlen,
-            rounding_windows=config.export.rounding_windows, dense=model.reference,
+            rounding_windows=config.quantize.rounding_windows, dense=model.reference,
         )  # fmt: skip
-    commands["export-pruned"] = ("export", final, "-o", "exports", *_words(exporting), *opened, *kept)
+    commands["export-pruned"] = ("quantize", final, "-o", "exports", *_words(exporting), *opened, *kept)
     return tuple(
         shlex.join(map(str, ("phoneready", *command, *(("--threads", count) if count else ()))))
         for command, count in ((command, threads.get(stage)) for stage, command in commands.items())

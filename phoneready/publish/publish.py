@@ -121,7 +121,7 @@ def write_reports(
 ) -> None:
     steps, profiles = Steps(config, folder, None), load_profiles()
     verdicts = folder / VERDICTS_FILE
-    projected = [steps.artifact(PRUNED, name) for name in config.export.projected]
+    projected = [steps.artifact(PRUNED, name) for name in config.quantize.projected]
     report = ReportInput(
         config=config,
         figures=figures,

@@ -113,7 +113,7 @@ def read_figures(config: ReleaseConfig, folder: Path) -> ReleaseFigures:
     for role in (DENSE, PRUNED):
         made = stage_folder(folder, f"export-{role}")
         manifests = [
-            read_record(ExportManifest, made / kind / "export.json") for kind in config.export.formats
+            read_record(ExportManifest, made / kind / "export.json") for kind in config.quantize.formats
         ]
         records = [record for manifest in manifests for record in manifest.exports]
         # They call the files as the release does.
@@ -177,7 +177,7 @@ def collect_figures(config: ReleaseConfig, folder: Path, release: ReleaseFigures
     for place in config.bench.targets:
         figures += benchmark_figures(config, place, steps.bench_records(place), items)
     # What a GGUF file would need, and how fast it would be, on every device of the configuration.
-    profiles, projected = load_profiles(), config.bench.measured(config.export.projected)
+    profiles, projected = load_profiles(), config.bench.measured(config.quantize.projected)
     for artifact in steps.artifacts() if config.bench.devices else ():
         if artifact.item not in projected:
             continue

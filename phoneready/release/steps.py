@@ -185,7 +185,7 @@ class Steps:
     @property
     def needs_moments(self) -> bool:
         """Whether a quantization wants the importance matrix of the dense model."""
-        export = self.config.export
+        export = self.config.quantize
         return export.imatrix and any("use_imatrix" in find_format(name).reads for name in export.names)
 
     @property
@@ -203,7 +203,7 @@ class Steps:
 
     def artifacts(self) -> list[Artifact]:
         """What was exported: of each quantization and variant the dense model, then the pruned one."""
-        return [self.artifact(role, item) for item in self.config.export.names for role in (DENSE, PRUNED)]
+        return [self.artifact(role, item) for item in self.config.quantize.names for role in (DENSE, PRUNED)]
 
     def artifact(self, role: str, item: str) -> Artifact:
         family, folder = family_of(item), stage_folder(self.folder, f"export-{role}")
@@ -251,7 +251,7 @@ class Steps:
         ids = self._calibration_ids("dense")
         wanted, seed = self.config.prune, self.config.seed
         calibration = Calibration(ids, wanted.calibration, seed, tokens_sha256(ids))
-        made = (*wanted.for_quant, *self.config.export.names)
+        made = (*wanted.for_quant, *self.config.quantize.names)
         settings = fitting_settings(self.config.prune_settings(), loaded.model, made)
         check = shape_check(settings, loaded.model, made)
         result = prune_model(
@@ -327,7 +327,7 @@ class Steps:
 
     def export(self, role: str, output: Path, progress: Progress) -> None:
         """The pruned model's exports, or for comparison the dense one's."""
-        export, text = self.config.export, self._calibration_ids("dense" if role == DENSE else "prune")
+        export, text = self.config.quantize, self._calibration_ids("dense" if role == DENSE else "prune")
         settings = export.options(
             spread_windows(text, export.rounding_windows),
             name=self._stem(role),
@@ -360,7 +360,7 @@ class Steps:
         """
         file = output / BENCH_FILE
         done = list(filter(_settled, read_jsonl(file))) if file.is_file() else []
-        wanted = self.config.bench.measured(self.config.export.names)
+        wanted = self.config.bench.measured(self.config.quantize.names)
         # Dense and pruned take turns.
         names = {str(a.path): a.name for a in self.artifacts() if a.item in wanted}
         settings = self.config.bench.settings(self.config.seed)

@@ -68,7 +68,7 @@ from phoneready.release.steps import fitting_settings, load_stage, run_recovery
 from phoneready.report.plots import speed_span
 from phoneready.search.point import Held, Point, SearchSettings
 from phoneready.search.record import EvaluatedPoint, Speed
-from phoneready.settings.schema import ExportConfig, ModelConfig, PruneConfig, RecoverConfig
+from phoneready.settings.schema import ModelConfig, PruneConfig, QuantizeConfig, RecoverConfig
 from phoneready.text import WRITERS, load_calibration
 from runtime_bench.devices import (
     DEFAULT_CONTEXT,
@@ -413,7 +413,7 @@ class Evaluator:
         checkpoint, drafts = self._checkpoint(point), self.work / "files"
         shutil.rmtree(drafts, ignore_errors=True)
         drafts.mkdir(parents=True)
-        export, text = ExportConfig(), None
+        export, text = QuantizeConfig(), None
         if "calibration" in GGUF.find(point.quant).reads:
             ids = self._side(point.vocabulary)[1].input_ids
             text = spread_windows(ids, export.rounding_windows)

@@ -42,16 +42,19 @@ from runtime_bench.targets.table import parse_target, target_slug
 
 GONE: Mapping[str, str] = MappingProxyType(
     {
-        "tune": "`phoneready search MODEL`, and what it finds in [prune] and [export]",
+        "tune": "`phoneready search MODEL`, and what it finds in [prune] and [quantize]",
         **dict.fromkeys(
             (f"prune.target_{name}" for name in ("size", "parameters", "speed", "axes")),
-            "`phoneready search MODEL`, and what it finds in [prune] and [export]",
+            "`phoneready search MODEL`, and what it finds in [prune] and [quantize]",
         ),
         "stores": "publish the file of each class of devices yourself",
         "tiers": "publish the file of each class of devices yourself",
         "budgets.store": 'at_most with the limit itself, such as "1.5 GB"',
         "budgets.beside": "at_most with what is left of the limit",
         "bench.idle_s": "nothing: energy is metered while samples run",
+        "export": '[quantize], in which `to = ["Q4_0", "int4"]` lists GGUF and ONNX files',
+        "quantize.quants": "quantize.to",
+        "quantize.onnx": "quantize.to",
         "prune.allocation": "prune.strength = 0 for equal shares",
         "bench.nominal_c": "wait_nominal_s, which waits for 45 degrees Celsius",
         "bench.unplugged": "wait_nominal_s, and unplug the device yourself",
@@ -233,7 +236,7 @@ def _merge(values: dict[str, Any], stated: Mapping[str, Any], place: Location = 
 def _problems_beside(values: Mapping[str, Any], faults: Sequence[Location]) -> list[_Problem]:
     """`_problems_between` for a configuration with faulty keys, as far as those do not bear on them."""
     names = {fault[0] for fault in faults}
-    if names & {"model", "evaluate", "export", "bench", "baseline"}:
+    if names & {"model", "evaluate", "quantize", "bench", "baseline"}:
         return []
     rest = {key: value for key, value in values.items() if key not in names}
     sound = list(range(len(values["budgets"]))) if "budgets" in rest else []
@@ -254,10 +257,10 @@ def _problems_beside(values: Mapping[str, Any], faults: Sequence[Location]) -> l
 
 def _problems_between(config: ReleaseConfig) -> Iterator[_Problem]:
     """Contradictions between sections: what cannot be pruned, trained, judged, written, or measured at a target."""
-    prune, training, export, bench = config.prune, config.recover, config.export, config.bench
+    prune, training, made, bench = config.prune, config.recover, config.quantize, config.bench
 
     def not_exported(name: str) -> str:
-        return f"not exported (got {name!r}); allowed: {', '.join(export.names)}"
+        return f"not exported (got {name!r}); allowed: {', '.join(made.names)}"
 
     if training is not None:
         try:
@@ -265,7 +268,7 @@ def _problems_between(config: ReleaseConfig) -> Iterator[_Problem]:
         except InputError as error:
             at_key = bool(error.field) and hasattr(training, error.field)
             yield (("recover", error.field), error.problem) if at_key else (("recover",), str(error))
-        if training.for_quant is not None and find_format(training.for_quant).name not in export.names:
+        if training.for_quant is not None and find_format(training.for_quant).name not in made.names:
             yield ("recover", "for_quant"), not_exported(training.for_quant)
         if config.learns_nothing:
             message = "nothing is removed, and a model learns nothing from its own distribution"
@@ -276,11 +279,13 @@ def _problems_between(config: ReleaseConfig) -> Iterator[_Problem]:
     if name := repeated_text(config.evaluate.text, config.evaluate.chats):
         yield ("evaluate", name.partition(" ")[0]), f"two have the name {name!r}; rename one of the files"
     for section, files in (("bench", bench.files), ("evaluate", config.evaluate.files)):
-        yield from (((section, "files"), not_exported(one)) for one in files if one not in export.names)
-    needed = [name for name in export.quants if find_quant(name).needs_imatrix]
-    if needed and not export.imatrix:
-        yield ("export", "imatrix"), f"{', '.join(needed)} cannot be written without an importance matrix"
-    measured = {name: family_of(name) for name in bench.measured(export.names)}
+        yield from (((section, "files"), not_exported(one)) for one in files if one not in made.names)
+    if BASE.name not in made.formats:
+        yield ("quantize", "to"), f"a release has GGUF files; allowed: also one of {', '.join(BASE.names)}"
+    needed = [name for name in made.formats.get(BASE.name, ()) if find_quant(name).needs_imatrix]
+    if needed and not made.imatrix:
+        yield ("quantize", "imatrix"), f"{', '.join(needed)} cannot be written without an importance matrix"
+    measured = {name: family_of(name) for name in bench.measured(made.names)}
     others = [name for name, family in measured.items() if family is not BASE]
     folders = [target_slug(place) for place in bench.targets]
     if len(set(folders)) < len(folders):
@@ -316,7 +321,7 @@ def _as_read(config: ReleaseConfig) -> ReleaseConfig:
     """With the default of what nothing reads, and a warning for each."""
     rows: list[tuple[str, Reads, tuple[Any, ...]]] = [
         ("evaluate", JUDGING, ()),
-        ("export", FILES, ()),
+        ("quantize", FILES, ()),
         ("prune", PRUNING, ()),
         ("prune", COUNTED, (bool(config.prune.vocabulary),)),
     ]
@@ -337,16 +342,16 @@ def planned_figures(config: ReleaseConfig) -> Iterator[FigureKey]:
     Tasks may be folders or groups whose members show only when they are read: they are planned as one, with `on` None.
     """
     bench, evaluate = config.bench, config.evaluate
-    for item in config.export.names:
+    for item in config.quantize.names:
         yield FigureKey("file_bytes", item)
     for place in bench.targets:
-        for item in bench.measured(config.export.names):
+        for item in bench.measured(config.quantize.names):
             for n_threads in bench.n_threads or (None,):
                 yield from (
                     FigureKey(metric, item, measured_place(place), n_threads) for metric in bench.metrics
                 )
     for device in bench.devices:
-        for item in bench.measured(config.export.projected):
+        for item in bench.measured(config.quantize.projected):
             yield from (FigureKey(metric, item, device) for metric in metrics_from(PROJECTION))
     texts = [text_name(kind, one) for kind in ("text", "chats") for one in getattr(evaluate, kind)]
     for item in (CHECKPOINT, *evaluate.files):

@@ -70,7 +70,7 @@ class PruneConfig(CountedText, CalibrationSettings, PruneSettings):
         option="--for --for-quant",
         look_up=lambda name: find_format(name).name,
         metavar="QUANT,...",
-        shown=f"{DEFAULT_FORMAT}; in release.toml what [export] makes",
+        shown=f"{DEFAULT_FORMAT}; in release.toml what [quantize] makes",
     )
     align: int = setting(
         0,
@@ -124,7 +124,7 @@ class EvaluateConfig(JudgementSettings):
 
 
 @dataclass(frozen=True)
-class ExportConfig(FileSettings):
+class QuantizeConfig(FileSettings):
     """What is made, of the dense model too."""
 
     @property
@@ -211,7 +211,7 @@ class ReleaseConfig(Section):
     prune: PruneConfig = pydantic.Field(default_factory=PruneConfig)
     recover: RecoverConfig | None = None
     evaluate: EvaluateConfig = pydantic.Field(default_factory=EvaluateConfig)
-    export: ExportConfig = pydantic.Field(default_factory=ExportConfig)
+    quantize: QuantizeConfig = pydantic.Field(default_factory=QuantizeConfig)
     bench: BenchConfig = pydantic.Field(default_factory=BenchConfig)
     baseline: BaselineConfig | None = None
     budgets: tuple[BudgetConfig, ...] = ()
@@ -232,7 +232,7 @@ class ReleaseConfig(Section):
 
     def prune_settings(self) -> PruneSettings:
         """For cfsp; widths fit the formats unless an alignment is set."""
-        return self.prune.settings(required_multiple((*self.export.names, *self.prune.for_quant)))
+        return self.prune.settings(required_multiple((*self.quantize.names, *self.prune.for_quant)))
 
     def speed_budgets(self, place: str) -> tuple[BudgetConfig, ...]:
         """Budgets on speeds at a target that more samples may decide, if there is time for that."""

@@ -15,8 +15,8 @@ from exporters.families import find_format
 from phoneready.settings.schema import (
     BenchConfig,
     EvaluateConfig,
-    ExportConfig,
     PruneConfig,
+    QuantizeConfig,
     RecoverConfig,
 )
 
@@ -24,13 +24,13 @@ _SECTIONS: Mapping[str, tuple[type[Settings], str]] = {
     "prune": (PruneConfig, "How to prune, and with what text."),
     "recover": (RecoverConfig, "Training after pruning; the section turns it on. See docs/recovery.md."),
     "evaluate": (EvaluateConfig, "The pruned model against the dense one."),
-    "export": (ExportConfig, "What is made of both models."),
+    "quantize": (QuantizeConfig, "What is made of both models."),
     "bench": (BenchConfig, "What is measured where. A size of 0 leaves a workload out."),
 }
 _OF_ANY_MODEL: Mapping[str, Mapping[str, Any]] = {
     "prune": {"prune_ratio": 0.0, "calibration": ["self"]},
     "evaluate": {"text": ["builtin:python-docs"], "chats": ["self"]},
-    "export": {"quants": ["Q8_0", "Q4_0"]},
+    "quantize": {"to": ["Q8_0", "Q4_0"]},
     "bench": {"n_gen": [64], "repetitions": 8},
 }
 """In place of what the demo says: how little of its own model to keep, and few samples to be quick with."""
@@ -59,7 +59,7 @@ def template_text(model: str | None = None) -> str:
     how = "".join(f"{line}\n" for row in opened for line in _lines(row, {}))
     text = text.replace("[device]\n", how, 1)
     text = text.replace("[sections]\n", sections + "\n", 1)
-    smallest = find_format(stated["export"]["quants"][-1]).name
+    smallest = find_format(stated["quantize"]["to"][-1]).name
     text = text.replace("[files]\n", f"files = {_toml([smallest])}\n")
     return text if model is None else text.replace('"smollm2-135m" ', f"{_toml(model)} ", 1)
 

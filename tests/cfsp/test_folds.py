@@ -130,7 +130,7 @@ def test_a_pruned_phi_becomes_files(
     ]
     assert main(["prune", str(folder), "-o", str(pruned), "--prune-ratio", "0.25", *text]) == 0
     assert len(set(model_shape(load_pruned(pruned)).ffn_widths)) > 1
-    line = ["export", str(pruned), "-o", str(out), "--gguf", "f32", "--onnx", "fp32", "--threads", "1"]
+    line = ["quantize", str(pruned), "-o", str(out), "--to", "f32,fp32", "--threads", "1", "--text", "none"]
     assert main(line) == 0, capsys.readouterr().err  # both are proven to compute the checkpoint
     contexts = {}
     for family in ("gguf", "onnx"):

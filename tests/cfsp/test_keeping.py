@@ -176,7 +176,16 @@ def test_an_export_of_16_bits_is_by_blocks_where_float32_takes_too_much(
     by_blocks, hashes = [], set()
     for free in (6 * n_weights, 2**60):
         monkeypatch.setattr("cfsp.models.offload.free_memory", lambda free=free: free)
-        command = ["export", str(tmp_path / "saved"), "-o", str(tmp_path / str(free)), "--gguf", "Q8_0"]
+        command = [
+            "quantize",
+            str(tmp_path / "saved"),
+            "-o",
+            str(tmp_path / str(free)),
+            "--to",
+            "Q8_0",
+            "--text",
+            "none",
+        ]
         capsys.readouterr()
         assert main([*command, "--set", "dtype=bfloat16", "--json"]) == 0
         (found,) = json.loads(capsys.readouterr().out)["exports"]

@@ -101,7 +101,7 @@ def test_it_is_pruned_and_exported(
     torch.testing.assert_close(load_pruned(tmp_path / "dense")(IDS).logits, expected, rtol=1e-4, atol=1e-4)
     for reference in (folder, tmp_path / "pruned"):
         out = tmp_path / f"{reference.name}-files"
-        line = ["export", str(reference), "-o", str(out), "--gguf", "f32", "--threads", "1"]
+        line = ["quantize", str(reference), "-o", str(out), "--to", "f32", "--threads", "1", "--text", "none"]
         assert main(line) == 0, capsys.readouterr().err
         assert list(out.glob("*.gguf"))
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before

@@ -38,8 +38,8 @@ seqlen = 64
 max_windows = 1
 prompts = ["Who?"]
 max_new_tokens = 2
-[export]
-quants = ["Q8_0"]
+[quantize]
+to = ["Q8_0"]
 [bench]
 n_prompt = [0]
 n_gen = [0]

@@ -288,7 +288,7 @@ def gemma(tiny_folder: TinyPath, tmp_path_factory: pytest.TempPathFactory) -> tu
     folder = tmp_path_factory.mktemp("files")
     dense = str(tiny_folder(GEMMA, intermediate_size=192, num_hidden_layers=6))
     assert main(["prune", dense, "-o", str(folder / "pruned"), *LOST, *TEXT]) == 0
-    made = ["--gguf", "f32,f16,Q8_0,Q4_0,Q4_K_M,mixed:500KiB", "--threads", "1"]
+    made = ["--to", "f32,f16,Q8_0,Q4_0,Q4_K_M,mixed:500KiB", "--threads", "1"]
     text = [
         "--calibration",
         "builtin:python-docs",
@@ -298,7 +298,7 @@ def gemma(tiny_folder: TinyPath, tmp_path_factory: pytest.TempPathFactory) -> tu
         "seqlen=64",
         "--tune-scales",
     ]
-    assert main(["export", str(folder / "pruned"), "-o", str(folder / "gguf"), *made, *text]) == 0
+    assert main(["quantize", str(folder / "pruned"), "-o", str(folder / "gguf"), *made, *text]) == 0
     return folder / "pruned", folder / "gguf"
 
 

@@ -49,8 +49,8 @@ seqlen = 32
 max_windows = 2
 max_new_tokens = 2
 prompts = ["List three fruits."]
-[export]
-quants = ["Q8_0"]
+[quantize]
+to = ["Q8_0"]
 [bench]
 n_prompt = [8]
 n_gen = [2]
@@ -112,7 +112,7 @@ def trimmed(dense: str, build_once: BuildOnce) -> Path:
 def dense_onnx(dense: str, build_once: BuildOnce) -> str:
     """Folder of the dense model's float32 ONNX variant."""
     pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
-    asked = ["export", dense, "--onnx", "fp32", "--threads", "1"]
+    asked = ["quantize", dense, "--to", "fp32", "--threads", "1", "--text", "none"]
     return str(build_once("dense-onnx", lambda folder: main([*asked, "-o", str(folder)])) / "fp32")
 
 

@@ -58,8 +58,8 @@ def test_all_axes_go_together(dense: str, tmp_path: Path, capsys: Capture) -> No
         assert line in said
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert (config["num_hidden_layers"], config["vocab_size"]) == (3, 300)
-    files = ["--gguf", "f32", "--onnx", "fp32", "--threads", "1"]
-    assert main(["export", str(folder), "-o", str(tmp_path / "files"), *files]) == 0
+    files = ["--to", "f32,fp32", "--threads", "1"]
+    assert main(["quantize", str(folder), "-o", str(tmp_path / "files"), *files]) == 0
 
 
 def test_options_that_nothing_reads_are_named_and_change_nothing(
@@ -98,7 +98,7 @@ def test_options_that_nothing_reads_are_named_and_change_nothing(
     assert json.loads(saved.read_text("utf-8"))["warnings"] == said
 
     pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
-    asked = ["export", str(pruned), "--gguf", "Q8_0", "--threads", "1", "--set", "name=m"]
+    asked = ["quantize", str(pruned), "--to", "Q8_0", "--threads", "1", "--set", "name=m", "--text", "none"]
     assert main([*asked, "-o", str(tmp_path / "plain")]) == 0
     assert not warned(capsys)
     idle = ["--calibration", "missing.txt", "--set", "opset=18", "--set", "mixed_bytes=80M", "--tune-scales"]
@@ -106,7 +106,7 @@ def test_options_that_nothing_reads_are_named_and_change_nothing(
     said = warned(capsys)
     assert said == [
         "--calibration has no effect without files of few bits",
-        "--set opset has no effect without --onnx VARIANT,...",
+        "--set opset has no effect without --to VARIANT,...",
         "--tune-scales has no effect without GGUF files of up to 6 bits",
         "--set mixed_bytes has no effect without the ONNX variant int4-mixed",
         "--set nsamples has no effect without --calibration REF, or what needs text",
@@ -122,14 +122,14 @@ def test_export_and_bench(
     pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
     pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
     output, records = tmp_path / "out", tmp_path / "records.jsonl"
-    kinds = ["-o", output, "--gguf", "f32", "--onnx", "fp32,int8", "--threads", "1"]
-    exports = shown("export", pruned, *kinds)["exports"]
+    kinds = ["-o", output, "--to", "f32,fp32,int8", "--threads", "1"]
+    exports = shown("quantize", pruned, *kinds)["exports"]
     assert [export["quant"] for export in exports] == ["f32", "fp32", "int8"]
     assert exports[0]["parity"]["max_logit_diff"] < 1e-3
     assert {path.name for path in output.iterdir()} == {"gguf", "onnx"}
     file, *graphs = (output / export["file"] for export in exports)
     assert file.stat().st_size == exports[0]["file_bytes"]
-    assert "--force" in refused("export", pruned, *kinds)
+    assert "--force" in refused("quantize", pruned, *kinds)
 
     def rows(*arguments: object) -> list[dict[str, Any]]:
         capsys.readouterr()
@@ -171,10 +171,24 @@ def test_export_refuses_text_of_another_vocabulary(
 ) -> None:
     pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
     assert (
-        main(["export", str(trimmed), "-o", str(tmp_path / "file"), "--gguf", "f32", "--set", "name=m"]) == 0
+        main(
+            [
+                "quantize",
+                str(trimmed),
+                "-o",
+                str(tmp_path / "file"),
+                "--to",
+                "f32",
+                "--set",
+                "name=m",
+                "--text",
+                "none",
+            ]
+        )
+        == 0
     )
-    asked = ["-o", tmp_path / "out", "--gguf", "Q4_0", "--set", f"dense={dense}", *TEXT]
-    assert "another vocabulary" in refused("export", tmp_path / "file" / "m-f32.gguf", *asked)
+    asked = ["-o", tmp_path / "out", "--to", "Q4_0", "--set", f"dense={dense}", *TEXT]
+    assert "another vocabulary" in refused("quantize", tmp_path / "file" / "m-f32.gguf", *asked)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -194,7 +208,7 @@ def test_export_takes_a_model_that_is_no_folder_and_rounds_it_for_a_text(
     }
     for name, more in ways.items():
         output = tmp_path / name
-        (records[name],) = shown("export", tmp_path / "m.gguf", "--gguf", "Q4_0", "-o", output, *more)[
+        (records[name],) = shown("quantize", tmp_path / "m.gguf", "--to", "Q4_0", "-o", output, *more)[
             "exports"
         ]
         assert [file.name for file in output.glob("*.gguf")] == [records[name]["file"]]

@@ -15,8 +15,8 @@ from phoneready.settings.release import load_config, parse_config
 from phoneready.settings.schema import (
     BenchConfig,
     EvaluateConfig,
-    ExportConfig,
     PruneConfig,
+    QuantizeConfig,
     RecoverConfig,
 )
 from phoneready.settings.template import demo_config_text, template_text
@@ -39,7 +39,7 @@ def test_the_demo_and_the_example_are_valid_and_the_same() -> None:
 def test_all_errors_are_reported_at_once() -> None:
     text = (
         "sead = 1\n[model]\n[prune]\nprune_ratio = 1.5\ncalibrations = 3\n[evaluate]\nseqlen = 0\n"
-        '[export]\nquants = ["Q4_0", "Q9"]\n[bench]\nrepetitions = 0\n'
+        '[quantize]\nto = ["Q4_0", "Q9"]\n[bench]\nrepetitions = 0\n'
     )
     with pytest.raises(InputError) as caught:
         parse_config(text, where="release.toml")
@@ -53,7 +53,7 @@ def test_all_errors_are_reported_at_once() -> None:
         assert part in message
     for part in (
         "evaluate.seqlen",
-        "export.quants: quant: unknown quantization (got 'Q9')",
+        "quantize.to: quant: unknown quantization (got 'Q9')",
         "bench.repetitions: out of range (got 0); allowed: 1 to",
     ):
         assert part in message
@@ -81,13 +81,13 @@ LINES = '''# first
 seed = -1
 [model]
 reference = ""   # [prune]
-[export]
-quants = [
+[quantize]
+to = [
     "Q4_0",
     # "Q9",
     "Q8",
 ]
-onnx = ["""
+name = ["""
 [bench]
 repetitions = 0"""]
 [recover]
@@ -119,7 +119,7 @@ def test_every_error_stands_at_its_line() -> None:
     found = {int(part.removeprefix("line ").split(":")[0]): part for part in problems}
     assert sorted(found) == [2, 4, 6, 11, 15, 16, 19, 20, 24, 26, 29]
     for line, key in {
-        6: "export.quants",
+        6: "quantize.to",
         15: "recover.rank",
         24: "budgets[1].metric",
         29: "budgets[3]",
@@ -149,9 +149,9 @@ def test_a_budget_on_what_is_not_produced_is_an_error(more: str, wrong: str) -> 
 
 
 def test_settings_can_be_overridden_with_toml_values() -> None:
-    given = ["prune.prune_ratio=0.3", 'export.quants=["Q8_0"]', "seed=7", "recover.rank=4"]
+    given = ["prune.prune_ratio=0.3", 'quantize.to=["Q8_0"]', "seed=7", "recover.rank=4"]
     config = parse_config(MODEL, where="x", overrides=given)
-    assert (config.prune.prune_ratio, config.export.quants, config.seed) == (0.3, ("Q8_0",), 7)
+    assert (config.prune.prune_ratio, config.quantize.to, config.seed) == (0.3, ("Q8_0",), 7)
     assert config.recover is not None
     assert config.recover.rank == 4
     with pytest.raises(InputError, match=r"--set prune\.prune_ratio=2: prune\.prune_ratio: .*below 1"):
@@ -161,7 +161,7 @@ def test_settings_can_be_overridden_with_toml_values() -> None:
 
 
 def _settings() -> list[Declared]:
-    kinds = (PruneConfig, RecoverConfig, EvaluateConfig, ExportConfig, BenchConfig)
+    kinds = (PruneConfig, RecoverConfig, EvaluateConfig, QuantizeConfig, BenchConfig)
     return [row for kind in kinds for row in declared(kind)]
 
 
@@ -174,7 +174,7 @@ def test_init_writes_a_configuration_whose_comments_are_the_defaults(
     config = parse_config(text, where="x")
     assert config.model.reference == 'a "quoted" name'
     assert config.prune.removes_nothing
-    assert (config.export.rounding_windows, config.prune.nsamples) == (32, PruneConfig().nsamples)
+    assert (config.quantize.rounding_windows, config.prune.nsamples) == (32, PruneConfig().nsamples)
     assert {budget.relative_to for budget in config.budgets} == {"dense"}
     examples = {row.name for row in _settings() if row.default is None} | {"file"}
     text = text.replace("prune_ratio = 0.0", "prune_ratio = 0.1")  # what is dense learns nothing from itself
@@ -198,7 +198,7 @@ def test_patience_is_off_unless_it_is_asked_for() -> None:
         parse_config(MODEL + "[recover]\nepochs = 1.0", where="x")
 
 
-ONNX = '[export]\nquants = ["Q4_0"]\nonnx = ["fp32"]\n[bench]\n'
+ONNX = '[quantize]\nto = ["Q4_0", "fp32"]\n[bench]\n'
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ ONNX = '[export]\nquants = ["Q4_0"]\nonnx = ["fp32"]\n[bench]\n'
         ('[prune]\nprune_ratio = 0.0\n[recover]\nloss = "distill"', "line 6: recover.loss: nothing is removed"),
         ('[bench]\nfiles = ["int8"]', "line 4: bench.files: not exported"),
         ('[evaluate]\nfiles = ["Q8_0"]', "line 4: evaluate.files: not exported"),
-        ('[export]\nquants = ["IQ2_M"]\nimatrix = false', "line 5: export.imatrix: IQ2_M cannot be written without"),
+        ('[quantize]\nto = ["IQ2_M"]\nimatrix = false', "line 5: quantize.imatrix: IQ2_M cannot be written without"),
         ('[evaluate]\ntext = ["a/test.txt", "b/test.txt"]', "line 4: evaluate.text: two have the name 'text test.txt'"),
         (ONNX + 'cache_type = "q8_0"', "bench.cache_type: onnxruntime cannot run fp32 with q8_0; allowed: none"),
         ('[bench]\ncache_type = "q8_0"\ntargets = ["browser"]', "the engines of browser cannot be told"),
@@ -231,8 +231,8 @@ def test_what_cannot_be_done_is_refused_where_it_is_written(asked: str, wrong: s
     [
         ('[recover]\nmethod = "full"', "rank = 4", "--method ig-lora or lora"),
         ("[prune]", 'vocabulary_text = ["missing.txt"]', "a number of tokens to keep"),
-        ("[export]\nquants = ['Q8_0']", "tune_scales = true", "GGUF files of up to 6 bits"),
-        ("[export]", "mixed_bytes = 90000000", "the ONNX variant int4-mixed"),
+        ("[quantize]\nto = ['Q8_0']", "tune_scales = true", "GGUF files of up to 6 bits"),
+        ("[quantize]", "mixed_bytes = 90000000", "the ONNX variant int4-mixed"),
         ('[prune]\nreconstruct = "none"', "ridge = 0.1", "the reconstruction block-by-block"),
         ("[evaluate]", "limit = 8", "tasks"),
     ],
@@ -254,8 +254,8 @@ def test_what_is_read_is_taken() -> None:
         '[evaluate]\ntasks = ["chats.jsonl"]\nlimit = 8',
         '[prune]\nprune_ratio = 0.0\n[recover]\nloss = "both"',
         "[prune]\nprune_ratio = 0.0\nvocabulary = 300\n[recover]",
-        '[export]\nquants = ["Q4_0"]\n[recover]\nfor_quant = "q4_0"',
-        "[export]\nonnx = ['int4-mixed']\nmixed_bytes = 90000000\ntune_scales = true",
+        '[quantize]\nto = ["Q4_0"]\n[recover]\nfor_quant = "q4_0"',
+        "[quantize]\nto = ['Q8_0', 'int4-mixed']\nmixed_bytes = 90000000\ntune_scales = true",
         '[prune]\nvocabulary_text = ["a.txt"]\nvocabulary = 300',
     ):
         parse_config(MODEL + asked, where="x")
@@ -282,7 +282,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
 def test_a_template_for_another_model_has_no_number_of_the_demos() -> None:
     other = parse_config(template_text("org/model"), where="x")
     assert other.prune.removes_nothing
-    assert not any(name.startswith("mixed") for name in other.export.quants)
+    assert not any(name.startswith("mixed") for name in other.quantize.to)
     assert template_text("smollm2-135m") == template_text()
     for model in ("a\x7fb", 'a"b', "a\nb", "a\\b"):
         assert tomllib.loads(template_text(model))["model"]["reference"] == model

@@ -1,4 +1,4 @@
-"""`phoneready export --onnx` with what it cannot use: one line, a status, and nothing half-written."""
+"""`phoneready quantize --to` with what it cannot use: one line, a status, and nothing half-written."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_weights_that_are_not_their_plans_are_refused(pruned: Path, tmp_path: Pa
     ):
         copy = Path(shutil.copytree(pruned, tmp_path / "copy"))
         change(copy)
-        assert reason in refused("export", copy, "-o", tmp_path / "out", "--onnx", "fp32", *ONE)
+        assert reason in refused("quantize", copy, "-o", tmp_path / "out", "--to", "fp32", *ONE)
         assert [path.name for path in tmp_path.iterdir()] == ["copy"]
         shutil.rmtree(copy)
 
@@ -68,23 +68,23 @@ def test_what_cannot_be_exported_leaves_what_was_there(
 ) -> None:
     out = tmp_path / "out"
     # Next-token distributions of random weights are nearly flat, so four bits move them beyond any limit.
-    options = ["--onnx", "fp32,int4", "--calibration", "none", *ONE]
-    message = refused("export", pruned, "-o", out, *options, status=1)
+    options = ["--to", "fp32,int4", "--calibration", "none", *ONE]
+    message = refused("quantize", pruned, "-o", out, *options, status=1)
     assert "int4 (model_q4.onnx) is too far from the checkpoint" in message
     assert "its limit" in message
-    said = refused("export", pruned, "-o", out, "--onnx", "int8-dynamic", "--set", "opset=13", *ONE)
+    said = refused("quantize", pruned, "-o", out, "--to", "int8-dynamic", "--set", "opset=13", *ONE)
     assert "opset" in said
     assert "ReduceMax with 2 inputs" in said
     assert not list(tmp_path.iterdir())
     out.mkdir()
     (out / "mine.txt").write_text("keep")
-    assert "--force" in refused("export", pruned, "-o", out, "--onnx", "fp32", *ONE)
+    assert "--force" in refused("quantize", pruned, "-o", out, "--to", "fp32", *ONE)
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
 
 
 def test_an_older_opset_gives_a_file_that_older_runtimes_read(pruned: Path, tmp_path: Path) -> None:
-    options = ["-o", str(tmp_path / "out"), "--onnx", "fp32", "--set", "opset=13", *ONE]
-    assert main(["export", str(pruned), *options]) == 0
+    options = ["-o", str(tmp_path / "out"), "--to", "fp32", "--set", "opset=13", *ONE]
+    assert main(["quantize", str(pruned), *options]) == 0
     graph = onnx.load(tmp_path / "out" / "fp32" / "onnx" / "model.onnx", load_external_data=False)
     assert {entry.domain: entry.version for entry in graph.opset_import}[""] == 13
     assert graph.ir_version == 7
@@ -93,9 +93,9 @@ def test_an_older_opset_gives_a_file_that_older_runtimes_read(pruned: Path, tmp_
 @pytest.mark.parametrize(
     ("package", "line"),
     [
-        ("onnxruntime", "export MODEL -o OUT --onnx fp32"),
-        ("onnx_ir", "export MODEL -o OUT --onnx fp32"),
-        ("optimum", "export MODEL -o OUT --onnx portable"),
+        ("onnxruntime", "quantize MODEL -o OUT --to fp32"),
+        ("onnx_ir", "quantize MODEL -o OUT --to fp32"),
+        ("optimum", "quantize MODEL -o OUT --to portable"),
         ("onnxruntime_genai", "bench GRAPH --engine onnxruntime-genai"),
     ],
 )
@@ -123,10 +123,10 @@ def test_what_is_not_installed_is_named_with_its_extra(
 def test_an_interrupted_export_leaves_no_output(stop: int, pruned: Path, tmp_path: Path) -> None:
     """Stopped once it has written a graph; what a kill leaves, the next run clears."""
     output = tmp_path / "out"
-    line = [sys.executable, "-m", "phoneready", "export", str(pruned), "-o", str(output), *ONE]
+    line = [sys.executable, "-m", "phoneready", "quantize", str(pruned), "-o", str(output), *ONE]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(
-        [*line, "--onnx", "fp32,fp16,int8,int8-dynamic"], stdout=-1, stderr=-1, text=True, env=environment
+        [*line, "--to", "fp32,fp16,int8,int8-dynamic"], stdout=-1, stderr=-1, text=True, env=environment
     ) as process:
         while not any(tmp_path.glob(".out.tmp-*/fp32/onnx/*.onnx")):
             assert process.poll() is None, process.communicate()
@@ -144,5 +144,5 @@ def test_an_interrupted_export_leaves_no_output(stop: int, pruned: Path, tmp_pat
         left = sorted(path.name for path in tmp_path.iterdir())
         assert left[0] == ".out.lock"
         assert [name.startswith(".out.tmp-") for name in left[1:]] == [True]
-    assert main(["export", str(pruned), "-o", str(output), "--onnx", "fp32", *ONE]) == 0
+    assert main(["quantize", str(pruned), "-o", str(output), "--to", "fp32", *ONE]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -48,7 +48,7 @@ def test_a_family_by_entry_point(model: Path, tmp_path: Path) -> None:
     (info / "entry_points.txt").write_text(f"[phoneready.families]\n{LINE}")
     assert phoneready(site, "prune", model, *sizes).endswith("status 0")
     files = tmp_path / "files"
-    exported = phoneready(site, "export", tmp_path / "pruned", "--gguf", "f32", "-o", files)
+    exported = phoneready(site, "quantize", tmp_path / "pruned", "--to", "f32", "-o", files, "--text", "none")
     assert exported.endswith("status 0"), exported
     (file,) = files.rglob("*.gguf")
     # A file of it is loaded as its row says, too.

@@ -399,7 +399,21 @@ def test_a_file_holds_the_numbers_that_were_trained_through_its_rounding(
     assert record.kept_step > 0
     assert record.after != record.before
     for name in ("files", "again"):
-        assert main(["export", str(trained), "-o", str(tmp_path / name), "--gguf", f"{quant},Q8_0"]) == 0
+        assert (
+            main(
+                [
+                    "quantize",
+                    str(trained),
+                    "-o",
+                    str(tmp_path / name),
+                    "--to",
+                    f"{quant},Q8_0",
+                    "--text",
+                    "none",
+                ]
+            )
+            == 0
+        )
     manifest = read_record(ExportManifest, tmp_path / "files" / "export.json")
     of_quant, of_eight_bits = manifest.exports
     assert of_quant.trained_tensors > 0
@@ -415,7 +429,10 @@ def test_a_file_holds_the_numbers_that_were_trained_through_its_rounding(
     name = next(name for name in stored if "attn_q" in name)
     save_file(stored | {name: stored[name].flip(0).contiguous()}, trained / "rounded.safetensors")
     capsys.readouterr()
-    assert main(["export", str(trained), "-o", str(tmp_path / "damaged"), "--gguf", quant]) == 2
+    assert (
+        main(["quantize", str(trained), "-o", str(tmp_path / "damaged"), "--to", quant, "--text", "none"])
+        == 2
+    )
     assert f"not what its weights stand for: {name}" in capsys.readouterr().err
     assert not (tmp_path / "damaged").exists()
 
@@ -428,7 +445,7 @@ def test_a_4_bit_variant_holds_the_numbers_that_were_trained_through_its_roundin
     assert main(command(dense, trained, chats, *options)) == 0
     assert record_of(trained).kept_step > 0
     capsys.readouterr()
-    assert main(["export", str(trained), "-o", str(files), "--onnx", "int4"]) == 0
+    assert main(["quantize", str(trained), "-o", str(files), "--to", "int4", "--text", "none"]) == 0
     assert "writing calibration text" not in capsys.readouterr().err
     (record,) = read_record(ExportManifest, files / "export.json").exports
     assert record.calibration_sha256 is None
@@ -438,7 +455,10 @@ def test_a_4_bit_variant_holds_the_numbers_that_were_trained_through_its_roundin
     stored = load_file(trained / "rounded.safetensors")
     name = next(name for name in stored if "q_proj.scales" in name)
     save_file(stored | {name: stored[name] * 2}, trained / "rounded.safetensors")
-    assert main(["export", str(trained), "-o", str(tmp_path / "damaged"), "--onnx", "int4"]) == 2
+    assert (
+        main(["quantize", str(trained), "-o", str(tmp_path / "damaged"), "--to", "int4", "--text", "none"])
+        == 2
+    )
     assert f"not what its weights stand for: {name.removesuffix('.scales')}" in capsys.readouterr().err
     assert not (tmp_path / "damaged").exists()
 

@@ -75,7 +75,7 @@ nonsense | nonsense
 prune MODEL | --output
 prune MODEL -o x.json --plan y | name a folder
 prune MODEL -o x --nsamples 8 | --nsamples: use --set nsamples=VALUE
-export MODEL -o x --no-gptq | --no-gptq: use --set gptq=false
+quantize MODEL -o x --no-gptq | --no-gptq: use --set gptq=false
 prune MODEL -o x --prune-ratio 1 | --prune-ratio: out of range (got 1.0); allowed: 0 or more and below 1
 prune MODEL -o x --set score=best | score
 prune MODEL -o x --for-quant Q9 | Q9
@@ -92,16 +92,16 @@ prune MODEL -o out --threads 3000000000 | --threads
 prune MODEL -o out --set ridge=inf | --set ridge
 prune MODEL -o out --set ridge=1e400 | --set ridge
 export missing -o out | no such model
-export MODEL -o out --onnx int3 | int4-b128
-export MODEL -o out --onnx int4 --calibration missing.txt | missing.txt
-export MODEL -o out --onnx int4 --calibration none --calibration self | stands alone
-export MODEL -o out --gguf Q4_0 --onnx int2 | int2
-export MODEL -o out --onnx int4-mixed --calibration none | wants text
-export MODEL -o out --onnx int4-mixed --set mixed_bytes=large | --set mixed_bytes
-export MODEL -o out --set mixed_bytes=999999999999999999999G | --set mixed_bytes
-export MODEL -o out --gguf Q4_0 --tune-scales --calibration none | scales are trained on text
-export MODEL -o out --onnx fp32 --set opset=12 | 13 to
-export MODEL -o out --onnx fp32 --set opset=99 | 13 to
+quantize MODEL -o out --to int3 | int4-b128
+quantize MODEL -o out --to int4 --calibration missing.txt | missing.txt
+quantize MODEL -o out --to int4 --calibration none --calibration self | stands alone
+quantize MODEL -o out --to Q4_0,int2 | int2
+quantize MODEL -o out --to int4-mixed --calibration none | wants text
+quantize MODEL -o out --to int4-mixed --set mixed_bytes=large | --set mixed_bytes
+quantize MODEL -o out --set mixed_bytes=999999999999999999999G | --set mixed_bytes
+quantize MODEL -o out --to Q4_0 --tune-scales --calibration none | scales are trained on text
+quantize MODEL -o out --to fp32 --set opset=12 | 13 to
+quantize MODEL -o out --to fp32 --set opset=99 | 13 to
 recover MODEL -o out --set rank=100000000 | --set rank
 recover MODEL -o out --set alpha=nan | --set alpha
 recover MODEL -o out --max-tokens 10 --epochs 1 | use --max-tokens
@@ -205,7 +205,7 @@ def test_no_output_replaces_its_input_or_the_working_folder(
         ("file/x", tmp_path, "directory"),
     ):
         monkeypatch.chdir(where)
-        for command in (["export", "--gguf", "Q4_0"], ["prune"], ["recover"]):
+        for command in (["quantize", "--to", "Q4_0", "--text", "none"], ["prune"], ["recover"]):
             assert reason in refused(
                 capfd, command[0], str(checkpoint), "-o", output, "--force", *command[1:]
             )
@@ -214,7 +214,7 @@ def test_no_output_replaces_its_input_or_the_working_folder(
 SMALL = ["--calibration", "text.txt", "--set", "nsamples=2", "--set", "seqlen=32"]
 COMMANDS = {
     "prune": ["prune", "m", "-o", "out", *SMALL],
-    "export": ["export", "m", "-o", "out", "--gguf", "f32"],
+    "export": ["quantize", "m", "-o", "out", "--to", "f32", "--text", "none"],
     "eval": [
         "eval",
         "m",

@@ -53,9 +53,8 @@ max_windows = 2
 prompts = ["List three fruits.", "What is 2+2?"]
 max_new_tokens = 4
 files = ["{quants}"]
-[export]
-quants = ["{quants}"]
-onnx = ["int8"]
+[quantize]
+to = ["{quants}", "int8"]
 [bench]
 n_prompt = [8]
 n_gen = [2]

@@ -263,7 +263,7 @@ def test_every_single_command_is_one_that_the_command_line_takes(make_report_inp
         "prune": {"calibration": ["self", "builtin:python-docs"], "uniform_width": True},
         "recover": {"max_tokens": 1000},
         "evaluate": {"tasks": ["sciq"], "limit": 5, "metrics": ["m:f"]},
-        "export": {"quants": ["Q8_0"], "onnx": ["int4"], "imatrix": False},
+        "quantize": {"to": ["Q8_0", "int4"], "imatrix": False},
     }
     threads = {"prune": 2, "evaluate": None, "export-pruned": 1}
 

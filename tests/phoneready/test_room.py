@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ SmallDisk = Callable[[str], Path]
 BLOCK = ((64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128))
 SMALL = Extent((BLOCK,) * 4, 384, 64)
 LARGE = SMALL._replace(blocks=(BLOCK,) * 8)
-EXPORTING = FileSettings(quants=("Q4_0",), onnx=("int4",))
+EXPORTING = FileSettings(to=("Q4_0", "int4"))
 NEEDS: dict[str, Callable[[list[Extent]], Needs]] = {
     "draw": lambda extents: drawing_needs(extents, 8, 64, moments=True),
     "prune": lambda extents: pruning_needs(extents, PruneSettings(), 8, 64),
@@ -65,7 +64,7 @@ def test_a_larger_model_needs_more() -> None:
 def test_every_format_is_no_larger_than_floats() -> None:
     for family in FAMILIES.values():
         for name in family.formats:
-            made = replace(FileSettings(quants=(), onnx=()), **{family.setting: (name,)})
+            made = FileSettings(to=(name,))
             assert 0 <= exporting_needs([SMALL], made, None, 0).disk <= 8.1 * SMALL.least_weights
 
 
@@ -83,7 +82,7 @@ def test_every_stage_of_a_release_that_reads_a_model_is_checked(
 
 
 @pytest.mark.parametrize(
-    "command", [["prune"], ["export", "--gguf", "Q4_0"], ["search", "--max-size", "1MB"]]
+    "command", [["prune"], ["quantize", "--to", "Q4_0", "--text", "none"], ["search", "--max-size", "1MB"]]
 )
 def test_a_disk_that_cannot_hold_the_output_is_refused_before_the_model_is_read(
     command: list[str],

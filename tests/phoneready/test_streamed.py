@@ -16,7 +16,7 @@ from cfsp.progress import Progress
 ROOT = Path(__file__).resolve().parents[2]
 TinyPath = Callable[..., Path]
 TEXT = ["--calibration", "builtin:python-docs", "--set", "nsamples=2", "--set", "seqlen=32"]
-COMMANDS = [["prune", *TEXT], ["export", "--gguf", "Q4_0", *TEXT], ["export", "--onnx", "int4", *TEXT]]
+COMMANDS = [["prune", *TEXT], ["quantize", "--to", "Q4_0", *TEXT], ["quantize", "--to", "int4", *TEXT]]
 
 
 @pytest.mark.everything
