@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from cfsp.devices import find_device
-from cfsp.errors import InputError, LimitError
+from cfsp.errors import InputError
 from cfsp.files import atomic_directory, no_space_as_input_error, refuse_existing, scratch_directory
 from cfsp.models.checkpoint import PLAN_FILE, RoundedFormat, read_rounded_format, save_checkpoint
 from cfsp.models.offload import NARROW
@@ -25,8 +25,7 @@ from cfsp.records import read_record
 from cfsp.settings import Reads
 from cfsp.text.respelling import respelling
 from exporters.export_record import ExportRecord
-from exporters.families import FAMILIES, GGUF, READS, ExportSettings, find_format, read_by_formats
-from exporters.gguf.quants import find_quant
+from exporters.families import FAMILIES, READS, ExportSettings, find_format, read_by_formats
 from exporters.job import file_stem, has_dtype
 from phoneready.console import MakeOptions
 from phoneready.text import load_calibration
@@ -53,14 +52,12 @@ def export_model(
     dtype: str = "auto",
     warnings: tuple[str, ...] = (),
     before: Callable[[ExportSettings], None] = lambda request: None,
-    plain: Callable[[ExportRecord], None] | None = None,
     progress: Progress = no_progress,
 ) -> tuple[ExportRecord, ...]:
     """Export a checkpoint folder, or whatever else `load_model` takes, into a folder that the caller has claimed.
 
     Of several families each has a folder of its own in `output`, and a single one is `output` itself. `before` is
-    called with what is made, before a model is read; `plain` with what llama.cpp's quantizer alone makes of each GGUF
-    file that was rounded for the text; `warnings` are for the record.
+    called with what is made, before a model is read; `warnings` are for the record.
 
     Raises:
         InputError: As the families' exports, or a model or calibration text that cannot be read.
@@ -117,25 +114,14 @@ def export_model(
         )
         if len(formats) == 1:
             ((family, names),) = formats.items()
-            records = FAMILIES[family].export(checkpoint, output, names, options)
-        else:
-            inside = replace(options, force=False)
-            with atomic_directory(output, force=how.force) as folder:
-                records = tuple(
-                    replace(record, file=f"{family}/{record.file}")
-                    for family, names in formats.items()
-                    for record in FAMILIES[family].export(checkpoint, folder / family, names, inside)
-                )
-        rows = [find_quant(name) for name in formats.get(GGUF.name, ()) if options.calibration is not None]
-        others = [row.name for row in rows if "gptq" in row.reads and row.is_sized and not row.needs_imatrix]
-        if plain is not None and others:
-            nearest = replace(options, calibration=None, use_imatrix=False, gptq=False, tune_scales=False)
-            with suppress(LimitError), scratch_directory(output) as folder:
-                for record in GGUF.export(
-                    checkpoint, folder / "plain", others, replace(nearest, force=False)
-                ):
-                    plain(record)
-        return records
+            return FAMILIES[family].export(checkpoint, output, names, options)
+        inside = replace(options, force=False)
+        with atomic_directory(output, force=how.force) as folder:
+            return tuple(
+                replace(record, file=f"{family}/{record.file}")
+                for family, names in formats.items()
+                for record in FAMILIES[family].export(checkpoint, folder / family, names, inside)
+            )
 
 
 def is_checkpoint(reference: str) -> bool:

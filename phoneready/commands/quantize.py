@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -44,7 +44,6 @@ def quantize(
         output = Path("-".join((stem, *settings.names)).replace(":", "-"))
     settings, warnings = as_read(settings, EXPORT_READS)
     warn(warnings)
-    plain: dict[str, ExportRecord] = {}
     with claim_output(output), show_progress() as progress:
 
         def before(request: ExportSettings) -> None:
@@ -65,17 +64,13 @@ def quantize(
             dtype=dtype,
             warnings=warnings,
             before=before,
-            plain=lambda record: plain.update({record.quant: record}),
             progress=progress,
         )
-    payload = record_to_json(ExportManifest(records, warnings))
-    payload["plain"] = {name: {"kl_mean": record.parity.kl_mean} for name, record in plain.items()}
-    write_result(format_exports(model, records, plain, output), payload, as_json=how.json)
+    record = ExportManifest(records, warnings)
+    write_result(format_exports(model, records, output), record_to_json(record), as_json=how.json)
 
 
-def format_exports(
-    model: str, records: Sequence[ExportRecord], plain: Mapping[str, ExportRecord], output: Path
-) -> str:
+def format_exports(model: str, records: Sequence[ExportRecord], output: Path) -> str:
     """Size, stored types, how close each file is to the model, how it was proven, and what to do next."""
     from phoneready.report.report import proof_table
 
@@ -96,10 +91,10 @@ def format_exports(
                 f"float32: {first.blocks.max_difference:.1e} of the largest logit at most."
             )
     lines += [
-        f"{record.quant}: KL {record.parity.kl_mean:.3f}; llama.cpp's quantizer alone leaves "
-        f"{plain[record.quant].parity.kl_mean:.3f} in as many bytes."
+        f"{record.quant} with numbers chosen for the text: KL {record.rounded_kl:.3f}; with those of the plain "
+        f"quantizer, in as many bytes: {record.plain_kl:.3f}."
         for record in records
-        if record.quant in plain
+        if record.plain_kl is not None
     ]
     limit = format_bytes(int(_SMALLER * min(record.file_bytes for record in records))).replace(" ", "")
     return "\n".join([*lines, f"Written to {output}. Smaller: phoneready search {model} --max-size {limit}"])

@@ -106,7 +106,7 @@ def test_options_that_nothing_reads_are_named_and_change_nothing(
     said = warned(capsys)
     assert said == [
         "--calibration has no effect without files of few bits",
-        "--set opset has no effect without --to VARIANT,...",
+        "--set opset has no effect without ONNX variants",
         "--tune-scales has no effect without GGUF files of up to 6 bits",
         "--set mixed_bytes has no effect without the ONNX variant int4-mixed",
         "--set nsamples has no effect without --calibration REF, or what needs text",

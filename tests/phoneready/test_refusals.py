@@ -214,7 +214,7 @@ def test_no_output_replaces_its_input_or_the_working_folder(
 SMALL = ["--calibration", "text.txt", "--set", "nsamples=2", "--set", "seqlen=32"]
 COMMANDS = {
     "prune": ["prune", "m", "-o", "out", *SMALL],
-    "export": ["quantize", "m", "-o", "out", "--to", "f32", "--text", "none"],
+    "quantize": ["quantize", "m", "-o", "out", "--to", "f32", "--text", "none"],
     "eval": [
         "eval",
         "m",
@@ -292,7 +292,7 @@ def test_a_name_that_no_file_can_have_is_told_before_the_work(
     name: str, model: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (model / "model.safetensors").unlink()  # with which the work would begin
-    assert "name: " in refused(capfd, *COMMANDS["export"], "--set", f"name={name}")
+    assert "name: " in refused(capfd, *COMMANDS["quantize"], "--set", f"name={name}")
 
 
 def test_a_profile_is_shown_without_its_markup(
@@ -362,6 +362,6 @@ def test_no_folder_for_temporary_files(
 def test_an_output_that_is_empty_is_not_the_working_directory(
     model: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    for command in ("prune", "export", "recover", "release", "search"):
+    for command in ("prune", "quantize", "recover", "release", "search"):
         assert "-o: empty" in refused(capfd, command, "m", "-o", "")
         assert "-o: empty" in refused(capfd, command, "m", "--output", "")

@@ -273,7 +273,7 @@ def test_every_single_command_is_one_that_the_command_line_takes(make_report_inp
 
     found = commands()
     group = typer.main.get_command(app)
-    assert [shlex.split(line)[1] for line in found] == ["prune", "recover", "eval", "export"]
+    assert [shlex.split(line)[1] for line in found] == ["prune", "recover", "eval", "quantize"]
     for line in found:
         program, name, *arguments = shlex.split(line)
         assert program == "phoneready"

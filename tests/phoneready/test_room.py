@@ -48,7 +48,7 @@ EXPORTING = FileSettings(to=("Q4_0", "int4"))
 NEEDS: dict[str, Callable[[list[Extent]], Needs]] = {
     "draw": lambda extents: drawing_needs(extents, 8, 64, moments=True),
     "prune": lambda extents: pruning_needs(extents, PruneSettings(), 8, 64),
-    "export": lambda extents: exporting_needs(extents, EXPORTING, 8, 64),
+    "quantize": lambda extents: exporting_needs(extents, EXPORTING, 8, 64),
     "eval": lambda extents: judging_needs(extents, 64, (False,)),
     "recover": lambda extents: recovering_needs(extents, Training(method="full")),
 }
@@ -78,7 +78,7 @@ def test_every_stage_of_a_release_that_reads_a_model_is_checked(
     monkeypatch.setattr("phoneready.recipe.check_room", lambda what, *_, **__: checked.append(what))
     for stage in release_stages(config, tmp_path):
         check_stage_room(config, tmp_path, stage.name)
-    assert checked == ["prune", "prune", "recover", "eval", "export", "export", "eval", "eval"]
+    assert checked == ["prune", "prune", "recover", "eval", "quantize", "quantize", "eval", "eval"]
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_what_does_not_fit_a_disk_is_refused_with_what_is_free(
         require_room(Needs(scratch=1400 * 2**10), disk / "out", "prune")
     require_room(Needs(disk=700 * 2**10, scratch=700 * 2**10), disk / "out", "prune")
     with pytest.raises(InputError, match=r"export takes 1024.0 TiB of memory at least"):
-        require_room(Needs(memory=2**50), None, "export")
+        require_room(Needs(memory=2**50), None, "quantize")
     assert not list(disk.iterdir())
 
 

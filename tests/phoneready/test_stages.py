@@ -212,7 +212,7 @@ CONFIG = ReleaseConfig.model_validate(
         "model": {"reference": "smollm2-135m"},
         "recover": {},
         "evaluate": {"tasks": ["arc_easy"], "files": ["Q4_0"]},
-        "export": {"quants": ["Q4_0"], "onnx": ["int8"]},
+        "quantize": {"to": ["Q4_0", "int8"]},
     }
 )
 
