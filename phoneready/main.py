@@ -97,6 +97,7 @@ GONE: MappingProxyType[str, str] = MappingProxyType(
             for command in ("eval", "prune", "quantize", "recover", "release", "search")
         },
         "prune --plan-only": "use -o FILE.json",
+        "init --model": "name the model first: phoneready init MODEL -o FILE",
         "release --onnx": "use --set 'quantize.to=[\"int8\"]'",
         "eval --no-text": "use --text none",
         "eval --no-prompts": "use --prompts none",
@@ -118,7 +119,7 @@ GONE: MappingProxyType[str, str] = MappingProxyType(
 
 COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
     {
-        "init": ("init.init", "Write a release.toml with every setting, its default and a word on it."),
+        "init": ("init.init", "Write a release.toml: a file, and the budgets that it must keep."),
         "release": (
             "release.release",
             "Prune, export, prove and measure a model, and hold it against budgets.",

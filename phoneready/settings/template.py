@@ -43,6 +43,24 @@ def demo_config_text() -> str:
     return _resource("demo.toml")
 
 
+def gate_text(model: str, max_size: int | None = None, max_kl: float | None = None) -> str:
+    """A release.toml of a few lines: one file of the whole model, and the budgets that it must keep."""
+    quant = find_format(f"mixed:{max_size}" if max_size else "Q4_0").name
+    text = (
+        "# The whole model as one file, and its budgets. `phoneready init --all` writes every other setting.\n"
+        f"[model]\nreference = {_toml(model)}\n\n"
+        "[prune]\nprune_ratio = 0.0           # nothing goes; text like yours in place of `self` loses less\n"
+        'calibration = ["self"]\nnsamples = 32\nseqlen = 512\n\n'
+        f'[evaluate]\nfiles = ["{quant}"]      # on built-in text and on chats that the model writes\n\n'
+        f'[quantize]\nto = ["{quant}"]\n'
+    )
+    limits = {"file_bytes": max_size, "kl_mean": max_kl}
+    for metric, limit in limits.items():
+        if limit is not None:
+            text += f'\n[[budgets]]\nmetric = "{metric}"\nfiles = ["{quant}"]\nat_most = {limit}\n'
+    return text
+
+
 def template_text(model: str | None = None) -> str:
     """A commented release.toml to begin with."""
     stated, rows = tomllib.loads(demo_config_text()), dict(_SECTIONS)

@@ -169,7 +169,7 @@ def test_init_writes_a_configuration_whose_comments_are_the_defaults(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "release.toml"
-    assert main(["init", str(file), "--model", 'a "quoted" name']) == 0
+    assert main(["init", 'a "quoted" name', "-o", str(file), "--all"]) == 0
     text = file.read_text(encoding="utf-8")
     config = parse_config(text, where="x")
     assert config.model.reference == 'a "quoted" name'
@@ -184,9 +184,23 @@ def test_init_writes_a_configuration_whose_comments_are_the_defaults(
     assert parse_config(shown, where="x") == changed
     assert {row.name for row in _settings()} <= set(re.findall(r"(?m)^#?(\w+) = ", text))
     capsys.readouterr()
-    assert main(["init", str(file)]) == 2
+    assert main(["init", "-o", str(file)]) == 2
     assert "exists already" in capsys.readouterr().err
     assert file.read_text(encoding="utf-8").replace("prune_ratio = 0.0", "prune_ratio = 0.1") == text
+
+
+def test_init_writes_a_few_lines_that_gate_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "gate.toml"
+    limits = ["--max-size", "90 MB", "--max-kl", "0.2"]
+    assert main(["init", "some/model", "-o", str(file), *limits]) == 0
+    config = load_config(file)
+    assert config.prune.removes_nothing
+    assert config.quantize.to == config.evaluate.files == ("mixed-90MB",)
+    assert [(one.metric, one.at_most, one.files) for one in config.budgets] == [
+        ("file_bytes", 90_000_000, ("mixed-90MB",)), ("kl_mean", 0.2, ("mixed-90MB",)),
+    ]  # fmt: skip
+    assert len(file.read_text(encoding="utf-8").splitlines()) < 30
+    assert main(["init", "-o", str(tmp_path)]) == main(["init", "-o", str(file), "--all", *limits]) == 2
 
 
 def test_patience_is_off_unless_it_is_asked_for() -> None:

@@ -208,7 +208,7 @@ def test_what_does_not_fit_a_disk_is_refused_with_what_is_free(
     with pytest.raises(InputError, match=r"1.4 MiB.*\(TMPDIR\)"):
         require_room(Needs(scratch=1400 * 2**10), disk / "out", "prune")
     require_room(Needs(disk=700 * 2**10, scratch=700 * 2**10), disk / "out", "prune")
-    with pytest.raises(InputError, match=r"export takes 1024.0 TiB of memory at least"):
+    with pytest.raises(InputError, match=r"quantize takes 1024.0 TiB of memory at least"):
         require_room(Needs(memory=2**50), None, "quantize")
     assert not list(disk.iterdir())
 
