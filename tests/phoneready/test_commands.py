@@ -98,14 +98,14 @@ def test_options_that_nothing_reads_are_named_and_change_nothing(
     assert json.loads(saved.read_text("utf-8"))["warnings"] == said
 
     pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
-    asked = ["quantize", str(pruned), "--to", "Q8_0", "--threads", "1", "--set", "name=m", "--text", "none"]
+    asked = ["quantize", str(pruned), "--to", "Q8_0", "--threads", "1", "--set", "name=m"]
     assert main([*asked, "-o", str(tmp_path / "plain")]) == 0
     assert not warned(capsys)
     idle = ["--calibration", "missing.txt", "--set", "opset=18", "--set", "mixed_bytes=80M", "--tune-scales"]
     assert main([*asked, "-o", str(tmp_path / "out"), *idle, "--set", "nsamples=8"]) == 0
     said = warned(capsys)
     assert said == [
-        "--calibration has no effect without files of few bits",
+        "--text has no effect without files of few bits",
         "--set opset has no effect without ONNX variants",
         "--tune-scales has no effect without GGUF files of up to 6 bits",
         "--set mixed_bytes has no effect without the ONNX variant int4-mixed",
@@ -204,7 +204,7 @@ def test_export_takes_a_model_that_is_no_folder_and_rounds_it_for_a_text(
         "text": sized,
         "off": [*sized, "--set", "gptq=false"],
         "tuned": [*sized, "--tune-scales"],
-        "none": [],
+        "none": ["--text", "none"],
     }
     for name, more in ways.items():
         output = tmp_path / name

@@ -53,7 +53,7 @@ def test_all_errors_are_reported_at_once() -> None:
         assert part in message
     for part in (
         "evaluate.seqlen",
-        "quantize.to: quant: unknown quantization (got 'Q9')",
+        "quantize.to: to: unknown format (got 'Q9')",
         "bench.repetitions: out of range (got 0); allowed: 1 to",
     ):
         assert part in message

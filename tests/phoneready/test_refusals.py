@@ -91,7 +91,7 @@ prune MODEL -o out --set seed=9223372036854775808 | --set seed
 prune MODEL -o out --threads 3000000000 | --threads
 prune MODEL -o out --set ridge=inf | --set ridge
 prune MODEL -o out --set ridge=1e400 | --set ridge
-export missing -o out | no such model
+quantize missing -o out | no such model
 quantize MODEL -o out --to int3 | int4-b128
 quantize MODEL -o out --to int4 --calibration missing.txt | missing.txt
 quantize MODEL -o out --to int4 --calibration none --calibration self | stands alone
