@@ -37,11 +37,11 @@ _OF_TEXT = (
     "without text to round for",
 )
 EXPORT_READS: Reads = {
-    **read_by_formats({"opset": "without ONNX variants"}),
     "calibration": (
         lambda asked: NO_TEXT in asked.calibration or asked.reads("calibration"),
         "without files of few bits",
     ),
+    **read_by_formats({"opset": "without ONNX variants"}),
     **READS,
     **dict.fromkeys(("nsamples", "seqlen", "rounding_windows", "dense"), _OF_TEXT),
 }

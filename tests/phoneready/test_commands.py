@@ -109,7 +109,7 @@ def test_options_that_nothing_reads_are_named_and_change_nothing(
         "--set opset has no effect without ONNX variants",
         "--tune-scales has no effect without GGUF files of up to 6 bits",
         "--set mixed_bytes has no effect without the ONNX variant int4-mixed",
-        "--set nsamples has no effect without --calibration REF, or what needs text",
+        "--set nsamples has no effect without text to round for",
     ]
     assert json.loads((tmp_path / "out" / "export.json").read_text("utf-8"))["warnings"] == said
     files = [(tmp_path / name / "m-Q8_0.gguf").read_bytes() for name in ("plain", "out")]
