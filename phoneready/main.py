@@ -61,6 +61,7 @@ GONE: MappingProxyType[str, str] = MappingProxyType(
         **dict.fromkeys(("tune", "frontier", "shrink"), f"use {_SEARCH}"),
         "export": "use `phoneready quantize MODEL --to FORMAT,...`",
         **dict.fromkeys(("quantize --gguf", "quantize --onnx"), "use --to"),
+        "quantize --mixed-size": "use --set mixed_bytes=SIZE",
         **dict.fromkeys(
             (f"prune --target-{name}" for name in ("size", "parameters", "speed", "axes")), f"use {_SEARCH}"
         ),

@@ -55,7 +55,7 @@ class Training(Settings):
     )
     for_quant: str | None = setting(
         None,
-        "Train what a file of this format leaves open, through its rounding: export writes its numbers.",
+        "Train what a file of this format leaves open, through its rounding: quantize writes its numbers.",
         metavar="FORMAT",
         example="Q4_0",
     )

@@ -141,8 +141,8 @@ def given_options(context: typer.Context, names: Collection[str]) -> tuple[str, 
 def key_instead(option: str, command: Any) -> str | None:
     """What sets what an unknown option seems to mean; typer keeps the command's function as its callback."""
     keys: Mapping[str, Declared] = getattr(getattr(command, "callback", None), "keys", {})
-    words = set(option.lstrip("-").removeprefix("no-").split("-"))
-    named = {name: set(name.split("_")) for name in keys}
+    words = {word.rstrip("s") for word in option.lstrip("-").removeprefix("no-").split("-")}
+    named = {name: {word.rstrip("s") for word in name.split("_")} for name in keys}
     alike = [name for name, own in named.items() if own == words] or [
         name for name, own in named.items() if words <= own or (len(own) == 1 and own <= words)
     ]
