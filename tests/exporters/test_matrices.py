@@ -181,7 +181,7 @@ def test_a_broken_matrix_of_a_graph_is_found(checkpoint: Path, tmp_path: Path, v
 
 
 @pytest.mark.parametrize(
-    ("quantize", "name"), [(export_gguf, "Q3_K_S"), (export_gguf, "IQ3_S"), (export_onnx, "int4")]
+    ("export", "name"), [(export_gguf, "Q3_K_S"), (export_gguf, "IQ3_S"), (export_onnx, "int4")]
 )
 def test_numbers_chosen_for_a_text_give_way_to_plain_ones_that_lose_less(
     checkpoint: Path, tmp_path: Path, export: Callable[..., Any], name: str
