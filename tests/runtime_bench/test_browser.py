@@ -22,6 +22,7 @@ import pytest
 
 from cfsp.errors import InputError, PhonereadyError, require_extra
 from exporters.family import ExportOptions
+from exporters.gguf.runtime import Context
 from exporters.gguf.runtime import open_model as open_gguf
 from exporters.onnx.export import export_onnx
 from exporters.onnx.folder import find_graph
@@ -99,7 +100,7 @@ def request_for(path: Path, threads: int = 1, **changes: Any) -> WorkerRequest:
 def native_tokens(path: Path, count: int) -> list[int]:
     """The likeliest continuation of PROMPT in the runtime that parity is proven with."""
     if path.suffix == ".gguf":
-        llama = open_gguf(path, n_ctx=64, n_threads=1)
+        llama = open_gguf(path, Context(n_ctx=64), n_threads=1)
         feed = lambda tokens: (llama.decode(tokens), llama.last_logits())[1]  # noqa: E731
         close = llama.close
     else:
