@@ -48,7 +48,7 @@ ROOMS = {
         {"release"},
         {"report"},
         {"publish", "history"},
-        {"recipe", "tracking"},
+        {"releasing", "tracking"},
         {"search"},
         {"commands"},
         {"main"},

@@ -37,8 +37,8 @@ def release(
     """
     prepare_torch(how.threads)
     from phoneready.publish.publish import PAGE_FILE
-    from phoneready.recipe import explain_release, run_release
     from phoneready.release.results import read_figures
+    from phoneready.releasing import explain_release, run_release
     from phoneready.report.report import (
         beaten,
         details,

@@ -24,7 +24,7 @@ from exporters.family import ExportOptions
 from exporters.gguf.export import export_gguf
 from phoneready import room
 from phoneready.main import main
-from phoneready.recipe import check_stage_room, release_stages
+from phoneready.releasing import check_stage_room, release_stages
 from phoneready.room import (
     Extent,
     Needs,
@@ -75,7 +75,7 @@ def test_every_stage_of_a_release_that_reads_a_model_is_checked(
         {"model": {"reference": "smollm2-135m"}, "recover": {}, "evaluate": {"files": ["Q4_0"]}}
     )
     checked: list[str] = []
-    monkeypatch.setattr("phoneready.recipe.check_room", lambda what, *_, **__: checked.append(what))
+    monkeypatch.setattr("phoneready.releasing.check_room", lambda what, *_, **__: checked.append(what))
     for stage in release_stages(config, tmp_path):
         check_stage_room(config, tmp_path, stage.name)
     assert checked == ["prune", "prune", "recover", "eval", "quantize", "quantize", "eval", "eval"]

@@ -18,9 +18,9 @@ import pytest
 
 from cfsp.errors import InputError
 from cfsp.progress import Progress, no_progress
-from phoneready.recipe import explain_release, release_stages
 from phoneready.release.inputs import made_with
 from phoneready.release.stages import LOCK_FILE, Stage, claim_folder, run_stages, stage_folder
+from phoneready.releasing import explain_release, release_stages
 from phoneready.settings.schema import ReleaseConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -247,7 +247,7 @@ def test_any_change_of_the_code_runs_every_stage(
 ) -> None:
     for package in ("cfsp", "exporters", "runtime_bench", "phoneready"):
         shutil.copytree(ROOT / package, tmp_path / package)
-    monkeypatch.setattr("phoneready.recipe.made_with", lambda: made_with(tmp_path))
+    monkeypatch.setattr("phoneready.releasing.made_with", lambda: made_with(tmp_path))
     (tmp_path / "cfsp" / "__pycache__").mkdir(exist_ok=True)
     (tmp_path / "cfsp" / "__pycache__" / "other.pyc").write_bytes(b"compiled")
     assert run_again(folder) == {}
