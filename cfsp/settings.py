@@ -42,7 +42,6 @@ class Setting:
     choices: Iterable[
         str
     ] = ()  # names, or where their table is, as `module:NAME`, so that help need not load it
-    removed: Mapping[str, str] = dataclasses.field(default_factory=dict)  # old names -> what to use instead
     # Finds an entry in its table and gives the name as it is written there; raises InputError.
     look_up: Callable[[str], str] | None = None
     least: int = 0  # fewest entries of a tuple
@@ -85,8 +84,6 @@ class Setting:
             module, _, name = names.partition(":")
             names = getattr(importlib.import_module(module), name)
         if (names := tuple(names)) and value not in names:
-            if isinstance(value, str) and value in self.removed:
-                raise InputError("removed", field=field, value=value, allowed=self.removed[value])
             raise InputError("unknown", field=field, value=value, allowed=", ".join(names))
         if isinstance(value, int | float) and not isinstance(value, bool):
             within = (  # so that nothing holds for NaN

@@ -13,6 +13,8 @@ _BYTES: Mapping[str, int] = MappingProxyType(
     | {letter + more: 2 ** (10 * i) for i, letter in enumerate("kmg", 1) for more in ("", "ib")}
     | {letter + "b": 10 ** (3 * i) for i, letter in enumerate("kmg", 1)}
 )
+_FEWEST_BYTES = 10**6
+"""Below this a size without a unit is taken for a mistake."""
 _MS: Mapping[str, float] = MappingProxyType({"ms": 1.0, "s": 1e3, "us": 1e-3})
 _SECONDS: Mapping[str, float] = MappingProxyType({"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0})
 
@@ -42,8 +44,16 @@ def format_seconds(seconds: float) -> str:
 
 
 def parse_bytes(text: str, field: str) -> int:
-    """A size: `400M` and `400 MiB` in powers of 1024, `80 MB` in powers of 1000, or bytes; raises InputError."""
-    return round(_parse(text, _BYTES, field, "such as 400M, 400 MiB or 420 MB"))
+    """A size: `400M` and `400 MiB` in powers of 1024, `80 MB` in powers of 1000, or at least a million bytes.
+
+    Raises:
+        InputError: No size, or a small number without a unit.
+    """
+    count = round(_parse(text, _BYTES, field, "such as 400M, 400 MiB or 420 MB"))
+    if count < _FEWEST_BYTES and not text.strip()[-1].isalpha():
+        allowed = f"{text.strip()}MB, or {text.strip()}B if bytes are meant"
+        raise InputError("a size without a unit", field=field, value=text, allowed=allowed)
+    return count
 
 
 def parse_ms(text: str, field: str) -> float:

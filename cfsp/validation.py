@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import pydantic
 
@@ -19,11 +20,16 @@ _MOST_PROBLEMS = 20
 
 
 def describe_problems(
-    error: pydantic.ValidationError, line_of: Callable[[Location], str] = lambda location: ""
+    error: pydantic.ValidationError,
+    kind: Any = None,
+    line_of: Callable[[Location], str] = lambda location: "",
 ) -> str:
-    """Every problem with its place, such as `prune.ratio: unknown key; seed: missing`."""
+    """Every problem with its place, such as `prune.ratio: unknown key; seed: missing`.
+
+    `kind`, the class that was validated, lets an unknown key name the nearest known one.
+    """
     problems = error.errors(include_url=False)
-    told = [line_of(problem["loc"]) + _problem(problem) for problem in problems[:_MOST_PROBLEMS]]
+    told = [line_of(problem["loc"]) + _problem(problem, kind) for problem in problems[:_MOST_PROBLEMS]]
     return "; ".join(told + [f"and {len(problems) - len(told)} more"] * (len(problems) > len(told)))
 
 
@@ -56,10 +62,21 @@ def place_of(location: Location) -> str:
     return "".join(parts).removeprefix(".") or "file"
 
 
-def _problem(error: Any) -> str:
+def _problem(error: Any, kind: Any = None) -> str:
     place = place_of(error["loc"])
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{place}: unknown key"
+        if kind is None:
+            return f"{place}: unknown key"
+        *around, key = error["loc"]
+        for part in around:
+            kind = kind if isinstance(part, int) else get_type_hints(kind)[part]
+            while inner := get_args(kind):  # of tuple[X, ...] and X | None
+                kind = inner[0]
+        known = [name for name in get_type_hints(kind) if not name.startswith("_") and name != "model_config"]
+        near = difflib.get_close_matches(key, known, 1)
+        return f"{place}: unknown key; " + (
+            f"did you mean {near[0]}?" if near else f"allowed: {', '.join(known)}"
+        )
     if error["type"] == "dataclass_type":
         return f"{place}: not a table of keys (got {shown(error['input'])})"
     if error["type"] == "missing":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import importlib
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -38,85 +37,6 @@ _INPUT_ERRNOS = (
 )
 _LONGEST = 2000
 """Characters of an error's line."""
-
-_TOLERATED = (
-    *(
-        ("perplexity-ratio", "perplexity"),
-        ("bits-ratio", "bits_per_byte"),
-        ("tokens-ratio", "tokens_per_byte"),
-    ),
-    *(("kl-increase", "kl_mean"), ("top1-drop", "same_top1"), ("accuracy-drop", "accuracy")),
-    *(("degenerate-increase", "degenerate"), ("metric-change", "own")),
-)
-_OF_TARGETS = {
-    "runner": "runner=FILE",
-    "ndk": "ndk=DIR",
-    "remote-folder": "folder=DIR",
-    "ssh-config": "config=FILE",
-    "retries": "retries=N",
-}
-_SEARCH = "`phoneready search MODEL`"
-GONE: MappingProxyType[str, str] = MappingProxyType(
-    {
-        **dict.fromkeys(("tune", "frontier", "shrink"), f"use {_SEARCH}"),
-        "export": "use `phoneready quantize MODEL --to FORMAT,...`",
-        **dict.fromkeys(("quantize --gguf", "quantize --onnx"), "use --to"),
-        "quantize --mixed-size": "use --set mixed_bytes=SIZE",
-        **dict.fromkeys(
-            (f"prune --target-{name}" for name in ("size", "parameters", "speed", "axes")), f"use {_SEARCH}"
-        ),
-        "bench --idle": "energy is metered while samples run, all that the meter sees",
-        "bench --memory": "use --on constrained:400M",
-        "bench --cores": "use --on constrained:cores=0+1",
-        "bench --device": "use --on constrained:DEVICE or browser:DEVICE",
-        "bench --score": "use --on browser:score=NUMBER",
-        **{
-            f"{command} --{option}": f"write it behind the target, as in ssh:HOST,{key}"
-            for command in ("bench", "eval", "devices clean")
-            for option, key in _OF_TARGETS.items()
-        },
-        "bench --clean": "use `phoneready devices clean TARGET`",
-        "bench --at-once": "all machines are measured at the same time",
-        "bench --cold": "use --set regimes=cold",
-        "bench --seed": "the random tokens are always the same",
-        **dict.fromkeys(("bench --nominal-c", "bench --unplugged"), "use --set wait_nominal_s=SECONDS"),
-        "compare --plot": "use --format csv",
-        "compare --quality": "use --format csv, and `eval --json`",
-        **dict.fromkeys(("eval --ratios", "eval --csv"), "use `phoneready search MODEL --ratios`"),
-        "eval --against-host": "run eval here, too, and compare with --save and --baseline",
-        "eval --timeout": "a process on a target has an hour",
-        **{f"eval --max-{name}": f"use --tolerance {key}=VALUE" for name, key in _TOLERATED},
-        **dict.fromkeys(
-            (f"eval --{name}" for name in ("sampled", "temperature", "top-p", "top-k")),
-            "answers are greedy, as their degeneration is compared with the reference's",
-        ),
-        "history --false-alarms": "a change is what exceeds --threshold and the noise",
-        "history --plot": "use --json, or MLflow: docs/history.md",
-        "devices calibrate": "projections go by a profile's stated figures",
-        **{
-            f"{command} --trust-remote-code": "no code of a model folder runs: use one with tokenizer.json"
-            for command in ("eval", "prune", "quantize", "recover", "release", "search")
-        },
-        "prune --plan-only": "use -o FILE.json",
-        "init --model": "name the model first: phoneready init MODEL -o FILE",
-        "release --onnx": "use --set 'quantize.to=[\"int8\"]'",
-        "eval --no-text": "use --text none",
-        "eval --no-prompts": "use --prompts none",
-        "eval --prompt": "use --prompts",
-        "prune --allocation": "equal shares are --set strength=0",
-        "prune --coarse": "the angular distance it is, as in the paper",
-        "recover --chat-labels": "--loss distill learns all of a chat, other losses the answers",
-        "recover --distill-weight": "--loss both weighs both losses alike",
-        "recover --epochs": "use --max-tokens",
-        "recover --save-every": "each validation saves a checkpoint: use --set eval_every=STEPS",
-        "recover --temperature": "distillation is at temperature 1",
-        "recover --end-weight": "answers ended no sooner with it (docs/results/recovery.md)",
-        "recover --optimizer": "AdamW it is: Muon won nothing that lasted (docs/results/recovery.md)",
-        "recover --shard": "each process holds the whole model",
-        "report --sweep": "there is no plot of quality over ratios any more",
-    }
-)
-"""A command or option of earlier versions -> what to use instead."""
 
 COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
     {
@@ -301,10 +221,7 @@ def _fail_usage(error: Exception) -> int:
         return 2
     path = context.command_path if context else "phoneready"
     message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
-    command = re.search("No such command '([^']*)'", message)
-    asked = getattr(error, "option_name", None) or (command[1] if command else message)
-    if instead := GONE.get(f"{path.removeprefix('phoneready').strip()} {asked}".strip()):
-        return _fail(f"{asked} is gone: {instead}", 2, debug=False)
-    if asked.startswith("-") and context and (instead := key_instead(asked, context.command)):
+    asked = getattr(error, "option_name", None)
+    if asked and context and (instead := key_instead(asked, context.command)):
         return _fail(f"{asked}: use {instead}", 2, debug=False)
     return _fail(f"{message}; see {path} --help", int(getattr(error, "exit_code", 2)), debug=False)

@@ -52,9 +52,6 @@ class PruneSettings(Settings):
         "cfsp",
         "Importance of a channel inside its block.",
         choices=SCORES,
-        removed=dict.fromkeys(
-            ("taylor", "fisher", "obs", "obs_loss", "wanda_sp", "flap", "magnitude"), "cfsp"
-        ),
         rare=True,
     )
     align: int = setting(32, ALIGN)
@@ -63,7 +60,6 @@ class PruneSettings(Settings):
         "block-by-block",
         "How down_proj is solved anew: block-by-block or none.",
         choices=RECONSTRUCTIONS,
-        removed=dict.fromkeys(("one-pass", "mean"), "block-by-block"),
         rare=True,
     )
     ridge: float = setting(

@@ -89,11 +89,11 @@ def moment_windows(input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def spread_windows(input_ids: torch.Tensor, count: int | None) -> torch.Tensor:
-    """At most `count` of the windows (None: all), spread so that every source is among them."""
-    if count is None:
+    """At most `count` of the windows (None: all), evenly spaced, so that each source keeps its share."""
+    total = len(input_ids)
+    if count is None or count >= total:
         return input_ids
-    step = max(1, len(input_ids) // count)
-    return input_ids[::step][:count]
+    return input_ids[[index * total // count for index in range(count)]]
 
 
 def collect_input_moments(

@@ -40,40 +40,6 @@ from phoneready.settings.schema import COUNTED, RecoverConfig, ReleaseConfig
 from phoneready.settings.template import demo_config_text
 from runtime_bench.targets.table import parse_target, target_slug
 
-GONE: Mapping[str, str] = MappingProxyType(
-    {
-        "tune": "`phoneready search MODEL`, and what it finds in [prune] and [quantize]",
-        **dict.fromkeys(
-            (f"prune.target_{name}" for name in ("size", "parameters", "speed", "axes")),
-            "`phoneready search MODEL`, and what it finds in [prune] and [quantize]",
-        ),
-        "stores": "publish the file of each class of devices yourself",
-        "tiers": "publish the file of each class of devices yourself",
-        "budgets.store": 'at_most with the limit itself, such as "1.5 GB"',
-        "budgets.beside": "at_most with what is left of the limit",
-        "bench.idle_s": "nothing: energy is metered while samples run",
-        "export": '[quantize], in which `to = ["Q4_0", "int4"]` lists GGUF and ONNX files',
-        "quantize.quants": "quantize.to",
-        "quantize.onnx": "quantize.to",
-        "prune.allocation": "prune.strength = 0 for equal shares",
-        "bench.nominal_c": "wait_nominal_s, which waits for 45 degrees Celsius",
-        "bench.unplugged": "wait_nominal_s, and unplug the device yourself",
-        "prune.coarse_metric": "the angular distance, which is the only one",
-        "model.trust_remote_code": "nothing: no code of a model folder runs",
-        "recover.chat_labels": "recover.loss: distill learns all of a chat, others the answers",
-        "recover.distill_weight": 'recover.loss = "both", which weighs both alike',
-        "recover.epochs": "recover.max_tokens",
-        "recover.save_every": "recover.eval_every: each validation saves a checkpoint",
-        "recover.temperature": "nothing: distillation is at temperature 1",
-        "recover.optimizer": "AdamW, which is the only one",
-        "recover.end_weight": "nothing: answers ended no sooner (docs/results/recovery.md)",
-        **dict.fromkeys(
-            (f"evaluate.{name}" for name in ("sampled", "temperature", "top_p", "top_k")),
-            "nothing: answers are greedy",
-        ),
-    }
-)
-"""A key of earlier versions -> what to use instead."""
 _REFERENCES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "model": ("reference",),
@@ -118,13 +84,13 @@ def parse_config(text: str, *, where: str, overrides: Sequence[str] = ()) -> Rel
     def described(problems: Iterable[_Problem]) -> list[str]:
         return [f"{name(place)}{place_of(place)}: {message}" for place, message in problems]
 
-    problems = described(take_out_gone(values))
     try:
         config = ReleaseConfig.model_validate(values)
-        problems += described(_problems_between(config))
+        problems = described(_problems_between(config))
     except pydantic.ValidationError as error:
         places = [problem["loc"] for problem in error.errors()]
-        problems += [describe_problems(error, name), *described(_problems_beside(values, places))]
+        told = describe_problems(error, ReleaseConfig, name)
+        problems = [told, *described(_problems_beside(values, places))]
     if problems:
         raise InputError(f"{where}: {'; '.join(problems)}")
     return _as_read(config)
@@ -141,7 +107,7 @@ def read_recovery(path: Path) -> RecoverConfig:
         given = {"model": {"reference": "any"}, "recover": values.get("recover", values)}
         training = beside(ReleaseConfig.model_validate(given), path.parent).recover
     except pydantic.ValidationError as error:
-        raise InputError(f"{path}: {describe_problems(error, lambda place: '')}") from error
+        raise InputError(f"{path}: {describe_problems(error, ReleaseConfig)}") from error
     assert training is not None
     training.check()
     return training_as_read(training, training.texts)[0]
@@ -194,21 +160,6 @@ def key_lines(text: str) -> dict[Location, int]:
         elif key := re.match(r"\s*([\w.\s\"'-]+?)\s*=", line):
             found.setdefault((*table, *names(key[1])), number)
     return found
-
-
-def take_out_gone(values: dict[str, Any]) -> list[_Problem]:
-    """Keys of earlier versions, which are taken out."""
-    problems: list[_Problem] = []
-    for name, instead in GONE.items():
-        section, _, key = name.partition(".")
-        if not key and values.pop(section, None) is not None:
-            problems.append(((section,), f"is gone; use {instead}"))
-        rows = values.get(section) if key else None
-        for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
-            if isinstance(row, dict) and row.pop(key, None) is not None:
-                place = (section, number, key) if isinstance(rows, list) else (section, key)
-                problems.append((place, f"is gone; use {instead}"))
-    return problems
 
 
 def _override(values: dict[str, Any], text: str) -> Iterator[Location]:

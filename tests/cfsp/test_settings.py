@@ -100,7 +100,8 @@ def test_urls_lose_their_login(url: str, told: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("400M", 400 * 2**20), ("80 MB", 80_000_000), ("1.5 GiB", 3 * 2**29)]
+    ("text", "count"),
+    [("400M", 400 * 2**20), ("80 MB", 80_000_000), ("1.5 GiB", 3 * 2**29), ("75B", 75), ("1000000", 10**6)],
 )
 def test_sizes(text: str, count: int) -> None:
     assert parse_bytes(text, "--memory") == count
@@ -112,3 +113,8 @@ def test_what_is_no_size_is_named(text: str) -> None:
         parse_bytes(text, "--memory")
     with pytest.raises(InputError, match="ttft"):
         parse_ms(f"{text} s", "ttft")
+
+
+def test_a_small_size_needs_a_unit() -> None:
+    with pytest.raises(InputError, match=r"--max-size: a size without a unit .*allowed: 75MB, or 75B"):
+        parse_bytes("75", "--max-size")

@@ -8,7 +8,7 @@ import torch
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, feed_forward
 from cfsp.pruning.block_by_block import GramSum
-from cfsp.pruning.statistics import collect_input_moments, collect_statistics
+from cfsp.pruning.statistics import collect_input_moments, collect_statistics, spread_windows
 
 SLIDING = {
     "layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2, "max_window_layers": 1,
@@ -82,3 +82,13 @@ def test_identical_states_are_not_nan_and_infinite_activations_are_refused(tiny_
         feed_forward(model, decoder_layers(model)[1]).up.weight[0, 0] = float("inf")
     with pytest.raises(InputError, match="block 1 are not finite"):
         collect_statistics(model, windows(model))
+
+
+def test_windows_are_taken_of_each_source_alike() -> None:
+    sources = torch.arange(3).repeat_interleave(20)[:, None]
+    for count, each in ((32, {10, 11}), (45, {15}), (7, {2, 3}), (3, {1})):
+        found = spread_windows(sources, count)
+        assert len(found) == count
+        assert set(found.flatten().bincount().tolist()) <= each
+    assert torch.equal(spread_windows(sources, 99), sources)
+    assert torch.equal(spread_windows(sources, None), sources)

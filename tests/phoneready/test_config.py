@@ -158,6 +158,8 @@ def test_settings_can_be_overridden_with_toml_values() -> None:
         parse_config(MODEL, where="x", overrides=["prune.prune_ratio=2"])
     with pytest.raises(InputError, match="--set: not understood"):
         parse_config(MODEL, where="x", overrides=["model.reference=smollm2-135m"])
+    with pytest.raises(InputError, match=r"--set prune\.strenght=1: .* unknown key; did you mean strength\?"):
+        parse_config(MODEL, where="x", overrides=["prune.strenght=1"])
 
 
 def _settings() -> list[Declared]:
@@ -208,8 +210,6 @@ def test_patience_is_off_unless_it_is_asked_for() -> None:
         config = parse_config(MODEL + f"[recover]\n{asked}", where="x")
         assert config.recover is not None
         assert config.recover.settings(0).patience == patience
-    with pytest.raises(InputError, match=r"recover\.epochs: is gone; use recover\.max_tokens"):
-        parse_config(MODEL + "[recover]\nepochs = 1.0", where="x")
 
 
 ONNX = '[quantize]\nto = ["Q4_0", "fp32"]\n[bench]\n'
@@ -231,8 +231,10 @@ ONNX = '[quantize]\nto = ["Q4_0", "fp32"]\n[bench]\n'
         ('[bench]\nbackend = "vulkan"\ntargets = ["ssh:pi"]', "bench.backend: the runner that is built for"),
         (ONNX + 'targets = ["native"]', "bench.targets: native runs GGUF files only, not fp32"),
         ('[bench]\ntargets = ["ssh:a-b", "ssh:a_b"]', "bench.targets: two have one name on disk"),
-        ('[stores]\npack = "m"', "line 3: stores: is gone"),
-        ('[[budgets]]\nmetric = "file_bytes"\nstore = "play-app"\nat_most = 1', "budgets[0].store: is gone"),
+        ('[prun]\nalign = 32', "line 3: prun: unknown key; did you mean prune?"),
+        ("[recover]\nmax_token = 9", "line 4: recover.max_token: unknown key; did you mean max_tokens?"),
+        ('[[budgets]]\nmetric = "file_bytes"\natmost = 1', "budgets[0].atmost: unknown key; did you mean at_most?"),
+        ('[tracking]\nmlflow = "x"\nnames = 1', "tracking.names: unknown key; allowed: mlflow, experiment, files"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused_where_it_is_written(asked: str, wrong: str) -> None:

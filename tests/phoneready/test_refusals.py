@@ -104,12 +104,13 @@ quantize MODEL -o out --to fp32 --set opset=12 | 13 to
 quantize MODEL -o out --to fp32 --set opset=99 | 13 to
 recover MODEL -o out --set rank=100000000 | --set rank
 recover MODEL -o out --set alpha=nan | --set alpha
-recover MODEL -o out --max-tokens 10 --epochs 1 | use --max-tokens
 bench | bench
 bench --nonsense | --nonsense
+bench missing.gguf --regime cold | --regime: use --set regimes=VALUE
+serch MODEL | Did you mean 'search'
+eval MODEL --agains x | --against
 bench missing.gguf | missing.gguf
 bench missing.gguf --on the-moon | the-moon
-bench missing.gguf --memory 1G | use --on constrained:400M
 bench missing.gguf --on constrained | no limit
 bench missing.gguf --on constrained:much | much
 bench missing.gguf --on constrained:1K | too little
@@ -118,7 +119,6 @@ bench missing.gguf --on constrained:1G,pixel-8a | not both
 bench missing.gguf --on local:1G | unknown target
 bench missing.gguf --on ssh:x,cores=1 | cores=1: not for this target
 bench missing.gguf --on ssh:x,retries=many | retries=many: not a number
-bench missing.gguf --retries 1 | behind the target, as in ssh:HOST,retries=N
 bench FILE -r 1e30 | -r
 bench FILE -r 1000000000000 | -r
 bench FILE -t 3000000000 | -t
@@ -135,8 +135,6 @@ eval MODEL --text none --prompts missing.jsonl | missing.jsonl
 eval MODEL --text none --prompts prompts.md | prompts.md
 eval MODEL --prompts none --baseline missing.json | missing.json
 eval MODEL --prompts none --tolerance kl_mean=0.1 | --baseline
-eval MODEL --prompts none --max-kl-increase 0.1 | --max-kl-increase is gone: use --tolerance kl_mean=VALUE
-eval MODEL --prompts none --ratios 0.1 | --ratios is gone: use `phoneready search MODEL --ratios`
 eval MODEL --prompts none --baseline good.json --tolerance speed=1 | a key of perplexity
 eval MODEL --prompts none --baseline . | cannot read
 eval MODEL --prompts none --baseline good.json --tolerance kl_mean=-1 | 0 or more
@@ -147,7 +145,6 @@ eval MODEL --prompts none --text a/t.txt --text b/t.txt | text t.txt
 eval MODEL --prompts none --text none --text builtin:python-docs | --text none
 eval MODEL --set cache_type=q8_0 | torch keeps keys and values as it computes them
 eval MODEL --set cache_type=q2_K | allowed: f16, q8_0, q4_0
-eval MODEL --text none --sampled | --sampled is gone: answers are greedy
 eval FILE --on ssh:board --chats self | only a reference model in torch
 eval FILE --on ssh:board --set metrics=a:b | --set metrics needs the probability of every token
 eval FILE --on ssh:board --prompts none | nothing to judge
@@ -156,7 +153,6 @@ eval FILE --on constrained:400M | cannot be asked about texts
 eval FILE --on telnet:x | unknown target
 eval FILE --on ssh:board --runtime torch | no exported file
 eval FILE --set backend=gpu | --set backend is for another place
-eval FILE --runner program | behind the target, as in ssh:HOST,runner=FILE
 """
 
 
