@@ -62,7 +62,7 @@ class HistoryEntry:
     """A run: what was made, measured and decided. `id` hashes that: a run that found everything done has it again."""
 
     KIND: ClassVar[str] = "history-entry"
-    SCHEMA_VERSION: ClassVar[int] = 1
+    SCHEMA_VERSION: ClassVar[int] = 2
 
     id: str
     time: str

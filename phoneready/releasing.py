@@ -2,15 +2,16 @@
 
     dense          load the model, draw the calibration windows, keep both
     prune          make a plan, apply it, save the pruned checkpoint
-    evaluate       pruned against dense on text and chats, answers of both
+    evaluate       that checkpoint against the dense one on text and chats, answers of both
     export-dense   GGUF files and ONNX folders of the dense model, each held against it
-    export-pruned  GGUF files and ONNX folders of the pruned model, each held against it
+    export         GGUF files and ONNX folders that ship, each held against its checkpoint
     answers        what the exports themselves answer, each in its own runtime
     side-by-side   what all of them lose on the same windows of text
     bench-<target> all of them, in turns, for each target
     decide-<target> more rounds where budgets on speeds are open there
 
 With [recover] a stage `recover` trains after `prune`, and with evaluate.files `evaluate-files` judges those exports.
+A model of which nothing is removed or trained ships as it is: without `prune` and `export-dense`, judged by itself.
 Report and manifest are written from what the stages left, in every run; GGUF files are linked into the folder,
 ONNX folders copied.
 """
@@ -36,7 +37,7 @@ from exporters.families import FAMILIES, makes_gguf
 from phoneready.evaluation.own_metrics import check_directions, metric_sha256
 from phoneready.figures.figures import (
     DENSE,
-    PRUNED,
+    SHIPPED,
     FigureSet,
     Verdicts,
     check_same_model,
@@ -57,7 +58,14 @@ from phoneready.release.stages import (
     run_stages,
     stage_folder,
 )
-from phoneready.release.steps import RECOVERY_STAGE, Steps, bench_settled, bench_stage, decide_stage
+from phoneready.release.steps import (
+    RECOVERY_STAGE,
+    Steps,
+    bench_settled,
+    bench_stage,
+    decide_stage,
+    export_stage,
+)
 from phoneready.room import (
     Extent,
     Needs,
@@ -135,7 +143,7 @@ def check_stage_room(config: ReleaseConfig, folder: Path, name: str) -> None:
     prune, export, final = config.prune, config.quantize, Steps(config, folder, None).final
     seqlen, kept = prune.seqlen, config.model.dtype
     needs: Callable[[Sequence[Extent]], Needs]
-    what, read = "eval", tuple[str, ...]((final, "dense"))
+    what, read = "eval", tuple[str, ...](dict.fromkeys((final, "dense")))
     if name == "dense":
         what, read = "prune", ()
         moments = Steps(config, folder, None).needs_moments
@@ -148,12 +156,12 @@ def check_stage_room(config: ReleaseConfig, folder: Path, name: str) -> None:
         # Training, and the proof of an export, keep weights in float32 whatever is asked for.
         what, read, kept = "recover", ("prune",), "float32"
         needs = functools.partial(recovering_needs, settings=config.recover)
-    elif name in ("export-dense", "export-pruned"):
-        what, read, kept = "quantize", ("dense" if name == "export-dense" else final,), "float32"
+    elif name in map(export_stage, (SHIPPED, DENSE)):
+        what, read, kept = "quantize", (final if name == export_stage(SHIPPED) else "dense",), "float32"
         windows = min(prune.nsamples, export.rounding_windows or prune.nsamples)
         needs = functools.partial(exporting_needs, settings=export, windows=windows, seqlen=seqlen)
     elif name in ("evaluate", "side-by-side", "evaluate-files"):
-        few_bits = (name != "evaluate", False)
+        few_bits = (name != "evaluate", False)[-len(read) :]
         needs = functools.partial(judging_needs, seqlen=config.evaluate.seqlen, few_bits=few_bits)
     else:
         return
@@ -205,7 +213,8 @@ def load_baseline(config: ReleaseConfig) -> FigureSet | None:
 
 def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = None) -> list[Stage]:
     """The stages in order, with everything that their results depend on."""
-    steps, exports = Steps(config, folder, threads), ("export-dense", "export-pruned")
+    steps = Steps(config, folder, threads)
+    exports = tuple(map(export_stage, steps.roles))
     prune, evaluate, bench, final = config.prune, config.evaluate, config.bench, steps.final
     texts = {"text": evaluate.text, "chats": evaluate.chats}
 
@@ -268,19 +277,28 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
     def decide(place: str, output: Path, progress: Progress) -> None:
         measure_on(steps, place, load_baseline(config), output, progress)
 
-    stages = [Stage("dense", dense, (), steps.dense), Stage("prune", pruned, ("dense",), steps.prune)]
+    stages, checkpoints = [Stage("dense", dense, (), steps.dense)], tuple(dict.fromkeys(("dense", final)))
+    if not config.is_whole:
+        stages.append(Stage("prune", pruned, ("dense",), steps.prune))
     if config.recover is not None:
         stages.append(Stage(RECOVERY_STAGE, recovered, ("dense", "prune"), steps.recover))
     stages += [
-        Stage("evaluate", judged, ("dense", final), steps.evaluate),
-        Stage("export-dense", exported, ("dense",), functools.partial(steps.export, DENSE)),
-        Stage("export-pruned", exported, (final,), functools.partial(steps.export, PRUNED)),
+        Stage("evaluate", judged, checkpoints, steps.evaluate),
+        *(
+            Stage(
+                export_stage(role),
+                exported,
+                ("dense" if role == DENSE else final,),
+                functools.partial(steps.export, role),
+            )
+            for role in steps.roles
+        ),
         Stage("answers", asked, exports, steps.answers),
     ]
     if evaluate.text or evaluate.chats:
-        stages.append(Stage("side-by-side", side_by_side, ("dense", final, *exports), steps.side_by_side))
+        stages.append(Stage("side-by-side", side_by_side, (*checkpoints, *exports), steps.side_by_side))
     if evaluate.files:
-        before = ("dense", "export-pruned")
+        before = ("dense", export_stage(SHIPPED))
         stages.append(
             Stage(
                 "evaluate-files",

@@ -12,7 +12,7 @@ from typing import Any
 from cfsp.errors import require_extra
 from cfsp.reading import as_input_error
 from cfsp.records import read_record
-from phoneready.figures.figures import FIGURES_FILE, PRUNED, VERDICTS_FILE, FigureSet, Verdicts
+from phoneready.figures.figures import FIGURES_FILE, SHIPPED, VERDICTS_FILE, FigureSet, Verdicts
 from phoneready.history import HISTORY_FILE, read_entries
 from phoneready.publish.manifest import MANIFEST_FILE, ReleaseManifest
 from phoneready.settings.schema import TrackingConfig
@@ -59,7 +59,7 @@ def log_release(tracking: TrackingConfig, folder: Path, *, label: str | None = N
     metrics = []
     for figure in figures.figures:
         if figure.value is not None:
-            role = "" if figure.role == PRUNED else f"{figure.role}/"
+            role = "" if figure.role == SHIPPED else f"{figure.role}/"
             name = _name(f"{role}{figure.key.describe()}".replace(", ", "/"))
             metrics.append(mlflow.entities.Metric(name, figure.value, now, 0))
     # Records and reports at the top of the folder, and the exported files if they are wanted.

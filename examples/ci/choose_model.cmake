@@ -1,8 +1,9 @@
 # cmake -D FOLDER=release -D QUANT=Q4_0 -D TO=model.gguf -P choose_model.cmake
-file(GLOB found "${FOLDER}/*-pruned*-${QUANT}.gguf")
+file(GLOB found "${FOLDER}/*-${QUANT}.gguf")
+list(FILTER found EXCLUDE REGEX "-dense-${QUANT}.gguf$")
 list(LENGTH found count)
 if(NOT count EQUAL 1)
-  message(FATAL_ERROR "${FOLDER} has ${count} pruned files of ${QUANT}")
+  message(FATAL_ERROR "${FOLDER} has ${count} files of ${QUANT}")
 endif()
 get_filename_component(place "${TO}" DIRECTORY)
 file(MAKE_DIRECTORY "${place}")

@@ -31,12 +31,12 @@ sha256() {
 files=$(python3 - "$release/manifest.json" "$quant" <<'PYTHON'
 import json, sys
 manifest = json.load(open(sys.argv[1], encoding="utf-8"))
-if manifest["schema_version"] != 4:
+if manifest["schema_version"] != 5:
     sys.exit("a manifest of another version")
-pruned = [f for f in manifest["files"] if f["role"] == "pruned"]
-chosen = [f["file"] for f in pruned if f["quant"] == sys.argv[2]]
+shipped = [f for f in manifest["files"] if f["role"] == "shipped"]
+chosen = [f["file"] for f in shipped if f["quant"] == sys.argv[2]]
 if not chosen:
-    sys.exit(f"no {sys.argv[2]} in the release; there are " + ", ".join(f["quant"] for f in pruned))
+    sys.exit(f"no {sys.argv[2]} in the release; there are " + ", ".join(f["quant"] for f in shipped))
 for content in manifest["contents"]:
     path = content["path"]
     if path == chosen[0] or path.startswith(chosen[0] + "/"):

@@ -23,11 +23,11 @@ MOST_BYTES = 1_000_000
 
 
 def find_model(release: Path, quant: str) -> Path:
-    """The pruned GGUF file of a quantization, if it is what the manifest says."""
+    """The GGUF file that ships of a quantization, if it is what the manifest says."""
     manifest = json.loads((release / "manifest.json").read_text(encoding="utf-8"))
-    if manifest["kind"] != "release-manifest" or manifest["schema_version"] != 4:
+    if manifest["kind"] != "release-manifest" or manifest["schema_version"] != 5:
         sys.exit(f"{release}/manifest.json is not one that this service knows")
-    files = [f for f in manifest["files"] if f["role"] == "pruned" and f["format"] == "gguf"]
+    files = [f for f in manifest["files"] if f["role"] == "shipped" and f["format"] == "gguf"]
     chosen = next((f for f in files if f["quant"] == quant), None)
     if chosen is None:
         sys.exit(f"no {quant} in the release; there are {', '.join(f['quant'] for f in files)}")

@@ -45,6 +45,7 @@ def release(
         headline,
         losses_table,
         quality_text,
+        speed_tables,
         verdict_table,
     )
     from phoneready.settings.release import load_config
@@ -74,13 +75,13 @@ def release(
         except InputError as error:  # it must not hide the gate's verdict
             not_logged = error
     figures = read_figures(chosen, output)
-    best = figures.pruned[0]
+    best = figures.shipped[0]
     prompt, answer = figures.answers.prompts[0], figures.answers.answers[best.file][0]
     lines = [
         headline(figures),
         details(figures),
         *beaten(figures),
-        *(verdict_table(figures, d, p) for d, p in figures.pairs),
+        *([verdict_table(figures, *pair) for pair in figures.pairs] or speed_tables(figures)),
         losses_table(figures).markdown(),
         quality_text(figures),
         f"{best.file} answers:\n  Q: {prompt}\n  A: {' '.join(answer.split())}\n",

@@ -13,7 +13,7 @@ from phoneready.evaluation.evaluation_record import Evaluation, text_name
 from phoneready.figures.figures import (
     DENSE,
     OWN_METRIC,
-    PRUNED,
+    SHIPPED,
     TASK,
     TEXT,
     TOLERANCES,
@@ -31,7 +31,7 @@ from phoneready.figures.gate import differences, judge
 def evaluation_figures(item: str, subject: str, evaluation: Evaluation) -> Iterator[Figure]:
     """What an evaluation found of `subject`, and of the dense model; `item` as in FigureKey."""
     dense = evaluation.against.reference if evaluation.against else "dense"
-    names = {PRUNED: subject, DENSE: dense}
+    names = {SHIPPED: subject, DENSE: dense}
 
     def figure(
         role: str, metric: str, value: float | None, conditions: dict[str, str], on: str | None
@@ -49,14 +49,14 @@ def evaluation_figures(item: str, subject: str, evaluation: Evaluation) -> Itera
             theirs = getattr(text, f"against_{metric}", None)
             if d is not None and metric == "perplexity":
                 theirs = d.reference_perplexity
-            for role, value in ((PRUNED, own), (DENSE, theirs)):
+            for role, value in ((SHIPPED, own), (DENSE, theirs)):
                 if value is not None:
                     yield figure(role, metric, value, tokens, name)
-    yield from task_figures(item, PRUNED, subject, evaluation.tasks)
+    yield from task_figures(item, SHIPPED, subject, evaluation.tasks)
     yield from task_figures(item, DENSE, dense, evaluation.against_tasks)
     if (answers := evaluation.degeneration) is not None:
         prompts = {"prompts": answers.prompts_sha256}
-        yield figure(PRUNED, "degenerate", answers.share, prompts, None)
+        yield figure(SHIPPED, "degenerate", answers.share, prompts, None)
         yield figure(DENSE, "degenerate", answers.against_share, prompts, None)
     # Own metrics are taken over all texts.
     all_tokens["texts of own metrics"] = ", ".join(
@@ -66,7 +66,7 @@ def evaluation_figures(item: str, subject: str, evaluation: Evaluation) -> Itera
         key, higher = FigureKey(own.name, item), own.higher_is_better
         conditions = dict(all_tokens)
         yield Figure(
-            key, PRUNED, subject, own.unit, own.value, higher_is_better=higher, conditions=conditions
+            key, SHIPPED, subject, own.unit, own.value, higher_is_better=higher, conditions=conditions
         )
 
 
@@ -153,11 +153,11 @@ def _comparable(evaluation: Evaluation, other: Evaluation) -> dict[FigureKey, Fi
     subject, figures = evaluation.model.reference, {}
     for figure in evaluation_figures("model", subject, evaluation):
         metric = recorded_metric(figure.key.metric)
-        if figure.role == PRUNED and metric.tolerance is not None and metric.source != TASK:
+        if figure.role == SHIPPED and metric.tolerance is not None and metric.source != TASK:
             figures[figure.key] = figure
     for task in evaluation.tasks:
         for score in task.metrics:
-            figure = score_figure("model", PRUNED, subject, task, score)
+            figure = score_figure("model", SHIPPED, subject, task, score)
             key = replace(figure.key, on=f"{task.task} {score.name}")
             figures[key] = replace(figure, key=key)
     shared: dict[str, str] = {}

@@ -22,7 +22,7 @@ from runtime_bench.records.compare import Samples
 from runtime_bench.records.summary import RatioInterval
 
 CHECKPOINT = "checkpoint"  # the item that is the pruned (and recovered) model before export
-PRUNED, DENSE = "pruned", "dense"
+SHIPPED, DENSE = "shipped", "dense"
 FILE, BENCH, PROJECTION = "file", "bench", "projection"
 TEXT, TASK, ANSWERS, OWN = "text", "task", "answers", "own"
 ENERGY_OF = "joules_"  # begins the energy of a rate: joules_tg128
@@ -179,7 +179,7 @@ def measured_place(target: str) -> str:
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of a release, of PRUNED or of the DENSE model that it is compared with."""
+    """One figure of a release, of SHIPPED or of the DENSE model that it is compared with."""
 
     key: FigureKey
     role: str
@@ -214,7 +214,7 @@ class FigureSet:
     """figures.json: all figures of a release, with the dense model's reference and its weights' hash, if known."""
 
     KIND: ClassVar[str] = "release-figures"
-    SCHEMA_VERSION: ClassVar[int] = 2
+    SCHEMA_VERSION: ClassVar[int] = 3
 
     source: str
     source_sha256: str | None
@@ -242,7 +242,7 @@ def read_baseline(path: Path, wanted: Iterable[FigureKey]) -> FigureSet:
             means(found.metric, planned.metric)
             and replace(found, metric="", on=None) == replace(planned, metric="", on=None)
             and (found.on == planned.on or (found.metric == "accuracy" and planned.on is None))
-            for found in baseline.by_key(PRUNED)
+            for found in baseline.by_key(SHIPPED)
         )
 
     missing = [key.describe() for key in wanted if not is_there(key)]

@@ -39,7 +39,7 @@ from phoneready.figures.figures import (
     MISSED,
     OUTCOMES,
     PASS,
-    PRUNED,
+    SHIPPED,
     VERDICTS_FILE,
     BudgetConfig,
     BudgetVerdict,
@@ -83,8 +83,8 @@ def judge_all(
     budgets: Sequence[BudgetConfig], figures: FigureSet, baseline: FigureSet | None = None
 ) -> tuple[BudgetVerdict, ...]:
     """Every budget's verdict on every figure; raises InputError for one that limits nothing, and as `judge`."""
-    ours = figures.by_key(PRUNED)
-    references = {"dense": figures.by_key(DENSE), "baseline": baseline.by_key(PRUNED) if baseline else {}}
+    ours = figures.by_key(SHIPPED)
+    references = {"dense": figures.by_key(DENSE), "baseline": baseline.by_key(SHIPPED) if baseline else {}}
     verdicts = []
     for position, budget in enumerate(budgets):
         chosen = select(budget, ours)

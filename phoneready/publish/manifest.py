@@ -25,6 +25,7 @@ from cfsp.recovery.settings import reads_teacher
 from cfsp.settings import declared, pick
 from cfsp.validation import WhereSet
 from exporters.families import ExportSettings, find_format, makes_gguf
+from phoneready.figures.figures import DENSE, SHIPPED
 from phoneready.release.results import ReleaseFigures
 from phoneready.release.stages import StageRecord
 from phoneready.settings.schema import ReleaseConfig
@@ -39,7 +40,7 @@ _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 @dataclass(frozen=True)
 class ReleasedFile:
     """A GGUF file, or the folder of an ONNX variant: then bytes are of graph and weights, and the hash is the graph's,
-    whose metadata has the hash of the weights. `role` is `pruned` or `dense`, `architecture` the runtime's name."""
+    whose metadata has the hash of the weights. `role` is `shipped` or `dense`, `architecture` the runtime's name."""
 
     file: str
     role: str
@@ -68,13 +69,13 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class ReleaseManifest:
-    """manifest.json: the dense model, whose licence the files inherit, the pruned one's shape, and all that made it.
+    """manifest.json: the dense model, whose licence the files inherit, the shape that ships, and all that made it.
 
-    `contents` are all files but this one and SHA256SUMS, `commands` make the pruned files, `stages` have their keys.
+    `contents` are all files but this one and SHA256SUMS, `commands` make what ships, `stages` have their keys.
     """
 
     KIND: ClassVar[str] = "release-manifest"
-    SCHEMA_VERSION: ClassVar[int] = 4
+    SCHEMA_VERSION: ClassVar[int] = 5
 
     source: ModelSource
     license: str | None
@@ -101,15 +102,15 @@ def make_manifest(
     stages: Sequence[StageRecord],
 ) -> ReleaseManifest:
     """The manifest of a finished release, still without its contents."""
-    sides = (("pruned", figures.pruned), ("dense", figures.dense))
-    runtimes = ", ".join(dict.fromkeys(record.runtime for record in figures.pruned))
+    sides = ((SHIPPED, figures.shipped), (DENSE, figures.dense))
+    runtimes = ", ".join(dict.fromkeys(record.runtime for record in figures.shipped))
     versions = checkpoint.versions | {"phoneready": tool_version(), "runtime": runtimes}
     return ReleaseManifest(
         source=figures.source,
         license=figures.source.license,
         seed=config.seed,
-        prune_ratio=figures.plan.settings.prune_ratio,
-        removed_ffn_share=1 - figures.plan.keep_ratio,
+        prune_ratio=config.prune.prune_ratio,
+        removed_ffn_share=1 - figures.plan.keep_ratio if figures.plan else 0.0,
         shape=checkpoint.shape,
         plan_sha256=checkpoint.plan_sha256,
         checkpoint_sha256=checkpoint.weights_sha256,
@@ -233,15 +234,16 @@ def single_commands(
     opened = [] if model.device == "auto" else ["--device", model.device]
     kept = [] if model.dtype == AUTO else ["--set", f"dtype={model.dtype}"]
 
-    # Without a name one of GGUF is meant.
-    named = asked.for_quant or (() if makes_gguf(made) else made)
-    pruning = dataclasses.replace(asked, align=figures.plan.settings.align, for_quant=named)
-    words = _words(pruning, set() if asked.vocabulary else {"vocabulary_text"})
-    weights = [] if model.dtype == pruning.dtype else ["--set", f"weights_dtype={model.dtype}"]
-    commands: dict[str, tuple[object, ...]] = {
-        "prune": ("prune", model.reference, "-o", "checkpoint", *words, *weights, *seed, *opened)
-    }
-    final = "checkpoint"
+    commands: dict[str, tuple[object, ...]] = {}
+    final = model.reference
+    if figures.plan is not None:
+        # Without a name one of GGUF is meant.
+        named = asked.for_quant or (() if makes_gguf(made) else made)
+        pruning = dataclasses.replace(asked, align=figures.plan.settings.align, for_quant=named)
+        words = _words(pruning, set() if asked.vocabulary else {"vocabulary_text"})
+        weights = [] if model.dtype == pruning.dtype else ["--set", f"weights_dtype={model.dtype}"]
+        final = "checkpoint"
+        commands["prune"] = ("prune", model.reference, "-o", final, *words, *weights, *seed, *opened)
     if (training := config.recover) is not None:
         settings = dataclasses.replace(training, patience=training.patience or 0, report_to=())
         teacher = ["--teacher", model.reference] if reads_teacher(training, training.texts) else []
@@ -251,16 +253,17 @@ def single_commands(
     judging = config.evaluate.settings(config.seed + 1, figures.evaluation.prompts)
     no_text = [] if judging.text or judging.chats else ["--text", "none"]
     words = (*_words(judging), *opened, *kept, *no_text)
-    commands["evaluate"] = ("eval", final, "--against", model.reference, *words)
-    record = figures.pruned[0]
+    against = ("--against", model.reference) if figures.plan else ()
+    commands["evaluate"] = ("eval", final, *against, *words)
+    record = figures.shipped[0]
     name = record.file.removesuffix(".gguf").removesuffix(f"-{record.quant}")
     exporting = pick(ExportSettings, config.quantize, name=name, seed=config.seed, rounding_windows=None)
     if any("calibration" in find_format(one).reads for one in made):
         exporting = dataclasses.replace(
             exporting, calibration=asked.calibration, nsamples=asked.nsamples, seqlen=asked.seqlen,
-            rounding_windows=config.quantize.rounding_windows, dense=model.reference,
+            rounding_windows=config.quantize.rounding_windows, dense=model.reference if figures.plan else None,
         )  # fmt: skip
-    commands["export-pruned"] = ("quantize", final, "-o", "exports", *_words(exporting), *opened, *kept)
+    commands["export"] = ("quantize", final, "-o", "exports", *_words(exporting), *opened, *kept)
     return tuple(
         shlex.join(map(str, ("phoneready", *command, *(("--threads", count) if count else ()))))
         for command, count in ((command, threads.get(stage)) for stage, command in commands.items())

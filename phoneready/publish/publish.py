@@ -32,7 +32,7 @@ from cfsp.text.tokens import render_chat
 from cfsp.units import format_bytes
 from cfsp.validation import describe_problems
 from exporters.export_record import ExportRecord
-from phoneready.figures.figures import FIGURES_FILE, PRUNED, VERDICTS_FILE, Verdicts
+from phoneready.figures.figures import FIGURES_FILE, SHIPPED, VERDICTS_FILE, Verdicts
 from phoneready.figures.gate import JUNIT_FILE, SUMMARY_FILE
 from phoneready.publish.manifest import (
     MANIFEST_FILE,
@@ -46,7 +46,7 @@ from phoneready.release.results import ReleaseFigures, read_figures
 from phoneready.release.stages import StageRecord, claim_folder
 from phoneready.release.steps import Steps
 from phoneready.report.plots import render_markdown
-from phoneready.report.report import ReportInput, quality_text, render_page, render_report
+from phoneready.report.report import ReportInput, quality_means, quality_text, render_page, render_report
 from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.devices import find_profile, load_profiles
 from runtime_bench.presentation.table import Column, Markdown, Table, escape_markdown, visible
@@ -87,10 +87,10 @@ def publish(
         place(file, folder / file.name)
     licenses = [file.name for file in notices]
     # Hashes from when the models were made: what changes on the disk since then does not become right.
-    models = describe_files(folder, names, {r.file: r.sha256 for r in (*figures.dense, *figures.pruned)})
+    models = describe_files(folder, names, {r.file: r.sha256 for r in (*figures.dense, *figures.shipped)})
     manifest = replace(manifest, contents=models)
     write_text(folder / CARD_FILE, model_card_text(figures, manifest))
-    write_text(folder / MODELFILE, modelfile_text(figures.pruned, load_tokenizer(steps.checkpoint("dense"))))
+    write_text(folder / MODELFILE, modelfile_text(figures.shipped, load_tokenizer(steps.checkpoint("dense"))))
     write_json(folder / BOM_FILE, make_bom(figures, manifest))
     write_reports(config, folder, figures, manifest)
     made = describe_files(folder, [*licenses, *_MADE], {})
@@ -121,7 +121,7 @@ def write_reports(
 ) -> None:
     steps, profiles = Steps(config, folder, None), load_profiles()
     verdicts = folder / VERDICTS_FILE
-    projected = [steps.artifact(PRUNED, name) for name in config.quantize.projected]
+    projected = [steps.artifact(SHIPPED, name) for name in config.quantize.projected]
     report = ReportInput(
         config=config,
         figures=figures,
@@ -199,7 +199,7 @@ _LICENSES: dict[str, str | None] = {
 
 
 def model_card_text(figures: ReleaseFigures, manifest: ReleaseManifest) -> str:
-    source, files = figures.source, figures.pruned
+    source, files = figures.source, figures.shipped
     base = source.base_model or (source.reference if source.kind == "hub" else source.name)
     stated = manifest.license
     known = (stated or "").lower() in _LICENSES
@@ -208,7 +208,11 @@ def model_card_text(figures: ReleaseFigures, manifest: ReleaseManifest) -> str:
         license=stated.lower() if stated and known else "other" if stated else None,
         license_name=None if known else stated,
         pipeline_tag="text-generation",
-        tags=["pruned", "cfsp", "phoneready", *dict.fromkeys(record.format for record in files)],
+        tags=[
+            *(["pruned", "cfsp"] if figures.plan else []),
+            "phoneready",
+            *dict.fromkeys(r.format for r in files),
+        ],
     )
     on_hub = (source.kind == "hub" or source.base_model) and re.fullmatch(r"[\w.-]+/[\w.-]+", base)
     link = f"[{escape_markdown(base)}](https://huggingface.co/{base})" if on_hub else escape_markdown(base)
@@ -216,9 +220,7 @@ def model_card_text(figures: ReleaseFigures, manifest: ReleaseManifest) -> str:
         Column("file", lambda r: r.file),
         Column("size", lambda r: format_bytes(r.file_bytes), right=True),
         Column("perplexity", lambda r: f"{r.parity.ppl_export:.2f}", right=True),
-        Column(
-            "same first choice as the pruned checkpoint", lambda r: f"{r.parity.same_top1:.1%}", right=True
-        ),
+        Column("same first choice as the checkpoint", lambda r: f"{r.parity.same_top1:.1%}", right=True),
         Column("SHA-256", lambda r: r.sha256[:16]),
     ]
     context: dict[str, Any] = {
@@ -228,6 +230,7 @@ def model_card_text(figures: ReleaseFigures, manifest: ReleaseManifest) -> str:
         "figures": figures,
         "files": Markdown(Table(columns, files).markdown()),
         "quality": Markdown(quality_text(figures)),
+        "quality_means": quality_means(figures),
         "gguf": next((Markdown(shlex.quote(visible(r.file))) for r in files if r.format == "gguf"), None),
         "onnx": next((r.file for r in files if r.format == "onnx"), None),
         "license": manifest.license or "not stated by the source",
@@ -301,15 +304,18 @@ def make_bom(figures: ReleaseFigures, manifest: ReleaseManifest) -> dict[str, An
 
     kind, version = "machine-learning-model", source.revision
     dense = component(kind, "dense", source.base_model or source.name, source.sha256, version=version)
-    model = component(kind, "model", f"{source.name}-pruned", manifest.checkpoint_sha256)
-    notes = (
-        f"{plan.removed}, seed {manifest.seed}{'; then trained' if manifest.config.get('recover') else ''}"
-    )
+    name = "-".join(filter(None, (source.name, figures.word)))
+    model = component(kind, "model", name, manifest.checkpoint_sha256)
+    made = plan.removed if plan else "quantized"
+    notes = f"{made}, seed {manifest.seed}{'; then trained' if manifest.config.get('recover') else ''}"
     model["pedigree"] = {"ancestors": [dense | {"bom-ref": "ancestor"}], "notes": notes}
-    texts = [{"type": "dataset", "name": one, "description": "calibration text"} for one in plan.calibration]
+    texts = [
+        {"type": "dataset", "name": one, "description": "calibration text"}
+        for one in manifest.config["prune"]["calibration"]
+    ]
     model["modelCard"] = {"modelParameters": {"task": "text-generation", "datasets": texts}}
     files = []
-    for r in figures.pruned:
+    for r in figures.shipped:
         parts = [
             component("file", f"file:{c.path}", c.path, c.sha256)
             for c in manifest.contents

@@ -29,7 +29,7 @@ from phoneready.figures.figures import (
     ENERGY_OF,
     INCONCLUSIVE,
     METRICS,
-    PRUNED,
+    SHIPPED,
     Figure,
     FigureKey,
     FigureSet,
@@ -51,6 +51,7 @@ from phoneready.release.steps import (
     Steps,
     bench_named,
     bench_stage,
+    export_stage,
     row_text,
 )
 from phoneready.settings.schema import ReleaseConfig
@@ -68,22 +69,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ReleaseFigures:
-    """What the stages of a release found out; `losses` of all files on the same windows, if a text was named."""
+    """What the stages of a release found out; `losses` of all files on the same windows, if a text was named.
+
+    Of a whole model there is no plan, nothing of a dense one beside it, and its evaluation is by itself.
+    """
 
     source: ModelSource
-    plan: PruningPlan
+    plan: PruningPlan | None
     evaluation: Evaluation
     dense: tuple[ExportRecord, ...]
-    pruned: tuple[ExportRecord, ...]
+    shipped: tuple[ExportRecord, ...]
     answers: Answers
     bench: tuple[BenchRecord, ...]
     losses: tuple[FileLosses, ...] = ()
 
     def __post_init__(self) -> None:
-        files = {record.file for record in (*self.dense, *self.pruned)}
+        files = {record.file for record in (*self.dense, *self.shipped)}
+        unpaired = {record.quant for record in self.shipped} - {record.quant for record in self.dense}
         for what, lacking in (
-            ("the record of the pruned model's exports has no", set() if self.pruned else {"exports"}),
-            ("the dense model has no", {r.quant for r in self.pruned} - {r.quant for r in self.dense}),
+            ("the record of what ships has no", set() if self.shipped else {"exports"}),
+            ("the dense model has no", unpaired if self.plan else set()),
             (f"{ANSWERS_FILE} has no answers of", files - self.answers.answers.keys()),
         ):
             if lacking:
@@ -102,16 +107,23 @@ class ReleaseFigures:
 
     @property
     def pairs(self) -> tuple[tuple[ExportRecord, ExportRecord], ...]:
-        """(dense, pruned) of each quantization and variant that the pruned model has."""
+        """(dense, shipped) of each quantization and variant, if there is a dense model beside."""
         dense = {record.quant: record for record in self.dense}
-        return tuple((dense[record.quant], record) for record in self.pruned)
+        return tuple((dense[record.quant], record) for record in self.shipped if dense)
+
+    @property
+    def word(self) -> str:
+        """What the model that ships is, beside the dense one; nothing if it is whole."""
+        if self.plan is None:
+            return ""
+        return "trained" if self.plan.keeps_blocks and not self.plan.vocabulary else "pruned"
 
 
 def read_figures(config: ReleaseConfig, folder: Path) -> ReleaseFigures:
     steps = Steps(config, folder, None)
-    exports: dict[str, tuple[ExportRecord, ...]] = {}
-    for role in (DENSE, PRUNED):
-        made = stage_folder(folder, f"export-{role}")
+    exports: dict[str, tuple[ExportRecord, ...]] = {DENSE: ()}
+    for role in steps.roles:
+        made = stage_folder(folder, export_stage(role))
         manifests = [
             read_record(ExportManifest, made / kind / "export.json") for kind in config.quantize.formats
         ]
@@ -123,10 +135,10 @@ def read_figures(config: ReleaseConfig, folder: Path) -> ReleaseFigures:
     bench = [record for place in config.bench.targets for record in steps.bench_records(place)]
     return ReleaseFigures(
         source=read_checkpoint_info(stage_folder(folder, "dense") / "model").source,
-        plan=read_record(PruningPlan, stage_folder(folder, "prune") / "model" / PLAN_FILE),
+        plan=None if config.is_whole else read_record(PruningPlan, steps.checkpoint("prune") / PLAN_FILE),
         evaluation=read_record(Evaluation, stage_folder(folder, "evaluate") / EVALUATION_FILE),
         dense=exports[DENSE],
-        pruned=exports[PRUNED],
+        shipped=exports[SHIPPED],
         answers=read_record(Answers, stage_folder(folder, "answers") / ANSWERS_FILE),
         bench=tuple(record for record in bench if not record.is_anchor),
         losses=read_record(SideBySide, side_by_side).files if measured else (),
@@ -166,9 +178,9 @@ def stage_figures(folder: Path, name: str) -> str:
 
 
 def collect_figures(config: ReleaseConfig, folder: Path, release: ReleaseFigures) -> FigureSet:
-    """Every figure of `planned_figures`, of the dense model too if it has one."""
+    """Every figure of `planned_figures`, and those of the dense model that there are."""
     steps = Steps(config, folder, None)
-    exports = [(role, one) for role in (PRUNED, DENSE) for one in getattr(release, role)]
+    exports = [*((SHIPPED, one) for one in release.shipped), *((DENSE, one) for one in release.dense)]
     items = {record.file: (role, record.quant) for role, record in exports}
     figures = [
         Figure(FigureKey("file_bytes", record.quant), role, record.file, "bytes", record.file_bytes)
@@ -201,7 +213,7 @@ def collect_figures(config: ReleaseConfig, folder: Path, release: ReleaseFigures
     figures += evaluation_figures(CHECKPOINT, CHECKPOINT, release.evaluation)
     for item in config.evaluate.files:
         judged = read_record(Evaluation, stage_folder(folder, "evaluate-files") / f"{item}.json")
-        figures += evaluation_figures(item, steps.artifact(PRUNED, item).name, judged)
+        figures += evaluation_figures(item, steps.artifact(SHIPPED, item).name, judged)
     return FigureSet(release.source.reference, release.source.sha256, config.seed, tuple(figures))
 
 
@@ -376,8 +388,8 @@ def _limited(
     """
     config, items = steps.config, {a.name: (a.role, a.item) for a in steps.artifacts()}
     figures = FigureSet("", None, 0, tuple(benchmark_figures(config, place, records, items)))
-    ours = figures.by_key(PRUNED)
-    references = {"dense": figures.by_key(DENSE), "baseline": baseline.by_key(PRUNED) if baseline else {}}
+    ours = figures.by_key(SHIPPED)
+    references = {"dense": figures.by_key(DENSE), "baseline": baseline.by_key(SHIPPED) if baseline else {}}
     for budget in config.speed_budgets(place):
         for key in select(budget, ours):
             turns = tuple(

@@ -48,7 +48,8 @@ from phoneready.evaluation.run import (
     text_windows,
 )
 from phoneready.evaluation.settings import EvaluationSettings
-from phoneready.figures.figures import DENSE, PRUNED
+from phoneready.exporting import is_checkpoint
+from phoneready.figures.figures import CHECKPOINT, DENSE, SHIPPED
 from phoneready.release.stages import stage_folder
 from phoneready.settings.schema import BenchConfig, ModelConfig, RecoverConfig, ReleaseConfig
 from phoneready.text import WRITERS, load_calibration
@@ -89,7 +90,7 @@ class Artifact(NamedTuple):
 
 @dataclass(frozen=True)
 class FileLosses(MeasuredFile):
-    """What an export loses, of the `dense` or the `pruned` role, by its quantization or variant."""
+    """What an export loses, of the `dense` or the `shipped` role, by its quantization or variant."""
 
     role: str
     item: str
@@ -100,7 +101,7 @@ class FileLosses(MeasuredFile):
 
     @property
     def label(self) -> str:
-        return f"{self.role} {self.item}"
+        return f"dense {self.item}" if self.is_dense else self.item
 
     @property
     def family(self) -> str:
@@ -111,7 +112,7 @@ class FileLosses(MeasuredFile):
 @dataclass(frozen=True)
 class SideBySide:
     KIND: ClassVar[str] = "side-by-side"
-    SCHEMA_VERSION: ClassVar[int] = 1
+    SCHEMA_VERSION: ClassVar[int] = 2
 
     files: tuple[FileLosses, ...]
 
@@ -153,21 +154,8 @@ def _settled(record: BenchRecord) -> bool:
     return (record.ok and not record.fallback) or record.memory_verdict == DOES_NOT_FIT
 
 
-def model_stem(config: ReleaseConfig, source: str, role: str) -> str:
-    """What the names of a model's files begin with; `source` is what the dense model is called."""
-    if role == DENSE:
-        return file_stem(f"{source}-{DENSE}")
-    prune, how = config.prune, ""
-    for gone, said in (
-        (100 * prune.prune_ratio, "{:g}"),
-        (prune.vocabulary, "-{}tokens"),
-        (prune.blocks, "-minus{}blocks"),
-        (prune.attentions, "-minus{}attentions"),
-        (prune.kv_groups, "-minus{}ofkvgroups"),
-    ):
-        how += said.format(gone) if gone else ""
-    how = how.replace(".", "_") + ("-recovered" if config.recover else "")
-    return file_stem(f"{source}-{PRUNED}{how}")
+def export_stage(role: str) -> str:
+    return "export" if role == SHIPPED else f"export-{role}"
 
 
 @dataclass(frozen=True)
@@ -184,14 +172,20 @@ class Steps:
 
     @property
     def needs_moments(self) -> bool:
-        """Whether a quantization wants the importance matrix of the dense model."""
+        """Whether pruning has to keep the dense model's importance matrix, which its own text may lack."""
         export = self.config.quantize
-        return export.imatrix and any("use_imatrix" in find_format(name).reads for name in export.names)
+        used = any("use_imatrix" in find_format(name).reads for name in export.names)
+        return used and export.imatrix and not self.config.is_whole
 
     @property
     def final(self) -> str:
-        """The stage whose checkpoint is exported."""
-        return RECOVERY_STAGE if self.config.recover else "prune"
+        """The stage whose checkpoint ships."""
+        return "dense" if self.config.is_whole else RECOVERY_STAGE if self.config.recover else "prune"
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Of the models that files are made of; the dense one is there to be compared with."""
+        return (SHIPPED,) if self.config.is_whole else (DENSE, SHIPPED)
 
     @property
     def recovery_work(self) -> Path:
@@ -202,20 +196,24 @@ class Steps:
         return stage_folder(self.folder, stage) / "model"
 
     def artifacts(self) -> list[Artifact]:
-        """What was exported: of each quantization and variant the dense model, then the pruned one."""
-        return [self.artifact(role, item) for item in self.config.quantize.names for role in (DENSE, PRUNED)]
+        """What was exported: of each quantization and variant the dense model, if it is compared, then what ships."""
+        return [self.artifact(role, item) for item in self.config.quantize.names for role in self.roles]
 
     def artifact(self, role: str, item: str) -> Artifact:
-        family, folder = family_of(item), stage_folder(self.folder, f"export-{role}")
+        family, folder = family_of(item), stage_folder(self.folder, export_stage(role))
         model = family.locate(folder / family.name, self._stem(role), item)
         return Artifact(role, item, model.name, model.root, model.path)
 
     def _stem(self, role: str) -> str:
-        return model_stem(self.config, read_checkpoint_info(self._exported(role)).source.name, role)
+        """What the names of a model's files begin with, whatever the settings."""
+        source = read_checkpoint_info(self.checkpoint("dense")).source.name
+        return file_stem(source if role == SHIPPED else f"{source}-{role}")
 
     def _exported(self, role: str) -> Path:
-        """The checkpoint that a model's exports are made from."""
-        return self.checkpoint(DENSE if role == DENSE else self.final)
+        """The checkpoint that a model's exports are made from; a whole model's are those that `quantize` makes."""
+        if self.config.is_whole and is_checkpoint(self.config.model.reference):
+            return Path(self.config.model.reference)
+        return self.checkpoint("dense" if role == DENSE else self.final)
 
     def dense(self, output: Path, progress: Progress) -> None:
         model, prune = self.config.model, self.config.prune
@@ -277,13 +275,18 @@ class Steps:
         )
 
     def evaluate(self, output: Path, progress: Progress) -> None:
-        dense, pruned = self._load("dense", progress), self._load(self.final, progress)
-        self._judge(TorchLanguageModel(pruned), dense, "pruned", output / EVALUATION_FILE, progress)
+        """What ships, before it is quantized, against the dense model; a whole model by itself."""
+        dense, path = self._load("dense", progress), output / EVALUATION_FILE
+        if self.config.is_whole:
+            model = TorchLanguageModel(dense)
+            write_record(path, evaluate(model, None, self._judged_on, writers=WRITERS, progress=progress))
+            return
+        self._judge(TorchLanguageModel(self._load(self.final, progress)), dense, CHECKPOINT, path, progress)
 
     def side_by_side(self, output: Path, progress: Progress) -> None:
         """All exports on the same windows, each in its own runtime; what one loses can be held against any other."""
         dense, pruned = RememberedModel(self._load("dense", progress)), self.checkpoint(self.final)
-        tokenizers = {DENSE: dense.tokenizer, PRUNED: load_tokenizer(pruned)}
+        tokenizers = {DENSE: dense.tokenizer, SHIPPED: load_tokenizer(pruned)}
         judged = self._judged_on
         spelling = respelling(*tokenizers.values())
         texts = [
@@ -301,11 +304,11 @@ class Steps:
         write_record(output / SIDE_BY_SIDE_FILE, SideBySide(tuple(files)))
 
     def evaluate_files(self, output: Path, progress: Progress) -> None:
-        """Exports of the pruned model in their own runtime, against the dense checkpoint."""
+        """Files that ship in their own runtime, against the dense checkpoint."""
         dense = self._load("dense", progress)
         opening = OpenSettings(self.config.evaluate.seqlen, threads=self.threads)
         for item in self.config.evaluate.files:
-            artifact = self.artifact(PRUNED, item)
+            artifact = self.artifact(SHIPPED, item)
             root = str(artifact.root)
             with open_language_model(root, runtime_for(root), opening, progress=progress) as model:
                 self._judge(model, dense, artifact.name, output / f"{item}.json", progress)
@@ -326,8 +329,11 @@ class Steps:
         write_record(path, dataclasses.replace(result, model=named, against=against))
 
     def export(self, role: str, output: Path, progress: Progress) -> None:
-        """The pruned model's exports, or for comparison the dense one's."""
-        export, text = self.config.quantize, self._calibration_ids("dense" if role == DENSE else "prune")
+        """What ships, or for comparison the dense model's files."""
+        export, text = (
+            self.config.quantize,
+            self._calibration_ids("dense" if role == DENSE or self.config.is_whole else "prune"),
+        )
         settings = export.options(
             spread_windows(text, export.rounding_windows),
             name=self._stem(role),

@@ -21,6 +21,7 @@ from markupsafe import Markup
 from cfsp.errors import MissingExtraError
 from cfsp.units import format_bytes
 from phoneready.evaluation.measured_file import DOMINATED
+from phoneready.figures.figures import SHIPPED
 from phoneready.release.results import ReleaseFigures
 from runtime_bench.presentation.record_table import speed_text
 from runtime_bench.presentation.table import Markdown, escape_cell, finalize_markdown
@@ -69,9 +70,10 @@ def make_plots(figures: ReleaseFigures, groups: Sequence[BenchGroup]) -> list[Pl
     speeds_shown = [plot for plot in speeds if plot is not None]
     if not figures.losses:
         return speeds_shown
-    roles = ("dense", "pruned")
+    sides = {"dense": "dense"} if figures.dense else {}
+    sides |= {figures.word or "files": SHIPPED}
     figure = loss_figure(
-        {role: [one for one in figures.losses if one.role == role] for role in roles},
+        {side: [one for one in figures.losses if one.role == role] for side, role in sides.items()},
         Axis("file size, MiB", lambda one: float(one.file_bytes / 2**20)),
         BITS,
         beaten={file for file, one in figures.standings.items() if one.verdict == DOMINATED},
@@ -141,8 +143,9 @@ def speed_plot(figures: ReleaseFigures, group: BenchGroup, number: int) -> Plot 
         return None
     test, threads = tests[0]
     data, rate = [], True
-    for index, pair in enumerate(figures.pairs):
-        for role, colour, export in zip(("dense", "pruned"), (DENSE, PRUNED), pair, strict=True):
+    for index, ours in enumerate(figures.shipped):
+        pair = [("dense", DENSE, one) for one in figures.dense if one.quant == ours.quant]
+        for role, colour, export in (*pair, (figures.word, PRUNED, ours)):
             record = group.find(export.file, test, threads)
             if not record or not has_speed(record):
                 continue
@@ -158,7 +161,7 @@ def speed_plot(figures: ReleaseFigures, group: BenchGroup, number: int) -> Plot 
             bars |= {"array": [high - middle], "arrayminus": [middle - low]}
             shown = {"color": colour, "size": 13, "symbol": SYMBOLS[index % len(SYMBOLS)]}
             point = (export.file_bytes / 2**20, middle)
-            name = f"{export.quant} {role}"
+            name = f"{export.quant} {role}".strip()
             data.append(scatter(name, [point], ["<br>".join(lines)], error_y=bars, marker=shown))
     if not data:
         return None

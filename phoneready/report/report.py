@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 from cfsp.pruning.plan import PruningPlan
 from cfsp.units import format_bytes, megabytes
 from exporters.export_record import ExportRecord
-from phoneready.evaluation.evaluation_record import Evaluation, TextResult
+from phoneready.evaluation.evaluation_record import TextResult
 from phoneready.evaluation.measured_file import DOMINATED, excess
 from phoneready.evaluation.tables import (
     WHAT_STANDINGS_MEAN,
@@ -47,8 +47,6 @@ TONES = {
     **{THROTTLED: "bad", DISTURBED: "unsure"},
 }
 """Outcome or verdict to the tone that it is shown in."""
-COMPARED = ("", "dense", "pruned", "pruned / dense")
-SIDES = ("dense", "pruned")
 
 
 class Mark(NamedTuple):
@@ -67,7 +65,7 @@ Row: TypeAlias = Sequence[Cell]
 
 
 class ReportInput(NamedTuple):
-    """Everything that the reports show; `projected` has the facts of pruned files for `devices`, by their names."""
+    """Everything that the reports show; `projected` has the facts of files that ship for `devices`, by their names."""
 
     config: ReleaseConfig
     figures: ReleaseFigures
@@ -99,7 +97,7 @@ def render_page(report: ReportInput) -> str:
         "verdicts": verdict_rows(verdicts) if verdicts else None,
         "comparisons": [(pair[0].quant, comparison_table(figures, first, *pair)) for pair in figures.pairs],
         "first_group": first,
-        "evaluation": figure_tables(figures.evaluation, SIDES),
+        "evaluation": figure_tables(figures.evaluation, _sides(figures)),
         "groups": [(g, plots.KINDS[g.kind], group_table(figures, g), record_table(g)) for g in groups],
         "projections": _projections(report),
         "meaning_of_projected": plots.KINDS["projected"],
@@ -115,6 +113,7 @@ def render_report(report: ReportInput) -> str:
         "verdicts": [(d.quant, Markdown(verdict_table(figures, d, p))) for d, p in figures.pairs],
         "quality": Markdown(quality_text(figures)),
         "groups": bench_groups(figures.bench),
+        "speeds": [] if figures.pairs else [Markdown(text) for text in speed_tables(figures)],
         "threads": ", ".join(str(n) for n in dict.fromkeys(r.n_threads for r in figures.bench)),
     }
     return plots.render_markdown("phoneready.report", "report.md.j2", context)
@@ -122,7 +121,7 @@ def render_report(report: ReportInput) -> str:
 
 def _contents(report: ReportInput) -> dict[str, Any]:
     figures, notes = report.figures, dict[str, list[str]]()
-    exports = (*figures.dense, *figures.pruned)
+    exports = (*figures.dense, *figures.shipped)
     for record in figures.bench:  # each remark once, with its rows
         if remark := record.failure or note_of(record):
             notes.setdefault(remark, []).append(f"{record.model_filename} {record.test}")
@@ -135,10 +134,13 @@ def _contents(report: ReportInput) -> dict[str, Any]:
         "losses": losses_table(figures),
         "measured_on": measured_on(figures.losses) if figures.losses else "",
         "standings": WHAT_STANDINGS_MEAN,
-        "quality": quality_table(figures.evaluation),
-        "quality_note": vocabulary_note(figures.evaluation, ("dense model", "pruned one")),
-        "widths": width_table(figures.plan),
-        "vocabulary": vocabulary_table(figures.plan),
+        "title": f"{figures.source.name}, {figures.word or 'quantized'}",
+        "quality": quality_table(figures),
+        "quality_means": quality_means(figures),
+        "quality_note": vocabulary_note(figures.evaluation, ("dense model", f"{figures.word} one")),
+        "plan": figures.plan,
+        "widths": width_table(figures.plan) if figures.plan else None,
+        "vocabulary": vocabulary_table(figures.plan) if figures.plan else None,
         "answers": _answers(figures),
         "proof": proof_table(exports),
         "warnings": [(r.file, warning) for r in exports for warning in r.warnings],
@@ -152,12 +154,16 @@ def _contents(report: ReportInput) -> dict[str, Any]:
 
 
 def headline(figures: ReleaseFigures) -> str:
-    """What the first pruned file is worth, against the best dense one that is no larger, in one sentence."""
+    """What the first file is worth, in one sentence: against the best dense one that is no larger, or the model."""
+    first = figures.shipped[0]
+    one, at = figures.losses_of(first.file), f"At {megabytes(first.file_bytes)} the {first.quant} file"
+    if not figures.pairs:
+        if one is None:
+            return f"The {first.quant} file has {megabytes(first.file_bytes)}."
+        more = one.bits_per_byte / one.dense_bits_per_byte - 1
+        return f"{at} has {more:+.1%} bits per byte, KL {one.kl_mean:.3f}, against the model in float32."
     dense, pruned = figures.pairs[0]
-    one, at = (
-        figures.losses_of(pruned.file),
-        f"At {megabytes(pruned.file_bytes)} the pruned {pruned.quant} file",
-    )
+    at = at.replace("the ", f"the {figures.word} ", 1)
     # Mixtures of a size differ by some bytes.
     rivals = [
         other
@@ -191,7 +197,11 @@ def headline(figures: ReleaseFigures) -> str:
 
 def details(figures: ReleaseFigures) -> str:
     """What went, and what that costs the checkpoint, in one sentence."""
-    parts = [figures.plan.removed]
+    parts = (
+        [figures.plan.removed]
+        if figures.plan
+        else ["nothing removed or trained: the model itself, quantized"]
+    )
     for text in figures.evaluation.texts:
         if d := text.divergence:
             parts.append(
@@ -207,21 +217,31 @@ def details(figures: ReleaseFigures) -> str:
 
 
 def beaten(figures: ReleaseFigures) -> list[str]:
-    """For every pruned file that another one of the release dominates, a sentence."""
+    """For every file that ships and that another one of the release dominates, a sentence."""
     sentences = []
-    for pruned in (one for one in figures.losses if not one.is_dense):
-        where = figures.standings[pruned.file]
+    for ours in (one for one in figures.losses if not one.is_dense):
+        where = figures.standings[ours.file]
         best = figures.losses_of(where.by)
         if where.verdict == DOMINATED and best is not None:
-            sizes = f"{format_bytes(best.file_bytes)} against {format_bytes(pruned.file_bytes)}"
-            losses = f"{best.bits_per_byte:.4f} bits a byte against {pruned.bits_per_byte:.4f}"
-            sentences.append(f"The {best.label} file dominates the {pruned.label} file: {sizes}, {losses}.")
+            sizes = f"{format_bytes(best.file_bytes)} against {format_bytes(ours.file_bytes)}"
+            losses = f"{best.bits_per_byte:.4f} bits a byte against {ours.bits_per_byte:.4f}"
+            sentences.append(f"The {best.label} file dominates the {ours.label} file: {sizes}, {losses}.")
     return sentences
 
 
 def quality_text(figures: ReleaseFigures) -> str:
-    """The pruned checkpoint against the dense one, before quantization."""
-    return quality_table(figures.evaluation).markdown() or "Nothing was evaluated.\n"
+    """What ships, before quantization."""
+    return quality_table(figures).markdown() or "Nothing was evaluated.\n"
+
+
+def quality_means(figures: ReleaseFigures) -> str:
+    """What is in the table of quality, in words."""
+    if figures.plan is None:
+        return "The model before quantization, as its checkpoint is."
+    return (
+        f"The {figures.word} checkpoint against the dense one, before quantization, on the same windows of text. KL is "
+        "KL(dense || model) in nats a token; same top-1 is the share of tokens for which both put the same token first."
+    )
 
 
 def text_name(reference: str, seed: int) -> str:
@@ -230,20 +250,33 @@ def text_name(reference: str, seed: int) -> str:
     return Path(reference).name if Path(reference).exists() else reference
 
 
-def _answers(figures: ReleaseFigures) -> list[tuple[str, list[tuple[str | None, ...]]]]:
-    """Question by question: (who, dense answer, pruned answer, why each is degenerate)."""
-    said = figures.answers.answers
+def _sides(figures: ReleaseFigures) -> tuple[str, str]:
+    """What the dense model and the one that ships are called."""
+    return ("dense", figures.word or "model")
+
+
+_Said: TypeAlias = tuple[str, str, str | None]
+"""What a model is called, its answer, and why that is degenerate."""
+
+
+def _answers(figures: ReleaseFigures) -> list[tuple[str, list[tuple[str, list[_Said]]]]]:
+    """Question by question: who was asked, and what each side of it said."""
+    said, of = figures.answers.answers, figures.evaluation
+    why = of.degeneration
+    models = [
+        ("dense", of.against_answers, why.against_reasons if why else ()),
+        (figures.word or "model", of.answers, why.reasons if why else ()),
+    ][0 if figures.pairs else 1 :]
     questions = []
     for i, prompt in enumerate(figures.answers.prompts):
-        sides: list[tuple[str | None, ...]] = []
-        of = figures.evaluation
-        if i < len(of.answers) and i < len(of.against_answers):
-            why = of.degeneration
-            reasons = (why.against_reasons[i], why.reasons[i]) if why else (None, None)
-            sides.append(("checkpoint, in torch", of.against_answers[i], of.answers[i], *reasons))
-        for dense, pruned in figures.pairs:
-            sides.append((f"{dense.quant} file", said[dense.file][i], said[pruned.file][i], None, None))
-        questions.append((prompt, sides))
+        asked: list[tuple[str, list[_Said]]] = []
+        if all(i < len(texts) for _, texts, _ in models):
+            sides = [(name, texts[i], reasons[i] if reasons else None) for name, texts, reasons in models]
+            asked.append(("checkpoint, in torch", sides))
+        for pair in figures.pairs or [(record,) for record in figures.shipped]:
+            sides = [(name, said[one.file][i], None) for (name, *_), one in zip(models, pair, strict=True)]
+            asked.append((f"{pair[0].quant} file", sides))
+        questions.append((prompt, asked))
     return questions
 
 
@@ -275,8 +308,19 @@ def verdict_table(figures: ReleaseFigures, dense: ExportRecord, pruned: ExportRe
     for group in groups:
         rows = [] if group is here else _bench_rows(group, dense.file, pruned.file)
         if rows:
-            parts.append(f"{escape_markdown(group.title)}:\n\n{table_of_cells(COMPARED, rows).markdown()}")
+            table = table_of_cells(_compared(figures), rows).markdown()
+            parts.append(f"{escape_markdown(group.title)}:\n\n{table}")
     return "\n".join(parts)
+
+
+def speed_tables(figures: ReleaseFigures) -> list[str]:
+    """Every place with its files and workloads."""
+    groups = bench_groups(figures.bench)
+    return [f"{escape_markdown(one.title)}:\n\n{group_table(figures, one).markdown()}" for one in groups]
+
+
+def _compared(figures: ReleaseFigures) -> tuple[str, ...]:
+    return ("", "dense", figures.word, f"{figures.word} / dense")
 
 
 def losses_table(figures: ReleaseFigures) -> Table[FileLosses]:
@@ -303,7 +347,7 @@ def comparison_table(
             if metric == "bits_per_byte" or len({*sides}) > 1:
                 rows.append(_ratio_row(f"{METRICS[metric].title} of the file", *sides, "{:.4f}".format))
     rows += _bench_rows(group, dense.file, pruned.file) if group else []
-    return table_of_cells(COMPARED, rows)
+    return table_of_cells(_compared(figures), rows)
 
 
 def _bench_rows(group: BenchGroup, dense: str, pruned: str) -> list[Row]:
@@ -337,9 +381,10 @@ def _ratio_row(name: str, dense: float, pruned: float, show: Callable[[Any], str
     return (name, show(dense), show(pruned), f"{pruned / dense:.3f}")
 
 
-def quality_table(evaluation: Evaluation) -> Table[TextResult]:
-    """The pruned checkpoint against the dense one, before quantization."""
-    return text_table(evaluation, SIDES, lambda one: f"{one.kind}: {text_name(one.source, evaluation.seed)}")
+def quality_table(figures: ReleaseFigures) -> Table[TextResult]:
+    """What ships, before quantization, against the dense model if that is another one."""
+    of = figures.evaluation
+    return text_table(of, _sides(figures), lambda one: f"{one.kind}: {text_name(one.source, of.seed)}")
 
 
 def proof_table(records: Sequence[ExportRecord]) -> Table[ExportRecord]:
@@ -407,7 +452,8 @@ def vocabulary_table(plan: PruningPlan) -> Table[Row] | None:
 
 def group_table(figures: ReleaseFigures, group: BenchGroup) -> Table[Row]:
     """Files in rows, workloads in columns, of one kind and target."""
-    files = {r.file: (f"{side} {r.quant}", r) for side in SIDES for r in getattr(figures, side)}
+    files = {r.file: (r.quant, r) for r in figures.shipped}
+    files |= {r.file: (f"dense {r.quant}", r) for r in figures.dense}
     rows: list[Row] = []
     for file in group.files:
         name, export = files.get(file, (file, None))

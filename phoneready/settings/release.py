@@ -26,6 +26,7 @@ from phoneready.evaluation.evaluation_record import repeated_text, text_name
 from phoneready.figures.figures import (
     ANY_MEMBER,
     CHECKPOINT,
+    METRICS,
     PROJECTION,
     SELECTORS,
     TEXT,
@@ -288,7 +289,7 @@ def _as_read(config: ReleaseConfig) -> ReleaseConfig:
 
 
 def planned_figures(config: ReleaseConfig) -> Iterator[FigureKey]:
-    """The figures that a release of this configuration will produce for its pruned model.
+    """The figures that a release of this configuration will produce for what ships.
 
     Tasks may be folders or groups whose members show only when they are read: they are planned as one, with `on` None.
     """
@@ -307,7 +308,9 @@ def planned_figures(config: ReleaseConfig) -> Iterator[FigureKey]:
     texts = [text_name(kind, one) for kind in ("text", "chats") for one in getattr(evaluate, kind)]
     for item in (CHECKPOINT, *evaluate.files):
         for name in texts:
-            yield from (FigureKey(metric, item, on=name) for metric in metrics_from(TEXT))
+            alone = item == CHECKPOINT and config.is_whole  # nothing to diverge from
+            metrics = [one for one in metrics_from(TEXT) if METRICS[one].against_dense or not alone]
+            yield from (FigureKey(metric, item, on=name) for metric in metrics)
         if evaluate.tasks:
             yield FigureKey("accuracy", item)
             yield FigureKey("mean_accuracy", item)
@@ -337,5 +340,15 @@ def budget_problems(config: ReleaseConfig) -> Iterator[_Problem]:
                     )
                     allowed = ", ".join(there) or f"nothing: {budget.metric} is the same everywhere"
                     yield (*place, field), f"{value} has no {budget.metric} here; allowed: {allowed}"
-        if fitting and not select(budget, candidates):
+        chosen = select(budget, candidates) if fitting else []
+        if budget.relative_to == "dense" and config.is_whole:
+            alone = {
+                key.item
+                for key in chosen
+                if key.place or key.item == CHECKPOINT or key.metric == "file_bytes"
+            }
+            if alone:
+                message = "nothing is removed or trained, so no dense model is beside what ships"
+                yield (*place, "relative_to"), f"{message}; allowed: baseline, or a limit without relative_to"
+        if fitting and not chosen:
             yield place, f"nothing has {budget.metric} in this combination of {', '.join(SELECTORS)}"

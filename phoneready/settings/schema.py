@@ -125,7 +125,7 @@ class EvaluateConfig(JudgementSettings):
 
 @dataclass(frozen=True)
 class QuantizeConfig(FileSettings):
-    """What is made, of the dense model too."""
+    """What is made; of a pruned or trained model's dense one, too."""
 
     @property
     def projected(self) -> tuple[str, ...]:
@@ -233,6 +233,11 @@ class ReleaseConfig(Section):
     def prune_settings(self) -> PruneSettings:
         """For cfsp; widths fit the formats unless an alignment is set."""
         return self.prune.settings(required_multiple((*self.quantize.names, *self.prune.for_quant)))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether what ships is the model itself, quantized: nothing is removed, nothing trained."""
+        return self.recover is None and self.prune.removes_nothing
 
     def speed_budgets(self, place: str) -> tuple[BudgetConfig, ...]:
         """Budgets on speeds at a target that more samples may decide, if there is time for that."""

@@ -23,13 +23,13 @@ from phoneready.settings.schema import (
 _SECTIONS: Mapping[str, tuple[type[Settings], str]] = {
     "prune": (PruneConfig, "How to prune, and with what text."),
     "recover": (RecoverConfig, "Training after pruning; the section turns it on. See docs/recovery.md."),
-    "evaluate": (EvaluateConfig, "The pruned model against the dense one."),
-    "quantize": (QuantizeConfig, "What is made of both models."),
+    "evaluate": (EvaluateConfig, "What ships, and what it is judged on."),
+    "quantize": (QuantizeConfig, "What is made; of a pruned model's dense one, too."),
     "bench": (BenchConfig, "What is measured where. A size of 0 leaves a workload out."),
 }
 _OF_ANY_MODEL: Mapping[str, Mapping[str, Any]] = {
     "prune": {"prune_ratio": 0.0, "calibration": ["self"]},
-    "evaluate": {"text": ["builtin:python-docs"], "chats": ["self"]},
+    "evaluate": {"text": ["builtin:python-docs"], "chats": ["self"], "files": ["Q4_0"]},
     "quantize": {"to": ["Q8_0", "Q4_0"]},
     "bench": {"n_gen": [64], "repetitions": 8},
 }
@@ -69,7 +69,9 @@ def template_text(model: str | None = None) -> str:
         stated |= _OF_ANY_MODEL
         rows["prune"] = PruneConfig, rows["prune"][1] + _WHAT_PAYS
         head, *budgets = re.split(r"(?m)^(?=\[\[budgets\]\])", text)
-        text = "".join([head, *(one for one in budgets if "relative_to" in one)])
+        text = head + budgets[-1].replace(
+            "at_most", "[files]\nat_most", 1
+        )  # the whole model, and its own limits
     sections = "\n".join(
         "\n".join(_section(name, stated.get(name), *row)) + "\n" for name, row in rows.items()
     )

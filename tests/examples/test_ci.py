@@ -101,7 +101,7 @@ def miss(project: Path) -> None:
 
 
 def released(project: Path) -> Path:
-    (file,) = (project / "release").glob("*-pruned*.gguf")
+    (file,) = (project / "release").glob("*[!e]-Q*.gguf")
     return file
 
 

@@ -242,19 +242,20 @@ def make_report_input(make_record: Callable[..., BenchRecord]) -> MakeReportInpu
 def _figures(name: str, make_record: Callable[..., BenchRecord]) -> ReleaseFigures:
     exports = {
         (role, quant): _export(f"{name}-{role}-{quant}.gguf", quant, factor)
-        for role, factor in (("dense", 1.0), ("pruned", 0.9))
+        for role, factor in (("dense", 1.0), ("shipped", 0.9))
         for quant in ("Q8_0", "Q4_0")
     }
-    dense, pruned = (
-        tuple(record for (part, _), record in exports.items() if part == role) for role in ("dense", "pruned")
+    dense, shipped = (
+        tuple(record for (part, _), record in exports.items() if part == role)
+        for role in ("dense", "shipped")
     )
-    files = [record.file for record in (*dense, *pruned)]
+    files = [record.file for record in (*dense, *shipped)]
     return ReleaseFigures(
         source=ModelSource(name, "hub", name, license=name, sha256="ab" * 32),
         plan=_plan(name),
         evaluation=_evaluation(name),
         dense=dense,
-        pruned=pruned,
+        shipped=shipped,
         answers=Answers((name,), {file: (f"{file} answers {name}",) for file in files}),
         bench=tuple(_records(files, name, make_record)),
         losses=tuple(_losses(name, role, record) for (role, _), record in exports.items()),
@@ -263,7 +264,7 @@ def _figures(name: str, make_record: Callable[..., BenchRecord]) -> ReleaseFigur
 
 def _losses(name: str, role: str, record: ExportRecord) -> FileLosses:
     """Of dense files 0.9 and 0.92 bits a byte on both windows, of pruned ones 1.0 and 1.02."""
-    bits = {"dense": 0.9, "pruned": 1.0}[role] + {"Q8_0": 0.0, "Q4_0": 0.02}[record.quant]
+    bits = {"dense": 0.9, "shipped": 1.0}[role] + {"Q8_0": 0.0, "Q4_0": 0.02}[record.quant]
     sizes = (200, 220)
     nats = tuple(math.log(2) * bits * size for size in sizes)
     text = MeasuredText("text", name, 64, "f" * 64, 126, sizes, nats, nats, 0.1, 0.9)

@@ -47,7 +47,7 @@ def release(gguf: Path, make_report_input: Callable[..., Any], tmp_path: Path) -
         report.figures.source, ModelShape.of_ffn_widths((128,)), None, "0" * 64, "float32", {}, 0
     )
     files = tuple(
-        ReleasedFile(name, "pruned", kind, quant, "llama", 1, sha256_file(folder / name / inside))
+        ReleasedFile(name, "shipped", kind, quant, "llama", 1, sha256_file(folder / name / inside))
         for name, kind, quant, inside in (
             ("tiny-Q8_0.gguf", "gguf", "Q8_0", ""),
             ("tiny-int4", "onnx", "int4", "onnx/model_q4.onnx"),

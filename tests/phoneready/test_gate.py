@@ -16,7 +16,7 @@ from cfsp.errors import InconclusiveError, InputError, LimitError
 from cfsp.records import read_record, write_record
 from phoneready.figures.figures import (
     DENSE,
-    PRUNED,
+    SHIPPED,
     BudgetConfig,
     BudgetVerdict,
     Figure,
@@ -47,7 +47,7 @@ def samples(median: float, spread: float, n: int = 10, seed: int = 0) -> tuple[f
     return tuple(median * (1 + spread * generator.uniform(-1, 1)) for _ in range(n))
 
 
-def figure(key: FigureKey, value: float | None, role: str = "pruned", **more: object) -> Figure:
+def figure(key: FigureKey, value: float | None, role: str = "shipped", **more: object) -> Figure:
     units = {
         "file_bytes": "bytes",
         "tg128": "t/s",
@@ -59,7 +59,7 @@ def figure(key: FigureKey, value: float | None, role: str = "pruned", **more: ob
 
 
 def speed(
-    values: tuple[float, ...], role: str = "pruned", conditions: dict[str, str] | None = None, **more: Any
+    values: tuple[float, ...], role: str = "shipped", conditions: dict[str, str] | None = None, **more: Any
 ) -> Figure:
     timed = Samples(f"{role}-Q4_0", tuple(1 / value for value in values), **more)
     middle = sorted(values)[len(values) // 2]
@@ -83,7 +83,7 @@ def test_a_size_keeps_to_its_limit_or_not() -> None:
     for limit, outcome in ((100, "pass"), ("100 B", "pass"), (99, "missed"), ("1 KB", "pass")):
         verdict = judge(budget(metric="file_bytes", at_most=limit), figure(SIZE, 100))
         assert (verdict.outcome, verdict.value, verdict.low, verdict.unit) == (outcome, 100, None, "bytes")
-        assert (verdict.metric, verdict.subject, verdict.target) == ("file_bytes", "pruned-Q4_0", None)
+        assert (verdict.metric, verdict.subject, verdict.target) == ("file_bytes", "shipped-Q4_0", None)
 
 
 def test_a_speed_passes_only_with_its_whole_interval() -> None:
@@ -102,7 +102,7 @@ def test_options_that_change_no_figure_are_not_in_a_targets_name() -> None:
 def test_memory_is_compared_by_the_most_as_the_report_does() -> None:
     key = FigureKey("peak_rss_bytes", "Q4_0", "local")
 
-    def peaks(*found: float, role: str = "pruned") -> Figure:
+    def peaks(*found: float, role: str = "shipped") -> Figure:
         timed = Samples(f"{role}-Q4_0", found)
         ends = {"low": min(found), "high": max(found), "samples": timed, "target": "local"}
         return Figure(key, role, f"{role}-Q4_0", "bytes", max(found), **ends)  # type: ignore[arg-type]
@@ -119,14 +119,14 @@ def test_memory_is_compared_by_the_most_as_the_report_does() -> None:
 def test_few_samples_and_failed_runs_say_nothing() -> None:
     one = budget(metric="tg128", at_least=1)
     few = judge(one, speed((100.0,) * 4))
-    assert (few.outcome, few.reason) == ("inconclusive", "pruned-Q4_0 has 4 samples, a verdict needs 5")
+    assert (few.outcome, few.reason) == ("inconclusive", "shipped-Q4_0 has 4 samples, a verdict needs 5")
     together = judge(one, speed((100.0,) * 8, rounds=(0, 0, 1, 1, 2, 2, 3, 3)))
     assert (together.outcome, together.reason) == (
         "inconclusive",
-        "pruned-Q4_0 has 4 processes, a verdict needs 5",
+        "shipped-Q4_0 has 4 processes, a verdict needs 5",
     )
     gone = judge(one, figure(SPEED, None, failure="the board has gone"))
-    assert (gone.outcome, gone.reason) == ("inconclusive", "pruned-Q4_0: the board has gone")
+    assert (gone.outcome, gone.reason) == ("inconclusive", "shipped-Q4_0: the board has gone")
     killed = judge(one, figure(SPEED, None, failure="does not fit: killed at the limit of 400 MiB"))
     assert killed.outcome == "missed"
     relative = budget(metric="tg128", at_least=0.97, relative_to="dense")
@@ -138,10 +138,10 @@ def test_few_samples_and_failed_runs_say_nothing() -> None:
 def test_a_limit_far_from_every_sample_needs_no_more_of_them() -> None:
     few = replace(speed((100.0, 101.0, 99.0, 100.0, 102.0), looks=5), measured_on=MeasuredOn(5))
     assert few.samples is not None
-    assert few.samples.too_few(0.95) == "pruned-Q4_0 has 5 samples, a verdict needs 8"
+    assert few.samples.too_few(0.95) == "shipped-Q4_0 has 5 samples, a verdict needs 8"
     outcomes = {limit: judge(budget(metric="tg128", at_least=limit), few) for limit in (65, 67, 152, 154)}
     assert [one.outcome for one in outcomes.values()] == ["pass", "inconclusive", "inconclusive", "missed"]
-    assert outcomes[67].reason == "pruned-Q4_0 has 5 samples, a verdict needs 8"
+    assert outcomes[67].reason == "shipped-Q4_0 has 5 samples, a verdict needs 8"
     assert "a verdict needs 8, and each is far from the limit" in outcomes[65].reason
 
 
@@ -179,7 +179,9 @@ def answers(n: int, lost: int = 0, gained: int = 0) -> tuple[str, str]:
     return before, "0" * lost + before[lost : n - gained] + "1" * gained
 
 
-def accuracy(right: str, role: str = "pruned", *, recorded: bool = True, key: FigureKey = ACCURACY) -> Figure:
+def accuracy(
+    right: str, role: str = "shipped", *, recorded: bool = True, key: FigureKey = ACCURACY
+) -> Figure:
     share = right.count("1") / len(right)
     error = (share * (1 - share) / (len(right) - 1)) ** 0.5
     return figure(key, share, role, stderr=error, right=(right,) if recorded else ())
@@ -226,7 +228,7 @@ def test_the_interval_of_paired_answers_covers_the_truth() -> None:
 
 def test_a_band_is_an_interval() -> None:
     key = FigureKey("projected_tg", "Q4_0", "pixel-8a")
-    found = Figure(key, "pruned", "f", "t/s", 20, kind="projected", low=10, high=40)
+    found = Figure(key, "shipped", "f", "t/s", 20, kind="projected", low=10, high=40)
     outcomes = [judge(budget(metric="projected_tg", at_least=n), found).outcome for n in (9, 20, 41)]
     assert outcomes == ["pass", "inconclusive", "missed"]
 
@@ -235,7 +237,7 @@ def test_energy_is_as_sure_as_its_meter() -> None:
     key = FigureKey("joules_tg64", "Q4_0", "local")
 
     def joules(
-        value: float, role: str = "pruned", meter: str = "RAPL counter, package", **more: Any
+        value: float, role: str = "shipped", meter: str = "RAPL counter, package", **more: Any
     ) -> Figure:
         times = more.pop("times", (value,) * 6)
         timed = Samples(f"{role}-Q4_0", times, tuple(range(len(times))), **more)
@@ -362,7 +364,7 @@ def test_what_a_busy_machine_measured_passes_and_misses_nothing() -> None:
         assert judge(one, speed(slow), speed(fast, "dense")).outcome == "missed"
         verdict = judge(one, speed(slow, noise=noise), speed(fast, "dense"))
         assert verdict.outcome == "inconclusive"
-        assert verdict.reason == f"too noisy to tell: pruned-Q4_0: {noise}"
+        assert verdict.reason == f"too noisy to tell: shipped-Q4_0: {noise}"
     assert judge(budget(metric="tg128", at_least=1), speed(slow, noise=noise)).outcome == "pass"
     relative = budget(metric="tg128", at_least=0.5, relative_to="dense")
     verdict = judge(relative, speed(slow), speed(fast, "dense", noise=noise))
@@ -387,7 +389,7 @@ def test_nothing_is_compared_with_infinity_and_nothing_equals_nothing() -> None:
 CONFIG = parse_config('[model]\nreference = "m"\n[bench]\nn_threads = [1]\n', where="the test's")
 
 
-ITEMS = {"dense.gguf": (DENSE, "Q4_0"), "pruned.gguf": (PRUNED, "Q4_0")}
+ITEMS = {"dense.gguf": (DENSE, "Q4_0"), "pruned.gguf": (SHIPPED, "Q4_0")}
 
 
 TG, TTFT = Workload("tg", n_gen=64), Workload("ttft", n_prompt=128, n_gen=1)
@@ -440,7 +442,7 @@ def test_a_budget_is_held_against_the_comparison_that_the_report_prints(
     assert isinstance(found, Comparison)
     limit = {"at_least": 1.05} if workload is TG else {"at_most": 1 / 1.05}
     budget = BudgetConfig(metric=workload.test, relative_to="dense", **limit)
-    verdict = judge_one(budget, figures[PRUNED], figures[DENSE])
+    verdict = judge_one(budget, figures[SHIPPED], figures[DENSE])
     assert found.basis == basis
     if found.reason is not None:
         assert (verdict.outcome, verdict.value) == ("inconclusive", None)
@@ -451,6 +453,6 @@ def test_a_budget_is_held_against_the_comparison_that_the_report_prints(
         ends = [1 / found.ratio, 1 / found.high, 1 / found.low]  # type: ignore[operator]
     assert [verdict.value, verdict.low, verdict.high] == pytest.approx(ends, rel=1e-12)
     if workload is TG:
-        absolute = judge_one(BudgetConfig(metric=TG.test, at_least=1.0), figures[PRUNED], None)
-        assert figures[PRUNED].value == pruned.median_ts == pytest.approx(absolute.value, rel=1e-12)
+        absolute = judge_one(BudgetConfig(metric=TG.test, at_least=1.0), figures[SHIPPED], None)
+        assert figures[SHIPPED].value == pruned.median_ts == pytest.approx(absolute.value, rel=1e-12)
     assert (found.verdict, verdict.outcome) == ("faster", "pass")

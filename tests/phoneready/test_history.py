@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cfsp.errors import InputError, LimitError
-from phoneready.figures.figures import DENSE, PRUNED, BudgetConfig, Figure, FigureKey, FigureSet
+from phoneready.figures.figures import DENSE, SHIPPED, BudgetConfig, Figure, FigureKey, FigureSet
 from phoneready.figures.gate import differences, judge
 from phoneready.history import (
     HISTORY_FILE,
@@ -72,8 +72,8 @@ def run(
         bench_record("pruned.gguf", [int(ns * s) for s in np.exp(rng.normal(0, 0.01, 10))], cpu),
         bench_record("dense.gguf", [int(9e8 * dense * s) for s in np.exp(rng.normal(0, 0.01, 10))], cpu),
     ]
-    items = {"pruned.gguf": (PRUNED, "Q4_0"), "dense.gguf": (DENSE, "Q4_0")}
-    figures = [Figure(FigureKey("file_bytes", "Q4_0"), PRUNED, "pruned.gguf", "bytes", size)]
+    items = {"pruned.gguf": (SHIPPED, "Q4_0"), "dense.gguf": (DENSE, "Q4_0")}
+    figures = [Figure(FigureKey("file_bytes", "Q4_0"), SHIPPED, "pruned.gguf", "bytes", size)]
     figures += [f for f in benchmark_figures(CONFIG, "local", records, items) if f.key.metric == "tg64"]
     return entry_of(
         FigureSet("smollm2-135m", "a" * 64, 0, tuple(figures)),
@@ -134,7 +134,7 @@ def test_noise_alone_is_no_change(scatter: float) -> None:
     assert alarms <= 2
 
 
-FILES = {"pruned.gguf": (PRUNED, "Q4_0")}
+FILES = {"pruned.gguf": (SHIPPED, "Q4_0")}
 
 
 def figures_of(*records: BenchRecord, config: ReleaseConfig = CONFIG) -> dict[str, Figure]:
@@ -199,7 +199,7 @@ def test_another_processor_begins_another_series(tmp_path: Path) -> None:
     history = keep(tmp_path, entries)
     assert not history.anomalies
     speeds = [
-        rows for rows in history.series() if (rows[0][1].key.metric, rows[0][1].role) == ("tg64", PRUNED)
+        rows for rows in history.series() if (rows[0][1].key.metric, rows[0][1].role) == ("tg64", SHIPPED)
     ]
     assert len(speeds) == 2
 
@@ -266,7 +266,7 @@ def beside_an_anchor(ns: float, anchor_ns: float, cpu: str, anchor: str = ANCHOR
         )
         for name, time, is_anchor in (("pruned.gguf", ns, False), ("anchor ref.gguf", anchor_ns, True))
     ]
-    found = benchmark_figures(CONFIG, "local", records, {"pruned.gguf": (PRUNED, "Q4_0")})
+    found = benchmark_figures(CONFIG, "local", records, {"pruned.gguf": (SHIPPED, "Q4_0")})
     return [figure for figure in found if figure.key.metric == "tg64"]
 
 

@@ -32,7 +32,7 @@ def _with_value(record: Any, path: Path, name: str, value: str) -> Path:
 
 
 def _figures() -> FigureSet:
-    return FigureSet("m", None, 0, (Figure(KEY, "pruned", "m", "", 12.5),))
+    return FigureSet("m", None, 0, (Figure(KEY, "shipped", "m", "", 12.5),))
 
 
 def _evaluation() -> Evaluation:
@@ -44,7 +44,7 @@ def _evaluation() -> Evaluation:
 
 
 def _entry(metric: str = "perplexity") -> HistoryEntry:
-    figure = HistoryFigure(FigureKey(metric, "checkpoint"), "pruned", "", 12.5, None, {})
+    figure = HistoryFigure(FigureKey(metric, "checkpoint"), "shipped", "", 12.5, None, {})
     return HistoryEntry("0" * 64, "2026-01-01T00:00:00Z", None, "m", None, "pass", {}, {}, {}, (figure,))
 
 
@@ -113,7 +113,7 @@ def test_records_of_a_release_say_something_of_every_file(make_report_input: Cal
     for changed, said in (
         ({"answers": dataclasses.replace(figures.answers, answers=answers)}, f"no answers of {file}"),
         ({"dense": ()}, "the dense model has no"),
-        ({"pruned": ()}, "exports has no exports"),
+        ({"shipped": ()}, "what ships has no exports"),
     ):
         with pytest.raises(InputError, match=re.escape(said)):
             dataclasses.replace(figures, **changed)

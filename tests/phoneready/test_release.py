@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -80,10 +81,10 @@ metric = "projected_memory_bytes"
 at_most = "1 GB"
 """
 STAGES = (
-    *("dense", "prune", "recover", "evaluate", "export-dense", "export-pruned", "answers"),
+    *("dense", "prune", "recover", "evaluate", "export-dense", "export", "answers"),
     *("side-by-side", "evaluate-files", "bench-local", "decide-local"),
 )
-PRUNED_FILE = "tiny-model-pruned25-recovered-Q8_0.gguf"
+FILE = "tiny-model-Q8_0.gguf"
 
 
 def write_config(folder: Path, model: Path, quants: str = "Q8_0") -> Path:
@@ -140,7 +141,7 @@ def test_what_a_release_leaves_agrees_and_is_made_again_from_records(
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     made = [(file["role"], file["format"], file["quant"]) for file in manifest["files"]]
     assert made == [
-        (role, *one) for role in ("pruned", "dense") for one in (("gguf", "Q8_0"), ("onnx", "int8"))
+        (role, *one) for role in ("shipped", "dense") for one in (("gguf", "Q8_0"), ("onnx", "int8"))
     ]
     for file in manifest["files"]:
         parts = [folder / file["file"]]
@@ -160,10 +161,10 @@ def test_what_a_release_leaves_agrees_and_is_made_again_from_records(
     verdicts = read_record(Verdicts, folder / "verdicts.json")
     found = {(v.metric, v.subject, v.target): v for v in verdicts.verdicts}
     assert (verdicts.outcome, len(found)) == ("pass", 2 + 4 + 2 + 2)
-    load = found["load, 1 thread", PRUNED_FILE, "local"]
+    load = found["load, 1 thread", FILE, "local"]
     assert 0 < (load.low or 0) <= (load.value or 0) <= (load.high or 0) < 100_000
     of_file, of_checkpoint = (
-        found["kl_mean, chats chats.jsonl", name, None] for name in (PRUNED_FILE, "checkpoint")
+        found["kl_mean, chats chats.jsonl", name, None] for name in (FILE, "checkpoint")
     )
     assert of_file.value != of_checkpoint.value, "the file was not judged itself"
     assert (folder / "junit.xml").is_file()
@@ -184,7 +185,7 @@ def test_what_a_release_leaves_agrees_and_is_made_again_from_records(
     said = {
         "report.md": "25.0% of the FFN channels|pp8|tg2|ttft4|peak memory|KL mean|same top-1|builtin:python-docs|126|"
         "chats: chats.jsonl|windows of 64 tokens|List three fruits.|## int8: dense and pruned|1 thread",
-        "report.html": f"{PRUNED_FILE}|Pixel 8a|kl_mean|builtin:python-docs|budgets met",
+        "report.html": f"{FILE}|Pixel 8a|kl_mean|builtin:python-docs|budgets met",
     }
     for name, parts_said in said.items():
         assert not [part for part in parts_said.split("|") if part not in before[folder / name].decode()]
@@ -239,7 +240,7 @@ def test_only_what_a_change_concerns_is_done_again(
     assert states(capsys.readouterr().err) == dict.fromkeys(STAGES, "done before") | measured
     figures = read_record(FigureSet, tmp_path / "out" / "figures.json").figures
     speeds = [figure for figure in figures if figure.key.metric.startswith("tg")]
-    assert {figure.role for figure in speeds} == {"dense", "pruned"}
+    assert {figure.role for figure in speeds} == {"dense", "shipped"}
     assert all(
         figure.anchor and figure.samples and len(figure.anchor.times) == len(figure.samples.times) == 5
         for figure in speeds
@@ -300,7 +301,7 @@ def test_what_the_samples_leave_open_is_measured_on(
     at_limit = f'budgets=[{{metric="tg2", files=["Q8_0"], at_least={decided[pruned].median_ts}}}]'
     assert copied("--set", at_limit, "--set", "bench.decide_s=1") == 3
     captured = capsys.readouterr()
-    assert f"1 of 1 budgets not decided: tg2, 1 thread of {PRUNED_FILE}" in captured.err
+    assert f"1 of 1 budgets not decided: tg2, 1 thread of {FILE}" in captured.err
     assert "the time of bench.decide_s is over" in captured.err
     assert captured.out.splitlines()[-1] == "[INCONCLUSIVE] tiny-model: 1 inconclusive"
 
@@ -310,9 +311,9 @@ def test_budgets_make_the_exit_status(
 ) -> None:
     assert copied("--set", 'budgets=[{metric="file_bytes", at_most=1, files=["Q8_0"]}]') == 1
     captured = capsys.readouterr()
-    assert f"1 of 1 budgets missed: file_bytes of {PRUNED_FILE}" in captured.err
+    assert f"1 of 1 budgets missed: file_bytes of {FILE}" in captured.err
     assert captured.out.splitlines()[-1] == "[MISSED] tiny-model: 1 missed"
-    figures = read_record(FigureSet, tmp_path / "out" / "figures.json").by_key("pruned")
+    figures = read_record(FigureSet, tmp_path / "out" / "figures.json").by_key("shipped")
     middle = figures[FigureKey("projected_tg", "Q8_0", "galaxy-s24-ultra")].value
     band = f'budgets=[{{metric="projected_tg", at_least={middle}, devices=["galaxy-s24-ultra"]}}]'
     assert copied("--set", band) == 3, "a budget that nobody knows to be met is not met"
@@ -365,13 +366,63 @@ def test_its_commands_make_the_same_files(
     evaluated = json.loads((folder / "stages/evaluate/evaluation.json").read_text(encoding="utf-8"))
     for figure in ("texts", "prompts", "answers", "against_answers", "seed"):
         assert judged[figure] == evaluated[figure]
-    gguf, onnx_folder = (file["file"] for file in manifest["files"] if file["role"] == "pruned")
+    gguf, onnx_folder = (file["file"] for file in manifest["files"] if file["role"] == "shipped")
     (made,) = tmp_path.rglob(gguf)
     assert sha256_file(made) == sha256_file(folder / gguf)
     (variant,) = tmp_path.rglob("int8/onnx")
     graphs = sorted((folder / onnx_folder / "onnx").iterdir())
     assert len(graphs) >= 2
     assert [sha256_file(variant / graph.name) for graph in graphs] == [sha256_file(graph) for graph in graphs]
+
+
+WHOLE = (
+    ("prune_ratio = 0.25", "prune_ratio = 0.0"),
+    ("max_new_tokens = 2", 'max_new_tokens = 2\nfiles = ["Q8_0"]'),
+    '[[budgets]]\nmetric = "kl_mean"\nfiles = ["Q8_0"]\nat_most = 5\n',
+)
+"""Changes of a small release: nothing is removed, and the file has a budget."""
+
+
+def test_a_whole_model_ships_once_and_as_quantize_makes_it(
+    tiny_folder: TinyPath,
+    small_release: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config, folder = small_release(tiny_folder(intermediate_size=256), *WHOLE), tmp_path / "out"
+    assert main(["release", str(config), "-o", str(folder), "--threads", "1"]) == 0
+    said = capsys.readouterr().out
+    stages = {path.name for path in (folder / "stages").iterdir()}
+    kinds = {"dense", "evaluate", "export", "answers", "side-by-side", "evaluate-files", "bench-local"}
+    assert stages == kinds
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    (file,) = manifest["files"]
+    assert (file["file"], file["role"]) == ("tiny-model-Q8_0.gguf", "shipped")
+    assert [path.name for path in folder.glob("*.gguf")] == ["tiny-model-Q8_0.gguf"]
+    made = (path for path in folder.glob("*.*") if path.suffix in (".md", ".json", ".jsonl", ".xml"))
+    texts = [said, *(path.read_text("utf-8") for path in made)]
+    texts += [(folder / "report.html").read_text("utf-8").partition("<script")[0]]
+    assert not [text for text in texts if re.search(r"\bpruned\b", text, re.IGNORECASE)]
+    for part in ("against the model in float32", "bits per byte, KL", "tg2", "List three fruits."):
+        assert all(part in text for text in (texts[-1], (folder / "report.md").read_text("utf-8")))
+    assert verify_release(folder)[1] == []
+    commands = [shlex.split(line)[1:] for line in manifest["commands"]]
+    assert [command[0] for command in commands] == ["eval", "quantize"]
+    assert [main(command) for command in commands] == [0, 0]
+    assert sha256_file(tmp_path / "exports" / file["file"]) == file["sha256"]
+
+    def refused(metric: str) -> str:
+        budget = f'budgets=[{{metric="{metric}", at_most=1, relative_to="dense"}}]'
+        assert main(["release", str(config), "-o", str(folder), "--set", budget]) == 2
+        return capsys.readouterr().err
+
+    for metric in ("file_bytes", "load"):
+        assert (
+            "relative_to: nothing is removed or trained, so no dense model is beside what ships"
+            in refused(metric)
+        )
 
 
 def test_a_release_is_logged_once_and_a_missing_server_loses_nothing(
@@ -407,7 +458,7 @@ def test_a_release_is_logged_once_and_a_missing_server_loses_nothing(
     assert not [name for name in run.data.params if name.startswith("tracking")]
     figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))["figures"]
     assert len(run.data.metrics) == sum(figure["value"] is not None for figure in figures)
-    assert run.data.metrics["file_bytes/Q8_0"] == (folder / PRUNED_FILE).stat().st_size
+    assert run.data.metrics["file_bytes/Q8_0"] == (folder / FILE).stat().st_size
     names = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"manifest.json", "figures.json", "report.md", "history.jsonl"} <= names
     assert not [name for name in names if name.endswith(".gguf")]

@@ -219,9 +219,9 @@ def test_the_card_has_a_header_that_the_hub_reads(
 def test_the_modelfile_speaks_chatml_or_leaves_the_template_to_the_file(
     make_report_input: MakeReportInput, tiny_model: Callable[..., tuple[Any, Any]]
 ) -> None:
-    pruned, tokenizer = make_report_input("Tiny").figures.pruned, tiny_model()[1]
+    pruned, tokenizer = make_report_input("Tiny").figures.shipped, tiny_model()[1]
     text = modelfile_text(pruned, tokenizer)
-    assert "FROM ./Tiny-pruned-Q8_0.gguf\n# FROM ./Tiny-pruned-Q4_0.gguf\n" in text
+    assert "FROM ./Tiny-shipped-Q8_0.gguf\n# FROM ./Tiny-shipped-Q4_0.gguf\n" in text
     assert 'PARAMETER stop "<|im_end|>"' in text
     assert "<|im_start|>{{ .Role }}" in text
     assert "SYSTEM" not in text
@@ -265,7 +265,7 @@ def test_every_single_command_is_one_that_the_command_line_takes(make_report_inp
         "evaluate": {"tasks": ["sciq"], "limit": 5, "metrics": ["m:f"]},
         "quantize": {"to": ["Q8_0", "int4"], "imatrix": False},
     }
-    threads = {"prune": 2, "evaluate": None, "export-pruned": 1}
+    threads = {"prune": 2, "evaluate": None, "export": 1}
 
     def commands(**changes: Any) -> list[str]:
         config = ReleaseConfig.model_validate(settings | changes)

@@ -135,10 +135,10 @@ def test_a_file_that_dominates_a_pruned_one_is_named(make_report_input: MakeRepo
     report = make_report_input("Tiny")
     # Sizes: dense Q8_0 150 MB and Q4_0 90 MB, pruned 135 and 81 MB.
     (line,) = beaten(report.figures)
-    assert line.startswith("The dense Q4_0 file dominates the pruned Q8_0 file: 85.8 MiB against 128.7 MiB")
+    assert line.startswith("The dense Q4_0 file dominates the Q8_0 file: 85.8 MiB against 128.7 MiB")
     assert "0.9200 bits a byte against 1.0000" in line
     for made in (render_report(report), render_page(report)):
-        assert "file dominates the pruned" in made
+        assert "file dominates the Q8" in made
         assert "dominated by dense Q4_0" in made.replace("\\", "")
         assert "Side by side" in made
     assert not beaten(replace(report.figures, losses=()))
@@ -234,7 +234,7 @@ def test_each_place_has_its_own_table_and_plot(make_report_input: MakeReportInpu
 
 def test_a_crowded_or_void_speed_gives_no_ratio(make_report_input: MakeReportInput) -> None:
     report = make_report_input("Tiny")
-    file, records = report.figures.pruned[0].file, report.figures.bench
+    file, records = report.figures.shipped[0].file, report.figures.bench
     crowded = tuple(replace(r, contention=(Contention(1e4, 0.0),) * 5) for r in records)
     figures = replace(report.figures, bench=crowded)
     text = verdict_table(figures, *figures.pairs[0])
@@ -261,7 +261,7 @@ def test_the_first_sentence_says_what_the_pruned_file_is_worth(make_report_input
     small = replace(figures, losses=(replace(pruned[0], file_bytes=80_000_000), *dense))
     assert "Q8_0 file is 10% smaller than the dense one: 11.1% more bits per byte" in headline(small)
     better = (
-        replace(dense[0], file=pruned[0].file, role="pruned"),
+        replace(dense[0], file=pruned[0].file, role="shipped"),
         replace(pruned[0], file="d", role="dense"),
     )
     said = headline(replace(figures, losses=better))

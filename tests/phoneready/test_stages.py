@@ -218,7 +218,7 @@ CONFIG = ReleaseConfig.model_validate(
 
 
 ALL = (
-    *("dense", "prune", "recover", "evaluate", "export-dense", "export-pruned", "answers", "side-by-side"),
+    *("dense", "prune", "recover", "evaluate", "export-dense", "export", "answers", "side-by-side"),
     *("evaluate-files", "bench-local"),
 )
 

@@ -7,16 +7,16 @@ import java.security.MessageDigest
 /** The files of one model of a release, checked against its manifest, put where an asset pack takes them from. */
 class ReleasedModel {
 
-    /** Paths and hashes of the pruned model in a quantization (Q4_0, ...) or ONNX variant (int4, ...). */
+    /** Paths and hashes of what ships in a quantization (Q4_0, ...) or ONNX variant (int4, ...). */
     static Map<String, String> files(Path release, String quant) {
         def manifest = new JsonSlurper().parse(release.resolve('manifest.json').toFile(), 'UTF-8')
-        if (manifest.kind != 'release-manifest' || manifest.schema_version != 4) {
+        if (manifest.kind != 'release-manifest' || manifest.schema_version != 5) {
             throw new IllegalArgumentException("${release}/manifest.json is of another kind or version")
         }
-        def pruned = manifest.files.findAll { it.role == 'pruned' }
-        def chosen = pruned.find { it.quant == quant }
+        def shipped = manifest.files.findAll { it.role == 'shipped' }
+        def chosen = shipped.find { it.quant == quant }
         if (chosen == null) {
-            throw new IllegalArgumentException("no ${quant} in the release; there are ${pruned*.quant.join(', ')}")
+            throw new IllegalArgumentException("no ${quant} in the release; there are ${shipped*.quant.join(', ')}")
         }
         Map<String, String> found = [:]
         manifest.contents.each { content ->
