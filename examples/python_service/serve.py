@@ -61,10 +61,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             asked = json.loads(self.rfile.read(length))
             messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in asked["messages"]]
             count = min(int(asked.get("max_tokens", 128)), 1024)
-        except (ValueError, KeyError, TypeError) as error:
-            self.reply(400, {"error": f"not a chat: {error}"})
+            answer = self.model.create_chat_completion(messages, max_tokens=count, temperature=0.0)
+        except (ValueError, KeyError, TypeError) as error:  # not a chat, or longer than the context
+            self.reply(400, {"error": f"cannot be answered: {error}"})
             return
-        self.reply(200, self.model.create_chat_completion(messages, max_tokens=count, temperature=0.0))
+        self.reply(200, answer)
 
     def reply(self, status: int, payload: dict[str, Any]) -> None:
         """Send JSON."""

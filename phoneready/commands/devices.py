@@ -111,6 +111,7 @@ def clean(
     """Remove what `bench` pushed to another machine."""
 
     remote = open_remote(target)
-    removed = remote.clean()
+    removed, left = remote.clean()
     text = f"{remote.name}: {removed} file{'' if removed == 1 else 's'} removed"
-    write_result(text, {"target": remote.name, "removed": removed}, as_json=json)
+    text += f"; left there, as `bench` did not push it: {', '.join(left)}" if left else ""
+    write_result(text, {"target": remote.name, "removed": removed, "left": left}, as_json=json)

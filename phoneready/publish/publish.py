@@ -23,7 +23,7 @@ from typing import Any
 import pydantic
 from huggingface_hub import ModelCardData
 
-from cfsp.errors import InputError
+from cfsp.errors import InputError, require_extra
 from cfsp.files import atomic_directory, atomic_file, write_json, write_text
 from cfsp.models.checkpoint import NOTICE_PATTERNS, read_checkpoint_info
 from cfsp.models.reference import load_tokenizer
@@ -137,10 +137,11 @@ def write_reports(
 
 
 def rewrite_reports(folder: Path) -> ReleaseManifest:
-    """Write the reports of a finished release again; no model is loaded."""
+    """Write the reports of a finished release again, plots among them; no model is loaded."""
     manifest = read_record(ReleaseManifest, folder / MANIFEST_FILE)
     if not (folder / "stages").is_dir():
         raise InputError(f"{folder} has no folder stages; reports are made from the records in it")
+    require_extra("plotly", "report")  # or a page without plots would replace one that has them
     try:
         config = ReleaseConfig.model_validate(manifest.config)
     except pydantic.ValidationError as error:

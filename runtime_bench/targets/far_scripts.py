@@ -56,6 +56,9 @@ PUSH = f"""
 trap '' HUP
 umask 077
 mkdir -p "${{1%/*}}" || exit
+for part in "${{1%/*}}"/.part-*; do
+    kill -0 "${{part##*-}}" 2>/dev/null || rm -f "$part"  # of one that was killed
+done
 part=${{1%/*}}/.part-$$
 cat >"$part"
 status=$?
@@ -121,12 +124,18 @@ rm -rf "$@"
 
 CLEAN = """
 test -d "$1" || exit 0
-for entry in "$1"/*; do
+for entry in "$1"/* "$1"/.[!.]*; do
     name=${entry##*/}
-    case $name in *[!0-9a-f]*) continue ;; esac
-    test ${#name} = 64 && rm -rf "$entry" && echo "removed $name"
+    test -e "$entry" || continue
+    case $name in
+    .looks-*) rm -f "$entry" && continue ;;  # of a run that was killed
+    *[!0-9a-f]*) ;;
+    *) test ${#name} = 64 && rm -rf "$entry" && echo "removed $name" && continue ;;
+    esac
+    echo "left $name"
 done
 rmdir "$1" 2>/dev/null
 true
 """
-"""Arguments: folder. Removes what was pushed, which is known by its name, and the folder if nothing else is in it."""
+"""Arguments: folder. Removes what was pushed, which is known by its name, and the folder if nothing else is in it. A
+line for each thing: `removed NAME`, or `left NAME`."""

@@ -261,9 +261,9 @@ class Remote:
                     self._shell.run(far_scripts.FORGET, place, timeout_s=ANSWER_S)
                     self._there.pop(questions, None)
 
-    def clean(self) -> int:
-        """Remove all that was ever pushed there, and return how many files and programs that was. Raises
-        FarError: it cannot be reached, or something cannot be removed."""
+    def clean(self) -> tuple[int, tuple[str, ...]]:
+        """Remove all that was ever pushed there; returns how many files and programs that was, and what is left
+        in the folder. Raises FarError: it cannot be reached."""
         shell = FarShell(self.transport)  # one that `stop` did not stop
         try:
             folder = describe(shell, self.folder or self.transport.folder).folder
@@ -272,7 +272,10 @@ class Remote:
         except FarError as error:
             raise FarError(f"{self.name}: {error}") from error
         self._machine, self._there, self._programs = None, {}, {}
-        return sum(line.startswith("removed ") for line in reply.text.splitlines())
+        said = [line.partition(" ")[::2] for line in reply.text.splitlines()]
+        return sum(word == "removed" for word, _ in said), tuple(
+            name for word, name in said if word == "left"
+        )
 
     def stop(self) -> None:
         """End what runs there; `run`, in whatever thread, raises StoppedError."""

@@ -150,6 +150,10 @@ def test_the_service_checks_and_serves_the_released_file(release: Path) -> None:
         assert 0 < answer["usage"]["completion_tokens"] <= 4
         with pytest.raises(urllib.error.HTTPError, match="400"):
             ask(f"{match[1]}/v1/chat/completions", {"messages": "no"})
+        long = {"messages": [{"role": "user", "content": "fruit " * 500}]}
+        with pytest.raises(urllib.error.HTTPError, match="400") as caught:
+            ask(f"{match[1]}/v1/chat/completions", long)
+        assert "context" in json.load(caught.value)["error"]
     finally:
         process.terminate()
         process.wait(timeout=60)

@@ -277,7 +277,9 @@ def test_a_baseline_must_be_of_the_same_model_schema_text_and_machine(tmp_path: 
     check_same_model(before, "elsewhere/the-same", "ab", path)
     with pytest.raises(InputError, match="of another model: some/model"):
         check_same_model(before, "some/model", "cd", path)
-    path.write_text(path.read_text().replace(f'"schema_version": {FigureSet.SCHEMA_VERSION}', '"schema_version": 99'))
+    path.write_text(
+        path.read_text().replace(f'"schema_version": {FigureSet.SCHEMA_VERSION}', '"schema_version": 99')
+    )
     with pytest.raises(InputError, match="unknown schema version"):
         read_baseline(path, [])
 

@@ -135,7 +135,10 @@ def released(tiny_folder: TinyPath, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_what_a_release_leaves_agrees_and_is_made_again_from_records(
-    released: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    released: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config, folder = released
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -187,7 +190,12 @@ def test_what_a_release_leaves_agrees_and_is_made_again_from_records(
         "chats: chats.jsonl|windows of 64 tokens|List three fruits.|## int8: dense and pruned|1 thread",
         "report.html": f"{FILE}|Pixel 8a|kl_mean|builtin:python-docs|budgets met",
     }
+    with monkeypatch.context() as without_plots:
+        without_plots.setitem(sys.modules, "plotly", None)
+        assert main(["report", str(folder)]) == 2
+    assert "pip install 'phoneready[report]'" in capsys.readouterr().err
     for name, parts_said in said.items():
+        assert (folder / name).read_bytes() == before[folder / name]
         assert not [part for part in parts_said.split("|") if part not in before[folder / name].decode()]
         (folder / name).unlink()
     assert main(["report", str(folder)]) == 0

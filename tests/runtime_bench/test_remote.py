@@ -148,7 +148,10 @@ def test_files_are_pushed_once_and_again_when_they_are_spoiled(
     assert (pushed.stat().st_ino, pushed.stat().st_mtime_ns) == (first.st_ino, first.st_mtime_ns)
     with pushed.open("r+b") as stream:
         stream.write(b"spoiled")
+    part = pushed.with_name(".part-4194305")  # of a push that was killed; no process has this number
+    part.write_bytes(b"half")
     assert bench(path, device.target()).ok
+    assert not part.exists()
     assert pushed.read_bytes() == path.read_bytes()
 
 
@@ -163,7 +166,7 @@ def test_hostile_names_are_only_names(
     assert record.failure is None
     assert record.model_filename == str(path)
     assert set(files_in(folder)) == {"model.gguf", "runner"}
-    assert device.target(folder=str(folder)).clean() == 2
+    assert device.target(folder=str(folder)).clean() == (2, ())
     assert not folder.exists()
     assert not list(tmp_path.rglob("pwned"))
     assert not (Path.home() / "pwned").exists()
@@ -175,11 +178,13 @@ def test_what_was_pushed_is_removed_and_nothing_else(
     assert bench(tiny_gguf(), device.target()).ok
     own = far / "diary.txt"
     own.write_text("not pushed by phoneready")
+    (far / ".looks-1234567").write_text("of a run that was killed")
     assert main(["devices", "clean", device.on(folder=far)[1], "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"target": device.name, "removed": 2}
+    said = json.loads(capsys.readouterr().out)
+    assert said == {"target": device.name, "removed": 2, "left": ["diary.txt"]}
     assert list(far.iterdir()) == [own]
     own.unlink()
-    assert device.target().clean() == 0
+    assert device.target().clean() == (0, ())
     assert not far.exists()
 
 
