@@ -78,9 +78,14 @@ class TargetRow:
 
 def open_target(name: str, progress: Progress = no_progress) -> Target:
     """The target of a name. Another machine is not connected to yet. Raises InputError: unknown, an option
-    that it does not take, or a target that cannot be used."""
+    that it does not take, a target that cannot be used, or a plugin's that lacks members."""
     row, address, options = parse_target(name)
-    return row.open(address, options, progress)
+    target = row.open(address, options, progress)
+    members = [member for member in vars(Target) if not member.startswith("_")]
+    if lacking := {*members, *(["answer"] if row.answers else [])} - set(dir(target)):
+        message = f"{type(target).__name__} lacks {', '.join(sorted(lacking))} of runtime_bench.targets.Target"
+        raise InputError(message, field="--on", value=name)
+    return target
 
 
 def open_remote(name: str) -> Remote:

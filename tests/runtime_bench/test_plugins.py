@@ -42,6 +42,15 @@ class Place(Local):
 
 
 TARGET = TargetRow("toy:PLACE", lambda address, options, progress: Place(address))
+
+
+class Old:
+    """Of a time in which targets had fewer members."""
+
+    name, kind = "toy", "measured"
+
+
+OLD = TargetRow("toy:PLACE", lambda address, options, progress: Old())
 '''
 
 InstallPlugin = Callable[..., dict[str, str]]
@@ -113,6 +122,14 @@ def test_a_plugin_that_cannot_be_used_is_one_line(
     result = bench(install_plugin("broken", {"engines": entry}), tmp_path / "model.toy", "--engine", "toy")
     assert (result.returncode, result.stdout) == (2, "")
     assert reason in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_target_that_lacks_members_is_one_line(install_plugin: InstallPlugin, tmp_path: Path) -> None:
+    environment = install_plugin("old", {"targets": "toy = toy_plugin:OLD"})
+    result = bench(environment, tmp_path / "model.toy", "--engine", "llama.cpp", "--on", "toy:here")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "Old lacks conditions, default_engine, environment, lasts, memory_limit_bytes" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
