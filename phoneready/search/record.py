@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -245,31 +245,41 @@ _PLOTS = (
     ("plot-memory", "Memory against loss", _MEMORY, BITS),
     ("plot-kl", "Size against divergence, of files that have all tokens", _SIZE, _KL),
 )
+_CUT = Axis("FFN channels removed, %", lambda one: 100 * one.removed)
+_SWEEP = (
+    ("plot-cut-loss", "Loss against what is removed", _CUT, BITS),
+    ("plot-cut-size", "Size against what is removed", _CUT, _SIZE),
+    ("plot-cut-speed", "Decode speed against what is removed", _CUT, _SPEED),
+)
+"""Of a search over at least three ratios."""
 
 
 def render_search(found: SearchRecord) -> str:
     """search.html: opens without a network."""
-    rows = [
-        row for row in _PLOTS if any(None not in (row[2].of(one), row[3].of(one)) for one in found.points)
-    ]
-    models = dict.fromkeys(one.point.model for one in sorted(found.points, key=lambda one: not one.is_dense))
-    series = {model: [one for one in found.points if one.point.model == model] for model in models}
+    files = sorted(found.points, key=lambda one: not one.is_dense)
     beaten = {one.file for one in found.standings if one.verdict == DOMINATED}
+    table = search_table(found)
 
     def lines(one: EvaluatedPoint) -> list[str]:
         return [megabytes(one.file_bytes), f"KL {one.kl_mean:.4f}"]
 
-    table = search_table(found)
-    plots = {
-        id: loss_figure(series, x, y, beaten=beaten, name=lambda one: one.point.quant, lines=lines)
-        for id, _, x, y in rows
-    }
+    plots, titles = dict[str, Any](), dict[str, str]()
+    swept = len({one.point.ratio for one in files}) > 2
+    for id, title, x, y in (*_PLOTS, *(_SWEEP if swept else ())):
+        series = dict[str, list[EvaluatedPoint]]()
+        for one in files:
+            of = replace(one.point, ratio=0.0).label.removeprefix("dense ") if x is _CUT else one.point.model
+            series.setdefault(of, []).append(one)
+        if any(None not in (x.of(one), y.of(one)) for one in files):
+            named = None if x is _CUT else (lambda one: one.point.quant)
+            plots[id] = loss_figure(series, x, y, beaten=beaten, name=named, lines=lines)
+            titles[id] = title
     context = {
         "source": found.source,
         "lines": [line.removeprefix("- ") for line in sentences(found)],
         "conditions": conditions(found),
         "titles": [column.title for column in table.columns],
         "rows": [["-" if cell is None else cell for cell in row] for row in table.cells()],
-        "shown": [{"id": id, "title": title} for id, title, _, _ in rows],
+        "shown": titles,
     }
     return render_page("search.html.j2", context, plots, plotly_script(needed=True), DARK)

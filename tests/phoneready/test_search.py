@@ -404,6 +404,25 @@ def test_sentences_and_the_page() -> None:
     assert "Pruning paid: no quantization of the dense model is within the limits." in format_search(limited)
 
 
+def test_a_search_over_ratios_shows_what_each_cut_costs_and_brings() -> None:
+    speed = Speed("local", 9.0, 11.0, 2e8, n_threads=1)
+    ratios = (0.0, 0.1, 0.3)
+    files = [
+        replace(point(quant, size - int(50 * r), [1.0 + r] * 2, ratio=r), file=f"{quant}{i}.gguf", speed=speed)
+        for quant, size in (("Q8_0<b>", 140), ("Q4_0", 90))
+        for i, r in enumerate(ratios)
+    ]  # fmt: skip
+    page = render_search(result(*files))
+    plots = json.loads(re.findall(r'id="specs">(.*?)</script>', page)[0])["plots"]
+    for name, heights in (("loss", [1.0, 1.1, 1.3]), ("size", [9e-5, 8.5e-5, 7.5e-5]), ("speed", [9.0] * 3)):
+        traces = {trace["name"]: trace for trace in plots[f"plot-cut-{name}"]["data"]}
+        assert list(traces) == ["Q4_0", "Q8_0&lt;b&gt;"], "a line for each quantization"
+        assert traces["Q4_0"]["x"] == pytest.approx([100 * r for r in ratios])
+        assert traces["Q4_0"]["y"] == pytest.approx(heights)
+        assert traces["Q4_0"]["mode"] == "lines+markers"
+    assert "plot-cut" not in render_search(result(*files[:2])), "two ratios are no curve"
+
+
 def test_intervals_are_paired_over_windows() -> None:
     even = replace(point("a", 1, [2.0] * 5).texts[0], n_bytes=(100,) * 5)
     a, b = [1.0, 2.0, 1.5, 3.0, 2.2], [1.1, 2.1, 1.65, 3.05, 2.35]
