@@ -19,6 +19,7 @@ import jinja2
 from markupsafe import Markup
 
 from cfsp.errors import MissingExtraError
+from cfsp.pruning.plan import PruningPlan
 from cfsp.units import format_bytes
 from phoneready.evaluation.measured_file import DOMINATED
 from phoneready.figures.figures import SHIPPED
@@ -41,6 +42,8 @@ DARK = MappingProxyType(
     }
 )
 """A colour of the light page -> its counterpart on the dark one."""
+_BINS = 96
+"""Most cells of a block in the picture of the pattern."""
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "star", "cross")
 
 
@@ -95,10 +98,10 @@ def loss_figure(
     y: Axis,
     *,
     beaten: Collection[str],
-    name: Callable[[Any], str],
+    name: Callable[[Any], str] | None,
     lines: Callable[[Any], Sequence[str]],
 ) -> dict[str, Any]:
-    """Measured files in one series a model, the dense one first."""
+    """Measured files in one series a model, the dense one first; without names they are joined by a line."""
     data = []
     for index, (model, files) in enumerate(series.items()):
         places = ((x.of(one), y.of(one), one) for one in files)
@@ -118,8 +121,9 @@ def loss_figure(
             model,
             [place for place, _ in placed],
             hover,
-            mode="markers+text",
-            text=[plot_text(name(one)) for _, one in placed],
+            mode="markers+text" if name else "lines+markers",
+            line={"color": colour},
+            text=[plot_text(name(one)) for _, one in placed] if name else None,
             textposition="top center",
             textfont={"size": 10, "color": colour},
             marker={
@@ -176,6 +180,47 @@ def speed_plot(figures: ReleaseFigures, group: BenchGroup, number: int) -> Plot 
     title = f"Speed against size: {group.kind}, {group.target}"
     figure = {"data": data, "layout": layout}
     return Plot(f"plot-speed-{number}", title, caption, figure)
+
+
+def pattern_plot(plan: PruningPlan) -> Plot | None:
+    """Block by channel: what is kept, and beside it each block's coarse score; None if no channel of a block goes."""
+    if plan.keep_ratio == 1:
+        return None
+    number, bins = list(range(len(plan.blocks))), min(_BINS, *filter(None, plan.dense_widths))
+    kept = []  # of each bin of a block's channels, in the order of the matrix
+    for block, dense in zip(plan.blocks, plan.dense_widths, strict=True):
+        counts, sizes = [0] * bins, [0] * bins
+        for channel in range(dense):
+            sizes[channel * bins // dense] += 1
+        for channel in block.kept:
+            counts[channel * bins // dense] += 1
+        kept.append([count / size if size else None for count, size in zip(counts, sizes, strict=True)])
+    pattern = {
+        "type": "heatmap",
+        **{"z": kept, "y": number, "x0": 50 / bins, "dx": 100 / bins, "zmin": 0, "zmax": 1, "ygap": 1},
+        **{"colorscale": [[0, BAND], [1, PRUNED]], "showscale": False},
+        "hovertemplate": "block %{y}, channels near %{x:.0f} %: %{z:.0%} kept<extra></extra>",
+    }
+    scores = {
+        "type": "bar",
+        **{"orientation": "h", "xaxis": "x2", "marker": {"color": SERIES[1]}, "hoverinfo": "text"},
+        **{"y": number, "x": [block.importance for block in plan.blocks]},
+        "hovertext": [
+            f"block {index}: score {block.importance:.4f}, {block.width} of {dense} channels kept"
+            for index, (block, dense) in enumerate(zip(plan.blocks, plan.dense_widths, strict=True))
+        ],
+    }
+    layout = plot_layout(xaxis="FFN channel, % of the block's", yaxis="block")
+    layout["xaxis2"] = plot_layout(xaxis="coarse score", yaxis="")["xaxis"]
+    layout["xaxis2"] |= {"domain": [0.78, 1], "nticks": 4, "tickangle": 0}
+    layout["xaxis"] |= {"domain": [0, 0.76], "showgrid": False}
+    layout["yaxis"] |= {"autorange": "reversed", "showgrid": False}
+    caption = (
+        f"Blue is kept; a cell is one of {bins} parts of a block's channels, in the order of its matrices. "
+        "Bars are the coarse scores, by which blocks share what is kept."
+    )
+    figure = {"data": [pattern, scores], "layout": layout | {"showlegend": False}}
+    return Plot("plot-pattern", "What is kept of each block", caption, figure)
 
 
 def usable(record: BenchRecord) -> bool:

@@ -84,6 +84,7 @@ def render_page(report: ReportInput) -> str:
     first = groups[0] if groups else None
     verdicts = report.verdicts.verdicts if report.verdicts else ()
     made = plots.make_plots(figures, groups) if plotly else []
+    pattern = plots.pattern_plot(figures.plan) if plotly and figures.plan else None
     outcome = Mark("no budgets set", "even")
     if verdicts:
         outcome = Mark(f"all {len(verdicts)} budgets met" if verdicts[1:] else "the budget is met", "good")
@@ -92,6 +93,7 @@ def render_page(report: ReportInput) -> str:
             outcome = Mark(f"{count} of {len(verdicts)} budgets {bad}", TONES[bad])
     context = _contents(report) | {
         "plots": made,
+        "pattern": pattern,
         "outcome": outcome,
         "baseline": report.verdicts.baseline if report.verdicts else None,
         "verdicts": verdict_rows(verdicts) if verdicts else None,
@@ -102,7 +104,7 @@ def render_page(report: ReportInput) -> str:
         "projections": _projections(report),
         "meaning_of_projected": plots.KINDS["projected"],
     }
-    shown = {plot.id: plot.figure for plot in made}
+    shown = {plot.id: plot.figure for plot in (*made, pattern) if plot}
     return plots.render_page("report.html.j2", context, shown, plotly, plots.DARK)
 
 

@@ -15,7 +15,7 @@ import pytest
 from cfsp.pruning.parts import GroupRemoval, Removal
 from cfsp.pruning.vocabulary import TokenKind, VocabularyPlan
 from phoneready.evaluation.evaluation_record import Vocabularies
-from phoneready.report.plots import make_plots, plot_text, script_json, spelled_out
+from phoneready.report.plots import make_plots, pattern_plot, plot_text, script_json, spelled_out
 from phoneready.report.report import (
     ReportInput,
     beaten,
@@ -85,7 +85,7 @@ def test_it_is_complete_without_a_network(browser: Any, page_file: Path) -> None
         for link in opened.page.eval_on_selector_all("nav a", "all => all.map(one => one.hash)"):
             assert opened.page.locator(link).count() == 1
         plots = opened.page.locator(".plot").all()
-        assert len(plots) == 3
+        assert len(plots) == 4
         for plot in plots:
             assert plot.locator("svg.main-svg").count() > 0
         text = opened.page.inner_text("main")
@@ -184,6 +184,29 @@ def test_what_is_left_of_every_block_is_shown(make_report_input: MakeReportInput
     assert all(word in render_report(pruned) for word in words)
     untouched = replace(plan, blocks=tuple(whole), depth=None, attention=None, kv_groups=None)
     assert width_table(untouched).rows[0][-1] == f"{untouched.blocks[0].importance:.4f}"
+
+
+def test_the_pattern_is_a_picture_of_the_channels_kept(make_report_input: MakeReportInput) -> None:
+    report = make_report_input("Tiny")
+    plan = report.figures.plan
+    wide = plan.dense_widths[0]
+    ranking = tuple(range(wide))
+    blocks = (replace(plan.blocks[0], width=wide // 2, ranking=ranking), replace(plan.blocks[1], width=0))
+    blocks = (*blocks, replace(plan.blocks[2], width=50, ranking=ranking[:100]))
+    plan = replace(
+        plan, dense_widths=(wide, wide, 100), blocks=blocks, depth=Removal((1,), (0.1,) * 3, 0.1, 9)
+    )
+    made = pattern_plot(plan)
+    assert made is not None
+    pattern, scores = made.figure["data"]
+    assert pattern["z"] == [[1.0] * 48 + [0.0] * 48, [0.0] * 96, [1.0] * 48 + [0.0] * 48]
+    assert scores["x"] == [block.importance for block in blocks]
+    assert scores["hovertext"][2].endswith("50 of 100 channels kept")
+    whole = replace(plan, depth=None, blocks=tuple(replace(b, width=len(b.ranking)) for b in blocks))
+    assert pattern_plot(whole) is None
+    page = render_page(report._replace(figures=replace(report.figures, plan=whole)))
+    assert "plot-pattern" not in page
+    assert 'id="plot-pattern"' in render_page(report)
 
 
 def test_the_page_is_well_formed(make_report_input: MakeReportInput) -> None:
