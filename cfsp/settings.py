@@ -18,11 +18,22 @@ import re
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
-
-from pydantic_core import CoreSchema, core_schema
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    NamedTuple,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from cfsp.errors import InputError
+
+if TYPE_CHECKING:
+    from pydantic_core import CoreSchema
 
 S = TypeVar("S", bound="Settings")
 T = TypeVar("T")
@@ -98,6 +109,7 @@ class Setting:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], CoreSchema]) -> CoreSchema:
         """Pydantic's check of the type, then ours."""
+        from pydantic_core import core_schema
 
         def checked(value: Any) -> Any:
             try:

@@ -25,7 +25,6 @@ import typer
 from typer.core import TyperGroup
 
 from cfsp.errors import PhonereadyError, without_credentials
-from cfsp.records import tool_version
 from phoneready.commands.options import EPILOG, key_instead, with_settings
 from runtime_bench.presentation.table import visible
 
@@ -122,6 +121,8 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from cfsp.records import tool_version  # which imports pydantic
+
         typer.echo(f"phoneready {tool_version()}")
         raise typer.Exit
 

@@ -20,7 +20,7 @@ from cfsp.models.gguf_model import config_from_gguf
 from cfsp.models.reference import config_from_settings, find_model, folded_config, is_folded, load_tokenizer
 from cfsp.models.shape import BlockShape, ModelShape
 from cfsp.models.token_trees import token_trees
-from cfsp.models.weights import model_class
+from cfsp.models.weights import is_quantized, model_class
 from cfsp.text.conversations import CONVERSATIONS, rendered, turn_end
 from exporters.checkpoint_reader import ModelConfig, open_tensors, read_config
 from exporters.gguf.architecture import ChosenLayout, choose_layout, rope_metadata
@@ -148,6 +148,9 @@ def _config(path: Path) -> tuple[ModelConfig, frozenset[str]]:
         settings = read_model_config(path)
     if path.is_dir() and not is_folded(path):
         with open_tensors(path) as tensors:
+            for name, handle in tensors.handles.items():
+                if "8" in (kind := handle.get_slice(name).get_dtype()):  # I8, U8, F8_E4M3
+                    raise is_quantized(str(path), name, kind)
             return read_config(path), frozenset(tensors.handles)
     config = (
         folded_config(config_from_settings(settings, str(path)))

@@ -173,10 +173,12 @@ def test_the_rules_catch_what_they_are_for() -> None:
 def test_help_is_shown_without_a_command_and_a_commands_without_torch() -> None:
     code = "import sys; from phoneready.main import main; main(['--help']); "
     code += "commands = [m for m in sys.modules if m.startswith('phoneready.commands.')]; "
-    code += "print(commands); main(['prune', '--help']); "
-    code += "print(sorted({'torch', 'transformers', 'llama_cpp'} & set(sys.modules)))"
+    code += (
+        "print(commands, 'pydantic' in sys.modules); main(['prune', '--help']); main(['bench', '--help']); "
+    )
+    code += "print(sorted({'torch', 'transformers', 'llama_cpp', 'gguf'} & set(sys.modules)))"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert "['phoneready.commands.options']" in result.stdout
+    assert "['phoneready.commands.options'] False" in result.stdout
     assert result.stdout.endswith("[]\n")

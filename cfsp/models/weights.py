@@ -203,9 +203,13 @@ def check_floats(weights: Mapping[str, torch.Tensor], where: str) -> None:
     """Raise InputError for weights that are codes of a quantizer and not numbers."""
     for name, tensor in weights.items():
         if not tensor.is_floating_point() or tensor.itemsize < 2:
-            kind = str(tensor.dtype).removeprefix("torch.")
-            allowed = "float32, float16 or bfloat16: the model before it was quantized"
-            raise InputError(f"{where}: {name} is quantized", field="dtype", value=kind, allowed=allowed)
+            raise is_quantized(where, name, str(tensor.dtype).removeprefix("torch."))
+
+
+def is_quantized(where: str, name: str, kind: str) -> InputError:
+    """The error of a tensor that is stored in codes."""
+    allowed = "float32, float16 or bfloat16: the model before it was quantized"
+    return InputError(f"{where}: {name} is quantized", field="dtype", value=kind, allowed=allowed)
 
 
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:

@@ -17,25 +17,19 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Generic, Literal, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Generic, Literal, NamedTuple, Self, TypeVar
 
 import pydantic
 
 from cfsp.errors import InputError
-from cfsp.models.gguf_file import (
-    CONVOLUTIONS,
-    GGUFFile,
-    GGUFTensor,
-    drafting_blocks,
-    is_drafting,
-    looked_up_alone,
-    read_gguf,
-)
 from cfsp.reading import parse_toml, read_text
 from cfsp.settings import Setting
 from cfsp.validation import Section, describe_problems
 from exporters.gguf.quants import CACHE_TYPES, DEFAULT_CACHE
 from runtime_bench.records.bench_record import DOES_NOT_FIT, FITS, THRASHES
+
+if TYPE_CHECKING:
+    from cfsp.models.gguf_file import GGUFFile, GGUFTensor
 
 _TABLE = "token_embd.weight"
 
@@ -58,6 +52,12 @@ class ModelFacts:
 
 def gguf_facts(path: Path) -> ModelFacts:
     """Facts of a GGUF file. Raises InputError: no GGUF file, or one without the keys of a decoder."""
+    from cfsp.models.gguf_file import (
+        is_drafting,
+        looked_up_alone,
+        read_gguf,
+    )  # gguf takes as long as help pages
+
     file = read_gguf(path)
     drafting = is_drafting(file)
     tensors = {tensor.name: tensor for tensor in file.tensors if not drafting(tensor.name)}
@@ -90,6 +90,8 @@ def gguf_facts(path: Path) -> ModelFacts:
 
 def _key_value_width(file: GGUFFile) -> int:
     """Numbers that one token adds to the cache, over all blocks that have keys and values of their own."""
+    from cfsp.models.gguf_file import CONVOLUTIONS, drafting_blocks
+
     heads = max(_numbers(file, "attention.head_count"))
     size = max(_numbers(file, "embedding_length")) // heads
     layers = drafting_blocks(file).start

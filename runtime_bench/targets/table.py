@@ -83,7 +83,9 @@ def open_target(name: str, progress: Progress = no_progress) -> Target:
     target = row.open(address, options, progress)
     members = [member for member in vars(Target) if not member.startswith("_")]
     if lacking := {*members, *(["answer"] if row.answers else [])} - set(dir(target)):
-        message = f"{type(target).__name__} lacks {', '.join(sorted(lacking))} of runtime_bench.targets.Target"
+        message = (
+            f"{type(target).__name__} lacks {', '.join(sorted(lacking))} of runtime_bench.targets.Target"
+        )
         raise InputError(message, field="--on", value=name)
     return target
 

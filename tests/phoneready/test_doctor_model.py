@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
@@ -81,7 +83,11 @@ def test_what_stands_in_the_way_of_a_file(tiny_folder: TinyPath, capsys: pytest.
     assert "dynamic" in checks["ONNX"]["found"]
 
 
-def test_no_model_is_one_line(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_no_model_is_one_line(tmp_path: Path, refused: Callable[..., str], tiny_folder: TinyPath) -> None:
+    file = tiny_folder() / "model.safetensors"
+    weights = {name: tensor.to(torch.int8) for name, tensor in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    assert "is quantized (got 'I8'); allowed: float32" in refused("doctor", file.parent)
     assert "none.gguf" in refused("doctor", tmp_path / "none.gguf")
     (tmp_path / "config.json").write_text('{"model_type": "gemma2"}', encoding="utf-8")
     assert "gemma3_text" in refused("doctor", tmp_path)
