@@ -23,7 +23,7 @@ from phoneready.commands.options import MODEL_HELP, JsonOption
 from phoneready.console import Check, write_result
 
 OLDEST_PYTHON = (3, 11)
-DEMO_BYTES = 3 * 2**30
+DEMO_MEMORY, DEMO_DISK = 3 * 10**9, 4 * 10**9
 """Of memory, and of disk."""
 _STATES = {"ok": "ok", "missing": "MISSING", "warning": "note", "failed": "FAILED"}
 
@@ -123,7 +123,7 @@ def _machine() -> Iterator[Check]:
         )
     memory = psutil.virtual_memory()
     free = f"{format_bytes(memory.available)} of {format_bytes(memory.total)} free"
-    yield _enough("memory", memory.available, free)
+    yield _enough("memory", memory.available, DEMO_MEMORY, free)
     hint = "set PHONEREADY_CACHE to a folder that can be written"
     try:
         folder = cache_directory()
@@ -135,15 +135,15 @@ def _machine() -> Iterator[Check]:
         yield Check("cache folder", "failed", f"{folder} cannot be written", hint)
         return
     free_bytes = shutil.disk_usage(existing).free
-    yield _enough("disk", free_bytes, f"{format_bytes(free_bytes)} free at {existing}")
+    yield _enough("disk", free_bytes, DEMO_DISK, f"{format_bytes(free_bytes)} free at {existing}")
     held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
     yield Check("cache folder", "ok", f"{folder}: {format_bytes(held)}")
 
 
-def _enough(name: str, available: int, found: str) -> Check:
-    if available >= DEMO_BYTES:
+def _enough(name: str, available: int, wanted: int, found: str) -> Check:
+    if available >= wanted:
         return Check(name, "ok", found)
-    return Check(name, "warning", found, f"the demo needs about {format_bytes(DEMO_BYTES)}")
+    return Check(name, "warning", found, f"the demo needs about {wanted / 1e9:.0f} GB")
 
 
 def _plugins() -> Iterator[Check]:
