@@ -31,7 +31,6 @@ from cfsp.errors import InputError
 
 _MARK = ".tmp-"
 _ASIDE = f"{_MARK}aside"  # suffix of a folder that is being replaced, if no system call swaps two folders
-PAGE = re.compile(rb"(?i)\A\s*<!doctype html")  # how a page begins; for `refuse_existing`
 
 
 def short_name(name: str) -> str:

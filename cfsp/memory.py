@@ -52,13 +52,6 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def usable_memory() -> int:
-    """Bytes that processes like this one may use together: the machine's memory, or the control groups' limit."""
-    import psutil  # processes that only run a file must not load it
-
-    return min([int(psutil.virtual_memory().total), *(limit for _, _, limit in _limits())])
-
-
 def free_memory() -> int:
     """The most bytes that this process could have, swap included."""
     import psutil

@@ -5,6 +5,7 @@ What people use is an option; every other setting is `--set KEY=VALUE`, and --he
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import textwrap
 from collections import Counter
@@ -139,18 +140,18 @@ def given_options(context: typer.Context, names: Collection[str]) -> tuple[str, 
 
 
 def key_instead(option: str, command: Any) -> str | None:
-    """What sets what an unknown option seems to mean; typer keeps the command's function as its callback."""
+    """The `--set` that an unknown option seems to mean, unless a known option is nearer to it.
+
+    Typer keeps the command's function as its callback.
+    """
     keys: Mapping[str, Declared] = getattr(getattr(command, "callback", None), "keys", {})
-    words = {word.rstrip("s") for word in option.lstrip("-").removeprefix("no-").split("-")}
-    named = {name: {word.rstrip("s") for word in name.split("_")} for name in keys}
-    alike = [name for name, own in named.items() if own == words] or [
-        name for name, own in named.items() if words <= own or (len(own) == 1 and own <= words)
-    ]
-    told = (
-        f"--set {name}={_shown(not d) if isinstance(d := keys[name].default, bool) else 'VALUE'}"
-        for name in alike
-    )
-    return " or ".join(told) or None
+    options = (name.lstrip("-").replace("-", "_") for one in command.params for name in one.opts)
+    asked = option.lstrip("-").removeprefix("no-").replace("-", "_")
+    near = "".join(difflib.get_close_matches(asked, [*keys, *options], 1))
+    if near not in keys:
+        return None
+    default = keys[near].default
+    return f"--set {near}={_shown(not default) if isinstance(default, bool) else 'VALUE'}"
 
 
 def _read_keys(keys: Mapping[str, Declared], given: Sequence[str]) -> dict[str, Any]:
@@ -196,11 +197,7 @@ def _show_all(context: typer.Context, keys: Mapping[str, Declared]) -> None:
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
-    return (
-        {None: "none", True: "true", False: "false"}[value]
-        if value is None or value is True or value is False
-        else str(value)
-    )
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _group(parameter: inspect.Parameter, hint: Any) -> _Group | None:

@@ -35,7 +35,7 @@ def test_a_groups_limit_is_what_may_be_used() -> None:
     except InputError as error:
         pytest.skip(str(error))
     code = "import os, sys; open(sys.argv[1], 'w').write('0'); from cfsp.memory import *; "
-    code += "print(usable_memory(), free_memory())"
+    code += "print(free_memory())"
     with limited_group(300 * 2**20) as group:
         result = subprocess.run(
             [sys.executable, "-c", code, str(group.processes)],
@@ -44,9 +44,7 @@ def test_a_groups_limit_is_what_may_be_used() -> None:
             check=True,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
         )
-    usable, free = map(int, result.stdout.split())
-    assert usable == 300 * 2**20
-    assert 0 < free < usable
+    assert 0 < int(result.stdout) < 300 * 2**20
 
 
 def test_a_model_that_does_not_fit_is_not_loaded(
