@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 from cfsp.models.shape import ModelShape
+from exporters.recipe import Recipe
 
 
 class ParityLimits(NamedTuple):
@@ -95,7 +96,7 @@ class ExportRecord:
     """One exported file, where it comes from, and the proof that it is the checkpoint's model."""
 
     KIND: ClassVar[str] = "export"
-    SCHEMA_VERSION: ClassVar[int] = 2
+    SCHEMA_VERSION: ClassVar[int] = 3
 
     file: str  # inside the output folder
     format: str  # "gguf" or "onnx"
@@ -134,6 +135,10 @@ class ExportRecord:
         None  # mean divergence, nats, of the plain quantizer's numbers, if others were chosen
     )
     rounded_kl: float | None = None  # the same of those chosen for a text; the file has what loses less
+    slopes: dict[str, float] = field(
+        default_factory=dict
+    )  # of matrices whose numbers were chosen (`exporters.proof`)
+    recipe: Recipe = field(default_factory=Recipe)
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,7 @@ class ExportManifest:
     """All files of one export: `export.json` in the output folder; `warnings`: what was asked for without effect."""
 
     KIND: ClassVar[str] = "export-manifest"
-    SCHEMA_VERSION: ClassVar[int] = 2
+    SCHEMA_VERSION: ClassVar[int] = 3
 
     exports: tuple[ExportRecord, ...]
     warnings: tuple[str, ...] = ()

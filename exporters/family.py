@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cfsp.errors import InputError, require_extra
 from cfsp.progress import Progress, no_progress
 from exporters.export_record import ExportFormat, ExportRecord, ParityLimits
+from exporters.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch  # not in the memory of a process that only runs a file
 
     from cfsp.models.offload import Keeping
     from cfsp.recovery.rounding import Rounding
+
+
+class MadeFile(NamedTuple):
+    """A file of an earlier export, and its record."""
+
+    path: Path
+    record: ExportRecord
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,8 @@ class ExportOptions:
     dtype: str = "auto"  # of weights while numbers are chosen, a name in `cfsp.precision.DTYPES`
     by_blocks: bool = False  # weights stay in their files; decided once by each export, as is the dtype
     n_threads: int | None = None  # of quantizers and of the parity run; torch's number by default
+    recipe: Recipe = field(default_factory=Recipe)  # what was done before the export
+    made: Mapping[str, MadeFile] | None = None  # format -> a file that is taken as it is, and proven
     warnings: tuple[str, ...] = ()  # what was asked for and has no effect, for the record
     force: bool = False  # replace an existing output folder
     progress: Progress = no_progress

@@ -24,16 +24,19 @@ from cfsp.models.reference import load_tokenizer
 from cfsp.models.weights import safetensors_files, sha256_files, uniform_dtype
 from cfsp.records import write_record
 from cfsp.text.self_sampling import stop_tokens
+from cfsp.text.tokens import tokens_sha256
 from exporters.checkpoint_reader import ModelConfig, read_config
 from exporters.export_record import ExportFormat, ExportManifest, ExportRecord, ParityReport
 from exporters.family import ExportOptions
 from exporters.proof import Choice, Reference, choose_windows, compare, reference_of
+from exporters.recipe import Recipe
 
 MANIFEST_FILE = "export.json"
 UNTRAINED = "scales were not trained: that takes all of the model in memory, which is read block by block"
 """A warning."""
 SOME_HASH = "0" * 64
 """In place of one that is not known yet: as long as any."""
+_MADE_OF = ("config.json", "generation_config.json", "tokenizer*", "chat_template*")
 _LONGEST = 200
 """Bytes of the beginning of a file's name; a format, a size and the mark of what is not finished follow."""
 
@@ -104,6 +107,24 @@ class Job:
     @cached_property
     def provenance(self) -> Provenance:
         return read_provenance(self.checkpoint, self.settings.name)
+
+    @cached_property
+    def _checkpoint_sha256(self) -> str:
+        """Of weights, settings and tokenizer: all of a checkpoint that goes into a file."""
+        files = [path for pattern in _MADE_OF for path in sorted(self.checkpoint.glob(pattern))]
+        return sha256_files([*files, *safetensors_files(self.checkpoint)])
+
+    def recipe(self, row: ExportFormat) -> Recipe:
+        """How a file of this format is made."""
+        settings, text = self.settings, self.settings.calibration
+        return replace(
+            settings.recipe,
+            source_sha256=self.provenance.source_sha256,
+            checkpoint_sha256=self._checkpoint_sha256,
+            format=row.name,
+            rounding={name: getattr(settings, name) for name in sorted(row.reads - {"calibration"})},
+            rounding_sha256=None if text is None or "calibration" not in row.reads else tokens_sha256(text),
+        )
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -184,6 +205,7 @@ class Job:
             checkpoint_sha256=origin.checkpoint_sha256,
             plan_sha256=origin.plan_sha256,
             seed=origin.seed,
+            recipe=self.recipe(row),
             plain_kl=choice.plain.kl_mean if choice else None,
             rounded_kl=choice.rounded.kl_mean if choice else None,
             **own,

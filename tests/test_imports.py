@@ -23,6 +23,7 @@ ROOMS = {
         {"recovery"},
     ),
     "exporters": (
+        {"recipe"},
         {"export_record"},
         {"family"},
         {"checkpoint_reader", "proof"},

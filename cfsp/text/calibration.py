@@ -1,16 +1,22 @@
-"""The token windows that pruning statistics are taken from, as many from each source."""
+"""The token windows that are calibrated on, as many from each source, or those that a file keeps of an earlier run."""
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import safetensors
+import safetensors.torch
 import torch
 
 from cfsp.errors import InputError
+from cfsp.files import atomic_file
 from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress, no_progress
+from cfsp.reading import as_input_error
 from cfsp.text.self_sampling import TRANSFORMERS, Writer, sample_windows
 from cfsp.text.settings import SELF
 from cfsp.text.tokens import join_documents, load_documents, shuffled, started, tokens_sha256
@@ -39,7 +45,8 @@ def load_calibration(
     """Draw `nsamples` windows of `seqlen` tokens, the same share from each reference.
 
     Args:
-        references: `self`, or text references as in `cfsp.text.tokens`.
+        references: `self`, or text references as in `cfsp.text.tokens`; or a single file of `save_windows`, which
+            says what its windows were drawn from.
         writers: What may have the model write, for `self`; the first that can does.
 
     Raises:
@@ -52,6 +59,16 @@ def load_calibration(
             "too few", field="nsamples", value=nsamples, allowed=f"at least one a source ({len(references)})"
         )
     check_seqlen(loaded, seqlen)
+    if is_kept(references):
+        kept = read_windows(Path(references[0]))
+        if kept.input_ids.shape != (nsamples, seqlen):
+            raise InputError(
+                f"{references[0]} holds other windows", field="nsamples, seqlen", value=[nsamples, seqlen],
+                allowed=str(list(kept.input_ids.shape)),
+            )  # fmt: skip
+        if int(kept.input_ids.max()) >= loaded.model.get_input_embeddings().weight.shape[0]:
+            raise InputError(f"{references[0]} holds tokens that the model does not have")
+        return kept
     parts = []
     for index, reference in enumerate(references):
         share = nsamples // len(references) + (index < nsamples % len(references))
@@ -79,6 +96,30 @@ def load_calibration(
         parts.append(started(windows, loaded.tokenizer))
     ids = torch.cat(parts)
     return Calibration(ids, tuple(references), seed, tokens_sha256(ids))
+
+
+def is_kept(references: Sequence[str]) -> bool:
+    """Whether references are a file of `save_windows`."""
+    return len(references) == 1 and Path(references[0]).suffix == ".safetensors"
+
+
+def save_windows(drawn: Calibration, path: Path) -> None:
+    """Write windows with what they were drawn from, atomically."""
+    stated = {"sources": json.dumps(drawn.sources), "seed": str(drawn.seed)}
+    with atomic_file(path) as temporary:
+        safetensors.torch.save_file({"input_ids": drawn.input_ids.contiguous()}, temporary, stated)
+
+
+def read_windows(path: Path) -> Calibration:
+    """What `save_windows` wrote; raises InputError."""
+    if not path.is_file():
+        raise InputError(f"text file {path} does not exist")
+    with as_input_error(f"{path} holds no windows of text"):
+        with safetensors.safe_open(path, "pt") as opened:
+            stated, ids = opened.metadata() or {}, opened.get_tensor("input_ids")
+        if ids.dtype != torch.int64 or ids.ndim != 2 or not ids.numel() or int(ids.min()) < 0:
+            raise ValueError("no token ids")
+        return Calibration(ids, tuple(json.loads(stated["sources"])), int(stated["seed"]), tokens_sha256(ids))
 
 
 def check_seqlen(loaded: LoadedModel, seqlen: int) -> None:

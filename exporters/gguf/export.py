@@ -23,7 +23,7 @@ from exporters.export_record import BlockProof, ExportRecord
 from exporters.family import DEFAULT_OPTIONS, ExportOptions
 from exporters.gguf import runtime
 from exporters.gguf.architecture import ChosenLayout, add_hyperparameters, read_layout
-from exporters.gguf.files import Files, WrittenFile, find_rows, stored_moments
+from exporters.gguf.files import Files, WrittenFile, find_rows
 from exporters.gguf.matrix import WHOLE_BLOCKS, StoredMatrix
 from exporters.gguf.quants import PARITY_CACHE, QUANT_NAMES, QUANTS, limits_of_bits
 from exporters.gguf.runtime import Context, FloatArray
@@ -78,11 +78,19 @@ def export_gguf(
             blocks = prove_blocks(job, chosen)
         if first.quant in rows or not settings.by_blocks:
             records[first.quant] = _prove(files, first, strings, chats)
-        rest = [files.write(row) for row in rows if row != files.first]
+        made = settings.made or {}
+        rest = [
+            files.take(row, made[row.name]) if row.name in made else files.write(row)
+            for row in rows
+            if row != files.first
+        ]
         job.drop_model()
         for file in rest:
             check_numbers(files.base, file)
-            records[file.quant] = _prove(files, file, strings, chats)
+            records[file.quant] = found = _prove(files, file, strings, chats)
+            if file.quant.name in made:  # what the importance matrix was of is known to who made it
+                had = made[file.quant.name].record.imatrix_tensors
+                records[file.quant] = replace(found, imatrix_tensors=had)
         if files.first not in rows:
             files.base.unlink()
         return job.write_manifest([replace(records[row], blocks=blocks) for row in rows])
@@ -139,7 +147,7 @@ def _prove(files: Files, file: WrittenFile, strings: int, chats: ReadChats) -> E
         }
     ids = job.settings.calibration
     by_text = file.gptq_tensors or file.tuned_tensors or (mixture and not file.trained_tensors)
-    if ids is not None and (by_text or (file.imatrix and not stored_moments(job.checkpoint))):
+    if ids is not None and (by_text or file.imatrix):
         own |= {
             "calibration_sha256": tokens_sha256(ids),
             "calibration_tokens": ids.numel(),
@@ -162,6 +170,7 @@ def _prove(files: Files, file: WrittenFile, strings: int, chats: ReadChats) -> E
         tensor_types=dict(Counter(sorted(tensor.kind.name for tensor in tensors)).most_common()),
         imatrix_tensors=len(file.imatrix),
         trained_tensors=file.trained_tensors,
+        slopes=dict(file.slopes),
         tokenizer_strings=strings,
         chats=chats.equal,
         warnings=warnings,

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.files import LargeScratch
+from cfsp.files import LargeScratch, sha256_file
 from cfsp.models.checkpoint import (
     RoundedFormat,
     is_pruned_checkpoint,
@@ -27,7 +27,7 @@ from cfsp.models.weights import safetensors_files, uniform_dtype
 from cfsp.progress import Progress
 from cfsp.pruning.statistics import collect_input_moments
 from exporters.export_record import ParityReport
-from exporters.family import DEFAULT_OPTIONS, ExportOptions
+from exporters.family import DEFAULT_OPTIONS, ExportOptions, MadeFile
 from exporters.gguf import runtime
 from exporters.gguf.architecture import ChosenLayout, read_layout
 from exporters.gguf.matrix import HEAD, TABLE, WHOLE_BLOCKS, FileNumbers, StoredMatrix, floored, quantize
@@ -48,6 +48,7 @@ from exporters.quantize.mixture import (
     solve,
 )
 from exporters.quantize.training import RoundedModel
+from exporters.recipe import OWN_KEYS
 
 Imatrix = Mapping[str, FloatArray]
 """llama.cpp's importance matrix: tensor name -> mean squared input per channel, (in_features,), by which a block's
@@ -122,7 +123,7 @@ class Files:
         settings, text, progress = job.settings, job.settings.calibration, job.progress
         if quant.is_plain:
             write_gguf(
-                job.checkpoint, path, job.tokenizer, job.provenance, quant=quant.name, progress=progress
+                job.checkpoint, path, job.tokenizer, job.provenance, job.recipe(quant), progress=progress
             )
             return WrittenFile(path, quant)
         trained = read_rounded(job.checkpoint, quant.name)
@@ -134,7 +135,16 @@ class Files:
         else:
             types, imatrix = None, imatrix if quant.uses_imatrix else {}
         progress(f"quantizing {quant.name}", 0, 1)
-        quantize(self.base, path, quant.ftype, n_threads=job.n_threads, imatrix=imatrix, types=types)
+        stated = {key: text for key, text in job.recipe(quant).metadata().items() if key in OWN_KEYS}
+        quantize(
+            self.base,
+            path,
+            quant.ftype,
+            n_threads=job.n_threads,
+            imatrix=imatrix,
+            types=types,
+            metadata=stated,
+        )
         progress(f"quantizing {quant.name}", 1, 1)
         if trained is not None:
             if not quant.is_sized:
@@ -168,6 +178,34 @@ class Files:
         plain.unlink()
         return replace(fitted, slopes=numbers.slopes, choice=choice)
 
+    def take(self, quant: Quant, made: MadeFile) -> WrittenFile:
+        """A file that an earlier export made by the same recipe, in place of `write`; InputError: it is another."""
+        record, path, wanted = made.record, self._path(quant), self.job.recipe(quant)
+        if record.recipe != wanted:
+            raise InputError(f"{made.path} is made otherwise: {record.recipe.differs_from(wanted)}")
+        shutil.copyfile(made.path, path)
+        if sha256_file(path) != record.sha256:
+            raise InputError(f"{made.path} is not the file of its record: its SHA-256 is another")
+        mixture = choice = None
+        if record.chosen_types:
+            mixture = Mixture(record.chosen_types, record.predicted_loss or 0.0, record.file_bytes)
+        if record.plain_kl is not None and record.rounded_kl is not None:
+            now = self.measured(quant, path)
+            plain, rounded = (replace(now, kl_mean=kl) for kl in (record.plain_kl, record.rounded_kl))
+            choice = Choice(plain, rounded)
+            choice = Choice(now, rounded) if choice.is_plain else Choice(plain, now)
+        return WrittenFile(
+            path,
+            quant,
+            self.imatrix if record.imatrix_tensors else {},
+            mixture,
+            gptq_tensors=record.gptq_tensors,
+            tuned_tensors=record.tuned_tensors,
+            trained_tensors=record.trained_tensors,
+            slopes=record.slopes,
+            choice=choice,
+        )
+
     def measured(self, quant: Quant, path: Path) -> ParityReport:
         """Run a file in llama.cpp and hold it against the checkpoint; its limits are stored, not checked."""
         n_ctx = self.job.reference.windows.ids.shape[1]
@@ -176,13 +214,15 @@ class Files:
             return self.job.compare(quant, model.iter_logits)
 
     def _read_imatrix(self) -> Imatrix:
-        """The checkpoint's input moments by the file's tensor names, or else the text's; empty if none are used."""
+        """The text's input moments by the file's tensor names, or else the checkpoint's; empty if none are used."""
         settings, chosen = self.job.settings, self.chosen
         used = settings.use_imatrix and any(quant.uses_imatrix for quant in self.quants)
-        moments = stored_moments(self.job.checkpoint) if used else None
-        if used and not moments and settings.calibration is not None:
+        moments = None
+        if used and settings.calibration is not None:
             with self.job.placed() as model:
                 moments = collect_input_moments(model, settings.calibration)
+        elif used:
+            moments = stored_moments(self.job.checkpoint)
         needing = [quant.name for quant in self.quants if quant.needs_imatrix]
         if not moments and not needing:
             return {}

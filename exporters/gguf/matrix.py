@@ -230,12 +230,14 @@ def quantize(
     n_threads: int = 1,
     imatrix: Mapping[str, FloatArray] | None = None,
     types: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Quantize a float32 or 16-bit GGUF file with llama.cpp's quantizer; raises InputError with its reason.
 
-    `imatrix` has mean squared inputs (in_features,) of tensors, `types` ggml types other than the `ftype` says.
+    `imatrix` has mean squared inputs (in_features,) of tensors, `types` ggml types other than the `ftype` says,
+    `metadata` keys of the destination, whose values are texts of up to 127 bytes.
     """
-    lib, imatrix, types = library(), imatrix or {}, types or {}
+    lib, imatrix, types, metadata = library(), imatrix or {}, types or {}, metadata or {}
     params = lib.llama_model_quantize_default_params()
     params.ftype, params.nthread = ftype, n_threads
     # Each list ends with an entry without a name; what entries point to must live as long as they do.
@@ -251,6 +253,12 @@ def quantize(
         entry.pattern, entry.type = f"^{re.escape(name)}$".encode(), int(gguf.GGMLQuantizationType[kind])
     if types:
         params.tt_overrides = ctypes.cast(overrides, ctypes.POINTER(lib.llama_model_tensor_override))
+    stated = (lib.llama_model_kv_override * (len(metadata) + 1))()
+    for one, (key, text) in zip(stated, metadata.items(), strict=False):
+        one.tag, one.key = lib.LLAMA_KV_OVERRIDE_TYPE_STR, key.encode()
+        one.value.val_str = text.encode()
+    if metadata:
+        params.kv_overrides = ctypes.cast(stated, ctypes.POINTER(lib.llama_model_kv_override))
     log.clear()
     status = lib.llama_model_quantize(str(source).encode(), str(destination).encode(), ctypes.byref(params))
     del keep_alive

@@ -33,6 +33,7 @@ from exporters.gguf.architecture import ChosenLayout, add_hyperparameters, read_
 from exporters.gguf.quants import find_quant
 from exporters.gguf.tensors import FloatArray, tensor_specs
 from exporters.job import Provenance
+from exporters.recipe import Recipe
 
 # numpy has no bfloat16, whose bits are those of whole numbers.
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
@@ -62,12 +63,15 @@ def write_gguf(
     path: Path,
     tokenizer: Any,
     provenance: Provenance,
+    recipe: Recipe,
     *,
-    quant: str = "f32",
     progress: Progress = no_progress,
 ) -> ChosenLayout:
-    """Write a checkpoint folder as "f32", or with matrices as "f16" or "bf16"; InputError: llama.cpp cannot hold it."""
-    row, chosen = find_quant(quant), read_layout(checkpoint)
+    """Write a checkpoint folder as "f32", or with matrices as "f16" or "bf16", as the recipe says.
+
+    Raises InputError: llama.cpp cannot hold it.
+    """
+    row, chosen = find_quant(recipe.format), read_layout(checkpoint)
     lacked = [token for token in _TOKENS_OF_PHI3 if token not in tokenizer.get_vocab()]
     if lacked and any(part in provenance.name.lower() for part in ("phi3", "phi-3")):
         raise InputError(
@@ -76,6 +80,8 @@ def write_gguf(
             value=provenance.name,
             allowed="another one (--set name)",
         )
+
+    stated = provenance.metadata() | {"phoneready.tool_version": tool_version()} | recipe.metadata()
 
     def add_metadata(writer: Any) -> None:
         writer.add_type(gguf.GGUFType.MODEL)
@@ -91,7 +97,7 @@ def write_gguf(
                 writer.add_base_model_repo_url(0, f"https://huggingface.co/{provenance.base_model}")
         writer.add_file_type(row.ftype)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        for key, value in (provenance.metadata() | {"phoneready.tool_version": tool_version()}).items():
+        for key, value in stated.items():
             writer.add_string(key, value)
         if provenance.seed is not None:
             writer.add_int64("phoneready.seed", provenance.seed)
@@ -111,7 +117,7 @@ def write_gguf(
         ]
         tensors = [*plain_rope_tensors(chosen), *tensors]
         write_tensors(
-            path, chosen.layout.architecture, add_metadata, tensors, f"writing {quant}", progress=progress
+            path, chosen.layout.architecture, add_metadata, tensors, f"writing {row.name}", progress=progress
         )
     return chosen
 

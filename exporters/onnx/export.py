@@ -163,7 +163,8 @@ class _Made:
             "phoneready.license": job.provenance.license,
             "phoneready.calibration_sha256": self.text_sha256,
         }
-        self.metadata = job.provenance.metadata() | {key: value for key, value in more.items() if value}
+        stated = {key: value for key, value in more.items() if value}
+        self.metadata = job.provenance.metadata() | stated | job.recipe(variant).metadata()
         self.eight_bits: tuple[str, ...] = ()
         self.slopes: Mapping[str, Sums] = {}
         self.choice: Choice | None = None

@@ -16,12 +16,12 @@ import torch
 
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
-from cfsp.errors import LimitError
+from cfsp.errors import InputError, LimitError
 from cfsp.models.checkpoint import load_pruned
 from cfsp.models.gguf_file import read_gguf
 from cfsp.text.tokens import TokenWindows
 from exporters.export_record import ParityLimits
-from exporters.family import ExportOptions
+from exporters.family import ExportOptions, MadeFile
 from exporters.gguf.export import check_numbers, export_gguf
 from exporters.gguf.files import WrittenFile, draft_files, draft_gguf
 from exporters.gguf.matrix import SCALES, StoredMatrix
@@ -30,6 +30,7 @@ from exporters.onnx.export import check_numbers as check_graph_numbers
 from exporters.onnx.export import export_onnx
 from exporters.onnx.variants import VARIANTS
 from exporters.proof import Reference, check_limits, compare
+from exporters.recipe import Recipe, read_recipe
 
 MakeCheckpoint = Callable[..., Path]
 IDS = torch.randint(0, 24, (8, 96), generator=torch.Generator().manual_seed(3))
@@ -180,9 +181,7 @@ def test_a_broken_matrix_of_a_graph_is_found(checkpoint: Path, tmp_path: Path, v
             check_graph_numbers(_damaged_graph(path, names, fault), model)
 
 
-@pytest.mark.parametrize(
-    ("export", "name"), [(export_gguf, "Q3_K_S"), (export_gguf, "IQ3_S"), (export_onnx, "int4")]
-)
+@pytest.mark.parametrize(("export", "name"), [(export_gguf, "Q3_K_S"), (export_onnx, "int4")])
 def test_numbers_chosen_for_a_text_give_way_to_plain_ones_that_lose_less(
     checkpoint: Path, tmp_path: Path, export: Callable[..., Any], name: str
 ) -> None:
@@ -200,6 +199,29 @@ def test_numbers_chosen_for_a_text_give_way_to_plain_ones_that_lose_less(
     assert {path.name for path in (tmp_path / "kept").rglob("*")} == {
         path.name for path in (tmp_path / "chosen").rglob("*")
     }
+
+
+@pytest.mark.parametrize("name", ["Q3_K_S", "mixed:500kB"])
+def test_a_made_file_is_taken_and_proven(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    """Its recipe is in the file and in its record; one of another recipe, or that was changed, is refused."""
+    how = replace(OPTIONS, recipe=Recipe(calibration=("self",), nsamples=2, seqlen=64, seed=3))
+    (record,) = export_gguf(checkpoint, tmp_path / "made", [name], how)
+    path = tmp_path / "made" / record.file
+    assert read_recipe(read_gguf(path).metadata, "the file") == record.recipe
+    assert record.recipe.differs_from(replace(record.recipe, seed=4)) == "seed is 4, here 3"
+    again = replace(how, made={record.quant: MadeFile(path, record)})
+    (taken,) = export_gguf(checkpoint, tmp_path / "taken", [name], again)
+    assert taken == record
+    assert (tmp_path / "taken" / taken.file).read_bytes() == path.read_bytes()
+    other = replace(again, calibration=torch.full((2, 64), 7))
+    with pytest.raises(InputError, match="is made otherwise: rounding_sha256 is"):
+        export_gguf(checkpoint, tmp_path / "other", [name], other)
+    with path.open("r+b") as stream:
+        stream.seek(-1, 2)
+        stream.write(b"?")
+    with pytest.raises(InputError, match="is not the file of its record"):
+        export_gguf(checkpoint, tmp_path / "other", [name], again)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(
