@@ -271,10 +271,10 @@ def test_what_is_read_is_taken() -> None:
         '[prune]\nprune_ratio = 0.0\n[recover]\nloss = "both"',
         "[prune]\nprune_ratio = 0.0\nvocabulary = 300\n[recover]",
         '[quantize]\nto = ["Q4_0"]\n[recover]\nfor_quant = "q4_0"',
-        "[quantize]\nto = ['Q8_0', 'int4-mixed']\nmixed_bytes = 90000000\ntune_scales = true",
+        "[quantize]\nto = ['Q4_0', 'int4-mixed']\nmixed_bytes = 90000000\ntune_scales = true",
         '[prune]\nvocabulary_text = ["a.txt"]\nvocabulary = 300',
     ):
-        parse_config(MODEL + asked, where="x")
+        assert parse_config(MODEL + asked, where="x").warnings == (), asked
 
 
 def test_paths_start_at_the_configuration(tmp_path: Path) -> None:
