@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,8 +13,9 @@ from typing import IO, Annotated, Any
 
 from cfsp.errors import PhonereadyError
 from cfsp.memory import keep_freed_memory
-from cfsp.progress import Progress
+from cfsp.progress import Pace, Progress
 from cfsp.settings import DEVICE, THREADS, Settings, setting
+from cfsp.units import format_seconds
 from runtime_bench.presentation.table import printable
 
 PLAIN_INTERVAL_S = 15.0
@@ -80,24 +80,17 @@ def errors_as_exit_status() -> Iterator[None]:
 def show_progress(stream: IO[str] | None = None) -> Iterator[Progress]:
     """Yield a `cfsp.progress.Progress` that draws bars on a terminal and writes spare lines elsewhere."""
     stream = stream or sys.stderr
-    started: dict[str, tuple[float, int]] = {}
-    said: dict[str, float] = {}
-    tasks: dict[str, Any] = {}
-    # A step is what a description names, without what changes while it goes on.
+    pace, said, tasks = Pace(), dict[str, float](), dict[str, Any]()
 
     def plain(description: str, done: int, total: int) -> None:
         """A line when a step has gone on for a while, and one at its end if there was such a line."""
-        now, step, line = time.monotonic(), description.partition(": ")[0], ""
-        began, first = started.setdefault(step, (now, done))
+        (step, took_s, left_s), line = pace.at(description, done, total), ""
         if done >= total:
-            started.pop(step)
             if said.pop(step, None) is not None:
-                line = f"{description}: done in {now - began:.0f} s"
-        elif now - said.get(step, began) >= PLAIN_INTERVAL_S:
-            said[step] = now
-            # At the speed so far; a step that was resumed counts from where it began.
-            left_s = (now - began) * (total - done) / (done - first) if done > first else None
-            rest = "" if left_s is None else f", about {left_s:.0f} s left"
+                line = f"{description}: done in {format_seconds(took_s)}"
+        elif took_s - said.get(step, 0.0) >= PLAIN_INTERVAL_S:
+            said[step] = took_s
+            rest = "" if left_s is None else f", about {format_seconds(left_s)} left"
             line = f"{description}: {done} of {total}{rest}"
         if line:
             print(printable(line), file=stream, flush=True)

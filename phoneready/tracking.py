@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cfsp.errors import require_extra
+from cfsp.errors import InputError, require_extra
+from cfsp.progress import Pace, Progress
 from cfsp.reading import as_input_error
 from cfsp.records import read_record
 from phoneready.figures.figures import FIGURES_FILE, SHIPPED, VERDICTS_FILE, FigureSet, Verdicts
@@ -20,6 +22,8 @@ from phoneready.settings.schema import TrackingConfig
 _MOST_PARAMETERS, _MOST_METRICS = 100, 1000
 """Of one request, by MLflow's REST interface."""
 _LONGEST_PARAMETER = 500
+LIVE_INTERVAL_S = 15.0
+"""A step that goes on is logged this often."""
 _ID = "phoneready.id"
 _KEPT = (".json", ".jsonl", ".md", ".html", ".xml")
 # A server that is not there is to be noticed in seconds; MLflow itself would try for minutes. And it reports usage home
@@ -31,15 +35,70 @@ _ENVIRONMENT = {
 }
 
 
-def log_release(tracking: TrackingConfig, folder: Path, *, label: str | None = None) -> str:
+class LiveRun:
+    """The run of a release that goes on: share done, minutes left and loss of each step that lasts.
+
+    A context, which marks the run as failed if the release fails. It is made with the first such step; a tracker that
+    is away is told to `warn` once, and left alone then.
+    """
+
+    def __init__(self, tracking: TrackingConfig, label: str | None, warn: Callable[[str], None]) -> None:
+        self.tracking, self.label, self.warn = tracking, label, warn
+        self.run_id: str | None = None
+        self._pace, self._said, self._away = Pace(), dict[str, float](), False
+
+    def __enter__(self) -> LiveRun:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self.run_id is not None:
+            with suppress(InputError), as_input_error("tracking.mlflow"):
+                _client(self.tracking).set_terminated(self.run_id, "FAILED")
+
+    @contextmanager
+    def progress(self, shown: Callable[[], AbstractContextManager[Progress]]) -> Iterator[Progress]:
+        """Progress as it is shown, and in the run."""
+        with shown() as show:
+
+            def told(description: str, done: int, total: int) -> None:
+                show(description, done, total)
+                step, took_s, left_s = self._pace.at(description, done, total)
+                due, ends = took_s - self._said.get(step, 0.0) >= LIVE_INTERVAL_S, done >= total
+                if self._away or not (self._said.pop(step, None) is not None if ends else due):
+                    return
+                self._said |= {} if ends else {step: took_s}
+                values = {"done": done / total} | ({} if left_s is None else {"minutes_left": left_s / 60})
+                figure, _, value = description.partition(": ")[2].partition(" ")
+                with suppress(ValueError):
+                    values |= {figure: float(value)}
+                self._log({_name(f"live/{step}/{name}"): value for name, value in values.items()}, done)
+
+            yield told
+
+    def _log(self, values: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now, tracking = int(time.time() * 1000), self.tracking
+        try:
+            with as_input_error(f"tracking.mlflow: the release is not followed in {tracking.mlflow}"):
+                client = _client(tracking)
+                if self.run_id is None:
+                    made = client.create_run(_experiment(client, tracking), run_name=self.label)
+                    self.run_id = str(made.info.run_id)
+                client.log_batch(
+                    self.run_id, metrics=[Metric(name, value, now, step) for name, value in values.items()]
+                )
+        except InputError as error:
+            self._away = True
+            self.warn(f"warning: {error}")
+
+
+def log_release(tracking: TrackingConfig, folder: Path, live: LiveRun) -> str:
     """Log a finished release, unless it was logged before, unchanged; returns the id of the run.
 
     Raises InputError if the tracker cannot be reached or refuses, which leaves the release as it is; MissingExtraError.
     """
     require_extra("mlflow", "track")
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    import mlflow
     import mlflow.entities
 
     manifest = read_record(ReleaseManifest, folder / MANIFEST_FILE)
@@ -72,14 +131,17 @@ def log_release(tracking: TrackingConfig, folder: Path, *, label: str | None = N
     with as_input_error(
         f"tracking.mlflow: the release in {folder} is complete, but could not be logged in {tracking.mlflow}"
     ):
-        client: Any = mlflow.MlflowClient(tracking_uri=tracking.mlflow)
+        client = _client(tracking)
         experiment = _experiment(client, tracking)
         same = f"tags.`{_ID}` = '{tags[_ID]}' and attributes.status = 'FINISHED'"
         for run in client.search_runs([experiment], same):
+            if live.run_id is not None:
+                client.delete_run(live.run_id)
             return str(run.info.run_id)
-        run_id = str(client.create_run(experiment, run_name=label, tags=tags).info.run_id)
+        run_id = live.run_id or str(client.create_run(experiment, run_name=live.label).info.run_id)
         status = "FAILED"
         try:
+            client.log_batch(run_id, tags=[mlflow.entities.RunTag(*tag) for tag in tags.items()])
             for start in range(0, len(parameters), _MOST_PARAMETERS):
                 client.log_batch(run_id, params=parameters[start : start + _MOST_PARAMETERS])
             for start in range(0, len(metrics), _MOST_METRICS):
@@ -93,6 +155,14 @@ def log_release(tracking: TrackingConfig, folder: Path, *, label: str | None = N
         finally:
             client.set_terminated(run_id, status)
     return run_id
+
+
+def _client(tracking: TrackingConfig) -> Any:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+
+    return mlflow.MlflowClient(tracking_uri=tracking.mlflow)
 
 
 def _experiment(client: Any, tracking: TrackingConfig) -> str:

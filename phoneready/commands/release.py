@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -49,7 +51,7 @@ def release(
         verdict_table,
     )
     from phoneready.settings.release import load_config
-    from phoneready.tracking import log_release
+    from phoneready.tracking import LiveRun, log_release
 
     chosen = load_config(config, settings)
     warn(chosen.warnings)
@@ -58,19 +60,21 @@ def release(
         lines = [f"{name:<14} {why or 'done before'}" for name, why in reasons.items()]
         write_result("\n".join(lines), reasons, as_json=how.json)
         return
-    manifest, verdicts = run_release(
-        chosen,
-        output,
-        show=lambda name, state: note(f"{name:<14} {state}"),
-        progress=show_progress,
-        threads=how.threads,
-        label=label,
-        tell=lambda line: note(f"{'':<14} {line}"),
-    )
+    live = LiveRun(chosen.tracking, label, note) if chosen.tracking else None
+    with live or nullcontext():
+        manifest, verdicts = run_release(
+            chosen,
+            output,
+            show=lambda name, state: note(f"{name:<14} {state}"),
+            progress=partial(live.progress, show_progress) if live else show_progress,
+            threads=how.threads,
+            label=label,
+            tell=lambda line: note(f"{'':<14} {line}"),
+        )
     not_logged = None
-    if chosen.tracking is not None:
+    if chosen.tracking is not None and live is not None:
         try:
-            run = log_release(chosen.tracking, output, label=label)
+            run = log_release(chosen.tracking, output, live)
             note(f"logged as run {run} of experiment {chosen.tracking.experiment}")
         except InputError as error:  # it must not hide the gate's verdict
             not_logged = error

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import pytest
 import typer
 
+from cfsp import progress
 from cfsp.errors import InputError
 from cfsp.settings import Setting, Settings, setting
 from cfsp.units import parse_bytes
@@ -25,16 +26,19 @@ class Terminal(io.StringIO):
 def test_plain_progress_mentions_long_steps_and_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
     def shown(times: list[float], steps: list[tuple[str, int, int]]) -> list[str]:
         clock, stream = iter(times), io.StringIO()
-        monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
-        with console.show_progress(stream) as progress:
+        monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+        with console.show_progress(stream) as shown:
             for step in steps:
-                progress(*step)
+                shown(*step)
         return stream.getvalue().splitlines()
 
     assert shown([0.0] * 11, [("reading", done, 10) for done in range(11)]) == []
     assert shown([0.0, 5.0, 20.0, 25.0, 50.0], [("reading", done, 4) for done in range(5)]) == [
         "reading: 2 of 4, about 20 s left",
         "reading: done in 50 s",
+    ]
+    assert shown([0.0, 20.0], [("reading", 0, 400), ("reading", 2, 400)]) == [
+        "reading: 2 of 400, about 66 min left"
     ]
     # What follows a colon may change within a step.
     losses = ((1, 3.0), (2, 2.5), (3, 2.25))
@@ -46,9 +50,9 @@ def test_plain_progress_mentions_long_steps_and_their_end(monkeypatch: pytest.Mo
 
 def test_bars_are_drawn_on_a_terminal() -> None:
     stream = Terminal()
-    with console.show_progress(stream) as progress:
-        progress("reading", 1, 2)
-        progress("reading", 2, 2)
+    with console.show_progress(stream) as shown:
+        shown("reading", 1, 2)
+        shown("reading", 2, 2)
     assert "reading" in stream.getvalue()
 
 

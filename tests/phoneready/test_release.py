@@ -9,9 +9,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import onnx
 import onnx_ir
@@ -19,10 +21,12 @@ import pytest
 
 from cfsp.files import sha256_file
 from cfsp.records import read_record
+from phoneready import tracking
 from phoneready.figures.figures import FigureKey, FigureSet, Verdicts
 from phoneready.history import HISTORY_FILE, read_entries
 from phoneready.main import main
 from phoneready.publish.manifest import verify_release
+from phoneready.settings.schema import TrackingConfig
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import Comparison, compare_records
 from runtime_bench.records.jsonl import read_jsonl
@@ -434,7 +438,10 @@ def test_a_whole_model_ships_once_and_as_quantize_makes_it(
 
 
 def test_a_release_is_logged_once_and_a_missing_server_loses_nothing(
-    copied: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    copied: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     mlflow = pytest.importorskip("mlflow", reason="the track extra is not installed")
     folder, store = tmp_path / "out", tmp_path / "runs.db"
@@ -455,8 +462,9 @@ def test_a_release_is_logged_once_and_a_missing_server_loses_nothing(
     assert not [text for text in texts if "p%40ss" in text]
     # A missed budget is what the exit status tells, not the tracker's absence.
     assert logged("http://127.0.0.1:9", "--set", 'budgets=[{metric="kl_mean", at_most=0.0}]') == 1
+    monkeypatch.setattr(tracking, "LIVE_INTERVAL_S", 0.0)
     for _ in range(2):
-        assert logged(f"sqlite:///{store}") == 0
+        assert logged(f"sqlite:///{store}", "--set", "evaluate.max_windows=3") == 0
     assert "logged as run" in capsys.readouterr().err
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{store}")
     experiment = client.get_experiment_by_name("phones")
@@ -465,12 +473,51 @@ def test_a_release_is_logged_once_and_a_missing_server_loses_nothing(
     assert run.data.params["prune.prune_ratio"] == "0.25"
     assert not [name for name in run.data.params if name.startswith("tracking")]
     figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))["figures"]
-    assert len(run.data.metrics) == sum(figure["value"] is not None for figure in figures)
+    live = {name: value for name, value in run.data.metrics.items() if name.startswith("live/")}
+    assert live["live/measuring divergence/done"] == 1, "what was done again was followed in the same run"
+    assert len(run.data.metrics) - len(live) == sum(figure["value"] is not None for figure in figures)
     assert run.data.metrics["file_bytes/Q8_0"] == (folder / FILE).stat().st_size
     names = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"manifest.json", "figures.json", "report.md", "history.jsonl"} <= names
     assert not [name for name in names if name.endswith(".gguf")]
     assert (tmp_path / "runs-artifacts").is_dir()
+
+
+def test_a_release_that_goes_on_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="the track extra is not installed")
+    monkeypatch.setattr(tracking, "LIVE_INTERVAL_S", 0.0)
+    where, shown, said = TrackingConfig(mlflow=f"sqlite:///{tmp_path}/runs.db"), [], list[str]()
+    client = mlflow.MlflowClient(tracking_uri=where.mlflow)
+
+    def runs() -> list[Any]:
+        experiment = client.get_experiment_by_name(where.experiment)
+        return list(client.search_runs([experiment.experiment_id])) if experiment else []
+
+    def follow(place: TrackingConfig) -> Iterator[None]:
+        with (
+            tracking.LiveRun(place, "1.0", said.append) as live,
+            live.progress(lambda: nullcontext(lambda *step: shown.append(step))) as progress,
+        ):
+            for done, loss in ((1, "3.5"), (2, "2.25")):
+                progress(f"training: loss {loss}", done, 4)
+                yield
+            raise KeyError
+
+    going = follow(where)
+    next(going)
+    next(going)
+    (run,) = runs()
+    assert (run.info.status, run.info.run_name) == ("RUNNING", "1.0")
+    assert run.data.metrics.keys() == {f"live/training/{name}" for name in ("done", "loss", "minutes_left")}
+    history = client.get_metric_history(run.info.run_id, "live/training/loss")
+    assert [(one.step, one.value) for one in history] == [(1, 3.5), (2, 2.25)]
+    with pytest.raises(KeyError):
+        next(going)
+    (run,) = runs()
+    assert (run.info.status, len(shown), said) == ("FAILED", 2, [])
+    with pytest.raises(KeyError):
+        list(follow(TrackingConfig(mlflow="http://127.0.0.1:9")))
+    assert (len(said), len(shown)) == (1, 4), "a tracker that is away is asked once, and training goes on"
 
 
 UNUSABLE = {
