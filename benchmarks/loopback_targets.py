@@ -29,8 +29,8 @@ from runtime_bench.environment import describe_environment
 from runtime_bench.native.build import build_runner, read_build
 from runtime_bench.process import measure_in
 from runtime_bench.records import summary
-from runtime_bench.targets.far_shell import Adb, Ssh
 from runtime_bench.targets.remote import Remote
+from runtime_bench.targets.remote_shell import Adb, Ssh
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import Workload
 

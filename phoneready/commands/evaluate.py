@@ -22,8 +22,8 @@ from phoneready.evaluation.models import (
     HERE,
     PLACES,
     TORCH,
-    FarLanguageModel,
     OpenSettings,
+    RemoteLanguageModel,
     check_place,
     open_language_model,
     own_cache,
@@ -202,4 +202,4 @@ def _judge(
         if against and other:
             dense = stack.enter_context(open_language_model(against, other, of_reference, progress=progress))
         result = judge(judged, dense, settings, writers=WRITERS, progress=progress)
-        return replace(result, place=judged.place) if isinstance(judged, FarLanguageModel) else result
+        return replace(result, place=judged.place) if isinstance(judged, RemoteLanguageModel) else result

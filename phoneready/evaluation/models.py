@@ -119,7 +119,7 @@ def open_language_model(
             backend=backend,
             n_seq=outline.n_seq,
         )
-        yield FarLanguageModel(reference, runtime, outline, target, session, cache_type)
+        yield RemoteLanguageModel(reference, runtime, outline, target, session, cache_type)
         return
     model: LanguageModel
     if family:
@@ -151,7 +151,7 @@ def open_language_model(
         model.close()
 
 
-class FarLanguageModel:
+class RemoteLanguageModel:
     """A `LanguageModel` whose exported file is run by its engine on a target (one that is `Answering`)."""
 
     gives_logits = False

@@ -193,7 +193,7 @@ class EngineSpec:
     distribution: str  # What it is called where it is installed from
     suffix: str  # Of the files it runs; the first engine for a suffix is the default
     extra: str = ""  # Extra of phoneready that brings it
-    far_packages: tuple[
+    remote_packages: tuple[
         str, ...
     ] = ()  # Imported by its worker on another machine; empty if it runs only here
     cache_types: tuple[str, ...] = ()  # Types of the key-value cache that can be asked for

@@ -33,15 +33,15 @@ from runtime_bench.native.build import build_runner, cpu_features, runner_target
 from runtime_bench.process import ProcessFailed, exit_reason, read_answer, result_of
 from runtime_bench.records.bench_record import EMULATED, Environment
 from runtime_bench.records.reported import Conditions, Contention, unknown_conditions
-from runtime_bench.targets import far_scripts
-from runtime_bench.targets.far_shell import (
-    FarError,
-    FarShell,
+from runtime_bench.targets import remote_scripts
+from runtime_bench.targets.local import RUNNER_ENGINE
+from runtime_bench.targets.remote_shell import (
+    RemoteError,
+    RemoteShell,
     StoppedError,
     Transport,
     UnreachableError,
 )
-from runtime_bench.targets.local import RUNNER_ENGINE
 from runtime_bench.worker import AnswerRequest, AnswerResult, WorkerRequest, WorkerResult
 
 logger = logging.getLogger(__name__)
@@ -118,13 +118,13 @@ def pushed_files(files: Files) -> list[PushedFile]:
     ]
 
 
-def describe(shell: FarShell, folder: str) -> Machine:
+def describe(shell: RemoteShell, folder: str) -> Machine:
     """Connect and ask; files shall go to `folder`, if that is empty to one under the home there. Raises
-    FarError: no connection, or no sensible answer."""
-    reply = shell.run(far_scripts.DESCRIBE, folder, timeout_s=ANSWER_S)
+    RemoteError: no connection, or no sensible answer."""
+    reply = shell.run(remote_scripts.DESCRIBE, folder, timeout_s=ANSWER_S)
     facts: dict[str, str] = {}
     texts: dict[str, list[str]] = {}
-    for line in reply.text.partition(f"{far_scripts.FACTS_FOLLOW}\n")[2].splitlines():
+    for line in reply.text.partition(f"{remote_scripts.FACTS_FOLLOW}\n")[2].splitlines():
         path, colon, content = line.partition(":")
         if line.startswith("/") and colon:
             texts.setdefault(path, []).append(content)
@@ -132,7 +132,7 @@ def describe(shell: FarShell, folder: str) -> Machine:
             name, _, value = line.partition("=")
             facts[name] = value.strip()
     if not facts.get("folder", "").startswith("/") or not facts.get("machine"):
-        raise FarError("its shell does not say what machine it is")
+        raise RemoteError("its shell does not say what machine it is")
     files = {path: "\n".join(lines) for path, lines in texts.items()}
     cores, android, system = facts.get("cores", ""), facts.get("android", ""), facts.get("system", _UNKNOWN)
     platform = f"{system} {facts.get('release', _UNKNOWN)} {facts['machine']}"
@@ -168,13 +168,13 @@ class Remote:
     folder: str | None = None  # Where to put files there, absolute; None for the transport's
     retries: int = 0  # How often, in all, a connection that broke or could not be made is tried again
     progress: Progress = no_progress  # Told what is built and pushed
-    _shell: FarShell = field(init=False, repr=False)
+    _shell: RemoteShell = field(init=False, repr=False)
     _left: int = field(init=False, repr=False)
     _machine: Machine | None = field(default=None, init=False, repr=False)
     # What is there since it answered: files, and programs by engine, or why there is none
     _there: dict[Path, str] = field(default_factory=dict, init=False, repr=False)
     _programs: dict[str, list[str] | PhonereadyError] = field(default_factory=dict, init=False, repr=False)
-    _problem: FarError | None = field(default=None, init=False, repr=False)
+    _problem: RemoteError | None = field(default=None, init=False, repr=False)
     _waited_s: float = field(default=0.0, init=False, repr=False)
 
     memory_limit_bytes = None
@@ -183,7 +183,7 @@ class Remote:
     def __post_init__(self) -> None:
         if self.folder is not None and not (self.folder.startswith("/") and self.folder.isprintable()):
             raise InputError("not an absolute path in one line", field="folder", value=self.folder)
-        self._shell, self._left = FarShell(self.transport), self.retries
+        self._shell, self._left = RemoteShell(self.transport), self.retries
 
     @property
     def name(self) -> str:
@@ -199,7 +199,7 @@ class Remote:
 
     def require(self, engine: str) -> None:
         """See `Target`. Whether the machine has the engine, a run finds out, so that other rows go on."""
-        if not engine_spec(engine).far_packages and engine != RUNNER_ENGINE:
+        if not engine_spec(engine).remote_packages and engine != RUNNER_ENGINE:
             raise InputError("runs on no other machine", field="engine", value=engine, allowed="--on local")
 
     def environment(self) -> Environment:
@@ -213,7 +213,7 @@ class Remote:
         began = time.monotonic()
         try:
             machine = describe(self._shell, self.folder or self.transport.folder)
-        except FarError as error:
+        except RemoteError as error:
             self._waited_s += time.monotonic() - began
             self._lose(error)
             return nothing
@@ -224,7 +224,7 @@ class Remote:
         """See `Target`. A machine that does not answer is told of by the run that follows."""
         try:
             reply = self._shell.run(WATCH, "", timeout_s=ANSWER_S)
-        except FarError as error:
+        except RemoteError as error:
             return unknown_conditions(f"{self.name}: {error}")
         return conditions_of(reply.text, why=_NO_PROC)
 
@@ -253,24 +253,24 @@ class Remote:
             return AnswerResult(error=str(error))
         finally:
             # What cannot be removed now, `devices clean` removes.
-            with contextlib.suppress(FarError, StoppedError):
+            with contextlib.suppress(RemoteError, StoppedError):
                 if self._machine is not None:
                     questions = Path(request.questions)
                     name = pushed_files([(questions, questions.name)])[0].place.partition("/")[0]
                     place = f"{self._machine.folder}/{name}"
-                    self._shell.run(far_scripts.FORGET, place, timeout_s=ANSWER_S)
+                    self._shell.run(remote_scripts.FORGET, place, timeout_s=ANSWER_S)
                     self._there.pop(questions, None)
 
     def clean(self) -> tuple[int, tuple[str, ...]]:
         """Remove all that was ever pushed there; returns how many files and programs that was, and what is left
-        in the folder. Raises FarError: it cannot be reached."""
-        shell = FarShell(self.transport)  # one that `stop` did not stop
+        in the folder. Raises RemoteError: it cannot be reached."""
+        shell = RemoteShell(self.transport)  # one that `stop` did not stop
         try:
             folder = describe(shell, self.folder or self.transport.folder).folder
-            reply = shell.run(far_scripts.CLEAN, folder, timeout_s=ANSWER_S)
+            reply = shell.run(remote_scripts.CLEAN, folder, timeout_s=ANSWER_S)
             reply.check("removing files")
-        except FarError as error:
-            raise FarError(f"{self.name}: {error}") from error
+        except RemoteError as error:
+            raise RemoteError(f"{self.name}: {error}") from error
         self._machine, self._there, self._programs = None, {}, {}
         said = [line.partition(" ")[::2] for line in reply.text.splitlines()]
         return sum(word == "removed" for word, _ in said), tuple(
@@ -285,10 +285,10 @@ class Remote:
         if self._machine is None and self._problem is None:
             self.environment()
         if self._machine is None:
-            raise self._problem or FarError(f"{self.name} does not answer")
+            raise self._problem or RemoteError(f"{self.name} does not answer")
         return self._machine
 
-    def _lose(self, error: FarError) -> None:
+    def _lose(self, error: RemoteError) -> None:
         """What is there has to be looked for again, should it come back."""
         prefix = f"{self.name}: "
         named = error if str(error).startswith(prefix) else type(error)(f"{prefix}{error}")
@@ -315,7 +315,7 @@ class Remote:
                     questions = Path(asked.questions)
                     asked = replace(asked, questions=self._have([(questions, questions.name)]))
                 reply = self._shell.run(
-                    far_scripts.RUN,
+                    remote_scripts.RUN,
                     folder,
                     "metered" if metered else "",
                     *command,
@@ -333,29 +333,29 @@ class Remote:
             self._shell.check_stopped(pause_s)
             self._problem, self._waited_s, pause_s = None, 0.0, min(2 * pause_s, _LONGEST_PAUSE_S)
         if reply.status == _CANNOT_EXECUTE:
-            raise FarError(
+            raise RemoteError(
                 f"the runner cannot be executed in {folder}; name a folder that allows it: {self.name},folder=DIR"
             )
         if reply.status:
-            raise FarError(exit_reason(reply.status, reply.errors))
-        output, _, looks = reply.output.partition(f"\n{far_scripts.LOOKS_FOLLOW}\n".encode())
+            raise RemoteError(exit_reason(reply.status, reply.errors))
+        output, _, looks = reply.output.partition(f"\n{remote_scripts.LOOKS_FOLLOW}\n".encode())
         return output.strip().rpartition(b"\n")[2], looks
 
     def _have(self, files: Files) -> str:
         """Have files there, each whole or not at all and checked by its sum; returns the path of the first
-        there. Raises FarError: no space, no such folder, no connection, or a file that does not arrive as it
+        there. Raises RemoteError: no space, no such folder, no connection, or a file that does not arrive as it
         was sent; InputError: a file here cannot be read."""
         path, folder = files[0][0], self._connected().folder
         if path not in self._there:
             pushed = pushed_files(files)
             words = [word for file in pushed for word in (f"{folder}/{file.place}", file.sha256)]
             hashing_s = sum(file.size_bytes for file in pushed) / _HASHED_PER_S
-            reply = self._shell.run(far_scripts.CHECK, *words, timeout_s=ANSWER_S + hashing_s)
+            reply = self._shell.run(remote_scripts.CHECK, *words, timeout_s=ANSWER_S + hashing_s)
             if reply.status:
-                raise FarError("there is no sha256sum, without which nothing can be verified")
+                raise RemoteError("there is no sha256sum, without which nothing can be verified")
             answers = [word for word in reply.text.split() if word in ("same", "other")][-len(pushed) :]
             if len(answers) != len(pushed):
-                raise FarError("it does not say which files it has")
+                raise RemoteError("it does not say which files it has")
             for file, answer in zip(pushed, answers, strict=True):
                 if answer == "other":
                     self._push(file, folder)
@@ -372,7 +372,7 @@ class Remote:
         report(0)
         try:
             reply = self._shell.run(
-                far_scripts.PUSH,
+                remote_scripts.PUSH,
                 f"{folder}/{file.place}",
                 file.sha256,
                 timeout_s=_STALL_S,
@@ -381,13 +381,13 @@ class Remote:
                 on_bytes=report,
             )
         except OSError as error:
-            raise FarError(f"cannot read {file.path}: {error.strerror}") from error
+            raise RemoteError(f"cannot read {file.path}: {error.strerror}") from error
         finally:
             self.progress("pushing", size, size)
-        if reply.status == far_scripts.MISMATCH:
-            raise FarError(f"{name} did not arrive as it was sent, or was changed meanwhile")
+        if reply.status == remote_scripts.MISMATCH:
+            raise RemoteError(f"{name} did not arrive as it was sent, or was changed meanwhile")
         if any(mark in line for mark in _NO_SPACE for line in reply.errors):
-            raise FarError(f"no space left there for {name} ({size / 2**20:.1f} MiB) in {folder}")
+            raise RemoteError(f"no space left there for {name} ({size / 2**20:.1f} MiB) in {folder}")
         reply.check(f"pushing {name}")
 
     def _program(self, engine: str) -> list[str]:
@@ -424,17 +424,21 @@ class Remote:
                 _MACHINES.get(int.from_bytes(head[18:20], "little")) if head[:4] == b"\x7fELF" else None
             )
             if made_for and made_for != machine.machine:
-                raise FarError(f"wrong ABI: {runner.name} is for {made_for}, the device is {machine.machine}")
+                raise RemoteError(
+                    f"wrong ABI: {runner.name} is for {made_for}, the device is {machine.machine}"
+                )
             return [self._have([(runner, "runner")])]
         if machine.abi:
-            raise FarError(f"{engine} needs Python there, which Android does not have; measure a GGUF file")
-        packages = engine_spec(engine).far_packages
-        reply = self._shell.run(far_scripts.HAVE_PACKAGES, _PYTHON, *packages, timeout_s=ANSWER_S)
+            raise RemoteError(
+                f"{engine} needs Python there, which Android does not have; measure a GGUF file"
+            )
+        packages = engine_spec(engine).remote_packages
+        reply = self._shell.run(remote_scripts.HAVE_PACKAGES, _PYTHON, *packages, timeout_s=ANSWER_S)
         if reply.status:
-            raise FarError(f"{engine} needs Python there, and there is no {_PYTHON}")
+            raise RemoteError(f"{engine} needs Python there, and there is no {_PYTHON}")
         if lacking := reply.text.strip().rpartition("\n")[2].split():
             what = "3.11 or newer" if "python" in lacking else f"with {', '.join(lacking)}"
-            raise FarError(f"{engine} needs a {_PYTHON} {what} there")
+            raise RemoteError(f"{engine} needs a {_PYTHON} {what} there")
         packed, root = cache_directory() / "worker.zip", Path(__file__).resolve().parents[2]
         # The packages that the worker needs, imported from a zip file. The same sources give the same bytes, so that
         # they are pushed once.

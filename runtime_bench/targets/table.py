@@ -32,8 +32,8 @@ from runtime_bench.native.build import build_runner
 from runtime_bench.records.bench_record import Environment
 from runtime_bench.records.reported import Conditions, unknown_conditions
 from runtime_bench.targets import LOCAL, Target, ThisMachine
-from runtime_bench.targets.far_shell import Adb, Ssh, Transport
 from runtime_bench.targets.local import Browser, Constrained, Native, check_memory, qemu_aarch64
+from runtime_bench.targets.remote_shell import Adb, Ssh, Transport
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
 if TYPE_CHECKING:

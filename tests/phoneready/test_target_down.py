@@ -18,8 +18,8 @@ from phoneready.release import steps
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.jsonl import read_jsonl
 from runtime_bench.targets import Target
-from runtime_bench.targets.far_shell import Ssh
 from runtime_bench.targets.remote import Remote
+from runtime_bench.targets.remote_shell import Ssh
 from runtime_bench.targets.table import open_target
 from runtime_bench.worker import WorkerRequest, WorkerResult
 

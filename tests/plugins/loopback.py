@@ -19,8 +19,8 @@ import pytest
 
 from cfsp.errors import InputError
 from runtime_bench.native.build import build_runner, fetch_source, find_toolchain
-from runtime_bench.targets.far_shell import Adb, Ssh
 from runtime_bench.targets.remote import Remote
+from runtime_bench.targets.remote_shell import Adb, Ssh
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = "-o $(touch pwned) `touch pwned`; 'q' \"d\" \\ \n &"

@@ -28,9 +28,9 @@ from phoneready.main import main
 from runtime_bench.measuring.measure import run_bench, run_matrix
 from runtime_bench.records.bench_record import EMULATED, BenchRecord
 from runtime_bench.records.fairness import energy, fairness
-from runtime_bench.targets import LOCAL, far_scripts
-from runtime_bench.targets.far_shell import Adb, Ssh
+from runtime_bench.targets import LOCAL, remote_scripts
 from runtime_bench.targets.remote import Remote
+from runtime_bench.targets.remote_shell import Adb, Ssh
 from runtime_bench.targets.table import open_remote, open_target
 from runtime_bench.workload import BenchSettings
 
@@ -123,8 +123,8 @@ def test_what_androids_services_say_is_in_the_record(
 def test_energy_is_metered_there(
     device: Device, tiny_gguf: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    moved = far_scripts.RUN.replace("\nbase=  #", f"\nbase={tmp_path}  #", 1)
-    monkeypatch.setattr(far_scripts, "RUN", moved)
+    moved = remote_scripts.RUN.replace("\nbase=  #", f"\nbase={tmp_path}  #", 1)
+    monkeypatch.setattr(remote_scripts, "RUN", moved)
     battery = tmp_path / "sys/class/power_supply/battery"
     battery.mkdir(parents=True)
     shown = {"type": "Battery", "status": "Charging", "voltage_now": 3_800_000, "current_now": -800_000}

@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from runtime_bench.targets import remote
-from runtime_bench.targets.far_shell import FarError, FarShell
 from runtime_bench.targets.remote import Remote
+from runtime_bench.targets.remote_shell import RemoteError, RemoteShell
 from runtime_bench.targets.table import check_target
 from runtime_bench.worker import SessionSettings, WorkerRequest
 from runtime_bench.workload import Workload
@@ -38,15 +38,15 @@ class Program:
 def test_a_machine_that_says_too_much_is_ended() -> None:
     word = uuid.uuid4().hex
     for stream in ("", " >&2"):
-        with pytest.raises(FarError, match="more than 64 MiB"):
-            FarShell(Program(f"yes {word}{stream}")).run("true", timeout_s=600)
+        with pytest.raises(RemoteError, match="more than 64 MiB"):
+            RemoteShell(Program(f"yes {word}{stream}")).run("true", timeout_s=600)
     # What the client has started would fill the disk.
     going = [
         process for process in psutil.process_iter(["cmdline"]) if word in (process.info["cmdline"] or ())
     ]
     _, alive = psutil.wait_procs(going, timeout=10)
     assert not alive
-    reply = FarShell(Program("")).run("echo fine", timeout_s=60)
+    reply = RemoteShell(Program("")).run("echo fine", timeout_s=60)
     assert (reply.status, reply.text) == (0, "fine\n")
 
 
@@ -67,7 +67,7 @@ def test_a_large_file_may_be_hashed_there_for_longer_than_it_may_stall(
         if arrives:
             assert Path(target._have([(model, "model.gguf")])).read_bytes() == model.read_bytes()
         else:
-            with pytest.raises(FarError, match=r"timeout: no answer within 0\.5 s"):
+            with pytest.raises(RemoteError, match=r"timeout: no answer within 0\.5 s"):
                 target._have([(model, "model.gguf")])
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from runtime_bench.conditions.looks import conditions_of
 from runtime_bench.conditions.script import READING
-from runtime_bench.targets.far_scripts import LOOKS_FOLLOW, RUN
+from runtime_bench.targets.remote_scripts import LOOKS_FOLLOW, RUN
 
 SHELLS = [name for name in ("sh", "dash", "bash", "busybox", "mksh") if shutil.which(name)]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="POSIX shells")

@@ -72,11 +72,11 @@ _ADB_FAILURES = {
 """What is in a client's words -> what it means; the first that is found counts."""
 
 
-class FarError(PhonereadyError):
+class RemoteError(PhonereadyError):
     """Something could not be done there; the text says what, and does not name the target."""
 
 
-class UnreachableError(FarError):
+class UnreachableError(RemoteError):
     """There is no way there, or there is none any more."""
 
 
@@ -187,13 +187,13 @@ class Reply(NamedTuple):
         return self.output.decode("utf-8", "replace")
 
     def check(self, what: str) -> None:
-        """Raise FarError for a script that failed."""
+        """Raise RemoteError for a script that failed."""
         if self.status:
             last = f": {self.errors[-1]}" if self.errors else ""
-            raise FarError(f"{what} failed there with status {self.status}{last}")
+            raise RemoteError(f"{what} failed there with status {self.status}{last}")
 
 
-class FarShell:
+class RemoteShell:
     """Runs scripts over a transport, one at a time; `stop` ends the one that runs, from any thread."""
 
     def __init__(self, transport: Transport) -> None:
@@ -225,7 +225,7 @@ class FarShell:
 
         Raises:
             UnreachableError: No client, no connection, or a connection that broke.
-            FarError: No end in time, or the file is not taken any further.
+            RemoteError: No end in time, or the file is not taken any further.
             StoppedError: After `stop`.
             OSError: The file cannot be read.
         """
@@ -314,7 +314,7 @@ def _wait(
             return
         except subprocess.TimeoutExpired:
             if any(os.fstat(stream.fileno()).st_size > _MOST_BYTES for stream in said):
-                raise FarError(f"it answers with more than {_MOST_BYTES // 2**20} MiB") from None
+                raise RemoteError(f"it answers with more than {_MOST_BYTES // 2**20} MiB") from None
             if sent is not None and sent.tell() != last:
                 last, since = sent.tell(), time.monotonic()
                 on_bytes(last)
@@ -322,4 +322,4 @@ def _wait(
                 all_of_it = sent is not None and last == os.fstat(sent.fileno()).st_size
                 allowed_s = timeout_s + after_s * all_of_it
                 if time.monotonic() - since >= allowed_s:
-                    raise FarError(f"timeout: no answer within {round(allowed_s, 1):g} s") from None
+                    raise RemoteError(f"timeout: no answer within {round(allowed_s, 1):g} s") from None
