@@ -151,7 +151,7 @@ class SamplingSettings(Settings):
     delay_s: float = setting(
         0.0, "Seconds to pause before each process, to cool off.", ge=0, le=86_400, rare=True
     )
-    wait_nominal_s: float = setting(
+    cooldown_timeout_s: float = setting(
         0.0,
         "Seconds to wait at most before each process until clocks are free, nothing is hotter than 45 °C and the "
         "system reports no heat; a row for which that is not enough fails.",

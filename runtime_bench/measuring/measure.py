@@ -310,7 +310,7 @@ def _run_once(target: Target, settings: BenchSettings, row: Row, samples: int, n
     time.sleep(settings.delay_s)
     request, path = replace(row.request, samples=samples), Path(row.request.path)
     row.started = row.started or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    why = wait_nominal(target, settings.wait_nominal_s) if settings.wait_nominal_s else None
+    why = wait_nominal(target, settings.cooldown_timeout_s) if settings.cooldown_timeout_s else None
     result = WorkerResult(error=why) if why else target.run(request, settings.timeout_s + request.seconds)
     asked = request.session.cache_type
     if asked and result.facts and (found := result.facts.settings.cache_type) != asked:

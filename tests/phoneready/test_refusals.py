@@ -122,7 +122,7 @@ bench missing.gguf --on ssh:x,retries=many | retries=many: not a number
 bench FILE -r 1e30 | -r
 bench FILE -r 1000000000000 | -r
 bench FILE -t 3000000000 | -t
-bench FILE --set wait_nominal_s=inf | --set wait_nominal_s
+bench FILE --set cooldown_timeout_s=inf | --set cooldown_timeout_s
 compare missing missing | missing
 devices show nokia-3310 | nokia-3310
 devices fit missing.gguf | missing.gguf

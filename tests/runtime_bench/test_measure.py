@@ -367,12 +367,12 @@ def test_a_process_begins_when_its_machine_is_nominal(
     monkeypatch.setattr(measure, "_POLL_S", 0.01)
     device = Device(HOT, HOT, COOL, COOL)
     with caplog.at_level(logging.WARNING):
-        (record,) = run_bench(files[:1], replace(ONE, wait_nominal_s=60.0), target=device)
+        (record,) = run_bench(files[:1], replace(ONE, cooldown_timeout_s=60.0), target=device)
     assert record.ok
     assert device.order == ["look", "look", "look", "run", "look", "run"]
     assert caplog.messages == ["fake: waiting until it is nominal: clocks are capped at 50%"]
     device = Device(*[HOT] * 100)
-    (record,) = run_bench(files[:1], replace(ONE, wait_nominal_s=0.05), target=device)
+    (record,) = run_bench(files[:1], replace(ONE, cooldown_timeout_s=0.05), target=device)
     assert record.failure == "not nominal after 0.05 s: clocks are capped at 50%"
     assert "run" not in device.order
 
