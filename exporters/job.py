@@ -18,11 +18,19 @@ from cfsp.devices import moved
 from cfsp.errors import InputError
 from cfsp.files import refuse_existing, sha256_file, short_name
 from cfsp.memory import give_back_memory
-from cfsp.models.checkpoint import is_pruned_checkpoint, load_pruned, open_pruned, read_checkpoint_info
+from cfsp.models.checkpoint import (
+    PLAN_FILE,
+    is_pruned_checkpoint,
+    load_pruned,
+    open_pruned,
+    read_checkpoint_info,
+)
 from cfsp.models.offload import NARROW, keeping_of_files
 from cfsp.models.reference import load_tokenizer
 from cfsp.models.weights import safetensors_files, sha256_files, uniform_dtype
-from cfsp.records import write_record
+from cfsp.pruning.plan import PruningPlan
+from cfsp.records import fields_to_json, read_record, write_record
+from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord
 from cfsp.text.self_sampling import stop_tokens
 from cfsp.text.tokens import tokens_sha256
 from exporters.checkpoint_reader import ModelConfig, read_config
@@ -117,8 +125,13 @@ class Job:
     def recipe(self, row: ExportFormat) -> Recipe:
         """How a file of this format is made."""
         settings, text = self.settings, self.settings.calibration
+        plan, trained = self.checkpoint / PLAN_FILE, self.checkpoint / RECOVERY_FILE
         return replace(
             settings.recipe,
+            pruning=fields_to_json(read_record(PruningPlan, plan).settings) if plan.is_file() else {},
+            recovery=fields_to_json(read_record(RecoveryRecord, trained).settings)
+            if trained.is_file()
+            else {},
             source_sha256=self.provenance.source_sha256,
             checkpoint_sha256=self._checkpoint_sha256,
             format=row.name,
@@ -225,12 +238,15 @@ def check_input(checkpoint: Path, output: Path, *, force: bool) -> None:
         raise InputError(f"{checkpoint} is not a checkpoint folder (it has no config.json)")
 
 
-def settled(checkpoint: Path, settings: ExportOptions) -> ExportOptions:
+def settled(checkpoint: Path, settings: ExportOptions, rows: Iterable[ExportFormat]) -> ExportOptions:
     """Settings that say how the model is read: decided once for all of an export, as free memory comes and goes.
 
+    Text that no format reads is left out.
     16 bits are taken if they are asked for and the checkpoint has them. They are no reason to read all of a model:
     what files are held against is float32.
     """
+    if not any("calibration" in row.reads for row in rows):
+        settings = replace(settings, calibration=None, recipe=Recipe())
     has = settings.dtype in NARROW and has_dtype(checkpoint, settings.dtype)
     is_narrow = has and not keeping_of_files(checkpoint, settings.dtype).is_whole
     # A block that is given more than hidden states is not proven alone.

@@ -8,8 +8,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from cfsp.devices import find_device
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, no_space_as_input_error, refuse_existing, scratch_directory
@@ -23,10 +21,12 @@ from cfsp.pruning.plan import PruningPlan
 from cfsp.pruning.statistics import spread_windows
 from cfsp.records import read_record
 from cfsp.settings import Reads
+from cfsp.text.calibration import Calibration
 from cfsp.text.respelling import respelling
 from exporters.export_record import ExportRecord
 from exporters.families import FAMILIES, READS, ExportSettings, find_format, read_by_formats
 from exporters.job import file_stem, has_dtype
+from exporters.recipe import Recipe
 from phoneready.console import MakeOptions
 from phoneready.text import load_calibration
 
@@ -105,8 +105,12 @@ def export_model(
                 save_checkpoint(loaded, checkpoint, seed=request.seed)
             del loaded
         wants_text = reads_text(request, read_rounded_format(checkpoint))
+        drawn = _calibration(checkpoint, request, load, progress) if wants_text else None
         options = request.options(
-            _calibration(checkpoint, request, load, progress) if wants_text else None,
+            None if drawn is None else spread_windows(drawn.input_ids, request.rounding_windows),
+            recipe=Recipe()
+            if drawn is None
+            else Recipe(drawn.sources, request.nsamples, request.seqlen, drawn.seed),
             name=request.name,
             opset=request.opset,
             device=str(device),
@@ -151,27 +155,27 @@ def reads_text(request: ExportSettings, trained: RoundedFormat | None = None) ->
     return False
 
 
-def _calibration(checkpoint: Path, request: ExportSettings, load: _Load, progress: Progress) -> torch.Tensor:
-    """Windows to round weights of few bits for."""
+def _calibration(checkpoint: Path, request: ExportSettings, load: _Load, progress: Progress) -> Calibration:
+    """Windows to round weights of few bits for, in the checkpoint's ids."""
     # A bare name could be a built-in alias.
     loaded = load(request.dense or checkpoint.resolve())
-    ids = load_calibration(
+    drawn = load_calibration(
         request.calibration,
         loaded,
         nsamples=request.nsamples,
         seqlen=request.seqlen,
         seed=request.seed,
         progress=progress,
-    ).input_ids
+    )
     plan = read_record(PruningPlan, checkpoint / PLAN_FILE) if (checkpoint / PLAN_FILE).is_file() else None
     if request.dense and plan and plan.vocabulary:
         trimmed = trimmed_tokenizer(loaded.tokenizer, plan.vocabulary.kept)
-        ids = respelling(loaded.tokenizer, trimmed).windows(ids)
-    elif request.dense and load_tokenizer(checkpoint.resolve()).get_vocab() != loaded.tokenizer.get_vocab():
+        return replace(drawn, input_ids=respelling(loaded.tokenizer, trimmed).windows(drawn.input_ids))
+    if request.dense and load_tokenizer(checkpoint.resolve()).get_vocab() != loaded.tokenizer.get_vocab():
         raise InputError(
             "has another vocabulary than what is exported",
             field="dense",
             value=request.dense,
             allowed="leave it out",
         )
-    return spread_windows(ids, request.rounding_windows)
+    return drawn

@@ -65,6 +65,7 @@ from phoneready.release.steps import (
     bench_stage,
     decide_stage,
     export_stage,
+    made_files,
 )
 from phoneready.room import (
     Extent,
@@ -146,8 +147,7 @@ def check_stage_room(config: ReleaseConfig, folder: Path, name: str) -> None:
     what, read = "eval", tuple[str, ...](dict.fromkeys((final, "dense")))
     if name == "dense":
         what, read = "prune", ()
-        moments = Steps(config, folder, None).needs_moments
-        needs = functools.partial(drawing_needs, windows=prune.nsamples, seqlen=seqlen, moments=moments)
+        needs = drawing_needs
     elif name == "prune":
         what, read = "prune", ("dense",)
         settings = config.prune_settings()
@@ -184,6 +184,7 @@ def check_before_work(config: ReleaseConfig, folder: Path) -> None:
     prune, training, evaluate = config.prune, config.recover, config.evaluate
     if training is not None:
         check_training(training)
+    made_files(config.quantize)
     learnt = () if training is None else training.texts
     check_readable((*learnt, *prune.calibration, *prune.vocabulary_text, *evaluate.text, *evaluate.chats))
 
@@ -227,7 +228,6 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
             **made_with(),
             "calibration": identities(prune.calibration),
             "windows": [prune.nsamples, prune.seqlen],
-            "moments": steps.needs_moments,
         }
 
     def pruned() -> dict[str, Any]:
@@ -251,7 +251,8 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
         return settings | {"prompts": list(steps.prompts)}
 
     def exported() -> dict[str, Any]:
-        return dataclasses.asdict(config.quantize)
+        taken = {name: one.record.sha256 for name, one in made_files(config.quantize).items()}
+        return dataclasses.asdict(config.quantize) | {"made": taken}
 
     def asked() -> dict[str, Any]:
         return {"prompts": list(steps.prompts), "max_new_tokens": evaluate.max_new_tokens}

@@ -30,7 +30,6 @@ from cfsp.models.weights import OUTPUT_MATRIX, safetensors_files, uniform_dtype
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.prune import TOLD_WINDOWS
 from cfsp.pruning.settings import PruneSettings
-from cfsp.pruning.statistics import MOMENT_WINDOWS
 from cfsp.reading import as_input_error
 from cfsp.recovery.settings import Training, method_of
 from cfsp.units import format_bytes
@@ -79,11 +78,10 @@ def check_room(
     require_room(least, output, what, LESS[what])
 
 
-def drawing_needs(extents: Sequence[Extent], windows: int, seqlen: int, *, moments: bool) -> Needs:
-    """Of the dense model as a checkpoint, with its activation moments."""
+def drawing_needs(extents: Sequence[Extent]) -> Needs:
+    """Of the dense model as a checkpoint."""
     (dense,) = extents
-    memory = _passed(dense, min(windows, MOMENT_WINDOWS) * seqlen) if moments else 0
-    return Needs(memory, _saved(dense))
+    return Needs(dense.least_resident_bytes, _saved(dense))
 
 
 def pruning_needs(

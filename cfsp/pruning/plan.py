@@ -156,7 +156,7 @@ class PruningPlan:
     model_type: str  # row of the architecture table
     source: str  # model reference the plan was made for, and if known its hash
     source_sha256: str | None
-    # references of the calibration text; then the hash and number of its token ids, and the seed.
+    # names of the calibration text; then the hash and number of its token ids, and the seed.
     calibration: tuple[str, ...]
     calibration_sha256: str
     calibration_tokens: int

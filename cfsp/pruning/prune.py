@@ -29,6 +29,7 @@ from cfsp.pruning.vocabulary import Counts, VocabularyPlan, count_alike, cut_voc
 from cfsp.settings import check_settings
 from cfsp.text.calibration import Calibration
 from cfsp.text.respelling import respelling
+from cfsp.text.settings import reference_name
 from cfsp.text.tokens import document_ids, load_documents, tokens_sha256
 
 SPELLING_WINDOWS = 16
@@ -105,7 +106,8 @@ def plan_model(
     settings = counted_removals(loaded.model, settings)
     vocabulary = None
     if settings.vocabulary:
-        counts, sources = counts_of(loaded, calibration, counted), tuple(counted) or calibration.sources
+        counts, sources = counts_of(loaded, calibration, counted), calibration.sources
+        sources = tuple(map(reference_name, counted)) or sources
         vocabulary = plan_vocabulary(loaded, counts, settings.vocabulary, sources=sources)
     loaded, calibration = trim(loaded, calibration, vocabulary, settings, progress=progress)
     ids = calibration.input_ids

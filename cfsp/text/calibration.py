@@ -18,13 +18,13 @@ from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress, no_progress
 from cfsp.reading import as_input_error
 from cfsp.text.self_sampling import TRANSFORMERS, Writer, sample_windows
-from cfsp.text.settings import SELF
+from cfsp.text.settings import SELF, reference_name
 from cfsp.text.tokens import join_documents, load_documents, shuffled, started, tokens_sha256
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration windows (nsamples, seqlen) int64, their references, seed, and the hash of the token ids."""
+    """Calibration windows (nsamples, seqlen) int64, names of their texts, seed, and the hash of the token ids."""
 
     input_ids: torch.Tensor
     sources: tuple[str, ...]
@@ -95,7 +95,7 @@ def load_calibration(
                 windows = stream.view(share, seqlen).long()
         parts.append(started(windows, loaded.tokenizer))
     ids = torch.cat(parts)
-    return Calibration(ids, tuple(references), seed, tokens_sha256(ids))
+    return Calibration(ids, tuple(map(reference_name, references)), seed, tokens_sha256(ids))
 
 
 def is_kept(references: Sequence[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from cfsp.settings import Settings, setting
 
@@ -10,6 +11,11 @@ TEXT_FORMS = "FILE.txt, FILE.jsonl, FILE.parquet, hub:NAME[@CONFIG][:SPLIT] or b
 BUILTIN_TEXT = "builtin:python-docs"
 SELF = "self"
 """The reference that means: text sampled from the dense model itself."""
+
+
+def reference_name(reference: str) -> str:
+    """What a text is called: a file without its folders, as it may lie elsewhere."""
+    return reference if ":" in reference else Path(reference).name
 
 
 @dataclass(frozen=True)

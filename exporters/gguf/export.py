@@ -59,7 +59,7 @@ def export_gguf(
     if not rows:
         raise InputError("no quantization asked for", field="quants", allowed=QUANT_NAMES)
     check_input(checkpoint, output, force=settings.force)
-    settings = settled(checkpoint, settings)
+    settings = settled(checkpoint, settings, rows)
     runtime.runtime_version()
     chosen = read_layout(checkpoint)  # what llama.cpp cannot represent is refused before the model is run
     job = Job(checkpoint, output, settings, chosen.config, chosen.context_length)

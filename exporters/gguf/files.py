@@ -333,7 +333,7 @@ def draft_files(
     checkpoint: Path, folder: Path, quants: Sequence[str], settings: ExportOptions
 ) -> tuple[Files, list[WrittenFile]]:
     rows = find_rows(checkpoint, quants, settings)
-    settings = settled(checkpoint, replace(settings, n_threads=settings.n_threads or 1))
+    settings = settled(checkpoint, replace(settings, n_threads=settings.n_threads or 1), rows)
     chosen = read_layout(checkpoint)
     files = Files(Job(checkpoint, folder, settings, chosen.config, chosen.context_length), chosen, rows)
     written = [files.write(quant) for quant in dict.fromkeys((files.first, *rows))]

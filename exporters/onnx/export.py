@@ -102,7 +102,8 @@ def export_onnx(
         raise InputError("out of range", field="opset", value=settings.opset, allowed=known)
     if any(row.portable for row in rows):
         check_portable(config.shape)
-    by_blocks = all(row.form for row in rows) and settled(checkpoint, settings).by_blocks
+    settings = settled(checkpoint, settings, rows)
+    by_blocks = all(row.form for row in rows) and settings.by_blocks
     # Graphs are written from weights of float32, whatever they are kept in.
     settings = replace(settings, dtype="float32", by_blocks=by_blocks)
     job = Job(checkpoint, output, settings, config, config.steady_context)

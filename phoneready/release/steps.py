@@ -12,33 +12,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import safetensors.torch
-import torch
-
 from cfsp.devices import find_device
 from cfsp.errors import InputError, PhonereadyError
 from cfsp.evaluation.language_model import PROMPTS, LanguageModel, answer
 from cfsp.evaluation.tasks import chat_requests, load_chat_tasks
 from cfsp.evaluation.torch_model import RememberedModel, TorchLanguageModel
-from cfsp.files import LargeScratch
+from cfsp.files import LargeScratch, sha256_file
 from cfsp.models.architectures import model_shape, spec_for
 from cfsp.models.checkpoint import read_checkpoint_info, save_checkpoint
 from cfsp.models.reference import load_model, load_tokenizer
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
-from cfsp.precision import products_in
 from cfsp.progress import Progress
 from cfsp.pruning.prune import prune_model
 from cfsp.pruning.settings import PruneSettings
-from cfsp.pruning.statistics import collect_input_moments, moment_windows, spread_windows
-from cfsp.records import write_record
-from cfsp.text.calibration import Calibration, check_seqlen
+from cfsp.pruning.statistics import spread_windows
+from cfsp.records import read_record, write_record
+from cfsp.text.calibration import Calibration, check_seqlen, read_windows, save_windows
 from cfsp.text.respelling import respelling
-from cfsp.text.tokens import tokens_sha256
 from exporters.checkpoint_reader import read_config
-from exporters.families import FAMILIES, ROUNDING, family_of, find_format, makes_gguf
+from exporters.export_record import ExportManifest
+from exporters.families import BASE, FAMILIES, ROUNDING, family_of, makes_gguf
+from exporters.family import ExportOptions, MadeFile
 from exporters.gguf.architecture import choose_layout
-from exporters.job import file_stem
+from exporters.job import MANIFEST_FILE, file_stem
+from exporters.recipe import Recipe
 from phoneready.evaluation.evaluation_record import ModelIdentity
 from phoneready.evaluation.measured_file import MeasuredFile
 from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
@@ -51,7 +49,7 @@ from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.exporting import is_checkpoint
 from phoneready.figures.figures import CHECKPOINT, DENSE, SHIPPED
 from phoneready.release.stages import stage_folder
-from phoneready.settings.schema import BenchConfig, ModelConfig, RecoverConfig, ReleaseConfig
+from phoneready.settings.schema import BenchConfig, ModelConfig, QuantizeConfig, RecoverConfig, ReleaseConfig
 from phoneready.text import WRITERS, load_calibration
 from runtime_bench.devices import FACTS, ModelFacts
 from runtime_bench.engines import size_of
@@ -136,6 +134,30 @@ class Answers:
                 raise InputError(told, field=f"answers, {file}")
 
 
+def made_files(export: QuantizeConfig) -> dict[str, MadeFile]:
+    """The files of `quantize.made` by their formats; InputError: it holds none, or one is not that of its record."""
+    if export.made is None:
+        return {}
+    if not (export.made / MANIFEST_FILE).is_file():
+        raise InputError(
+            f"has no {MANIFEST_FILE}",
+            field="quantize.made",
+            value=str(export.made),
+            allowed="a folder of `search`",
+        )
+    found = {}
+    for record in read_record(ExportManifest, export.made / MANIFEST_FILE).exports:
+        path = export.made / record.file
+        if record.format == BASE.name and record.quant in export.names:
+            if not path.is_file() or sha256_file(path) != record.sha256:
+                state = "was changed" if path.is_file() else "is not there"
+                raise InputError(
+                    f"{path} {state} since it was made; search again, or leave out quantize.made"
+                )
+            found[record.quant] = MadeFile(path, record)
+    return found
+
+
 def bench_stage(place: str) -> str:
     return f"bench-{target_slug(place)}"
 
@@ -165,22 +187,22 @@ class Steps:
     config: ReleaseConfig
     folder: Path
     threads: int | None
+    which: str = ""  # ends the name of the stage that prunes, if there are several
 
     @property
     def prompts(self) -> tuple[str, ...]:
         return self.config.evaluate.prompts or PROMPTS
 
     @property
-    def needs_moments(self) -> bool:
-        """Whether pruning has to keep the dense model's importance matrix, which its own text may lack."""
-        export = self.config.quantize
-        used = any("use_imatrix" in find_format(name).reads for name in export.names)
-        return used and export.imatrix and not self.config.is_whole
-
-    @property
     def final(self) -> str:
         """The stage whose checkpoint ships."""
-        return "dense" if self.config.is_whole else RECOVERY_STAGE if self.config.recover else "prune"
+        return (
+            "dense"
+            if self.config.is_whole
+            else RECOVERY_STAGE
+            if self.config.recover
+            else f"prune{self.which}"
+        )
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -229,35 +251,28 @@ class Steps:
             chat_requests(TorchLanguageModel(loaded), task)
         if self.config.recover is not None:
             check_seqlen(loaded, self.config.recover.seqlen)
-        ids = load_calibration(
+        drawn = load_calibration(
             prune.calibration,
             loaded,
             nsamples=prune.nsamples,
             seqlen=prune.seqlen,
             seed=self.config.seed,
             progress=progress,
-        ).input_ids
-        _save_windows(ids, output)
-        moments = None
-        if self.needs_moments:
-            with products_in(prune.dtype, loaded.model.device.type):
-                moments = collect_input_moments(loaded.model, moment_windows(ids), progress=progress)
-        save_checkpoint(loaded, output / "model", input_moments=moments, seed=self.config.seed)
+        )
+        save_windows(drawn, output / CALIBRATION_FILE)
+        save_checkpoint(loaded, output / "model", seed=self.config.seed)
 
     def prune(self, output: Path, progress: Progress) -> None:
         loaded = self._load("dense", progress)
-        ids = self._calibration_ids("dense")
-        wanted, seed = self.config.prune, self.config.seed
-        calibration = Calibration(ids, wanted.calibration, seed, tokens_sha256(ids))
+        calibration, wanted = self.windows("dense"), self.config.prune
         made = (*wanted.for_quant, *self.config.quantize.names)
         settings = fitting_settings(self.config.prune_settings(), loaded.model, made)
         check = shape_check(settings, loaded.model, made)
         result = prune_model(
             loaded, calibration, settings, counted=wanted.vocabulary_text, check=check, progress=progress
         )
-        _save_windows(result.calibration.input_ids, output)
-        plan, moments = result.plan, result.input_moments
-        save_checkpoint(result.loaded, output / "model", plan=plan, input_moments=moments, seed=seed)
+        save_windows(result.calibration, output / CALIBRATION_FILE)
+        save_checkpoint(result.loaded, output / "model", plan=result.plan, seed=self.config.seed)
 
     def recover(self, output: Path, progress: Progress) -> None:
         """Train back what pruning has cost; the best validation's weights are kept, which may be the untrained ones."""
@@ -330,12 +345,19 @@ class Steps:
 
     def export(self, role: str, output: Path, progress: Progress) -> None:
         """What ships, or for comparison the dense model's files."""
-        export, text = (
-            self.config.quantize,
-            self._calibration_ids("dense" if role == DENSE or self.config.is_whole else "prune"),
-        )
-        settings = export.options(
-            spread_windows(text, export.rounding_windows),
+        settings = self.export_options(role, progress)
+        for family, names in self.config.quantize.formats.items():
+            FAMILIES[family].export(self._exported(role), output / family, names, settings)
+
+    def export_options(self, role: str, progress: Progress) -> ExportOptions:
+        """How a model's files are made."""
+        export, prune = self.config.quantize, self.config.prune
+        is_dense = role == DENSE or self.config.is_whole
+        drawn = self.windows("dense" if is_dense else f"prune{self.which}")
+        return export.options(
+            spread_windows(drawn.input_ids, export.rounding_windows),
+            recipe=Recipe(drawn.sources, prune.nsamples, prune.seqlen, drawn.seed),
+            made=None if role == DENSE else made_files(export),
             name=self._stem(role),
             # The dense model is there for comparison; it need not fit what the pruned one must.
             must_fit=role != DENSE,
@@ -345,8 +367,6 @@ class Steps:
             n_threads=self.threads,
             progress=progress,
         )
-        for family, names in export.formats.items():
-            FAMILIES[family].export(self._exported(role), output / family, names, settings)
 
     def answers(self, output: Path, progress: Progress) -> None:
         answers: dict[str, tuple[str, ...]] = {}
@@ -387,10 +407,9 @@ class Steps:
     def _load(self, stage: str, progress: Progress) -> LoadedModel:
         return load_stage(self.checkpoint(stage), self.config.model, progress)
 
-    def _calibration_ids(self, stage: str) -> torch.Tensor:
+    def windows(self, stage: str) -> Calibration:
         """The calibration windows, (nsamples, seqlen), in the ids of a stage's model."""
-        path = stage_folder(self.folder, stage) / CALIBRATION_FILE
-        return safetensors.torch.load_file(path)["input_ids"]
+        return read_windows(stage_folder(self.folder, stage) / CALIBRATION_FILE)
 
 
 def bench_named(
@@ -455,10 +474,6 @@ def run_recovery(
         rounding=ROUNDING,
         progress=progress,
     )
-
-
-def _save_windows(input_ids: torch.Tensor, output: Path) -> None:
-    safetensors.torch.save_file({"input_ids": input_ids.contiguous()}, output / CALIBRATION_FILE)
 
 
 def row_text(record: BenchRecord) -> str:

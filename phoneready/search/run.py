@@ -76,10 +76,9 @@ def search(
     learnt = () if training is None else training.texts
     check_readable((*learnt, *subject.prune.calibration, *settings.text, *settings.chats))
     if not (folder / RESULT_FILE).exists():
-        windows, seqlen = subject.prune.nsamples, subject.prune.seqlen
         check_room(
-            "search", (subject.model.reference,), lambda extents: drawing_needs(extents, windows, seqlen, moments=True),
-            folder, device=find_device(subject.model.device), kept=subject.model.dtype, progress=progress,
+            "search", (subject.model.reference,), drawing_needs, folder,
+            device=find_device(subject.model.device), kept=subject.model.dtype, progress=progress,
         )  # fmt: skip
     with claim_folder(folder, _LOCK, "search"), no_space_as_input_error(folder):
         evaluator = Evaluator(subject, settings, folder, threads, progress)

@@ -47,6 +47,7 @@ _REFERENCES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "prune": ("calibration", "vocabulary_text"),
         "recover": ("data", "validation"),
         "evaluate": ("text", "chats", "tasks", "task_data"),
+        "quantize": ("made",),
         "bench": ("anchor",),
         "baseline": ("file",),
     }

@@ -127,6 +127,12 @@ class EvaluateConfig(JudgementSettings):
 class QuantizeConfig(FileSettings):
     """What is made; of a pruned or trained model's dense one, too."""
 
+    made: Path | None = setting(
+        None,
+        "Folder of `search` or `quantize` whose files ship as they are, proven here; what it lacks is made.",
+        example="search",
+    )
+
     @property
     def projected(self) -> tuple[str, ...]:
         """Formats whose files are projected to devices."""

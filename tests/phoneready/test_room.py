@@ -46,7 +46,7 @@ SMALL = Extent((BLOCK,) * 4, 384, 64)
 LARGE = SMALL._replace(blocks=(BLOCK,) * 8)
 EXPORTING = FileSettings(to=("Q4_0", "int4"))
 NEEDS: dict[str, Callable[[list[Extent]], Needs]] = {
-    "draw": lambda extents: drawing_needs(extents, 8, 64, moments=True),
+    "draw": drawing_needs,
     "prune": lambda extents: pruning_needs(extents, PruneSettings(), 8, 64),
     "quantize": lambda extents: exporting_needs(extents, EXPORTING, 8, 64),
     "eval": lambda extents: judging_needs(extents, 64, (False,)),
