@@ -11,12 +11,9 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, cast
 
-import pydantic
-
 from cfsp.errors import InputError
 from cfsp.files import write_json
 from cfsp.reading import read_json
-from cfsp.validation import describe_problems
 
 
 class Record(Protocol):
@@ -48,6 +45,8 @@ def record_to_json(record: Record) -> dict[str, Any]:
 
 def fields_to_json(value: Any) -> Fields:
     """The fields of a dataclass as JSON has them."""
+    import pydantic  # which a measuring process does not load
+
     fields: Fields = pydantic.TypeAdapter(type(value)).dump_python(value, mode="json")
     return fields
 
@@ -70,6 +69,10 @@ def fields_from_json(cls: type[T], fields: Fields, *, where: str) -> T:
     unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(cast(Any, cls))})
     if unknown:
         raise InputError(f"{where} has unknown keys: {', '.join(unknown)}")
+    import pydantic
+
+    from cfsp.validation import describe_problems
+
     try:
         # Through JSON: there lists are tuples, but "2" is no number.
         return pydantic.TypeAdapter(cls).validate_json(json.dumps(fields), strict=True)
