@@ -53,14 +53,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Answer a chat."""
-        length = int(self.headers.get("Content-Length") or 0)
+        stated = self.headers.get("Content-Length") or ""
+        length = int(stated) if stated.isdecimal() else 0
         if self.path != "/v1/chat/completions" or not 0 < length <= MOST_BYTES:
             self.reply(404 if length <= MOST_BYTES else 413, {})
             return
         try:
             asked = json.loads(self.rfile.read(length))
             messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in asked["messages"]]
-            count = min(int(asked.get("max_tokens", 128)), 1024)
+            count = max(1, min(int(asked.get("max_tokens", 128)), 1024))
             answer = self.model.create_chat_completion(messages, max_tokens=count, temperature=0.0)
         except (ValueError, KeyError, TypeError) as error:  # not a chat, or longer than the context
             self.reply(400, {"error": f"cannot be answered: {error}"})

@@ -145,6 +145,10 @@ def test_the_service_checks_and_serves_the_released_file(release: Path) -> None:
         assert match is not None, said
         assert ask(f"{match[1]}/health") == {"status": "ok", "model": "tiny-Q8_0.gguf"}
         chat = {"messages": [{"role": "user", "content": "List three fruits."}], "max_tokens": 4}
+        assert (
+            ask(f"{match[1]}/v1/chat/completions", chat | {"max_tokens": -1})["usage"]["completion_tokens"]
+            == 1
+        )
         answer = ask(f"{match[1]}/v1/chat/completions", chat)
         assert isinstance(answer["choices"][0]["message"]["content"], str)
         assert 0 < answer["usage"]["completion_tokens"] <= 4
