@@ -35,7 +35,7 @@ from cfsp.pruning.surgery import group_channels
 PROBE_TOKENS = 128
 """Tokens of every window on which parts are judged. Of SmolLM2-135M, what one attention costs more than another differs
 by 0.02 nats from window to window, however long these are: more windows say more, longer ones do not."""
-_EVERY = 4
+PROBED = 4
 """Logits are compared at every fourth position: the output matrix costs as much as many blocks."""
 _TRIED = 12
 """Parts of the first round that are tried again once some are gone: the cheapest."""
@@ -51,6 +51,23 @@ class Removal:
     losses: tuple[float, ...]
     loss: float  # the divergence without all of `removed`, before any repair
     tokens: int  # tokens of the windows that this was measured on
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The divergence without the channels that go at each of some ratios, nats per token, before any repair."""
+
+    ratios: tuple[float, ...]
+    losses: tuple[float, ...]
+    tokens: int  # tokens of the windows that this was measured on
+
+    def __post_init__(self) -> None:
+        if len(self.ratios) != len(self.losses):
+            raise InputError("not one for each ratio", field="losses", value=len(self.losses))
+
+    def __str__(self) -> str:
+        each = (f"{loss:.2f} at {ratio:.0%}" for ratio, loss in zip(self.ratios, self.losses, strict=True))
+        return f"Predicted KL, before the repair, on {self.tokens} calibration tokens: {', '.join(each)}."
 
 
 @dataclass(frozen=True)
@@ -244,7 +261,7 @@ def _choose(
         def log_probabilities(calls: Calls, start: int, hidden: torch.Tensor) -> torch.Tensor:
             for index, layer in enumerate(layers[start:], start):
                 hidden = run_layer(layer, hidden, calls.of(index))
-            return output_logits(model, leave_blocks(model, hidden[..., ::_EVERY, :])).log_softmax(-1)
+            return output_logits(model, leave_blocks(model, hidden[..., ::PROBED, :])).log_softmax(-1)
 
         with torch.inference_mode():
             for window in torch.split(input_ids, 1):

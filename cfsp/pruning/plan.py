@@ -20,7 +20,7 @@ from cfsp.models.offload import at_hand
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import rounding_dtype
-from cfsp.pruning.parts import GroupRemoval, Removal, removable_attentions
+from cfsp.pruning.parts import Forecast, GroupRemoval, Removal, removable_attentions
 from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import BlockStatistics
 from cfsp.pruning.vocabulary import VocabularyPlan
@@ -151,7 +151,7 @@ class PruningPlan:
     """What of which model is kept, and why."""
 
     KIND: ClassVar[str] = "pruning_plan"
-    SCHEMA_VERSION: ClassVar[int] = 4
+    SCHEMA_VERSION: ClassVar[int] = 5
 
     model_type: str  # row of the architecture table
     source: str  # model reference the plan was made for, and if known its hash
@@ -171,6 +171,7 @@ class PruningPlan:
     silent_before: Annotated[tuple[int, ...], WhereSet] = ()  # blocks that had no attention before
     device: Annotated[str | None, WhereSet] = None  # kind of device that computed it; None for the CPU
     warnings: Annotated[tuple[str, ...], WhereSet] = ()  # settings that had no effect
+    forecast: Annotated[Forecast | None, WhereSet] = None  # what channels cost at other ratios
 
     def __post_init__(self) -> None:
         if not self.blocks or len(self.blocks) != len(self.dense_widths):

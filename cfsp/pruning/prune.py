@@ -15,6 +15,7 @@ from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.block_by_block import apply_plan
+from cfsp.pruning.forecast import forecast_losses
 from cfsp.pruning.parts import choose_removals, counted_removals
 from cfsp.pruning.plan import PruningPlan, check_plan_fits, make_plan
 from cfsp.pruning.settings import PruneSettings
@@ -120,7 +121,8 @@ def plan_model(
     plan = replace(make_plan(loaded, statistics, calibration, settings, removals), vocabulary=vocabulary)
     if check is not None:
         check(plan.shape)
-    return loaded, calibration, plan, statistics.states
+    forecast = forecast_losses(loaded.model, plan, calibration.input_ids, progress=progress)
+    return loaded, calibration, replace(plan, forecast=forecast), statistics.states
 
 
 def counts_of(loaded: LoadedModel, calibration: Calibration, counted: Sequence[str]) -> Counts:

@@ -198,6 +198,7 @@ def format_plan(plan: PruningPlan, destination: Path) -> str:
         f"{len(widths)} blocks of {min(widths)} to {max(widths)} channels, "
         f"multiples of {plan.settings.align}.",
         f"Widths: {', '.join(map(str, widths))}",
+        *([str(plan.forecast)] if plan.forecast else []),
     ]
     after = (
         "without {}, and before anything makes up for it, the divergence is {:.3f} nats a token on {} tokens."

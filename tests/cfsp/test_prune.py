@@ -14,6 +14,7 @@ from cfsp.evaluation.loss import divergence, perplexity
 from cfsp.models.architectures import added_norms, decoder_layers, feed_forward, model_shape
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.block_by_block import _Columns, _Norm, apply_plan
+from cfsp.pruning.forecast import RATIOS
 from cfsp.pruning.plan import PruningPlan
 from cfsp.pruning.prune import plan_model, prune_model
 from cfsp.pruning.settings import RECONSTRUCTIONS, PruneSettings
@@ -77,6 +78,29 @@ def test_cutting_equals_zeroing_the_removed_channels(tiny_model: Any) -> None:
     with torch.inference_mode():
         difference = pruned.model(input_ids=ids).logits - masked.model(input_ids=ids).logits
     assert float(difference.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma4_text"])
+def test_a_plan_says_what_other_ratios_cost_before_the_repair(tiny_model: Any, model_type: str) -> None:
+    dense = loaded(tiny_model, model_type)
+    data = calibration(dense.model, 4)
+    settings = PruneSettings(prune_ratio=0.2, align=1, reconstruct="none", dtype="float32")
+    _, _, plan, _ = plan_model(dense, data, settings)
+    assert plan.forecast is not None
+    assert (plan.forecast.ratios, plan.forecast.tokens) == (RATIOS, data.input_ids.numel())
+    with torch.inference_mode():
+        expected = dense.model(input_ids=data.input_ids).logits[:, ::4].log_softmax(-1)
+        for ratio, loss in zip(RATIOS, plan.forecast.losses, strict=True):
+            cut = copy.deepcopy(dense.model)
+            apply_plan(cut, plan.at_ratio(ratio))
+            actual = cut(input_ids=data.input_ids).logits[:, ::4].log_softmax(-1)
+            measured = float((expected.exp() * (expected - actual)).sum(-1).mean())
+            assert loss == pytest.approx(measured, rel=0.02, abs=2e-4)
+    assert plan.forecast.losses[-1] > plan.forecast.losses[0] > 0
+    for other in ({"blocks": 1} if model_type == "llama" else {}, {"prune_ratio": 0.0}):
+        if other:
+            asked = replace(settings, **other)
+            assert plan_model(dense, data, asked)[2].forecast is None, "it is of channels alone"
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gemma4_text"])

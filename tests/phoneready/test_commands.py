@@ -27,7 +27,12 @@ def warned(capsys: Capture) -> list[str]:
 
 
 def test_a_plan_is_made_shown_and_applied_at_another_ratio(
-    dense: str, tmp_path: Path, shown: Shown, refused: Refused, capsys: Capture
+    dense: str,
+    tmp_path: Path,
+    shown: Shown,
+    refused: Refused,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plan, out = tmp_path / "plan.json", tmp_path / "out"
     made = shown("prune", dense, "-o", plan, "--prune-ratio", "0.25", *SMALL)
@@ -39,7 +44,13 @@ def test_a_plan_is_made_shown_and_applied_at_another_ratio(
     assert (out / "pruning_plan.json").is_file()
     assert "--force" in refused(*apply)
     assert main([*apply, "--force"]) == 0
-    assert "50.00% of the FFN channels" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "50.00% of the FFN channels" in said
+    forecast = made["forecast"]
+    assert f"{forecast['losses'][0]:.2f} at 10%, {forecast['losses'][1]:.2f} at 20%" in said
+    monkeypatch.setenv("PHONEREADY_STREAM", "always")
+    read = shown("prune", dense, "-o", plan, "--force", "--prune-ratio", "0.5", *SMALL)["forecast"]
+    assert read == forecast | {"losses": pytest.approx(forecast["losses"], abs=2e-4)}
 
 
 def test_all_axes_go_together(dense: str, tmp_path: Path, capsys: Capture) -> None:
