@@ -226,9 +226,9 @@ class BenchSettings(SamplingSettings):
         metavar="TIME",
     )
     load: bool = True  # Whether load is measured by itself (every process notes its load time anyway)
-    n_batch: int = setting(2048, "Most tokens given to the engine at once.", ge=1, rare=True)
-    n_ubatch: int = setting(512, "Most tokens it computes at once.", ge=1, rare=True)
-    spread_limit: float = setting(1.25, "p90 / p50 above which a row is measured once more.", gt=1, rare=True)
+    n_batch: int = 2048  # Most tokens given to the engine at once
+    n_ubatch: int = 512  # Most tokens it computes at once
+    spread_limit: float = 1.25  # p90 / p50 above which a row is measured once more
     seed: int = setting(0, "Seed of the random tokens.", rare=True)
 
     def __post_init__(self) -> None:
