@@ -57,8 +57,10 @@ COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
         "bench": ("bench.bench", "Measure loading, prompts, generation and memory of exported files."),
         "compare": ("compare.compare", "Compare benchmark records: ratio, interval and verdict a row."),
         "history": ("history.history", "Find the release that changed a figure."),
-        "devices list": ("devices.list_devices", "List the devices that have a profile."),
-        "devices show": ("devices.show_device", "Show every figure of a device, and who says so."),
+        "devices list": (
+            "devices.list_devices",
+            "List the devices that have a profile, or all that one says.",
+        ),
         "devices fit": ("devices.fit", "Project whether a file fits on devices, and how fast it may be."),
         "devices build-runner": ("devices.build_runner", "Build the program that measures without Python."),
         "devices clean": ("devices.clean", "Remove what `bench` pushed to another machine."),

@@ -100,7 +100,7 @@ def test_the_installed_command_runs(environment: Path, tmp_path: Path) -> None:
     assert call(command, "--version").strip() == f"phoneready {version}"
     assert "release" in call(command, "--help")
     assert call(command, "doctor", "--json", PHONEREADY_CACHE=str(tmp_path)).startswith("{")
-    shown = json.loads(call(command, "devices", "show", "raspberry-pi-5-8gb", "--json"))
+    shown = json.loads(call(command, "devices", "list", "raspberry-pi-5-8gb", "--json"))
     assert shown["built_in"]
     assert Path(shown["file"]).is_relative_to(environment.parent.parent)
 

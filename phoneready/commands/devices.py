@@ -26,22 +26,25 @@ from runtime_bench.presentation.device_table import (
 from runtime_bench.targets.table import open_remote
 
 
-def list_devices(json: JsonOption = False) -> None:
-    """List the devices that have a profile, built in or your own."""
-
-    profiles = list(load_profiles().values())
-    text = profile_table(profiles).markdown()
-    write_result(text, [profile_to_json(entry) for entry in profiles], as_json=json)
-
-
-def show_device(
-    device: Annotated[str, typer.Argument(help="Name as `devices list` has it.", metavar="NAME")],
+def list_devices(
+    device: Annotated[
+        str | None,
+        typer.Argument(help="Show every figure of this one.", metavar="[NAME]", show_default=False),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Show every figure of a device, what it rests on, and who says so."""
+    """List the devices that have a profile, built in or your own; or every figure of one, and who says so."""
 
-    entry = find_profile(device, load_profiles())
-    write_result(format_profile(entry), profile_to_json(entry), as_json=json)
+    profiles = load_profiles()
+    if device is None:
+        shown, payload = (
+            profile_table([*profiles.values()]).markdown(),
+            [*map(profile_to_json, profiles.values())],
+        )
+        write_result(shown, payload, as_json=json)
+    else:
+        entry = find_profile(device, profiles)
+        write_result(format_profile(entry), profile_to_json(entry), as_json=json)
 
 
 def fit(

@@ -124,7 +124,7 @@ bench FILE -r 1000000000000 | -r
 bench FILE -t 3000000000 | -t
 bench FILE --set cooldown_timeout_s=inf | --set cooldown_timeout_s
 compare missing missing | missing
-devices show nokia-3310 | nokia-3310
+devices list nokia-3310 | nokia-3310
 devices fit missing.gguf | missing.gguf
 eval MODEL --prompts none --set seed=99999999999999999999 | --set seed
 eval MODEL --prompts none --runtime onnx | torch
@@ -304,7 +304,7 @@ def test_a_profile_is_shown_without_its_markup(
         "\n".join(lines).replace('"raspberry-pi-5-8gb"', '"evil"'), encoding="utf-8"
     )
     monkeypatch.setenv("PHONEREADY_DEVICES", str(own))
-    assert main(["devices", "show", "evil"]) == 0
+    assert main(["devices", "list", "evil"]) == 0
     shown = capsys.readouterr().out
     assert r"\<img src=x\>\[a\](javascript:b)" in shown
     assert r"\<b\>own" in shown
