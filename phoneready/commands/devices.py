@@ -29,7 +29,7 @@ from runtime_bench.targets.table import open_remote
 def list_devices(
     device: Annotated[
         str | None,
-        typer.Argument(help="Show every figure of this one.", metavar="[NAME]", show_default=False),
+        typer.Argument(help="Show every figure of this one.", metavar="NAME", show_default=False),
     ] = None,
     json: JsonOption = False,
 ) -> None:

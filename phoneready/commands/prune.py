@@ -48,9 +48,9 @@ class PruneOptions(PruneConfig):
     )
     weights_dtype: str | None = setting(
         None,
-        "Of the weights alone, and --dtype of products.",
+        "Of the weights alone, and `dtype` of products.",
         choices="cfsp.precision:DTYPES",
-        shown="--dtype",
+        shown="as dtype",
         rare=True,
     )
 
