@@ -49,7 +49,15 @@ from phoneready.history import append_entry, entry_of
 from phoneready.publish.manifest import ReleaseManifest
 from phoneready.publish.publish import publish
 from phoneready.release.inputs import check_training, identities, identity, made_with
-from phoneready.release.results import collect_figures, measure_on, read_figures, stage_figures
+from phoneready.release.results import (
+    bench_settled,
+    collect_figures,
+    decide_settled,
+    disturbed,
+    measure_on,
+    read_figures,
+    stage_figures,
+)
 from phoneready.release.stages import (
     RUNNING,
     Stage,
@@ -61,7 +69,6 @@ from phoneready.release.stages import (
 from phoneready.release.steps import (
     RECOVERY_STAGE,
     Steps,
-    bench_settled,
     bench_stage,
     decide_stage,
     export_stage,
@@ -278,6 +285,12 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
     def decide(place: str, output: Path, progress: Progress) -> None:
         measure_on(steps, place, load_baseline(config), output, progress)
 
+    def settled(judge: Callable[..., bool], place: str, output: Path) -> bool:
+        try:
+            return judge(steps, place, load_baseline(config), output)
+        except InputError:
+            return True  # what it measured is to be made again before it is asked once more
+
     stages, checkpoints = [Stage("dense", dense, (), steps.dense)], tuple(dict.fromkeys(("dense", final)))
     if not config.is_whole:
         stages.append(Stage("prune", pruned, ("dense",), steps.prune))
@@ -291,10 +304,12 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
                 exported,
                 ("dense" if role == DENSE else final,),
                 functools.partial(steps.export, role),
+                resumes=True,
+                rows=("to",),
             )
             for role in steps.roles
         ),
-        Stage("answers", asked, exports, steps.answers),
+        Stage("answers", asked, exports, steps.answers, resumes=True),
     ]
     if evaluate.text or evaluate.chats:
         stages.append(Stage("side-by-side", side_by_side, (*checkpoints, *exports), steps.side_by_side))
@@ -312,11 +327,12 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
         raise InputError("no such file", field="bench.anchor", value=bench.anchor)
     for place in bench.targets:
         name, at = bench_stage(place), functools.partial
-        run = at(steps.bench, place)
-        stages.append(Stage(name, at(measured, place), exports, run, bench_settled, resumes=True))
+        run = at(steps.bench, place, at(disturbed, steps, place, load_baseline(config)))
+        is_done = at(settled, bench_settled, place)
+        stages.append(Stage(name, at(measured, place), exports, run, is_done, resumes=True, rows=("files",)))
         if config.speed_budgets(place):
-            after, run = (name, *exports), at(decide, place)
-            stages.append(Stage(decide_stage(place), at(decided, place), after, run, bench_settled))
+            after, run, is_done = (name, *exports), at(decide, place), at(settled, decide_settled, place)
+            stages.append(Stage(decide_stage(place), at(decided, place), after, run, is_done, resumes=True))
     return stages
 
 

@@ -44,7 +44,7 @@ from phoneready.publish.manifest import (
 )
 from phoneready.release.results import ReleaseFigures, read_figures
 from phoneready.release.stages import StageRecord, claim_folder
-from phoneready.release.steps import Steps
+from phoneready.release.steps import Steps, remove_place
 from phoneready.report.plots import render_markdown
 from phoneready.report.report import ReportInput, quality_means, quality_text, render_page, render_report
 from phoneready.settings.schema import ReleaseConfig
@@ -96,10 +96,7 @@ def publish(
     made = describe_files(folder, [*licenses, *_MADE], {})
     sealed = seal_release(folder, replace(manifest, contents=(*models, *made)))
     for name in before - {*licenses, *(file.file for file in manifest.files)}:
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name)
-        else:
-            (folder / name).unlink(missing_ok=True)
+        remove_place(folder / name)
     return sealed
 
 

@@ -30,6 +30,7 @@ from phoneready.figures.figures import (
     INCONCLUSIVE,
     METRICS,
     SHIPPED,
+    BudgetConfig,
     Figure,
     FigureKey,
     FigureSet,
@@ -51,7 +52,9 @@ from phoneready.release.steps import (
     Steps,
     bench_named,
     bench_stage,
+    decide_stage,
     export_stage,
+    is_measured,
     row_text,
 )
 from phoneready.settings.schema import ReleaseConfig
@@ -60,7 +63,7 @@ from runtime_bench.measuring.measure import with_more
 from runtime_bench.records.bench_record import DOES_NOT_FIT, BenchRecord, MeasuredOn
 from runtime_bench.records.compare import Samples, samples_of
 from runtime_bench.records.fairness import CAP_LIMIT, capped_at, energy, has_speed, noise
-from runtime_bench.records.jsonl import append_jsonl, read_jsonl
+from runtime_bench.records.jsonl import read_jsonl, write_jsonl
 from runtime_bench.targets import Target
 from runtime_bench.targets.table import open_target
 
@@ -340,12 +343,15 @@ _Turns = tuple[int, ...]
 def measure_on(
     steps: Steps, place: str, baseline: FigureSet | None, output: Path, progress: Progress
 ) -> None:
-    """Write the records of a place, with more rounds of those that a budget on speeds leaves open."""
-    records = read_jsonl(stage_folder(steps.folder, bench_stage(place)) / BENCH_FILE)
-    limit = steps.config.bench.decide_s
-    for turns, _ in list(_limited(steps, place, baseline, records)):
-        for row in turns:
-            records[row] = replace(records[row], measured_on=MeasuredOn(LOOKS))
+    """Write the records of a place, with more rounds of those that a budget on speeds leaves open.
+
+    What an earlier run has added to the same rows counts, and so do its looks.
+    """
+    file, limit = output / BENCH_FILE, steps.config.bench.decide_s
+    records, _ = _continued(read_jsonl(stage_folder(steps.folder, bench_stage(place)) / BENCH_FILE), file)
+    for row in {row for turns, _ in _speeds(steps, place, baseline, records) for row in turns}:
+        before = records[row].measured_on or MeasuredOn(1)
+        records[row] = replace(records[row], measured_on=MeasuredOn(before.looks + LOOKS - 1, before.seconds))
     began, failed = time.monotonic(), set[_Turns]()
 
     def left() -> float:
@@ -355,7 +361,7 @@ def measure_on(
         progress("measuring on for open budgets, seconds", int(limit - max(left(), 0)), max(int(limit), 1))
 
     def still_open() -> list[_Turns]:
-        found = _limited(steps, place, baseline, records)
+        found = _speeds(steps, place, baseline, records)
         return [turns for turns in dict.fromkeys(t for t, is_open in found if is_open) if turns not in failed]
 
     try:
@@ -376,26 +382,77 @@ def measure_on(
         found = records[row].measured_on
         assert found is not None
         records[row] = replace(records[row], measured_on=replace(found, time_over=True))
-    append_jsonl(output / BENCH_FILE, records)
+    write_jsonl(file, records)
+
+
+def disturbed(
+    steps: Steps, place: str, baseline: FigureSet | None, records: Sequence[BenchRecord]
+) -> set[int]:
+    """Places of the rows that something slowed and that leave a budget open: measured again they may decide it."""
+    decided = stage_folder(steps.folder, decide_stage(place)) / BENCH_FILE
+    rows, _ = _continued(records, decided)
+    found = _limited(steps, place, baseline, rows, steps.config.timed_budgets(place))
+    slowed = [turns for turns, is_open, _ in found if is_open and any(noise(rows[row]) for row in turns)]
+    return {row for turns in slowed for row in turns}
+
+
+def bench_settled(steps: Steps, place: str, baseline: FigureSet | None, output: Path) -> bool:
+    """Whether no row failed, and none that was disturbed leaves a budget open."""
+    records = read_jsonl(output / BENCH_FILE)
+    return all(map(is_measured, records)) and not disturbed(steps, place, baseline, records)
+
+
+def decide_settled(steps: Steps, place: str, baseline: FigureSet | None, output: Path) -> bool:
+    """Whether it has the rows that were measured, and more samples can decide nothing."""
+    records = read_jsonl(output / BENCH_FILE)
+    rows = read_jsonl(stage_folder(steps.folder, bench_stage(place)) / BENCH_FILE)
+    is_whole = all(map(is_measured, records)) and _continued(rows, output / BENCH_FILE)[1]
+    return is_whole and not any(is_open for _, is_open in _speeds(steps, place, baseline, records))
+
+
+def _continued(rows: Sequence[BenchRecord], file: Path) -> tuple[list[BenchRecord], bool]:
+    """Rows, each with what was added to it in another file, if that is there; whether that has the same ones."""
+    longer = read_jsonl(file) if file.is_file() else []
+
+    def begins(one: BenchRecord, row: BenchRecord) -> bool:
+        same = ("session", "model_filename", "test", "n_threads", "failure")
+        is_same = all(getattr(one, name) == getattr(row, name) for name in same)
+        return is_same and one.samples_ns[: len(row.samples_ns)] == row.samples_ns
+
+    found = [next((one for one in longer if begins(one, row)), None) for row in rows]
+    is_same = None not in found and len(rows) == len(longer)
+    return [one or row for one, row in zip(found, rows, strict=True)], is_same
+
+
+def _speeds(
+    steps: Steps, place: str, baseline: FigureSet | None, records: Sequence[BenchRecord]
+) -> list[tuple[_Turns, bool]]:
+    """Of each figure that a budget on speeds limits: the rows that take turns, whether more samples can decide it."""
+    found = _limited(steps, place, baseline, records, steps.config.speed_budgets(place))
+    return [(turns, is_open and can_tell) for turns, is_open, can_tell in found]
 
 
 def _limited(
-    steps: Steps, place: str, baseline: FigureSet | None, records: Sequence[BenchRecord]
-) -> Iterator[tuple[_Turns, bool]]:
-    """Of each figure that a budget on speeds limits: the rows that take turns, whether more samples can decide it.
+    steps: Steps,
+    place: str,
+    baseline: FigureSet | None,
+    records: Sequence[BenchRecord],
+    budgets: Sequence[BudgetConfig],
+) -> Iterator[tuple[_Turns, bool, bool]]:
+    """Of each figure that a budget limits: the rows that take turns, whether it is open, whether samples can tell.
 
-    Dense and pruned take turns, and beside an anchor all files do.
+    Dense and what ships take turns, and beside an anchor all files do.
     """
     config, items = steps.config, {a.name: (a.role, a.item) for a in steps.artifacts()}
     figures = FigureSet("", None, 0, tuple(benchmark_figures(config, place, records, items)))
     ours = figures.by_key(SHIPPED)
     references = {"dense": figures.by_key(DENSE), "baseline": baseline.by_key(SHIPPED) if baseline else {}}
-    for budget in config.speed_budgets(place):
+    for budget in budgets:
         for key in select(budget, ours):
             turns = tuple(
                 row
                 for row, one in enumerate(records)
-                if one.test == key.metric
+                if one.test == key.metric.removeprefix(ENERGY_OF)
                 and key.n_threads in (None, one.n_threads)
                 and (config.bench.anchor or items[one.model_filename][1] == key.item)
             )
@@ -411,7 +468,7 @@ def _limited(
                     )
                 )
             )
-            yield turns, verdict.outcome == INCONCLUSIVE and can_tell
+            yield turns, verdict.outcome == INCONCLUSIVE, can_tell
 
 
 def _one_round(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -56,7 +55,7 @@ from runtime_bench.engines import size_of
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.presentation.record_table import speed_text
 from runtime_bench.records.bench_record import DOES_NOT_FIT, BenchRecord
-from runtime_bench.records.jsonl import append_jsonl, read_jsonl
+from runtime_bench.records.jsonl import append_jsonl, read_jsonl, write_jsonl
 from runtime_bench.targets import Target
 from runtime_bench.targets.table import Unreachable, open_target, target_slug
 from runtime_bench.workload import BenchSettings
@@ -166,12 +165,7 @@ def decide_stage(place: str) -> str:
     return f"decide-{target_slug(place)}"
 
 
-def bench_settled(output: Path) -> bool:
-    """Whether measuring again would give nothing else."""
-    return all(map(_settled, read_jsonl(output / BENCH_FILE)))
-
-
-def _settled(record: BenchRecord) -> bool:
+def is_measured(record: BenchRecord) -> bool:
     """Whether a row was measured as was asked, or does not fit."""
     return (record.ok and not record.fallback) or record.memory_verdict == DOES_NOT_FIT
 
@@ -341,13 +335,37 @@ class Steps:
         )
         against = ModelIdentity(dense.source.reference, sha256=dense.source.sha256)
         named = ModelIdentity(name, result.model.runtime)
-        write_record(path, dataclasses.replace(result, model=named, against=against))
+        write_record(path, replace(result, model=named, against=against))
 
     def export(self, role: str, output: Path, progress: Progress) -> None:
-        """What ships, or for comparison the dense model's files."""
-        settings = self.export_options(role, progress)
-        for family, names in self.config.quantize.formats.items():
-            FAMILIES[family].export(self._exported(role), output / family, names, settings)
+        """What ships, or for comparison the dense model's files; those that are there already stay."""
+        export, settings = self.config.quantize, self.export_options(role, progress)
+        for gone in FAMILIES.keys() - export.formats.keys():
+            shutil.rmtree(output / gone, ignore_errors=True)
+        for name, formats in export.formats.items():
+            family, folder, more = FAMILIES[name], output / name, output / f"{name}-more"
+            shutil.rmtree(more, ignore_errors=True)
+            if not folder.is_dir():
+                family.export(self._exported(role), folder, formats, settings)
+                continue
+            made = read_record(ExportManifest, folder / MANIFEST_FILE)
+            records = {}
+            for record in made.exports:
+                with contextlib.suppress(InputError):  # a run that was killed here has taken it out
+                    root = family.locate(folder, self._stem(role), record.quant).root
+                    if record.quant in formats:
+                        records[record.quant] = record
+                    else:
+                        remove_place(root)
+            if missing := [one for one in formats if one not in records]:
+                new = family.export(self._exported(role), more, missing, settings)
+                records |= {record.quant: record for record in new}
+                for path in [one for one in more.iterdir() if one.name != MANIFEST_FILE]:
+                    remove_place(folder / path.name)
+                    path.rename(folder / path.name)
+                shutil.rmtree(more)
+            ours = replace(made, exports=tuple(records[one] for one in formats))
+            write_record(folder / MANIFEST_FILE, ours)
 
     def export_options(self, role: str, progress: Progress) -> ExportOptions:
         """How a model's files are made."""
@@ -369,35 +387,50 @@ class Steps:
         )
 
     def answers(self, output: Path, progress: Progress) -> None:
-        answers: dict[str, tuple[str, ...]] = {}
-        longest, artifacts = self.config.evaluate.max_new_tokens, self.artifacts()
-        for artifact in artifacts:
+        path, longest = output / ANSWERS_FILE, self.config.evaluate.max_new_tokens
+        before = read_record(Answers, path).answers if path.is_file() else {}
+        artifacts = self.artifacts()
+        answers = {one.name: before[one.name] for one in artifacts if one.name in before}
+        for artifact in (one for one in artifacts if one.name not in before):
             family, root = family_of(artifact.item), str(artifact.root)
             with contextlib.closing(family.open_model(root, _ANSWER_CONTEXT, self.threads, None)) as model:
                 answers[artifact.name] = tuple(answer(model, self.prompts, max_new_tokens=longest))
             progress("asking the files", len(answers), len(artifacts))
-        write_record(output / ANSWERS_FILE, Answers(self.prompts, answers))
+        write_record(path, Answers(self.prompts, answers))
 
-    def bench(self, place: str, output: Path, progress: Progress) -> None:
+    def bench(
+        self,
+        place: str,
+        disturbed: Callable[[Sequence[BenchRecord]], Collection[int]],
+        output: Path,
+        progress: Progress,
+    ) -> None:
         """All of them in turns at a place; records name them without folders, as the release may move.
 
         A place that cannot be reached is no reason to lose all else: its rows are recorded as failed, and the next run
-        measures those that are missing.
+        measures those that are missing, and which of them were `disturbed`. New files take turns by themselves.
         """
-        file = output / BENCH_FILE
-        done = list(filter(_settled, read_jsonl(file))) if file.is_file() else []
-        wanted = self.config.bench.measured(self.config.quantize.names)
-        # Dense and pruned take turns.
+        file, config = output / BENCH_FILE, self.config.bench
+        wanted = config.measured(self.config.quantize.names)
+        # Dense and what ships take turns.
         names = {str(a.path): a.name for a in self.artifacts() if a.item in wanted}
-        settings = self.config.bench.settings(self.config.seed)
+        before = read_jsonl(file) if file.is_file() else []
+        before = [one for one in before if one.is_anchor or one.model_filename in names.values()]
+        slowed = disturbed(before)
+        done = [one for row, one in enumerate(before) if is_measured(one) and row not in slowed]
+        known = {one.model_filename for one in before}
+        old = {path: name for path, name in names.items() if name in known}
+        new = {path: name for path, name in names.items() if name not in known}
+        settings = config.settings(self.config.seed)
         target: Target
         try:
             target = open_target(place)
         except PhonereadyError as error:
             target = Unreachable(place, str(error))
-        records = bench_named(names, self.config.bench, settings, target, progress, done)
-        file.unlink(missing_ok=True)
-        append_jsonl(file, records)
+        records: list[BenchRecord] = []
+        for part in filter(None, [names] if config.anchor else [old, new]):
+            records += bench_named(part, config, settings, target, progress, done, file)
+        write_jsonl(file, records)
 
     def bench_records(self, place: str) -> list[BenchRecord]:
         """What was measured at a place, the anchor's rows among it."""
@@ -419,27 +452,37 @@ def bench_named(
     target: Target,
     progress: Progress,
     done: Sequence[BenchRecord] = (),
+    kept: Path | None = None,
 ) -> list[BenchRecord]:
-    """Measure files in turns with each other and the anchor, if there is one."""
+    """Measure files in turns with each other and the anchor, if there is one; rows are added to `kept` at once."""
     anchor = Path(config.anchor) if config.anchor else None
     known = {**names, **({str(anchor): f"anchor {anchor.name}"} if anchor else {})}
     paths = {name: path for path, name in known.items()}
+    done = [
+        replace(one, model_filename=paths[one.model_filename]) for one in done if one.model_filename in paths
+    ]
+
+    def keep(record: BenchRecord) -> None:
+        if kept is not None and record not in done:
+            append_jsonl(kept, [replace(record, model_filename=known[record.model_filename])])
+
     records = run_bench(
         [Path(path) for path in names],
         settings,
         progress,
         target=target,
         anchor=anchor,
-        done=[dataclasses.replace(one, model_filename=paths[one.model_filename]) for one in done],
+        on_record=keep,
+        done=done,
     )
-    return [dataclasses.replace(r, model_filename=known[r.model_filename]) for r in records]
+    return [replace(record, model_filename=known[record.model_filename]) for record in records]
 
 
 def load_stage(checkpoint: Path, model: ModelConfig, progress: Progress) -> LoadedModel:
     """A stage's checkpoint, with the origin of the model that it was made from."""
     device, dtype = find_device(model.device), model.dtype
     loaded = load_model(checkpoint, device=device, dtype=dtype, may_stream=True, progress=progress)
-    return dataclasses.replace(loaded, source=read_checkpoint_info(checkpoint).source)
+    return replace(loaded, source=read_checkpoint_info(checkpoint).source)
 
 
 def run_recovery(
@@ -476,6 +519,14 @@ def run_recovery(
     )
 
 
+def remove_place(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def row_text(record: BenchRecord) -> str:
     aside = f", {record.fallback} did not compute" if record.fallback else ""
     return f"{record.test} {speed_text(record) + aside if record.ok else f'failed: {record.failure}'}"
@@ -493,7 +544,7 @@ def fitting_settings(settings: PruneSettings, model: Any, files: Collection[str]
             f"llama.cpp has no architecture for a {config.model_type} model with a width for each block: all get the "
             "same (--set uniform_width=true)"
         )
-    return dataclasses.replace(settings, uniform_width=True)
+    return replace(settings, uniform_width=True)
 
 
 _warn_once = functools.cache(_log.warning)

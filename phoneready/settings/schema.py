@@ -245,14 +245,20 @@ class ReleaseConfig(Section):
         """Whether what ships is the model itself, quantized: nothing is removed, nothing trained."""
         return self.recover is None and self.prune.removes_nothing
 
-    def speed_budgets(self, place: str) -> tuple[BudgetConfig, ...]:
-        """Budgets on speeds at a target that more samples may decide, if there is time for that."""
+    def timed_budgets(self, place: str) -> tuple[BudgetConfig, ...]:
+        """Budgets on speeds, times and energy at a target."""
+        here = measured_place(place)
         return tuple(
             one
             for one in self.budgets
-            if self.bench.decide_s
-            and metric_of(one.metric).is_speed
-            and measured_place(place) in (one.targets or (measured_place(place),))
+            if (metric_of(one.metric).is_speed or metric_of(one.metric).metered)
+            and here in (one.targets or (here,))
+        )
+
+    def speed_budgets(self, place: str) -> tuple[BudgetConfig, ...]:
+        """Budgets on speeds at a target that more samples may decide, if there is time for that."""
+        return tuple(
+            one for one in self.timed_budgets(place) if self.bench.decide_s and metric_of(one.metric).is_speed
         )
 
     @property

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from cfsp.errors import InputError
-from cfsp.files import refuse_no_file
+from cfsp.files import refuse_no_file, write_text
 from cfsp.reading import Bounds, NotJSONError, check_bounded, parse_json, read_bytes
 from cfsp.records import fields_from_json, fields_to_json, tool_version
 from runtime_bench.records import summary
@@ -109,6 +109,11 @@ def append_jsonl(path: Path, records: Iterable[BenchRecord]) -> None:
             os.fsync(stream.fileno())
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def write_jsonl(path: Path, records: Iterable[BenchRecord]) -> None:
+    """Write a file of records anew, atomically."""
+    write_text(path, "".join(map(record_to_line, records)))
 
 
 def read_jsonl(path: Path) -> list[BenchRecord]:

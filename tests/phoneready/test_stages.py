@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,6 +87,42 @@ def test_a_second_run_does_nothing_and_a_change_redoes_what_depends_on_it(tmp_pa
     assert set(states(pipeline(), folder).values()) == {"done before"}
     assert states(pipeline(b=2), folder) == {"a": "done before", "b": "finished", "c": "done before"}
     assert set(states(pipeline(a=2, b=2), folder).values()) == {"finished"}
+
+
+def test_a_stage_that_resumes_goes_on_with_what_it_has(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def pipeline(names: str, n: int = 1, fails_at: str = "") -> list[Stage]:
+        def run(output: Path, progress: Progress) -> None:
+            for path in output.glob("*.txt"):
+                _ = path.stem in names or path.unlink()
+            for name in names:
+                if name == fails_at:
+                    raise InputError("killed")
+                if not (output / f"{name}.txt").exists():
+                    made.append(name)
+                    (output / f"{name}.txt").write_text(name)
+
+        settings = {"names": names, "n": n}
+        first = Stage("a", lambda: settings, (), run, resumes=True, rows=("names",))
+        return [first, Stage("b", dict, ("a",), run, resumes=True)]
+
+    def run(*asked: Any) -> str:
+        made.clear()
+        states(pipeline(*asked), tmp_path)
+        left = {path.name for path in stage_folder(tmp_path, "a").iterdir()}
+        assert left == {"stage.json", *(f"{name}.txt" for name in asked[0])}
+        return "".join(made)
+
+    assert run("xy") == "xyxy"
+    assert run("xyz") == "zz"
+    assert run("z") == run("z") == ""
+    assert run("zy") == "yy"
+    assert run("zy", 2) == "zyzy", "another setting begins anew"
+    with pytest.raises(InputError, match="killed"):
+        run("zyvw", 2, "w")
+    assert run("zyvw", 2) == "wvw"
+    assert sorted(path.name for path in (tmp_path / "stages").iterdir()) == ["a", "b"]
 
 
 def test_a_damaged_stage_is_done_again(tmp_path: Path) -> None:
