@@ -22,7 +22,7 @@ import dataclasses
 import functools
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,13 @@ from cfsp.errors import InputError, require_extra
 from cfsp.evaluation.tasks import needs_harness, tasks_sha256
 from cfsp.files import writable_place
 from cfsp.models.checkpoint import read_checkpoint_info
+from cfsp.models.config_file import read_model_config
+from cfsp.models.gguf_file import read_gguf
+from cfsp.models.gguf_model import config_from_gguf
+from cfsp.models.reference import config_from_settings, find_model
 from cfsp.progress import Progress
 from cfsp.recovery.data import check_readable
+from cfsp.validation import place_of
 from exporters.families import FAMILIES, makes_gguf
 from phoneready.evaluation.own_metrics import check_directions, metric_sha256
 from phoneready.figures.figures import (
@@ -84,7 +89,7 @@ from phoneready.room import (
     pruning_needs,
     recovering_needs,
 )
-from phoneready.settings.release import planned_figures
+from phoneready.settings.release import budget_problems, planned_figures
 from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.environment import cpu_model
 from runtime_bench.targets.table import target_details
@@ -144,6 +149,27 @@ def run_release(
         append_entry(folder, entry)
         shutil.rmtree(Steps(config, folder, threads).recovery_work, ignore_errors=True)
         return manifest, verdicts
+
+
+def fitted(config: ReleaseConfig) -> ReleaseConfig:
+    """With sizes that the model's context has room for.
+
+    Raises InputError for one that is stated and longer, and for a budget on a figure that a shorter one leaves out.
+    """
+    context = None
+    with suppress(InputError, OSError):  # what reads the model says why it cannot be read
+        path = Path(find_model(config.model.reference).path or "")
+        if path.is_file():
+            found = config_from_gguf(read_gguf(path))
+        else:
+            found = config_from_settings(read_model_config(path), str(path))
+        context = getattr(found, "max_position_embeddings", None)
+    if not context:
+        return config
+    config = config.fitted(context)
+    if problems := [f"{place_of(place)}: {problem}" for place, problem in budget_problems(config)]:
+        raise InputError("; ".join(problems))
+    return config
 
 
 def check_stage_room(config: ReleaseConfig, folder: Path, name: str) -> None:

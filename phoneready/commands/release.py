@@ -40,7 +40,7 @@ def release(
     prepare_torch(how.threads)
     from phoneready.publish.publish import PAGE_FILE
     from phoneready.release.results import read_figures
-    from phoneready.releasing import explain_release, run_release
+    from phoneready.releasing import explain_release, fitted, run_release
     from phoneready.report.report import (
         beaten,
         details,
@@ -53,7 +53,7 @@ def release(
     from phoneready.settings.release import load_config
     from phoneready.tracking import LiveRun, log_release
 
-    chosen = load_config(config, settings)
+    chosen = fitted(load_config(config, settings))
     warn(chosen.warnings)
     if explain:
         reasons = explain_release(chosen, output, how.threads)

@@ -88,6 +88,8 @@ def parse_config(text: str, *, where: str, overrides: Sequence[str] = ()) -> Rel
 
     try:
         config = ReleaseConfig.model_validate(values)
+        sections = {name: section for name, section in values.items() if isinstance(section, dict)}
+        config._stated = frozenset(f"{name}.{key}" for name, section in sections.items() for key in section)
         problems = described(_problems_between(config))
     except pydantic.ValidationError as error:
         places = [problem["loc"] for problem in error.errors()]

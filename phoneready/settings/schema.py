@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import pydantic
 
+from cfsp.errors import InputError
 from cfsp.pruning.settings import ALIGN, PruneSettings
 from cfsp.recovery.settings import (
     DISTILL,
@@ -209,6 +210,17 @@ class TrackingConfig(Section):
     files: bool = False
 
 
+_SIZES = MappingProxyType(
+    {
+        "prune": ("seqlen",),
+        "recover": ("seqlen",),
+        "evaluate": ("seqlen",),
+        "bench": ("n_prompt", "n_gen", "ttft"),
+    }
+)
+"""Section -> its numbers of tokens that a model reads at once."""
+
+
 class ReleaseConfig(Section):
     """A whole release."""
 
@@ -224,11 +236,35 @@ class ReleaseConfig(Section):
     tracking: TrackingConfig | None = None
 
     _warnings: tuple[str, ...] = pydantic.PrivateAttr(default=())
+    _stated: frozenset[str] = pydantic.PrivateAttr(default=frozenset())
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the file says and nothing reads, which has its default here."""
         return self._warnings
+
+    def fitted(self, context: int) -> Self:
+        """With defaults of no more tokens than the model's context; raises InputError for what is stated and longer."""
+        changed, shortened, problems = dict[str, Any](), list[str](), list[str]()
+        for section, names in _SIZES.items():
+            for name in names if getattr(self, section) is not None else ():
+                settings = changed.get(section, getattr(self, section))
+                sizes, place = getattr(settings, name), f"{section}.{name}"
+                least = (
+                    tuple(min(one, context) for one in sizes)
+                    if isinstance(sizes, tuple)
+                    else min(sizes, context)
+                )
+                if least == sizes:
+                    continue
+                if place in self._stated:
+                    found = f"longer than the model's context (got {sizes}); allowed: up to {context}"
+                    problems.append(f"{place}: {found}")
+                changed[section] = replace(settings, **{name: least})
+                shortened.append(f"{place} is {least}, as the model's context is no longer")
+        if problems:
+            raise InputError("; ".join(problems))
+        return self.model_copy(update=changed).with_warnings(shortened)
 
     def with_warnings(self, warnings: Iterable[str]) -> Self:
         """The same, with further warnings."""

@@ -488,6 +488,35 @@ def test_a_whole_model_ships_once_and_as_quantize_makes_it(
         )
 
 
+def test_defaults_fit_a_short_context_and_what_is_stated_has_to(
+    tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "release.toml"
+    model = f'[model]\nreference = "{tiny_folder(max_position_embeddings=96)}"\n'
+    small = (
+        '[prune]\nprune_ratio = 0.0\nnsamples = 2\ncalibration = ["builtin:python-docs"]\n[quantize]\nto = ["Q8_0"]\n'
+        '[evaluate]\nchats = []\nmax_windows = 2\nmax_new_tokens = 2\nprompts = ["List three fruits."]\n{0}'
+        "[bench]\nrepetitions = 1\nn_threads = [1]\ncheck_text = false\n{1}"
+    )
+    config.write_text(model + small.format("", ""), encoding="utf-8")
+    assert main(["release", str(config), "-o", str(tmp_path / "out"), "--threads", "1"]) == 0
+    said = capsys.readouterr().err
+    for place in ("prune.seqlen is 96", "evaluate.seqlen is 96", "bench.n_prompt is (96,)"):
+        assert f"{place}, as the model's context is no longer" in said
+    made = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
+    assert made["config"]["evaluate"]["seqlen"] == 96
+    config.write_text(model + small.format("seqlen = 128\n", "n_gen = [97, 8]\n"), encoding="utf-8")
+    for line in (
+        ["release", str(config), "-o", str(tmp_path / "new")],
+        ["release", str(config), "--explain"],
+    ):
+        assert main(line) == 2
+        said = capsys.readouterr().err
+        for problem in ("evaluate.seqlen: longer than the model's context (got 128)", "bench.n_gen: longer"):
+            assert problem in said
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_quantization_that_is_added_or_taken_out_leaves_the_others_alone(
     tiny_folder: TinyPath, small_release: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
