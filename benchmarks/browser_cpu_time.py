@@ -31,7 +31,7 @@ def renderers_seconds() -> float:
     """Processor time of all renderers below this process."""
     processes = psutil.Process().children(recursive=True)
     times = [p.cpu_times() for p in processes if any("--type=renderer" in part for part in p.cmdline())]
-    return sum(time.user + time.system for time in times)
+    return float(sum(time.user + time.system for time in times))
 
 
 def measure(name: str) -> tuple[float, float]:

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -78,11 +79,14 @@ def main() -> None:
     parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        print(json.dumps(vars(measure(*arguments.side, arguments.repeats))))
+        name, side = arguments.side
+        print(json.dumps(vars(measure(name, side, arguments.repeats))))
         return
     if any(name in os.environ for name in SET_BY_USERS):
         sys.exit(f"the environment says what is kept: unset {', '.join(SET_BY_USERS)}")
-    samples = {(name, side): [] for name in ARITHMETIC for side in ("given back", "kept")}
+    samples: dict[tuple[str, str], list[Sample]] = {
+        (name, side): [] for name in ARITHMETIC for side in ("given back", "kept")
+    }
     for _ in range(arguments.rounds):
         for (name, side), collected in samples.items():
             words = [sys.executable, __file__, "--repeats", str(arguments.repeats), "--side", name, side]
@@ -92,7 +96,7 @@ def main() -> None:
         Column("", lambda row: row[0]),
         Column("freed tensors", lambda row: row[1]),
         *(
-            Column(head, lambda row, key=key: f"{middle(samples[row], key):.0f}", right=True)
+            Column(head, partial(shown, samples, key), right=True)
             for head, key in (("ms", "wall_ms"), ("processor ms", "cpu_ms"), ("pages handed out", "faults"))
         ),
     ]
@@ -122,9 +126,9 @@ def measure(name: str, side: str, repeats: int) -> Sample:
     return Sample(1000 * wall / repeats, 1000 * cpu / repeats, faults / repeats)
 
 
-def middle(samples: list[Sample], key: str) -> float:
+def shown(samples: dict[tuple[str, str], list[Sample]], key: str, row: tuple[str, str]) -> str:
     """Median of the processes'."""
-    return statistics.median(getattr(sample, key) for sample in samples)
+    return f"{statistics.median(getattr(sample, key) for sample in samples[row]):.0f}"
 
 
 if __name__ == "__main__":

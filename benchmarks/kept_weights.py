@@ -19,7 +19,6 @@ from pathlib import Path
 from taken import run_phoneready
 
 from cfsp.files import write_json
-from cfsp.models.offload import VARIABLE
 from cfsp.models.weights import safetensors_files, sha256_files
 from cfsp.units import format_bytes
 from runtime_bench.presentation.table import Column, Table
@@ -96,7 +95,7 @@ def run(name: str, stream: str, dtype: str, arguments: argparse.Namespace) -> Wa
         arguments.calibration,
         *sizes,
     ]
-    took = run_phoneready(name, [*map(str, words)], **{VARIABLE: stream})
+    took = run_phoneready(name, [*map(str, words)], PHONEREADY_STREAM=stream)
     sha256 = sha256_files(safetensors_files(pruned))
     return Way(name, took.cpu_seconds, took.peak_rss_bytes, sha256)
 

@@ -39,7 +39,7 @@ def decided_after(
             base[:n], new[:n], paired=True, confidence=confidence, resamples=resamples, seed=look
         )
         if found.low > 1 or found.high < 1:
-            return n
+            return int(n)
     return None
 
 
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
         for confidence in (1 - (1 - CONFIDENCE) / arguments.looks, CONFIDENCE):
             share, rounds = simulate(arguments, faster, confidence)
             row = {"faster by": f"{faster:.0%}", "confidence of a look": f"{confidence:.0%}"}
-            rows.append(row | {"decided": f"{share:.1%}", "median rounds": rounds})
+            rows.append(row | {"decided": f"{share:.1%}", "median rounds": f"{rounds}"})
             if not faster and confidence > CONFIDENCE:
                 errs = share
     print(table_of(rows).markdown(), end="")

@@ -132,9 +132,9 @@ def report(found: dict[str, list[Comparison]], sessions: list[list[BenchRecord]]
             {"compared": name}
             | {verdict: str(counts[verdict]) for verdict in VERDICTS}
             | {
-                "median ratio": f"{summary.median(ratios):.3f}" if ratios else None,
-                "ratios": f"{min(ratios):.3f} to {max(ratios):.3f}" if ratios else None,
-                "interval high/low": f"{summary.median(widths):.2f}" if widths else None,
+                "median ratio": f"{summary.median(ratios):.3f}" if ratios else "-",
+                "ratios": f"{min(ratios):.3f} to {max(ratios):.3f}" if ratios else "-",
+                "interval high/low": f"{summary.median(widths):.2f}" if widths else "-",
             }
         )
     bases = [base for base, *_ in sessions]

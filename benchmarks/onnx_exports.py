@@ -172,7 +172,7 @@ def held_against(
     if failed:
         raise InputError(f"not measured: {'; '.join(failed)}")
     left, right = by_model(records).values()
-    found = compare(left, right)
+    found = [row for row in compare(left, right) if isinstance(row, Comparison)]
     cells = {f"{row.test}": ratio(row) for row in found}
     return [{"ours / theirs": label, **cells, "file": f"{found[0].file_size_ratio or 0:.2f}"}]
 

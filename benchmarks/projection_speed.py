@@ -26,7 +26,7 @@ def main() -> None:
     rows, inside = [], []
     for entry in tomllib.loads(PUBLISHED.read_text(encoding="utf-8"))["speed"]:
         known = profiles.get(entry["device"])
-        bands = {"decode": None, "prefill": None}
+        bands: dict[str, Band | None] = {"decode": None, "prefill": None}
         if known is not None and "weight_bytes" in entry:
             bands["decode"], _ = decode_band(known.profile, entry["weight_bytes"], CONTEXT_BYTES)
         if known is not None and "n_multiplied" in entry:

@@ -146,7 +146,7 @@ def _train(
             found = run_layer(block, torch.cat([states[n] for n in windows]), calls.of(index, windows[0]))
         loss = error(found.float(), torch.cat([targets[n] for n in windows]).float())
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
