@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 from cfsp.errors import InputError, LimitError
-from cfsp.evaluation.loss import divergence_from_logits
+from cfsp.evaluation.loss import Pieces, divergence_from_logits
 from cfsp.models.architectures import (
     capped,
     decoder_layers,
@@ -150,23 +150,22 @@ def compare(
             return hidden @ head.T
         return torch.cat([hidden @ rows.float().T for rows in torch.split(head, _HEAD_ROWS)], 1)
 
-    def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def pieces(index: int, window: torch.Tensor) -> Pieces:
         nonlocal largest
-        for index, window in enumerate(windows.ids):
-            start = 0
-            for piece in run(window.numpy().astype(np.int32)):
-                stop = start + len(piece)
-                ours = capped(logits(reference.hidden[index, start:stop]), reference.cap)
-                largest = max(largest, float(ours.abs().max()))
-                yield ours, torch.from_numpy(piece), window[start + 1 : stop + 1]
-                start = stop
-            progress("parity", index + 1, len(windows.ids))
+        start = 0
+        for piece in run(window.numpy().astype(np.int32)):
+            stop = start + len(piece)
+            ours = capped(logits(reference.hidden[index, start:stop]), reference.cap)
+            largest = max(largest, float(ours.abs().max()))
+            yield ours, torch.from_numpy(piece), window[start + 1 : stop + 1]
+            start = stop
+        progress("parity", index + 1, len(windows.ids))
 
-    divergence = divergence_from_logits(pairs(), windows)
+    divergence = divergence_from_logits(pieces(*each) for each in enumerate(windows.ids))
     return ParityReport(
-        n_tokens=divergence.n_tokens,
+        n_tokens=sum(divergence.n_tokens),
         n_windows=len(windows.ids),
-        seqlen=divergence.seqlen,
+        seqlen=windows.ids.shape[1],
         text=f"{windows.source} ({windows.sha256[:12]})",
         max_logit_diff=divergence.max_logit_difference,
         kl_mean=divergence.kl_mean,

@@ -5,6 +5,8 @@ A figure is compared with the median m of up to WINDOW earlier runs that measure
     |x - m| > max(threshold |m|, 4 s),    s = max(1.4826 MAD, standard error of x)
 
 MAD being the median absolute deviation of those runs (Leys et al. 2013). Figures without noise change by the threshold.
+One with windows of text or items of tasks is compared on them with that of the run in the middle of those: it has
+changed if `judge_pairs` says better or worse by more than `eval --baseline` tolerates.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ from statistics import median
 from typing import ClassVar
 
 from cfsp.errors import InputError, LimitError
+from cfsp.evaluation.task_results import Right
 from cfsp.files import write_text
 from cfsp.reading import read_json_lines
 from cfsp.records import record_from_json, record_to_json
 from phoneready.figures.figures import DENSE, FigureKey, FigureSet, format_figure, recorded_metric
 from runtime_bench.presentation.table import escape_markdown, table_of_cells
-from runtime_bench.records.compare import Samples, judge
+from runtime_bench.records.compare import BETTER, WORSE, Samples, judge, judge_pairs
+from runtime_bench.records.pairs import Windows
 from runtime_bench.records.summary import NORMAL_95
 
 HISTORY_FILE = "history.jsonl"
@@ -55,6 +59,13 @@ class HistoryFigure:
     error: float | None
     conditions: dict[str, str]
     higher_is_better: bool | None = None
+    right: tuple[Right, ...] = ()
+    windows: Windows | None = None
+
+    @property
+    def pairs(self) -> Windows | tuple[Right, ...] | None:
+        """Windows or items, if it is compared by them."""
+        return (self.windows or self.right or None) if recorded_metric(self.key.metric).tolerance else None
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ class HistoryEntry:
     """A run: what was made, measured and decided. `id` hashes that: a run that found everything done has it again."""
 
     KIND: ClassVar[str] = "history-entry"
-    SCHEMA_VERSION: ClassVar[int] = 2
+    SCHEMA_VERSION: ClassVar[int] = 3
 
     id: str
     time: str
@@ -99,6 +110,7 @@ class Anomaly:
     worse: bool | None
     changed: tuple[str, ...]
     dense_too: bool = False
+    over: bool = False  # the newest run is as before again
 
     @property
     def change(self) -> str:
@@ -112,6 +124,7 @@ class Anomaly:
         text = f"{word}: {self.series}{whose} since {self.name} (run {self.run}): {self.change}{noise}"
         if self.dense_too:
             text += "; the dense model's figure changed with it, so look at the machine and the runtime"
+        text += "; the newest run is as before again" if self.over else ""
         return text + (f"; that run: {'; '.join(self.changed)}" if self.changed else "")
 
 
@@ -120,7 +133,7 @@ class History:
     """Runs in order of time, and anomalies in order of the runs that began them."""
 
     KIND: ClassVar[str] = "history"
-    SCHEMA_VERSION: ClassVar[int] = 3
+    SCHEMA_VERSION: ClassVar[int] = 4
 
     source: str
     threshold: float
@@ -168,8 +181,10 @@ def entry_of(
             continue
         unit, value, error = figure.unit, figure.value, None
         if figure.samples:
-            timed = replace(figure.samples, looks=1)
-            found = judge(figure.anchor or Samples("", (1.0,)), timed).interval
+            # Whether more samples were taken says nothing of how far a median may be off.
+            sides = (figure.anchor or Samples("", (1.0,)), figure.samples)
+            base, timed = (replace(side, looks=1) for side in sides)
+            found = judge(base, timed).interval
             if found and timed.n_independent >= _FEWEST:
                 # The standard error that the median's bootstrap interval stands for.
                 error = math.log(found.high / found.low) / (2 * NORMAL_95)
@@ -177,8 +192,12 @@ def entry_of(
                 unit, value = ANCHORED, figure.in_unit(found).ratio
         elif figure.stderr is not None and value > 0:
             error = figure.stderr / value
-        better = figure.higher_is_better
-        kept.append(HistoryFigure(figure.key, figure.role, unit, value, error, figure.conditions, better))
+        kept.append(
+            HistoryFigure(
+                figure.key, figure.role, unit, value, error, figure.conditions, figure.higher_is_better,
+                figure.right, figure.windows,
+            )
+        )  # fmt: skip
     known = json.dumps([dict(stages), label, outcome, record_to_json(figures)], sort_keys=True)
     return HistoryEntry(
         id=hashlib.sha256(known.encode()).hexdigest(),
@@ -242,22 +261,17 @@ def make_history(entries: Sequence[HistoryEntry], *, threshold: float = 0.03, la
     found: list[Anomaly] = []
     for rows in history.series():
         key, newest = rows[0][1].key, rows[-1][1]
-        metric, values = recorded_metric(key.metric), [figure.value for _, figure in rows]
+        metric, figures = recorded_metric(key.metric), [figure for _, figure in rows]
         better = newest.higher_is_better if metric.higher_is_better is None else metric.higher_is_better
-        sampled = metric.sampled or any(figure.error is not None for _, figure in rows)
+        sampled = metric.sampled or any(figure.error is not None for figure in figures)
         going = 0.0  # of neighbouring runs that changed in one direction, the first is named
         for place, (number, figure) in enumerate(rows):
-            earlier = values[max(0, place - WINDOW) : place]
-            if not earlier:
-                continue
-            usual, error, value = median(earlier), figure.error, figure.value
-            known = error is not None or len(earlier) >= _FEWEST_RUNS
-            scatter = _MAD_TO_SIGMA * median(abs(one - usual) for one in earlier)
-            spread = max(scatter, (error or 0.0) * abs(value)) if sampled else 0.0
-            change = value - usual
-            if (sampled and not known) or abs(change) <= max(threshold * abs(usual), _SPREADS * spread):
+            earlier = figures[max(0, place - WINDOW) : place]
+            found_now = _change(figure, earlier, threshold, sampled=sampled)
+            if found_now is None:
                 going = 0.0
                 continue
+            usual, change, noise = found_now
             if change * going <= 0:
                 anomaly = Anomaly(
                     series=key.describe(),
@@ -265,11 +279,13 @@ def make_history(entries: Sequence[HistoryEntry], *, threshold: float = 0.03, la
                     run=number,
                     name=history.runs[number - 1].name,
                     before=usual,
-                    after=value,
-                    unit=rows[0][1].unit,
-                    noise=spread / abs(usual) if usual else 0.0,
+                    after=figure.value,
+                    unit=figures[0].unit,
+                    noise=noise,
                     worse=None if better is None else (change < 0) == better,
                     changed=history.changed(number),
+                    over=(last_change := _change(newest, earlier, threshold, sampled=sampled)) is None
+                    or last_change[1] * change < 0,
                 )
                 found.append(anomaly)
             going = change
@@ -278,12 +294,49 @@ def make_history(entries: Sequence[HistoryEntry], *, threshold: float = 0.03, la
     return replace(history, anomalies=tuple(sorted(marked, key=lambda a: (a.run, a.role == DENSE, a.series))))
 
 
+def _change(
+    figure: HistoryFigure, earlier: Sequence[HistoryFigure], threshold: float, *, sampled: bool
+) -> tuple[float, float, float] | None:
+    """What was usual, by how much a figure left that, and the relative noise; None if it did not."""
+    if not earlier:
+        return None
+    usual, metric = median(one.value for one in earlier), recorded_metric(figure.key.metric)
+    alike = [one for one in earlier if one.pairs and figure.pairs]
+    if alike and figure.pairs:
+        middle = sorted(alike, key=lambda one: one.value)[(len(alike) - 1) // 2]
+        assert middle.pairs is not None
+        found = judge_pairs(
+            middle.pairs,
+            figure.pairs,
+            higher_is_better=bool(metric.higher_is_better),
+            difference=not metric.tolerates_ratio,
+            threshold=metric.margin,
+        )
+        changed = found.verdict in (BETTER, WORSE) and found.low is not None and found.high is not None
+        if not changed or found.low is None or found.high is None:
+            return None
+        half = (found.high - found.low) / 2
+        noise = half if metric.tolerates_ratio else half / usual if usual else 0.0
+        return middle.value, figure.value - middle.value, noise
+    value, change = figure.value, figure.value - usual
+    known = figure.error is not None or len(earlier) >= _FEWEST_RUNS
+    scatter = _MAD_TO_SIGMA * median(abs(one.value - usual) for one in earlier)
+    spread = max(scatter, (figure.error or 0.0) * abs(value)) if sampled else 0.0
+    if (sampled and not known) or abs(change) <= max(threshold * abs(usual), _SPREADS * spread):
+        return None
+    return usual, change, spread / abs(usual) if usual else 0.0
+
+
 def check_history(history: History, recent: int) -> None:
-    """Raise LimitError if a figure of the pruned model got worse in one of the `recent` newest runs; all are named."""
-    bad = [a for a in history.anomalies if a.worse and a.role != DENSE and a.run > len(history.runs) - recent]
-    if bad:
-        told = "; ".join(f"{a.series} since {a.name} (run {a.run}): {a.change}" for a in bad)
-        raise LimitError(f"{len(bad)} changes for the worse in the last {recent} runs: {told}")
+    """Raise LimitError if a figure of what ships got worse in one of the `recent` newest runs, and still is."""
+    newest = [
+        a
+        for a in history.anomalies
+        if a.worse and not a.over and a.role != DENSE and a.run > len(history.runs) - recent
+    ]
+    if newest:
+        told = "; ".join(f"{a.series} since {a.name} (run {a.run}): {a.change}" for a in newest)
+        raise LimitError(f"{len(newest)} changes for the worse in the last {recent} runs: {told}")
 
 
 def format_history(history: History, *, every: bool = False) -> str:

@@ -10,7 +10,7 @@
     bench-<target> all of them, in turns, for each target
     decide-<target> more rounds where budgets on speeds are open there
 
-With [recover] a stage `recover` trains after `prune`, and with evaluate.files `evaluate-files` judges those exports.
+With [recover] a stage `recover` trains after `prune`; in `evaluate-files` those of evaluate.files do tasks, too.
 A model of which nothing is removed or trained ships as it is: without `prune` and `export-dense`, judged by itself.
 Report and manifest are written from what the stages left, in every run; GGUF files are linked into the folder,
 ONNX folders copied.
@@ -339,8 +339,9 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
     ]
     if evaluate.text or evaluate.chats:
         stages.append(Stage("side-by-side", side_by_side, (*checkpoints, *exports), steps.side_by_side))
-    if evaluate.files:
-        before = ("dense", export_stage(SHIPPED))
+    if evaluate.judges_files:
+        measured_texts = ("side-by-side",) if evaluate.text or evaluate.chats else ()
+        before = ("dense", export_stage(SHIPPED), *measured_texts)
         stages.append(
             Stage(
                 "evaluate-files",

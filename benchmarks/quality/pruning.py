@@ -191,7 +191,7 @@ def row(
     for name, windows in measured.items():
         result = divergence(dense, pruned, windows)
         found |= {f"{name}_kl": round(result.kl_mean, 4), f"{name}_top1": round(result.same_top1, 4)}
-        found |= {f"{name}_ratio": round(result.perplexity_ratio, 4), f"{name}_tokens": result.n_tokens}
+        found |= {f"{name}_ratio": round(result.perplexity_ratio, 4), f"{name}_tokens": sum(result.n_tokens)}
     judged = TorchLanguageModel(replace(loaded, model=pruned))
     return found | {"answers": answer(judged, PROMPTS, max_new_tokens=40)}
 

@@ -30,6 +30,8 @@ from pruning import split_chats
 
 from cfsp.files import write_json
 from cfsp.reading import read_json
+from cfsp.records import read_record
+from phoneready.evaluation.evaluation_record import Evaluation
 
 DENSE = "smollm2-135m"
 TASKS = Path(__file__).resolve().parents[2] / "examples" / "tasks"
@@ -188,10 +190,10 @@ def measure(folder: Path, run: Run, arguments: argparse.Namespace) -> dict[str, 
     for prefix, file in (("", texts), ("chat_", chats)):
         if not file.exists():
             continue
-        found = json.loads(file.read_text())["texts"][0]
-        row |= {f"{prefix}perplexity": found["perplexity"], f"{prefix}tokens": found["n_tokens"]}
-        if divergence := found["divergence"]:
-            row |= {f"{prefix}kl": divergence["kl_mean"], f"{prefix}top1": divergence["same_top1"]}
+        text = read_record(Evaluation, file).texts[0]
+        row |= {f"{prefix}perplexity": text.perplexity, f"{prefix}tokens": sum(text.n_tokens)}
+        if text.distance:
+            row |= {f"{prefix}kl": text.distance.kl_mean, f"{prefix}top1": text.distance.same_top1}
     if rest.exists():
         found = json.loads(rest.read_text())
         row |= {f"{t['task']} {m['name']}": m["value"] for t in found["tasks"] for m in t["metrics"]}

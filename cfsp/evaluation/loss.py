@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveFloat
+from pydantic import NonNegativeInt, PositiveInt
 
 from cfsp.devices import exact
 from cfsp.errors import LimitError
@@ -25,7 +25,6 @@ from cfsp.models.offload import is_paged
 from cfsp.progress import Progress, no_progress
 from cfsp.text.respelling import Respelling
 from cfsp.text.tokens import TokenWindows, decode, encode, start_token
-from cfsp.validation import Share
 
 _ROWS = 16  # positions whose logits are worked on at once: they stay in the processor's cache
 _TEXTS_AT_ONCE = 8  # whose likelihood is asked for together
@@ -47,9 +46,9 @@ def logits_of(model: LanguageModel | torch.nn.Module | Any, windows: Sequence[to
 def perplexity(
     model: LanguageModel | torch.nn.Module | Any, windows: TokenWindows, *, progress: Progress = no_progress
 ) -> float:
-    """exp of the mean loss of the tokens of each window after its first, as `text_loss`."""
-    total = text_loss(model, [Scored(window, 1) for window in windows.ids], progress=progress)
-    return bounded_exp(total / windows.ids[:, 1:].numel())
+    """exp of the mean loss of the tokens of each window after its first, as `text_losses`."""
+    found = text_losses(model, [Scored(window, 1) for window in windows.ids], progress=progress)
+    return bounded_exp(sum(found) / windows.ids[:, 1:].numel())
 
 
 def bounded_exp(nats: float) -> float:
@@ -64,27 +63,28 @@ class Scored(NamedTuple):
     n_context: int
 
 
-def text_loss(
+def text_losses(
     model: LanguageModel | torch.nn.Module | Any, texts: Sequence[Scored], *, progress: Progress = no_progress
-) -> float:
-    """Sum of -ln p over the predicted tokens of all texts, in nats; raises LimitError if logits are not finite."""
-    total = 0.0
+) -> tuple[float, ...]:
+    """Of each text the sum of -ln p over its predicted tokens, nats; raises LimitError if logits are not finite."""
+    found: list[float] = []
     if isinstance(model, torch.nn.Module) or model.gives_logits:
         run = logits_of(model, [text.ids for text in texts])
         with torch.inference_mode():
-            for done, text in enumerate(texts, 1):
-                for positions, logits in run(text.ids):
-                    context = max(0, text.n_context - positions.start)
-                    total += _summed_loss(logits[context:], text.ids[positions][context:])
-                progress("measuring perplexity", done, len(texts))
+            for text in texts:
+                pieces = ((max(0, text.n_context - at.start), at, logits) for at, logits in run(text.ids))
+                found.append(
+                    sum(_summed_loss(rows[known:], text.ids[at][known:]) for known, at, rows in pieces)
+                )
+                progress("measuring perplexity", len(found), len(texts))
     else:
         for start in range(0, len(texts), _TEXTS_AT_ONCE):
             rows = [(text.ids.tolist(), text.n_context) for text in texts[start : start + _TEXTS_AT_ONCE]]
             items = [Branches(tuple(ids[:first]), (tuple(ids[first:]),)) for ids, first in rows]
-            total -= sum(score.log_likelihood for scores in model.score(items) for score in scores)
+            found += (-sum(score.log_likelihood for score in scores) for scores in model.score(items))
             progress("measuring perplexity", start + len(items), len(texts))
-    _check_finite(total)
-    return total
+    _check_finite(*found)
+    return tuple(found)
 
 
 def _summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> float:
@@ -104,38 +104,9 @@ def _check_finite(*sums: float) -> None:
         raise LimitError("a model gives logits that are not finite: an overflow, or a damaged file")
 
 
-def predicted_bytes(ids: torch.Tensor, tokenizer: Any) -> int:
-    """Bytes that windows (n_windows, seqlen) of token ids spell after their first token."""
-    return sum(len(decode(tokenizer, window[1:]).encode("utf-8")) for window in ids)
-
-
-def losses_on_shared_text(
-    reference: LanguageModel, model: LanguageModel, windows: TokenWindows, *, progress: Progress = no_progress
-) -> tuple[tuple[float, int], tuple[float, int], int]:
-    """What two models of different vocabularies lose on the same text.
-
-    Windows are the reference's; where the other model needs more tokens for the text of one, the window ends where both
-    have at most `seqlen`. Its first token is context for both.
-
-    Returns:
-        (nats, predicted tokens) of the reference, the same of the model, and the bytes of the text.
-    """
-    pairs = []
-    for window in windows.ids:
-        size = len(window)
-        while True:
-            theirs = respelled(window[:size], reference.tokenizer, model.tokenizer)
-            excess = len(theirs.ids) - len(window)
-            if excess <= 0 or size <= 2:
-                break
-            size = max(2, size - excess)
-        pairs.append((Scored(window[:size], 1), theirs))
-    n_bytes = sum(predicted_bytes(own.ids[None], reference.tokenizer) for own, _ in pairs)
-    first, second = (
-        (text_loss(one, texts, progress=progress), sum(len(ids) - start for ids, start in texts))
-        for one, texts in zip((reference, model), zip(*pairs, strict=True), strict=True)
-    )
-    return first, second, n_bytes
+def predicted_bytes(windows: torch.Tensor, tokenizer: Any) -> tuple[int, ...]:
+    """Bytes that each of the windows (n_windows, seqlen) of token ids spells after its first token; at least one."""
+    return tuple(max(1, len(decode(tokenizer, window[1:]).encode("utf-8"))) for window in windows)
 
 
 def respelled(window: torch.Tensor, tokenizer: Any, other: Any) -> Scored:
@@ -155,26 +126,56 @@ def respelled(window: torch.Tensor, tokenizer: Any, other: Any) -> Scored:
 
 
 @dataclass(frozen=True)
-class Divergence:
+class Distance:
     """KL(reference || model) in nats over next-token distributions, and agreement.
 
-    `same_top1` is the share of tokens that both put first. Perplexities are on the same tokens; `perplexity_ratio` is
-    the model's over the reference's. With different vocabularies `max_logit_difference` means nothing.
+    For each window the sum of KL, the tokens `n_tokens` that it is taken at, and at how many of them both put the same
+    token first; quantiles over all tokens.
     """
 
-    kl_mean: float
+    kl: tuple[float, ...]
+    n_tokens: tuple[PositiveInt, ...]
+    n_same: tuple[NonNegativeInt, ...]
     kl_median: float
     kl_p99: float
     kl_p99_9: float
-    same_top1: Share
+
+    @property
+    def kl_mean(self) -> float:
+        return sum(self.kl) / sum(self.n_tokens)
+
+    @property
+    def same_top1(self) -> float:
+        return sum(self.n_same) / sum(self.n_tokens)
+
+
+@dataclass(frozen=True)
+class Divergence(Distance):
+    """With -ln p of each window for both on the same tokens, `n_predicted` in all, which perplexities are of.
+
+    With different vocabularies `max_logit_difference` means nothing.
+    """
+
+    nats: tuple[float, ...]
+    reference_nats: tuple[float, ...]
+    n_predicted: int
     max_logit_difference: float
-    reference_perplexity: PositiveFloat
-    perplexity: PositiveFloat
-    perplexity_ratio: PositiveFloat
-    n_tokens: int
-    source: str
-    seqlen: int
-    windows_sha256: str
+
+    @property
+    def perplexity(self) -> float:
+        return bounded_exp(sum(self.nats) / self.n_predicted)
+
+    @property
+    def reference_perplexity(self) -> float:
+        return bounded_exp(sum(self.reference_nats) / self.n_predicted)
+
+    @property
+    def perplexity_ratio(self) -> float:
+        return bounded_exp((sum(self.nats) - sum(self.reference_nats)) / self.n_predicted)
+
+
+Pieces = Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""Of a window: reference logits (n, vocab_size), model logits (n, vocab_size), target ids (n,)."""
 
 
 def divergence(
@@ -190,14 +191,17 @@ def divergence(
     """
     run_reference, run_model = (logits_of(each, list(windows.ids)) for each in (reference, model))
 
-    def pairs() -> Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def pieces(window: torch.Tensor) -> Pieces:
+        for positions, expected, actual in _aligned(run_reference(window), run_model(window)):
+            columns = min(expected.shape[-1], actual.shape[-1])
+            yield expected[:, :columns], actual[:, :columns], window[positions]
+
+    def every() -> Iterator[Pieces]:
         for done, window in enumerate(windows.ids, 1):
-            for positions, expected, actual in _aligned(run_reference(window), run_model(window)):
-                columns = min(expected.shape[-1], actual.shape[-1])
-                yield expected[:, :columns], actual[:, :columns], window[positions]
+            yield pieces(window)
             progress("measuring divergence", done, len(windows.ids))
 
-    return divergence_from_logits(pairs(), windows)
+    return divergence_from_logits(every())
 
 
 def _aligned(
@@ -217,22 +221,20 @@ def _aligned(
         start, a, b = start + count, a[count:], b[count:]
 
 
-def divergence_from_logits(
-    pairs: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], windows: TokenWindows
-) -> Divergence:
-    """Divergence from (reference logits (n, vocab_size), model logits (n, vocab_size), target ids (n,)) in pieces.
-
-    The last position of a window may come without a target. `windows` are only recorded. Raises as `text_loss`.
-    """
-    sums, predicted, nll_reference, nll_model = _Sums(), 0, 0.0, 0.0
+def divergence_from_logits(windows: Iterable[Pieces]) -> Divergence:
+    """From the logits of each window, whose last position may come without a target; raises as `text_losses`."""
+    sums, predicted = _Sums(), 0
     with torch.inference_mode():
-        for expected, actual, targets in chain.from_iterable(starmap(_few_rows, pairs)):
-            log_p, log_q = sums.add(expected.float(), actual.float())
-            targets = targets.to(log_p.device)
-            nll_reference -= float(exact(log_p.gather(-1, targets[:, None])).sum())
-            nll_model -= float(exact(log_q.gather(-1, targets[:, None])).sum())
-            predicted += len(targets)
-    return sums.result(windows, nll_reference, nll_model, predicted)
+        for window in windows:
+            reference, model = 0.0, 0.0
+            for expected, actual, targets in chain.from_iterable(starmap(_few_rows, window)):
+                log_p, log_q = sums.add(expected.float(), actual.float())
+                targets = targets.to(log_p.device)
+                reference -= float(exact(log_p.gather(-1, targets[:, None])).sum())
+                model -= float(exact(log_q.gather(-1, targets[:, None])).sum())
+                predicted += len(targets)
+            sums.end_window(reference, model)
+    return sums.result(predicted)
 
 
 def respelled_divergence(
@@ -249,7 +251,7 @@ def respelled_divergence(
     of the reference for both. Windows (n_windows, seqlen) are of the reference's ids; the model reads all their text,
     however many tokens that takes.
     """
-    sums, nll = _Sums(), [0.0, 0.0]  # the reference's, the model's
+    sums, nll = _Sums(), [0.0, 0.0]  # the reference's, the model's, of one window
     texts = [respelling.spell(window.tolist()) for window in windows.ids]
     run_model = logits_of(model, [text.ids for text in texts])
     run_reference = logits_of(reference, list(windows.ids))
@@ -264,6 +266,7 @@ def respelled_divergence(
             yield positions, logits
 
     for done, (window, text) in enumerate(zip(windows.ids, texts, strict=True), 1):
+        nll[:] = 0.0, 0.0
         ours = losing(1, run_model, text.ids, int((text.owners == 0).sum()))
         ended = (
             (at, logits[text.ends[at.start - 1 : at.stop - 1], : len(respelling.kept)]) for at, logits in ours
@@ -274,16 +277,20 @@ def respelled_divergence(
             ):
                 for expected, actual in _few_rows(*both):
                     sums.add(respelling.log_probabilities(expected.float()), actual.float())
+        sums.end_window(*nll)
         progress("measuring divergence", done, len(windows.ids))
-    return sums.result(windows, nll[0], nll[1], windows.ids[:, 1:].numel())
+    return sums.result(windows.ids[:, 1:].numel())
 
 
 @dataclass
 class _Sums:
-    """Gathers a divergence, piece by piece."""
+    """Gathers a divergence, piece by piece, window by window."""
 
-    kls: list[torch.Tensor] = field(default_factory=list)
-    same: int = 0
+    windows: list[torch.Tensor] = field(default_factory=list)
+    same: list[int] = field(default_factory=list)
+    nats: list[tuple[float, float]] = field(default_factory=list)
+    kls: list[torch.Tensor] = field(default_factory=list)  # of the window at hand
+    alike: int = 0
     largest: float = 0.0
 
     def add(self, expected: torch.Tensor, actual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -291,30 +298,33 @@ class _Sums:
         actual = actual.to(expected.device)
         log_p, log_q = expected.log_softmax(-1), actual.log_softmax(-1)
         self.kls.append(exact((log_p.exp() * (log_p - log_q)).sum(-1)).clamp_min(0))
-        self.same += int((expected.argmax(-1) == actual.argmax(-1)).sum())
+        self.alike += int((expected.argmax(-1) == actual.argmax(-1)).sum())
         self.largest = max(self.largest, float((expected - actual).abs().max()))
         return log_p, log_q
 
-    def result(
-        self, windows: TokenWindows, nll_reference: float, nll_model: float, predicted: int
-    ) -> Divergence:
-        """All of it, with the loss of both on `predicted` tokens."""
-        kl = torch.cat(self.kls).sort().values
-        _check_finite(float(kl.sum()), nll_reference, nll_model)
+    def end_window(self, reference: float, model: float) -> None:
+        """With the loss of both on it."""
+        self.windows.append(torch.cat(self.kls))
+        self.same.append(self.alike)
+        self.nats.append((reference, model))
+        self.kls, self.alike = [], 0
+
+    def result(self, predicted: int) -> Divergence:
+        """All of it; both predicted so many tokens."""
+        kl = torch.cat(self.windows).sort().values
+        reference, model = zip(*self.nats, strict=True)
+        _check_finite(float(kl.sum()), *reference, *model)
         # Nearest rank; torch.quantile refuses more than 2^24 values.
         median, p99, p99_9 = (float(kl[round(q * (len(kl) - 1))]) for q in (0.5, 0.99, 0.999))
         return Divergence(
-            kl_mean=float(kl.mean()),
+            kl=tuple(float(one.sum()) for one in self.windows),
+            n_tokens=tuple(len(one) for one in self.windows),
+            n_same=tuple(self.same),
             kl_median=median,
             kl_p99=p99,
             kl_p99_9=p99_9,
-            same_top1=self.same / len(kl),
+            nats=model,
+            reference_nats=reference,
+            n_predicted=predicted,
             max_logit_difference=self.largest,
-            reference_perplexity=bounded_exp(nll_reference / predicted),
-            perplexity=bounded_exp(nll_model / predicted),
-            perplexity_ratio=bounded_exp((nll_model - nll_reference) / predicted),
-            n_tokens=len(kl),
-            source=windows.source,
-            seqlen=windows.ids.shape[1],
-            windows_sha256=windows.sha256,
         )

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 
 from cfsp.errors import InputError
-from cfsp.text.tokens import TokenWindows, tokens_sha256
 
 
 class Respelled(NamedTuple):
@@ -49,18 +48,6 @@ class Respelling:
     def windows(self, ids: torch.Tensor) -> torch.Tensor:
         """Windows (n_windows, seqlen) in the tokens that are left, each as long as before: their ends are cut."""
         return torch.stack([self.spell(window.tolist()).ids[: ids.shape[1]] for window in ids])
-
-    def shortened(self, windows: TokenWindows) -> TokenWindows:
-        """Windows (n_windows, seqlen), all cut to the length that no more than `seqlen` tokens are needed to spell."""
-        ids = windows.ids
-        size = most = ids.shape[1]
-        for window in ids:
-            owners = self.spell(window.tolist()).owners
-            size = min(size, int(owners[most]) if len(owners) > most else most)
-        if size == most:
-            return windows
-        ids = ids[:, :size].contiguous()
-        return windows._replace(ids=ids, sha256=tokens_sha256(ids))
 
     def log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """What the larger vocabulary's model predicts, in the tokens that are left.

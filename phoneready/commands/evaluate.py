@@ -98,7 +98,7 @@ def evaluate(
 
     Every figure is printed with its text and its number of tokens: without these it means nothing.
     """
-    from phoneready.evaluation.figures import compare_with_baseline, read_tolerances
+    from phoneready.evaluation.figures import compare_with_baseline, evaluation_figures, read_tolerances
     from phoneready.figures.gate import check_verdicts, verdict_rows
 
     limits = read_tolerances(gate.tolerance)
@@ -146,7 +146,9 @@ def evaluate(
     verdicts: tuple[BudgetVerdict, ...] = ()
     if earlier and gate.baseline:
         verdicts = compare_with_baseline(result, earlier, limits, where=gate.baseline)
-    payload = record_to_json(result) | ({"gate": [asdict(one) for one in verdicts]} if earlier else {})
+    figures = [asdict(one) for one in evaluation_figures("model", model, result)]
+    payload = record_to_json(result) | {"figures": figures}
+    payload |= {"gate": [asdict(one) for one in verdicts]} if earlier else {}
     parts = (evaluation_text(result, settings.seqlen), verdict_rows(verdicts))
     write_result("\n".join(part for part in parts if part), payload, as_json=json)
     check_verdicts(verdicts, "limits of the baseline")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveInt
 
 from cfsp.errors import InputError
-from cfsp.evaluation.loss import Divergence
+from cfsp.evaluation.loss import Distance, bounded_exp
 from cfsp.evaluation.task_results import TaskResult
 from cfsp.validation import Seed, Share, WhereSet
+from runtime_bench.records.pairs import Windows
 
 
 @dataclass(frozen=True)
@@ -42,25 +46,63 @@ class Vocabularies:
 
 
 @dataclass(frozen=True)
-class TextResult:
-    """Figures on one text, `text` or `chats`, in windows of `seqlen` tokens.
+class TextLoss:
+    """What a model loses on one text, `text` or `chats`, in windows of `seqlen` tokens, beside a reference model.
 
-    With a divergence, tokens and perplexities are the reference's. Bits and tokens per byte may be compared with those
-    of other vocabularies.
+    Of each window: the bytes that its predicted tokens spell, the tokens that the model predicts for them, and -ln p of
+    these; the same of the reference. A model of other tokens reads the whole text of a window in its own tokens;
+    `distance` is then taken where one of the reference's tokens ends. All figures are sums over windows.
     """
 
     kind: str
     source: str
-    seqlen: int
-    n_tokens: int
+    seqlen: PositiveInt
     windows_sha256: str
-    perplexity: PositiveFloat
-    divergence: Divergence | None = None
-    n_bytes: int | None = None
-    bits_per_byte: float | None = None
-    against_bits_per_byte: float | None = None
-    tokens_per_byte: float | None = None
-    against_tokens_per_byte: float | None = None
+    n_bytes: tuple[PositiveInt, ...]
+    n_tokens: tuple[PositiveInt, ...]
+    nats: tuple[NonNegativeFloat, ...]
+    against_n_tokens: tuple[PositiveInt, ...] = ()
+    against_nats: tuple[NonNegativeFloat, ...] = ()
+    distance: Distance | None = None
+
+    def __post_init__(self) -> None:
+        of = self.distance
+        each = [self.n_tokens, self.nats, self.against_n_tokens, self.against_nats]
+        each += [of.kl, of.n_tokens, of.n_same] if of else []
+        if not self.n_bytes or any(len(one) not in (0, len(self.n_bytes)) for one in each) or not self.nats:
+            raise InputError("not one number for each window", field="texts")
+
+    @property
+    def name(self) -> str:
+        return text_name(self.kind, self.source)
+
+    @property
+    def bits(self) -> Windows:
+        """Bits over bytes, by which models are compared."""
+        return Windows(tuple(nats / math.log(2) for nats in self.nats), self.n_bytes)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.bits.value
+
+    @property
+    def tokens_per_byte(self) -> float:
+        return sum(self.n_tokens) / sum(self.n_bytes)
+
+    @property
+    def perplexity(self) -> float:
+        """Beside a reference whose tokens are compared with its own, per token of that."""
+        return bounded_exp(sum(self.nats) / sum(self.against_n_tokens if self.distance else self.n_tokens))
+
+    @property
+    def against(self) -> TextLoss | None:
+        """The reference's own loss."""
+        if not self.against_nats:
+            return None
+        return replace(
+            self, n_tokens=self.against_n_tokens, nats=self.against_nats, against_n_tokens=(), against_nats=(),
+            distance=None,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,6 +115,20 @@ class Degeneration:
     reasons: tuple[str | None, ...]
     against_share: Share | None = None
     against_reasons: tuple[str | None, ...] = ()
+
+
+def degeneration_of(
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    reasons: tuple[str | None, ...],
+    against: tuple[str | None, ...] = (),
+) -> Degeneration:
+    """From why each answer is degenerate, of the model and of the reference if there is one."""
+    digest = hashlib.sha256(json.dumps(prompts, ensure_ascii=False).encode()).hexdigest()
+    shares = [
+        sum(why is not None for why in side) / len(side) if side else None for side in (reasons, against)
+    ]
+    return Degeneration(digest, max_new_tokens, shares[0] or 0.0, reasons, shares[1], against)
 
 
 @dataclass(frozen=True)
@@ -110,12 +166,12 @@ class Evaluation:
     """
 
     KIND: ClassVar[str] = "evaluation"
-    SCHEMA_VERSION: ClassVar[int] = 3
+    SCHEMA_VERSION: ClassVar[int] = 4
 
     model: ModelIdentity
     against: ModelIdentity | None
     seed: Seed
-    texts: tuple[TextResult, ...]
+    texts: tuple[TextLoss, ...]
     prompts: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
     against_answers: tuple[str, ...] = ()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cfsp.errors import InputError
 from cfsp.evaluation.task_results import TaskMetric, TaskResult
-from phoneready.evaluation.evaluation_record import Evaluation, text_name
+from phoneready.evaluation.evaluation_record import Evaluation, TextLoss
 from phoneready.figures.figures import (
     DENSE,
     OWN_METRIC,
@@ -26,6 +26,7 @@ from phoneready.figures.figures import (
     recorded_metric,
 )
 from phoneready.figures.gate import differences, judge
+from runtime_bench.records.pairs import Windows
 
 
 def evaluation_figures(item: str, subject: str, evaluation: Evaluation) -> Iterator[Figure]:
@@ -39,19 +40,7 @@ def evaluation_figures(item: str, subject: str, evaluation: Evaluation) -> Itera
         key, unit = FigureKey(metric, item, on=on), metric_of(metric).unit
         return Figure(key, role, names[role], unit, value, conditions=dict(conditions))
 
-    all_tokens: dict[str, str] = {}
-    for text in evaluation.texts:
-        name, d = text_name(text.kind, text.source), text.divergence
-        tokens = {f"tokens of {name}": text.windows_sha256}
-        all_tokens |= tokens
-        for metric in metrics_from(TEXT):
-            own = getattr(text, metric, getattr(d, metric, None))
-            theirs = getattr(text, f"against_{metric}", None)
-            if d is not None and metric == "perplexity":
-                theirs = d.reference_perplexity
-            for role, value in ((SHIPPED, own), (DENSE, theirs)):
-                if value is not None:
-                    yield figure(role, metric, value, tokens, name)
+    yield from text_figures(item, subject, dense, evaluation.texts)
     yield from task_figures(item, SHIPPED, subject, evaluation.tasks)
     yield from task_figures(item, DENSE, dense, evaluation.against_tasks)
     if (answers := evaluation.degeneration) is not None:
@@ -59,15 +48,45 @@ def evaluation_figures(item: str, subject: str, evaluation: Evaluation) -> Itera
         yield figure(SHIPPED, "degenerate", answers.share, prompts, None)
         yield figure(DENSE, "degenerate", answers.against_share, prompts, None)
     # Own metrics are taken over all texts.
-    all_tokens["texts of own metrics"] = ", ".join(
-        text_name(one.kind, one.source) for one in evaluation.texts
-    )
+    all_tokens = {f"tokens of {text.name}": text.windows_sha256 for text in evaluation.texts}
+    all_tokens["texts of own metrics"] = ", ".join(text.name for text in evaluation.texts)
     for own in evaluation.metrics:
         key, higher = FigureKey(own.name, item), own.higher_is_better
         conditions = dict(all_tokens)
         yield Figure(
             key, SHIPPED, subject, own.unit, own.value, higher_is_better=higher, conditions=conditions
         )
+
+
+def text_windows(text: TextLoss) -> dict[str, Windows]:
+    """Metric -> its windows, of those that are sums over windows."""
+    found = {
+        "perplexity": Windows(text.nats, text.against_n_tokens if text.distance else text.n_tokens, True),
+        "bits_per_byte": text.bits,
+        "tokens_per_byte": Windows(text.n_tokens, text.n_bytes),
+    }
+    if text.distance:
+        more = tuple(own - other for own, other in zip(text.nats, text.against_nats, strict=True))
+        found["perplexity_ratio"] = Windows(more, text.against_n_tokens, True)
+        found["kl_mean"] = Windows(text.distance.kl, text.distance.n_tokens)
+        found["same_top1"] = Windows(text.distance.n_same, text.distance.n_tokens)
+    return found
+
+
+def text_figures(item: str, subject: str, dense: str, texts: Sequence[TextLoss]) -> Iterator[Figure]:
+    """What a model or a file loses on each text, and the dense model on the same windows."""
+    for text in texts:
+        tokens = {f"tokens of {text.name}": text.windows_sha256}
+        for role, name, one in ((SHIPPED, subject, text), (DENSE, dense, text.against)):
+            windows = text_windows(one) if one else {}
+            for metric in metrics_from(TEXT):
+                key, of = FigureKey(metric, item, on=text.name), windows.get(metric)
+                value = of.value if of else None
+                if metric == "kl_p99_9" and one and one.distance:
+                    value = one.distance.kl_p99_9
+                if value is not None:
+                    unit = metric_of(metric).unit
+                    yield Figure(key, role, name, unit, value, conditions=tokens, windows=of)
 
 
 def score_figure(item: str, role: str, subject: str, task: TaskResult, score: TaskMetric) -> Figure:

@@ -1,53 +1,18 @@
-"""What files of one model lose on the same windows of text, and which of them are beaten beyond the text's noise.
-
-Losses are compared window by window. The difference of two files' bits per byte is a ratio of sums over windows,
-
-    D = sum of d_w / sum of n_w,    var(D) = m / (m - 1) sum of (d_w - D n_w)^2 / (sum of n_w)^2
-
-with d_w the difference of bits and n_w the bytes of window w of m (Cochran, Sampling Techniques, 2.11), and its 95 %
-interval takes Student's t with m - 1 degrees of freedom. One window says nothing of noise.
-"""
+"""What files of one model lose on the same windows of text, and which of them others dominate."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import PositiveInt
 
-from cfsp.validation import Share
-from phoneready.evaluation.evaluation_record import text_name
-from runtime_bench.records.summary import NORMAL_95
-
-
-@dataclass(frozen=True)
-class MeasuredText:
-    """What a file loses on one text, beside the dense model in float32.
-
-    `n_bytes` are the bytes of each window that its predicted tokens spell, `nats` -ln p of each window. With a smaller
-    vocabulary `kl_mean` (nats) and `same_top1` are over its tokens, where one of the dense model's ends.
-    """
-
-    kind: str
-    source: str
-    seqlen: PositiveInt
-    windows_sha256: str
-    n_tokens: PositiveInt
-    n_bytes: tuple[PositiveInt, ...]
-    nats: tuple[NonNegativeFloat, ...]
-    dense_nats: tuple[NonNegativeFloat, ...]
-    kl_mean: float
-    same_top1: Share
-
-    @property
-    def name(self) -> str:
-        return text_name(self.kind, self.source)
-
-    @property
-    def bits_per_byte(self) -> float:
-        return sum(self.nats) / (math.log(2) * sum(self.n_bytes))
+from phoneready.evaluation.evaluation_record import TextLoss
+from runtime_bench.records.compare import INCONCLUSIVE, NO_DIFFERENCE, PairJudgement, judge_pairs
+from runtime_bench.records.pairs import Windows
 
 
 @dataclass(frozen=True)
@@ -56,7 +21,7 @@ class MeasuredFile:
 
     file: str
     file_bytes: PositiveInt
-    texts: tuple[MeasuredText, ...]
+    texts: tuple[TextLoss, ...]
 
     @property
     def is_dense(self) -> bool:
@@ -73,98 +38,103 @@ class MeasuredFile:
 
     @property
     def bits_per_byte(self) -> float:
-        return sum(sum(text.nats) for text in self.texts) / (math.log(2) * self.n_bytes)
+        return self.windows.value
+
+    @functools.cached_property
+    def windows(self) -> Windows:
+        """Bits and bytes of all texts' windows, by which files are compared."""
+        every = [text.bits for text in self.texts]
+        return Windows(sum((one.sums for one in every), ()), sum((one.sizes for one in every), ()))
 
     @property
     def tokens_per_byte(self) -> float:
-        return sum(text.n_tokens for text in self.texts) / self.n_bytes
+        return sum(sum(text.n_tokens) for text in self.texts) / self.n_bytes
 
     @property
     def dense_bits_per_byte(self) -> float:
         """What the dense model loses in float32."""
-        return sum(sum(text.dense_nats) for text in self.texts) / (math.log(2) * self.n_bytes)
+        return sum(sum(text.against_nats) for text in self.texts) / (math.log(2) * self.n_bytes)
 
     @property
     def kl_mean(self) -> float:
         """Mean KL divergence over the texts' tokens."""
-        return sum(t.kl_mean * t.n_tokens for t in self.texts) / sum(t.n_tokens for t in self.texts)
+        found = [text.distance for text in self.texts if text.distance]
+        return sum(sum(one.kl) for one in found) / sum(sum(one.n_tokens) for one in found)
 
     @property
     def same_top1(self) -> float:
         """Share of tokens where the dense model puts the same one first."""
-        return sum(t.same_top1 * t.n_tokens for t in self.texts) / sum(t.n_tokens for t in self.texts)
+        found = [text.distance for text in self.texts if text.distance]
+        return sum(sum(one.n_same) for one in found) / sum(sum(one.n_tokens) for one in found)
 
 
-VERDICTS = FRONTIER, UNDECIDED, DOMINATED = "frontier", "within noise", "dominated"
-_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)
-"""97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, two terms of its expansion do."""
-
-
-class Excess(NamedTuple):
-    """Bits per byte that one file loses more than another, with a 95 % interval over the windows of text."""
-
-    bits: float
-    low: float | None
-    high: float | None
+VERDICTS = FRONTIER, AS_GOOD, UNDECIDED, DOMINATED = "frontier", NO_DIFFERENCE, INCONCLUSIVE, "dominated"
 
 
 @dataclass(frozen=True)
 class Standing:
-    """A verdict of VERDICTS, and the file that dominates this one or is within noise of it; None on the frontier."""
+    """A verdict of VERDICTS, and the file that dominates this one or is not told from it; None on the frontier."""
 
     file: str
     verdict: str
     by: str | None
 
 
+class Tested(NamedTuple):
+    """The best file of two groups, and the bits per byte of the second over those of the first."""
+
+    first: str
+    second: str
+    found: PairJudgement
+
+
 class Choice(NamedTuple):
-    """The best file of `at_bytes` or less, the best dense one, and what that loses more; None if there is none."""
+    """The best file of `at_bytes` or less, the best dense one, and how pruned ones compare with that."""
 
     best: str | None
     dense: str | None
-    excess: Excess | None
+    tested: Tested | None
     at_bytes: int
-
-
-def excess(one: MeasuredFile, other: MeasuredFile) -> Excess:
-    """Bits per byte that `one` loses more than `other`, on the same windows."""
-    pairs = [
-        pair for a, b in zip(one.texts, other.texts, strict=True) for pair in zip(a.nats, b.nats, strict=True)
-    ]
-    differences = [(a - b) / math.log(2) for a, b in pairs]
-    sizes = [n for text in one.texts for n in text.n_bytes]
-    count, total = len(sizes), sum(sizes)
-    bits = sum(differences) / total
-    if count < 2:
-        return Excess(bits, None, None)
-    spread = sum((d - bits * n) ** 2 for d, n in zip(differences, sizes, strict=True))
-    degrees, z = count - 1, NORMAL_95
-    t = z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
-    t = _T_95[degrees - 1] if degrees <= len(_T_95) else t
-    half = t * math.sqrt(spread * count / degrees) / total
-    return Excess(bits, bits - half, bits + half)
 
 
 def standing(point: MeasuredFile, points: Iterable[MeasuredFile]) -> Standing:
     """A file against all that are no larger.
 
-    Dominated: one of them loses surely no more, and is smaller or loses less. Within noise: whether one of them loses
-    more is not decided. On the frontier: all of them surely lose more. A dense file is named first, then the best.
+    Dominated: one of them loses no more (95 % CI), and is smaller or loses less. No difference, or inconclusive: that
+    is what `judge_pairs` says of one of them. On the frontier: all of them lose more (95 % CI). A dense file is named
+    first, then the best.
     """
     rivals = [one for one in points if one is not point and one.file_bytes <= point.file_bytes]
-    beating, open_ = [], []
+    named: dict[str, list[MeasuredFile]] = {DOMINATED: [], AS_GOOD: [], UNDECIDED: []}
     for rival in rivals:
-        difference = excess(rival, point)
-        strict = rival.file_bytes < point.file_bytes or difference.bits < 0
-        if difference.high is not None and difference.high <= 0:
-            beating += [rival] if strict else []
-        elif difference.low is None or difference.low <= 0:
-            open_.append(rival)
-    for verdict, named in ((DOMINATED, beating), (UNDECIDED, open_)):
-        if named:
-            first = min(named, key=lambda one: (not one.is_dense, one.bits_per_byte))
+        found = judge_pairs(point.windows, rival.windows)
+        if found.high is not None and found.high <= 1:
+            strict = rival.file_bytes < point.file_bytes or (found.value or 1) < 1
+            named[DOMINATED] += [rival] if strict else []
+        elif found.low is None or found.low <= 1:
+            named[AS_GOOD if found.verdict == NO_DIFFERENCE else UNDECIDED].append(rival)
+    for verdict, some in named.items():
+        if some:
+            first = min(some, key=lambda one: (not one.is_dense, one.bits_per_byte))
             return Standing(point.file, verdict, first.file)
     return Standing(point.file, FRONTIER, None)
+
+
+def choose_and_test(firsts: Sequence[MeasuredFile], seconds: Sequence[MeasuredFile]) -> Tested | None:
+    """The best of each group, chosen on every other window and compared on those between; None if one has no file.
+
+    On the windows that it was chosen on, the best of several seems better than it is.
+    """
+    if not firsts or not seconds:
+        return None
+    one, other = (
+        min(group, key=lambda file: (file.windows.part(0, 2).value, file.file_bytes, file.file))
+        for group in (firsts, seconds)
+    )
+    pair = one.windows, other.windows
+    if len(firsts) + len(seconds) > 2 and len(pair[0].sums) > 1:
+        pair = pair[0].part(1, 2), pair[1].part(1, 2)
+    return Tested(one.file, other.file, judge_pairs(*pair))
 
 
 def choose(points: Iterable[MeasuredFile], at_bytes: int) -> Choice:
@@ -172,9 +142,14 @@ def choose(points: Iterable[MeasuredFile], at_bytes: int) -> Choice:
         return min(some, key=lambda one: (one.bits_per_byte, one.file_bytes, one.file), default=None)
 
     fitting = [point for point in points if point.file_bytes <= at_bytes]
-    best, dense = best_of(fitting), best_of([point for point in fitting if point.is_dense])
-    more = excess(dense, best) if best is not None and dense is not None and best is not dense else None
-    return Choice(best.file if best else None, dense.file if dense else None, more, at_bytes)
+    dense, pruned = ([one for one in fitting if one.is_dense == side] for side in (True, False))
+    best, best_dense = best_of(fitting), best_of(dense)
+    return Choice(
+        best.file if best else None,
+        best_dense.file if best_dense else None,
+        choose_and_test(dense, pruned),
+        at_bytes,
+    )
 
 
 def telling_sizes(points: Sequence[MeasuredFile]) -> tuple[int, ...]:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from cfsp.errors import InputError
 from cfsp.evaluation.language_model import LanguageModel, answer, vocabulary_difference
 from cfsp.evaluation.loss import (
+    Distance,
     Scored,
-    bounded_exp,
     divergence,
-    losses_on_shared_text,
     predicted_bytes,
     respelled,
     respelled_divergence,
-    text_loss,
+    text_losses,
 )
 from cfsp.evaluation.tasks import chat_requests, load_tasks, run_tasks
 from cfsp.evaluation.torch_model import TorchLanguageModel
@@ -34,14 +30,13 @@ from cfsp.text.self_sampling import TRANSFORMERS, Writer, sample_windows
 from cfsp.text.settings import SELF
 from cfsp.text.tokens import TokenWindows, started, token_windows, tokens_sha256
 from phoneready.evaluation.evaluation_record import (
-    Degeneration,
     Evaluation,
     ModelIdentity,
-    TextResult,
+    TextLoss,
     Vocabularies,
+    degeneration_of,
     repeated_text,
 )
-from phoneready.evaluation.measured_file import MeasuredText
 from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
 from phoneready.evaluation.own_metrics import find_metric, measure
 from phoneready.evaluation.settings import EvaluationSettings
@@ -53,12 +48,14 @@ def evaluate(
     settings: EvaluationSettings,
     *,
     writers: Sequence[Writer] = (TRANSFORMERS,),
+    known: tuple[TextLoss, ...] | None = None,
     progress: Progress = no_progress,
 ) -> Evaluation:
     """Judge a model, against a reference model if one is given; token ids come from the reference's tokenizer.
 
-    The first of `writers` that can has the reference model write, if that is a text. Raises InputError for texts, tasks
-    or metrics that cannot be used, and MissingExtraError for tasks without the `eval` extra.
+    The first of `writers` that can has the reference model write, if that is a text. What is `known` of the texts is
+    not measured again; they are read for own metrics only. Raises InputError for texts, tasks or metrics that cannot be
+    used, and MissingExtraError for tasks without the `eval` extra.
     """
     check_settings(settings)
     check_texts(settings)
@@ -79,22 +76,30 @@ def evaluate(
         for one in models:
             for task in tasks.chats if tasks else ():
                 chat_requests(one, task)
+        sources = settings.sources if known is None or metrics else ()
         windows = [
-            text_windows(source, against or model, settings, progress, writers)
-            for _, source in settings.sources
+            text_windows(source, against or model, settings, progress, writers) for _, source in sources
         ]
-        # Beside a model of other tokens, or that gives no logits, only bits and tokens per byte are compared.
-        comparable = model.gives_logits and (not different or spelling is not None)
-        texts = [
-            _judge(kind, model, against, text, spelling, progress, token_by_token=comparable)
-            for (kind, _), text in zip(settings.sources, windows, strict=True)
-        ]
+        texts = known
+        if texts is None:
+            texts = tuple(
+                measure_text(kind, model, against, text, spelling, progress=progress)
+                for (kind, _), text in zip(sources, windows, strict=True)
+            )
         done = [run_tasks(one, tasks, progress=progress) if tasks else () for one in models]
     measured = [row for name, metric in metrics.items() for row in measure(name, metric, model, windows)]
     answers: list[tuple[str, ...]] = [() for _ in models]
     degeneration = None
     if settings.prompts:
-        answers, degeneration = _answers_of(models, settings, progress)
+        longest = settings.max_new_tokens
+        answers = [
+            tuple(answer(one, settings.prompts, max_new_tokens=longest, progress=progress)) for one in models
+        ]
+        reasons = [
+            reasons_of(said, settings.prompts, one.tokenizer)
+            for said, one in zip(answers, models, strict=True)
+        ]
+        degeneration = degeneration_of(settings.prompts, longest, *reasons)
     vocabularies = None
     if against and different:
         sizes = [len(one.tokenizer.get_vocab()) for one in models]
@@ -103,7 +108,7 @@ def evaluate(
         model=_identity(model),
         against=_identity(against) if against else None,
         seed=settings.seed,
-        texts=tuple(texts),
+        texts=texts,
         prompts=settings.prompts,
         answers=answers[0],
         against_answers=answers[-1] if against else (),
@@ -175,73 +180,68 @@ def text_windows(
     return TokenWindows(ids, SELF, tokens_sha256(ids))
 
 
-def _judge(
+def measure_text(
     kind: str,
     model: LanguageModel,
     against: LanguageModel | None,
     windows: TokenWindows,
-    spelling: Respelling | None,
-    progress: Progress,
+    spelling: Respelling | None = None,
     *,
-    token_by_token: bool,
-) -> TextResult:
-    """By itself; against a model of the same tokens, or of more if there is a spelling; or on the same text."""
-    both = theirs = n_theirs = None
-    if against and token_by_token:
-        if spelling is not None:
-            windows = spelling.shortened(windows)
-            both = respelled_divergence(against, model, windows, spelling, progress=progress)
-            texts = (spelling.spell(window.tolist()) for window in windows.ids)
-            n_own = sum(int((text.owners != 0).sum()) for text in texts)
-        else:
-            both = divergence(against, model, windows, progress=progress)
-            n_own = both.n_tokens
-        n_tokens = n_theirs = both.n_tokens
-        n_bytes = predicted_bytes(windows.ids, against.tokenizer)
-        nats, theirs = (math.log(each) * n_tokens for each in (both.perplexity, both.reference_perplexity))
-    elif against:
-        (theirs, n_theirs), (nats, n_own), n_bytes = losses_on_shared_text(
-            against, model, windows, progress=progress
-        )
-        n_tokens = n_own
+    progress: Progress = no_progress,
+) -> TextLoss:
+    """What a model loses on windows of the reference's ids: the same text for both, however many tokens that takes.
+
+    A `spelling` says how a model that lost tokens spells the reference's; one of another family has none, and then, as
+    for a model that gives no logits, there is no distance. Raises InputError for more tokens than its context.
+    """
+    ids, reader = windows.ids, (against or model).tokenizer
+    whole = [Scored(window, 1) for window in ids]
+    different = spelling is not None or bool(against and vocabulary_difference(model, against))
+    own = [respelled(window, reader, model.tokenizer) for window in ids] if different else whole
+    longest = max(len(text.ids) for text in own)
+    if longest > max(model.context_length, ids.shape[1]):
+        raise InputError(
+            f"the model needs {longest} tokens for the text of a window, its context has {model.context_length}",
+            field="seqlen", value=ids.shape[1], allowed="shorter windows",
+        )  # fmt: skip
+    theirs: tuple[float, ...] = ()
+    distance = None
+    if against is None or not model.gives_logits or (different and spelling is None):
+        nats = text_losses(model, own, progress=progress)
+        theirs = text_losses(against, whole, progress=progress) if against else ()
     else:
-        nats = text_loss(model, [Scored(window, 1) for window in windows.ids], progress=progress)
-        n_tokens = n_own = windows.ids[:, 1:].numel()
-        n_bytes = predicted_bytes(windows.ids, model.tokenizer)
-    size = max(n_bytes, 1)
-    return TextResult(
+        if spelling is None:
+            found = divergence(against, model, windows, progress=progress)
+        else:
+            found = respelled_divergence(against, model, windows, spelling, progress=progress)
+        theirs, nats = found.reference_nats, found.nats
+        distance = Distance(**{field.name: getattr(found, field.name) for field in fields(Distance)})
+        # Its own tokenizer may cut the text otherwise than token by token.
+        recut = [
+            number
+            for number, (window, text) in enumerate(zip(ids, own, strict=True))
+            if spelling is not None and not text.ids.equal(spelling.spell(window.tolist()).ids)
+        ]
+        again = dict(zip(recut, text_losses(model, [own[number] for number in recut]), strict=True))
+        nats = tuple(again.get(number, loss) for number, loss in enumerate(nats))
+    return TextLoss(
         kind,
         windows.source,
-        windows.ids.shape[1],
-        n_tokens,
+        ids.shape[1],
         windows.sha256,
-        both.perplexity if both else bounded_exp(nats / n_tokens),
-        both,
-        n_bytes=n_bytes,
-        bits_per_byte=nats / math.log(2) / size,
-        against_bits_per_byte=None if theirs is None else theirs / math.log(2) / size,
-        tokens_per_byte=n_own / size,
-        against_tokens_per_byte=None if n_theirs is None else n_theirs / size,
+        n_bytes=predicted_bytes(ids, reader),
+        n_tokens=tuple(len(text.ids) - text.n_context for text in own),
+        nats=nats,
+        against_n_tokens=(ids.shape[1] - 1,) * len(ids) if against else (),
+        against_nats=theirs,
+        distance=distance,
     )
 
 
-def _answers_of(
-    models: Sequence[LanguageModel], settings: EvaluationSettings, progress: Progress
-) -> tuple[list[tuple[str, ...]], Degeneration]:
-    """What each model answers to the prompts, and which answers are degenerate."""
-    prompts, longest = settings.prompts, settings.max_new_tokens
-    answers, reasons = [], []
-    for model in models:
-        texts = answer(model, prompts, max_new_tokens=longest, progress=progress)
-        answers.append(tuple(texts))
-        pairs = zip(texts, prompts, strict=True)
-        reasons.append(
-            tuple(degenerate(text, prompt, system_text(model.tokenizer, prompt)) for text, prompt in pairs)
-        )
-    shares = [sum(why is not None for why in each) / len(each) for each in reasons]
-    digest = hashlib.sha256(json.dumps(prompts, ensure_ascii=False).encode()).hexdigest()
-    beside = (shares[1], reasons[1]) if len(models) > 1 else (None, ())
-    return answers, Degeneration(digest, longest, shares[0], reasons[0], *beside)
+def reasons_of(answers: Sequence[str], prompts: Sequence[str], tokenizer: Any) -> tuple[str | None, ...]:
+    """Why each answer is degenerate; None for a good one."""
+    pairs = zip(answers, prompts, strict=True)
+    return tuple(degenerate(text, prompt, system_text(tokenizer, prompt)) for text, prompt in pairs)
 
 
 def measure_file(
@@ -252,44 +252,14 @@ def measure_file(
     *,
     threads: int | None,
     progress: Progress,
-) -> tuple[MeasuredText, ...]:
+) -> tuple[TextLoss, ...]:
     """What a file loses in its own runtime on texts: (`text` or `chats`, windows of the dense model's ids)."""
     same = tokenizer.get_vocab() == dense.tokenizer.get_vocab()
     spelling = None if same else respelling(dense.tokenizer, tokenizer)
     rows = [window for _, text in texts for window in text.ids]
     longest = max(len(spelling.spell(window.tolist()).ids if spelling else window) for window in rows)
-    opening, measured = OpenSettings(longest, threads=threads), []
+    opening = OpenSettings(longest, threads=threads)
     with open_language_model(str(path), runtime_for(str(path)), opening, progress=progress) as model:
-        for kind, text in texts:
-            n_tokens, nats, found = 0, [], []
-            for number, window in enumerate(text.ids, 1):
-                alone = TokenWindows(window[None], "", "")
-                if spelling is None:
-                    one = divergence(dense, model, alone)
-                    n_tokens += one.n_tokens
-                    loss = math.log(one.perplexity) * one.n_tokens
-                else:
-                    # All of the window's text, however many tokens that takes, as the file's own tokenizer cuts it.
-                    one = respelled_divergence(dense, model, alone, spelling)
-                    own = respelled(window, dense.tokenizer, model.tokenizer)
-                    n_tokens += len(own.ids) - own.n_context
-                    same_cut = own.ids.equal(spelling.spell(window.tolist()).ids)
-                    loss = math.log(one.perplexity) * one.n_tokens if same_cut else text_loss(model, [own])
-                nats.append(loss)
-                found.append(one)
-                progress("measuring", number, len(text.ids))
-            measured.append(
-                MeasuredText(
-                    kind,
-                    text.source,
-                    text.ids.shape[1],
-                    text.sha256,
-                    n_tokens,
-                    n_bytes=tuple(max(1, predicted_bytes(row[None], dense.tokenizer)) for row in text.ids),
-                    nats=tuple(nats),
-                    dense_nats=tuple(math.log(one.reference_perplexity) * one.n_tokens for one in found),
-                    kl_mean=fmean(one.kl_mean for one in found),
-                    same_top1=fmean(one.same_top1 for one in found),
-                )
-            )
-    return tuple(measured)
+        return tuple(
+            measure_text(kind, model, dense, text, spelling, progress=progress) for kind, text in texts
+        )

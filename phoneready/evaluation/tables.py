@@ -6,26 +6,27 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from phoneready.evaluation.evaluation_record import Evaluation, TextResult
-from phoneready.evaluation.measured_file import DOMINATED, UNDECIDED, MeasuredFile, Standing
+from phoneready.evaluation.evaluation_record import Evaluation, TextLoss
+from phoneready.evaluation.measured_file import AS_GOOD, DOMINATED, UNDECIDED, MeasuredFile, Standing
+from phoneready.figures.figures import TOLERANCES
 from runtime_bench.presentation.table import Column, Table, table_of_cells
+from runtime_bench.records.compare import PairJudgement, judge_pairs
 from runtime_bench.records.reported import fell_back
 
 NAMES = ("reference", "model")
 """What the two models are called, unless they are the dense one and the pruned one."""
-_DIVERGENCE = {
-    "perplexity_ratio": ("ratio", ".3f"),
-    "kl_mean": ("KL mean", ".4f"),
-    "kl_median": ("KL median", ".4f"),
-    "kl_p99": ("KL p99", ".3f"),
-    "kl_p99_9": ("KL p99.9", ".3f"),
-    "same_top1": ("same top-1", ".2%"),
-}
-"""Figure of a divergence -> its title and format."""
-_RELATIONS = {DOMINATED: "dominated by", UNDECIDED: "within noise of"}
+_DISTANCE = (
+    ("KL mean", "kl_mean", ".4f"),
+    ("KL median", "kl_median", ".4f"),
+    ("KL p99", "kl_p99", ".3f"),
+    ("KL p99.9", "kl_p99_9", ".3f"),
+    ("same top-1", "same_top1", ".2%"),
+)
+"""Title, figure of a distance, and its format."""
+_RELATIONS = {DOMINATED: "dominated by", AS_GOOD: "no difference from", UNDECIDED: "inconclusive against"}
 WHAT_STANDINGS_MEAN = (
-    "Dominated by: that file is no larger and surely loses no more. Within noise of: that file is no larger, and "
-    "whether it loses more is within noise. Surely: by the 95 % interval of the difference over the windows."
+    "Each file against those that are no larger. Dominated: that one loses no more (95 % CI over the windows). No "
+    "difference: the interval lies within 3 %. Inconclusive: the windows do not tell."
 )
 
 
@@ -36,35 +37,57 @@ def _number(title: str, value: Callable[[Any], str]) -> Column[Any]:
 def text_table(
     evaluation: Evaluation,
     names: tuple[str, str] = NAMES,
-    called: Callable[[TextResult], str] = lambda text: f"{text.source} ({text.kind})",
-) -> Table[TextResult]:
+    called: Callable[[TextLoss], str] = lambda text: f"{text.source} ({text.kind})",
+) -> Table[TextLoss]:
     """The figures on text; `names` are of the reference model and the model."""
     texts = evaluation.texts
-    against = bool(texts) and all(text.divergence for text in texts)
+    against = bool(texts) and all(text.distance for text in texts)
 
-    def diverging(field: str, form: str, text: TextResult) -> str:
-        return format(getattr(text.divergence, field), form)
+    def of_reference(field: str, form: str, text: TextLoss) -> str:
+        return format(getattr(text.against, field), form)
 
-    def per_byte(field: str, text: TextResult) -> str:
-        return f"{getattr(text, field):.4f}"
+    def own_figure(field: str, form: str, text: TextLoss) -> str:
+        return format(getattr(text, field), form)
 
-    columns = [Column("measured on", called), _number("tokens", lambda text: f"{text.n_tokens}")]
+    columns = [Column("measured on", called), _number("tokens", lambda text: f"{sum(text.n_tokens)}")]
     if against:
-        theirs = partial(diverging, "reference_perplexity", ".3f")
-        columns.append(_number(f"perplexity, {names[0]}'s", theirs))
+        columns.append(_number(f"perplexity, {names[0]}'s", partial(of_reference, "perplexity", ".3f")))
     own = f"{names[1]}'s" if against else "perplexity"
-    columns.append(_number(own, lambda text: f"{text.perplexity:.3f}"))
-    titles = {"bits/byte": "bits_per_byte", f"{names[0]}'s": "against_bits_per_byte"}
-    titles["tokens/byte"] = "tokens_per_byte"
-    if any(text.tokens_per_byte != text.against_tokens_per_byte for text in texts):
-        titles[f"tokens/byte, {names[0]}'s"] = "against_tokens_per_byte"
-    for title, field in titles.items():
-        if texts and all(getattr(text, field) is not None for text in texts):
-            columns.append(_number(title, partial(per_byte, field)))
+    columns.append(_number(own, partial(own_figure, "perplexity", ".3f")))
+    for title, field in (("bits/byte", "bits_per_byte"), ("tokens/byte", "tokens_per_byte")):
+        columns.append(_number(title, partial(own_figure, field, ".4f")))
+        both = texts and all(text.against for text in texts)
+        if both and (
+            field == "bits_per_byte" or any(text.n_tokens != text.against_n_tokens for text in texts)
+        ):
+            columns.append(_number(f"{title}, {names[0]}'s", partial(of_reference, field, ".4f")))
+    if texts and all(text.against for text in texts):
+        columns.append(Column("bits over the reference's", _beside_reference))
     if against:
-        rows = _DIVERGENCE.items()
-        columns += [_number(title, partial(diverging, field, form)) for field, (title, form) in rows]
+        columns.append(_number("ratio", lambda text: f"{text.perplexity / text.against.perplexity:.3f}"))
+        for title, field, form in _DISTANCE:
+            columns.append(_number(title, partial(_of_distance, field, form)))
     return Table(columns, texts)
+
+
+def _beside_reference(text: TextLoss) -> str:
+    assert text.against is not None
+    return judgement_text(judge_pairs(text.against.bits, text.bits))
+
+
+def judgement_text(found: PairJudgement, *, difference: bool = False) -> str:
+    """Such as `+4.1 % (2.0 to 6.2): worse`; of a difference in points."""
+    if found.value is None:
+        return found.verdict
+    ends = [one for one in (found.value, found.low, found.high) if one is not None]
+    value, *rest = (f"{100 * (one if difference else one - 1):.1f}" for one in ends)
+    span = f" ({' to '.join(rest)})" if rest else ""
+    sign = "" if value.startswith("-") else "+"
+    return f"{sign}{value} {'points' if difference else '%'}{span}: {found.verdict}"
+
+
+def _of_distance(field: str, form: str, text: TextLoss) -> str:
+    return format(getattr(text.distance, field), form)
 
 
 def vocabulary_note(evaluation: Evaluation, names: tuple[str, str] = NAMES) -> str:
@@ -80,8 +103,7 @@ def vocabulary_note(evaluation: Evaluation, names: tuple[str, str] = NAMES) -> s
         )
     return (
         f"KL and same top-1 are taken where tokens of the {reference} end, over the {both.tokens} of its "
-        f"{both.against_tokens} tokens that the {model} has; perplexities are per token of the {reference}. "
-        "Bits per byte are of the whole text."
+        f"{both.against_tokens} tokens that the {model} has; perplexities are per token of the {reference}."
     )
 
 
@@ -135,19 +157,30 @@ def figure_tables(evaluation: Evaluation, names: tuple[str, str] = NAMES) -> lis
             row = [task.task, task.version, f"{task.n_items}", f"{task.num_fewshot}", metric.name]
             row += [f"{metric.value:.4f}", error]
             if evaluation.against_tasks:
-                other = evaluation.against_tasks[index].metrics[number].value
-                row += [f"{other:.4f}", f"{metric.value - other:+.4f}"]
+                other = evaluation.against_tasks[index].metrics[number]
+                said = f"{metric.value - other.value:+.4f}"
+                if metric.right and other.right:
+                    allowed = TOLERANCES["accuracy"]
+                    found = judge_pairs(
+                        (other.right,),
+                        (metric.right,),
+                        higher_is_better=True,
+                        difference=True,
+                        threshold=allowed,
+                    )
+                    said = judgement_text(found, difference=True)
+                row += [f"{other.value:.4f}", said]
             tasks.append(row)
     own = [(metric.name, f"{metric.value:.6g}", metric.unit) for metric in evaluation.metrics]
     tables = [table_of_cells(header, tasks), table_of_cells(("own metric", names[1], "unit"), own)]
-    if found := evaluation.degeneration:
-        sides = [found.reasons, *([found.against_reasons] if found.against_reasons else [])]
+    if why_all := evaluation.degeneration:
+        sides = [why_all.reasons, *([why_all.against_reasons] if why_all.against_reasons else [])]
         rows = []
         for why in (*sorted({one for side in sides for one in side if one}), None):
             counts = [sum(one == why if why else one is not None for one in side) for side in sides]
             shares = [count / len(side) for count, side in zip(counts, sides, strict=True)]
             change = [f"{100 * (shares[0] - shares[1]):+.1f}"] if len(sides) > 1 else []
-            title = why or f"all, of {len(found.reasons)} answers"
+            title = why or f"all, of {len(why_all.reasons)} answers"
             rows.append((title, *(f"{share:.1%}" for share in shares), *change))
         titles = ("degenerate answers", names[1], names[0], "difference, points")
         tables.append(table_of_cells(titles[: len(rows[0])], rows))

@@ -19,6 +19,7 @@ from cfsp.units import format_bytes, parse_bytes, parse_ms
 from cfsp.validation import Section, Seed, as_value_error
 from runtime_bench.records.bench_record import MeasuredOn
 from runtime_bench.records.compare import Samples
+from runtime_bench.records.pairs import Windows
 from runtime_bench.records.summary import RatioInterval
 
 CHECKPOINT = "checkpoint"  # the item that is the pruned (and recovered) model before export
@@ -29,6 +30,7 @@ ENERGY_OF = "joules_"  # begins the energy of a rate: joules_tg128
 ANY_MEMBER = ".*"  # ends the planned name of an own metric, whose figures are known after it ran
 FIGURES_FILE, VERDICTS_FILE = "figures.json", "verdicts.json"
 OUTCOMES = MISSED, INCONCLUSIVE, PASS = "missed", "inconclusive", "pass"  # the worst first
+UNJUDGED = "not judged"  # the outcome of a release without budgets
 
 
 class Metric(NamedTuple):
@@ -44,6 +46,11 @@ class Metric(NamedTuple):
     against_dense: bool = True  # a divergence from the dense model is relative to it already
     tolerance: float | None = None  # how much worse than its baseline `eval --baseline` lets it be
     tolerates_ratio: bool = False  # the tolerance is of now / baseline; else of their difference
+
+    @property
+    def margin(self) -> float:
+        """The tolerance as a share, if it is of a ratio."""
+        return (self.tolerance or 0.0) - self.tolerates_ratio
 
     @property
     def is_speed(self) -> bool:
@@ -192,15 +199,21 @@ class Figure:
         None  # what it is the median of, as judged: less is better, so of a speed 1 / value
     )
     stderr: float | None = None  # of accuracies
-    low: float | None = None  # of bands, of the most of several, and by a meter's error
+    low: float | None = None  # of bands, and by a meter's error
     high: float | None = None
     failure: str | None = None
     conditions: dict[str, str] = field(default_factory=dict)  # equal for two figures that are comparable
     higher_is_better: bool | None = None  # of own metrics that state it
     backends: str | None = None
     right: tuple[Right, ...] = ()  # for each task, which of its items were answered rightly
+    windows: Windows | None = None  # of text, what each of its windows adds
     measured_on: MeasuredOn | None = None  # whether samples were added until budgets were decided
     anchor: Samples | None = None  # of the file that took turns with it, to compare other sessions by
+
+    @property
+    def is_estimate(self) -> bool:
+        """Whether it stands for more items than were asked."""
+        return recorded_metric(self.key.metric).source == TASK or self.stderr is not None
 
     def in_unit(self, of_speeds: RatioInterval) -> RatioInterval:
         """What was found of speeds, which are 1 / samples, in the figure's own unit or as its ratio."""
@@ -214,7 +227,7 @@ class FigureSet:
     """figures.json: all figures of a release, with the dense model's reference and its weights' hash, if known."""
 
     KIND: ClassVar[str] = "release-figures"
-    SCHEMA_VERSION: ClassVar[int] = 3
+    SCHEMA_VERSION: ClassVar[int] = 4
 
     source: str
     source_sha256: str | None
@@ -355,10 +368,12 @@ class BudgetConfig(Section):
 
 
 def select(budget: BudgetConfig, keys: Iterable[FigureKey]) -> list[FigureKey]:
+    """The figures that a budget limits: of every file that ships, or of those that it names, such as CHECKPOINT."""
     return [
         key
         for key in keys
         if means(budget.metric, key.metric)
+        and (key.item != CHECKPOINT or CHECKPOINT in budget.files)
         and all(fits(key, names, getattr(budget, field)) for field, names in SELECTORS.items())
     ]
 
@@ -420,10 +435,10 @@ class BudgetVerdict:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """verdicts.json: every budget of a release, and the worst outcome of all; `pass` if there are no budgets."""
+    """verdicts.json: every budget of a release, and the worst outcome of all; `not judged` without budgets."""
 
     KIND: ClassVar[str] = "verdicts"
-    SCHEMA_VERSION: ClassVar[int] = 1
+    SCHEMA_VERSION: ClassVar[int] = 2
 
     outcome: str
     source: str

@@ -7,11 +7,11 @@ to say, the verdict is inconclusive. An interval is
                     as in `phoneready compare`, with samples of at least five processes; if the machine was too busy
                     to tell, none is missed, and no ratio passes; of fewer samples than a look among several needs,
                     their range, 1.5 times wider at both ends
-    of memory       the least and the most of all processes; relative: of the most, from the least over the other's most
     of energy       that of timings, wider by the error of the meter; of a busy machine nothing is said
-    of accuracies   1.96 standard errors to both sides; compared: a paired bootstrap over items
+    of texts        Student's t over windows, of two models over the same ones (runtime_bench.records.pairs)
+    of accuracies   Wilson's; compared: a paired bootstrap over items
     of projections  the band
-    of sizes, and of figures on a fixed text, the figure itself
+    of sizes, of memory (the most of any process, by its definition) and of answers to fixed prompts, the figure itself
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-import numpy as np
-
 from cfsp.errors import InconclusiveError, InputError, LimitError
 from cfsp.files import write_text
 from cfsp.records import write_record
@@ -40,6 +38,9 @@ from phoneready.figures.figures import (
     OUTCOMES,
     PASS,
     SHIPPED,
+    TASK,
+    TEXT,
+    UNJUDGED,
     VERDICTS_FILE,
     BudgetConfig,
     BudgetVerdict,
@@ -53,16 +54,17 @@ from phoneready.figures.figures import (
 )
 from runtime_bench.presentation.table import lay_out_table, table_of_cells
 from runtime_bench.records.bench_record import DOES_NOT_FIT
-from runtime_bench.records.compare import MIN_SAMPLES, TOO_NOISY, WIDEST, surer
+from runtime_bench.records.compare import MIN_SAMPLES, TOO_NOISY, WIDEST, judge_pairs, surer
 from runtime_bench.records.compare import judge as judge_samples
+from runtime_bench.records.pairs import item_interval, window_interval
 from runtime_bench.records.summary import CONFIDENCE, NORMAL_95, ratio_interval
 
 logger = logging.getLogger(__name__)
+NO_BUDGETS = "no budgets: nothing was judged"
 JUNIT_FILE, SUMMARY_FILE = "junit.xml", "summary.md"
 STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
 _ROUNDING = 1e-9
-_RESAMPLES = 10_000
-_CELLS = (("1", "1"), ("1", "0"), ("0", "1"), ("0", "0"))  # what both models made of an item
+_MORE = {TEXT: "more windows of text (max_windows)", TASK: "more items"}
 _MARKUP = str.maketrans({character: f"&#{ord(character)};" for character in "\\`*{}[]<>#~|&@$"})
 _HEADER = ("metric", "of", "on", "limit", "figure", "verdict", "why")
 _MARKS = {PASS: "✅ pass", MISSED: "❌ missed", INCONCLUSIVE: "❔ inconclusive"}
@@ -151,7 +153,16 @@ def _absolute(figure: Figure) -> _Estimate:
         return _Estimate(reason=_too_noisy(figure))
     if figure.low is not None and figure.high is not None and not metered:
         return _Estimate(figure.value, figure.low, figure.high)
-    if figure.stderr is not None:
+    if figure.windows:
+        found = window_interval(figure.windows)
+        return _Estimate(*found, "one window says nothing of its noise" if found.low is None else None)
+    if figure.right:
+        return _Estimate(*item_interval(figure.right))
+    if figure.is_estimate:
+        if not figure.stderr:
+            return _Estimate(
+                figure.value, reason=f"{figure.subject}: neither items nor a standard error are recorded"
+            )
         return _around(figure.value, NORMAL_95 * figure.stderr)
     if not timed:
         return _Estimate(figure.value, figure.value, figure.value)
@@ -185,10 +196,6 @@ def _relative(budget: BudgetConfig, figure: Figure, reference: Figure) -> _Estim
         if figure.target is None:
             raise InputError(f"the {budget.relative_to} was measured otherwise: {why}")
         return _Estimate(reason=f"the {budget.relative_to} was measured otherwise: {why}")
-    if recorded_metric(figure.key.metric).name == "peak_rss_bytes" and before:
-        least, most = figure.low or now, figure.high or now
-        its_least, its_most = reference.low or before, reference.high or before
-        return _Estimate(now / before, least / its_most, most / its_least)
     if figure.samples and reference.samples:
         apart = figure.samples.session is None or figure.samples.session != reference.samples.session
         both = reference.anchor, figure.anchor
@@ -202,11 +209,13 @@ def _relative(budget: BudgetConfig, figure: Figure, reference: Figure) -> _Estim
     if not budget.difference and not before and now:
         return _Estimate(reason=f"no ratio to {reference.subject}, whose figure is 0")
     value = now - before if budget.difference else 1.0 if now == before else now / before
-    counts = [[len(task) for task in one.right] for one in (figure, reference)]
-    if counts[0] and counts[0] == counts[1] and (budget.difference or before):
-        ends = paired_interval(figure.right, reference.right, difference=budget.difference)
-        return _Estimate(value, *ends)
+    pairs = (reference.windows, figure.windows) if figure.windows else (reference.right, figure.right)
+    if pairs[0] and pairs[1]:
+        pair = judge_pairs(pairs[0], pairs[1], difference=budget.difference)
+        return _Estimate(*pair[:3], pair.reason if pair.low is None else None)
     # Which answers were right is not recorded: squares of standard errors, of a ratio the relative ones, are added.
+    if figure.is_estimate and not (figure.stderr and reference.stderr):
+        return _Estimate(value, reason="neither items nor standard errors are recorded of both")
     errors = [figure.stderr or 0.0, reference.stderr or 0.0]
     if not budget.difference:
         shares = zip(errors, (now, before), strict=True)
@@ -271,28 +280,8 @@ def _outcome(budget: BudgetConfig, estimate: _Estimate, unit: str) -> tuple[str,
     if estimate.reason:
         return INCONCLUSIVE, estimate.reason
     ends = " to ".join(format_figure(end, unit) for end in (low, high))
-    return INCONCLUSIVE, f"the interval, {ends}, crosses the limit; more samples narrow it"
-
-
-def paired_interval(now: Sequence[str], before: Sequence[str], *, difference: bool) -> tuple[float, float]:
-    """The 95 % interval of accuracy `now` minus, or over, accuracy `before`, of the mean over tasks.
-
-    Items are drawn, each with what both models made of it (Koehn 2004, "Statistical significance tests for machine
-    translation evaluation"; Efron and Tibshirani 1993, chapter 8): that an item is hard cancels.
-    """
-    rng = np.random.default_rng(0)
-    ours, theirs = np.zeros(_RESAMPLES), np.zeros(_RESAMPLES)
-    for task, same_task in zip(now, before, strict=True):
-        counts = Counter(zip(task, same_task, strict=True))
-        shares = [counts[cell] / len(task) for cell in _CELLS]
-        both, gained, lost, _ = rng.multinomial(len(task), shares, _RESAMPLES).T / len(task)
-        ours, theirs = ours + both + gained, theirs + both + lost
-    tail = (1 - CONFIDENCE) / 2
-    # If no right answer of the other model is drawn, half of one stands for the ratio's sake.
-    least = 0.5 / sum(map(len, now))
-    drawn = (ours - theirs) / len(now) if difference else ours / np.maximum(theirs, least)
-    low, high = np.quantile(drawn, [tail, 1 - tail], method="closest_observation")
-    return float(low), float(high)
+    more = _MORE.get(recorded_metric(budget.metric).source, "more samples")
+    return INCONCLUSIVE, f"the interval, {ends}, crosses the limit; {more} narrow it"
 
 
 def write_verdicts(
@@ -306,7 +295,7 @@ def write_verdicts(
     summary.md, which is appended to the file that GITHUB_STEP_SUMMARY names, too."""
     write_record(folder / FIGURES_FILE, figures)
     verdicts = judge_all(budgets, figures, baseline)
-    worst = min((verdict.outcome for verdict in verdicts), key=OUTCOMES.index, default=PASS)
+    worst = min((verdict.outcome for verdict in verdicts), key=OUTCOMES.index, default=UNJUDGED)
     where = baseline_file.name if baseline_file else None
     record = Verdicts(worst, figures.source, figures.source_sha256, where, verdicts)
     write_record(folder / VERDICTS_FILE, record)
@@ -346,8 +335,7 @@ def badge(found: Verdicts) -> str:
     """The outcome in one line, such as `budgets | 5 pass, 1 missed`."""
     counts = Counter(verdict.outcome for verdict in found.verdicts)
     parts = [f"{counts[outcome]} {outcome}" for outcome in reversed(OUTCOMES) if counts[outcome]]
-    outcome = found.outcome.upper() if found.verdicts else "NO BUDGETS"
-    return f"[{outcome}] {Path(found.source).name}: {', '.join(parts) or 'no budgets are set'}"
+    return f"[{found.outcome.upper()}] {Path(found.source).name}: {', '.join(parts) or NO_BUDGETS}"
 
 
 def verdict_rows(verdicts: Sequence[BudgetVerdict]) -> str:
@@ -357,7 +345,8 @@ def verdict_rows(verdicts: Sequence[BudgetVerdict]) -> str:
 def _junit_xml(found: Verdicts) -> str:
     """JUnit's XML: a missed budget is a failure, one that could not be decided is an error."""
     counts = Counter(verdict.outcome for verdict in found.verdicts)
-    numbers = {"tests": len(found.verdicts), "failures": counts[MISSED], "errors": counts[INCONCLUSIVE]}
+    numbers = {"tests": len(found.verdicts) or 1, "failures": counts[MISSED], "errors": counts[INCONCLUSIVE]}
+    numbers |= {} if found.verdicts else {"skipped": 1}
     attributes = {name: str(number) for name, number in numbers.items()}
     suites = ElementTree.Element("testsuites", {"name": "phoneready", **attributes})
     suite = ElementTree.SubElement(
@@ -375,6 +364,9 @@ def _junit_xml(found: Verdicts) -> str:
         said = _xml(f"{verdict.figure()}: {verdict.reason}")
         tag, more = elements[verdict.outcome]
         ElementTree.SubElement(case, tag, {"message": said, **more} if more else {}).text = said
+    if not found.verdicts:
+        case = ElementTree.SubElement(suite, "testcase", {"name": "budgets", "classname": "budgets"})
+        ElementTree.SubElement(case, "skipped", {"message": NO_BUDGETS})
     ElementTree.indent(suites)
     content: bytes = ElementTree.tostring(suites, encoding="utf-8", xml_declaration=True)
     return content.decode() + "\n"

@@ -20,21 +20,20 @@ from cfsp.records import read_record
 from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord
 from cfsp.units import format_bytes
 from exporters.export_record import ExportManifest, ExportRecord
-from phoneready.evaluation.evaluation_record import Evaluation
+from phoneready.evaluation.evaluation_record import Evaluation, ModelIdentity, degeneration_of
 from phoneready.evaluation.figures import evaluation_figures
 from phoneready.evaluation.measured_file import Standing, standing
+from phoneready.figures.bench_figures import bench_figures
 from phoneready.figures.figures import (
     CHECKPOINT,
     DENSE,
     ENERGY_OF,
     INCONCLUSIVE,
-    METRICS,
     SHIPPED,
     BudgetConfig,
     Figure,
     FigureKey,
     FigureSet,
-    measured_place,
     metric_of,
     select,
 )
@@ -47,6 +46,7 @@ from phoneready.release.steps import (
     RECOVERY_STAGE,
     SIDE_BY_SIDE_FILE,
     Answers,
+    Artifact,
     FileLosses,
     SideBySide,
     Steps,
@@ -60,9 +60,8 @@ from phoneready.release.steps import (
 from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.devices import Band, find_profile, load_profiles, project
 from runtime_bench.measuring.measure import with_more
-from runtime_bench.records.bench_record import DOES_NOT_FIT, BenchRecord, MeasuredOn
-from runtime_bench.records.compare import Samples, samples_of
-from runtime_bench.records.fairness import CAP_LIMIT, capped_at, energy, has_speed, noise
+from runtime_bench.records.bench_record import BenchRecord, MeasuredOn
+from runtime_bench.records.fairness import has_speed, noise
 from runtime_bench.records.jsonl import read_jsonl, write_jsonl
 from runtime_bench.targets import Target
 from runtime_bench.targets.table import open_target
@@ -133,8 +132,6 @@ def read_figures(config: ReleaseConfig, folder: Path) -> ReleaseFigures:
         records = [record for manifest in manifests for record in manifest.exports]
         # They call the files as the release does.
         exports[role] = tuple(replace(one, file=steps.artifact(role, one.quant).name) for one in records)
-    side_by_side = stage_folder(folder, "side-by-side") / SIDE_BY_SIDE_FILE
-    measured = (config.evaluate.text or config.evaluate.chats) and side_by_side.is_file()
     bench = [record for place in config.bench.targets for record in steps.bench_records(place)]
     return ReleaseFigures(
         source=read_checkpoint_info(stage_folder(folder, "dense") / "model").source,
@@ -144,7 +141,7 @@ def read_figures(config: ReleaseConfig, folder: Path) -> ReleaseFigures:
         shipped=exports[SHIPPED],
         answers=read_record(Answers, stage_folder(folder, "answers") / ANSWERS_FILE),
         bench=tuple(record for record in bench if not record.is_anchor),
-        losses=read_record(SideBySide, side_by_side).files if measured else (),
+        losses=steps.losses(),
     )
 
 
@@ -172,10 +169,11 @@ def stage_figures(folder: Path, name: str) -> str:
         evaluation = read_record(Evaluation, path)
         for text in evaluation.texts:
             of = f"{evaluation.model.reference} on {text.kind}"
-            if d := text.divergence:
-                parts.append(f"{of}: perplexity {d.perplexity_ratio:.3f} x dense, KL {d.kl_mean:.3f}")
-            elif text.bits_per_byte is not None and text.against_bits_per_byte is not None:
-                ratio = text.bits_per_byte / text.against_bits_per_byte
+            if text.against and text.distance:
+                ratio = text.perplexity / text.against.perplexity
+                parts.append(f"{of}: perplexity {ratio:.3f} x dense, KL {text.distance.kl_mean:.3f}")
+            elif text.against:
+                ratio = text.bits_per_byte / text.against.bits_per_byte
                 parts.append(f"{of}: bits per byte {ratio:.4f} x dense")
     return "; ".join(parts)
 
@@ -190,7 +188,9 @@ def collect_figures(config: ReleaseConfig, folder: Path, release: ReleaseFigures
         for role, record in exports
     ]
     for place in config.bench.targets:
-        figures += benchmark_figures(config, place, steps.bench_records(place), items)
+        figures += bench_figures(
+            place, steps.bench_records(place), items, any_threads=not config.bench.n_threads
+        )
     # What a GGUF file would need, and how fast it would be, on every device of the configuration.
     profiles, projected = load_profiles(), config.bench.measured(config.quantize.projected)
     for artifact in steps.artifacts() if config.bench.devices else ():
@@ -214,123 +214,35 @@ def collect_figures(config: ReleaseConfig, folder: Path, release: ReleaseFigures
                     figure = replace(figure, value=middle, low=band.low, high=band.high, failure=None)
                 figures.append(figure)
     figures += evaluation_figures(CHECKPOINT, CHECKPOINT, release.evaluation)
-    for item in config.evaluate.files:
-        judged = read_record(Evaluation, stage_folder(folder, "evaluate-files") / f"{item}.json")
-        figures += evaluation_figures(item, steps.artifact(SHIPPED, item).name, judged)
+    for artifact in (one for one in steps.artifacts() if one.role == SHIPPED):
+        figures += evaluation_figures(
+            artifact.item, artifact.name, _of_file(config, folder, release, artifact)
+        )
     return FigureSet(release.source.reference, release.source.sha256, config.seed, tuple(figures))
 
 
-def benchmark_figures(
-    config: ReleaseConfig, place: str, records: Sequence[BenchRecord], items: Mapping[str, tuple[str, str]]
-) -> Iterator[Figure]:
-    """What was measured at a place; `items` has the role and the quantization or variant of every file."""
-    rows: dict[tuple[str, int], list[BenchRecord]] = {}
-    anchors = {(record.test, record.n_threads): record for record in records if record.is_anchor}
-    for record in (record for record in records if not record.is_anchor):
-        role, item = items[record.model_filename]
-        rows.setdefault((record.model_filename, record.n_threads), []).append(record)
-        figure, problem = _unmeasured(config, place, record, role, item, record.test), None
-        if not figure.failure:
-            problem = samples_of(record, "it").problem
-        if figure.failure or problem or record.median_ns is None:
-            figure = replace(figure, failure=figure.failure or problem)
-        else:
-            n_tokens, ns = record.n_tokens, record.median_ns
-            figure = replace(
-                figure,
-                value=1e9 * n_tokens / ns if n_tokens else ns / 1e6,
-                samples=_samples(record, figure, _session(record, record.test)),
-                measured_on=record.measured_on,
-            )
-        if anchors:  # compared with other sessions, its samples stand for the machine
-            anchor = anchors[record.test, record.n_threads]
-            plain = {k: v for k, v in figure.conditions.items() if k not in ("processor", "clocks")}
-            figure = replace(figure, conditions=plain | {"anchor": str(anchor.anchor_sha256)})
-            if figure.samples is not None:
-                timed, failure = _samples(anchor, figure, str(figure.samples.session)), _unusable(anchor)
-                noise_, cpu_noise = failure or timed.noise, failure or timed.cpu_noise
-                problem, name = None if timed.times else noise_, f"the anchor of {figure.subject}"
-                timed = replace(timed, name=name, problem=problem, noise=noise_, cpu_noise=cpu_noise)
-                figure = replace(figure, anchor=timed)
-        yield figure
-        if ENERGY_OF + record.workload in METRICS and (account := energy(record)):
-            # Joules a token of a rate, of all that the meter sees.
-            figure = _unmeasured(config, place, record, role, item, ENERGY_OF + record.test)
-            figure.conditions["meter"] = account.meter
-            if account.joules is None or figure.failure:
-                yield replace(figure, failure=figure.failure or account.reason)
-                continue
-            times, j = account.of_processes, account.joules
-            session, rounds = _session(record, figure.key.metric), tuple(range(len(times)))
-            samples = Samples(figure.subject, times, rounds, session=session, noise=noise(record))
-            yield replace(figure, value=j.value, low=j.low, high=j.high, samples=samples)
-    for (name, _), group in rows.items():
-        # Of the workload that needs most: the most of any process, and the least and the most as an interval.
-        failed = [record for record in group if _unusable(record)]
-        unfit = [record for record in failed if str(record.failure).startswith(DOES_NOT_FIT)]
-        worst = next(iter((*unfit, *failed)), None) or max(group, key=lambda one: one.peak_rss_bytes or 0)
-        figure = _unmeasured(config, place, worst, *items[name], "peak_rss_bytes")
-        figure.conditions["workloads"] = ", ".join(sorted(record.test for record in group))
-        if (peaks := tuple(map(float, worst.peak_rss_samples_bytes))) and not failed:
-            samples = Samples(figure.subject, peaks, tuple(range(len(peaks))))
-            figure = replace(figure, value=max(peaks), samples=samples, low=min(peaks), high=max(peaks))
-        yield figure
-
-
-def _unmeasured(
-    config: ReleaseConfig, place: str, record: BenchRecord, role: str, item: str, metric: str
-) -> Figure:
-    """A figure of a benchmark record, without its value."""
-    threads = record.n_threads if config.bench.n_threads else None
-    conditions = {
-        "kind": record.kind,
-        "engine": record.engine,
-        "processor": str(record.cpu_info),
-        "warm-up": str(record.warmup),
-        "batches": f"{record.n_batch} and {record.n_ubatch} tokens",
-    }
-    if record.memory_limit_bytes is not None:
-        conditions["limit of memory"] = f"{record.memory_limit_bytes} bytes"
-    if threads is None:
-        conditions["threads"] = str(record.n_threads)
-    if metric == "load":
-        conditions["page cache"] = record.page_cache_state
-    if record.quantized_cache is not None:
-        conditions["key-value cache"] = record.quantized_cache
-    if config.bench.backend is not None:
-        conditions["backend"] = str(record.backends)
-    if metric != "peak_rss_bytes" and (cap := capped_at(record) or 1.0) < 1 - CAP_LIMIT:
-        conditions["clocks"] = f"capped at {cap:.0%}"
-    return Figure(
-        key=FigureKey(metric, item, measured_place(place), threads),
-        role=role,
-        subject=record.model_filename,
-        unit=metric_of(metric).unit,
-        value=None,
-        kind=record.kind,
-        target=record.target,
-        backends=record.backends,
-        failure=_unusable(record),
-        conditions=conditions,
+def _of_file(config: ReleaseConfig, folder: Path, release: ReleaseFigures, artifact: Artifact) -> Evaluation:
+    """A file that ships as three stages judged it: its texts, its answers, and if asked for tasks and own metrics."""
+    losses, asked = release.losses_of(artifact.name), release.answers
+    dense = next((one.file for one in release.dense if one.quant == artifact.item), "")
+    reasons = [asked.reasons[name] for name in (artifact.name, dense) if name]
+    path = stage_folder(folder, "evaluate-files") / f"{artifact.item}.json"
+    done = None
+    if config.evaluate.judges_files and artifact.item in config.evaluate.files:
+        done = read_record(Evaluation, path)
+    return Evaluation(
+        model=ModelIdentity(artifact.name),
+        against=ModelIdentity(release.source.reference),
+        seed=config.seed,
+        texts=losses.texts if losses else (),
+        prompts=asked.prompts,
+        answers=asked.answers[artifact.name],
+        against_answers=asked.answers.get(dense, ()),
+        degeneration=degeneration_of(asked.prompts, config.evaluate.max_new_tokens, *reasons),
+        tasks=done.tasks if done else (),
+        against_tasks=done.against_tasks if done else (),
+        metrics=done.metrics if done else (),
     )
-
-
-def _unusable(record: BenchRecord) -> str | None:
-    """Why nothing was measured of what was asked for."""
-    return record.failure or (f"{record.fallback} did not compute" if record.fallback else None)
-
-
-def _session(record: BenchRecord, metric: str) -> str:
-    """Rows of one name took turns: their samples may be compared pair by pair."""
-    return f"{record.session} {metric} {record.n_threads}"
-
-
-def _samples(record: BenchRecord, figure: Figure, session: str) -> Samples:
-    """Samples as they are judged: milliseconds, or of a rate seconds a token."""
-    found = samples_of(record, figure.subject)
-    unit = 1e9 * (record.n_tokens or 1e-3)
-    times, cpu_times = (tuple(ns / unit for ns in each) for each in (found.times, found.cpu_times))
-    return replace(found, times=times, cpu_times=cpu_times, session=session, problem=None, loaded=None)
 
 
 LOOKS = 5
@@ -444,7 +356,9 @@ def _limited(
     Dense and what ships take turns, and beside an anchor all files do.
     """
     config, items = steps.config, {a.name: (a.role, a.item) for a in steps.artifacts()}
-    figures = FigureSet("", None, 0, tuple(benchmark_figures(config, place, records, items)))
+    figures = FigureSet(
+        "", None, 0, tuple(bench_figures(place, records, items, any_threads=not config.bench.n_threads))
+    )
     ours = figures.by_key(SHIPPED)
     references = {"dense": figures.by_key(DENSE), "baseline": baseline.by_key(SHIPPED) if baseline else {}}
     for budget in budgets:

@@ -28,7 +28,6 @@ from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import spread_windows
 from cfsp.records import read_record, write_record
 from cfsp.text.calibration import Calibration, check_seqlen, read_windows, save_windows
-from cfsp.text.respelling import respelling
 from exporters.checkpoint_reader import read_config
 from exporters.export_record import ExportManifest
 from exporters.families import BASE, FAMILIES, ROUNDING, family_of, makes_gguf
@@ -36,12 +35,13 @@ from exporters.family import ExportOptions, MadeFile
 from exporters.gguf.architecture import choose_layout
 from exporters.job import MANIFEST_FILE, file_stem
 from exporters.recipe import Recipe
-from phoneready.evaluation.evaluation_record import ModelIdentity
+from phoneready.evaluation.evaluation_record import ModelIdentity, TextLoss
 from phoneready.evaluation.measured_file import MeasuredFile
 from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
 from phoneready.evaluation.run import (
     evaluate,
     measure_file,
+    reasons_of,
     text_windows,
 )
 from phoneready.evaluation.settings import EvaluationSettings
@@ -116,18 +116,22 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class Answers:
-    """Greedy answers of exports by their names, each in its own runtime, in the chat template if the model has one."""
+    """Greedy answers of exports by their names, each in its own runtime, in the chat template if the model has one; why
+    each is degenerate, None for a good one."""
 
     KIND: ClassVar[str] = "answers"
-    SCHEMA_VERSION: ClassVar[int] = 1
+    SCHEMA_VERSION: ClassVar[int] = 2
 
     prompts: tuple[str, ...]
     answers: dict[str, tuple[str, ...]]
+    reasons: dict[str, tuple[str | None, ...]]
 
     def __post_init__(self) -> None:
         if not self.prompts:
             raise InputError("empty", field="prompts")
-        for file, answers in self.answers.items():
+        if self.answers.keys() != self.reasons.keys():
+            raise InputError("answers and reasons are of other files", field="answers")
+        for file, answers in (*self.answers.items(), *self.reasons.items()):
             if len(answers) != len(self.prompts):
                 told = f"{len(answers)} answers to {len(self.prompts)} prompts"
                 raise InputError(told, field=f"answers, {file}")
@@ -297,11 +301,7 @@ class Steps:
         dense, pruned = RememberedModel(self._load("dense", progress)), self.checkpoint(self.final)
         tokenizers = {DENSE: dense.tokenizer, SHIPPED: load_tokenizer(pruned)}
         judged = self._judged_on
-        spelling = respelling(*tokenizers.values())
-        texts = [
-            (kind, spelling.shortened(text_windows(one, dense, judged, progress, WRITERS)))
-            for kind, one in judged.sources
-        ]
+        texts = [(kind, text_windows(one, dense, judged, progress, WRITERS)) for kind, one in judged.sources]
         files = []
         for artifact in self.artifacts():
             tokenizer = tokenizers[artifact.role]
@@ -313,14 +313,21 @@ class Steps:
         write_record(output / SIDE_BY_SIDE_FILE, SideBySide(tuple(files)))
 
     def evaluate_files(self, output: Path, progress: Progress) -> None:
-        """Files that ship in their own runtime, against the dense checkpoint."""
-        dense = self._load("dense", progress)
+        """Tasks and own metrics of files that ship, in their own runtime; `side_by_side` has their texts."""
+        dense, losses = self._load("dense", progress), self.losses()
         opening = OpenSettings(self.config.evaluate.seqlen, threads=self.threads)
         for item in self.config.evaluate.files:
             artifact = self.artifact(SHIPPED, item)
+            known = next((one.texts for one in losses if one.file == artifact.name), ())
             root = str(artifact.root)
             with open_language_model(root, runtime_for(root), opening, progress=progress) as model:
-                self._judge(model, dense, artifact.name, output / f"{item}.json", progress)
+                self._judge(model, dense, artifact.name, output / f"{item}.json", progress, known)
+
+    def losses(self) -> tuple[FileLosses, ...]:
+        """What every file loses, if a text was named."""
+        path = stage_folder(self.folder, "side-by-side") / SIDE_BY_SIDE_FILE
+        named = self.config.evaluate.text or self.config.evaluate.chats
+        return read_record(SideBySide, path).files if named else ()
 
     @property
     def _judged_on(self) -> EvaluationSettings:
@@ -328,10 +335,17 @@ class Steps:
         return self.config.evaluate.settings(self.config.seed + 1, self.prompts)
 
     def _judge(
-        self, model: LanguageModel, dense: LoadedModel, name: str, path: Path, progress: Progress
+        self,
+        model: LanguageModel,
+        dense: LoadedModel,
+        name: str,
+        path: Path,
+        progress: Progress,
+        known: tuple[TextLoss, ...] | None = None,
     ) -> None:
+        settings = self._judged_on if known is None else replace(self._judged_on, prompts=())
         result = evaluate(
-            model, TorchLanguageModel(dense), self._judged_on, writers=WRITERS, progress=progress
+            model, TorchLanguageModel(dense), settings, writers=WRITERS, known=known, progress=progress
         )
         against = ModelIdentity(dense.source.reference, sha256=dense.source.sha256)
         named = ModelIdentity(name, result.model.runtime)
@@ -388,15 +402,19 @@ class Steps:
 
     def answers(self, output: Path, progress: Progress) -> None:
         path, longest = output / ANSWERS_FILE, self.config.evaluate.max_new_tokens
-        before = read_record(Answers, path).answers if path.is_file() else {}
+        before = read_record(Answers, path) if path.is_file() else Answers(self.prompts, {}, {})
         artifacts = self.artifacts()
-        answers = {one.name: before[one.name] for one in artifacts if one.name in before}
-        for artifact in (one for one in artifacts if one.name not in before):
+        kept = [one.name for one in artifacts if one.name in before.answers]
+        answers = {name: before.answers[name] for name in kept}
+        reasons = {name: before.reasons[name] for name in kept}
+        for artifact in (one for one in artifacts if one.name not in kept):
             family, root = family_of(artifact.item), str(artifact.root)
             with contextlib.closing(family.open_model(root, _ANSWER_CONTEXT, self.threads, None)) as model:
-                answers[artifact.name] = tuple(answer(model, self.prompts, max_new_tokens=longest))
+                said = tuple(answer(model, self.prompts, max_new_tokens=longest))
+                answers[artifact.name] = said
+                reasons[artifact.name] = reasons_of(said, self.prompts, model.tokenizer)
             progress("asking the files", len(answers), len(artifacts))
-        write_record(path, Answers(self.prompts, answers))
+        write_record(path, Answers(self.prompts, answers, reasons))
 
     def bench(
         self,

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, TypeAlias
 from cfsp.pruning.plan import PruningPlan
 from cfsp.units import format_bytes, megabytes
 from exporters.export_record import ExportRecord
-from phoneready.evaluation.evaluation_record import TextResult
-from phoneready.evaluation.measured_file import DOMINATED, excess
+from phoneready.evaluation.evaluation_record import TextLoss
+from phoneready.evaluation.measured_file import DOMINATED, choose_and_test
 from phoneready.evaluation.tables import (
     WHAT_STANDINGS_MEAN,
     figure_tables,
@@ -28,6 +28,7 @@ from phoneready.figures.figures import (
     BudgetVerdict,
     Verdicts,
 )
+from phoneready.figures.gate import NO_BUDGETS
 from phoneready.release.results import ReleaseFigures
 from phoneready.release.steps import FileLosses
 from phoneready.report import plots
@@ -36,7 +37,16 @@ from runtime_bench.devices import Band, DeviceProfile, ModelFacts, project
 from runtime_bench.presentation.comparison_table import NOT_COMPARABLE, speeds_text
 from runtime_bench.presentation.record_table import energy_text, speed_text
 from runtime_bench.presentation.table import Column, Markdown, Table, escape_markdown, table_of_cells, visible
-from runtime_bench.records.compare import BenchGroup, Comparison, Incomparable, bench_groups, compare_records
+from runtime_bench.records.compare import (
+    BETTER,
+    NO_DIFFERENCE,
+    WORSE,
+    BenchGroup,
+    Comparison,
+    Incomparable,
+    bench_groups,
+    compare_records,
+)
 from runtime_bench.records.fairness import DISTURBED, THROTTLED, energy, fairness, note_of, unfair
 from runtime_bench.records.summary import CONFIDENCE
 
@@ -85,7 +95,7 @@ def render_page(report: ReportInput) -> str:
     verdicts = report.verdicts.verdicts if report.verdicts else ()
     made = plots.make_plots(figures, groups) if plotly else []
     pattern = plots.pattern_plot(figures.plan) if plotly and figures.plan else None
-    outcome = Mark("no budgets set", "even")
+    outcome = Mark(NO_BUDGETS, "even")
     if verdicts:
         outcome = Mark(f"all {len(verdicts)} budgets met" if verdicts[1:] else "the budget is met", "good")
     for bad in (INCONCLUSIVE, MISSED):
@@ -154,6 +164,14 @@ def _contents(report: ReportInput) -> dict[str, Any]:
 
 # Sentences.
 
+_WORTH = {
+    BETTER: "is better than",
+    WORSE: "is worse than",
+    NO_DIFFERENCE: "is as good as",
+    INCONCLUSIVE: "against",
+}
+"""What a file is beside another one, by its judgement; as good means that the interval lies within 3 %."""
+
 
 def headline(figures: ReleaseFigures) -> str:
     """What the first file is worth, in one sentence: against the best dense one that is no larger, or the model."""
@@ -175,16 +193,18 @@ def headline(figures: ReleaseFigures) -> str:
         and other.family == one.family
         and other.file_bytes <= 1.005 * one.file_bytes
     ]
-    rival = min(rivals, key=lambda other: other.bits_per_byte, default=figures.losses_of(dense.file))
+    rival = figures.losses_of(dense.file)
     said = [f"{at} is {1 - pruned.file_bytes / dense.file_bytes:.0%} smaller than the dense one"]
-    if one and rival:
-        found, more = excess(one, rival), one.bits_per_byte / rival.bits_per_byte - 1
-        sure = found.high is not None and found.low is not None and (found.high < 0 or found.low > 0)
+    if one and (beside := rivals or [other for other in (rival,) if other]):
+        tested = choose_and_test(beside, [one])
+        assert tested is not None
+        rival, found = figures.losses_of(tested.first), tested.found
+        more = (found.value or 1.0) - 1
         bits = f"{abs(more):.1%} {'fewer' if more < 0 else 'more'} bits per byte"
-        worth = ("better than" if more < 0 else "worse than") if sure else "as good as"
-        if rivals:
-            said = [f"{at} is {worth} the {rival.label} file ({megabytes(rival.file_bytes)})"]
-        said = [f"{said[0]}: {bits}", *([] if sure else ["within the noise"])]
+        if rivals and rival:
+            named = f"the {rival.label} file ({megabytes(rival.file_bytes)})"
+            said = [f"{at} {_WORTH[found.verdict]} {named}"]
+        said = [f"{said[0]}: {bits}", *([INCONCLUSIVE] if found.verdict == INCONCLUSIVE else [])]
     for group in bench_groups(figures.bench)[:1]:
         tests = [key for key in group.main_tests() if key[0].startswith("tg")] or group.main_tests()
         for test in tests[:1]:
@@ -205,13 +225,16 @@ def details(figures: ReleaseFigures) -> str:
         else ["nothing removed or trained: the model itself, quantized"]
     )
     for text in figures.evaluation.texts:
-        if d := text.divergence:
+        if text.against is None:
+            continue
+        if text.distance:
             parts.append(
-                f"on {text.kind} the checkpoint's perplexity is {d.perplexity_ratio:.3f} times the dense model's "
-                f"and the first choice is the same for {d.same_top1:.1%} of the tokens"
+                f"on {text.kind} the checkpoint's perplexity is {text.perplexity / text.against.perplexity:.3f} "
+                "times the dense model's "
+                f"and the first choice is the same for {text.distance.same_top1:.1%} of the tokens"
             )
-        elif text.bits_per_byte and text.against_bits_per_byte:
-            ratio = text.bits_per_byte / text.against_bits_per_byte
+        else:
+            ratio = text.bits_per_byte / text.against.bits_per_byte
             parts.append(
                 f"on {text.kind} the checkpoint's bits per byte are {ratio:.4f} times the dense model's"
             )
@@ -383,7 +406,7 @@ def _ratio_row(name: str, dense: float, pruned: float, show: Callable[[Any], str
     return (name, show(dense), show(pruned), f"{pruned / dense:.3f}")
 
 
-def quality_table(figures: ReleaseFigures) -> Table[TextResult]:
+def quality_table(figures: ReleaseFigures) -> Table[TextLoss]:
     """What ships, before quantization, against the dense model if that is another one."""
     of = figures.evaluation
     return text_table(of, _sides(figures), lambda one: f"{one.kind}: {text_name(one.source, of.seed)}")

@@ -13,11 +13,11 @@ from cfsp.units import format_bytes, megabytes
 from cfsp.validation import Seed, Share
 from phoneready.evaluation.measured_file import (
     DOMINATED,
-    Excess,
     MeasuredFile,
     Standing,
+    Tested,
     choose,
-    excess,
+    choose_and_test,
     telling_sizes,
 )
 from phoneready.evaluation.tables import WHAT_STANDINGS_MEAN, loss_columns, measured_on, standing_column
@@ -26,6 +26,7 @@ from phoneready.report.plots import BITS, DARK, Axis, loss_figure, plotly_script
 from phoneready.search.point import Held, Point
 from phoneready.settings.schema import RecoverConfig
 from runtime_bench.presentation.table import Column, Table, escape_markdown
+from runtime_bench.records.compare import BETTER, NO_DIFFERENCE, WORSE
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class EvaluatedPoint(MeasuredFile):
     `shortcoming` what is wrong with its training."""
 
     KIND: ClassVar[str] = "search-point"
-    SCHEMA_VERSION: ClassVar[int] = 1
+    SCHEMA_VERSION: ClassVar[int] = 2
 
     point: Point
     sha256: str
@@ -84,7 +85,7 @@ class SearchRecord:
     that are no larger; the best within all limits, and the dense model's best; what was not made or failed, and why."""
 
     KIND: ClassVar[str] = "search"
-    SCHEMA_VERSION: ClassVar[int] = 2
+    SCHEMA_VERSION: ClassVar[int] = 3
 
     source: str
     source_sha256: str | None
@@ -184,28 +185,20 @@ def sentences(found: SearchRecord) -> Iterator[str]:
         yield f"The best file within {limits} is {_named(best)}."
         if best.is_dense:
             tried = any(not one.is_dense for one in found.points)
-            yield "Pruning did not pay: no pruned file is better." if tried else "Nothing was pruned."
+            yield "No pruned file within it loses less." if tried else "Nothing was pruned."
         elif dense is None:
             yield "Pruning paid: no quantization of the dense model is within the limits."
-        elif (more := excess(dense, best)).low is not None and more.low > 0:
-            fewer = 1 - best.bits_per_byte / dense.bits_per_byte
-            yield (
-                f"Pruning paid: it has {fewer:.1%} fewer bits per byte than the best dense file, "
-                f"{_named(dense)}, which loses {_lost(more)} more."
-            )
         else:
-            saved = dense.file_bytes - best.file_bytes
-            size = f", and {megabytes(saved)} larger" if saved > 0 else ""
-            yield f"The best dense file, {_named(dense)}, is as good within the noise{size}."
+            yield _of_pruning(found, choose_and_test(*_within(found)))
     for choice in () if found.limits else (choose(found.points, n) for n in telling_sizes(found.points)):
         one, other = found.find(choice.best), found.find(choice.dense)
         if one is not None:
             rest = (
                 "nothing pruned is better there."
                 if one is other
-                else f"quantizing the dense model to that, {_named(other)}, loses {_lost(choice.excess)} more."
-                if other is not None and choice.excess is not None
                 else "no quantization of the dense model gets there."
+                if other is None
+                else _of_pruning(found, choice.tested)
             )
             yield f"- At {megabytes(choice.at_bytes)} the best file is {_named(one)}: {rest}"
     files = {one.file: one for one in found.points}
@@ -227,10 +220,31 @@ def _named(one: EvaluatedPoint) -> str:
     )
 
 
-def _lost(more: Excess) -> str:
-    if more.low is None or more.high is None:
-        return f"{more.bits:.4f} bits a byte"
-    return f"{more.bits:.4f} ({more.low:.4f} to {more.high:.4f}) bits a byte"
+def _within(found: SearchRecord) -> tuple[list[EvaluatedPoint], list[EvaluatedPoint]]:
+    """Dense and pruned files within all limits."""
+    pairs = zip(found.points, found.held, strict=True)
+    fitting = [one for one, held in pairs if outcome_of(held) == PASS]
+    return [one for one in fitting if one.is_dense], [one for one in fitting if not one.is_dense]
+
+
+_PAID = {
+    BETTER: "Pruning paid",
+    WORSE: "Pruning did not pay",
+    NO_DIFFERENCE: "Pruning makes no difference",
+    INCONCLUSIVE: "Whether pruning paid is inconclusive",
+}
+
+
+def _of_pruning(found: SearchRecord, tested: Tested | None) -> str:
+    """Whether pruning paid, of files that were chosen on other windows than those that it is told from."""
+    one, other = (found.find(file) for file in (tested.first, tested.second)) if tested else (None, None)
+    if tested is None or one is None or other is None:
+        return "Nothing was compared."
+    by = tested.found
+    share = f"{100 * ((by.value or 1) - 1):+.1f} %"
+    if by.low is not None and by.high is not None:
+        share += f" ({100 * (by.low - 1):+.1f} to {100 * (by.high - 1):+.1f} %)"
+    return f"{_PAID[by.verdict]}: {_named(other)} has {share} bits per byte against {_named(one)}."
 
 
 _SIZE = Axis("file size, MB", lambda one: one.file_bytes / 1e6)

@@ -22,7 +22,7 @@ from cfsp.recovery.data import check_readable
 from cfsp.text.settings import BUILTIN_TEXT
 from cfsp.units import megabytes
 from exporters.families import GGUF
-from phoneready.evaluation.measured_file import FRONTIER, UNDECIDED, standing
+from phoneready.evaluation.measured_file import DOMINATED, standing
 from phoneready.evaluation.run import check_texts
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.figures import INCONCLUSIVE, MISSED, PASS
@@ -185,7 +185,7 @@ class _Run:
         dense = min((one for one in within if one.is_dense), key=objective, default=None) if limited else None
         wanted = {best.file} if best else set()
         if not limited:
-            wanted = {one.file for one in standings if one.verdict in (FRONTIER, UNDECIDED)}
+            wanted = {one.file for one in standings if one.verdict != DOMINATED}
         for one in points:
             path = self.folder / one.file
             if one.file not in wanted or (last and path.is_file() and sha256_file(path) != one.sha256):

@@ -309,16 +309,16 @@ def planned_figures(config: ReleaseConfig) -> Iterator[FigureKey]:
         for item in bench.measured(config.quantize.projected):
             yield from (FigureKey(metric, item, device) for metric in metrics_from(PROJECTION))
     texts = [text_name(kind, one) for kind in ("text", "chats") for one in getattr(evaluate, kind)]
-    for item in (CHECKPOINT, *evaluate.files):
+    for item in (CHECKPOINT, *config.quantize.names):
         for name in texts:
             alone = item == CHECKPOINT and config.is_whole  # nothing to diverge from
             metrics = [one for one in metrics_from(TEXT) if METRICS[one].against_dense or not alone]
             yield from (FigureKey(metric, item, on=name) for metric in metrics)
-        if evaluate.tasks:
-            yield FigureKey("accuracy", item)
-            yield FigureKey("mean_accuracy", item)
         yield FigureKey("degenerate", item)
-        yield from (FigureKey(name + ANY_MEMBER, item) for name in evaluate.metrics)
+        if item == CHECKPOINT or item in evaluate.files:
+            tasks = ("accuracy", "mean_accuracy") if evaluate.tasks else ()
+            own = [name + ANY_MEMBER for name in evaluate.metrics]
+            yield from (FigureKey(metric, item) for metric in (*tasks, *own))
 
 
 def budget_problems(config: ReleaseConfig) -> Iterator[_Problem]:
@@ -332,6 +332,12 @@ def budget_problems(config: ReleaseConfig) -> Iterator[_Problem]:
         if not candidates:
             known = ", ".join(dict.fromkeys(key.metric for key in keys))
             yield (*place, "metric"), f"{budget.metric} is not measured here; allowed: {known}"
+            continue
+        if not budget.files and all(key.item == CHECKPOINT for key in candidates):
+            yield (
+                (*place, "files"),
+                f'no file has {budget.metric} here; allowed: files = ["{CHECKPOINT}"], or files in evaluate.files',
+            )
             continue
         fitting = True
         for field, names in SELECTORS.items():
@@ -348,7 +354,7 @@ def budget_problems(config: ReleaseConfig) -> Iterator[_Problem]:
             alone = {
                 key.item
                 for key in chosen
-                if key.place or key.item == CHECKPOINT or key.metric == "file_bytes"
+                if key.place or key.item == CHECKPOINT or key.metric in ("file_bytes", "degenerate")
             }
             if alone:
                 message = "nothing is removed or trained, so no dense model is beside what ships"

@@ -115,9 +115,14 @@ class EvaluateConfig(JudgementSettings):
     )
     files: tuple[str, ...] = setting(
         (),
-        'Exports that are judged in their own runtime, too, such as "Q4_0".',
+        'Files that do tasks and own metrics, too, such as "Q4_0"; all are measured on texts and asked.',
         look_up=lambda name: find_format(name).name,
     )
+
+    @property
+    def judges_files(self) -> bool:
+        """Whether a file does tasks or own metrics."""
+        return bool(self.files and (self.tasks or self.metrics))
 
     def settings(self, seed: int, prompts: tuple[str, ...]) -> EvaluationSettings:
         """For phoneready.evaluation, with the questions to ask."""

@@ -51,13 +51,12 @@ def gate_text(model: str, max_size: int | None = None, max_kl: float | None = No
         f"[model]\nreference = {_toml(model)}\n\n"
         "[prune]\nprune_ratio = 0.0           # nothing goes; text like yours in place of `self` loses less\n"
         'calibration = ["self"]\nnsamples = 32\nseqlen = 512\n\n'
-        f'[evaluate]\nfiles = ["{quant}"]      # on built-in text and on chats that the model writes\n\n'
         f'[quantize]\nto = ["{quant}"]\n'
     )
     limits = {"file_bytes": max_size, "kl_mean": max_kl}
     for metric, limit in limits.items():
         if limit is not None:
-            text += f'\n[[budgets]]\nmetric = "{metric}"\nfiles = ["{quant}"]\nat_most = {limit}\n'
+            text += f'\n[[budgets]]\nmetric = "{metric}"\nat_most = {limit}\n'
     return text
 
 

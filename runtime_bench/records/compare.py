@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from cfsp.errors import InputError
 from cfsp.settings import SEED, Settings, check_settings, setting
@@ -25,6 +25,7 @@ from runtime_bench.records.fairness import (
     has_speed,
 )
 from runtime_bench.records.fairness import noise as noise_of
+from runtime_bench.records.pairs import Items, Windows, compare_items, compare_windows
 from runtime_bench.records.summary import (
     CONFIDENCE,
     RESAMPLES,
@@ -183,6 +184,68 @@ def judge(
     )
 
 
+INCONCLUSIVE, TOO_NOISY = "inconclusive", "too noisy to tell"
+BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no difference"
+THRESHOLD = 0.03
+"""Relative change that counts as a difference."""
+
+
+def verdict_of(low: float, high: float, up: float, down: float) -> str:
+    """What an interval says of something that is better the more it is.
+
+    BETTER if all of it is above `up`, WORSE if below `down`, NO_DIFFERENCE if all of it is between, else INCONCLUSIVE.
+    """
+    if low > up:
+        return BETTER
+    if high < down:
+        return WORSE
+    return NO_DIFFERENCE if low >= down and high <= up else INCONCLUSIVE
+
+
+class PairJudgement(NamedTuple):
+    """Ratio or difference of two models on the same windows or items, its interval, and what `verdict_of` that says."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    verdict: str
+    reason: str | None = None
+
+
+def judge_pairs(
+    base: Windows | Items,
+    new: Windows | Items,
+    *,
+    higher_is_better: bool = False,
+    difference: bool = False,
+    threshold: float = THRESHOLD,
+) -> PairJudgement:
+    """`new` over `base`, or minus it, on the same windows of text or items of tasks.
+
+    A change beyond the threshold counts, of a ratio a relative one.
+    """
+    if isinstance(base, Windows) and isinstance(new, Windows):
+        found = compare_windows(base, new, difference=difference)
+    else:
+        assert not isinstance(base, Windows)
+        assert not isinstance(new, Windows)
+        found = compare_items(base, new, difference=difference)
+    if found is None:
+        return PairJudgement(None, None, None, INCONCLUSIVE, "no ratio of a figure that is 0")
+    if found.low is None or found.high is None:
+        return PairJudgement(*found, INCONCLUSIVE, "one window says nothing of its noise")
+    low, high = (found.low, found.high) if higher_is_better else (-found.high, -found.low)
+    if difference:
+        verdict = verdict_of(low, high, threshold, -threshold)
+    elif higher_is_better:
+        verdict = verdict_of(low, high, 1 + threshold, 1 / (1 + threshold))
+    else:
+        verdict = verdict_of(low, high, -1 / (1 + threshold), -1 - threshold)
+    return PairJudgement(
+        *found, verdict, "the interval crosses the threshold" if verdict == INCONCLUSIVE else None
+    )
+
+
 _RATES = ("tg", "pp", "ttft")
 """Workloads in the order in which they say most about a chat on a phone."""
 
@@ -257,8 +320,8 @@ def bench_groups(records: Sequence[BenchRecord]) -> list[BenchGroup]:
     return [BenchGroup(*key, tuple(groups[key])) for key in ordered]
 
 
-INCONCLUSIVE, TOO_NOISY = "inconclusive", "too noisy to tell"
-VERDICTS = ("faster", "slower", "no difference", INCONCLUSIVE, TOO_NOISY)
+VERDICTS = ("faster", "slower", NO_DIFFERENCE, INCONCLUSIVE, TOO_NOISY)
+_OF_SPEED = {BETTER: "faster", WORSE: "slower"}
 
 _COMPARABLE = (
     "kind",
@@ -288,7 +351,7 @@ _Row = tuple[str, str, str, str | None, str, int]
 class ComparisonSettings(Settings):
     """What counts as a difference, and how sure its interval is."""
 
-    threshold: float = setting(0.03, "Relative change that counts as a difference.", ge=0, lt=1)
+    threshold: float = setting(THRESHOLD, "Relative change that counts as a difference.", ge=0, lt=1)
     confidence: float = setting(CONFIDENCE, "Confidence of the interval.", ge=0.5, lt=1, rare=True)
     seed: int = setting(0, SEED, rare=True)
 
@@ -434,14 +497,9 @@ def compare_records(
     verdict, reason = INCONCLUSIVE if found.problem else TOO_NOISY, found.problem or found.noise
     up, interval = 1 + settings.threshold, found.interval
     if reason is None:
-        if interval and interval.low > up:
-            verdict = "faster"
-        elif interval and interval.high < 1 / up:
-            verdict = "slower"
-        elif interval and interval.low >= 1 / up and interval.high <= up:
-            verdict = "no difference"
-        else:
-            verdict, reason = INCONCLUSIVE, "the interval crosses the threshold"
+        verdict = verdict_of(interval.low, interval.high, up, 1 / up) if interval else INCONCLUSIVE
+        verdict = _OF_SPEED.get(verdict, verdict)
+        reason = "the interval crosses the threshold" if verdict == INCONCLUSIVE else None
     medians, shown = found.medians, found.shown
     return Comparison(
         kind=base.kind,

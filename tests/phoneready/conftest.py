@@ -14,14 +14,13 @@ from typing import Any
 
 import pytest
 
-from cfsp.evaluation.loss import Divergence
+from cfsp.evaluation.loss import Distance
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import ModelSource
 from cfsp.pruning.plan import BlockPlan, PruningPlan
 from cfsp.pruning.settings import PruneSettings
 from exporters.export_record import ExportRecord, ParityReport
-from phoneready.evaluation.evaluation_record import Degeneration, Evaluation, ModelIdentity, TextResult
-from phoneready.evaluation.measured_file import MeasuredText
+from phoneready.evaluation.evaluation_record import Degeneration, Evaluation, ModelIdentity, TextLoss
 from phoneready.figures.figures import BudgetVerdict, Verdicts
 from phoneready.main import main
 from phoneready.release.results import ReleaseFigures
@@ -256,7 +255,9 @@ def _figures(name: str, make_record: Callable[..., BenchRecord]) -> ReleaseFigur
         evaluation=_evaluation(name),
         dense=dense,
         shipped=shipped,
-        answers=Answers((name,), {file: (f"{file} answers {name}",) for file in files}),
+        answers=Answers(
+            (name,), {file: (f"{file} answers {name}",) for file in files}, dict.fromkeys(files, (None,))
+        ),
         bench=tuple(_records(files, name, make_record)),
         losses=tuple(_losses(name, role, record) for (role, _), record in exports.items()),
     )
@@ -267,7 +268,8 @@ def _losses(name: str, role: str, record: ExportRecord) -> FileLosses:
     bits = {"dense": 0.9, "shipped": 1.0}[role] + {"Q8_0": 0.0, "Q4_0": 0.02}[record.quant]
     sizes = (200, 220)
     nats = tuple(math.log(2) * bits * size for size in sizes)
-    text = MeasuredText("text", name, 64, "f" * 64, 126, sizes, nats, nats, 0.1, 0.9)
+    distance = Distance((6.3, 6.3), (63, 63), (57, 57), 0.05, 1.0, 2.0)
+    text = TextLoss("text", name, 64, "f" * 64, sizes, (63, 63), nats, (63, 63), nats, distance)
     return FileLosses(record.file, record.file_bytes, (text,), role, record.quant)
 
 
@@ -296,13 +298,15 @@ def _plan(name: str) -> PruningPlan:
 
 
 def _evaluation(name: str) -> Evaluation:
-    d = Divergence(0.1, 0.05, 1.0, 2.0, 0.8, 9.0, 13.0, 15.0, 15 / 13, 1024, name, 64, "ef" * 32)
+    tokens = (512, 512)
+    nats, dense = ((512 * math.log(perplexity),) * 2 for perplexity in (15, 13))
+    distance = Distance((51.2, 51.2), tokens, (410, 410), 0.05, 1.0, 2.0)
     flags = Degeneration("0", 64, 1.0, (name,), 0.0, (None,))
     return Evaluation(
         ModelIdentity("pruned"),
         ModelIdentity(name),
         1,
-        (TextResult("text", name, 64, 1024, "ef" * 32, 15.0, d),),
+        (TextLoss("text", name, 64, "ef" * 32, (2000, 2000), tokens, nats, tokens, dense, distance),),
         (name,),
         (f"pruned answers {name}",),
         (f"dense answers {name}",),

@@ -44,21 +44,26 @@ def gguf(tiny_gguf: TinyPath) -> str:
     return str(tiny_gguf())
 
 
+def figures_of(result: Any, role: str = "shipped") -> dict[str, float]:
+    return {one["key"]["metric"]: one["value"] for one in result["figures"] if one["role"] == role}
+
+
 def test_a_file_is_judged_in_its_own_runtime(dense: str, gguf: str, dense_onnx: str, shown: Shown) -> None:
     runs = ([dense], [gguf], [gguf, "--runtime", "torch"], [dense_onnx], [f"{dense_onnx}/onnx/model.onnx"])
     results = [shown("eval", *arguments, *SIZES) for arguments in runs]
     runtimes = [r["model"]["runtime"] for r in results]
     assert runtimes == ["torch", "llama.cpp", "torch", "onnxruntime", "onnxruntime"]
-    torch_figures, llama_figures, dequantized, *onnx_figures = (r["texts"][0] for r in results)
-    for exported in (llama_figures, *onnx_figures):
-        assert exported["perplexity"] == pytest.approx(torch_figures["perplexity"], rel=1e-4)
-    assert dequantized["perplexity"] == pytest.approx(torch_figures["perplexity"], rel=1e-5)
-    assert llama_figures["windows_sha256"] == torch_figures["windows_sha256"]
+    torch_text, llama_text, dequantized, *onnx_texts = (r["texts"][0] for r in results)
+    for exported in (llama_text, *onnx_texts):
+        assert exported["nats"] == pytest.approx(torch_text["nats"], rel=1e-4)
+    assert dequantized["nats"] == pytest.approx(torch_text["nats"], rel=1e-5)
+    assert llama_text["windows_sha256"] == torch_text["windows_sha256"]
     assert results[0]["answers"] == results[1]["answers"] == results[3]["answers"]
-    beside = shown("eval", gguf, "--against", dense, *TEXT)["texts"][0]
-    found = beside["divergence"]
+    result = shown("eval", gguf, "--against", dense, *TEXT)
+    found = result["texts"][0]["distance"]
     assert 0 <= found["kl_median"] <= found["kl_p99"] <= found["kl_p99_9"] < 1e-6
-    assert (found["same_top1"], found["perplexity_ratio"]) == (1, pytest.approx(1, abs=1e-4))
+    shares = figures_of(result)
+    assert (shares["same_top1"], shares["perplexity_ratio"]) == (1, pytest.approx(1, abs=1e-4))
 
 
 def test_a_cache_of_few_bits_is_held_against_the_file_with_floats(
@@ -75,8 +80,8 @@ def test_a_cache_of_few_bits_is_held_against_the_file_with_floats(
             continue
         assert (result["against"]["reference"], result["against"]["cache_type"]) == (file, "f16")
         (text,) = result["texts"]
-        assert text["bits_per_byte"] != text["against_bits_per_byte"]
-        kl[cache] = text["divergence"]["kl_mean"]
+        assert text["nats"] != text["against_nats"]
+        kl[cache] = figures_of(result)["kl_mean"]
     assert 0 < kl["q8_0"] < kl["q4_0"]
     assert "cache_type" not in shown("eval", file, *TEXT)["model"]
     assert main(["eval", file, "--set", "cache_type=q4_0", *TEXT]) == 0
@@ -172,8 +177,9 @@ def test_the_gate(
     assert rows["kl_mean, text builtin:python-docs"]["limit"] == "at most 0.01 nats above baseline"
 
     record = json.loads(saved.read_text(encoding="utf-8"))
-    record["texts"][0]["perplexity"] /= 1.1
-    record["texts"][0]["divergence"]["kl_mean"] -= 0.05
+    (text,) = record["texts"]
+    text["nats"] = [nats - 31 * math.log(1.1) for nats in text["nats"]]
+    text["distance"]["kl"] = [kl - 31 * 0.05 for kl in text["distance"]["kl"]]
     changed.write_text(json.dumps(record), encoding="utf-8")
     asked = [*asked, "--baseline", str(changed)]
     capsys.readouterr()
@@ -195,7 +201,7 @@ def test_the_gate(
         "piqa": lambda r: r.update(tasks=[TASK]),
         "max_new_tokens": lambda r: r["degeneration"].update(max_new_tokens=128),
         "schema_version": lambda r: r.update(schema_version=1),
-        "texts[0].perplexity: Input should be greater than 0": lambda r: r["texts"][0].update(perplexity=0.0),
+        "texts: not one number for each window": lambda r: r["texts"][0].update(nats=[1.0]),
     }
     for reason, change in changes.items():
         record = json.loads(saved.read_text(encoding="utf-8"))
@@ -243,21 +249,22 @@ def test_models_of_two_vocabularies_are_judged_on_the_same_text(
     judged = shown("eval", trimmed, "--against", dense, *TEXT)
     assert judged["vocabularies"] == {"tokens": 300, "against_tokens": 384, "is_part": True}
     found, whole = judged["texts"][0], shown("eval", dense, *TEXT)["texts"][0]
-    assert found["n_bytes"] <= whole["n_bytes"], "a window ends where the other has enough tokens"
-    assert found["against_bits_per_byte"] == pytest.approx(whole["bits_per_byte"], rel=0.1)
-    assert found["against_tokens_per_byte"] == found["n_tokens"] / found["n_bytes"]
-    assert found["tokens_per_byte"] > found["against_tokens_per_byte"], "what is gone is spelled in parts"
-    lost = found["divergence"]
-    assert lost["kl_mean"] > 0
-    bits = (found["bits_per_byte"] - found["against_bits_per_byte"]) * found["n_bytes"] / lost["n_tokens"]
-    assert lost["perplexity_ratio"] == pytest.approx(math.exp(bits * math.log(2)))
+    assert found["n_bytes"] == whole["n_bytes"], "the whole text, however many tokens that takes"
+    assert found["against_nats"] == pytest.approx(whole["nats"])
+    assert found["against_n_tokens"] == whole["n_tokens"] == [31, 31]
+    assert sum(found["n_tokens"]) > 62, "what is gone is spelled in parts"
+    assert found["distance"]["n_tokens"] == [31, 31]
+    ours, theirs = figures_of(judged), figures_of(judged, "dense")
+    assert ours["kl_mean"] > 0
+    bits = (ours["bits_per_byte"] - theirs["bits_per_byte"]) * sum(found["n_bytes"]) / 62
+    assert ours["perplexity_ratio"] == pytest.approx(math.exp(bits * math.log(2)))
     judged = shown("eval", dense, "--against", trimmed, *TEXT)
     assert judged["vocabularies"] == {"tokens": 384, "against_tokens": 300, "is_part": False}
     other = judged["texts"][0]
-    assert other["divergence"] is None, "the reference lacks tokens of the model"
-    assert other["bits_per_byte"] == pytest.approx(whole["bits_per_byte"], rel=0.1)
-    assert other["tokens_per_byte"] == pytest.approx(found["against_tokens_per_byte"], rel=0.1)
-    assert other["against_tokens_per_byte"] == pytest.approx(found["tokens_per_byte"], rel=0.1)
+    assert other["distance"] is None, "the reference lacks tokens of the model"
+    assert sum(other["n_tokens"]) < sum(other["against_n_tokens"]) == 62
+    assert "kl_mean" not in figures_of(judged)
+    assert figures_of(judged)["bits_per_byte"] == pytest.approx(theirs["bits_per_byte"], rel=0.1)
     assert main(["eval", dense, "--against", str(trimmed), *TEXT]) == 0
     assert "KL and same top-1 are not compared" in capsys.readouterr().out
     own = tmp_path / "own.py"

@@ -107,13 +107,13 @@ def test_texts_are_as_likely_there_as_here(
     here = shown("eval", *asked, "--save", str(saved))["texts"][0]
     result = shown("eval", *asked, *where, "--baseline", str(saved))
     (there,) = result["texts"]
-    assert there["bits_per_byte"] == pytest.approx(here["bits_per_byte"], rel=1e-6)
-    assert [there[key] for key in ("n_tokens", "windows_sha256")] == [470, here["windows_sha256"]]
+    assert there["nats"] == pytest.approx(here["nats"], rel=1e-6)
+    assert (sum(there["n_tokens"]), there["windows_sha256"]) == (470, here["windows_sha256"])
     assert all(row["outcome"] == "pass" for row in result["gate"])
     (beside,) = shown("eval", *asked, *where, "--against", gguf)["texts"]
-    assert beside["against_bits_per_byte"] == pytest.approx(here["bits_per_byte"], rel=1e-6)
-    assert beside["bits_per_byte"] == pytest.approx(here["bits_per_byte"], rel=1e-6)
-    assert beside["divergence"] is None
+    assert beside["against_nats"] == pytest.approx(here["nats"], rel=1e-6)
+    assert beside["nats"] == pytest.approx(here["nats"], rel=1e-6)
+    assert beside["distance"] is None
 
 
 def test_a_device_that_vanishes_leaves_one_line_and_no_record(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from cfsp.errors import InputError, LimitError
+from phoneready.figures.bench_figures import bench_figures
 from phoneready.figures.figures import DENSE, SHIPPED, BudgetConfig, Figure, FigureKey, FigureSet
 from phoneready.figures.gate import differences, judge
 from phoneready.history import (
@@ -28,10 +29,7 @@ from phoneready.history import (
     read_entries,
 )
 from phoneready.main import main
-from phoneready.release.results import benchmark_figures
 from phoneready.release.steps import is_measured
-from phoneready.settings.release import parse_config
-from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.environment import describe_environment
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.reported import (
@@ -57,11 +55,6 @@ def bench_record(name: str, samples_ns: Sequence[int], cpu: str = "a processor")
     )  # fmt: skip
 
 
-CONFIG = parse_config(
-    '[model]\nreference = "smollm2-135m"\n[bench]\nn_threads = [2]\n', where="the test's configuration"
-)
-
-
 def run(
     number: int, ns: float, rng: np.random.Generator, *, size: int = 80_000_000, dense: float = 1.0,
     cpu: str = "a processor", label: str | None = None,
@@ -73,7 +66,7 @@ def run(
     ]
     items = {"pruned.gguf": (SHIPPED, "Q4_0"), "dense.gguf": (DENSE, "Q4_0")}
     figures = [Figure(FigureKey("file_bytes", "Q4_0"), SHIPPED, "pruned.gguf", "bytes", size)]
-    figures += [f for f in benchmark_figures(CONFIG, "local", records, items) if f.key.metric == "tg64"]
+    figures += [f for f in bench_figures("local", records, items) if f.key.metric == "tg64"]
     return entry_of(
         FigureSet("smollm2-135m", "a" * 64, 0, tuple(figures)),
         outcome="pass",
@@ -136,8 +129,8 @@ def test_noise_alone_is_no_change(scatter: float) -> None:
 FILES = {"pruned.gguf": (SHIPPED, "Q4_0")}
 
 
-def figures_of(*records: BenchRecord, config: ReleaseConfig = CONFIG) -> dict[str, Figure]:
-    return {one.key.metric: one for one in benchmark_figures(config, "local", records, FILES)}
+def figures_of(*records: BenchRecord) -> dict[str, Figure]:
+    return {one.key.metric: one for one in bench_figures("local", records, FILES)}
 
 
 def followed(*figures: Figure) -> tuple[HistoryFigure, ...]:
@@ -161,15 +154,12 @@ def test_what_a_benchmark_says_becomes_a_figure_or_the_reason_why_not(tmp_path: 
     assert "tg64" in {one.key.metric for one in followed(*before.values())}
     assert "tg64" not in {one.key.metric for one in followed(*busy.values())}
     # What fell back is no figure, and is measured again.
-    config = parse_config(
-        '[model]\nreference = "smollm2-135m"\n[bench]\nn_threads = [2]\nbackend = "gpu"\n', where="here"
-    )
     asked = replace(plain, backends="CPU", engine_settings=EngineSettings(asked_backend="gpu"))
-    found = figures_of(asked, config=config).values()
+    found = figures_of(asked).values()
     assert {(figure.value, figure.failure) for figure in found} == {(None, "gpu did not compute")}
     failed = {"status": "failed", "failure": "does not fit: killed"}
     unfit = replace(asked, test="pp64", workload="pp", n_prompt=64, n_gen=0, **failed)
-    assert figures_of(asked, unfit, config=config)["peak_rss_bytes"].failure == "does not fit: killed"
+    assert figures_of(asked, unfit)["peak_rss_bytes"].failure == "does not fit: killed"
     assert is_measured(plain)
     assert not is_measured(asked)
 
@@ -264,7 +254,7 @@ def beside_an_anchor(ns: float, anchor_ns: float, cpu: str, anchor: str = ANCHOR
         )
         for name, time, is_anchor in (("pruned.gguf", ns, False), ("anchor ref.gguf", anchor_ns, True))
     ]
-    found = benchmark_figures(CONFIG, "local", records, {"pruned.gguf": (SHIPPED, "Q4_0")})
+    found = bench_figures("local", records, {"pruned.gguf": (SHIPPED, "Q4_0")})
     return [figure for figure in found if figure.key.metric == "tg64"]
 
 

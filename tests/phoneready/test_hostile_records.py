@@ -14,7 +14,7 @@ import pytest
 from cfsp.errors import InputError
 from cfsp.files import write_json
 from cfsp.records import read_record, record_to_json
-from phoneready.evaluation.evaluation_record import Degeneration, Evaluation, ModelIdentity, TextResult
+from phoneready.evaluation.evaluation_record import Degeneration, Evaluation, ModelIdentity, TextLoss
 from phoneready.figures.figures import Figure, FigureKey, FigureSet, read_baseline
 from phoneready.history import HistoryEntry, HistoryFigure, read_entries
 from phoneready.release.steps import Answers
@@ -36,7 +36,7 @@ def _figures() -> FigureSet:
 
 
 def _evaluation() -> Evaluation:
-    text = TextResult("text", "t.txt", 64, 126, "0" * 64, 12.5)
+    text = TextLoss("text", "t.txt", 64, "0" * 64, (100,), (126,), (12.5,))
     fields = {field.name for field in dataclasses.fields(Evaluation)}
     given: dict[str, Any] = {"model": ModelIdentity("m"), "against": None, "seed": 1, "texts": (text,)}
     assert given.keys() <= fields
@@ -52,16 +52,22 @@ def test_what_nobody_can_have_measured_is_no_baseline_and_no_history(tmp_path: P
     figures, judged, history = (tmp_path / name for name in ("figures.json", "eval.json", "history.jsonl"))
     _with_value(_figures(), figures, "value", "11")
     assert read_baseline(figures, [KEY]).figures[0].value == 11
-    _with_value(_evaluation(), judged, "perplexity", "11")
-    assert read_record(Evaluation, judged).texts[0].perplexity == 11
+    state = record_to_json(_evaluation())
+    write_json(judged, state)
+    assert read_record(Evaluation, judged) == _evaluation()
     for value in VALUES:
         _with_value(_figures(), figures, "value", value)
         with pytest.raises(InputError, match=r"figures\.json"):
             read_baseline(figures, [KEY])
-    for value in (*VALUES, "0.0"):
-        _with_value(_evaluation(), judged, "perplexity", value)
-        with pytest.raises(InputError, match=r"eval\.json"):
-            read_record(Evaluation, judged)
+    for key, values in (("nats", (-1.0, "12", None)), ("n_bytes", (0, -1, 1.5)), ("n_tokens", (0, "1"))):
+        for windows in (*([value] for value in values), [1, 1]):
+            changed = dict(state["texts"][0], **{key: windows})
+            write_json(judged, state | {"texts": [changed]})
+            with pytest.raises(InputError, match=r"eval\.json"):
+                read_record(Evaluation, judged)
+    judged.write_text(json.dumps(state).replace("12.5", "NaN"), encoding="utf-8")
+    with pytest.raises(InputError, match=r"eval\.json"):
+        read_record(Evaluation, judged)
     for value in ("Infinity", "NaN", "1e400", '"12"'):
         _with_value(_entry(), history, "value", value)
         history.write_text("\n" + history.read_text(encoding="utf-8") + "\n", encoding="utf-8")
@@ -95,23 +101,30 @@ def test_answers_without_their_reasons_are_refused(tmp_path: Path) -> None:
 
 def test_every_prompt_has_an_answer(tmp_path: Path) -> None:
     path = tmp_path / "answers.json"
-    write_json(path, record_to_json(Answers(("q",), {"a.gguf": ("a",)})))
+    write_json(path, record_to_json(Answers(("q",), {"a.gguf": ("a",)}, {"a.gguf": (None,)})))
     assert read_record(Answers, path).answers == {"a.gguf": ("a",)}
-    write_json(path, record_to_json(Answers(("q",), {})) | {"answers": {"a.gguf": []}})
+    write_json(
+        path,
+        record_to_json(Answers(("q",), {}, {})) | {"answers": {"a.gguf": []}, "reasons": {"a.gguf": [None]}},
+    )
     with pytest.raises(InputError, match=r"answers\.json: answers, a\.gguf: 0 answers to 1 prompts"):
         read_record(Answers, path)
-    write_json(path, record_to_json(Answers(("q",), {})) | {"prompts": []})
+    write_json(path, record_to_json(Answers(("q",), {}, {})) | {"prompts": []})
     with pytest.raises(InputError, match=r"answers\.json: prompts: empty"):
         read_record(Answers, path)
 
 
 def test_records_of_a_release_say_something_of_every_file(make_report_input: Callable[..., Any]) -> None:
     figures = make_report_input().figures
-    answers = dict(figures.answers.answers)
-    file = next(iter(answers))
-    del answers[file]
+    file, *others = figures.answers.answers
+    answers, reasons = (
+        {one: found[one] for one in others} for found in (figures.answers.answers, figures.answers.reasons)
+    )
     for changed, said in (
-        ({"answers": dataclasses.replace(figures.answers, answers=answers)}, f"no answers of {file}"),
+        (
+            {"answers": dataclasses.replace(figures.answers, answers=answers, reasons=reasons)},
+            f"no answers of {file}",
+        ),
         ({"dense": ()}, "the dense model has no"),
         ({"shipped": ()}, "what ships has no exports"),
     ):

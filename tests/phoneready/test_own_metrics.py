@@ -43,6 +43,7 @@ metrics = ["{module}:tokens", "{module}:plain"]
 {baseline}
 [[budgets]]
 metric = "{metric}"
+files = ["checkpoint"]
 {limit}
 """
 BASELINE = '[baseline]\nfile = "figures.json"\n'
@@ -124,6 +125,7 @@ def test_a_plugin_brings_a_metric(
     assert result == [{"name": "seven", "value": 7.0, "higher_is_better": True, "unit": ""}]
     assert len(metric_sha256("seven")) == 64
     text = '[model]\nreference = "m"\n[evaluate]\nmetrics = ["seven"]\n[[budgets]]\nmetric = "seven"\n'
+    text += 'files = ["checkpoint"]\n'
     check_directions(parse_config(text + "at_least = 6\n", where="x").budgets)
     said = refused(*asked, "--set", "metrics=torn")
     assert "plugin torn of some-metrics 1.0 cannot be imported" in said

@@ -59,10 +59,9 @@ batch_size = 2
 text = ["builtin:python-docs"]
 chats = ["chats.jsonl"]
 seqlen = 64
-max_windows = 2
+max_windows = 6
 prompts = ["List three fruits.", "What is 2+2?"]
 max_new_tokens = 4
-files = ["{quants}"]
 [quantize]
 to = ["{quants}", "int8"]
 [bench]
@@ -91,7 +90,7 @@ at_most = "1 GB"
 """
 STAGES = (
     *("dense", "prune", "recover", "evaluate", "export-dense", "export", "answers"),
-    *("side-by-side", "evaluate-files", "bench-local", "decide-local"),
+    *("side-by-side", "bench-local", "decide-local"),
 )
 FILE = "tiny-model-Q8_0.gguf"
 
@@ -195,7 +194,7 @@ def test_what_a_release_leaves_agrees_and_is_made_again_from_records(
     assert states(capsys.readouterr().err) == dict.fromkeys(STAGES, "done before")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     said = {
-        "report.md": "25.0% of the FFN channels|pp8|tg2|ttft4|peak memory|KL mean|same top-1|builtin:python-docs|126|"
+        "report.md": "25.0% of the FFN channels|pp8|tg2|ttft4|peak memory|KL mean|same top-1|builtin:python-docs|378|"
         "chats: chats.jsonl|windows of 64 tokens|List three fruits.|## int8: dense and pruned|1 thread",
         "report.html": f"{FILE}|Pixel 8a|kl_mean|builtin:python-docs|budgets met",
     }
@@ -440,8 +439,8 @@ def test_its_commands_make_the_same_files(
 
 WHOLE = (
     ("prune_ratio = 0.25", "prune_ratio = 0.0"),
-    ("max_new_tokens = 2", 'max_new_tokens = 2\nfiles = ["Q8_0"]'),
-    '[[budgets]]\nmetric = "kl_mean"\nfiles = ["Q8_0"]\nat_most = 5\n',
+    ("max_windows = 2", "max_windows = 6"),
+    '[[budgets]]\nmetric = "kl_mean"\nat_most = 5\n',
 )
 """Changes of a small release: nothing is removed, and the file has a budget."""
 
@@ -458,7 +457,7 @@ def test_a_whole_model_ships_once_and_as_quantize_makes_it(
     assert main(["release", str(config), "-o", str(folder), "--threads", "1"]) == 0
     said = capsys.readouterr().out
     stages = {path.name for path in (folder / "stages").iterdir()}
-    kinds = {"dense", "evaluate", "export", "answers", "side-by-side", "evaluate-files", "bench-local"}
+    kinds = {"dense", "evaluate", "export", "answers", "side-by-side", "bench-local"}
     assert stages == kinds
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     (file,) = manifest["files"]

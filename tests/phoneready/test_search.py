@@ -20,12 +20,13 @@ import pytest
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
 from cfsp.errors import InconclusiveError, InputError, LimitError
+from cfsp.evaluation.loss import Distance
 from cfsp.records import read_record, record_from_json, record_to_json
+from phoneready.evaluation.evaluation_record import TextLoss
 from phoneready.evaluation.measured_file import (
     DOMINATED,
     FRONTIER,
     UNDECIDED,
-    MeasuredText,
     choose,
     excess,
     standing,
@@ -105,9 +106,9 @@ def test_every_combination_is_measured_on_the_same_text(measured: Path) -> None:
         assert one.expected_bytes is not None
         assert abs(one.file_bytes - one.expected_bytes) <= 128, "files say their names"
         assert (text.windows_sha256, text.n_bytes, text.seqlen) == (first.windows_sha256, first.n_bytes, 64)
-        assert text.dense_nats == pytest.approx(first.dense_nats)
+        assert text.against_nats == pytest.approx(first.against_nats)
         assert one.removed == (0.25 if one.point.ratio else 0)
-        assert (text.n_tokens == 4 * 63) == (not one.point.vocabulary)
+        assert (text.n_tokens == (63,) * 4) == (not one.point.vocabulary)
     assert (found.failed, found.left_out) == ((), ())
 
 
@@ -188,7 +189,10 @@ def test_bisections_of_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None
         def evaluate(self, one: Point) -> EvaluatedPoint:
             looked.append(one.ratio)
             made = point(f"{one.ratio}", 10, [1.0] * 5)
-            return replace(made, point=one, texts=(replace(made.texts[0], kl_mean=one.ratio),))
+            text = made.texts[0]
+            assert text.distance is not None
+            far = replace(text.distance, kl=(63 * one.ratio,) * 5)
+            return replace(made, point=one, texts=(replace(text, distance=far),))
 
         def held(self, one: EvaluatedPoint) -> Sequence[object]:
             return tuple(self.settings.held(kl=one.kl_mean))
@@ -314,7 +318,9 @@ def point(
     """A file that loses so many bits a byte on each window."""
     nats = tuple(math.log(2) * each * n for each, n in zip(bits, BYTES, strict=False))
     sizes = BYTES[: len(bits)]
-    text = MeasuredText("text", source, 64, "f" * 64, 63 * len(bits), sizes, nats, nats, 0.1, 0.9)
+    n, count = (63,) * len(bits), len(bits)
+    distance = Distance((6.3,) * count, n, (57,) * count, 0.1, 0.2, 0.3)
+    text = TextLoss("text", source, 64, "f" * 64, sizes, n, nats, n, nats, distance)
     return EvaluatedPoint(
         f"{file}.gguf", size, (text,), Point(file, ratio=ratio), "0" * 64, ratio, None, None, 1.0
     )
