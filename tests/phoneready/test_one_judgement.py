@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -128,6 +129,19 @@ def test_shares_of_all_or_none_have_an_interval() -> None:
     assert two.low is not None
     assert two.high is not None
     assert 0.5 - two.low == pytest.approx(two.high - 0.5) == pytest.approx((1 - 0.839) / 2, abs=1e-3)
+
+
+def test_intervals_are_paired_over_windows() -> None:
+    """Of windows of one size: Student's t of the differences."""
+    a, b = [1.0, 2.0, 1.5, 3.0, 2.2], [1.1, 2.1, 1.65, 3.05, 2.35]
+    base, new = (Windows(tuple(100 * one for one in side), (100,) * 5) for side in (a, b))
+    found, back = compare_windows(base, new, difference=True), compare_windows(new, base, difference=True)
+    assert found is not None
+    assert back is not None
+    differences = [y - x for x, y in zip(a, b, strict=True)]
+    mean, half = statistics.mean(differences), 2.776 * statistics.stdev(differences) / math.sqrt(5)
+    assert found == pytest.approx((mean, mean - half, mean + half), rel=5e-3)
+    assert (back.value, back.low) == pytest.approx((-found.value, -(found.high or 0)))
 
 
 def test_one_window_says_nothing_of_noise_and_no_ratio_is_taken_of_nothing() -> None:
