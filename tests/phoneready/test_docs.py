@@ -38,6 +38,18 @@ def test_links_lead_somewhere() -> None:
     ]
 
 
+def test_sources_that_a_page_names_are_there() -> None:
+    folders = ("cfsp", "exporters", "runtime_bench", "phoneready", "tests", "benchmarks", "examples", "tools")
+    there = [f"/{p.relative_to(ROOT)}" for name in folders for p in (ROOT / name).rglob("*.*")]
+    named = [
+        (page.name, f"/{file}")
+        for page in PAGES
+        for file in re.findall(r"`((?!FILE)[\w/]+\.(?:py|cpp|swift|kt|yml))[`: ]", page.read_text("utf-8"))
+    ]
+    assert len(named) > 40
+    assert not [one for one in named if not any(path.endswith(one[1]) for path in there)]
+
+
 def _leads(page: Path, file: str, anchor: str = "") -> bool:
     other = page.parent / file if file else page
     return other.exists() and (not anchor or anchor in _anchors(other))
