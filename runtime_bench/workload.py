@@ -161,7 +161,7 @@ class SamplingSettings(Settings):
     )
     energy: bool = setting(
         False,
-        "Also read energy meters, RAPL's or an unplugged battery's: joules a token of pp and tg.",
+        "Also read energy meters, RAPL's or an unplugged battery's: joules per token of pp and tg.",
     )
     cache_type: str | None = setting(
         None,

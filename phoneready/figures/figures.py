@@ -65,7 +65,7 @@ _ROWS = (
     Metric("pp", "prompt processing", "reading a prompt of N tokens", BENCH, "t/s", True, sized=True, sampled=True),
     Metric("tg", "generation", "generating N tokens", BENCH, "t/s", True, sized=True, sampled=True),
     Metric(
-        f"{ENERGY_OF}pp", "energy of prompt processing", "joules a token, with `bench.energy`",
+        f"{ENERGY_OF}pp", "energy of prompt processing", "joules per token, with `bench.energy`",
         BENCH, "J", sized=True, sampled=True, metered=True,
     ),
     Metric(

@@ -114,7 +114,7 @@ def loss_figure(
         hover = []
         for _, one in placed:
             over = one.bits_per_byte / one.dense_bits_per_byte - 1
-            loss = f"{one.bits_per_byte:.4f} bits a byte, {over:+.2%}"
+            loss = f"{one.bits_per_byte:.4f} bits per byte, {over:+.2%}"
             told = [plot_text(one.label), *lines(one), loss, *(["dominated"] if one.file in beaten else [])]
             hover.append("<br>".join(told))
         trace = scatter(

@@ -249,7 +249,7 @@ def beaten(figures: ReleaseFigures) -> list[str]:
         best = figures.losses_of(where.by)
         if where.verdict == DOMINATED and best is not None:
             sizes = f"{format_bytes(best.file_bytes)} against {format_bytes(ours.file_bytes)}"
-            losses = f"{best.bits_per_byte:.4f} bits a byte against {ours.bits_per_byte:.4f}"
+            losses = f"{best.bits_per_byte:.4f} bits per byte against {ours.bits_per_byte:.4f}"
             sentences.append(f"The {best.label} file dominates the {ours.label} file: {sizes}, {losses}.")
     return sentences
 
@@ -495,7 +495,7 @@ def group_table(figures: ReleaseFigures, group: BenchGroup) -> Table[Row]:
 
 
 def record_table(group: BenchGroup) -> Table[Row]:
-    """Every record of a group, failed ones with their reason; with joules a token, or why there are none."""
+    """Every record of a group, failed ones with their reason; with joules per token, or why there are none."""
     rows: list[Row] = []
     metered = any(r.energy for r in group.records)
     for r in group.records:

@@ -1,4 +1,4 @@
-"""What a row's figures are worth: whether conditions were fair, joules a token, and remarks in words.
+"""What a row's figures are worth: whether conditions were fair, joules per token, and remarks in words.
 
 Unfair rows are shown and never ranked with fair ones. A meter sees its whole domain, never a process by itself; joules
 are refused if their error is more than a share of them.
@@ -286,7 +286,7 @@ class EnergyAccount:
 
     meter: str = "no meter"
     joules: Joules | None = None
-    of_processes: tuple[float, ...] = ()  # joules a token of each process
+    of_processes: tuple[float, ...] = ()  # joules per token of each process
     reason: str | None = None
 
 
@@ -393,5 +393,5 @@ def note_of(record: BenchRecord) -> str | None:
             notes.append(f"clocks were capped at {cap:.0%} of the highest all the time")
         notes += [stealing(record), crowding(record)]
     if record.ok and record.n_tokens and (account := energy(record)) and account.reason:
-        notes.append(f"no joules a token ({account.meter}): {account.reason}")
+        notes.append(f"no joules per token ({account.meter}): {account.reason}")
     return "; ".join(filter(None, notes)) or None

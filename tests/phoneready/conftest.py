@@ -264,7 +264,7 @@ def _figures(name: str, make_record: Callable[..., BenchRecord]) -> ReleaseFigur
 
 
 def _losses(name: str, role: str, record: ExportRecord) -> FileLosses:
-    """Of dense files 0.9 and 0.92 bits a byte on both windows, of pruned ones 1.0 and 1.02."""
+    """Of dense files 0.9 and 0.92 bits per byte on both windows, of pruned ones 1.0 and 1.02."""
     bits = {"dense": 0.9, "shipped": 1.0}[role] + {"Q8_0": 0.0, "Q4_0": 0.02}[record.quant]
     sizes = (200, 220)
     nats = tuple(math.log(2) * bits * size for size in sizes)

@@ -136,7 +136,7 @@ def test_a_file_that_dominates_a_pruned_one_is_named(make_report_input: MakeRepo
     # Sizes: dense Q8_0 150 MB and Q4_0 90 MB, pruned 135 and 81 MB.
     (line,) = beaten(report.figures)
     assert line.startswith("The dense Q4_0 file dominates the Q8_0 file: 85.8 MiB against 128.7 MiB")
-    assert "0.9200 bits a byte against 1.0000" in line
+    assert "0.9200 bits per byte against 1.0000" in line
     for made in (render_report(report), render_page(report)):
         assert "file dominates the Q8" in made
         assert "dominated by dense Q4_0" in made.replace("\\", "")

@@ -246,7 +246,7 @@ def test_tables_remarks_and_the_report_show_joules_or_the_reason(make_record: An
     failed = metered(make_record, replace(PACKAGE, joules=None, problem="it jumped by 5 J"), n_threads=1)
     row = record_table([good]).objects()[0]
     assert (row["J/token"], row["energy of"]) == ("0.781 (0.766 to 0.797)", "RAPL counter, package")
-    assert "no joules a token (RAPL counter, package): it jumped by 5 J" in str(note_of(failed))
+    assert "no joules per token (RAPL counter, package): it jumped by 5 J" in str(note_of(failed))
     (group,) = bench_groups([good, failed])
     first, second = report_table(group).objects()
     assert (first["J/token"], first["energy of"]) == ("0.781 (0.766 to 0.797)", "RAPL counter, package")
