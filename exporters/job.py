@@ -148,6 +148,15 @@ class Job:
         """The checkpoint's model on the CPU, float32 or kept in fewer bytes; nobody changes it."""
         return open_pruned(self.checkpoint, keeping=self.settings.keeping)
 
+    @cached_property
+    def model_config(self) -> Any:
+        """transformers' configuration of the model."""
+        return self.model.config
+
+    @cached_property
+    def n_params(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
     def drop_model(self) -> None:
         """Give its memory back; who asks for it has it read anew. Of the reference the output matrix stays."""
         self.__dict__.pop("model", None)

@@ -65,8 +65,7 @@ def export_gguf(
     job = Job(checkpoint, output, settings, chosen.config, chosen.context_length)
     files = Files(job, chosen, rows)
     _ = job.reference, job.stops  # unusable text is refused before anything is written
-    if settings.calibration is None:
-        job.drop_model()
+    job.drop_model()
     records, blocks = {}, None
     with atomic_directory(output, force=settings.force) as job.folder:
         first = files.write(files.first)

@@ -171,6 +171,8 @@ class Files:
         elif scales:
             with job.whole() as model:
                 fitted = replace(fitted, tuned_tensors=numbers.tune(model, text, progress))
+        del model
+        job.drop_model()
         choice = Choice(self.measured(quant, plain), self.measured(quant, path))
         if choice.is_plain:
             plain.replace(path)

@@ -61,7 +61,7 @@ def write_companions(job: Job, variant: Variant, folder: Path) -> ReadChats:
         stored["num_hidden_layers"] = config.num_hidden_layers - len(silent)
     if config.kept_of_texts:
         # Which a folder may say in another way, that only transformers knows.
-        stored["layer_types"] = list(job.model.config.layer_types)
+        stored["layer_types"] = list(job.model_config.layer_types)
     web: dict[str, Any] = {"use_external_data_format": {f"{variant.stem}.onnx": 1}}
     if variant.dtype == "float16":
         web["kv_cache_dtype"] = {"fp16": "float16"}
@@ -74,7 +74,7 @@ def write_companions(job: Job, variant: Variant, folder: Path) -> ReadChats:
 
 
 def _genai_config(job: Job, variant: Variant, stored: Mapping[str, Any]) -> dict[str, Any]:
-    config, ends, kv_heads = job.model.config, sorted(job.stops), max(job.config.kv_heads)
+    config, ends, kv_heads = job.model_config, sorted(job.stops), max(job.config.kv_heads)
     special = {
         "bos_token_id": config.bos_token_id,
         "eos_token_id": ends or None,

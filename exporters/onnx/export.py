@@ -21,10 +21,9 @@ import torch
 from cfsp.devices import moved
 from cfsp.errors import InputError, LimitError
 from cfsp.files import atomic_directory, sha256_file
-from cfsp.memory import give_back_memory, require_memory
+from cfsp.memory import require_memory
 from cfsp.models.architectures import block_linears, decoder_layers, spec_for
 from cfsp.models.checkpoint import load_pruned, read_rounded
-from cfsp.models.offload import is_paged
 from cfsp.text.tokens import tokens_sha256
 from exporters.checkpoint_reader import read_config
 from exporters.export_record import BlockProof, ExportRecord, ParityReport
@@ -108,9 +107,9 @@ def export_onnx(
     settings = replace(settings, dtype="float32", by_blocks=by_blocks)
     job = Job(checkpoint, output, settings, config, config.steady_context)
     if by_blocks:
-        n_bytes = int(_BYTES_OF_A_WEIGHT * sum(parameter.numel() for parameter in job.model.parameters()))
+        n_bytes = int(_BYTES_OF_A_WEIGHT * job.n_params)
         require_memory(n_bytes, "the numbers of all layers", "a GGUF file, or a machine with more memory")
-    _ = job.reference  # unusable text is refused before anything is written
+    _ = job.reference, job.n_params, job.model_config  # unusable text is refused before anything is written
     with atomic_directory(output, force=settings.force) as job.folder:
         # That the graph computes the checkpoint only shows on the float32 one, or on its blocks.
         blocks = None
@@ -209,7 +208,7 @@ class _Made:
             )
         self.eight_bits = choose_eight_bits(job.model, form, measured[form], left)
         chosen = rounded_model(job.model, form, self.eight_bits, text, device=device, progress=progress)
-        if not is_paged(job.model):
+        if not job.settings.by_blocks:
             with moved(job.model, device):
                 chosen = tune(job.model, chosen, text, progress=progress)
         self._save(chosen, self.folder)
@@ -254,8 +253,8 @@ class _Made:
         return n_bytes + len(ir.to_proto(graph).SerializeToString())
 
     def _opened(self, path: Path) -> closing[OnnxModel]:
-        """A graph in its runtime, for windows of the proof's text."""
-        give_back_memory()  # of what was written, or the graph before: a runtime has its weights once more
+        """A graph in its runtime, for windows of the proof's text; it has the weights once more."""
+        self.job.drop_model()
         n_ctx = self.job.reference.windows.ids.shape[1]
         return closing(open_model(path, n_ctx=n_ctx, n_threads=self.job.n_threads, n_batch=PREFILL_TOKENS))
 
@@ -297,7 +296,7 @@ class _Made:
             parity=parity,
             architecture=job.config.model_type,
             file_bytes=path.stat().st_size + path.with_name(f"{path.name}_data").stat().st_size,
-            n_params=sum(parameter.numel() for parameter in job.model.parameters()),
+            n_params=job.n_params,
             tensor_types=dict(counts),
             warnings=(*self._warnings(), *(choice.warnings() if choice else ()), *chats.warnings),
             chats=chats.equal,
@@ -313,7 +312,7 @@ class _Made:
         job, config = self.job, self.job.config
         if self.variant.needs_text and self.text is None and not self.is_trained:
             yield f"{self.variant.name} is rounded to the nearest numbers, without text"
-        if self.text is not None and is_paged(job.model):
+        if self.text is not None and job.settings.by_blocks:
             yield UNTRAINED
         if job.context_length < config.max_position_embeddings:
             yield (
