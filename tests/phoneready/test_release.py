@@ -25,11 +25,12 @@ from cfsp.records import read_record
 from exporters.families import FAMILIES
 from exporters.family import ExportOptions
 from phoneready import tracking
-from phoneready.figures.figures import FigureKey, FigureSet, Verdicts
+from phoneready.figures.figures import SHIPPED, FigureKey, FigureSet, Verdicts
 from phoneready.history import HISTORY_FILE, read_entries
 from phoneready.main import main
 from phoneready.publish.manifest import verify_release
 from phoneready.release import steps
+from phoneready.settings.release import load_config, planned_figures
 from phoneready.settings.schema import TrackingConfig
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import Comparison, compare_records
@@ -178,6 +179,10 @@ def test_what_a_release_leaves_agrees_and_is_made_again_from_records(
         found["kl_mean, chats chats.jsonl", name, None] for name in (FILE, "checkpoint")
     )
     assert of_file.value != of_checkpoint.value, "the file was not judged itself"
+    figures = read_record(FigureSet, folder / "figures.json").by_key(SHIPPED)
+    assert set(planned_figures(load_config(config))) == set(figures), (
+        "budgets are checked against what is planned"
+    )
     assert (folder / "junit.xml").is_file()
     (entry,) = read_entries(folder / HISTORY_FILE)
     assert set(entry.stages) == set(STAGES)
