@@ -86,7 +86,7 @@ def make_plots(figures: ReleaseFigures, groups: Sequence[BenchGroup]) -> list[Pl
     sizes = [one.file_bytes / 2**20 for one in figures.losses]
     figure["layout"]["xaxis"]["range"] = [0.9 * min(sizes), 1.1 * max(sizes)]
     caption = (
-        "Down and left is best. Open marks are files that another one dominates: it is no larger and surely loses no "
+        "Down and left is best. Open marks are files that another one dominates: it is no larger and loses no "
         "more on the same windows."
     )
     return [Plot("plot-losses", "Size against loss", caption, figure), *speeds_shown]

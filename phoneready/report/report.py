@@ -265,7 +265,7 @@ def quality_means(figures: ReleaseFigures) -> str:
         return "The model before quantization, as its checkpoint is."
     return (
         f"The {figures.word} checkpoint against the dense one, before quantization, on the same windows of text. KL is "
-        "KL(dense || model) in nats a token; same top-1 is the share of tokens for which both put the same token first."
+        "KL(dense || model) in nats per token; same top-1 is the share of tokens for which both put the same first."
     )
 
 

@@ -10,8 +10,9 @@ import pytest
 
 from cfsp.errors import InputError
 from cfsp.settings import Declared, declared
+from phoneready.figures.figures import select
 from phoneready.main import main
-from phoneready.settings.release import load_config, parse_config
+from phoneready.settings.release import load_config, parse_config, planned_figures
 from phoneready.settings.schema import (
     BenchConfig,
     EvaluateConfig,
@@ -202,6 +203,28 @@ def test_init_writes_a_few_lines_that_gate_a_file(tmp_path: Path) -> None:
     assert limits_written == [("file_bytes", 90_000_000, ()), ("kl_mean", 0.2, ())]
     assert len(file.read_text(encoding="utf-8").splitlines()) < 30
     assert main(["init", "-o", str(tmp_path)]) == main(["init", "-o", str(file), "--all", *limits]) == 2
+
+
+def test_a_budget_limits_every_file_that_ships_and_the_checkpoint_by_its_name() -> None:
+    text = (
+        MODEL
+        + '[quantize]\nto = ["Q8_0", "Q4_0"]\n[evaluate]\ntasks = ["a.yaml"]\n{}[[budgets]]\nmetric = "{}"\n{}'
+    )
+
+    def limited(metric: str, limit: str, files: str = "") -> set[str]:
+        config = parse_config(text.format(files, metric, limit), where="x")
+        return {key.item for key in select(config.budgets[0], planned_figures(config))}
+
+    for metric, limit in (
+        ("kl_mean", "at_most = 1"),
+        ("degenerate", "at_most = 0"),
+        ("file_bytes", "at_most = 9"),
+    ):
+        assert limited(metric, limit) == {"Q8_0", "Q4_0"}
+    assert limited("kl_mean", 'files = ["checkpoint"]\nat_most = 1') == {"checkpoint"}
+    assert limited("accuracy", "at_least = 0.5", 'files = ["Q4_0"]\n') == {"Q4_0"}
+    with pytest.raises(InputError, match=r'no file has accuracy here; allowed: files = \["checkpoint"\]'):
+        limited("accuracy", "at_least = 0.5")
 
 
 def test_patience_is_off_unless_it_is_asked_for() -> None:
