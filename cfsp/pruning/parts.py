@@ -67,7 +67,10 @@ class Forecast:
 
     def __str__(self) -> str:
         each = (f"{loss:.2f} at {ratio:.0%}" for ratio, loss in zip(self.ratios, self.losses, strict=True))
-        return f"Predicted KL, before the repair, on {self.tokens} calibration tokens: {', '.join(each)}."
+        return (
+            f"Predicted KL, without the repair, on {self.tokens} calibration tokens: {', '.join(each)}. Repaired, "
+            "SmolLM2-135M lost 0.9 to 1.2 times as much on text unlike the calibration's, 0.5 to 0.7 on text like it."
+        )
 
 
 @dataclass(frozen=True)
