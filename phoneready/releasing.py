@@ -338,7 +338,8 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
         Stage("answers", asked, exports, steps.answers, resumes=True),
     ]
     if evaluate.text or evaluate.chats:
-        stages.append(Stage("side-by-side", side_by_side, (*checkpoints, *exports), steps.side_by_side))
+        before = (*checkpoints, *exports)
+        stages.append(Stage("side-by-side", side_by_side, before, steps.side_by_side, resumes=True))
     if evaluate.judges_files:
         measured_texts = ("side-by-side",) if evaluate.text or evaluate.chats else ()
         before = ("dense", export_stage(SHIPPED), *measured_texts)
@@ -348,6 +349,8 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
                 lambda: judged() | {"files": list(evaluate.files)},
                 before,
                 steps.evaluate_files,
+                resumes=True,
+                rows=("files",),
             )
         )
     if bench.anchor and not Path(bench.anchor).is_file():

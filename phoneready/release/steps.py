@@ -302,26 +302,33 @@ class Steps:
         tokenizers = {DENSE: dense.tokenizer, SHIPPED: load_tokenizer(pruned)}
         judged = self._judged_on
         texts = [(kind, text_windows(one, dense, judged, progress, WRITERS)) for kind, one in judged.sources]
-        files = []
+        path, files = output / SIDE_BY_SIDE_FILE, list[FileLosses]()
+        before = {one.file: one for one in read_record(SideBySide, path).files} if path.is_file() else {}
         for artifact in self.artifacts():
+            if artifact.name in before:
+                files.append(before[artifact.name])
+                continue
             tokenizer = tokenizers[artifact.role]
             losses = measure_file(
                 artifact.root, dense, tokenizer, texts, threads=self.threads, progress=progress
             )
             size = size_of(artifact.path)
             files.append(FileLosses(artifact.name, size, losses, artifact.role, artifact.item))
-        write_record(output / SIDE_BY_SIDE_FILE, SideBySide(tuple(files)))
+        write_record(path, SideBySide(tuple(files)))
 
     def evaluate_files(self, output: Path, progress: Progress) -> None:
         """Tasks and own metrics of files that ship, in their own runtime; `side_by_side` has their texts."""
         dense, losses = self._load("dense", progress), self.losses()
         opening = OpenSettings(self.config.evaluate.seqlen, threads=self.threads)
-        for item in self.config.evaluate.files:
+        wanted = {item: output / f"{item}.json" for item in self.config.evaluate.files}
+        for path in set(output.glob("*.json")) - {*wanted.values()}:
+            path.unlink()
+        for item in (item for item, path in wanted.items() if not path.is_file()):
             artifact = self.artifact(SHIPPED, item)
             known = next((one.texts for one in losses if one.file == artifact.name), ())
             root = str(artifact.root)
             with open_language_model(root, runtime_for(root), opening, progress=progress) as model:
-                self._judge(model, dense, artifact.name, output / f"{item}.json", progress, known)
+                self._judge(model, dense, artifact.name, wanted[item], progress, known)
 
     def losses(self) -> tuple[FileLosses, ...]:
         """What every file loses, if a text was named."""

@@ -527,6 +527,7 @@ def test_a_quantization_that_is_added_or_taken_out_leaves_the_others_alone(
     monkeypatch.chdir(tmp_path)
     config, folder = small_release(tiny_folder(intermediate_size=256), *WHOLE[:1]), tmp_path / "out"
     made: list[tuple[str, ...]] = []
+    measured: list[str] = []
     export = FAMILIES["gguf"].export
 
     def counted(checkpoint: Path, output: Path, names: Sequence[str], settings: ExportOptions) -> Any:
@@ -534,6 +535,13 @@ def test_a_quantization_that_is_added_or_taken_out_leaves_the_others_alone(
         return export(checkpoint, output, names, settings)
 
     monkeypatch.setattr(steps, "FAMILIES", {**FAMILIES, "gguf": replace(FAMILIES["gguf"], export=counted)})
+    measure = steps.measure_file
+
+    def counted_losses(path: Path, *given: Any, **named: Any) -> Any:
+        measured.append(path.stem)
+        return measure(path, *given, **named)
+
+    monkeypatch.setattr(steps, "measure_file", counted_losses)
     sessions: dict[str, set[str | None]] = {}
     for wanted, new in (
         ("Q8_0", ("Q8_0",)),
@@ -542,6 +550,7 @@ def test_a_quantization_that_is_added_or_taken_out_leaves_the_others_alone(
         ("Q8_0,f16", ("Q8_0",)),
     ):
         made.clear()
+        measured.clear()
         names = wanted.split(",")
         line = [
             "release",
@@ -555,6 +564,7 @@ def test_a_quantization_that_is_added_or_taken_out_leaves_the_others_alone(
         ]
         assert main(line) == 0
         assert made == ([] if new is None else [new])
+        assert measured == [f"tiny-model-{name}" for name in new or ()]
         assert {path.name for path in folder.glob("*.gguf")} == {f"tiny-model-{name}.gguf" for name in names}
         rows = read_jsonl(folder / "stages" / "bench-local" / "bench.jsonl")
         now = {
