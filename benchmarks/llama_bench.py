@@ -151,8 +151,8 @@ def theirs(
     return dict(entry)
 
 
-def ours(model: Path, workload: Workload, threads: int, target: Target) -> tuple[tuple[int, ...], str | None]:
-    """One repetition of our worker: its samples in nanoseconds, and the engine's revision."""
+def ours(model: Path, workload: Workload, threads: int, target: Target) -> tuple[int, ...]:
+    """One repetition of our worker: its samples in nanoseconds."""
     settings = BenchSettings(
         n_prompt=(workload.n_prompt,),
         n_gen=(workload.n_gen,),
@@ -164,7 +164,7 @@ def ours(model: Path, workload: Workload, threads: int, target: Target) -> tuple
     (record,) = run_bench([model], settings, target=target)
     if not record.ok:
         raise InputError(f"{workload.test} on {model} failed: {record.failure}")
-    return record.samples_ns, record.build_commit
+    return record.samples_ns
 
 
 def alternate(
@@ -181,10 +181,9 @@ def alternate(
     for number in range(rounds):
         for (workload, count), row in rows.items():
             entry = llama_bench(model, workload, count)
-            samples, revision = ours(model, workload, count, target)
             row.theirs_ns += [int(ns) for ns in entry["samples_ns"]]  # type: ignore[attr-defined]
-            row.ours_ns += samples
-            revisions |= {str(entry["build_commit"])} | ({revision} if revision else set())
+            row.ours_ns += ours(model, workload, count, target)
+            revisions.add(str(entry["build_commit"]))
         say(f"round {number + 1} of {rounds}")
     return list(rows.values()), revisions
 

@@ -648,7 +648,6 @@ def make_record() -> MakeRecord:
             "n_ubatch": 512,
             "n_threads": 2,
             "backends": "CPU",
-            "build_commit": None,
             "cpu_info": "A Processor",
             "test_time": "2030-01-01T00:00:00Z",
             "warmup": True,

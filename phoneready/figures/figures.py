@@ -180,7 +180,9 @@ class FigureKey:
 def measured_place(target: str) -> str:
     """A target without the options that change no figure: `ssh:board,retries=5` is `ssh:board`."""
     name, *options = target.split(",")
-    kept = [option for option in options if option.partition("=")[0] not in ("retries", "folder")]
+    kept = [
+        option for option in options if option.partition("=")[0] not in ("retries", "folder", "ndk", "config")
+    ]
     return ",".join((name, *kept))
 
 

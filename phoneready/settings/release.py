@@ -39,7 +39,7 @@ from phoneready.figures.figures import (
 )
 from phoneready.settings.schema import COUNTED, RecoverConfig, ReleaseConfig
 from phoneready.settings.template import demo_config_text
-from runtime_bench.targets.table import parse_target, target_slug
+from runtime_bench.targets.table import parse_target, target_beside, target_slug
 
 _REFERENCES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -126,7 +126,14 @@ def beside(config: ReleaseConfig, folder: Path) -> ReleaseConfig:
         is_there = value is not None and (folder / value).exists()
         return type(value)(str(folder / value)) if is_there else value
 
-    changed: dict[str, Any] = {}
+    targets = tuple(target_beside(place, folder) for place in config.bench.targets)
+    config = config.model_copy(update={"bench": dataclasses.replace(config.bench, targets=targets)})
+    changed: dict[str, Any] = {
+        "budgets": tuple(
+            one.model_copy(update={"targets": tuple(target_beside(place, folder) for place in one.targets)})
+            for one in config.budgets
+        )
+    }
     for name, fields in _REFERENCES.items():
         section = getattr(config, name)
         if section is not None:

@@ -49,7 +49,6 @@ class EngineFacts:
     model_size: int | None = None  # Bytes of all weights
     model_n_params: int | None = None
     backends: str | None = None  # Where it computes: CPU, or what does beside it
-    build_commit: str | None = None  # Source revision of the engine
     versions: dict[str, str] = field(default_factory=dict)  # Names of libraries to their versions
     system_info: str | None = None  # The engine's own line about the machine features it uses
     settings: EngineSettings = field(default_factory=EngineSettings)  # How it computes

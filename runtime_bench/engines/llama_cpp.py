@@ -41,7 +41,6 @@ class LlamaCppSession:
             model_size=self._model.size_bytes,
             model_n_params=self._model.n_params,
             backends=self._model.backends,
-            # The library has a version but does not tell its revision: build_commit is unknown.
             versions={
                 _DISTRIBUTION: importlib.metadata.version(_DISTRIBUTION),
                 "llama.cpp": runtime_version().rpartition("llama.cpp ")[2],

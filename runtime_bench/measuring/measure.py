@@ -407,7 +407,6 @@ def _record_of(
         n_ubatch=request.session.n_ubatch,
         n_threads=request.session.n_threads,
         backends=facts.backends,
-        build_commit=facts.build_commit,
         engine_settings=replace(facts.settings, asked_backend=settings.backend),
         cpu_info=environment.cpu_model,
         test_time=row.started,

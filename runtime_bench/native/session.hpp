@@ -154,7 +154,6 @@ class Session {
             {"model_size", llama_model_size(model_.get())},
             {"model_n_params", llama_model_n_params(model_.get())},
             {"backends", backends()},
-            {"build_commit", nullptr},
             {"versions", {{"llama.cpp", llama_version()}, {"runner", RUNNER_TARGET " " RUNNER_KEY}}},
             {"system_info", info},
             {"settings",

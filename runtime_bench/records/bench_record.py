@@ -81,7 +81,6 @@ class BenchRecord:
     n_ubatch: pydantic.PositiveInt  # Most tokens computed at once
     n_threads: pydantic.PositiveInt
     backends: str | None  # What the engine computes on
-    build_commit: str | None  # Source revision of the engine
     cpu_info: str | None
     test_time: str | None  # UTC time at which the first sample began, RFC 3339
     warmup: bool  # Whether one run was made and thrown away before the samples of each process

@@ -22,7 +22,7 @@ from runtime_bench.records.fairness import energy, fairness, note_of
 logger = logging.getLogger(__name__)
 RECORD_TYPE = "bench"
 _HEAD = f'{{"record_type":"{RECORD_TYPE}"'.encode()
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BOUNDS = Bounds(depth=7, text=8192, items=10_000, magnitude=2**63 - 1)
 """The most that a record holds."""
 

@@ -108,6 +108,15 @@ def check_target(name: str) -> str:
     return name
 
 
+def target_beside(name: str, folder: Path) -> str:
+    """The name with files that are in `folder` resolved from there."""
+    address, *options = name.split(",")
+    pairs = (option.partition("=") for option in options)
+    found = [(key, folder / value) for key, _, value in pairs if key in _FILES and (folder / value).exists()]
+    paths = {key: f"{key}={path}" for key, path in found}
+    return ",".join((address, *(paths.get(option.partition("=")[0], option) for option in options)))
+
+
 def target_details(name: str) -> dict[str, Any]:
     """What a target's name refers to and that may change while the name stays."""
     options = parse_target(name)[2]
@@ -234,6 +243,8 @@ def _retries(text: str) -> int:
     return int(text)
 
 
+_FILES = ("runner", "ndk", "config")
+"""Options that name files here."""
 _READ: Mapping[str, Callable[[str], Any]] = MappingProxyType(
     {
         "memory": _memory,
@@ -241,7 +252,7 @@ _READ: Mapping[str, Callable[[str], Any]] = MappingProxyType(
         "cores": _cores,
         "score": float,
         "retries": _retries,
-        **dict.fromkeys(("runner", "ndk", "config"), lambda text: Path(text).expanduser()),
+        **dict.fromkeys(_FILES, lambda text: Path(text).expanduser()),
     }
 )
 """How the options are read that are no text."""

@@ -307,6 +307,15 @@ def test_paths_start_at_the_configuration(tmp_path: Path) -> None:
     config = load_config(file)
     assert config.model.reference == str(tmp_path / "model")
     assert config.prune.calibration == ("self", str(tmp_path / "text.txt"))
+    (tmp_path / "ssh.conf").touch()
+    (tmp_path / "runner").touch()
+    place = "ssh:board,runner=runner,config=ssh.conf,folder=/data"
+    budget = f'[[budgets]]\nmetric = "tg128"\nat_least = 1\ntargets = ["{place}"]\n'
+    file.write_text(f'[model]\nreference = "model"\n[bench]\ntargets = ["{place}"]\n{budget}')
+    there = f"ssh:board,runner={tmp_path / 'runner'}"
+    config = load_config(file)
+    assert config.bench.targets == (f"{there},config={tmp_path / 'ssh.conf'},folder=/data",)
+    assert config.speed_budgets(config.bench.targets[0])[0].targets == (there,)
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def bench_record(name: str, samples_ns: Sequence[int], cpu: str = "a processor")
         kind="measured", target="local", engine="llama.cpp", status="ok", failure=None, session="s",
         workload="tg", test="tg64", model_filename=name, model_type=None, model_size=None,
         model_n_params=None, file_size_bytes=None, file_sha256=None, n_prompt=0, n_gen=64, n_depth=0,
-        n_batch=512, n_ubatch=512, n_threads=2, backends=None, build_commit=None, cpu_info=cpu,
+        n_batch=512, n_ubatch=512, n_threads=2, backends=None, cpu_info=cpu,
         test_time=None, warmup=True, samples_per_process=1, environment=ENVIRONMENT,
         samples_ns=tuple(samples_ns), peak_rss_samples_bytes=(200_000_000,) * len(samples_ns),
     )  # fmt: skip

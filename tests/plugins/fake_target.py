@@ -11,7 +11,7 @@ from runtime_bench.engines import EngineFacts
 from runtime_bench.targets import Local
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
-FACTS = EngineFacts("fake", 4, 1, "CPU", None, {"fake": "1.0"})
+FACTS = EngineFacts("fake", 4, 1, "CPU", {"fake": "1.0"})
 
 
 class FakeTarget(Local):

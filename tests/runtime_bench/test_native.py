@@ -92,7 +92,7 @@ def test_it_answers_as_the_python_worker_does(runner: Path, model: Path, workloa
     assert 0 < native.baseline_rss_bytes < native.peak_rss_bytes
     assert native.facts is not None
     assert python.facts is not None
-    for name in ("model_type", "model_size", "model_n_params", "backends", "build_commit", "settings"):
+    for name in ("model_type", "model_size", "model_n_params", "backends", "settings"):
         assert getattr(native.facts, name) == getattr(python.facts, name)
     assert native.facts.versions["llama.cpp"] == python.facts.versions["llama.cpp"]
 

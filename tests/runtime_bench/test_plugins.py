@@ -23,7 +23,7 @@ ENGINE = EngineSpec(module="toy_plugin", package="toy_plugin", distribution="toy
 class Session:
     """An engine that decodes nothing, quickly."""
 
-    facts = EngineFacts("toy", 3, 1, "CPU", None, {"toy": "1.0"}, None)
+    facts = EngineFacts("toy", 3, 1, "CPU", {"toy": "1.0"}, None)
     n_vocab, bos = 7, None
 
     def clear(self): pass

@@ -19,7 +19,7 @@ from runtime_bench.records.reported import Conditions
 from runtime_bench.workload import Workload
 
 LLAMA_BENCH_FIELDS = {
-    *("build_commit", "cpu_info", "backends", "model_filename", "model_type", "model_size", "model_n_params"),
+    *("cpu_info", "backends", "model_filename", "model_type", "model_size", "model_n_params"),
     *("n_batch", "n_ubatch", "n_threads", "n_prompt", "n_gen", "n_depth", "test_time"),
     *("avg_ns", "stddev_ns", "avg_ts", "stddev_ts", "samples_ns", "samples_ts"),
 }

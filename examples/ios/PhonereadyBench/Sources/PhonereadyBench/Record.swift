@@ -54,7 +54,7 @@ extension Row {
         func known(_ value: Any?) -> Any { value ?? NSNull() }
         let versions = ["llama.cpp": String(cString: llama_version()), Machine.system: Machine.version]
         return [
-            "schema_version": 1, "tool_version": "PhonereadyBench 1",
+            "schema_version": 2, "tool_version": "PhonereadyBench 1",
             "kind": "measured", "target": "app", "engine": "llama.cpp", "status": "ok", "failure": NSNull(),
             "session": session, "workload": workload.kind.rawValue, "test": workload.test, "regime": Workload.regime,
             "model_filename": file.lastPathComponent, "model_type": known(engine?.modelType),
@@ -62,7 +62,7 @@ extension Row {
             "file_size_bytes": facts.size, "file_sha256": known(facts.sha256),
             "n_prompt": workload.nPrompt, "n_gen": workload.nGen, "n_depth": 0,
             "n_batch": LlamaSession.batch, "n_ubatch": LlamaSession.microBatch, "n_threads": settings.nThreads,
-            "backends": known(engine?.backends), "build_commit": NSNull(), "cpu_info": known(Machine.processor),
+            "backends": known(engine?.backends), "cpu_info": known(Machine.processor),
             "test_time": known(started), "warmup": true, "samples_per_process": settings.samplesPerRound,
             "samples_ns": samples, "cpu_samples_ns": processor, "sequence": sequence, "load_samples_ns": loads,
             "baseline_rss_bytes": known(baselines.min()), "peak_rss_samples_bytes": peaks,
