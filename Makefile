@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 STAMP := $(VENV)/.installed
 # What of the package a reader of the README gets; the rest comes with the tests, or by name (phoneready[eval]).
-EXTRAS := gguf,onnx,recover,report,search
+EXTRAS := gguf,onnx,recover,report
 # A Python to use instead of the one that is found.
 PYTHON ?=
 # Where the demo's release goes.

@@ -245,12 +245,9 @@ def load_baseline(config: ReleaseConfig) -> FigureSet | None:
     return read_baseline(config.baseline.file, [key for budget in relative for key in select(budget, keys)])
 
 
-def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = None) -> list[Stage]:
-    """The stages in order, with everything that their results depend on."""
-    steps = Steps(config, folder, threads)
-    exports = tuple(map(export_stage, steps.roles))
-    prune, evaluate, bench, final = config.prune, config.evaluate, config.bench, steps.final
-    texts = {"text": evaluate.text, "chats": evaluate.chats}
+def checkpoint_stages(steps: Steps) -> list[Stage]:
+    """Those that make the checkpoint that ships: the dense model, and what is removed of it and trained."""
+    config, prune, how = steps.config, steps.config.prune, steps.config.recover
 
     def dense() -> dict[str, Any]:
         """With what every stage depends on: the model, code and packages."""
@@ -269,10 +266,24 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
         return dataclasses.asdict(config.prune_settings()) | counted
 
     def recovered() -> dict[str, Any]:
-        how = config.recover
         assert how is not None
         data = {"data": identities(how.data), "validation": identities(how.validation), "report_to": None}
         return dataclasses.asdict(how.settings(config.seed)) | data
+
+    stages = [Stage("dense", dense, (), steps.dense)]
+    if not config.is_whole:
+        stages.append(Stage(steps.pruned, pruned, ("dense",), steps.prune))
+    if how is not None:
+        stages.append(Stage(RECOVERY_STAGE, recovered, ("dense", steps.pruned), steps.recover))
+    return stages
+
+
+def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = None) -> list[Stage]:
+    """The stages in order, with everything that their results depend on."""
+    steps = Steps(config, folder, threads)
+    exports = tuple(map(export_stage, steps.roles))
+    evaluate, bench, final = config.evaluate, config.bench, steps.final
+    texts = {"text": evaluate.text, "chats": evaluate.chats}
 
     def judged() -> dict[str, Any]:
         settings = _without(evaluate, "files", "task_data")
@@ -317,11 +328,7 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
         except InputError:
             return True  # what it measured is to be made again before it is asked once more
 
-    stages, checkpoints = [Stage("dense", dense, (), steps.dense)], tuple(dict.fromkeys(("dense", final)))
-    if not config.is_whole:
-        stages.append(Stage("prune", pruned, ("dense",), steps.prune))
-    if config.recover is not None:
-        stages.append(Stage(RECOVERY_STAGE, recovered, ("dense", "prune"), steps.recover))
+    stages, checkpoints = checkpoint_stages(steps), tuple(dict.fromkeys(("dense", final)))
     stages += [
         Stage("evaluate", judged, checkpoints, steps.evaluate),
         *(

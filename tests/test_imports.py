@@ -65,7 +65,6 @@ OPTIONAL = {
     "accelerate",
     "lm_eval",
     "mlflow",
-    "optuna",
     "playwright",
 }
 MODULES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))

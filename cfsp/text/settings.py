@@ -28,5 +28,5 @@ class CalibrationSettings(Settings):
         least=1,
         metavar="REF",
     )
-    nsamples: int = setting(128, "Calibration windows.", ge=1, le=2**20, rare=True)
-    seqlen: int = setting(1024, "Tokens in a calibration window.", ge=2, le=2**20, rare=True)
+    nsamples: int = setting(32, "Calibration windows.", ge=1, le=2**20, rare=True)
+    seqlen: int = setting(512, "Tokens in a calibration window.", ge=2, le=2**20, rare=True)

@@ -61,6 +61,8 @@ TYPES = (
 _EXACT = {torch.bfloat16: QUANTS["bf16"], torch.float16: QUANTS["f16"]}
 """Of weights in a dtype, a file that holds the same numbers in as many bytes."""
 _LOGITS_CHUNK = 128
+_NAME = 24
+"""Most bytes of a mixture's name."""
 
 
 class Mixture(NamedTuple):
@@ -130,7 +132,7 @@ class Files:
         if trained is not None:
             types: Mapping[str, str] | None = trained.format.types
         elif quant.budget_bytes is not None and text is not None:
-            mixture = self.mixture(quant.budget_bytes, text)
+            mixture = self.mixture(quant, text)
             types, imatrix = mixture.types, self.mixed_imatrix
         else:
             types, imatrix = None, imatrix if quant.uses_imatrix else {}
@@ -248,14 +250,20 @@ class Files:
                     result[spec.name] = floored(spec.of_inputs(values))
         return result
 
-    def mixture(self, budget_bytes: int, text: torch.Tensor) -> Mixture:
-        """Types with which a file takes no more than a size; the smallest if it is too small and need not fit."""
+    def mixture(self, quant: Quant, text: torch.Tensor) -> Mixture:
+        """Types with which a file takes no more than its size; the smallest if it is too small and need not fit."""
+        budget_bytes = quant.budget_bytes or 0
         specs = [spec for spec in tensor_specs(self.chosen) if spec.is_matrix]
         if self.options is None:
             self.options = self._measure_types(specs, text)
         matrices = {spec.name for spec in specs}
         stored = [len(tensor.data) for tensor in read_gguf(self.base).tensors if tensor.name in matrices]
-        rest = self.base.stat().st_size - sum(map(padded, stored))
+        # Its recipe is longer than the base's, and what comes before tensors is padded.
+        ours, its = (
+            sum(len(text.encode()) for text in self.job.recipe(row).metadata().values()) - len(row.name)
+            for row in (quant, self.first)
+        )
+        rest = self.base.stat().st_size - sum(map(padded, stored)) + padded(max(0, ours - its + _NAME))
         least = rest + sum(each[0].n_bytes for each in self.options.values())
         if least > budget_bytes and self.job.settings.must_fit:
             raise InputError(
@@ -342,6 +350,17 @@ def draft_files(
     if files.first not in rows:
         files.base.unlink()
     return files, [file for file in written if file.quant in rows]
+
+
+def type_losses(checkpoint: Path, folder: Path, settings: ExportOptions) -> dict[str, list[Option[str]]]:
+    """What each type costs each matrix of a mixture, nats a token for the text of the settings, the smallest first."""
+    row = find_quant("mixed:1GB")
+    settings = settled(checkpoint, settings, [row])
+    chosen = read_layout(checkpoint)
+    files = Files(Job(checkpoint, folder, settings, chosen.config, chosen.context_length), chosen, [row])
+    assert settings.calibration is not None
+    specs = [spec for spec in tensor_specs(chosen) if spec.is_matrix]
+    return files._measure_types(specs, settings.calibration)
 
 
 class GGUFRounding:

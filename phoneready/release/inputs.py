@@ -24,8 +24,8 @@ from exporters.families import ROUNDING
 from phoneready.settings.schema import RecoverConfig
 
 ROOT = Path(cfsp.__file__).parents[1]
-_SHOWING = re.compile(r"(rich|typer)\b|.*extra == .(all|dev|report|track|search)\b")
-"""Requirements that change no result: they show it, log it, search for settings, or test the tool."""
+_SHOWING = re.compile(r"(rich|typer)\b|.*extra == .(all|dev|report|track)\b")
+"""Requirements that change no result: they show it, log it, or test the tool."""
 
 
 def check_training(training: RecoverConfig) -> None:

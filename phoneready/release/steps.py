@@ -192,15 +192,14 @@ class Steps:
         return self.config.evaluate.prompts or PROMPTS
 
     @property
+    def pruned(self) -> str:
+        """The stage that prunes."""
+        return f"prune{self.which}"
+
+    @property
     def final(self) -> str:
         """The stage whose checkpoint ships."""
-        return (
-            "dense"
-            if self.config.is_whole
-            else RECOVERY_STAGE
-            if self.config.recover
-            else f"prune{self.which}"
-        )
+        return "dense" if self.config.is_whole else RECOVERY_STAGE if self.config.recover else self.pruned
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -229,7 +228,7 @@ class Steps:
         source = read_checkpoint_info(self.checkpoint("dense")).source.name
         return file_stem(source if role == SHIPPED else f"{source}-{role}")
 
-    def _exported(self, role: str) -> Path:
+    def exported(self, role: str) -> Path:
         """The checkpoint that a model's exports are made from; a whole model's are those that `quantize` makes."""
         if self.config.is_whole and is_checkpoint(self.config.model.reference):
             return Path(self.config.model.reference)
@@ -367,7 +366,7 @@ class Steps:
             family, folder, more = FAMILIES[name], output / name, output / f"{name}-more"
             shutil.rmtree(more, ignore_errors=True)
             if not folder.is_dir():
-                family.export(self._exported(role), folder, formats, settings)
+                family.export(self.exported(role), folder, formats, settings)
                 continue
             made = read_record(ExportManifest, folder / MANIFEST_FILE)
             records = {}
@@ -379,7 +378,7 @@ class Steps:
                     else:
                         remove_place(root)
             if missing := [one for one in formats if one not in records]:
-                new = family.export(self._exported(role), more, missing, settings)
+                new = family.export(self.exported(role), more, missing, settings)
                 records |= {record.quant: record for record in new}
                 for path in [one for one in more.iterdir() if one.name != MANIFEST_FILE]:
                     remove_place(folder / path.name)
@@ -392,7 +391,7 @@ class Steps:
         """How a model's files are made."""
         export, prune = self.config.quantize, self.config.prune
         is_dense = role == DENSE or self.config.is_whole
-        drawn = self.windows("dense" if is_dense else f"prune{self.which}")
+        drawn = self.windows("dense" if is_dense else self.pruned)
         return export.options(
             spread_windows(drawn.input_ids, export.rounding_windows),
             recipe=Recipe(drawn.sources, prune.nsamples, prune.seqlen, drawn.seed),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from cfsp.errors import InputError
-from cfsp.recovery.settings import settled
 from cfsp.units import format_bytes, megabytes
-from cfsp.validation import Seed, Share
+from cfsp.validation import Share
+from exporters.export_record import ExportRecord
 from phoneready.evaluation.measured_file import (
     DOMINATED,
     MeasuredFile,
@@ -21,45 +21,35 @@ from phoneready.evaluation.measured_file import (
     telling_sizes,
 )
 from phoneready.evaluation.tables import WHAT_STANDINGS_MEAN, loss_columns, measured_on, standing_column
-from phoneready.figures.figures import INCONCLUSIVE, MISSED, PASS
-from phoneready.report.plots import BITS, DARK, Axis, loss_figure, plotly_script, render_page
-from phoneready.search.point import Held, Point
-from phoneready.settings.schema import RecoverConfig
+from phoneready.figures.figures import INCONCLUSIVE, MISSED, PASS, BudgetConfig, BudgetVerdict, Figure
+from phoneready.report.plots import BITS, DARK, Axis, loss_figure, plotly_script, render_page, speed_span
+from phoneready.search.point import Point
+from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.presentation.table import Column, Table, escape_markdown
+from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import BETTER, NO_DIFFERENCE, WORSE
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How fast a file decodes, tokens per second between the slowest and the fastest tenth, and in what memory.
-
-    Measured at a place, or projected to a device: then `fits` says whether it holds the file, if that is known.
-    """
-
-    place: str
-    low: float | None
-    high: float | None
-    peak_bytes: float | None
-    fits: bool | None = None
-    n_threads: int | None = None
-    failure: str | None = None
+from runtime_bench.records.fairness import has_speed
+from runtime_bench.targets.table import target_details
 
 
 @dataclass(frozen=True)
 class EvaluatedPoint(MeasuredFile):
-    """A file, which may have been deleted, and its figures; `removed` is the share of FFN channels, after alignment,
-    `shortcoming` what is wrong with its training."""
+    """A file, which may have been deleted, and its figures.
+
+    `export` says how it was made and proven, `removed` is the share of FFN channels, after alignment, `broken` why
+    what it writes is no text; speed and memory are measured (`bench`) or `projected` to a device.
+    """
 
     KIND: ClassVar[str] = "search-point"
-    SCHEMA_VERSION: ClassVar[int] = 2
+    SCHEMA_VERSION: ClassVar[int] = 3
 
     point: Point
     sha256: str
+    export: ExportRecord
     removed: Share
-    expected_bytes: int | None
-    speed: Speed | None
-    seconds: float
-    shortcoming: str | None = None
+    broken: str | None = None
+    bench: BenchRecord | None = None
+    projected: tuple[Figure, ...] = ()
 
     def __post_init__(self) -> None:
         if Path(self.file).name != self.file or not self.file.endswith(".gguf"):  # it may be deleted
@@ -78,30 +68,54 @@ class EvaluatedPoint(MeasuredFile):
         """Bits per byte, times the dense model's in float32."""
         return self.bits_per_byte / self.dense_bits_per_byte
 
+    @property
+    def decode(self) -> tuple[float, float] | None:
+        """Tokens per second of the slowest and the fastest tenth, or the projected band."""
+        if self.bench is not None:
+            return speed_span(self.bench)[1:] if has_speed(self.bench) else None
+        for one in self.projected:
+            if one.unit == "t/s" and one.low is not None and one.high is not None:
+                return one.low, one.high
+        return None
+
+    @property
+    def memory_bytes(self) -> float | None:
+        if self.bench is not None:
+            return self.bench.peak_rss_bytes
+        return next((one.value for one in self.projected if one.unit == "bytes"), None)
+
 
 @dataclass(frozen=True)
 class SearchRecord:
-    """search.json: all files that were measured, by size; for each how it stands to the limits (`held`) and to files
-    that are no larger; the best within all limits, and the dense model's best; what was not made or failed, and why."""
+    """search.json: all files that were measured, by size; for each the verdicts of the limits (`held`) and how it
+    stands to files that are no larger; the best within all limits, and the dense model's best; what was not made or
+    failed, and why. `base` is a release without limits, whose model and text all files have."""
 
     KIND: ClassVar[str] = "search"
-    SCHEMA_VERSION: ClassVar[int] = 3
+    SCHEMA_VERSION: ClassVar[int] = 4
 
-    source: str
+    base: ReleaseConfig
     source_sha256: str | None
-    seed: Seed
-    calibration: tuple[str, ...]
-    strategy: str
-    limits: tuple[str, ...]
+    limits: tuple[BudgetConfig, ...]
+    sources: tuple[tuple[str, str], ...]
+    place: str | None
     points: tuple[EvaluatedPoint, ...]
-    held: tuple[tuple[Held, ...], ...]
+    held: tuple[tuple[BudgetVerdict, ...], ...]
     standings: tuple[Standing, ...]
     best: str | None
     best_dense: str | None
     left_out: tuple[str, ...]
     failed: tuple[str, ...]
     kept: tuple[str, ...]
-    recovery: RecoverConfig | None = None
+
+    @property
+    def source(self) -> str:
+        return self.base.model.reference
+
+    @property
+    def asked(self) -> str:
+        """The limits, in words."""
+        return ", ".join(f"{one.metric} {one.describe()}" for one in self.limits)
 
     def find(self, file: str | None) -> EvaluatedPoint | None:
         return next((point for point in self.points if point.file == file), None)
@@ -113,7 +127,8 @@ class SearchRecord:
         return next((one for one in (PASS, INCONCLUSIVE) if one in each), MISSED)
 
 
-def outcome_of(held: tuple[Held, ...]) -> str:
+def outcome_of(held: Sequence[BudgetVerdict]) -> str:
+    """The worst; a limit on what was not measured is not met."""
     each = [one.outcome for one in held]
     return next((one for one in (MISSED, INCONCLUSIVE) if one in each), PASS)
 
@@ -121,7 +136,7 @@ def outcome_of(held: tuple[Held, ...]) -> str:
 def format_search(found: SearchRecord) -> str:
     parts = [f"{line}\n" for line in sentences(found)]
     parts += [search_table(found).markdown(), escape_markdown(conditions(found))]
-    for title, rows in (("Not made, as they miss the limits", found.left_out), ("Failed", found.failed)):
+    for title, rows in (("Not made", found.left_out), ("Failed", found.failed)):
         parts += ["", f"{title}:", "", *(f"- {escape_markdown(row)}" for row in rows)] if rows else []
     if found.kept:
         parts += ["", f"Kept: {', '.join(found.kept)}."]
@@ -133,13 +148,15 @@ def search_table(found: SearchRecord) -> Table[EvaluatedPoint]:
     held = {one.file: rows for one, rows in zip(found.points, found.held, strict=True)}
 
     def decode(one: EvaluatedPoint) -> str | None:
-        if one.speed is None or one.speed.low is None or one.speed.high is None:
-            return "failed" if one.speed and one.speed.failure else None
-        return f"{one.speed.low:.1f} to {one.speed.high:.1f} t/s"
+        if (span := one.decode) is None:
+            return "failed" if one.bench else None
+        return f"{span[0]:.1f} to {span[1]:.1f} t/s"
 
     def limits(one: EvaluatedPoint) -> str:
-        wrong = [f"{h.outcome}: {h.limit} ({h.figure})" for h in held[one.file] if h.outcome != PASS]
-        return "; ".join(wrong) or "within"
+        wrong = [
+            f"{h.outcome}: {h.metric} {h.limit} ({h.figure()})" for h in held[one.file] if h.outcome != PASS
+        ]
+        return "; ".join([*wrong, *(["writes no text"] if one.broken else [])]) or "within"
 
     columns: list[Column[Any]] = [
         Column("model", lambda one: one.point.model),
@@ -147,10 +164,10 @@ def search_table(found: SearchRecord) -> Table[EvaluatedPoint]:
         Column("size", lambda one: megabytes(one.file_bytes), right=True),
         *loss_columns(found.points),
     ]
-    if any(point.speed for point in found.points):
+    if found.place:
         columns += [
             Column("decode", decode, right=True),
-            Column("memory", lambda one: one.speed and format_bytes(one.speed.peak_bytes), right=True),
+            Column("memory", lambda one: format_bytes(one.memory_bytes), right=True),
         ]
     columns += [Column("limits", limits)] if found.limits else []
     standings = {one.file: one for one in found.standings}
@@ -160,32 +177,31 @@ def search_table(found: SearchRecord) -> Table[EvaluatedPoint]:
 def conditions(found: SearchRecord) -> str:
     if not found.points:
         return "Nothing was measured."
-    places = dict.fromkeys(
-        f" Decode and memory are {'measured at' if one.n_threads else 'projected to'} {one.place}."
-        for one in (point.speed for point in found.points)
-        if one
-    )
-    trained = ""
-    if found.recovery is not None and any(one.point.recovered for one in found.points):
-        how = settled(found.recovery)
-        most = f"{how.max_tokens} tokens of"
-        trained = f" Recovered: {how.method}, {how.loss}, {most} {', '.join(how.data)}."
-    return f"{measured_on(found.points)}{''.join(places)}{trained} {WHAT_STANDINGS_MEAN}"
+    how = "projected to" if found.points[0].projected else "measured at"
+    place = f" Decode and memory are {how} {found.place}." if found.place else ""
+    if found.place and how == "measured at" and target_details(found.place):
+        place += f" Files stay in its cache until `phoneready devices clean {found.place}`."
+    return f"{measured_on(found.points)}{place} {WHAT_STANDINGS_MEAN}"
 
 
 def sentences(found: SearchRecord) -> Iterator[str]:
     """The verdict: the best file, how much better it is than the best dense one, and whether pruning pays."""
-    limits, best, dense = ", ".join(found.limits), found.find(found.best), found.find(found.best_dense)
+    limits, best, dense = found.asked, found.find(found.best), found.find(found.best_dense)
     if found.limits and best is None:
-        # The one that misses by least.
-        over = [max((h.over for h in held), default=0.0) for held in found.held]
-        nearest = min(zip(over, map(_named, found.points), strict=True), default=None)
-        yield f"No file is within {limits}" + (f"; nearest is {nearest[1]}." if nearest else ".")
+        # Of those that miss the fewest limits, the one that loses least.
+        missed = [sum(one.outcome != PASS for one in held) for held in found.held]
+        ranked = zip(
+            missed, (one.bits_per_byte for one in found.points), map(_named, found.points), strict=True
+        )
+        nearest = min(ranked, default=None)
+        yield f"No file is within {limits}" + (f"; nearest is {nearest[2]}." if nearest else ".")
     elif found.limits and best is not None:
         yield f"The best file within {limits} is {_named(best)}."
+        if best.broken:
+            yield f"What it writes is no text ({best.broken}), and no other file within the limits writes any."
         if best.is_dense:
             tried = any(not one.is_dense for one in found.points)
-            yield "No pruned file within it loses less." if tried else "Nothing was pruned."
+            yield "No pruned file within it loses less." if tried else "No pruned file was made."
         elif dense is None:
             yield "Pruning paid: no quantization of the dense model is within the limits."
         else:
@@ -215,7 +231,7 @@ def sentences(found: SearchRecord) -> Iterator[str]:
 
 def _named(one: EvaluatedPoint) -> str:
     return (
-        f"{one.label} ({megabytes(one.file_bytes)}, {one.bits_per_byte:.4f} bits a byte, "
+        f"{one.label} ({megabytes(one.file_bytes)}, {one.bits_per_byte:.4f} bits per byte, "
         f"{one.bits_ratio - 1:+.1%})"
     )
 
@@ -248,10 +264,8 @@ def _of_pruning(found: SearchRecord, tested: Tested | None) -> str:
 
 
 _SIZE = Axis("file size, MB", lambda one: one.file_bytes / 1e6)
-_SPEED = Axis("decode, tokens per second", lambda one: one.speed.low if one.speed else None)
-_MEMORY = Axis(
-    "memory, MiB", lambda one: one.speed.peak_bytes / 2**20 if one.speed and one.speed.peak_bytes else None
-)
+_SPEED = Axis("decode, tokens per second", lambda one: one.decode[0] if one.decode else None)
+_MEMORY = Axis("memory, MiB", lambda one: one.memory_bytes / 2**20 if one.memory_bytes else None)
 _KL = Axis("KL from the dense model, nats a token", lambda one: None if one.point.vocabulary else one.kl_mean)
 _PLOTS = (
     ("plot-size", "Size against loss", _SIZE, BITS),

@@ -2,53 +2,51 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
-import sys
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from cfsp.devices import find_device
-from cfsp.errors import InconclusiveError, InputError, LimitError, require_extra
-from cfsp.files import no_space_as_input_error, sha256_file, write_text
+from cfsp.errors import InconclusiveError, InputError, LimitError
+from cfsp.files import no_space_as_input_error, write_text
+from cfsp.models.architectures import model_shape
 from cfsp.progress import Progress, no_progress
-from cfsp.records import record_from_json, record_to_json, write_record
+from cfsp.records import write_record
 from cfsp.recovery.data import check_readable
-from cfsp.text.settings import BUILTIN_TEXT
 from cfsp.units import megabytes
+from exporters.export_record import ExportManifest
 from exporters.families import GGUF
+from exporters.job import MANIFEST_FILE
 from phoneready.evaluation.measured_file import DOMINATED, standing
 from phoneready.evaluation.run import check_texts
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.figures import INCONCLUSIVE, MISSED, PASS
-from phoneready.release.inputs import check_training
-from phoneready.release.stages import claim_folder
+from phoneready.release.stages import claim_folder, stage_folder
+from phoneready.release.steps import CALIBRATION_FILE
 from phoneready.room import check_room, drawing_needs
-from phoneready.search.evaluate import Evaluator, Subject
-from phoneready.search.point import AUTO, BISECT, GRID, OPTUNA, STEPS, Point, SearchSettings
+from phoneready.search.evaluate import Evaluator
+from phoneready.search.point import STEP, Point, SearchSettings
+from phoneready.search.predict import Predictor
 from phoneready.search.record import EvaluatedPoint, SearchRecord, format_search, outcome_of
+from phoneready.settings.schema import ReleaseConfig
 
 RESULT_FILE, TABLE_FILE, PLOT_FILE = "search.json", "search.md", "search.html"
 _LOCK = ".search.lock"
-_PROPOSALS = 20
-"""Proposals for each file that is measured, before a sampler gives up: many may be too large, or known."""
-
-
-class _EnoughError(Exception):
-    """As many files are made as may be."""
-
-
-class _NoFileError(Exception):
-    """A proposal of which there is no file within the limits."""
+_GRID = 24
+"""Vocabularies, and sizes, among which a prediction chooses."""
+_NEAR = 0.1
+"""Vocabularies, or sizes, that differ by less are one."""
+_PROBES, _FILES = 5, 5
+"""Most vocabularies that are judged in float32, and files that are made, of a refined search."""
+_CANNOT_WIN = 1.5
+"""Times the best prediction: what is predicted to lose more is not made."""
+_CLEAR = 0.9
+"""Of a limit on quality: what a file is made for, as predictions are off."""
 
 
 def search(
-    subject: Subject,
+    base: ReleaseConfig,
     settings: SearchSettings,
     folder: Path,
     *,
@@ -56,150 +54,224 @@ def search(
     progress: Progress = no_progress,
     threads: int | None = None,
 ) -> SearchRecord:
-    """Evaluate the points that the strategy chooses; search.json and search.md are written after every file.
+    """Evaluate points; search.json and search.md are written after every file.
 
-    A search that is in the folder already goes on. `threads` are those outside torch. Raises InputError for what cannot
-    be used, before anything is written, MissingExtraError, and LimitError if no file could be measured.
+    A search that is in the folder already goes on. `base` is a release without limits, whose model, text and rounding
+    all files have; `threads` are those outside torch. Raises InputError for what cannot be used, before anything is
+    written, MissingExtraError, and LimitError if no file could be measured.
     """
-    settings.check()
     GGUF.require()
-    if not (settings.text or settings.chats):
-        settings = replace(settings, text=(BUILTIN_TEXT,))
     check_texts(EvaluationSettings(text=settings.text, chats=settings.chats))
-    if (training := subject.recover) is not None:
-        if settings.strategy == STEPS and training.for_quant is not None:
-            raise InputError(
-                "a step's file is not what the next step prunes", field="for_quant", value=training.for_quant,
-                allowed="none with --set strategy=steps",
-            )  # fmt: skip
-        check_training(training)
-    learnt = () if training is None else training.texts
-    check_readable((*learnt, *subject.prune.calibration, *settings.text, *settings.chats))
+    check_readable((*base.prune.calibration, *settings.text, *settings.chats))
     if not (folder / RESULT_FILE).exists():
         check_room(
-            "search", (subject.model.reference,), drawing_needs, folder,
-            device=find_device(subject.model.device), kept=subject.model.dtype, progress=progress,
+            "search", (base.model.reference,), drawing_needs, folder, device=find_device(base.model.device),
+            kept=base.model.dtype, progress=progress,
         )  # fmt: skip
     with claim_folder(folder, _LOCK, "search"), no_space_as_input_error(folder):
-        evaluator = Evaluator(subject, settings, folder, threads, progress)
-        rows = int(evaluator.loaded.model.get_input_embeddings().weight.shape[0])
-        settings = evaluator.settings = settings.settled(rows)
-        grid, strategy = list(settings.points()), settings.strategy
-        most = min(settings.max_points or len(grid), len(grid))
-        if strategy == AUTO:
-            strategy = OPTUNA if most < len(grid) else GRID
-        if settings.storage or strategy == OPTUNA:
-            require_extra("optuna", "search")
-        evaluator.check()
-        _ = evaluator.texts
-        dense, lines = [point for point in grid if point.is_dense], settings.bisected()
-        counts = {
-            BISECT: len(dense) + sum(len(line).bit_length() for line in lines),
-            STEPS: len(dense) + sum(point.recovered and point.ratio > 0 for point in grid),
-        }
-        count = min(counts.get(strategy, most), settings.max_points or sys.maxsize)
-        show(f"{count} files at most; how long they take is said after the first")
-        run = _Run(evaluator, settings, folder, show, strategy, count)
-        try:
-            if settings.storage or (strategy == OPTUNA and most < len(grid)):
-                _share(run, grid, most)
-            else:
-                for point in dense if strategy in (BISECT, STEPS) else grid:
-                    run.evaluate(point)
-            if strategy == BISECT:
-                for line in lines:
-                    _bisect(run, line)
-            elif strategy == STEPS:
-                _steps(run, grid)
-        except _EnoughError:
-            pass
-        result = run.write(last=True)
-        shutil.rmtree(evaluator.work, ignore_errors=True)
+        evaluator = Evaluator(base, settings, folder, threads, progress)
+        evaluator.begin()
+        if not settings.refines:
+            settings = evaluator.settings = settings.settled(evaluator.vocabulary)
+        _check_size(evaluator)
+        run = _Run(evaluator, folder, show)
+        for point in _refined(run) if settings.refines else _combined(run):
+            run.evaluate(point)
+        result = run.finish()
+        for stage in (folder / "stages").iterdir():
+            if not stage.name.startswith(("point-", "bench-", "texts", "probe-", "types")):
+                shutil.rmtree(stage)
     if not result.points:
         raise LimitError(f"no file could be measured: {'; '.join((*result.failed, *result.left_out))}")
     return result
 
 
+def _check_size(evaluator: Evaluator) -> None:
+    """Raise InputError for a vocabulary that cannot be, and if all files would be larger than the limit."""
+    settings = evaluator.settings
+    for size in settings.vocabularies:
+        _ = evaluator.uncounted(size) if size else None
+    if settings.max_size is None:
+        return
+    # Which tokens stay, only text can say: of as many the shortest are counted, in their merges too.
+    shape, whole = model_shape(evaluator.loaded.model), evaluator.vocabulary
+    longer, fewest, least = 0, None, []
+    if settings.refines or any(settings.vocabularies):
+        fewest = evaluator.uncounted(evaluator.fewest)
+        lengths = {
+            index: len(token.encode()) for token, index in evaluator.loaded.tokenizer.get_vocab().items()
+        }
+        kept = [lengths[index] for index in fewest.kept if index in lengths]
+        longer = 2 * (sum(kept) - sum(sorted(lengths.values())[: len(kept)]))
+    ratio = max(settings.ratios)
+    for quant in settings.quants or ("mixed:1GB",):
+        cut, step = shape, GGUF.find(quant).width_multiple
+        if ratio:  # widths are rounded: with one step less, no file is smaller
+            cut = shape.with_ffn_widths(
+                [max(step, int(w * (1 - ratio) // step * step)) for w in shape.ffn_widths]
+            )
+        dense = fewest is None and not ratio
+        least.append(evaluator.sizes.least_bytes(quant, cut, fewest, dense=dense) - longer)
+    if min(least) > settings.max_size:
+        tokens = f"{evaluator.fewest} of {whole} tokens" if fewest else "all tokens"
+        raise InputError(
+            f"no candidate fits: with {tokens} the smallest takes {min(least)} bytes",
+            field="--max-size",
+            value=megabytes(settings.max_size),
+            allowed=f"more than {min(least)} bytes (less with fewer --vocabularies, or --quants of fewer bits)",
+        )
+
+
+def _combined(run: _Run) -> Iterator[Point]:
+    """Every combination that was asked for, but for what its size or its prediction rules out."""
+    evaluator, shape = run.evaluator, model_shape(run.evaluator.loaded.model)
+    limit = evaluator.settings.max_size
+    for point in evaluator.settings.points():
+        kept = evaluator.uncounted(point.vocabulary) if point.vocabulary else None
+        if limit is not None and not point.ratio:
+            size = evaluator.sizes.least_bytes(point.quant, shape, kept, dense=point.is_dense)
+            if size > 1.02 * limit:  # of other tokens of that number
+                run.left_out[point] = f"{megabytes(size)} are over the limit"
+                continue
+        yield point
+
+
+def _refined(run: _Run) -> Iterator[Point]:
+    """Mixtures of types, with the tokens and in the size that predictions choose until none of them would win."""
+    evaluator, settings = run.evaluator, run.evaluator.settings
+    predictor, whole = evaluator.predictor(), run.evaluator.vocabulary
+    steps = {
+        whole,
+        *(int(evaluator.fewest * (whole / evaluator.fewest) ** (n / _GRID)) for n in range(_GRID)),
+    }
+    grid = sorted({min(whole, -(-n // STEP) * STEP) for n in steps})
+    made: dict[tuple[int, int], EvaluatedPoint] = {}
+
+    def near(tokens: int, others: Iterable[int]) -> bool:
+        return any(abs(one / tokens - 1) < _NEAR for one in others)
+
+    def probe(tokens: int) -> None:
+        predictor.trimmed[tokens] = evaluator.probe(tokens)
+        lost = predictor.trimmed[tokens]
+        run.show(f"{tokens} tokens, float32: KL {lost.kl:.4f}")
+
+    def candidates() -> list[tuple[float, int, int]]:
+        """(what decides, tokens, bytes), the best first: the least loss in a size, or the smallest within limits."""
+        found = []
+        for tokens in grid:
+            if settings.max_size is not None:
+                if (lost := predictor.predict(tokens, settings.max_size)) is not None:
+                    found.append((lost.nats, tokens, settings.max_size))
+            elif (size := _smallest(predictor, tokens, settings.max_kl or 0.0)) is not None:
+                found.append((float(size), tokens, size))
+        return sorted(found)
+
+    for tokens in [
+        one for one in (whole * 2 // 3 // STEP * STEP, whole // 3 // STEP * STEP) if one >= evaluator.fewest
+    ]:
+        if tokens < whole:
+            probe(tokens)
+    for _ in range(_PROBES + _FILES):
+        ranked = candidates()
+        if not ranked or len(made) >= min(_FILES, settings.max_points):
+            return
+        best, tokens, size = ranked[0]
+        if tokens < whole and not near(tokens, predictor.trimmed) and len(predictor.trimmed) < _PROBES:
+            probe(tokens)
+            continue
+        dense = next((one for one in ranked if one[1] == whole), None)
+        told = [ranked[0], *([dense] if dense else [])]
+        wanted = [one for one in told if not any(near(one[1], [t]) and near(one[2], [s]) for t, s in made)]
+        if dense and dense in wanted and dense is not ranked[0] and dense[0] > _CANNOT_WIN * best and made:
+            run.left_out[Point(f"mixed:{dense[2]}B")] = "predicted to lose more than the best"
+            wanted.remove(dense)
+        if not wanted:
+            return
+        _, tokens, size = wanted[0]
+        point = Point(GGUF.find(f"mixed:{size}B").name, 0 if tokens == whole else tokens)
+        yield point
+        one = run.known.get(point)
+        if one is None:
+            grid.remove(tokens)
+            continue
+        made[tokens, size] = one
+        predictor.learn(tokens, one.file_bytes, one.kl_mean)
+
+
+def _smallest(predictor: Predictor, tokens: int, max_kl: float) -> int | None:
+    """The size of a mixture that is predicted to lose so much; None if none is."""
+    low, high = (sum(each[place].n_bytes for each in predictor.options.values()) for place in (0, -1))
+    rest = predictor.overhead(tokens)
+    sizes = [rest + int(low * (high / low) ** (n / _GRID)) for n in range(1, _GRID + 1)]
+    fitting = (
+        size
+        for size in sizes
+        if (lost := predictor.predict(tokens, size)) is not None and lost.kl <= _CLEAR * max_kl
+    )
+    return next(fitting, None)
+
+
 @dataclass
 class _Run:
-    """What is known so far of a search; `count` is the most files that it makes."""
+    """What is known so far of a search."""
 
     evaluator: Evaluator
-    settings: SearchSettings
     folder: Path
     show: Callable[[str], None]
-    strategy: str
-    count: int
     known: dict[Point, EvaluatedPoint] = field(default_factory=dict)
     left_out: dict[Point, str] = field(default_factory=dict)
     failed: dict[Point, str] = field(default_factory=dict)
     made: int = 0
 
-    def evaluate(self, point: Point) -> EvaluatedPoint | None:
-        """A point's figures, taken now unless they are known; None if it fails or surely misses a limit."""
-        if point in self.failed or point in self.left_out:
-            return None
-        if point not in self.known and (found := self.evaluator.find(point)) is not None:
-            self.known[point] = found
-        if point in self.known:
-            return self.known[point]
-        if self.settings.max_points is not None and len(self.known) >= self.settings.max_points:
-            raise _EnoughError
+    def evaluate(self, point: Point) -> None:
+        """A point's figures, taken now unless they are known."""
+        evaluator, was_known = self.evaluator, self.evaluator.is_known(point)
+        if not was_known and self.made >= evaluator.settings.max_points:
+            return
+        if not was_known:
+            self.show(f"{point.label}")
         try:
-            size, held = self.evaluator.expected(point)
-            if missed := [one for one in held if one.outcome == MISSED]:
-                self.left_out[point] = "; ".join(f"{one.limit} ({one.figure})" for one in missed)
-                return None
-            self.show(f"{point.label}{f', {megabytes(size)} expected' if size else ''}")
-            one = self.evaluator.evaluate(point, size)
+            one = self.known[point] = evaluator.evaluate(point)
         except (InputError, LimitError) as error:
             self.failed[point] = str(error)
             self.show(f"  {point.label} failed: {error}")
-            return None
-        self.known[point] = one
-        self.made += 1
+            return
+        self.made += not was_known
         self.write()
-        done = len(self.known) + len(self.left_out) + len(self.failed)
-        minutes = one.seconds * max(0, self.count - done) / 60
-        left = f"; {minutes:.0f} min for all at this pace" if self.made == 1 and minutes >= 1 else ""
         self.show(
-            f"  {megabytes(one.file_bytes)}, {one.bits_per_byte:.4f} bits a byte, {one.seconds:.0f} s{left}"
+            f"  {megabytes(one.file_bytes)}, {one.bits_per_byte:.4f} bits per byte, KL {one.kl_mean:.4f}"
         )
-        return one
 
-    def write(self, last: bool = False) -> SearchRecord:
-        """Write search.json and search.md; only files to keep stay, of which the best is made again at the `last`."""
-        evaluator, subject = self.evaluator, self.evaluator.subject
+    def write(self) -> SearchRecord:
+        """Write search.json and search.md; of the files only those stay that may be kept."""
+        evaluator, settings = self.evaluator, self.evaluator.settings
         points = sorted(self.known.values(), key=lambda one: (one.file_bytes, one.file))
-        held = [evaluator.held(one) for one in points]
+        held = [evaluator.verdicts(one) for one in points]
         standings = [standing(one, points) for one in points]
         within = [one for one, rows in zip(points, held, strict=True) if outcome_of(rows) == PASS]
 
-        def objective(one: EvaluatedPoint) -> tuple[float, float, str]:
-            # Within a limit on what it takes the least loss, else the smallest.
+        def objective(one: EvaluatedPoint) -> tuple[bool, float, float, str]:
+            # Within a limit on what it takes the least loss, else the smallest; what writes nonsense comes last.
             cost, loss = float(one.file_bytes), one.bits_per_byte
-            return (loss, cost, one.file) if self.settings.limits_cost else (cost, loss, one.file)
+            first, second = (loss, cost) if settings.limits_cost else (cost, loss)
+            return one.broken is not None, first, second, one.file
 
-        limited = self.settings.limits_cost or self.settings.limits_quality
+        limited = bool(settings.budgets)
         best = min(within, key=objective, default=None) if limited else None
         dense = min((one for one in within if one.is_dense), key=objective, default=None) if limited else None
         wanted = {best.file} if best else set()
         if not limited:
             wanted = {one.file for one in standings if one.verdict != DOMINATED}
-        for one in points:
-            path = self.folder / one.file
-            if one.file not in wanted or (last and path.is_file() and sha256_file(path) != one.sha256):
-                path.unlink(missing_ok=True)  # else of a search with other settings
-            if last and one is best and not path.is_file():
-                self.show(f"{one.label} is made again")
-                evaluator.export(one.point)
+        names = {one.file for one in points}
+        for path in self.folder.glob("*.gguf"):
+            if path.name in names - wanted:
+                path.unlink()
         result = SearchRecord(
-            source=subject.model.reference,
+            base=evaluator.base,
             source_sha256=evaluator.loaded.source.sha256,
-            seed=subject.seed,
-            calibration=subject.prune.calibration,
-            strategy=self.strategy,
-            limits=self.settings.limits,
+            limits=settings.budgets,
+            sources=settings.sources,
+            place=settings.place or settings.device,
             points=tuple(points),
             held=tuple(held),
             standings=tuple(standings),
@@ -207,166 +279,33 @@ class _Run:
             best_dense=dense.file if dense else None,
             left_out=tuple(f"{point.label}: {why}" for point, why in self.left_out.items()),
             failed=tuple(f"{point.label}: {why}" for point, why in self.failed.items()),
-            kept=tuple(one.file for one in points if (self.folder / one.file).is_file()),
-            recovery=subject.recover,
+            kept=tuple(one.file for one in points if one.file in wanted),
         )
         write_record(self.folder / RESULT_FILE, result)
         write_text(self.folder / TABLE_FILE, format_search(result))
         return result
 
-
-def _bisect(run: _Run, line: Sequence[Point]) -> None:
-    """The least ratio that meets the limits on what a file takes; without any the largest within those on its loss."""
-    by_cost = run.settings.limits_cost
-    quality = {held.limit for held in run.settings.held(kl=0, bits=0)}
-
-    def met(point: Point) -> bool:
-        if by_cost:
-            try:
-                _, expected = run.evaluator.expected(point)
-            except (InputError, LimitError) as error:
-                run.failed[point] = str(error)
-                return False
-            if any(held.outcome == MISSED for held in expected):
-                return False
-            measured = run.settings.place is not None or not GGUF.find(point.quant).is_sized
-            if expected and not measured:
-                return True
-        one = run.evaluate(point)
-        return one is not None and all(
-            held.outcome != MISSED
-            for held in run.evaluator.held(one)
-            if (held.limit not in quality) == by_cost
-        )
-
-    if by_cost:
-        index = bisect_left(line, True, key=met)
-        found = line[index : index + 1]
-    else:
-        index = bisect_left(line, True, key=lambda point: not met(point))
-        found = line[max(0, index - 1) : index]
-    for point in found:
-        run.evaluate(point)
-
-
-def _steps(run: _Run, grid: Sequence[Point]) -> None:
-    """Prune and train from ratio to ratio; for each vocabulary and share of groups until all files lose too much."""
-    settings, ratios = run.settings, sorted({ratio for ratio in run.settings.ratios if ratio})
-    chains: dict[tuple[int, float, int], dict[str, None]] = {}
-    for point in grid:
-        if point.ratio and point.recovered:
-            chains.setdefault((point.vocabulary, point.groups, point.align), {})[point.quant] = None
-    for (vocabulary, groups, _), quants in chains.items():
-        for number, ratio in enumerate(ratios):
-            before = tuple(ratios[:number])
-            made = [run.evaluate(Point(one, vocabulary, ratio, groups, True, before)) for one in quants]
-            quality = [list(settings.held(kl=one.kl_mean, bits=one.bits_ratio)) for one in made if one]
-            if all(any(held.outcome == MISSED for held in rows) for rows in quality):
+    def finish(self) -> SearchRecord:
+        """The record, with the files that it names in the folder, as they were measured, and all that made them."""
+        while True:
+            result = self.write()
+            gone = [one for one in map(result.find, result.kept) if one and not self.evaluator.is_here(one)]
+            if not gone:
                 break
-
-
-def _share(run: _Run, grid: Sequence[Point], most: int) -> None:
-    """Ask and tell an Optuna study until `most` points are measured; with a storage, other processes do so, too."""
-    import optuna
-    from optuna.storages.journal import JournalFileBackend
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    settings, evaluator, name = run.settings, run.evaluator, run.settings.storage
-    axes: dict[str, list[Any]] = {
-        "quant": list(settings.quants),
-        "vocabulary": sorted(set(settings.vocabularies)),
-        "ratio": sorted(set(settings.ratios)),
-        "groups": sorted(set(settings.groups)),
-        "recovered": [False, True] if settings.recover else [False],
-    }
-    seed = evaluator.subject.seed
-    if run.strategy == GRID or len(grid) <= most:
-        sampler: Any = optuna.samplers.GridSampler(axes, seed=seed)
-    else:
-        # Workers must not propose the same; what others are at work on counts as bad.
-        sampler = optuna.samplers.TPESampler(
-            seed=seed + os.getpid() if name else seed,
-            n_startup_trials=max(4, most // 3),
-            constant_liar=True,
-            constraints_func=lambda trial: trial.user_attrs.get("over", [0.0]),
-        )
-    told = (axes, settings.limits, settings.device or settings.place, evaluator.threads)
-    described = json.dumps([evaluator.key, evaluator.training, *told])
-    try:
-        storage: Any = None
-        if name and "://" in name:
-            retry = optuna.storages.RetryFailedTrialCallback()  # of a worker whose heartbeat stopped
-            storage = optuna.storages.RDBStorage(name, heartbeat_interval=60, failed_trial_callback=retry)
-        elif name:
-            storage = optuna.storages.JournalStorage(JournalFileBackend(name))
-        study = optuna.create_study(
-            storage=storage,
-            sampler=sampler,
-            study_name=f"phoneready-{hashlib.sha256(described.encode()).hexdigest()[:12]}",
-            directions=["minimize", "minimize"],
-            load_if_exists=True,
-        )
-    except Exception as error:  # of a driver, a server or a file: there is no one class
-        raise InputError(
-            f"cannot be opened as an Optuna storage: {error}", field="--set storage", value=name
-        ) from error
-    windows = [text.sha256 for _, text in evaluator.texts]
-    if study.user_attrs.get("windows", windows) != windows:
-        raise InputError(
-            "another machine at work on it measures on other windows of text", field="--set storage"
-        )
-    study.set_user_attr("windows", windows)
-
-    def figures(one: EvaluatedPoint) -> tuple[list[float], dict[str, Any]]:
-        over = [held.over for held in evaluator.held(one)] or [0.0]
-        return [float(one.file_bytes), one.bits_per_byte], {"point": record_to_json(one), "over": over}
-
-    for point in grid if name is None else ():
-        if (one := evaluator.find(point)) is not None:  # of an earlier run
-            values, attributes = figures(one)
-            study.add_trial(
-                optuna.trial.create_trial(
-                    params={axis: getattr(point, axis) for axis in axes},
-                    distributions={
-                        axis: optuna.distributions.CategoricalDistribution(choices)
-                        for axis, choices in axes.items()
-                    },
-                    values=values,
-                    user_attrs=attributes,
-                )
-            )
-
-    def learn() -> bool:
-        """What all workers have measured; whether that is all there may be."""
-        for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)):
-            one = record_from_json(EvaluatedPoint, trial.user_attrs["point"], where="a trial of the study")
-            if one.point not in run.known:
-                run.known[one.point] = one
-                evaluator.keep(one)
-        return len(run.known) >= most
-
-    def objective(trial: Any) -> list[float]:
-        learn()
-        point = Point(**{axis: trial.suggest_categorical(axis, values) for axis, values in axes.items()})
-        one = run.evaluate(replace(point, recovered=point.recovered and not point.is_dense))
-        if one is None:
-            raise _NoFileError
-        values, attributes = figures(one)
-        for attribute, value in attributes.items():
-            trial.set_user_attr(attribute, value)
-        return values
-
-    if not learn():
-        ended = [lambda study, _: study.stop() if learn() else None]
-        study.optimize(objective, n_trials=_PROPOSALS * most, callbacks=ended, catch=(_NoFileError,))
-        learn()
+            for one in gone:
+                self.show(f"{one.label} is made again")
+                self.known[one.point] = self.evaluator.evaluate(self.evaluator.make_again(one).point)
+        kept = [one for one in map(result.find, result.kept) if one]
+        exports = tuple(replace(one.export, file=one.file) for one in kept)
+        write_record(self.folder / MANIFEST_FILE, ExportManifest(exports))
+        shutil.copyfile(stage_folder(self.folder, "dense") / CALIBRATION_FILE, self.folder / CALIBRATION_FILE)
+        return result
 
 
 def check_search(found: SearchRecord) -> None:
     """Raise what the gate would if no file is within all limits."""
+    limits = ", ".join(f"{one.metric} {one.describe()}" for one in found.limits)
     if found.outcome == MISSED:
-        raise LimitError(f"no file is within {', '.join(found.limits)}")
+        raise LimitError(f"no file is within {limits}")
     if found.outcome == INCONCLUSIVE:
-        raise InconclusiveError(
-            f"whether a file is within {', '.join(found.limits)} cannot be told from its samples"
-        )
+        raise InconclusiveError(f"whether a file is within {limits} cannot be told from its samples")

@@ -7,7 +7,7 @@ import json
 import re
 import textwrap
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from cfsp.settings import DEVICE, DTYPE, Declared, Settings, declared
@@ -45,18 +45,30 @@ def demo_config_text() -> str:
 
 def gate_text(model: str, max_size: int | None = None, max_kl: float | None = None) -> str:
     """A release.toml of a few lines: one file of the whole model, and the budgets that it must keep."""
-    quant = find_format(f"mixed:{max_size}" if max_size else "Q4_0").name
-    text = (
-        "# The whole model as one file, and its budgets. `phoneready init --all` writes every other setting.\n"
-        f"[model]\nreference = {_toml(model)}\n\n"
-        "[prune]\nprune_ratio = 0.0           # nothing goes; text like yours in place of `self` loses less\n"
-        'calibration = ["self"]\nnsamples = 32\nseqlen = 512\n\n'
-        f'[quantize]\nto = ["{quant}"]\n'
-    )
+    quant = find_format(f"mixed:{max_size}B" if max_size else "Q4_0").name
     limits = {"file_bytes": max_size, "kl_mean": max_kl}
-    for metric, limit in limits.items():
-        if limit is not None:
-            text += f'\n[[budgets]]\nmetric = "{metric}"\nat_most = {limit}\n'
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"reference": model},
+        "prune": {"prune_ratio": 0.0, "calibration": ["self"]},
+        "quantize": {"to": [quant]},
+    }
+    budgets = [{"metric": name, "at_most": limit} for name, limit in limits.items() if limit is not None]
+    about = "The whole model as one file, and its budgets; text like yours in place of `self` loses less."
+    return release_text(about, sections, budgets)
+
+
+def release_text(
+    about: str, sections: Mapping[str, Mapping[str, Any]], budgets: Iterable[Mapping[str, Any]]
+) -> str:
+    """A release.toml of what is stated; keys without a section come first."""
+    text = f"# {about}\n# `phoneready init --all` writes every other setting.\n"
+    rows = [
+        *((f"[{name}]", values) for name, values in sections.items()),
+        *(("[[budgets]]", one) for one in budgets),
+    ]
+    for head, values in rows:
+        lines = [f"{key} = {_toml(value)}\n" for key, value in values.items() if value is not None]
+        text += "\n" + (f"{head}\n" if head != "[]" else "") + "".join(lines)
     return text
 
 

@@ -162,7 +162,9 @@ def test_a_file_for_a_text_loses_less_on_it_in_the_same_types(checkpoint: Path, 
         assert ours.parity.kl_mean < 0.9 * theirs.parity.kl_mean
         assert (ours.file_bytes, ours.tensor_types) == (theirs.file_bytes, theirs.tensor_types)
         assert ours.calibration_tokens == IDS.numel()
-        assert (theirs.gptq_tensors, theirs.calibration_sha256) == (0, None)
+        assert (theirs.gptq_tensors, theirs.calibration_sha256) == (0, ours.calibration_sha256), (
+            "of the importance matrix"
+        )
         same = {name for name in after if after[name].data.tobytes() == before[name].data.tobytes()}
         # An embedding that does not multiply has no inputs to round for.
         stay = {"token_embd.weight"} if "output.weight" in after else set()
@@ -247,16 +249,20 @@ def costs(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 def bounds(costs: Files) -> tuple[int, int]:
     """Of the smallest file and of the one that loses least."""
-    return costs.mixture(1, FLAT).file_bytes, costs.mixture(10**8, FLAT).file_bytes
+    return costs.mixture(find_quant("mixed:1B"), FLAT).file_bytes, costs.mixture(
+        find_quant("mixed:100MB"), FLAT
+    ).file_bytes
 
 
 def test_a_file_has_the_types_and_bytes_that_were_chosen(pruned: Path, costs: Files, tmp_path: Path) -> None:
     least, most = bounds(costs)
-    losses = [costs.mixture(int(size), FLAT).loss for size in np.linspace(least, most, 6)]
+    losses = [
+        costs.mixture(find_quant(f"mixed:{int(size)}B"), FLAT).loss for size in np.linspace(least, most, 6)
+    ]
     assert losses == sorted(losses, reverse=True)
     assert losses[0] > 5 * losses[-1]
     size = (2 * least + most) // 3
-    name = f"mixed:{size}"
+    name = f"mixed:{size}B"
     name_of_file = find_quant(name).name
     loose = {name_of_file: ParityLimits(kl_mean=10.0)}
     (record,) = export_gguf(pruned, tmp_path / "out", [name], given(limits=loose))
@@ -275,13 +281,13 @@ def test_a_file_has_the_types_and_bytes_that_were_chosen(pruned: Path, costs: Fi
 
 def test_a_size_that_nothing_fits_says_the_smallest(pruned: Path, costs: Files, tmp_path: Path) -> None:
     least, _ = bounds(costs)
-    small = f"mixed:{least - 1}"
+    small = f"mixed:{least - 1}B"
     with pytest.raises(InputError, match="text to choose types by"):
         export_gguf(pruned, tmp_path / "out", ["mixed:1MB"], given(calibration=None))
     with pytest.raises(InputError, match=rf"no types are small enough.*{least} bytes or more"):
         export_gguf(pruned, tmp_path / "out", [small], given())
     assert not (tmp_path / "out").exists()
-    assert costs.mixture(least, FLAT).file_bytes == least
+    assert costs.mixture(find_quant(f"mixed:{least}B"), FLAT).file_bytes == least
     (path,) = draft_gguf(pruned, tmp_path, [small], given(must_fit=False)).values()
     assert path.stat().st_size == least
 
@@ -290,7 +296,7 @@ def test_without_importance_matrix_no_type_wants_one(pruned: Path, tmp_path: Pat
     costs = measured(pruned, tmp_path, use_imatrix=False)
     assert costs.mixed_imatrix == {}
     least, _ = bounds(costs)
-    (path,) = draft_gguf(pruned, tmp_path, [f"mixed:{least}"], given(use_imatrix=False)).values()
+    (path,) = draft_gguf(pruned, tmp_path, [f"mixed:{least}B"], given(use_imatrix=False)).values()
     assert not {"IQ3_S", "IQ3_XXS", "IQ2_S"} & {tensor.kind.name for tensor in read_gguf(path).tensors}
 
 
