@@ -71,7 +71,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     It is called with the settings made and checked. Other parameters are typer's as they are.
 
     Raises:
-        TypeError: One name would stand for two options.
+        TypeError: One name would stand for two options or settings.
     """
     hints = get_type_hints(command, include_extras=True)
     parameters = [inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
@@ -99,8 +99,9 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         _flag("help_all", bool, False, "--help-all", help="Show every option and setting, and exit.",
               is_eager=True, hidden=True, callback=show_all),
     ]  # fmt: skip
-    options = Counter(name for parameter in parameters for name in _names(parameter))
-    if twice := [name for name, count in options.items() if count > 1]:
+    names = [row.name for group in groups for row in group.rows.values()]
+    taken = Counter([*names, *(name for parameter in parameters for name in _names(parameter))])
+    if twice := [name for name, count in taken.items() if count > 1]:
         raise TypeError(f"{command.__name__} has {', '.join(twice)} twice")
 
     def run(

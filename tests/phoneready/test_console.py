@@ -144,3 +144,16 @@ def test_an_option_that_two_settings_would_have_is_an_error_of_the_command() -> 
 
     with pytest.raises(TypeError, match=r"command has .*--ratios"):
         with_settings(command)
+
+
+@dataclass(frozen=True)
+class Rates(Settings):
+    rates: tuple[float, ...] = setting((0.5,), "Others.", metavar="R,...", rare=True)
+
+
+def test_a_name_that_two_settings_would_have_is_an_error_of_the_command() -> None:
+    def command(given: Given, others: Rates) -> None:
+        raise AssertionError
+
+    with pytest.raises(TypeError, match="command has rates twice"):
+        with_settings(command)
