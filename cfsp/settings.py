@@ -185,6 +185,13 @@ class Declared(NamedTuple):
         """How the command line names it."""
         return f"--set {self.name}" if self.setting.rare else self.options[-1]
 
+    def written(self, value: Any) -> list[str]:
+        """The texts that people give for a value."""
+        if isinstance(value, bool):
+            return [str(value).lower()]
+        texts = [str(one) for one in (value if isinstance(value, tuple) else (value,)) if one is not None]
+        return [",".join(texts)] if texts and self.setting.splits else texts
+
     def read(self, given: Any) -> Any:
         """The value that an option's text, or the texts of one that is repeated, stand for; raises InputError."""
         if self.setting.parse is not None:

@@ -151,8 +151,8 @@ def key_instead(option: str, command: Any) -> str | None:
     near = "".join(difflib.get_close_matches(asked, [*keys, *options], 1))
     if near not in keys:
         return None
-    default = keys[near].default
-    return f"--set {near}={_shown(not default) if isinstance(default, bool) else 'VALUE'}"
+    row = keys[near]
+    return f"--set {near}={row.written(not row.default)[0] if isinstance(row.default, bool) else 'VALUE'}"
 
 
 def _read_keys(keys: Mapping[str, Declared], given: Sequence[str]) -> dict[str, Any]:
@@ -189,16 +189,12 @@ def _show_all(context: typer.Context, keys: Mapping[str, Declared]) -> None:
     lines = [context.get_help(), *(["\nSettings, each by --set KEY=VALUE:"] if keys else [])]
     indented = {"initial_indent": " " * 6, "subsequent_indent": " " * 6}
     for row in keys.values():
-        lines.append(f"  {row.name}  [default: {row.setting.shown or _shown(row.default)}]")
+        lines.append(
+            f"  {row.name}  [default: {row.setting.shown or ','.join(row.written(row.default)) or 'none'}]"
+        )
         lines += textwrap.wrap(row.setting.help, context.terminal_width or 92, **indented)  # type: ignore[arg-type]
     typer.echo("\n".join(lines))
     raise typer.Exit
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value)) or "none"
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _group(parameter: inspect.Parameter, hint: Any) -> _Group | None:
@@ -218,8 +214,7 @@ def _option(row: Declared) -> inspect.Parameter:
     if wanted.parse is not None:
         kind, default = str | None, None
     elif is_tuple:
-        entries = [",".join(map(str, default))] if wanted.splits and default else list(map(str, default))
-        kind, default = list[str] | None, entries or None
+        kind, default = list[str] | None, row.written(default) or None
     return _flag(
         row.name, kind, default, *row.options,
         help=wanted.help + (" Repeatable." if is_tuple and not wanted.splits else ""),

@@ -277,9 +277,5 @@ def _words(settings: object, without: Collection[str] = ()) -> Iterable[object]:
         if isinstance(value, bool) and not rare:
             yield from [] if value == row.default else row.options[-1:]
             continue
-        values = (
-            value if isinstance(value, tuple) else (str(value).lower() if isinstance(value, bool) else value,)
-        )
-        values = (",".join(map(str, values)),) if isinstance(value, tuple) and row.setting.splits else values
-        for one in (one for one in values if one not in (None, "")):
+        for one in filter(None, row.written(value)):
             yield from ("--set", f"{row.name}={one}") if rare else (row.options[-1], one)
