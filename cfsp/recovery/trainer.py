@@ -359,7 +359,7 @@ def train(
     else:
         state = RunState()
         validate(0)
-    first = state.losses[-1].step if state.losses else 0
+    first, began = state.losses[-1].step if state.losses else 0, time.monotonic()
     for step in range(first + 1, n_steps + 1) if state.stopped_by is None else ():
         student.train()
         batches = []
@@ -386,7 +386,9 @@ def train(
             state.losses.append(LossPoint(step, step * tokens_per_step, mean))
         else:
             state.stopped_by = "diverged"
-        accelerator.log({"loss": mean, "learning_rate": rate, "grad_norm": float(norm)}, step)
+        minutes = (time.monotonic() - began) * (n_steps - step) / (step - first) / 60
+        told = {"loss": mean, "learning_rate": rate, "grad_norm": float(norm), "minutes_left": minutes}
+        accelerator.log(told, step)
         progress(f"training: loss {mean:.3f}", step, n_steps)
         if state.stopped_by is None and (step % every == 0 or step == n_steps):
             validate(step)

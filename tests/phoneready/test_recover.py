@@ -153,6 +153,31 @@ def test_without_data_the_teacher_writes_it_and_is_not_kept(
     assert set(training) == {1}
 
 
+def test_training_is_followed_in_mlflow_while_it_goes_on(
+    pruned: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="the track extra is not installed")
+    store = f"sqlite:///{tmp_path / 'runs.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.chdir(tmp_path)
+    client, seen = mlflow.MlflowClient(tracking_uri=store), list[tuple[str, set[str], int]]()
+
+    def progress(description: str, done: int, total: int) -> None:
+        if description.startswith("training"):
+            (run,) = client.search_runs([client.get_experiment_by_name("phoneready").experiment_id])
+            losses = client.get_metric_history(run.info.run_id, "loss")
+            seen.append((run.info.status, set(run.data.metrics), len(losses)))
+
+    settings = RecoverySettings(
+        seqlen=32, batch_size=2, max_tokens=192, validation_windows=2, loss="next-token", rank=4,
+        report_to=("mlflow",),
+    )  # fmt: skip
+    job = RecoveryJob(str(pruned), tmp_path / "out", settings, (str(chats),), device="cpu")
+    recover(job, progress=progress)
+    assert [(status, count) for status, _, count in seen] == [("RUNNING", 1), ("RUNNING", 2), ("RUNNING", 3)]
+    assert seen[-1][1] >= {"loss", "minutes_left", "eval_loss", "learning_rate"}
+
+
 def models_held() -> int:
     gc.collect()
     return sum(type(one).__name__.endswith("LlamaForCausalLM") for one in gc.get_objects())
