@@ -53,9 +53,9 @@ def evaluate(
 ) -> Evaluation:
     """Judge a model, against a reference model if one is given; token ids come from the reference's tokenizer.
 
-    The first of `writers` that can has the reference model write, if that is a text. What is `known` of the texts is
-    not measured again; they are read for own metrics only. Raises InputError for texts, tasks or metrics that cannot be
-    used, and MissingExtraError for tasks without the `eval` extra.
+    The first of `writers` that can has the reference model write, if that is a text. If the texts are
+    `known`, they are read for own metrics only, and the reference does no tasks. Raises InputError for texts, tasks
+    or metrics that cannot be used, and MissingExtraError for tasks without the `eval` extra.
     """
     check_settings(settings)
     check_texts(settings)
@@ -86,7 +86,8 @@ def evaluate(
                 measure_text(kind, model, against, text, spelling, progress=progress)
                 for (kind, _), text in zip(sources, windows, strict=True)
             )
-        done = [run_tasks(one, tasks, progress=progress) if tasks else () for one in models]
+        asked = models if known is None else models[:1]
+        done = [run_tasks(one, tasks, progress=progress) if tasks else () for one in asked]
     measured = [row for name, metric in metrics.items() for row in measure(name, metric, model, windows)]
     answers: list[tuple[str, ...]] = [() for _ in models]
     degeneration = None
@@ -114,7 +115,7 @@ def evaluate(
         against_answers=answers[-1] if against else (),
         degeneration=degeneration,
         tasks=done[0],
-        against_tasks=done[-1] if against else (),
+        against_tasks=done[1] if len(done) > 1 else (),
         metrics=tuple(measured),
         vocabularies=vocabularies,
     )

@@ -227,7 +227,7 @@ def _of_file(config: ReleaseConfig, folder: Path, release: ReleaseFigures, artif
     dense = next((one.file for one in release.dense if one.quant == artifact.item), "")
     reasons = [asked.reasons[name] for name in (artifact.name, dense) if name]
     path = stage_folder(folder, "evaluate-files") / f"{artifact.item}.json"
-    done = None
+    done, of = None, release.evaluation
     if config.evaluate.judges_files and artifact.item in config.evaluate.files:
         done = read_record(Evaluation, path)
     return Evaluation(
@@ -240,7 +240,7 @@ def _of_file(config: ReleaseConfig, folder: Path, release: ReleaseFigures, artif
         against_answers=asked.answers.get(dense, ()),
         degeneration=degeneration_of(asked.prompts, config.evaluate.max_new_tokens, *reasons),
         tasks=done.tasks if done else (),
-        against_tasks=done.against_tasks if done else (),
+        against_tasks=(of.tasks if config.is_whole else of.against_tasks) if done else (),
         metrics=done.metrics if done else (),
     )
 

@@ -444,7 +444,7 @@ def test_its_commands_make_the_same_files(
 
 WHOLE = (
     ("prune_ratio = 0.25", "prune_ratio = 0.0"),
-    ("max_windows = 2", "max_windows = 6"),
+    ("max_windows = 2", 'max_windows = 6\ntasks = ["known.jsonl"]\nfiles = ["Q8_0"]'),
     '[[budgets]]\nmetric = "kl_mean"\nat_most = 5\n',
 )
 """Changes of a small release: nothing is removed, and the file has a budget."""
@@ -458,12 +458,18 @@ def test_a_whole_model_ships_once_and_as_quantize_makes_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    chat = {"messages": [{"role": r, "content": "fruits"} for r in ("user", "assistant")]}
+    (tmp_path / "known.jsonl").write_text(json.dumps(chat) + "\n", encoding="utf-8")
     config, folder = small_release(tiny_folder(intermediate_size=256), *WHOLE), tmp_path / "out"
     assert main(["release", str(config), "-o", str(folder), "--threads", "1"]) == 0
     said = capsys.readouterr().out
     stages = {path.name for path in (folder / "stages").iterdir()}
-    kinds = {"dense", "evaluate", "export", "answers", "side-by-side", "bench-local"}
+    kinds = {"dense", "evaluate", "export", "answers", "side-by-side", "evaluate-files", "bench-local"}
     assert stages == kinds
+    figures = read_record(FigureSet, folder / "figures.json")
+    for role in ("shipped", "dense"):
+        of_file = {key.metric for key in figures.by_key(role) if key.item == "Q8_0"}
+        assert {"accuracy", "mean_accuracy", "bits_per_byte", "perplexity"} <= of_file, role
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     (file,) = manifest["files"]
     assert (file["file"], file["role"]) == ("tiny-model-Q8_0.gguf", "shipped")
