@@ -136,7 +136,8 @@ class Job:
             checkpoint_sha256=self._checkpoint_sha256,
             format=row.name,
             rounding={name: getattr(settings, name) for name in sorted(row.reads - {"calibration"})},
-            rounding_sha256=None if text is None or "calibration" not in row.reads else tokens_sha256(text),
+            rounding_sha256=tokens_sha256(text) if text is not None and "calibration" in row.reads else None,
+            n_threads=torch.get_num_threads() if text is not None and "calibration" in row.reads else None,
         )
 
     @cached_property

@@ -12,7 +12,7 @@ from cfsp.reading import as_input_error
 from cfsp.records import fields_from_json, fields_to_json
 
 _BEFORE, _HASH = "phoneready.recipe", "phoneready.recipe_sha256"
-_OWN = ("format", "rounding", "rounding_sha256")
+_OWN = ("format", "rounding", "rounding_sha256", "n_threads")
 OWN_KEYS = (*(f"phoneready.{name}" for name in _OWN), _HASH)
 """Of `Recipe.metadata`, those in which files of one export differ; none is longer than 127 bytes."""
 
@@ -41,6 +41,8 @@ class Recipe:
     rounding_sha256: str | None = (
         None  # of the token ids that numbers are chosen for, in the checkpoint's ids
     )
+    # Of torch while numbers are chosen: sums in another order give other bytes.
+    n_threads: int | None = None
 
     @property
     def sha256(self) -> str:

@@ -185,7 +185,7 @@ class Files:
     def take(self, quant: Quant, made: MadeFile) -> WrittenFile:
         """A file that an earlier export made by the same recipe, in place of `write`; InputError: it is another."""
         record, path, wanted = made.record, self._path(quant), self.job.recipe(quant)
-        if record.recipe != wanted:
+        if replace(record.recipe, n_threads=wanted.n_threads) != wanted:
             raise InputError(f"{made.path} is made otherwise: {record.recipe.differs_from(wanted)}")
         shutil.copyfile(made.path, path)
         if sha256_file(path) != record.sha256:
