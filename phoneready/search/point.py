@@ -166,10 +166,6 @@ class SearchSettings(Settings):
         return any(one is not None for one in (self.max_size, self.min_speed, self.max_memory, self.device))
 
     @property
-    def limits_quality(self) -> bool:
-        return self.max_kl is not None or self.max_bits is not None
-
-    @property
     def refines(self) -> bool:
         """Whether tokens and sizes are chosen by what the limits want; else all combinations are made."""
         named = self.quants or self.vocabularies or any(self.ratios)

@@ -37,7 +37,7 @@ from phoneready.figures.figures import (
     metrics_from,
     select,
 )
-from phoneready.settings.schema import COUNTED, RecoverConfig, ReleaseConfig
+from phoneready.settings.schema import COUNTED, ReleaseConfig
 from phoneready.settings.template import demo_config_text
 from runtime_bench.targets.table import parse_target, target_beside, target_slug
 
@@ -98,23 +98,6 @@ def parse_config(text: str, *, where: str, overrides: Sequence[str] = ()) -> Rel
     if problems:
         raise InputError(f"{where}: {'; '.join(problems)}")
     return _as_read(config)
-
-
-def read_recovery(path: Path) -> RecoverConfig:
-    """How to train: a file with the keys of [recover], or a release.toml; references in it start at its folder.
-
-    Raises:
-        InputError: Missing, no TOML, or with errors; all are named.
-    """
-    values = parse_toml(read_text(path), str(path))
-    try:
-        given = {"model": {"reference": "any"}, "recover": values.get("recover", values)}
-        training = beside(ReleaseConfig.model_validate(given), path.parent).recover
-    except pydantic.ValidationError as error:
-        raise InputError(f"{path}: {describe_problems(error, ReleaseConfig)}") from error
-    assert training is not None
-    training.check()
-    return training_as_read(training, training.texts)[0]
 
 
 def beside(config: ReleaseConfig, folder: Path) -> ReleaseConfig:
