@@ -212,10 +212,20 @@ class _Cursor:
         value: int = struct.unpack_from(form, self.content, self.take(struct.calcsize(form)))[0]
         return value
 
+    def texts(self, count: int) -> list[str]:
+        """A loop of its own: vocabularies are long."""
+        content, end, at, texts = self.content, len(self.content), self.at, []
+        for _ in range(count):
+            start = at + 8
+            at = start + int.from_bytes(content[at:start], "little")
+            if at > end:
+                raise ValueError(f"a text of {at - start} bytes expected at {start}, the file ends at {end}")
+            texts.append(content[start:at].decode("utf-8"))
+        self.at = at
+        return texts
+
     def text(self) -> str:
-        count = self.number("<Q")
-        start = self.take(count)
-        return self.content[start : start + count].decode("utf-8")
+        return self.texts(1)[0]
 
     def numbers(self, kind: int, count: int) -> list[Any]:
         dtype = np.dtype(_NUMBERS[kind])
@@ -229,7 +239,7 @@ class _Cursor:
         if kind != _ARRAY:
             return self.numbers(kind, 1)[0]
         kind, count = self.number("<I"), self.number("<Q")
-        return [self.text() for _ in range(count)] if kind == _STRING else self.numbers(kind, count)
+        return self.texts(count) if kind == _STRING else self.numbers(kind, count)
 
 
 def _parse(content: mmap.mmap) -> tuple[dict[str, Any], tuple[GGUFTensor, ...]]:
