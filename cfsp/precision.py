@@ -77,6 +77,13 @@ def bulk_products(device_type: str) -> Iterator[None]:
 
 
 @contextmanager
+def exact_sums(device_type: str) -> Iterator[None]:
+    """Inputs of products may be rounded inside the context, to `fast_dtype`; results are float32's."""
+    with products_in("auto", device_type), torch.autocast("cpu", enabled=False):
+        yield
+
+
+@contextmanager
 def exact_products(device_type: str) -> Iterator[None]:
     """Products of float32 tensors are float32's inside the context, whatever holds around it."""
     with products_in("float32", device_type), torch.autocast("cpu", enabled=False):

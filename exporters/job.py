@@ -204,11 +204,15 @@ class Job:
             yield f"the proof's text, {seqlen} tokens a window, does not go beyond what attention sees, {narrowest}"
 
     def compare(
-        self, row: ExportFormat, run: Callable[[npt.NDArray[np.int32]], Iterable[npt.NDArray[np.float32]]]
+        self,
+        row: ExportFormat,
+        run: Callable[[npt.NDArray[np.int32]], Iterable[npt.NDArray[np.float32]]],
+        *,
+        is_kept: bool = True,
     ) -> ParityReport:
-        """Hold a file against the checkpoint; its limits are stored in the report, not checked."""
+        """Hold a file against the checkpoint, or one that goes again on one window; limits are stored, not checked."""
         return compare(
-            self.reference,
+            self.reference if is_kept else self.reference.first_window(),
             run,
             self.settings.limits_of(row).as_dict(),
             progress=lambda _, done, total: self.progress(f"parity {row.name}", done, total),

@@ -66,6 +66,12 @@ class Reference(NamedTuple):
     head: torch.Tensor  # output matrix (vocab_size, hidden_size), float32 or the same numbers in fewer bytes
     cap: float | None = None  # c, if logits are c tanh(z / c) of their products z
 
+    def first_window(self) -> Reference:
+        """Of the first window alone, which shows a wrong graph as well as all do."""
+        ids = self.windows.ids[:1]
+        windows = TokenWindows(ids, self.windows.source, tokens_sha256(ids))
+        return self._replace(windows=windows, hidden=self.hidden[:1])
+
 
 class Choice(NamedTuple):
     """What a file loses on the proof's text with the plain quantizer's numbers, and with those chosen for a text."""

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from cfsp.devices import CPU, exact, exact_sum, exact_zeros
+from cfsp.devices import CPU, exact_sum, exact_zeros
 from cfsp.errors import InputError
 from cfsp.models.architectures import block_linears, decoder_layers, feed_forward
 from cfsp.models.offload import StoredStates, at_hand, enter_blocks, may_keep_states, run_layer, run_windows
+from cfsp.precision import bulk_products
 from cfsp.progress import Progress, no_progress
 
 MOMENT_WINDOWS = 16
@@ -104,13 +105,16 @@ def collect_input_moments(
     llama.cpp calls it an importance matrix; `input_ids` are (nsamples, seqlen) int64.
     """
     sums: dict[str, torch.Tensor] = {}
+    read = squares = torch.empty(0)
 
     def add(name: str, x: torch.Tensor) -> None:
-        total = sums_of_squares(x.detach().reshape(-1, x.shape[-1]).float())
-        sums[name] = sums[name] + total if name in sums else total
+        nonlocal read, squares
+        if x is not read:  # q, k and v read one tensor, gate and up another
+            read, squares = x, sums_of_squares(x.detach().reshape(-1, x.shape[-1]).float())
+        sums[name] = sums[name] + squares if name in sums else squares
 
     layers, linears = decoder_layers(model), block_linears(model)
-    with torch.inference_mode():
+    with torch.inference_mode(), bulk_products(model.device.type):
         hidden, calls = enter_blocks(model, layers, input_ids)
         for index, layer in enumerate(layers):
             with at_hand(layer), ExitStack() as stack:
@@ -123,8 +127,7 @@ def collect_input_moments(
 
 def sums_of_squares(x: torch.Tensor) -> torch.Tensor:
     """Each channel's sum over the tokens of (tokens, channels) float32, (channels,) float64."""
-    channels = x.T.contiguous()
-    return exact(torch.bmm(channels[:, None, :], channels[:, :, None]).flatten())
+    return exact_sum(x.square(), 0)
 
 
 def output_hook(linear: nn.Linear, receive: Callable[[torch.Tensor, torch.Tensor], None]) -> RemovableHandle:

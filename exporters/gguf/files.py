@@ -25,7 +25,7 @@ from cfsp.models.checkpoint import (
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.weights import safetensors_files, uniform_dtype
 from cfsp.progress import Progress
-from cfsp.pruning.statistics import collect_input_moments
+from cfsp.pruning.statistics import collect_input_moments, moment_windows
 from exporters.export_record import ParityReport
 from exporters.family import DEFAULT_OPTIONS, ExportOptions, MadeFile
 from exporters.gguf import runtime
@@ -215,7 +215,7 @@ class Files:
         n_ctx = self.job.reference.windows.ids.shape[1]
         context = Context(n_ctx, _LOGITS_CHUNK, _LOGITS_CHUNK, PARITY_CACHE)
         with runtime.open_model(path, context, n_threads=self.job.n_threads) as model:
-            return self.job.compare(quant, model.iter_logits)
+            return self.job.compare(quant, model.iter_logits, is_kept=quant in self.quants)
 
     def _read_imatrix(self) -> Imatrix:
         """The text's input moments by the file's tensor names, or else the checkpoint's; empty if none are used."""
@@ -224,7 +224,7 @@ class Files:
         moments = None
         if used and settings.calibration is not None:
             with self.job.placed() as model:
-                moments = collect_input_moments(model, settings.calibration)
+                moments = collect_input_moments(model, moment_windows(settings.calibration))
         elif used:
             moments = stored_moments(self.job.checkpoint)
         needing = [quant.name for quant in self.quants if quant.needs_imatrix]

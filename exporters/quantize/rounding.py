@@ -11,16 +11,18 @@ import torch.nn.functional as F
 
 from cfsp.devices import exact
 from cfsp.errors import InputError
-from cfsp.precision import bulk_dtype
+from cfsp.precision import exact_sums
 from cfsp.pruning.block_by_block import damped_cholesky
 from exporters.quantize import Grid, M
 
 RIDGE = 0.1
 """Relative to the mean of a Gram matrix's diagonal. On SmolLM2-135M, 0.05 to 0.1 lose less than 0.01 and 0.2."""
 _EXACT_COLUMNS = 4096
-"""Up to so many columns H is factored in float64. Of more it would take most of the time, and float32 loses no more:
-of 4096 x 14336 numbers (benchmarks/rounding.py) both lose 0.000956 of the output's mean square."""
-_LAZY_COLUMNS = 64  # what so many columns lost is taken from all later ones in one product
+"""Up to so many columns H is factored in float64, whose last bits, which depend on the number of threads, choose no
+code. Of more it would take most of the time, and float32 loses no more: of 4096 x 14336 numbers
+(benchmarks/rounding.py) both lose 0.000956 of the output's mean square."""
+_LAZY_COLUMNS, _FEW_COLUMNS = 64, 16
+"""What so many columns lost is taken from all later ones in one product, and what a few did from those beside them."""
 _SMALL, _WIDTH = 128, 512
 """Inverting a triangular matrix: rows that are solved for at once, and the width of its products."""
 _NOTHING, _LEAST = 1e-30, 2.0**-24
@@ -30,11 +32,8 @@ _ROUNDS = 4
 _ROWS, _PRODUCTS = 4096, 2**24
 """How many rows, and products of their blocks, are held at once: rows do not depend on each other."""
 _SCALE_RIDGE = 1e-4  # relative to the mean of the diagonal of a row's system of scales
-_WIDE = 4096
-"""Columns beyond which H and its products are in bfloat16, if a processor multiplies that faster. Errors stay exact: of
-4096 x 14336 numbers (benchmarks/rounding.py) both lose 0.000862 of the output's mean square."""
-_TOGETHER = 8
-"""Blocks whose products in bfloat16 are made at once: each product copies all errors into another order first."""
+_TOGETHER = 128
+"""Columns whose products with all errors are made at once. Inputs of these are rounded if that is faster."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -74,11 +73,15 @@ def gptq_codes(weight: torch.Tensor, scales: torch.Tensor, grid: Grid, gram: tor
     for start in range(0, columns, _LAZY_COLUMNS):
         stop = min(start + _LAZY_COLUMNS, columns)
         errors = torch.empty_like(left[start:stop])
-        for j in range(start, stop):
-            round_to_codes_(torch.div(left[j], steps[j], out=codes[j]), grid)
-            lost = torch.addcmul(left[j], codes[j], steps[j], value=-1, out=errors[j - start])
-            lost.div_(diagonal[j])
-            left[j + 1 : stop].addr_(upper[j, j + 1 : stop], lost, alpha=-1)
+        for first in range(start, stop, _FEW_COLUMNS):
+            last = min(first + _FEW_COLUMNS, stop)
+            for j in range(first, last):
+                round_to_codes_(torch.div(left[j], steps[j], out=codes[j]), grid)
+                lost = torch.addcmul(left[j], codes[j], steps[j], value=-1, out=errors[j - start])
+                lost.div_(diagonal[j])
+                left[j + 1 : last].addr_(upper[j, j + 1 : last], lost, alpha=-1)
+            few = errors[first - start : last - start]
+            left[last:stop].addmm_(upper[first:last, last:stop].T, few, alpha=-1)
         left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     by_column = torch.empty_like(codes)
     by_column[order] = codes
@@ -134,7 +137,7 @@ def factored(gram: torch.Tensor, order: torch.Tensor | None = None) -> torch.Ten
     """L with L L^T = H + RIDGE mean(diag H) I, float32 if that is enough; InputError if H cannot be factored."""
 
     def ordered(matrix: torch.Tensor) -> torch.Tensor:
-        return matrix.clone() if order is None else matrix[order[:, None], order]
+        return matrix.clone() if order is None else matrix[order][:, order]
 
     if len(gram) > _EXACT_COLUMNS:
         with suppress(InputError):
@@ -177,11 +180,7 @@ def refine_codes(
     """
     columns, size = weight.shape[1], grid.block_size
     padding = scales.shape[1] * size - columns
-    h = gram.new_zeros(
-        columns + padding,
-        columns + padding,
-        dtype=bulk_dtype(gram.device.type) if columns > _WIDE else torch.float32,
-    )
+    h = gram.new_zeros(columns + padding, columns + padding, dtype=torch.float32)
     h[:columns, :columns] = gram
     diagonal = gram.diagonal().float()
     diagonal = diagonal + (RIDGE * diagonal.mean()).clamp_min(_TINY)
@@ -198,7 +197,7 @@ def refine_codes(
         own_codes, own_scales = F.pad(codes[:, rows], (0, 0, 0, padding)), scales[rows].T.contiguous()
         if grid.free_scales:
             _solve_scales_(h, given, own_codes, own_scales, size)
-        lost = (given - own_codes * own_scales.repeat_interleave(size, 0)).to(h.dtype)
+        lost = given - own_codes * own_scales.repeat_interleave(size, 0)
         for _ in range(_ROUNDS):
             _descend_(h, inside, given, own_codes, own_scales, lost, grid, columns)
         done.append((own_codes[:columns], own_scales.T))
@@ -212,7 +211,7 @@ def _solve_scales_(
 
     They move by d of A d = r, with A_bc = q_b^T H_bc q_c and r_b = q_b^T (H E)_b; those that cannot be solved stay.
     """
-    lost = (weight - codes * scales.repeat_interleave(size, 0)).to(h.dtype)
+    lost = weight - codes * scales.repeat_interleave(size, 0)
     count, rows = scales.shape
     step = max(1, _PRODUCTS // count**2)
     for start in range(0, rows, step):
@@ -223,9 +222,11 @@ def _solve_scales_(
         for b in range(count):
             begin = b * size
             columns = slice(begin, begin + size)
-            reached = (h[begin:, columns] @ own[columns].to(h.dtype)).float()
+            reached = h[begin:, columns] @ own[columns]
             systems[:, b:, b] = _sum_blocks(reached.mul_(own[begin:]), size).T
-        residual = _sum_blocks((h @ off).float().mul_(own), size)
+        with exact_sums(h.device.type):
+            reached = h @ off
+        residual = _sum_blocks(reached.mul_(own), size)
         diagonal = systems.diagonal(dim1=1, dim2=2)
         diagonal += (_SCALE_RIDGE * diagonal.mean(1, keepdim=True)).clamp_min(_TINY)
         factors, failed = torch.linalg.cholesky_ex(systems)  # reads the lower half
@@ -250,10 +251,10 @@ def _descend_(
     rows), scales (blocks, rows); `columns` are those without padding.
     """
     size = grid.block_size
-    step = size * (1 if h.dtype == torch.float32 else _TOGETHER)
-    for begin in range(0, columns, step):
-        end = min(begin + step, columns)
-        together = (h[begin:end] @ lost).float()  # H E
+    for begin in range(0, columns, _TOGETHER):
+        end = min(begin + _TOGETHER, columns)
+        with exact_sums(h.device.type):
+            together = h[begin:end] @ lost  # H E
         for start in range(begin, end, size):
             block = slice(start, min(start + size, end))
             is_last, n_columns = block.stop == end, block.stop - start
@@ -282,8 +283,7 @@ def _descend_(
             own.copy_(wanted)
             lost[block] = torch.addcmul(weight[block], own, scale, value=-1)
             if not is_last:
-                change = (h[block.stop : end, block] @ (lost[block] - before)).float()
-                together[block.stop - begin :] += change
+                together[block.stop - begin :].addmm_(h[block.stop : end, block], lost[block] - before)
 
 
 def _exact(scales: torch.Tensor, before: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from cfsp.devices import exact_zeros
 from cfsp.memory import require_memory
 from cfsp.models.architectures import attention_of, block_linears, decoder_layers, feed_forward, spec_for
 from cfsp.models.offload import Arguments, at_hand, enter_blocks, leave_blocks, run_layer
-from cfsp.precision import bulk_products, exact_products
+from cfsp.precision import bulk_products, exact_products, exact_sums
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.block_by_block import GramSum
 from cfsp.pruning.statistics import input_hook
@@ -173,9 +173,11 @@ class _Block:
         weights = {name: linear.weight for name, linear in self._linears.items()}
 
         def round_group(names: tuple[str, ...], x: torch.Tensor) -> None:
-            # A sum of rounded products need not be positive definite, beside channels a thousand times as large.
+            # A rounded sum of products need not be positive definite, beside channels a thousand times as large.
+            with exact_sums(x.device.type):
+                readings = self._readings(names, x)
             with exact_products(x.device.type):
-                changed = self._visit(self._readings(names, x))
+                changed = self._visit(readings)
             for name, weight in changed.items():
                 moved = weight.to(weights[name].device)
                 self._linears[name].weight = nn.Parameter(moved, requires_grad=False)

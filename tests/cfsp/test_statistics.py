@@ -7,6 +7,7 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, feed_forward
+from cfsp.precision import exact_products
 from cfsp.pruning.block_by_block import GramSum
 from cfsp.pruning.statistics import collect_input_moments, collect_statistics, spread_windows
 
@@ -24,8 +25,9 @@ def windows(model: Any) -> torch.Tensor:
     ("model_type", "overrides"), [("qwen2", SLIDING), ("gemma4_text", {}), ("qwen3_5_text", {})]
 )
 def test_block_by_block_equals_the_models_own_pass(
-    tiny_model: Any, model_type: str, overrides: dict[str, Any]
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch, model_type: str, overrides: dict[str, Any]
 ) -> None:
+    monkeypatch.setattr("cfsp.pruning.statistics.bulk_products", exact_products)
     model, _ = tiny_model(model_type, **overrides)
     ids, inputs, around, hooks = windows(model), list[Any](), list[Any](), list[Any]()
     for layer in decoder_layers(model):
