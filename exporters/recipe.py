@@ -12,7 +12,8 @@ from cfsp.reading import as_input_error
 from cfsp.records import fields_from_json, fields_to_json
 
 _BEFORE, _HASH = "phoneready.recipe", "phoneready.recipe_sha256"
-_OWN = ("format", "rounding", "rounding_sha256", "n_threads")
+_OWN = {"format": 32, "rounding": 64, "rounding_sha256": 66, "n_threads": 4}
+"""What files of one export differ in, and the bytes that it takes at least: they are filled up, so that sizes agree."""
 OWN_KEYS = (*(f"phoneready.{name}" for name in _OWN), _HASH)
 """Of `Recipe.metadata`, those in which files of one export differ; none is longer than 127 bytes."""
 
@@ -51,7 +52,7 @@ class Recipe:
     def metadata(self) -> dict[str, str]:
         """What a file says of it under keys of our own: what all files of an export share, then its own."""
         values = fields_to_json(self)
-        own = [_text(values.pop(name)) for name in _OWN]
+        own = [_text(values.pop(name)).ljust(width) for name, width in _OWN.items()]
         return dict(zip((_BEFORE, *OWN_KEYS), (_text(values), *own, self.sha256), strict=True))
 
     def differs_from(self, other: Recipe) -> str:

@@ -61,8 +61,6 @@ TYPES = (
 _EXACT = {torch.bfloat16: QUANTS["bf16"], torch.float16: QUANTS["f16"]}
 """Of weights in a dtype, a file that holds the same numbers in as many bytes."""
 _LOGITS_CHUNK = 128
-_NAME = 24
-"""Most bytes of a mixture's name."""
 
 
 class Mixture(NamedTuple):
@@ -258,12 +256,7 @@ class Files:
             self.options = self._measure_types(specs, text)
         matrices = {spec.name for spec in specs}
         stored = [len(tensor.data) for tensor in read_gguf(self.base).tensors if tensor.name in matrices]
-        # Its recipe is longer than the base's, and what comes before tensors is padded.
-        ours, its = (
-            sum(len(text.encode()) for text in self.job.recipe(row).metadata().values()) - len(row.name)
-            for row in (quant, self.first)
-        )
-        rest = self.base.stat().st_size - sum(map(padded, stored)) + padded(max(0, ours - its + _NAME))
+        rest = self.base.stat().st_size - sum(map(padded, stored))
         least = rest + sum(each[0].n_bytes for each in self.options.values())
         if least > budget_bytes and self.job.settings.must_fit:
             raise InputError(
