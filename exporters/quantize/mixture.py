@@ -179,26 +179,28 @@ class Option(NamedTuple, Generic[Kind]):
     loss: float  # nats a token, predicted
 
 
-def solve(options: Mapping[str, Sequence[Option[Kind]]], left_bytes: int) -> dict[str, Option[Kind]]:
-    """One option a name with the least loss that fits `left_bytes`, in steps of 1/65536 of what is to be shared out."""
+def solve(
+    options: Mapping[str, Sequence[Option[Kind]]], left_bytes: int, steps: int = _STEPS
+) -> dict[str, Option[Kind]]:
+    """One option a name with the least loss that fits `left_bytes`, in so many steps of what is to be shared out."""
     least = {name: min(option.n_bytes for option in each) for name, each in options.items()}
     spare = left_bytes - sum(least.values())
-    step = max(1, spare // _STEPS)
+    step = max(1, spare // steps)
     best = np.zeros(spare // step + 1)  # least loss of the names so far, by the steps that they may take
     picks = []
     for name, each in options.items():
-        steps = [-(-(option.n_bytes - least[name]) // step) for option in each]
+        costs = [-(-(option.n_bytes - least[name]) // step) for option in each]
         tried = np.full((len(each), len(best)), np.inf)
-        for row, cost, option in zip(tried, steps, each, strict=True):
+        for row, cost, option in zip(tried, costs, each, strict=True):
             if cost < len(best):
                 row[cost:] = best[: len(best) - cost] + option.loss
         pick = tried.argmin(0)
         best = tried[pick, np.arange(len(best))]
-        picks.append((name, pick.astype(np.int8), steps))
+        picks.append((name, pick.astype(np.int8), costs))
     place, chosen = len(best) - 1, {}
-    for name, pick, steps in reversed(picks):
+    for name, pick, costs in reversed(picks):
         chosen[name] = options[name][pick[place]]
-        place -= steps[pick[place]]
+        place -= costs[pick[place]]
     return dict(reversed(chosen.items()))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -231,12 +232,13 @@ def _smallest(predictor: Predictor, tokens: int, max_kl: float) -> int | None:
     low, high = (sum(each[place].n_bytes for each in predictor.options.values()) for place in (0, -1))
     rest = predictor.overhead(tokens)
     sizes = [rest + int(low * (high / low) ** (n / _GRID)) for n in range(1, _GRID + 1)]
-    fitting = (
-        size
-        for size in sizes
-        if (lost := predictor.predict(tokens, size)) is not None and lost.kl <= _CLEAR * max_kl
-    )
-    return next(fitting, None)
+
+    def met(size: int) -> bool:
+        lost = predictor.predict(tokens, size)
+        return lost is not None and lost.kl <= _CLEAR * max_kl
+
+    place = bisect_left(sizes, True, key=met)
+    return sizes[place] if place < len(sizes) else None
 
 
 @dataclass

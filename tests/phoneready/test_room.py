@@ -78,7 +78,7 @@ def test_every_stage_of_a_release_that_reads_a_model_is_checked(
     monkeypatch.setattr("phoneready.releasing.check_room", lambda what, *_, **__: checked.append(what))
     for stage in release_stages(config, tmp_path):
         check_stage_room(config, tmp_path, stage.name)
-    assert checked == ["prune", "prune", "recover", "eval", "quantize", "quantize", "eval", "eval"]
+    assert checked == ["prune", "prune", "recover", "eval", "quantize", "quantize", "eval"]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_disk_that_cannot_hold_the_output_is_refused_before_the_model_is_read(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     disk, model = small_disk("200k"), str(tiny_folder())
-    for place in ("phoneready.exporting", "cfsp.models.reference", "phoneready.search.evaluate"):
+    for place in ("phoneready.exporting", "cfsp.models.reference", "phoneready.release.steps"):
         monkeypatch.setattr(f"{place}.load_model", None)
     capsys.readouterr()
     assert main([command[0], model, "-o", str(disk / "out"), *command[1:]]) == 2
